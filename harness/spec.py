@@ -1,0 +1,74 @@
+"""What a run is: frozen, hashable descriptions. The run id is the hash of the resolved spec.
+
+No torch and no transformers here: leaderboards import this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+FirstToken = Literal["compressed", "prefill"]
+QueryMode = Literal["aware", "agnostic"]
+
+
+class Frozen(BaseModel):
+    """Base of everything that touches disk or command line: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MethodSpec(Frozen):
+    """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved."""
+
+    label: str
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    budgeted: bool = True
+
+
+class ModelSpec(Frozen):
+    """A model as loaded. revision: content hash or hub commit; dtype and device as resolved, never `auto`."""
+
+    name: str
+    revision: str
+    dtype: str
+    device: str
+    trust_remote_code: bool = False
+
+
+class TaskSpec(Frozen):
+    """A task as run. provenance: what the task says of its data (source, revision, checksums, substitutions)."""
+
+    name: str
+    protocol: str
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunSpec(Frozen):
+    """Everything that decides the numbers of a run, resolved. Two equal specs share one run folder."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: ModelSpec
+    tasks: tuple[TaskSpec, ...]
+    methods: tuple[MethodSpec, ...]
+    budgets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    limit: int | None
+    seed: int
+    max_tokens: int
+    max_new_tokens: int | None
+    first_token: FirstToken
+    query: QueryMode
+    nll_tokens: int
+
+    @property
+    def run_id(self) -> str:
+        """First 12 hex digits of the sha256 of the canonical JSON of this spec."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

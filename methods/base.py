@@ -1,0 +1,293 @@
+"""The three nouns of a method: a policy is frozen parameters, a view is what it sees, a KV is what it leaves.
+
+Shape letters, used everywhere in this package:
+    B prompts (1 in a view)   L layers          H KV heads          G query heads per KV head (Hq = H * G)
+    T prompt tokens           S slots of a KV   W window queries    D head dimension
+    N budget: slots per layer and KV head, on average over both
+
+A slot holds the key and the value of one token; `positions` says which token. Keys carry RoPE.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class PolicyError(ValueError):
+    """A policy was asked for something it cannot do; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a policy may keep: tokens per layer and KV head, or a fraction of the prompt. Exactly one is set."""
+
+    tokens: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.fraction is None):
+            raise PolicyError(f"a budget is tokens or a fraction, got tokens={self.tokens} fraction={self.fraction}")
+        if self.tokens is not None and self.tokens < 1:
+            raise PolicyError(f"budget {self.tokens} keeps nothing; ask for at least 1 token")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise PolicyError(f"budget {self.fraction:g} is not a kept fraction; ask for more than 0 and at most 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`128` is tokens, `0.25` or `25%` a kept fraction. Raises PolicyError when it is neither."""
+        text = text.strip()
+        try:
+            if text.endswith("%"):
+                return cls(fraction=float(text[:-1]) / 100)
+            return cls(fraction=float(text)) if "." in text else cls(tokens=int(text))
+        except PolicyError:
+            raise
+        except ValueError:
+            raise PolicyError(f"budget {text!r} is not a number; write tokens (128) or a fraction (0.25)") from None
+
+    def resolve(self, prompt_tokens: int) -> int:
+        """Slots per layer and KV head for a prompt of `prompt_tokens`; never less than 1."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.fraction is not None
+        return max(1, round(self.fraction * prompt_tokens))
+
+    def __str__(self) -> str:
+        return str(self.tokens) if self.tokens is not None else f"{self.fraction:g}"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy wants observed. The engine gathers the union over the policies of a run and nothing else.
+
+    window: queries of the last `window` prompt tokens, per layer.
+    column_sums: attention that each token received from every later query, per layer, streamed over query blocks.
+    logprobs: log-probabilities of the last `window` prompt tokens under the model.
+    decode_attention: the attention of every decoded token, for policies that evict while decoding.
+    """
+
+    window: int = 0
+    column_sums: bool = False
+    logprobs: bool = False
+    decode_attention: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            window=max(self.window, other.window),
+            column_sums=self.column_sums or other.column_sums,
+            logprobs=self.logprobs or other.logprobs,
+            decode_attention=self.decode_attention or other.decode_attention,
+        )
+
+
+@dataclass
+class KV:
+    """What is left of one layer's cache, and all the state a policy has: it dies with its sequence.
+
+    keys, values: [B, H, S, D], RoPE applied to the keys.
+    positions: [B, H, S] int64, the token each slot came from; -1 marks an empty slot.
+    extra: side data a method stores with the slots; it counts as cache bytes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """What attention reads: keys and values, [B, H, S, D]. A subclass may store codes and decode them here."""
+        return self.keys, self.values
+
+    def take(self, slots: Tensor) -> KV:
+        """A new KV of the given slots. slots: [B, H, S'] int64, -1 leaves the slot empty. `extra` is not carried."""
+        index = slots.clamp(min=0)
+        wide = index.unsqueeze(-1).expand(*index.shape, self.keys.shape[-1])
+        positions = self.positions.gather(2, index).masked_fill(slots < 0, -1)
+        return KV(self.keys.gather(2, wide), self.values.gather(2, wide), positions)
+
+    @property
+    def live(self) -> Tensor:
+        """[B, H] int64: slots that hold a token."""
+        return (self.positions >= 0).sum(dim=-1)
+
+    @property
+    def nbytes(self) -> int:
+        """Measured cache bytes: live slots only, side data included. Positions are the harness's own books."""
+        slot = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
+        return int(self.live.sum()) * slot + sum(t.numel() * t.element_size() for t in self.extra.values())
+
+
+@dataclass
+class LayerView:
+    """What a policy sees of one layer after prefill.
+
+    kv: the full cache of the prompt, S = T.
+    queries: [B, H * G, W, D], RoPE applied, of the last W tokens (W as declared in `Needs`, at most T).
+    scaling: factor of the attention logits.
+    column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
+    rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
+    """
+
+    index: int
+    kv: KV
+    queries: Tensor
+    scaling: float
+    column_sums: Tensor | None = None
+    rotate: Callable[[Tensor, int], Tensor] | None = None
+    _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.kv.keys.shape[2])
+
+    def attention(self, window: int) -> Tensor:
+        """Causal softmax attention of the last `window` tokens over the whole prompt: [B, H, G, W, T] float32.
+
+        W is `window`, or T when the prompt is shorter. Raises PolicyError when fewer queries were observed.
+        """
+        window = min(window, self.tokens)
+        if window > self.queries.shape[2]:
+            raise PolicyError(f"{window} window queries wanted, {self.queries.shape[2]} observed; declare it in needs")
+        keys = self.kv.keys
+        batch, heads, tokens, dim = keys.shape
+        queries = self.queries[:, :, self.queries.shape[2] - window :]
+        grouped = queries.reshape(batch, heads, -1, dim)  # [B, H, G * W, D]
+        logits = (grouped @ keys.transpose(2, 3)).float() * self.scaling
+        logits = logits.view(batch, heads, -1, window, tokens)
+        query_at = torch.arange(tokens - window, tokens, device=keys.device)
+        future = torch.arange(tokens, device=keys.device)[None, :] > query_at[:, None]
+        return logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
+
+    def memo(self, key: Hashable, compute: Callable[[LayerView], Tensor]) -> Tensor:
+        """`compute(self)`, once per key: scores that do not depend on the budget serve every budget of a run."""
+        if key not in self._memo:
+            self._memo[key] = compute(self)
+        return self._memo[key]
+
+
+@dataclass
+class PromptView:
+    """What a policy that looks across layers sees: every layer, and the prompt's own log-probabilities.
+
+    layers: the compressible layers in depth order (sliding-window layers are left alone and not shown).
+    logprobs: [B, W] float32 or None, log-probability of each of the last W prompt tokens given what precedes it.
+    """
+
+    layers: list[LayerView]
+    logprobs: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0].tokens
+
+
+@dataclass
+class StepView:
+    """One layer right after a decoded token attended, for policies that evict while decoding.
+
+    kv: live view of the cache, the new token's slot included; `extra` and `keys` may be updated in place.
+    attention: [B, H, G, S] float32 of the new token (0 at empty slots), or None when not declared in `Needs`.
+    position: the new token's position.
+    """
+
+    kv: KV
+    attention: Tensor | None
+    position: int
+    budget: int
+    rotate: Callable[[Tensor, int], Tensor] | None
+
+
+class KVPolicy(ABC):
+    """Frozen parameters of a method. Subclasses are frozen dataclasses; they hold no tensors and no state."""
+
+    budgeted: ClassVar[bool] = True  # False: the method keeps everything and is run once, not once a budget
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
+        return False
+
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        """What is left of every layer of `view`, in its order. budget: N >= 1. Layer-local methods leave this."""
+        budgets = self.layer_budgets(budget, view.tokens, len(view.layers))
+        return [self.compress_layer(layer, slots) for layer, slots in zip(view.layers, budgets, strict=True)]
+
+    @abstractmethod
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        """What is left of one layer at `budget` slots per KV head."""
+
+    def layer_budgets(self, budget: int, tokens: int, layers: int) -> list[int]:
+        """Slots per KV head of each layer; they sum to at most layers * budget."""
+        return [min(budget, tokens)] * layers
+
+    def after_step(self, step: StepView) -> Tensor:
+        """Slot of each head to free after a decoded token: [B, H] int64, -1 for none."""
+        raise PolicyError(f"{type(self).__name__} does not evict while decoding")
+
+    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+        """What a reader of the record must know about this budget, such as a degenerate allocation."""
+        return ()
+
+
+class EvictionPolicy(KVPolicy):
+    """Keeps the top slots by score; the last `recent` and the first `sinks` tokens are always kept.
+
+    A budget smaller than `recent` keeps the last `budget` tokens; one smaller than `sinks + recent` gives up sinks first.
+    """
+
+    recent: int = 0
+    sinks: int = 0
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """Worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        return view.kv.take(self.select(view, budget))
+
+    def select(self, view: LayerView, budget: int) -> Tensor:
+        """Slots kept, ascending: [B, H, min(budget, T)] int64. Equal scores go to the earlier token."""
+        tokens = view.tokens
+        if budget >= tokens:
+            everything = torch.arange(tokens, device=view.kv.keys.device)
+            return everything.expand(*view.kv.positions.shape[:2], tokens)
+        scores = view.memo((type(self), self), self.score)
+        recent = min(self.recent, budget)
+        sinks = min(self.sinks, budget - recent)
+        middle = scores[..., sinks : tokens - recent]
+        order = middle.sort(dim=-1, descending=True, stable=True).indices[..., : budget - recent - sinks] + sinks
+        batch, heads = scores.shape[:2]
+        fixed = torch.cat([torch.arange(sinks), torch.arange(tokens - recent, tokens)]).to(order.device)
+        return torch.cat([order, fixed.expand(batch, heads, -1)], dim=-1).sort(dim=-1).values
+
+
+def spread(total: int, weights: Sequence[float], cap: int) -> list[int]:
+    """Whole shares of `total` in proportion to `weights`, none above `cap`; sums to min(total, cap * len(weights)).
+
+    Largest remainder; what a capped share cannot hold goes to the others in proportion.
+    """
+    shares = [0.0] * len(weights)
+    free = [i for i, weight in enumerate(weights) if weight > 0]
+    left = float(min(total, cap * len(weights)))
+    while free and left > 1e-9:
+        scale = left / sum(weights[i] for i in free)
+        grown = {i: min(float(cap), shares[i] + scale * weights[i]) for i in free}
+        left -= sum(grown[i] - shares[i] for i in free)
+        for i in free:
+            shares[i] = grown[i]
+        free = [i for i in free if shares[i] < cap - 1e-9]
+    whole = [int(share + 1e-9) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (whole[i] - shares[i], i))
+    for i in by_remainder[: round(sum(shares)) - sum(whole)]:
+        whole[i] += 1
+    return whole

@@ -1,0 +1,18 @@
+"""FullKV: the uncompressed cache, the reference every other method is compared with."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from methods.base import KV, KVPolicy, LayerView
+from methods.registry import method
+
+
+@method("fullkv", paper="https://arxiv.org/abs/1706.03762", presets={"paper": {}})
+@dataclass(frozen=True)
+class FullKV(KVPolicy):
+    """Keeps every token."""
+
+    budgeted: ClassVar[bool] = False
+
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        return view.kv

@@ -1,0 +1,85 @@
+"""METHODS: every known method by name, with its presets. A file of this folder registers itself with `@method`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any
+
+import methods
+from methods.base import KVPolicy, PolicyError
+
+ENTRY_POINT_GROUP = "kv_policy_harness.methods"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered policy class. presets: parameters by preset name; the class defaults are the preset-less form."""
+
+    name: str
+    policy: type[KVPolicy]
+    paper: str
+    presets: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def summary(self) -> str:
+        return (self.policy.__doc__ or "").strip().splitlines()[0]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method[P: type[KVPolicy]](
+    name: str, *, paper: str, presets: Mapping[str, Mapping[str, Any]] | None = None
+) -> Callable[[P], P]:
+    """Register a frozen dataclass as a method. Raises PolicyError when the name is taken by another class."""
+
+    def register(policy: P) -> P:
+        known = METHODS.get(name)
+        if known is not None and known.policy.__qualname__ != policy.__qualname__:
+            raise PolicyError(f"method {name!r} is registered twice: {known.policy.__module__}, {policy.__module__}")
+        METHODS[name] = Method(name, policy, paper, dict(presets or {}))
+        return policy
+
+    return register
+
+
+def load_methods() -> Mapping[str, Method]:
+    """Import every module of this folder and every plugin of the entry-point group, and return METHODS."""
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"methods.{module.name}")
+    for plugin in entry_points(group=ENTRY_POINT_GROUP):
+        plugin.load()
+    return METHODS
+
+
+def make_policy(label: str, overrides: Mapping[str, Any] | None = None) -> KVPolicy:
+    """The policy of `name` or `name@preset`, with single parameters overridden.
+
+    Raises PolicyError for an unknown name, preset or parameter, with the nearest known one.
+    """
+    known = load_methods()
+    name, _, preset = label.partition("@")
+    if name not in known:
+        raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
+    entry = known[name]
+    if preset and preset not in entry.presets:
+        raise PolicyError(f"unknown preset {preset!r} of {name}{nearest(preset, entry.presets)}")
+    params = {**entry.presets.get(preset, {}), **(overrides or {})}
+    allowed = {f.name for f in fields(entry.policy)}  # type: ignore[arg-type]
+    for key in params:
+        if key not in allowed:
+            raise PolicyError(f"{name} has no parameter {key!r}{nearest(key, allowed)}")
+    return entry.policy(**params)
+
+
+def nearest(word: str, known: Any) -> str:
+    """`; did you mean 'x'? known: a, b` for an error line."""
+    names = sorted(known)
+    close = get_close_matches(word, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} known: {', '.join(names) or 'none'}"

@@ -1,0 +1,52 @@
+"""SnapKV: keep what the last prompt tokens attend to, pooled so that whole phrases survive.
+
+Source: https://arxiv.org/abs/2404.14469, defaults as in the official LongBench configs (window 32, kernel 7, max pool).
+Differences: scores are averaged over the query group of a KV head, so that slots are stored once per KV head
+(the official code stores them once per query head); `kvcf` is KVCache-Factory's window of 8 under the same rule.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from methods.base import EvictionPolicy, LayerView, Needs
+from methods.registry import method
+
+PRESETS = {
+    "paper": {"recent": 32, "kernel": 7, "pool": "max"},
+    "kvcf": {"recent": 8, "kernel": 7, "pool": "max"},
+    "kvpress": {"recent": 64, "kernel": 5, "pool": "avg"},
+    "w8k13": {"recent": 8, "kernel": 13, "pool": "avg"},
+}
+
+
+@method("snapkv", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)
+@dataclass(frozen=True)
+class SnapKV(EvictionPolicy):
+    """Top tokens by pooled attention of the last `recent` queries; one set per KV head."""
+
+    recent: int = 32
+    kernel: int = 7
+    pool: Literal["max", "avg"] = "max"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.recent)
+
+    def score(self, view: LayerView) -> Tensor:
+        attention = view.attention(self.recent).mean(dim=(2, 3))  # [B, H, T]
+        return pool(attention, self.kernel, self.pool, self.recent)
+
+
+def pool(attention: Tensor, kernel: int, kind: str, recent: int) -> Tensor:
+    """Pool scores [B, H, T] over `kernel` neighbours among the tokens before the window; the window is left as is."""
+    prefix = attention[..., : attention.shape[-1] - recent]
+    if prefix.shape[-1] == 0:
+        return attention
+    pooling = max_pool1d if kind == "max" else avg_pool1d
+    pooled = pooling(prefix, kernel, stride=1, padding=kernel // 2)
+    out = attention.clone()
+    out[..., : prefix.shape[-1]] = pooled
+    return out

