@@ -57,6 +57,8 @@ class Record(Frozen):
     full_bytes: int = 0
     """The uncompressed cache of the same tokens."""
 
+    answers: tuple[str, ...] = ()
+    """References, so that the prediction can be scored again from this line."""
     prediction: str = ""
     token_ids: tuple[int, ...] = ()
     """Generated token ids, end-of-text excluded."""
@@ -69,7 +71,7 @@ class Record(Frozen):
     nll_first: float | None = None
     """The first reference token's part, which is uncompressed when first_token is `prefill`."""
     meta: dict[str, Any] = Field(default_factory=dict)
-    """The sample's own fields: length, depth, dataset, references."""
+    """The sample's own fields: length, depth, dataset."""
 
     prefill_s: float = 0.0
     """Seconds of the prefill, observation included; one prefill serves every cell of a sample."""
