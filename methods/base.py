@@ -252,6 +252,10 @@ class EvictionPolicy(KVPolicy):
     def score(self, view: LayerView) -> Tensor:
         """Worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
 
+    def recent_slots(self, budget: int) -> int:
+        """How many of the last tokens are kept at this budget, whatever their score."""
+        return min(self.recent, budget)
+
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         return view.kv.take(self.select(view, budget))
 
@@ -262,7 +266,7 @@ class EvictionPolicy(KVPolicy):
             everything = torch.arange(tokens, device=view.kv.keys.device)
             return everything.expand(*view.kv.positions.shape[:2], tokens)
         scores = view.memo((type(self), self), self.score)
-        recent = min(self.recent, budget)
+        recent = self.recent_slots(budget)
         sinks = min(self.sinks, budget - recent)
         middle = scores[..., sinks : tokens - recent]
         order = middle.sort(dim=-1, descending=True, stable=True).indices[..., : budget - recent - sinks] + sinks

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 import methods
 from methods.base import KVPolicy, PolicyError
 
 ENTRY_POINT_GROUP = "kv_policy_harness.methods"
+
+P = TypeVar("P", bound=type[KVPolicy])
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def method[P: type[KVPolicy]](
+def method(
     name: str, *, paper: str, presets: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Callable[[P], P]:
     """Register a frozen dataclass as a method. Raises PolicyError when the name is taken by another class."""

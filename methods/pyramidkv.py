@@ -1,0 +1,59 @@
+"""PyramidKV: SnapKV's scores, with more slots in low layers than in high ones.
+
+Source: https://arxiv.org/abs/2406.02069 and its LongBench runner (window 8, kernel 7, max pool, beta 20).
+Differences: the budget is spent exactly (whole slots by largest remainder, where the runner's floors overspend), and a
+record says when the pyramid is flat. `kvpress` builds the pyramid over the whole budget, window included, and is flat
+whenever its smallest layer would be smaller than the window.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from methods.base import EvictionPolicy, LayerView, Needs, spread
+from methods.registry import method
+from methods.snapkv import pool
+
+PRESETS = {
+    "paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 20},
+    "kvcf": {"recent": 8, "kernel": 7, "pool": "max", "beta": 20},
+    "kvpress": {"recent": 64, "kernel": 5, "pool": "avg", "beta": 20, "window_on_top": False},
+}
+
+
+@method("pyramidkv", paper="https://arxiv.org/abs/2406.02069", presets=PRESETS)
+@dataclass(frozen=True)
+class PyramidKV(EvictionPolicy):
+    """SnapKV with a budget that falls linearly from the first layer to the last."""
+
+    recent: int = 8
+    kernel: int = 7
+    pool: Literal["max", "avg"] = "max"
+    beta: int = 20
+    window_on_top: bool = True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.recent)
+
+    def score(self, view: LayerView) -> Tensor:
+        return pool(view.attention(self.recent).mean(dim=(2, 3)), self.kernel, self.pool, self.recent)
+
+    def layer_budgets(self, budget: int, tokens: int, layers: int) -> list[int]:
+        base = self.recent if self.window_on_top else 0
+        mean = min(budget, tokens) - base
+        top = tokens - self.recent  # the most that a layer can hold outside the window
+        low = mean / self.beta
+        high = 2 * mean - low
+        if high >= top:
+            high, low = top, 2 * mean - top
+        flat = mean <= 0 or low > high or layers == 1 or (not self.window_on_top and low < self.recent)
+        if flat:
+            return [min(budget, tokens)] * layers
+        weights = [high - (high - low) * i / (layers - 1) for i in range(layers)]
+        return [base + slots for slots in spread(layers * mean, weights, tokens - base)]
+
+    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+        flat = len(set(self.layer_budgets(budget, tokens, layers))) == 1
+        return ("pyramid is flat at this budget",) if flat else ()

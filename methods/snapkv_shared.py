@@ -1,0 +1,33 @@
+"""Layer-shared SnapKV: SnapKV's scores averaged over all heads, so that one set of tokens serves a whole layer.
+
+A control, not a published method: methods that share one set per layer (CompilerKV) must beat this, not SnapKV.
+Scores after https://arxiv.org/abs/2404.14469.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from methods.base import EvictionPolicy, LayerView, Needs
+from methods.registry import method
+from methods.snapkv import PRESETS, pool
+
+
+@method("snapkv_shared", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)
+@dataclass(frozen=True)
+class SnapKVShared(EvictionPolicy):
+    """SnapKV with one kept set per layer, its heads averaged."""
+
+    recent: int = 32
+    kernel: int = 7
+    pool: Literal["max", "avg"] = "max"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.recent)
+
+    def score(self, view: LayerView) -> Tensor:
+        attention = view.attention(self.recent).mean(dim=(2, 3)).mean(dim=1, keepdim=True)  # [B, 1, T]
+        pooled = pool(attention, self.kernel, self.pool, self.recent)
+        return pooled.expand(-1, view.kv.keys.shape[1], -1)

@@ -1,0 +1,320 @@
+"""LongBench v1 (Bai et al. 2023, arxiv.org/abs/2308.14508): 21 datasets, and LongBench-E, 13 of them by length.
+
+Protocol of github.com/THUDM/LongBench@2e00731 (pred.py, eval.py, config/): its prompts, generation lengths, truncation in
+the middle, chat wrap and metrics. The prompts are read from the installed lm-eval, corrected where that differs from the
+official ones, and refused unless their checksum is the official one. Differences, each seen in the source named:
+    - tokens are counted and cut without special tokens; pred.py counts the beginning-of-text token as one of its own
+    - max_length, which pred.py reads from a table of models, is derived from the model's context (`longest_prompt`)
+    - the data file is read from a folder or out of the official data.zip, as `datasets` no longer runs its script
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import yaml
+
+from tasks import scoring
+from tasks.base import Sample, Task, TaskError, TaskOptions, Tokenizer, draw, task
+
+LM_EVAL = "0.4.13"  # the release whose templates the checksums were taken from
+HUB_REPO = "THUDM/LongBench"  # shown as zai-org/LongBench today
+HUB_REVISION = "main"  # resolved to a commit when fetched, and recorded
+FIELDS = {"input": str, "context": str, "answers": list, "length": int, "dataset": str, "language": str}
+
+METRICS: Mapping[str, Callable[[str, str], float]] = {
+    "f1": scoring.token_f1,
+    "f1_zh": scoring.token_f1_zh,
+    "rouge_l": scoring.rouge_l,
+    "rouge_l_zh": scoring.rouge_l_zh,
+    "count": scoring.count,
+    "retrieval": scoring.retrieval,
+    "retrieval_zh": scoring.retrieval_zh,
+    "code_similarity": scoring.code_similarity,
+}
+
+# What lm-eval's templates lack, as (its text, the official text).
+EDITS: Mapping[str, tuple[str, str]] = {
+    "triviaqa": ("{context}\n{input}", "{context}\n\n{input}"),
+    "samsum": ("{context}\n{input}", "{context}\n\n{input}"),
+    "passage_count": ("final answer is:", "final answer is: "),
+    "passage_retrieval_en": ("The answer is:", "The answer is: "),
+    "lcc": ("line of code:", "line of code:\n"),
+    "repobench-p": ("line of code:", "line of code:\n"),
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One row of LongBench's tables (config/*.json, task.md).
+
+    samples, samples_e: official number of rows, of LongBench-E too where it has the dataset.
+    template: first 12 hex digits of the official prompt template's sha256.
+    first_line: only the first line of a prediction is scored. newline_ends: so does generation, after one token.
+    """
+
+    name: str
+    category: str
+    language: str
+    metric: str
+    max_new_tokens: int
+    samples: int
+    samples_e: int | None
+    template: str
+    chat: bool = True
+    first_line: bool = False
+    newline_ends: bool = False
+
+
+SINGLE, MULTI, SUMMARY = "single-document QA", "multi-document QA", "summarization"
+FEW_SHOT, SYNTHETIC, CODE = "few-shot", "synthetic", "code"
+DATASETS = (
+    Dataset("narrativeqa", SINGLE, "en", "f1", 128, 200, None, "aada7ed24b06"),
+    Dataset("qasper", SINGLE, "en", "f1", 128, 200, 224, "0fbdd123fe7f"),
+    Dataset("multifieldqa_en", SINGLE, "en", "f1", 64, 150, 150, "20b4666a2de8"),
+    Dataset("multifieldqa_zh", SINGLE, "zh", "f1_zh", 64, 200, None, "344b3a4e557c"),
+    Dataset("hotpotqa", MULTI, "en", "f1", 32, 200, 300, "9ec4ae308865"),
+    Dataset("2wikimqa", MULTI, "en", "f1", 32, 200, 300, "9ec4ae308865"),
+    Dataset("musique", MULTI, "en", "f1", 32, 200, None, "9ec4ae308865"),
+    Dataset("dureader", MULTI, "zh", "rouge_l_zh", 128, 200, None, "ae53329f51b1"),
+    Dataset("gov_report", SUMMARY, "en", "rouge_l", 512, 200, 300, "91c25d585b18"),
+    Dataset("qmsum", SUMMARY, "en", "rouge_l", 512, 200, None, "dca23b678fe0"),
+    Dataset("multi_news", SUMMARY, "en", "rouge_l", 512, 200, 294, "2af3f28c40b9"),
+    Dataset("vcsum", SUMMARY, "zh", "rouge_l_zh", 512, 200, None, "3e5d8241bc9b"),
+    Dataset("trec", FEW_SHOT, "en", "classification", 64, 200, 300, "0eff8bebdba9", False, True),
+    Dataset("triviaqa", FEW_SHOT, "en", "f1", 32, 200, 300, "00a802e6377e", False, True),
+    Dataset("samsum", FEW_SHOT, "en", "rouge_l", 128, 200, 300, "a68d88423490", False, True, True),
+    Dataset("lsht", FEW_SHOT, "zh", "classification", 64, 200, None, "f3edabdf7fae", False, True),
+    Dataset("passage_count", SYNTHETIC, "en", "count", 32, 200, 300, "986550b6c610"),
+    Dataset("passage_retrieval_en", SYNTHETIC, "en", "retrieval", 32, 200, 300, "39b96b7fa52b"),
+    Dataset("passage_retrieval_zh", SYNTHETIC, "zh", "retrieval_zh", 32, 200, None, "c1e2346e245e"),
+    Dataset("lcc", CODE, "code", "code_similarity", 64, 500, 300, "6a1f24cf0bb8", False),
+    Dataset("repobench-p", CODE, "code", "code_similarity", 64, 500, 300, "ee9ec182ea5f", False),
+)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The checked rows of one dataset file. source: where it came from; revision: hub commit, or None for a folder."""
+
+    rows: list[dict[str, Any]]
+    sha256: str
+    source: str
+    revision: str | None
+
+
+class LongBench(Task):
+    """One dataset of LongBench (`longbench/<name>`), or of LongBench-E (`longbench_e/<name>`)."""
+
+    def __init__(self, dataset: Dataset, *, by_length: bool = False) -> None:
+        self.dataset = dataset
+        self.by_length = by_length
+        self.name = f"longbench{'_e' * by_length}/{dataset.name}"
+        self.file = f"{dataset.name}{'_e' * by_length}.jsonl"
+
+    def samples(self, options: TaskOptions) -> Iterator[Sample]:
+        template = official_template(self.dataset)
+        rows = self._load(options).rows
+        for row in draw(rows, options.limit, options.seed, self.name):
+            yield self._sample(row, template, options)
+
+    def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
+        if self.dataset.first_line:
+            prediction = scoring.first_line(prediction)
+        if self.dataset.metric == "classification":
+            classes = sample.meta["all_classes"]
+            return {"score": max(scoring.classification(prediction, answer, classes) for answer in sample.answers)}
+        metric = METRICS[self.dataset.metric]
+        return {"score": max(metric(prediction, answer) for answer in sample.answers)}
+
+    def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
+        official_template(self.dataset)
+        data = self._load(options)
+        return {
+            "source": data.source,
+            "file": self.file,
+            "sha256": data.sha256,
+            "revision": data.revision,
+            "rows": len(data.rows),
+            "official_rows": self.dataset.samples_e if self.by_length else self.dataset.samples,
+            "metric": self.dataset.metric,
+            "template_source": f"lm-eval {version('lm_eval')}",
+            "template_sha256": self.dataset.template,
+        }
+
+    def _sample(self, row: Mapping[str, Any], template: str, options: TaskOptions) -> Sample:
+        data = self.dataset
+        head, tail = template.split("{context}")
+        context, question, truncated = cut_middle(
+            head + row["context"], tail.replace("{input}", row["input"]), options=options, dataset=data
+        )
+        meta = {"dataset": data.name, "category": data.category, "language": data.language}
+        meta |= {"length": row["length"], "truncated": truncated}
+        if self.by_length:
+            meta["length_bin"] = "0-4k" if row["length"] < 4000 else "4-8k" if row["length"] < 8000 else "8k+"
+        if data.metric == "classification":
+            meta["all_classes"] = list(row["all_classes"])
+        return Sample(
+            id=row["_id"],
+            context=context,
+            question=question,
+            answers=tuple(row["answers"]),
+            max_new_tokens=data.max_new_tokens,
+            chat=data.chat,
+            stop=("\n",) if data.newline_ends else (),
+            min_new_tokens=int(data.newline_ends),
+            meta=meta,
+        )
+
+    def _load(self, options: TaskOptions) -> DataFile:
+        if options.data_dir is None:
+            return from_hub(self.file, self.dataset)
+        folders = (options.data_dir, options.data_dir / "longbench")
+        path = next((folder / self.file for folder in folders if (folder / self.file).is_file()), None)
+        if path is None:
+            raise TaskError(f"{self.name}: no {self.file} in {folders[0]} or {folders[1]}; put the official file there")
+        blob = path.read_bytes()
+        return DataFile(parse_rows(blob, path.name, self.dataset), hashlib.sha256(blob).hexdigest(), "data_dir", None)
+
+
+def longest_prompt(options: TaskOptions, dataset: Dataset) -> tuple[int, int]:
+    """(max_length, room): tokens above which a prompt is cut, and tokens that a prompt may have at all.
+
+    max_length is at most the model's context less 500, as in the official config/model2maxlen.json (3500 of 4096, 7500 of
+    8192, 31500 of 32768), and at most the room. Room is what generation and the chat template leave; a prompt without a
+    template leaves one token for beginning-of-text.
+    """
+    wrap = max(1, options.tokenizer.template_tokens if dataset.chat else 0)
+    room = options.max_tokens - dataset.max_new_tokens - wrap
+    return min(options.max_tokens - 500, room), room
+
+
+def cut_middle(
+    context: str, question: str, *, options: TaskOptions, dataset: Dataset
+) -> tuple[str, str, bool]:
+    """(context, question, whether it was cut): the first and last half of max_length tokens, as pred.py does.
+
+    The border is found again as the longest common end with the question, unless the context survived whole. A cut text
+    that encodes to more tokens than there is room for is cut shorter, by the excess.
+
+    Raises:
+        TaskError: the model's context leaves no room for a prompt.
+    """
+    tokenizer: Tokenizer = options.tokenizer
+    length, room = longest_prompt(options, dataset)
+    ids = tokenizer.encode(context + question)
+    if len(ids) <= length:
+        return context, question, False
+    while True:
+        half = length // 2
+        if half < 1:
+            raise TaskError(
+                f"longbench/{dataset.name}: {options.max_tokens} tokens leave no room for a prompt beside "
+                f"{dataset.max_new_tokens} generated ones and the official margin of 500; raise max_tokens"
+            )
+        text = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:])
+        excess = len(tokenizer.encode(text)) - room
+        if excess <= 0:
+            break
+        length -= excess
+    border = len(context) if text.startswith(context) else len(text) - common_end(text, question)
+    return text[:border], text[border:], True
+
+
+def common_end(text: str, other: str) -> int:
+    """Characters that the ends of two texts have in common."""
+    most = min(len(text), len(other))
+    return next((n for n in range(most) if text[-1 - n] != other[-1 - n]), most)
+
+
+class TolerantLoader(yaml.SafeLoader):
+    """Reads lm-eval's task files without importing the functions that their tags name."""
+
+
+TolerantLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+@cache
+def official_template(dataset: Dataset) -> str:
+    """The official prompt template, with `{context}` and `{input}`, from the installed lm-eval's task file.
+
+    Raises:
+        TaskError: lm-eval is missing, has no such template, or one that is not the official one after `EDITS`.
+    """
+    remedy = f"install lm_eval=={LM_EVAL}"
+    spec = find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise TaskError(f"LongBench's prompts are read from lm-eval, which is not installed; {remedy}")
+    path = Path(next(iter(spec.submodule_search_locations)), "tasks", "longbench", f"{dataset.name}.yaml")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), TolerantLoader)  # noqa: S506
+        text = str(content["doc_to_text"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise TaskError(f"lm-eval {version('lm_eval')} has no prompt of longbench/{dataset.name}; {remedy}") from None
+    text = re.sub(r"\{\{\s*context\s*\}\}", "{context}", text)
+    text = re.sub(r"\{\{\s*(?:question|input)\s*\}\}", "{input}", text)
+    missing, wanted = EDITS.get(dataset.name, ("", ""))
+    if wanted not in text:
+        text = text.replace(missing, wanted)
+    if not hashlib.sha256(text.encode()).hexdigest().startswith(dataset.template):
+        raise TaskError(
+            f"the prompt of longbench/{dataset.name} in lm-eval {version('lm_eval')} is not the official one; {remedy}"
+        )
+    return text
+
+
+def from_hub(file: str, dataset: Dataset) -> DataFile:
+    """One file of the official data.zip, fetched from the hub once and read through `datasets`."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        archive = Path(hf_hub_download(HUB_REPO, "data.zip", repo_type="dataset", revision=HUB_REVISION))
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TaskError(
+            f"LongBench's data.zip cannot be fetched from {HUB_REPO} ({reason}); name a folder with {file} as data_dir"
+        ) from None
+    return from_archive(archive, file, dataset, revision=archive.parent.name)  # snapshots/<commit>/data.zip
+
+
+def from_archive(archive: Path, file: str, dataset: Dataset, *, revision: str) -> DataFile:
+    """One file of data.zip, which holds `data/<name>.jsonl` and `data/<name>_e.jsonl`.
+
+    Raises:
+        TaskError: the archive or its file is damaged or missing.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with ZipFile(archive) as opened, TemporaryDirectory() as folder:
+            path = Path(opened.extract(f"data/{file}", folder))
+            loaded = load_dataset("json", data_files=str(path), split="train", cache_dir=folder, keep_in_memory=True)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            rows = [dict(row) for row in loaded]
+    except (BadZipFile, KeyError, DatasetsError) as error:
+        raise TaskError(f"{archive.name} cannot be read for {file}: {error}; remove it and fetch again") from None
+    return DataFile(check_rows(rows, file, dataset), digest, f"{HUB_REPO} data.zip", revision)
+
+
+def parse_rows(blob: bytes, file: str, dataset: Dataset) -> list[dict[str, Any]]:
+    """The checked rows of a JSON-lines file. Raises TaskError with the line number when a line is damaged."""
+    rows = []
+    for number, line in enumerate(blob.split(b"\n"), start=1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:
+            raise TaskError(f"{file} line {number} is not JSON ({error}); the file is damaged") from None
+    return check_rows(rows, file, dataset)

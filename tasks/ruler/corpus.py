@@ -1,0 +1,65 @@
+"""Words and lines that RULER's haystacks are made of. Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from random import Random
+from uuid import UUID
+
+from tasks.base import TaskError
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+@cache
+def word_list(kind: str) -> tuple[str, ...]:
+    """The words of one wonderwords list, in its order. kind: `noun`, `adjective` or `verb`.
+
+    Raises TaskError when wonderwords is not installed.
+    """
+    try:
+        text = (files("wonderwords") / "assets" / f"{kind}list.txt").read_text(encoding="utf-8")
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise TaskError(f"RULER's words need the package wonderwords ({error}); install it") from None
+    return tuple(line.rstrip() for line in text.splitlines() if line.strip())
+
+
+@cache
+def all_words() -> tuple[str, ...]:
+    """Every noun, adjective and verb once, sorted."""
+    return tuple(sorted({word for kind in ("noun", "adjective", "verb") for word in word_list(kind)}))
+
+
+def draw_word(draw: Random) -> str:
+    """An adjective-noun pair such as `quiet-harbor`."""
+    return f"{draw.choice(word_list('adjective'))}-{draw.choice(word_list('noun'))}"
+
+
+def draw_number(draw: Random) -> str:
+    """Seven digits, the first one not 0."""
+    return str(draw.randint(1_000_000, 9_999_999))
+
+
+def draw_uuid(draw: Random) -> str:
+    """A version 4 UUID."""
+    return str(UUID(int=draw.getrandbits(128), version=4))
+
+
+DRAWS = {"words": draw_word, "numbers": draw_number, "uuids": draw_uuid}
+
+
+def distinct(kind: str, count: int, draw: Random) -> list[str]:
+    """`count` different values of a kind of `DRAWS`, in drawing order."""
+    values: dict[str, None] = {}
+    while len(values) < count:
+        values[DRAWS[kind](draw)] = None
+    return list(values)
+
+
+def letters(count: int, *, alphabet: str, size: int, draw: Random) -> list[str]:
+    """`count` different words of `size` letters of an alphabet."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(draw.choices(alphabet, k=size))] = None
+    return list(words)

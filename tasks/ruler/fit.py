@@ -1,0 +1,100 @@
+"""Length fitting of RULER prompts: how many haystack units fill a length, and how a sample that is too long shrinks.
+
+A length includes the prompt, the answer prefix, the tokens to generate and what the chat template adds. Source:
+NVIDIA/RULER@c3f5e3b, which searches once per length with a drawn sample and shrinks single samples that exceed it.
+Differences: a sample shrinks by its own overshoot and not by a fixed 5 to 500 units, so it ends close to the length, and
+a length that fits nothing raises instead of looping.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from tasks.base import Tokenizer
+
+OFFICIAL_SAMPLES = 500
+LARGEST_LENGTH = 131072
+SMALL = 4096
+"""Below this length NVIDIA's generators use smaller variants."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A drawn sample. context ends where the question begins; context + question is the user's message."""
+
+    context: str
+    question: str
+    answer_prefix: str
+    answers: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Generator(ABC):
+    """Draws prompts of one task. A unit is what the haystack is measured in: words, lines, documents."""
+
+    generation: int
+    """Tokens to generate."""
+
+    available: int | None = None
+    """Samples that exist, or None for any number. Where they are counted, those that do not fit are passed over."""
+
+    @abstractmethod
+    def least(self, length: int, index: int) -> int:
+        """The fewest units of sample `index` at this length."""
+
+    @abstractmethod
+    def build(self, units: int, *, length: int, index: int, draw: Random) -> Prompt:
+        """Sample `index` with a haystack of `units`; every random choice is taken from `draw`."""
+
+    def search(self, spare: Callable[[int], int], *, length: int, least: int) -> int:
+        """Units for a length. spare: units -> tokens left over, negative when too long; `least` is known to fit."""
+        return largest(spare, least)
+
+
+def tokens(prompt: Prompt, tokenizer: Tokenizer) -> int:
+    """Tokens of the user's message and of the answer prefix, without what the chat template adds."""
+    message = len(tokenizer.encode(prompt.context + prompt.question))
+    return message + len(tokenizer.encode(prompt.answer_prefix))
+
+
+def room(length: int, generation: int, tokenizer: Tokenizer) -> int:
+    """Tokens that a prompt may have at a length."""
+    return length - generation - tokenizer.template_tokens
+
+
+def largest(spare: Callable[[int], int], least: int) -> int:
+    """The largest number of units with tokens to spare, for a `spare` that falls with the units; `least` fits.
+
+    The bracket is halved, or cut where a straight line through its ends crosses zero.
+    """
+    low, left = least, spare(least)
+    step = max(1, least)
+    high, right = low + step, spare(low + step)
+    while right >= 0:
+        low, left, step = high, right, 2 * step
+        high, right = low + step, spare(low + step)
+    line = True
+    while high - low > 1:
+        guess = low + left * (high - low) // max(1, left - right) if line else (low + high) // 2
+        middle = min(max(guess, low + 1), high - 1)
+        here = spare(middle)
+        low, left, high, right = (middle, here, high, right) if here >= 0 else (low, left, middle, here)
+        line = not line
+    return low
+
+
+def shrink(build: Callable[[int], Prompt], spare: Callable[[Prompt], int], *, units: int, least: int) -> Prompt | None:
+    """The prompt of at most `units` that fits, taking away as many units as it is too long by; None below `least`."""
+    units = max(units, least)
+    prompt = build(units)
+    while (left := spare(prompt)) < 0:
+        if units == least:
+            return None
+        per_unit = max(1, len(prompt.context) // units // 4)  # about four characters a token
+        units = max(least, units - max(1, -left // per_unit))
+        prompt = build(units)
+    return prompt

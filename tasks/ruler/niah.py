@@ -1,0 +1,132 @@
+"""RULER's eight needle tasks. Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/niah.py and constants.py.
+
+Differences: keys, and values, of one prompt are distinct (NVIDIA draws with replacement), and the order of several needles
+is drawn per sample (NVIDIA shuffles with one fixed seed, so it is the same in all samples).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from tasks.essays import Essays
+from tasks.ruler.corpus import DRAWS, NOISE, distinct
+from tasks.ruler.fit import Generator, Prompt
+
+NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
+TEMPLATE = (
+    "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {type_needle_v} afterwards.\n{context}\n"
+)
+QUESTION = "What are all the special magic {type_needle_v} for {query} mentioned in the provided text?"
+ANSWER_PREFIX = " The special magic {type_needle_v} for {query} mentioned in the provided text are"
+SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"))
+DEPTHS = tuple(round(100 * i / 39) for i in range(40))
+"""The 40 rounded points of linspace(0, 100) in percent."""
+
+
+@dataclass(frozen=True)
+class Needles:
+    """One row of NVIDIA's table: k keys with v values each, q of them asked for."""
+
+    haystack: str  # noise | needle | essay
+    keys: str  # words | uuids
+    values: str  # numbers | uuids
+    k: int = 1
+    v: int = 1
+    q: int = 1
+
+
+ROWS = {
+    "niah_single_1": Needles("noise", "words", "numbers"),
+    "niah_single_2": Needles("essay", "words", "numbers"),
+    "niah_single_3": Needles("essay", "words", "uuids"),
+    "niah_multikey_1": Needles("essay", "words", "numbers", k=4),
+    "niah_multikey_2": Needles("needle", "words", "numbers"),
+    "niah_multikey_3": Needles("needle", "uuids", "uuids"),
+    "niah_multivalue": Needles("essay", "words", "numbers", v=4),
+    "niah_multiquery": Needles("essay", "words", "numbers", k=4, q=4),
+}
+
+
+class NeedleGenerator(Generator):
+    """Draws the prompts of one row. Units: words of the essays, or lines."""
+
+    generation = 128
+
+    def __init__(self, row: Needles, essays: Essays | None = None) -> None:
+        self.row = row
+        self.essays = essays
+
+    def least(self, length: int, index: int) -> int:
+        return 20 if self.row.haystack == "essay" else self.row.k * self.row.v
+
+    def build(self, units: int, *, length: int, index: int, draw: Random) -> Prompt:
+        row = self.row
+        keys = distinct(row.keys, row.k, draw)
+        values = distinct(row.values, row.k * row.v, draw)
+        owned = {key: values[i * row.v : (i + 1) * row.v] for i, key in enumerate(keys)}
+        needles = [self._needle(key, value) for key in keys for value in owned[key]]
+        asked = draw.sample(keys, row.q)
+        draw.shuffle(needles)
+        haystack = self._hide(needles, keys, units, draw)
+        wanted = [self._needle(key, value) for key in asked for value in owned[key]]
+        meta: dict[str, object] = {"needles": wanted}
+        if len(wanted) == 1:
+            meta["depth"] = round(100 * haystack.index(wanted[0]) / max(1, len(haystack) - len(wanted[0])))
+        fill = self._wording(asked)
+        answers = tuple(value for key in asked for value in owned[key])
+        context, question, prefix = (fill(part, haystack) for part in (TEMPLATE, QUESTION, ANSWER_PREFIX))
+        return Prompt(context=context, question=question, answer_prefix=prefix, answers=answers, meta=meta)
+
+    def _needle(self, key: str, value: str) -> str:
+        return NEEDLE.format(type_needle_v=self.row.values, key=key, value=value)
+
+    def _wording(self, asked: list[str]) -> _Wording:
+        query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
+        return _Wording(kind=self.row.values, query=query, singular=self.row.q * self.row.v == 1)
+
+    def _hide(self, needles: list[str], keys: list[str], units: int, draw: Random) -> str:
+        if self.row.haystack == "essay":
+            return self._hide_in_essays(needles, units, draw)
+        lines = [NOISE] * units if self.row.haystack == "noise" else self._distractors(units, set(keys), draw)
+        places = sorted(draw.sample(range(units), len(needles)), reverse=True)
+        for place, needle in zip(places, needles, strict=True):
+            lines.insert(place, needle)
+        return "\n".join(lines)
+
+    def _distractors(self, count: int, taken: set[str], draw: Random) -> list[str]:
+        lines: list[str] = []
+        while len(lines) < count:
+            key = DRAWS[self.row.keys](draw)
+            if key not in taken:
+                taken.add(key)
+                lines.append(self._needle(key, DRAWS[self.row.values](draw)))
+        return lines
+
+    def _hide_in_essays(self, needles: list[str], words: int, draw: Random) -> str:
+        if self.essays is None:
+            raise ValueError("an essay haystack needs essays")
+        sentences = self.essays.head(words)
+        cuts = sorted(int(len(sentences) * (depth / 100)) for depth in draw.sample(DEPTHS, len(needles)))
+        parts: list[str] = []
+        for start, end, needle in zip([0, *cuts], cuts, needles, strict=False):
+            parts += [*sentences[start:end], needle]
+        return " ".join([*parts, *sentences[cuts[-1] :]])
+
+
+@dataclass(frozen=True)
+class _Wording:
+    """Fills a template, in the singular where one value is asked for."""
+
+    kind: str
+    query: str
+    singular: bool
+
+    def __call__(self, template: str, context: str) -> str:
+        kind = self.kind
+        if self.singular:
+            for plural, single in SINGULAR:
+                template = template.replace(plural, single)
+            kind = kind.removesuffix("s")
+        return template.format(type_needle_v=kind, query=self.query, context=context)

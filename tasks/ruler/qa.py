@@ -1,0 +1,148 @@
+"""RULER's question answering: SQuAD and HotpotQA questions, their paragraphs hidden among others.
+
+Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/qa.py and constants.py. Data: SQuAD 2.0 dev (answerable questions) and
+HotpotQA dev distractor v1, as files in the data folder. Differences: the documents' order is drawn per sample (NVIDIA's
+fixed seed puts the answer at one place in all of them), and a question whose own documents exceed the length is passed over
+(NVIDIA's loop does not end there).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tasks.base import TaskError, TaskOptions
+from tasks.ruler.fit import Generator, Prompt
+
+ORDER = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+TEMPLATE = ORDER + "The following are given documents.\n\n{context}\n\n"
+QUESTION = ORDER + "Question: {query}"
+ANSWER_PREFIX = " Answer:"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question. own: indexes of its documents; related: indexes of documents to prefer as distractors."""
+
+    query: str
+    answers: tuple[str, ...]
+    own: tuple[int, ...]
+    related: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is found: file name pattern, and what to say when it is not there."""
+
+    pattern: str
+    what: str
+
+
+SQUAD = Source("squad*.json", "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)")
+HOTPOT = Source("hotpot*.json", "HotpotQA dev distractor (hotpot_dev_distractor_v1.json of the HotpotQA site)")
+
+
+class Documents(Generator):
+    """Draws the prompts. Units: documents."""
+
+    generation = 32
+
+    def __init__(self, items: Sequence[Item], documents: Sequence[str]) -> None:
+        self.items = items
+        self.documents = documents
+        self.available = len(items)
+
+    def least(self, length: int, index: int) -> int:
+        return len(self.items[index].own)
+
+    def build(self, units: int, *, length: int, index: int, draw: Random) -> Prompt:
+        item = self.items[index]
+        chosen = self._choose(item, units, draw)
+        draw.shuffle(chosen)
+        haystack = "\n\n".join(f"Document {i}:\n{self.documents[at]}" for i, at in enumerate(chosen, start=1))
+        meta: dict[str, object] = {"documents": len(chosen), "item": index}
+        if len(item.own) == 1:
+            meta["depth"] = round(100 * chosen.index(item.own[0]) / max(1, len(chosen) - 1))
+        return Prompt(
+            context=TEMPLATE.format(context=haystack),
+            question=QUESTION.format(query=item.query),
+            answer_prefix=ANSWER_PREFIX,
+            answers=item.answers,
+            meta=meta,
+        )
+
+    def _choose(self, item: Item, units: int, draw: Random) -> list[int]:
+        own, related, total = list(item.own), list(item.related), len(self.documents)
+        if units >= total:
+            return [i % total for i in range(units)]
+        more = units - len(own)
+        if more <= len(related):
+            return own + draw.sample(related, max(0, more))
+        taken = {*own, *related}
+        fill = [i for i in draw.sample(range(total), min(total, units + len(taken))) if i not in taken]
+        return own + related + fill[: more - len(related)]
+
+
+def find_file(options: TaskOptions, source: Source) -> Path:
+    """The data file, in the data folder or its folder `ruler`. Raises TaskError when it is not there."""
+    folder = options.data_dir
+    if folder is not None:
+        found = [*sorted(folder.glob(source.pattern)), *sorted((folder / "ruler").glob(source.pattern))]
+        if found:
+            return found[0]
+    where = "no data folder was given" if folder is None else f"no {source.pattern} in {folder} or {folder / 'ruler'}"
+    raise TaskError(f"{where}: put {source.what} there as {source.pattern}")
+
+
+def load(options: TaskOptions, source: Source) -> Documents:
+    """Read a data file. Raises TaskError when it is missing, damaged or holds no question."""
+    path = find_file(options, source)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        items, documents = read_squad(data) if source is SQUAD else read_hotpot(data)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise TaskError(f"{path} does not have the shape of {source.what}: {type(error).__name__} {error}") from error
+    if not items:
+        raise TaskError(f"{path} holds no answerable question; expected {source.what}")
+    return Documents(items, documents)
+
+
+def read_squad(data: Any) -> tuple[list[Item], list[str]]:
+    """Answerable questions in file order and all paragraphs, sorted; related are the paragraphs of the same article."""
+    articles = [article["paragraphs"] for article in data["data"]]
+    documents = sorted({paragraph["context"] for article in articles for paragraph in article})
+    at = {text: i for i, text in enumerate(documents)}
+    items = []
+    for article in articles:
+        article_documents = dict.fromkeys(at[paragraph["context"]] for paragraph in article)
+        for paragraph in article:
+            own = at[paragraph["context"]]
+            related = tuple(i for i in article_documents if i != own)
+            for qa in paragraph["qas"]:
+                if not qa["is_impossible"]:
+                    texts = tuple(dict.fromkeys(answer["text"] for answer in qa["answers"]))
+                    items.append(Item(qa["question"], texts, (own,), related))
+    return items, documents
+
+
+def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
+    """Questions in file order and all paragraphs (`title` line, then text), sorted; a question owns its ten."""
+    texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in data]
+    documents = sorted({text for row in texts for text in row})
+    at = {text: i for i, text in enumerate(documents)}
+    items = [
+        Item(row["question"], (row["answer"],), tuple(dict.fromkeys(at[text] for text in own)))
+        for row, own in zip(data, texts, strict=True)
+    ]
+    return items, documents
+
+
+def provenance(options: TaskOptions, source: Source) -> dict[str, Any]:
+    """File name and checksum of the data."""
+    path = find_file(options, source)
+    return {"data": source.what, "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -1,0 +1,186 @@
+"""Metrics of the evaluation tasks: pure functions of a prediction and a reference, all in [0, 1].
+
+Sources: LongBench's metrics.py (github.com/THUDM/LongBench@2e00731), RULER's scripts/eval/synthetic/constants.py
+(github.com/NVIDIA/RULER@c3f5e3b), needle-in-a-haystack as in github.com/Zefan-Cai/KVCache-Factory@c97f9d7.
+Written from what these compute; the differences that can change a number are named at the function.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from tasks.base import TaskError
+
+ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+PUNCTUATION = frozenset(string.punctuation)
+CHINESE_PUNCTUATION = PUNCTUATION | frozenset(
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
+CONTROL = re.compile(r"[\x00-\x1f]")
+NUMBER = re.compile(r"\d+")
+NOT_CODE = ("`", "#", "//")
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of the tokens in common, after SQuAD's normalisation (Rajpurkar et al. 2016): case, punctuation and articles.
+
+    LongBench `qa_f1_score`.
+    """
+    return _f1(_squad_tokens(prediction), _squad_tokens(reference))
+
+
+def token_f1_zh(prediction: str, reference: str) -> float:
+    """F1 of the jieba words in common, without case, punctuation and blanks. LongBench `qa_f1_zh_score`."""
+    return _f1(_chinese_tokens(prediction), _chinese_tokens(reference))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L f of the `rouge` package, 0 where it refuses (nothing but full stops). LongBench `rouge_score`.
+
+    The package backtracks by recursion, one frame a word, and the official script scores 0 when the stack runs out.
+    Here the stack is made large enough, so that a score cannot depend on how deep the caller stands.
+    """
+    from rouge import Rouge
+
+    frames = len(prediction.split()) + len(reference.split()) + 100
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + frames)
+    try:
+        scores = Rouge(metrics=["rouge-l"]).get_scores([prediction], [reference], avg=True)
+    except ValueError:
+        return 0.0
+    finally:
+        sys.setrecursionlimit(limit)
+    return float(scores["rouge-l"]["f"])
+
+
+def rouge_l_zh(prediction: str, reference: str) -> float:
+    """ROUGE-L f over jieba words. LongBench `rouge_zh_score`."""
+    return rouge_l(" ".join(_jieba_cut(prediction)), " ".join(_jieba_cut(reference)))
+
+
+def classification(prediction: str, reference: str, classes: Sequence[str]) -> float:
+    """1 / (class names that the prediction holds) when the reference is one of them, else 0.
+
+    Names that are part of the reference's own name are not counted. LongBench `classification_score`, which skips every
+    second of such names when two follow each other; no class of trec or lsht is part of another, so this never shows.
+    """
+    found = [name for name in classes if name in prediction and (name == reference or name not in reference)]
+    return 1.0 / len(found) if reference in found else 0.0
+
+
+def count(prediction: str, reference: str) -> float:
+    """Share of the numbers in the prediction that equal the reference; 0 without a number. LongBench `count_score`."""
+    numbers = NUMBER.findall(prediction)
+    return numbers.count(reference) / len(numbers) if numbers else 0.0
+
+
+def retrieval(prediction: str, reference: str) -> float:
+    """`count` against the number in a reference such as `Paragraph 7`. LongBench `retrieval_score`.
+
+    Raises:
+        TaskError: the reference names no paragraph.
+    """
+    return count(prediction, _paragraph(reference, "Paragraph "))
+
+
+def retrieval_zh(prediction: str, reference: str) -> float:
+    """`count` against the number in a reference such as `段落7`. LongBench `retrieval_zh_score`.
+
+    Raises:
+        TaskError: the reference names no paragraph.
+    """
+    return count(prediction, _paragraph(reference, "段落"))
+
+
+def code_similarity(prediction: str, reference: str) -> float:
+    """Similarity of the first line that is code, in whole percent: 2 * common characters in order / both lengths.
+
+    Lines with a backtick, `#` or `//` are passed over. LongBench `code_sim_score`: `fuzz.ratio` of fuzzywuzzy, as it is
+    with python-Levenshtein installed (KVCache-Factory requires it). Without that package fuzzywuzzy falls back on
+    difflib, which finds fewer characters in common and scores lower.
+    """
+    from rapidfuzz import fuzz
+
+    lines = prediction.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in NOT_CODE)), "")
+    return round(fuzz.ratio(line, reference)) / 100
+
+
+def string_match_all(prediction: str, references: Sequence[str]) -> float:
+    """Share of the references that the prediction holds, in any case. RULER `string_match_all`."""
+    found = _found(prediction, references)
+    return sum(found) / len(found)
+
+
+def string_match_part(prediction: str, references: Sequence[str]) -> float:
+    """1 when the prediction holds any of the references, in any case. RULER `string_match_part`."""
+    return float(any(_found(prediction, references)))
+
+
+def keyword_recall(prediction: str, needle: str) -> float:
+    """Share of the needle's distinct words in the prediction, split at blanks, in lower case; punctuation counts.
+
+    The heat map of KVCache-Factory's scripts_needle/visualize.py.
+    """
+    keywords = set(needle.lower().split())
+    if not keywords:
+        raise TaskError("the needle has no words to look for")
+    return len(keywords & set(prediction.lower().split())) / len(keywords)
+
+
+def rouge_1(prediction: str, reference: str) -> float:
+    """ROUGE-1 F of the `rouge_score` package, stemmed. KVCache-Factory's run_needle_in_haystack.py stores ten times this."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    score = RougeScorer(["rouge1"], use_stemmer=True).score(reference, prediction)
+    return float(score["rouge1"].fmeasure)
+
+
+def first_line(prediction: str) -> str:
+    """The first line that is not empty: all that LongBench's eval.py scores of a few-shot answer."""
+    return prediction.lstrip("\n").split("\n")[0]
+
+
+def _squad_tokens(text: str) -> list[str]:
+    bare = "".join(char for char in text.lower() if char not in PUNCTUATION)
+    return ARTICLES.sub(" ", bare).split()
+
+
+def _chinese_tokens(text: str) -> list[str]:
+    bare = (
+        "".join(char for char in word.lower() if char not in CHINESE_PUNCTUATION and not char.isspace())
+        for word in _jieba_cut(text)
+    )
+    return [word for word in bare if word]
+
+
+def _jieba_cut(text: str) -> list[str]:
+    import jieba
+
+    jieba.setLogLevel(logging.WARNING)
+    return list(jieba.cut(text, cut_all=False))
+
+
+def _f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
+    common = (Counter(prediction) & Counter(reference)).total()
+    return 2 * common / (len(prediction) + len(reference)) if common else 0.0
+
+
+def _paragraph(reference: str, label: str) -> str:
+    match = re.search(rf"{label}(\d+)", reference)
+    if match is None:
+        raise TaskError(f"reference {reference!r} names no paragraph; expected {label!r} and a number")
+    return match.group(1)
+
+
+def _found(prediction: str, references: Sequence[str]) -> list[bool]:
+    if not references:
+        raise TaskError("nothing to look for: the sample has no references")
+    text = CONTROL.sub("\n", prediction.strip()).strip().lower()
+    return [reference.lower() in text for reference in references]

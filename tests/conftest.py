@@ -1,0 +1,61 @@
+"""Fixtures of the whole suite. Tests run offline, on CPU unless marked `gpu`, with two threads and fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+from harness.fetch import asset_folder
+from harness.models import LoadedModel, load_model
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LoadedModel:
+    """The tiny random Llama in float32 on CPU. Shared: leave it as it is."""
+    return load_model("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The packaged real model in float32 on CPU; skips when it was never fetched."""
+    if not asset_folder("smollm2-135m").is_dir():
+        pytest.skip("smollm2-135m is not in the cache; run `harness fetch smollm2-135m`")
+    return load_model("smollm2-135m", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real rows of LongBench, RULER's sources and prose; skips without it."""
+    folder = Path(os.environ.get("KVH_TEST_DATA", DATA))
+    if not folder.is_dir():
+        pytest.skip("no test data; set KVH_TEST_DATA to its folder")
+    return folder
