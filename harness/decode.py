@@ -17,7 +17,7 @@ from harness.attach import AttachedModel
 from harness.cache import EvictingLayer, RowsLayer
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
-CPU_TOKENS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch, so a cell alone equals it in a crowd
+CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Session._chunks`
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ class Session:
             result.kv_bytes_end = sum(cache.nbytes(row) for cache in self.caches)
 
     def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:
-        limit = LOGITS_AT_ONCE // self.model.vocab
-        if self.model.device.type == "cpu":
-            limit = min(limit, CPU_TOKENS_AT_ONCE)
-        size = 1 if self.single_step else max(1, limit // self.rows)
+        """Tokens cut into forwards. On a CPU every token goes alone, so that a cell computes the same in any company:
+        wider products pick another kernel, which rounds differently."""
+        alone = self.single_step or self.model.device.type == "cpu"
+        size = 1 if alone else max(1, LOGITS_AT_ONCE // (self.rows * self.model.vocab))
         return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
     def _forward(self, ids: Tensor, *, keep: int) -> Tensor:

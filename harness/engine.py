@@ -17,13 +17,13 @@ from torch import Tensor
 
 from harness.attach import AttachedModel
 from harness.cache import EvictingLayer, EvictingRow, PrefillLayer, RowsLayer, with_room, without
-from harness.decode import CPU_TOKENS_AT_ONCE, Limits, Session
+from harness.decode import CPU_ROWS_AT_ONCE, Limits, Session
 from harness.errors import HarnessError
 from harness.records import Status
 from harness.spec import FirstToken, QueryMode
 from methods.base import KV, Budget, KVPolicy, LayerView, Needs, PolicyError, PromptView
 
-ROWS_AT_ONCE = CPU_TOKENS_AT_ONCE  # rows of one decode batch
+ROWS_AT_ONCE = CPU_ROWS_AT_ONCE  # rows of one decode batch
 
 
 @dataclass(frozen=True)

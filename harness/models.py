@@ -72,7 +72,7 @@ def resolve_model(name: str) -> ModelSource:
     if name in PACKAGED:
         return ModelSource(name, "packaged")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return ModelSource(name, "folder", path)
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, "gguf", path)
@@ -102,7 +102,7 @@ def load_model(
     """
     source, place = resolve_model(name), resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    with _quiet(), _one_line(name):
+    with _quiet(), _one_line(source):
         if source.kind == "tiny":
             model, tokenizer, revision = _tiny(kind)
         else:
@@ -263,7 +263,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(source: ModelSource) -> Iterator[None]:
     """What a loader raises, as one line. Hub, file and architecture troubles all arrive as these types."""
     try:
         yield
@@ -271,13 +271,13 @@ def _one_line(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
-        line = line if len(line) <= 300 else f"{line[:300]}..."
-        raise HarnessError(f"model {name!r} cannot be loaded: {line}{_remedy(name, line)}") from error
+        why = line if len(line) <= 300 else f"{line[:300]}..."
+        raise HarnessError(f"model {source.name!r} cannot be loaded: {why}; {_remedy(source, line)}") from error
 
 
-def _remedy(name: str, line: str) -> str:
+def _remedy(source: ModelSource, line: str) -> str:
     if "trust_remote_code" in line:
-        return "; read that code first, then pass --trust-remote-code"
-    if name in PACKAGED:
-        return f"; delete {cache_dir() / 'converted'} and run again"
-    return "; check the name, the files and the network"
+        return "read that code first, then pass --trust-remote-code"
+    if source.kind == "packaged":
+        return f"delete {cache_dir() / 'converted'} and run again"
+    return "check the name and the network" if source.kind == "hub" else "check the files and the options"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from harness.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
@@ -62,13 +62,13 @@ class Record(Frozen):
     prediction: str = ""
     token_ids: tuple[int, ...] = ()
     """Generated token ids, end-of-text excluded."""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Task metrics in [0, 1]; `score` is the primary one."""
-    nll: float | None = None
+    nll: FiniteFloat | None = None
     """Mean negative log-likelihood of the reference answer in nats per token, teacher-forced on the compressed cache."""
     nll_tokens: int = 0
     """Reference tokens that `nll` is the mean of."""
-    nll_first: float | None = None
+    nll_first: FiniteFloat | None = None
     """The first reference token's part, which is uncompressed when first_token is `prefill`."""
     meta: dict[str, Any] = Field(default_factory=dict)
     """The sample's own fields: length, depth, dataset."""

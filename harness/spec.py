@@ -23,6 +23,33 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Sweep(Frozen):
+    """What a person asked for, by command line or TOML file; names are checked before a model loads.
+
+    lengths: context lengths in tokens for generated tasks. limit: samples per task, or per task and length.
+    max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the tasks' own.
+    nll_tokens: reference tokens that are scored at most. set: parameters of methods, `method.parameter` to value.
+    """
+
+    model: str = "smollm2-135m"
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    budgets: tuple[str, ...] = ("128", "256", "512")
+    lengths: tuple[int, ...] = (1024,)
+    limit: int | None = None
+    seed: int = 42
+    max_tokens: int | None = None
+    max_new_tokens: int | None = None
+    first_token: FirstToken = "compressed"
+    query: QueryMode = "aware"
+    nll_tokens: int = 64
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    data_dir: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
 class MethodSpec(Frozen):
     """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved."""
 

@@ -1,7 +1,6 @@
 """From records to one table per comparable setting: the one place where scores are averaged and intervals computed.
 
-Axes. Records that differ in model, dtype, query mode, first_token, seed, or in any setting of their runs that decides
-numbers (model revision, token limits, a task's protocol) never share a table: each combination is its own.
+Only records with equal axes share a table (`leaderboards.axes`).
 
 Averages. A score is 0-100. A task's score is the mean over its samples; a cell's score is the unweighted mean of its
 task means, as LongBench averages. NLL (nats per token) is averaged in the same way over the samples that have one.
@@ -34,6 +33,7 @@ import pandas as pd
 
 from harness.errors import HarnessError
 from harness.records import Record, RunManifest
+from leaderboards.axes import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 
 Array = npt.NDArray[np.float64]
 Cell = tuple[str, str]
@@ -44,20 +44,6 @@ RESAMPLES = 2000
 SEED = 0
 MIN_PAIRS = 6
 FEW = 10
-FULL = "full"
-STATUSES = ("ok", "skipped", "failed", "oom")
-
-
-@dataclass(frozen=True, order=True)
-class Axes:
-    """What all records of a table share. settings: run settings that differ between the runs given, else empty."""
-
-    model: str
-    dtype: str
-    query: str
-    first_token: str
-    seed: int
-    settings: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,10 +58,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Note:
-    """A footnote: what (a note of the method, or a status), where, how often, and the first error."""
+    """A footnote: what (a note of the method, or a status), where, in how many records, and the first error."""
 
     method: str
-    budget: str
+    budgets: tuple[str, ...]
     what: str
     count: int
     error: str = ""
@@ -101,7 +87,8 @@ class Table:
 class Bootstrap:
     """Stratified percentile bootstrap over the samples of one table.
 
-    Draws depend on the seed, the task and its number of samples alone, so cells with the same samples see the same ones.
+    Draws depend on the seed, the task and its number of samples alone, so cells with the same samples
+    see the same ones.
     """
 
     def __init__(self, tasks: Sequence[str], *, seed: int = SEED, resamples: int = RESAMPLES) -> None:
@@ -184,81 +171,29 @@ def aggregate(
 
     Raises HarnessError when there is no record, an ok record has no score, or one sample id stands for two prompts.
     """
-    settings = _settings(manifests)
-    groups: dict[Axes, list[Record]] = defaultdict(list)
-    for r in records:
-        axes = Axes(r.model, r.dtype, r.query, r.first_token, r.seed, settings.get(r.run_id, ""))
-        groups[axes].append(r)
+    groups = split_by_axes(records, manifests=manifests)
     if not groups:
         raise HarnessError("no records to make a board of; run a benchmark first")
-    return [_table(a, groups[a], baselines=baselines, seed=seed, resamples=resamples) for a in sorted(groups)]
-
-
-def budget_order(budget: str) -> tuple[int, float, str]:
-    """Sort key: without a budget first, then tokens, then fractions."""
-    try:
-        return (2 if "." in budget else 1, float(budget), budget)
-    except ValueError:
-        return (0 if budget == FULL else 3, 0.0, budget)
-
-
-def _settings(manifests: Sequence[RunManifest]) -> dict[str, str]:
-    """Run id to the number-deciding settings in which the runs differ; a setting all runs agree on is no axis."""
-    runs: dict[str, dict[str, str]] = {}
-    for m in manifests:
-        fixed = {name: str(getattr(m.spec, name)) for name in ("max_tokens", "max_new_tokens", "nll_tokens")}
-        protocols = {f"{task.name} protocol": task.protocol for task in m.spec.tasks}
-        runs[m.run_id] = {"model revision": m.spec.model.revision, **fixed, **protocols}
-    seen: dict[str, set[str]] = defaultdict(set)
-    for values in runs.values():
-        for name, value in values.items():
-            seen[name].add(value)
-    differ = sorted(name for name, values in seen.items() if len(values) > 1)
-    return {run: ", ".join(f"{name} {v[name]}" for name in differ if name in v) for run, v in runs.items()}
+    return [_table(a, group, baselines=baselines, seed=seed, resamples=resamples) for a, group in groups.items()]
 
 
 def _table(axes: Axes, records: list[Record], *, baselines: Sequence[str], seed: int, resamples: int) -> Table:
-    chosen, duplicates = _one_per_key(records)
-    _check_prompts(chosen)
+    chosen, duplicates = one_per_key(records)
     cells: dict[Cell, dict[tuple[str, str], Record]] = defaultdict(dict)
     for r in chosen:
         cells[r.method, r.budget][r.task, r.sample_id] = r
     samples = sorted({(r.task, r.sample_id) for r in chosen})
-    grid = _Grid(samples, cells, Bootstrap([task for task, _ in samples], seed=seed, resamples=resamples))
+    grid = _Grid(samples, dict(cells), Bootstrap([task for task, _ in samples], seed=seed, resamples=resamples))
     used = {wanted: _baseline(wanted, cells) for wanted in baselines}
     marks = _marks(grid)
-    rows = pd.DataFrame([{**asdict(axes), **_row(grid, cell, used), "mark": marks.get(cell, "")} for cell in cells])
-    keys = {cell: (budget_order(cell[1]), _descending(grid.estimate(cell, "score").mean), cell[0]) for cell in cells}
-    order = sorted(range(len(rows)), key=lambda i: keys[rows.method[i], rows.budget[i]])
-    rows = rows.iloc[order].reset_index(drop=True)
+    order = sorted(
+        cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(grid.estimate(c, "score").mean, nan=-1), c[0])
+    )
+    rows = pd.DataFrame([{**asdict(axes), **_row(grid, c, used), "mark": marks.get(c, "")} for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
-    tasks = pd.DataFrame([row for i in order for row in _task_rows(grid, list(cells)[i])])
+    tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
     return Table(axes, rows, tasks, runs, len(samples), used, _notes(chosen), duplicates)
-
-
-def _one_per_key(records: Iterable[Record]) -> tuple[list[Record], int]:
-    """One record per key, sorted: ok before other statuses, then the smallest run id. And how many keys had several."""
-    by_key: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for r in records:
-        by_key[r.key].append(r)
-    chosen = [
-        min(by_key[key], key=lambda r: (STATUSES.index(r.status), r.run_id, r.model_dump_json())) for key in sorted(by_key)
-    ]
-    return chosen, sum(len(several) > 1 for several in by_key.values())
-
-
-def _check_prompts(records: Iterable[Record]) -> None:
-    prompts: dict[tuple[str, str], Record] = {}
-    for r in records:
-        if not r.prompt_sha256:
-            continue
-        first = prompts.setdefault((r.task, r.sample_id), r)
-        if first.prompt_sha256 != r.prompt_sha256:
-            raise HarnessError(
-                f"{r.task} sample {r.sample_id} is not the same prompt in runs {first.run_id} and {r.run_id} "
-                "(other data or another truncation); make one board for each"
-            )
 
 
 def _baseline(wanted: str, cells: Iterable[Cell]) -> str | None:
@@ -267,3 +202,98 @@ def _baseline(wanted: str, cells: Iterable[Cell]) -> str | None:
     if wanted in labels or not labels:
         return wanted if labels else None
     return labels.pop() if len(labels) == 1 else None
+
+
+def _row(grid: _Grid, cell: Cell, baselines: dict[str, str | None]) -> dict[str, Any]:
+    """Columns: `score_points` (0-100) and `nll_nats` (per token), each with `_mean _low _high _n` and the same behind
+    `_vs_<baseline>`; mean bytes; counts by status; and flags in words.
+    """
+    row: dict[str, Any] = {"budget": cell[1], "method": cell[0]}
+    for name, what in (("score_points", "score"), ("nll_nats", "nll")):
+        row |= _columns(name, grid.estimate(cell, what))
+        for wanted, label in baselines.items():
+            candidates = [(label, budget) for budget in (cell[1], FULL) if label is not None and label != cell[0]]
+            base = next((c for c in candidates if c in grid.cells), None)
+            paired = grid.estimate(cell, what, minus=base) if base else Estimate(math.nan, math.nan, math.nan, 0)
+            row |= _columns(f"{name}_vs_{wanted}", paired)
+    counts = grid.counts(cell)
+    sizes = {what: np.nansum(grid.values(cell, what)) for what in ("kv_bytes", "asked_bytes", "full_bytes")}
+    row |= {f"{what}_mean": size / counts["ok"] if counts["ok"] else math.nan for what, size in sizes.items()}
+    full = sizes["full_bytes"]
+    row |= {
+        "kv_percent_of_full": 100 * sizes["kv_bytes"] / full if full else math.nan,
+        **{f"n_{status}": counts[status] for status in STATUSES},
+        "n_over_budget": _over_budget(grid, cell),
+        "n_expected": len(grid.expected(cell[1])),
+    }
+    present = {"incomplete": not grid.complete(cell), **{s: counts[s] for s in STATUSES[1:]}}
+    present |= {"over_budget": row["n_over_budget"], "few": _few(grid, cell)}
+    return {**row, "flags": " ".join(name for name, here in present.items() if here)}
+
+
+def _columns(name: str, estimate: Estimate) -> dict[str, float]:
+    return {f"{name}_{part}": value for part, value in asdict(estimate).items()}
+
+
+def _over_budget(grid: _Grid, cell: Cell) -> int:
+    return sum(r.over_budget for r in grid.cells[cell].values() if r.status == "ok")
+
+
+def _few(grid: _Grid, cell: Cell) -> bool:
+    per_task = Counter(task for (task, _), record in grid.cells[cell].items() if record.status == "ok")
+    return any(n < FEW for n in per_task.values())
+
+
+def _marks(grid: _Grid) -> dict[Cell, str]:
+    """`*` or `=` for the cells that have one; the rule is in the module's header."""
+    marks: dict[Cell, str] = {}
+    for budget in {budget for _, budget in grid.cells} - {FULL}:
+        rivals = [c for c in grid.cells if c[1] == budget and grid.counts(c)["ok"] and not _over_budget(grid, c)]
+        fair = [c for c in rivals if grid.complete(c)]
+        if len(rivals) < 2 or not fair:
+            continue
+        best = max(fair, key=lambda c: (grid.estimate(c, "score").mean, c[0]))
+        others = [c for c in rivals if c != best]
+        tied = [c for c in others if not grid.estimate(best, "score", minus=c).low > 0]
+        marks.update(dict.fromkeys([best, *tied], "=" if tied else "*"))
+    return marks
+
+
+def _task_rows(grid: _Grid, cell: Cell) -> list[dict[str, Any]]:
+    expected = Counter(task for task, _ in grid.expected(cell[1]))
+    rows = []
+    for task in sorted({task for task, _ in grid.samples}):
+        here = np.array([name == task for name, _ in grid.samples])
+        scores, nll = grid.values(cell, "score")[here], grid.values(cell, "nll")[here]
+        n, n_nll = int((~np.isnan(scores)).sum()), int((~np.isnan(nll)).sum())
+        row = {"budget": cell[1], "method": cell[0], "task": task, "n_ok": n, "n_expected": expected[task]}
+        row["score_points_mean"] = np.nansum(scores) / n if n else math.nan
+        row["nll_nats_mean"] = np.nansum(nll) / n_nll if n_nll else math.nan
+        rows.append(row)
+    return rows
+
+
+def _notes(records: Sequence[Record]) -> tuple[Note, ...]:
+    """One per method and note, and one per method and status that is not ok, with the first error in key order."""
+    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for r in records:
+        states = {r.status if r.status != "ok" else "", "over budget" if r.over_budget else ""}
+        for what in {*r.notes, *states} - {""}:
+            found[r.method, what].append(r)
+    notes = []
+    for (method, what), where in sorted(found.items()):
+        budgets = tuple(sorted({r.budget for r in where}, key=budget_order))
+        error = next((r.error for r in where if r.error), "") if what in STATUSES else ""
+        notes.append(Note(method, budgets, what, len(where), error))
+    return tuple(notes)
+
+
+def _value(record: Record, what: str) -> float:
+    if what != "score":
+        value = getattr(record, what)
+        return math.nan if value is None else float(value)
+    score = record.metrics.get("score")
+    if score is None or not math.isfinite(score):
+        where = f"{record.task} sample {record.sample_id} {record.method} at {record.budget}"
+        raise HarnessError(f"run {record.run_id}: {where} is ok but its score is {score}; run that task again")
+    return 100 * score

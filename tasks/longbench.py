@@ -1,37 +1,32 @@
 """LongBench v1 (Bai et al. 2023, arxiv.org/abs/2308.14508): 21 datasets, and LongBench-E, 13 of them by length.
 
-Protocol of github.com/THUDM/LongBench@2e00731 (pred.py, eval.py, config/): its prompts, generation lengths, truncation in
-the middle, chat wrap and metrics. The prompts are read from the installed lm-eval, corrected where that differs from the
-official ones, and refused unless their checksum is the official one. Differences, each seen in the source named:
-    - tokens are counted and cut without special tokens; pred.py counts the beginning-of-text token as one of its own
-    - max_length, which pred.py reads from a table of models, is derived from the model's context (`longest_prompt`)
-    - the data file is read from a folder or out of the official data.zip, as `datasets` no longer runs its script
+Protocol of github.com/THUDM/LongBench@2e00731 (pred.py, eval.py, config/): its prompts, generation lengths, truncation
+in the middle, chat wrap and metrics. The prompts are read from the installed lm-eval, corrected where it differs from
+the official ones, and refused when their checksum is not the official one. Differences:
+    - tokens are counted and cut without special tokens; pred.py counts the beginning-of-text token as one of them
+    - max_length, which pred.py reads from a table of models, follows from the model's context (`longest_prompt`)
+    - a prediction ends before samsum's newline; pred.py decodes the newline and drops it when scoring
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import yaml
 
 from tasks import scoring
 from tasks.base import Sample, Task, TaskError, TaskOptions, Tokenizer, draw, task
+from tasks.longbench_data import DataFile, from_folder, from_hub
 
 LM_EVAL = "0.4.13"  # the release whose templates the checksums were taken from
-HUB_REPO = "THUDM/LongBench"  # shown as zai-org/LongBench today
-HUB_REVISION = "main"  # resolved to a commit when fetched, and recorded
-FIELDS = {"input": str, "context": str, "answers": list, "length": int, "dataset": str, "language": str}
 
 METRICS: Mapping[str, Callable[[str, str], float]] = {
     "f1": scoring.token_f1,
@@ -104,16 +99,6 @@ DATASETS = (
 )
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """The checked rows of one dataset file. source: where it came from; revision: hub commit, or None for a folder."""
-
-    rows: list[dict[str, Any]]
-    sha256: str
-    source: str
-    revision: str | None
-
-
 class LongBench(Task):
     """One dataset of LongBench (`longbench/<name>`), or of LongBench-E (`longbench_e/<name>`)."""
 
@@ -159,7 +144,7 @@ class LongBench(Task):
         context, question, truncated = cut_middle(
             head + row["context"], tail.replace("{input}", row["input"]), options=options, dataset=data
         )
-        meta = {"dataset": data.name, "category": data.category, "language": data.language}
+        meta: dict[str, Any] = {"dataset": data.name, "category": data.category, "language": data.language}
         meta |= {"length": row["length"], "truncated": truncated}
         if self.by_length:
             meta["length_bin"] = "0-4k" if row["length"] < 4000 else "4-8k" if row["length"] < 8000 else "8k+"
@@ -178,31 +163,25 @@ class LongBench(Task):
         )
 
     def _load(self, options: TaskOptions) -> DataFile:
+        with_classes = self.dataset.metric == "classification"
         if options.data_dir is None:
-            return from_hub(self.file, self.dataset)
-        folders = (options.data_dir, options.data_dir / "longbench")
-        path = next((folder / self.file for folder in folders if (folder / self.file).is_file()), None)
-        if path is None:
-            raise TaskError(f"{self.name}: no {self.file} in {folders[0]} or {folders[1]}; put the official file there")
-        blob = path.read_bytes()
-        return DataFile(parse_rows(blob, path.name, self.dataset), hashlib.sha256(blob).hexdigest(), "data_dir", None)
+            return from_hub(self.file, with_classes=with_classes)
+        return from_folder(options.data_dir, self.file, with_classes=with_classes)
 
 
 def longest_prompt(options: TaskOptions, dataset: Dataset) -> tuple[int, int]:
     """(max_length, room): tokens above which a prompt is cut, and tokens that a prompt may have at all.
 
-    max_length is at most the model's context less 500, as in the official config/model2maxlen.json (3500 of 4096, 7500 of
-    8192, 31500 of 32768), and at most the room. Room is what generation and the chat template leave; a prompt without a
-    template leaves one token for beginning-of-text.
+    max_length is the model's context less 500, about what the official config/model2maxlen.json says (3500 of 4096,
+    15500 of 16384, 31500 of 32768), and never more than the room. Room is what generation and the chat template leave;
+    a prompt without a template leaves one token for beginning-of-text.
     """
     wrap = max(1, options.tokenizer.template_tokens if dataset.chat else 0)
     room = options.max_tokens - dataset.max_new_tokens - wrap
     return min(options.max_tokens - 500, room), room
 
 
-def cut_middle(
-    context: str, question: str, *, options: TaskOptions, dataset: Dataset
-) -> tuple[str, str, bool]:
+def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Dataset) -> tuple[str, str, bool]:
     """(context, question, whether it was cut): the first and last half of max_length tokens, as pred.py does.
 
     The border is found again as the longest common end with the question, unless the context survived whole. A cut text
@@ -258,7 +237,7 @@ def official_template(dataset: Dataset) -> str:
         raise TaskError(f"LongBench's prompts are read from lm-eval, which is not installed; {remedy}")
     path = Path(next(iter(spec.submodule_search_locations)), "tasks", "longbench", f"{dataset.name}.yaml")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), TolerantLoader)  # noqa: S506
+        content = TolerantLoader(path.read_text(encoding="utf-8")).get_single_data()
         text = str(content["doc_to_text"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise TaskError(f"lm-eval {version('lm_eval')} has no prompt of longbench/{dataset.name}; {remedy}") from None
@@ -274,47 +253,7 @@ def official_template(dataset: Dataset) -> str:
     return text
 
 
-def from_hub(file: str, dataset: Dataset) -> DataFile:
-    """One file of the official data.zip, fetched from the hub once and read through `datasets`."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        archive = Path(hf_hub_download(HUB_REPO, "data.zip", repo_type="dataset", revision=HUB_REVISION))
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise TaskError(
-            f"LongBench's data.zip cannot be fetched from {HUB_REPO} ({reason}); name a folder with {file} as data_dir"
-        ) from None
-    return from_archive(archive, file, dataset, revision=archive.parent.name)  # snapshots/<commit>/data.zip
-
-
-def from_archive(archive: Path, file: str, dataset: Dataset, *, revision: str) -> DataFile:
-    """One file of data.zip, which holds `data/<name>.jsonl` and `data/<name>_e.jsonl`.
-
-    Raises:
-        TaskError: the archive or its file is damaged or missing.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        with ZipFile(archive) as opened, TemporaryDirectory() as folder:
-            path = Path(opened.extract(f"data/{file}", folder))
-            loaded = load_dataset("json", data_files=str(path), split="train", cache_dir=folder, keep_in_memory=True)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            rows = [dict(row) for row in loaded]
-    except (BadZipFile, KeyError, DatasetsError) as error:
-        raise TaskError(f"{archive.name} cannot be read for {file}: {error}; remove it and fetch again") from None
-    return DataFile(check_rows(rows, file, dataset), digest, f"{HUB_REPO} data.zip", revision)
-
-
-def parse_rows(blob: bytes, file: str, dataset: Dataset) -> list[dict[str, Any]]:
-    """The checked rows of a JSON-lines file. Raises TaskError with the line number when a line is damaged."""
-    rows = []
-    for number, line in enumerate(blob.split(b"\n"), start=1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except ValueError as error:
-            raise TaskError(f"{file} line {number} is not JSON ({error}); the file is damaged") from None
-    return check_rows(rows, file, dataset)
+for _dataset in DATASETS:
+    task(LongBench(_dataset))
+    if _dataset.samples_e is not None:
+        task(LongBench(_dataset, by_length=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import threading
 from pathlib import Path
 from zipfile import ZipFile
@@ -62,7 +63,7 @@ def test_fetch_takes_the_members_and_works_offline_after(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("pip ran again")
 
-    monkeypatch.setattr(harness.fetch.subprocess, "Popen", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     assert fetch("toy") == folder
     assert capfd.readouterr().err == ""
 
@@ -75,7 +76,9 @@ def test_a_path_in_the_archive_is_not_followed(shop: Path) -> None:
 
 
 def test_nothing_to_download(shop: Path) -> None:
-    with pytest.raises(HarnessError, match=r"^pip could not download kvh-toy-asset==1\.0 .*No matching.*harness fetch toy"):
+    with pytest.raises(
+        HarnessError, match=r"^pip could not download kvh-toy-asset==1\.0 .*No matching.*harness fetch toy"
+    ):
         fetch("toy")
     assert not asset_folder("toy").exists()
 

@@ -77,7 +77,8 @@ def test_what_was_stored_is_what_is_loaded(tmp_path: Path) -> None:
     assert find_runs(tmp_path) == [store.folder] == find_runs(store.folder)
     loaded, records = load_run(store.folder)
     assert records == written
-    assert loaded.model_dump_json() == store.manifest.model_dump_json() and loaded.status == "finished"
+    assert loaded.model_dump_json() == store.manifest.model_dump_json()
+    assert loaded.status == "finished"
     assert json.loads(records_file(tmp_path).read_text().splitlines()[0])["prediction"] == written[0].prediction
 
 
@@ -106,7 +107,8 @@ def test_resume_runs_failed_and_oom_again_and_the_later_line_wins(tmp_path: Path
         assert {key[1] for key in store.done} == {"ok", "skipped", "failed"}
     records = load_run(store.folder)[1]
     assert [r.sample_id for r in records] == ["ok", "skipped", "failed", "oom"]
-    assert records[2].status == "ok" and records[2].prediction == "second"
+    assert records[2].status == "ok"
+    assert records[2].prediction == "second"
     assert len(records_file(tmp_path).read_text().splitlines()) == 5
 
 
@@ -129,7 +131,8 @@ def test_unfinished_last_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, 
         assert path.read_bytes() == first + second[:keep]  # a reader changes nothing
         caplog.clear()
         with RunStore.open(tmp_path, manifest()) as store:
-            assert "cut off" in caplog.messages[0] and len(caplog.messages) == 1
+            assert "cut off" in caplog.messages[0]
+            assert len(caplog.messages) == 1
             assert {key[1] for key in store.done} == {"0"}
             store.append([record("1")])
     assert path.read_bytes() == first + second
@@ -180,7 +183,8 @@ def test_damaged_line_is_named_and_nothing_is_changed(
     for action in (lambda: load_run(store.folder), lambda: RunStore.open(tmp_path, manifest())):
         with pytest.raises(HarnessError) as error:
             action()
-        assert f"{path}:2" in str(error.value) and says in str(error.value)
+        assert f"{path}:2" in str(error.value)
+        assert says in str(error.value)
         assert "\n" not in str(error.value)
     assert {p.name: p.read_bytes() for p in store.folder.iterdir()} == before
 
@@ -234,7 +238,8 @@ def test_second_writer_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path), manifest().model_dump_json()]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "open\n"
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
         with pytest.raises(HarnessError, match=f"process {other.pid}"):
             RunStore.open(tmp_path, manifest())
         other.kill()
@@ -290,7 +295,9 @@ def test_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monkey
         assert records_file(tmp_path).read_bytes() == before
         assert {key[1] for key in store.done} == {"0", "1"}
     message = str(error.value)
-    assert "2 records are intact" in message and "repeat the command" in message and "\n" not in message
+    assert "2 records are intact" in message
+    assert "repeat the command" in message
+    assert "\n" not in message
     assert ("disk full" in message) == (number != errno.EIO)
 
 
@@ -331,7 +338,8 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("disk full") and "2 records are intact" in done.stdout
+    assert done.stdout.startswith("disk full")
+    assert "2 records are intact" in done.stdout
     assert [r.sample_id for r in iterate_records(store.folder)] == ["0", "1"]
     assert records_file(tmp_path).read_bytes().endswith(b"\n")
 
@@ -368,7 +376,8 @@ def test_replacing_a_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(HarnessError, match="disk full"):
         write_text(path, "new")
     monkeypatch.undo()
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_import_is_cheap() -> None:

@@ -1,5 +1,7 @@
-"""RULER's 13 synthetic tasks, `ruler/niah_single_1` to `ruler/qa_2`. Source: https://arxiv.org/abs/2404.06654 and
-NVIDIA/RULER@c3f5e3b (scripts/synthetic.yaml). A RULER score is the plain mean of the 13.
+"""RULER's 13 synthetic tasks, `ruler/niah_single_1` to `ruler/qa_2`.
+
+Source: https://arxiv.org/abs/2404.06654 and NVIDIA/RULER@c3f5e3b (scripts/synthetic.yaml). A RULER score is the plain
+mean of the 13.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from tasks.base import TaskOptions, task
 from tasks.essays import read_essays
 from tasks.ruler import qa
 from tasks.ruler.cwe import CommonWords
+from tasks.ruler.family import Origin, RulerTask
 from tasks.ruler.fit import Generator
 from tasks.ruler.fwe import CodedWords
 from tasks.ruler.niah import ROWS, NeedleGenerator, Needles
-from tasks.ruler.task import Origin, RulerTask
 from tasks.ruler.vt import ChainGenerator
 from tasks.scoring import string_match_all, string_match_part
 
@@ -33,7 +35,11 @@ def _documents(source: qa.Source) -> Callable[[TaskOptions], Generator]:
 
 
 def _register() -> None:
-    distinct = ("keys and values of one prompt are distinct", "the order of several needles is drawn per sample")
+    distinct = (
+        "keys and values of one prompt are distinct",
+        "the order of several needles is drawn per sample",
+        "below 4096 tokens a needle may also come after the last line of a noise or needle haystack",
+    )
     for name, row in ROWS.items():
         origin = Origin(deviations=distinct, facts=_essay_facts if row.haystack == "essay" else None)
         task(RulerTask(name, _needles(row), metric=string_match_all, any_of=False, origin=origin))

@@ -1,8 +1,8 @@
 """RULER's common words extraction: the ten words that a numbered list repeats most, after one worked example.
 
-Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/common_words_extraction.py and constants.py. Differences: NVIDIA changes
-to a file of English words when more words are needed than wonderwords holds; here adjective-noun pairs top the list up
-(`meta` counts them). The order of the list is drawn per sample, where NVIDIA's fixed seed repeats it.
+Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/common_words_extraction.py and constants.py. Differences: NVIDIA
+changes to a file of English words when more words are needed than wonderwords holds; here adjective-noun pairs top
+the list up (`meta` counts them). The order of the list is drawn per sample, where NVIDIA's fixed seed repeats it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A length includes the prompt, the answer prefix, the tokens to generate and what the chat template adds. Source:
 NVIDIA/RULER@c3f5e3b, which searches once per length with a drawn sample and shrinks single samples that exceed it.
-Differences: a sample shrinks by its own overshoot and not by a fixed 5 to 500 units, so it ends close to the length, and
-a length that fits nothing raises instead of looping.
+Differences: a sample shrinks by its own overshoot and not by a fixed 5 to 500 units, so it ends close to the length,
+and a length that fits nothing raises instead of looping.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """RULER's frequent words extraction: the three most frequent words of a coded text with zeta-distributed counts.
 
-Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/freq_words_extraction.py and constants.py. The most frequent rank is
-written as dots and not asked for. Difference: the order of the text is drawn per sample (NVIDIA repeats one fixed seed).
+Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/freq_words_extraction.py and constants.py. The most frequent rank
+is written as dots and not asked for. Difference: the order of the text is drawn per sample (NVIDIA repeats one fixed
+seed).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 from tasks.ruler.corpus import letters
@@ -70,4 +72,4 @@ def counts(units: int, size: int) -> list[int]:
 
 
 def _told_apart(ranked: list[int]) -> bool:
-    return all(a > b for a, b in zip(ranked, ranked[1 : ASKED + 2], strict=False))
+    return all(a > b for a, b in pairwise(ranked[: ASKED + 2]))

@@ -1,7 +1,8 @@
 """RULER's eight needle tasks. Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/niah.py and constants.py.
 
-Differences: keys, and values, of one prompt are distinct (NVIDIA draws with replacement), and the order of several needles
-is drawn per sample (NVIDIA shuffles with one fixed seed, so it is the same in all samples).
+Differences: keys, and values, of one prompt are distinct (NVIDIA draws with replacement); the order of several
+needles is drawn per sample (NVIDIA shuffles with one fixed seed, so it is the same in all samples); below 4096
+tokens, where a haystack may be a single line, a needle may also come after the last line.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from random import Random
 
 from tasks.essays import Essays
 from tasks.ruler.corpus import DRAWS, NOISE, distinct
-from tasks.ruler.fit import Generator, Prompt
+from tasks.ruler.fit import SMALL, Generator, Prompt
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 TEMPLATE = (
@@ -69,7 +70,7 @@ class NeedleGenerator(Generator):
         needles = [self._needle(key, value) for key in keys for value in owned[key]]
         asked = draw.sample(keys, row.q)
         draw.shuffle(needles)
-        haystack = self._hide(needles, keys, units, draw)
+        haystack = self._hide(needles, self._lines(units, keys, draw), length=length, draw=draw)
         wanted = [self._needle(key, value) for key in asked for value in owned[key]]
         meta: dict[str, object] = {"needles": wanted}
         if len(wanted) == 1:
@@ -86,14 +87,21 @@ class NeedleGenerator(Generator):
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
         return _Wording(kind=self.row.values, query=query, singular=self.row.q * self.row.v == 1)
 
-    def _hide(self, needles: list[str], keys: list[str], units: int, draw: Random) -> str:
-        if self.row.haystack == "essay":
-            return self._hide_in_essays(needles, units, draw)
-        lines = [NOISE] * units if self.row.haystack == "noise" else self._distractors(units, set(keys), draw)
-        places = sorted(draw.sample(range(units), len(needles)), reverse=True)
-        for place, needle in zip(places, needles, strict=True):
-            lines.insert(place, needle)
-        return "\n".join(lines)
+    def _lines(self, units: int, keys: list[str], draw: Random) -> list[str]:
+        """The haystack without needles: essay sentences of `units` words, or `units` lines."""
+        if self.essays is not None:
+            return self.essays.head(units)
+        return [NOISE] * units if self.row.haystack == "noise" else self._distractors(units, set(keys), draw)
+
+    def _hide(self, needles: list[str], lines: list[str], *, length: int, draw: Random) -> str:
+        if self.essays is not None:
+            places = sorted(int(len(lines) * (depth / 100)) for depth in draw.sample(DEPTHS, len(needles)))
+        else:
+            places = sorted(draw.sample(range(len(lines) + (length < SMALL)), len(needles)))
+        parts: list[str] = []
+        for start, end, needle in zip([0, *places], places, needles, strict=False):
+            parts += [*lines[start:end], needle]
+        return (" " if self.essays is not None else "\n").join([*parts, *lines[places[-1] :]])
 
     def _distractors(self, count: int, taken: set[str], draw: Random) -> list[str]:
         lines: list[str] = []
@@ -103,16 +111,6 @@ class NeedleGenerator(Generator):
                 taken.add(key)
                 lines.append(self._needle(key, DRAWS[self.row.values](draw)))
         return lines
-
-    def _hide_in_essays(self, needles: list[str], words: int, draw: Random) -> str:
-        if self.essays is None:
-            raise ValueError("an essay haystack needs essays")
-        sentences = self.essays.head(words)
-        cuts = sorted(int(len(sentences) * (depth / 100)) for depth in draw.sample(DEPTHS, len(needles)))
-        parts: list[str] = []
-        for start, end, needle in zip([0, *cuts], cuts, needles, strict=False):
-            parts += [*sentences[start:end], needle]
-        return " ".join([*parts, *sentences[cuts[-1] :]])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """RULER's question answering: SQuAD and HotpotQA questions, their paragraphs hidden among others.
 
-Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/qa.py and constants.py. Data: SQuAD 2.0 dev (answerable questions) and
-HotpotQA dev distractor v1, as files in the data folder. Differences: the documents' order is drawn per sample (NVIDIA's
-fixed seed puts the answer at one place in all of them), and a question whose own documents exceed the length is passed over
-(NVIDIA's loop does not end there).
+Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/qa.py and constants.py. Data: SQuAD 2.0 dev (answerable
+questions) and HotpotQA dev distractor v1, as files in the data folder. Differences: the documents' order is drawn per
+sample (NVIDIA's fixed seed puts the answer at one place in all of them), and a question whose own documents exceed
+the length is passed over (NVIDIA's loop does not end there).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import Any
 from tasks.base import TaskError, TaskOptions
 from tasks.ruler.fit import Generator, Prompt
 
-ORDER = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+ORDER = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+)
 TEMPLATE = ORDER + "The following are given documents.\n\n{context}\n\n"
 QUESTION = ORDER + "Question: {query}"
 ANSWER_PREFIX = " Answer:"

@@ -1,14 +1,15 @@
 """RULER's variable tracking: one chain of five assignments in noise, after one worked example.
 
-Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/variable_tracking.py and constants.py. NVIDIA's example has up to 500
-tokens and needs at least five noise lines. Differences: below 4096 tokens the example has at most a quarter of the length;
-a haystack of fewer than five noise lines is split into its sentences, so that 512 tokens work; the example's places are
-drawn per sample.
+Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/variable_tracking.py and constants.py. NVIDIA's example has up to
+500 tokens and needs at least five noise lines. Differences: below 4096 tokens the example has at most a quarter of
+the length; a haystack of fewer than five noise lines is split into its sentences, so that 512 tokens work; the
+example's places are drawn per sample.
 """
 
 from __future__ import annotations
 
 import string
+from itertools import pairwise
 from random import Random
 
 from tasks.base import Tokenizer
@@ -67,7 +68,7 @@ class ChainGenerator(Generator):
 def _prompt(lines: int, *, value: str, size: int, draw: Random) -> Prompt:
     """A chain of variables of `size` letters in `lines` noise lines, without an example."""
     names = letters(HOPS + 1, alphabet=string.ascii_uppercase, size=size, draw=draw)
-    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in zip(names, names[1:], strict=False))]
+    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
     haystack = [NOISE] * lines
     if lines < len(chain):
         haystack = [f"{sentence}." for line in haystack for sentence in line.rstrip(".").split(". ")]

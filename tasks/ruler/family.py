@@ -53,7 +53,7 @@ class RulerTask(Task):
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """`limit` samples a length, 500 by default; ids `{length}/{i}`, a smaller limit draws a prefix.
 
-        Raises TaskError, before the first sample, when data is missing or a length is too small or exceeds `max_tokens`.
+        Raises TaskError, before the first sample, when data is missing or a length is too small or over `max_tokens`.
         """
         generator = self._open(options)
         plan = {length: self._units(generator, length, options) for length in dict.fromkeys(options.lengths)}
@@ -90,18 +90,14 @@ class RulerTask(Task):
         available = room(length, generator.generation, options.tokenizer)
 
         def build(size: int) -> Prompt:
-            return generator.build(
-                size, length=length, index=index, draw=rng(options.seed, self.name, length, index)
-            )
+            return generator.build(size, length=length, index=index, draw=rng(options.seed, self.name, length, index))
 
         def spare(prompt: Prompt) -> int:
             return available - tokens(prompt, options.tokenizer)
 
         return shrink(build, spare, units=units, least=generator.least(length, index))
 
-    def _sample(
-        self, prompt: Prompt, generator: Generator, name: str, *, length: int, options: TaskOptions
-    ) -> Sample:
+    def _sample(self, prompt: Prompt, generator: Generator, name: str, *, length: int, options: TaskOptions) -> Sample:
         size = tokens(prompt, options.tokenizer) + options.tokenizer.template_tokens
         return Sample(
             id=name,
@@ -119,19 +115,19 @@ class RulerTask(Task):
         Raises TaskError when the length exceeds `max_tokens` or is too small, with the smallest one that works.
         """
         if length > options.max_tokens:
-            raise TaskError(f"{self.name}: length {length} exceeds the {options.max_tokens} tokens of the run; lower it")
+            raise TaskError(
+                f"{self.name}: length {length} exceeds the {options.max_tokens} tokens of the run; lower it"
+            )
         index = self._first_fitting(generator, length, options)
         if index is None:
             later = range(length - length % STEP + STEP, LARGEST_LENGTH + 1, STEP)
-            works = (size for size in later if self._first_fitting(generator, size, options) is not None)
-            raise TaskError(f"{self.name}: {length} tokens are too few; the smallest length that works is {next(works)}")
+            works = next((size for size in later if self._first_fitting(generator, size, options) is not None), "none")
+            raise TaskError(f"{self.name}: {length} tokens are too few; the smallest length that works is {works}")
         available = room(length, generator.generation, options.tokenizer)
 
         def spare(units: int) -> int:
             draw = rng(options.seed, self.name, length, "fit")
-            return available - tokens(
-                generator.build(units, length=length, index=index, draw=draw), options.tokenizer
-            )
+            return available - tokens(generator.build(units, length=length, index=index, draw=draw), options.tokenizer)
 
         return generator.search(spare, length=length, least=generator.least(length, index))
 

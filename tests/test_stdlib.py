@@ -1,0 +1,196 @@
+"""Generated tasks: they fit, repeat, score themselves, and never show their answer."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks import stdlib
+from tasks.base import Sample, TaskError, TaskOptions, find_tasks
+from tasks.stdlib import NextLine, PassageRetrieval
+
+TASKS = (NextLine(), PassageRetrieval())
+every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
+
+
+class Words:
+    """A tokenizer whose tokens are words, blanks and marks; it round-trips."""
+
+    template_tokens = 9
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.known.setdefault(word, len(self.known)) for word in re.findall(r"\w+|\s+|[^\w\s]", text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        words = list(self.known)
+        return "".join(words[i] for i in ids)
+
+
+def options(**changes: Any) -> TaskOptions:
+    return replace(TaskOptions(tokenizer=Words(), max_tokens=100_000, lengths=(600, 1500), limit=4), **changes)
+
+
+def tokens(sample: Sample, opts: TaskOptions) -> int:
+    prompt = sample.context + sample.question + sample.answer_prefix
+    wrap = opts.tokenizer.template_tokens if sample.chat else 1
+    return len(opts.tokenizer.encode(prompt)) + sample.max_new_tokens + wrap
+
+
+@every_task
+def test_registered_and_not_called_longbench(task: stdlib.Generated) -> None:
+    (found,) = find_tasks([task.name])
+    assert type(found) is type(task)
+    assert task.protocol == "stdlib"
+
+
+@every_task
+def test_samples_fit_their_length_closely(task: stdlib.Generated) -> None:
+    opts = options()
+    samples = list(task.samples(opts))
+    assert [s.id for s in samples] == [f"{length}/{i}" for length in (600, 1500) for i in range(4)]
+    for sample in samples:
+        length = sample.meta["length"]
+        # what is left is less than the shortest paragraph or one line of code, which may be followed by blank ones
+        assert length - 60 <= tokens(sample, opts) <= length
+
+
+@every_task
+def test_references_score_1_and_nothing_scores_0(task: stdlib.Generated) -> None:
+    for sample in task.samples(options()):
+        assert task.score(sample, sample.answers[0])["score"] == 1.0
+        assert task.score(sample, task.reference(sample) or "")["score"] == 1.0
+        assert task.score(sample, "")["score"] == 0.0
+
+
+@every_task
+def test_same_seed_same_samples_and_a_limit_is_a_prefix(task: stdlib.Generated) -> None:
+    first = list(task.samples(options()))
+    assert first == list(task.samples(options()))
+    assert [s for s in first if s.id in ("600/0", "600/1")] == list(task.samples(options(lengths=(600,), limit=2)))
+    other = list(task.samples(options(seed=7)))
+    assert all(one.context != two.context for one, two in zip(first, other, strict=True))
+
+
+@every_task
+def test_the_official_number_is_fifty_a_length(task: stdlib.Generated) -> None:
+    samples = list(task.samples(options(lengths=(400,), limit=None)))
+    assert len(samples) == stdlib.SAMPLES == 50
+    assert len({(s.context, s.question) for s in samples}) > 45
+
+
+@every_task
+def test_lengths_that_cannot_be_filled_are_refused(task: stdlib.Generated) -> None:
+    with pytest.raises(TaskError, match=r"length 5000 is above the 4096 tokens"):
+        next(task.samples(options(max_tokens=4096, lengths=(5000,))))
+    with pytest.raises(TaskError, match=r"nothing fits a length of 50 tokens; ask for a longer one"):
+        next(task.samples(options(lengths=(50,))))
+    with pytest.raises(TaskError, match=r"ask for a shorter length"):
+        next(task.samples(options(lengths=(10**8,), max_tokens=10**9)))
+
+
+@every_task
+def test_provenance_names_the_interpreter_and_what_was_read(task: stdlib.Generated) -> None:
+    said = task.provenance(options())
+    assert said["python"] == f"{platform.python_implementation()} {platform.python_version()}"
+    assert said["sha256"] == hashlib.sha256("\0".join(task.corpus()).encode(errors="surrogatepass")).hexdigest()
+
+
+def test_next_line_is_the_line_after_the_window_and_not_in_it() -> None:
+    for sample in NextLine().samples(options(limit=8)):
+        path = next(path for path in stdlib.source_files() if path.name == sample.meta["file"])
+        lines = path.read_text(encoding="utf-8").split("\n")
+        at = sample.meta["line"] - 1
+        (answer,) = sample.answers
+        assert answer == lines[at].rstrip()
+        assert sample.context.endswith("\n".join(lines[at - 10 : at]))
+        assert answer.strip() not in sample.context + sample.question
+        assert len(answer.strip()) >= 12
+        assert not sample.chat
+
+
+def test_a_window_may_reach_into_other_files_but_starts_at_a_line() -> None:
+    path = stdlib.source_files()[0]
+    draws = stdlib.rng(1, "window")
+    window = stdlib.widest_window(["x = 1", "y = 2"], path, draws=draws, fits=lambda text: text.count("\n") < 30)
+    assert window is not None
+    assert window.endswith(f"\n# {path.name}\nx = 1\ny = 2")
+    assert window.count("\n") == 29
+
+
+def test_predictable_lines_leave_out_comments_and_texts(tmp_path: Path) -> None:
+    filler = "\n".join(f"first_{i} = {i}" for i in range(40))
+    code = [
+        "# a comment that is long enough",
+        "def function(argument):",
+        '    """One line of documentation."""',
+        "    value = compute(argument)",
+        '    text = """several lines of',
+        "    a text that is not code",
+        '    end"""',
+        "    return 1",
+        "    link = 'http://example.com'",
+        "    return value + text",
+    ]
+    path = tmp_path / "made.py"
+    path.write_text(f"{filler}\n" + "\n".join(code) + "\n")
+    chosen = [path.read_text().split("\n")[i].strip() for i in stdlib.predictable_lines(path)]
+    assert chosen == ["def function(argument):", "value = compute(argument)", "return value + text"]
+
+
+def test_sources_parse_and_hold_no_build_data() -> None:
+    files = stdlib.source_files()
+    assert {"argparse.py", "json"} & {path.name for path in files} == {"argparse.py"}
+    assert [path.name for path in files] == sorted(path.name for path in files)
+    assert not [path for path in files if path.name.startswith("_sysconfigdata") or path.name == "sitecustomize.py"]
+    ast.parse(stdlib.source(files[-1]))
+
+
+def test_a_sentence_is_in_its_own_paragraph_alone() -> None:
+    for sample in PassageRetrieval().samples(options(limit=8)):
+        sentence = sample.question.split("\n")[3]
+        blocks = sample.context.split("\n\n")[1:]
+        holding = [block for block in blocks if sentence in block]
+        assert len(blocks) == sample.meta["paragraphs"] == len(set(blocks))
+        assert len(holding) == 1
+        assert holding[0].startswith(f"{sample.answers[0]}: ")
+        assert len(holding[0]) > len(sentence) + 20
+        assert [block.split(":")[0] for block in blocks] == [f"Paragraph {i + 1}" for i in range(len(blocks))]
+
+
+def test_the_paragraph_asked_for_is_anywhere() -> None:
+    places = {
+        s.meta["paragraph"] / s.meta["paragraphs"]
+        for s in PassageRetrieval().samples(options(lengths=(1500,), limit=30))
+    }
+    assert min(places) < 0.3
+    assert max(places) > 0.7
+
+
+@settings(max_examples=80)
+@given(st.lists(st.integers(1, 40), max_size=20), st.integers(0, 200))
+def test_fill_never_overruns_and_leaves_nothing_that_fits(sizes: list[int], room: int) -> None:
+    others = [f"{i}:" + "x" * size for i, size in enumerate(sizes)]
+
+    def left(chosen: Sequence[str]) -> int:
+        return room - sum(len(text) for text in chosen)
+
+    def cost(text: str) -> int:
+        return 0 if text.startswith("\n\n") else len(text)
+
+    chosen = stdlib.fill("", others, left=left, cost=cost)
+    assert chosen[0] == ""
+    assert left(chosen) >= 0
+    assert all(len(text) > left(chosen) for text in others if text not in chosen)
