@@ -32,8 +32,8 @@ from tasks.base import Sample, Task, TaskError, TaskOptions, Tokenizer, rng, tas
 SAMPLES = 50  # of each length, when no limit is given
 ATTEMPTS = 100  # draws for one sample before its length is given up
 
-CODE_INTRO = "The Python code below stops early. Write the line that comes next.\n\n"
-CODE_QUESTION = "\n\nThe next line of code is:\n"
+CODE_INTRO = "Please continue the following Python code with its next line.\n\n"
+CODE_TAIL = 4  # lines that end the prompt as its question
 MIN_LINE = 12  # characters of a line to predict, its indentation apart
 MIN_BEFORE = 40  # lines of its own file before it
 MIN_WINDOW = 10  # lines of context at least
@@ -111,14 +111,15 @@ class NextLine(Generated):
         answer = lines[at].rstrip()
 
         def fits(window: str) -> bool:
-            return len(tokenizer.encode(CODE_INTRO + window + CODE_QUESTION)) <= room
+            return len(tokenizer.encode(f"{CODE_INTRO}{window}\n")) <= room
 
         window = widest_window(lines[:at], path, draws=draws, fits=fits)
         if window is None or answer.strip() in window or len(tokenizer.encode(answer)) > self.max_new_tokens:
             return None
+        tail = "\n".join(["", *lines[at - CODE_TAIL : at]])
         return {
-            "context": CODE_INTRO + window,
-            "question": CODE_QUESTION,
+            "context": CODE_INTRO + window.removesuffix(tail),
+            "question": f"{tail}\n",
             "answers": (answer,),
             "meta": {"length": length, "file": path.name, "line": at + 1},
         }
@@ -192,7 +193,7 @@ def source(path: Path) -> str:
 
 @cache
 def predictable_lines(path: Path) -> tuple[int, ...]:
-    """Indices of lines worth predicting: code of `MIN_LINE` characters, no comment, in no text of several lines.
+    """Indices of lines worth predicting: code of `MIN_LINE` characters, no comment, no text, in none of several lines.
 
     A line with a mark that the metric passes over (`#`, a backtick, `//`) could not score 1 and is left out.
     """
@@ -201,14 +202,14 @@ def predictable_lines(path: Path) -> tuple[int, ...]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Constant, ast.JoinedStr)) and node.end_lineno and node.end_lineno > node.lineno:
             inside.update(range(node.lineno - 1, node.end_lineno))
-    marks = (*scoring.NOT_CODE, '"""', "'''")
     return tuple(
         index
         for index, line in enumerate(text.split("\n"))
         if index >= MIN_BEFORE
         and index not in inside
         and len(line.strip()) >= MIN_LINE
-        and not any(mark in line for mark in marks)
+        and not line.lstrip().startswith(('"', "'"))
+        and not any(mark in line for mark in scoring.NOT_CODE)
     )
 
 
@@ -287,7 +288,8 @@ def fill(
     chosen, rest, before = [first], list(others), 0
     label = cost("\n\nParagraph 999: ")
     while len(chosen) > before:
-        before, space, passed = len(chosen), left(chosen), []
+        before, space = len(chosen), left(chosen)
+        passed: list[str] = []
         for text in rest:
             need = label + cost(text)
             (chosen if need <= space else passed).append(text)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import stdlib
-from tasks.base import Sample, TaskError, TaskOptions, find_tasks
+from tasks.base import Sample, TaskError, TaskOptions, find_tasks, rng
 from tasks.stdlib import NextLine, PassageRetrieval
 
 TASKS = (NextLine(), PassageRetrieval())
@@ -115,7 +115,8 @@ def test_next_line_is_the_line_after_the_window_and_not_in_it() -> None:
         at = sample.meta["line"] - 1
         (answer,) = sample.answers
         assert answer == lines[at].rstrip()
-        assert sample.context.endswith("\n".join(lines[at - 10 : at]))
+        assert (sample.context + sample.question).endswith("\n" + "\n".join(lines[at - 9 : at]) + "\n")
+        assert sample.question.count("\n") == stdlib.CODE_TAIL + 1
         assert answer.strip() not in sample.context + sample.question
         assert len(answer.strip()) >= 12
         assert not sample.chat
@@ -123,7 +124,7 @@ def test_next_line_is_the_line_after_the_window_and_not_in_it() -> None:
 
 def test_a_window_may_reach_into_other_files_but_starts_at_a_line() -> None:
     path = stdlib.source_files()[0]
-    draws = stdlib.rng(1, "window")
+    draws = rng(1, "window")
     window = stdlib.widest_window(["x = 1", "y = 2"], path, draws=draws, fits=lambda text: text.count("\n") < 30)
     assert window is not None
     assert window.endswith(f"\n# {path.name}\nx = 1\ny = 2")
@@ -142,6 +143,7 @@ def test_predictable_lines_leave_out_comments_and_texts(tmp_path: Path) -> None:
         '    end"""',
         "    return 1",
         "    link = 'http://example.com'",
+        "    'a text standing alone'",
         "    return value + text",
     ]
     path = tmp_path / "made.py"
