@@ -1,8 +1,9 @@
 """The seam to transformers, and the only file that touches its internals.
 
-A registered attention function hands every layer to a `LayerCache`, which the cache object ties to the key tensor it
-returns; the cache reports tokens *seen*, so positions and RoPE stay true after eviction. Queries arrive after RoPE, with
-no code per model. Works on transformers 5.2 and later for models whose attention goes through `AttentionInterface`.
+A registered attention function hands every layer to a `LayerCache`, which the cache object ties to the tensors it
+returns; the cache reports tokens *seen*, so positions and RoPE stay true after eviction. Queries arrive after RoPE,
+with no code per model. Works on transformers 5.2 and later for models whose attention goes through
+`AttentionInterface`; others are refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from harness.cache import LayerCache
 from harness.errors import HarnessError
 
 ATTENTION = "kv_policy"
+ADVICE = "use a model of full and sliding-window attention layers"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gemma3"}
 
 
@@ -33,9 +36,9 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    cache: LayerCache | None = getattr(key, "layer_cache", None)
-    if cache is None:
-        raise HarnessError(f"{type(module).__name__} does not pass its cache on to attention; this model is unsupported")
+    cache, of_value = (getattr(states, "layer_cache", None) for states in (key, value))
+    if not isinstance(cache, LayerCache) or of_value is not cache:
+        raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")
@@ -53,7 +56,7 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, cache: LayerCache, seen: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.seen = cache, seen
         self.is_initialized = True
 
@@ -62,7 +65,8 @@ class _Layer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.seen += key_states.shape[2]
         self.cache.append(key_states, value_states)
-        key_states.layer_cache = self.cache  # type: ignore[attr-defined]
+        for states in (key_states, value_states):
+            states.layer_cache = self.cache  # type: ignore[attr-defined]
         return key_states, value_states
 
     def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
@@ -77,10 +81,23 @@ class _Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name up to transformers 5.2
 
 
+class _Probe(LayerCache):
+    """Answers a single token, which sees itself alone, and notes that it was asked."""
+
+    asked = False
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self.values = values
+
+    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
+        self.asked = True
+        return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
+
+
 class AttachedModel:
     """A causal language model whose attention runs through `LayerCache` objects.
 
-    Raises HarnessError when the model's attention cannot be replaced.
+    Raises HarnessError when the model's attention cannot be replaced, which one token sent through it shows.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -92,6 +109,10 @@ class AttachedModel:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
         self.layers = int(self.config.num_hidden_layers)
         self.vocab = int(self.config.vocab_size)
+        other = set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES
+        if other:
+            raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
+        self._probe()
 
     @property
     def device(self) -> torch.device:
@@ -109,9 +130,7 @@ class AttachedModel:
         cache = Cache(layers=[_Layer(layer, position) for layer in caches])
         at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         with torch.inference_mode():
-            out = self.model(
-                input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep
-            )
+            out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         logits: Tensor = out.logits
         return logits
 
@@ -122,18 +141,30 @@ class AttachedModel:
         """
         if self.config.model_type not in HALF_ROTATION:
             raise HarnessError(f"re-assigning positions is not checked for model type {self.config.model_type!r}")
-        rope = self._rope()
-        cos, sin = rope(keys, torch.tensor([[by]], device=keys.device))
-        scale = float(getattr(rope, "attention_scaling", 1.0))
-        cos, sin = cos[0, 0].float() / scale, sin[0, 0].float() / scale  # [rotated dimensions]
-        width = cos.shape[-1]
+        angle = by * self._frequencies().to(keys.device, torch.float32).repeat(2)  # [rotated dimensions]
+        cos, sin, width = angle.cos(), angle.sin(), angle.shape[0]
         turned, rest = keys[..., :width].float(), keys[..., width:]
         first, second = turned.chunk(2, dim=-1)
         out = turned * cos + torch.cat([-second, first], dim=-1) * sin
         return torch.cat([out.to(keys.dtype), rest], dim=-1)
 
-    def _rope(self) -> Any:
+    def _frequencies(self) -> Tensor:
+        """Radians a position of each rotated pair, as the last forward used them; Gemma 3 has a set per layer type."""
         for module in self.model.modules():
-            if type(module).__name__.endswith("RotaryEmbedding"):
-                return module
+            for name in ("full_attention_inv_freq", "inv_freq"):
+                found = getattr(module, name, None)
+                if isinstance(found, Tensor):
+                    return found
         raise HarnessError(f"{type(self.model).__name__} has no rotary embedding; positions cannot be re-assigned")
+
+    def _probe(self) -> None:
+        name, probes = type(self.model).__name__, [_Probe() for _ in range(self.layers)]
+        try:
+            self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device), probes, position=0)
+        except HarnessError:
+            raise
+        except Exception as error:  # what a model that knows other caches trips over is its own affair
+            why = " ".join(str(error).split())
+            raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
+        if not all(probe.asked for probe in probes):
+            raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -179,7 +179,8 @@ class EvictingLayer(LayerCache):
             kv = row.kv
             free = kv.positions.argmin(dim=-1, keepdim=True)  # [1, H, 1], an empty slot
             if bool((kv.positions.gather(2, free) >= 0).any()):
-                raise PolicyError(f"{type(row.policy).__name__} left no slot for the next token; after_step must free one")
+                name = type(row.policy).__name__
+                raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
             wide = free.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
             kv.keys.scatter_(2, wide, keys[i : i + 1])
             kv.values.scatter_(2, wide, values[i : i + 1])
@@ -227,14 +228,14 @@ class EvictingLayer(LayerCache):
 
 
 def without(kv: KV, position: int) -> KV:
-    """The same KV with the slots of one token given up; columns that become empty for every head are cut off."""
+    """The same KV with the slots of one token given up; a last column that is empty for every head is cut off."""
     drop = kv.positions == position
     if not bool(drop.any()):
         return kv
     last = kv.positions.shape[2] - 1
-    if bool(drop[..., last].all()) and not kv.extra:
+    if type(kv) is KV and bool(drop[..., last].all()) and not kv.extra:
         return KV(kv.keys[:, :, :last], kv.values[:, :, :last], kv.positions[:, :, :last])
-    return KV(kv.keys, kv.values, kv.positions.masked_fill(drop, -1), dict(kv.extra))
+    return replace(kv, positions=kv.positions.masked_fill(drop, -1))
 
 
 def with_room(kv: KV, slots: int) -> KV:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_parser(commands.add_parser("run", help="run methods x budgets on tasks, then print the board"))
     board = commands.add_parser("board", help="board of stored runs, from their records alone")
     board.add_argument("runs", nargs="*", type=Path, default=[RESULTS], help="run folders, or a folder of them")
-    board.add_argument("--out", type=Path, help="write NAME.md and NAME.csv here (default: beside the records)")
+    board.add_argument("--out", type=Path, help="write NAME.md, NAME.csv and NAME.svg here (default: beside the records)")
     board.add_argument("--name", default="board", help="file name of the board")
     board.set_defaults(action=_board)
     listing = commands.add_parser("list", help="what can be named on the command line")
@@ -97,7 +97,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _names(text))
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers; write 1024,2048") from None
 
 
 def _sweep(args: argparse.Namespace) -> Sweep:
@@ -105,7 +108,8 @@ def _sweep(args: argparse.Namespace) -> Sweep:
     options: dict[str, Any] = {} if args.config is None else _read_config(args.config)
     typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
     if args.set:
-        typed["set"] = {**options.get("set", {}), **dict(map(_assignment, args.set))}
+        given = options.get("set", {})
+        typed["set"] = {**given, **dict(map(_assignment, args.set))} if isinstance(given, dict) else given
     options.update(typed)
     for name, example in (("methods", "compilerkv,snapkv"), ("tasks", "niah,stdlib")):
         if not options.get(name):
@@ -114,7 +118,8 @@ def _sweep(args: argparse.Namespace) -> Sweep:
         sweep = Sweep.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise HarnessError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+        where = ".".join(map(str, first["loc"]))
+        raise HarnessError(f"option {where}: {first['msg']}, got {first['input']!r}") from None
     smallest = {"limit": sweep.limit, "max_tokens": sweep.max_tokens, "max_new_tokens": sweep.max_new_tokens}
     smallest |= {"lengths": min(sweep.lengths, default=0), "threads": args.threads}
     for name, value in smallest.items():
@@ -172,6 +177,7 @@ def _show(folders: Sequence[Path], *, out: Path, name: str) -> int:
     """Print and write the board of some runs; 1 when a cell failed."""
     from harness.store import load_run
     from leaderboards.aggregate import aggregate
+    from leaderboards.picture import write_picture
     from leaderboards.render import to_terminal, write_board
 
     runs = [load_run(folder) for folder in folders]
@@ -179,12 +185,14 @@ def _show(folders: Sequence[Path], *, out: Path, name: str) -> int:
     records = [record for _, stored in runs for record in stored]
     if not records:
         raise HarnessError(f"no records in {', '.join(map(str, folders))}; run a benchmark first")
-    print(to_terminal(aggregate(records, manifests=manifests), manifests=manifests))
-    for path in write_board(records, out, name, manifests=manifests):
+    tables = aggregate(records, manifests=manifests)
+    print(to_terminal(tables, manifests=manifests))
+    for path in [*write_board(records, out, name, manifests=manifests), write_picture(tables, out, name)]:
         print(f"wrote {path}", file=sys.stderr)
     failed = sum(record.status == "failed" for record in records)
     if failed:
-        print(f"harness: {failed} of {len(records)} cells failed; repeat the command to try them again", file=sys.stderr)
+        advice = "repeat the command to try them again"
+        print(f"harness: {failed} of {len(records)} cells failed; {advice}", file=sys.stderr)
     return 1 if failed else 0
 
 

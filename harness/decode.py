@@ -36,7 +36,8 @@ class Limits:
             return True
         if not self.stop or self.text is None or len(tokens) <= self.min_new_tokens:
             return False
-        tail = self.text(tokens[-8:])
+        longest = max(len(stop.encode()) for stop in self.stop)  # a token is a byte at least
+        tail = self.text(tokens[-longest - 8 :])
         return any(stop in tail for stop in self.stop)
 
 
@@ -52,7 +53,7 @@ class Generated:
 class Session:
     """R rows at the same position of the same prompt. caches: one layer cache per model layer."""
 
-    def __init__(self, model: AttachedModel, caches: Sequence[RowsLayer] | Sequence[EvictingLayer], rows: int) -> None:
+    def __init__(self, model: AttachedModel, caches: Sequence[RowsLayer | EvictingLayer], rows: int) -> None:
         self.model, self.caches, self.rows = model, caches, rows
 
     @property
@@ -121,8 +122,11 @@ class Session:
             result.kv_bytes_end = sum(cache.nbytes(row) for cache in self.caches)
 
     def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:
-        """Tokens cut into forwards. On a CPU every token goes alone, so that a cell computes the same in any company:
-        wider products pick another kernel, which rounds differently."""
+        """Tokens cut into forwards.
+
+        On a CPU every token goes alone, so that a cell computes the same in any company: wider products pick another
+        kernel, which rounds differently.
+        """
         alone = self.single_step or self.model.device.type == "cpu"
         size = 1 if alone else max(1, LOGITS_AT_ONCE // (self.rows * self.model.vocab))
         return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]

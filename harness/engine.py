@@ -8,7 +8,7 @@ the last token's query still votes, then drop the last token's own slot and feed
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -24,6 +24,13 @@ from harness.spec import FirstToken, QueryMode
 from methods.base import KV, Budget, KVPolicy, LayerView, Needs, PolicyError, PromptView
 
 ROWS_AT_ONCE = CPU_ROWS_AT_ONCE  # rows of one decode batch
+
+
+class _SkippedCell(Exception):
+    """A cell that cannot be run as asked on this prompt."""
+
+
+SPEAKING = (str, RuntimeError, PolicyError, HarnessError, _SkippedCell)  # whose text alone says what happened
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class Outcome:
     decode_rows: int = 0
 
     def fail(self, status: Status, error: BaseException | str) -> None:
-        self.status, self.error = status, " ".join(str(error).split())[:500]
+        text = str(error) if isinstance(error, SPEAKING) else f"{type(error).__name__}: {error}"
+        self.status, self.error = status, " ".join(text.split())[:500]
 
 
 @dataclass
@@ -122,21 +130,29 @@ class Engine:
         head, tail = list(prompt.ids[:border]), list(prompt.ids[border:])
         if not head or (self.query == "agnostic" and not tail):
             for outcome in outcomes:
-                outcome.fail("skipped", f"no border between context and question ({border} of {len(prompt.ids)} tokens)")
+                where = f"{border} of {len(prompt.ids)} tokens"
+                outcome.fail("skipped", f"no border between context and question ({where})")
             return outcomes
         needs = reduce(Needs.__or__, (cell.policy.needs for cell in cells), Needs())
-        prefilled: list[Prefilled] = []
-        _guard(outcomes, lambda: prefilled.append(self.prefill(head, needs)))
-        if not prefilled:
+        try:
+            prefilled = self.prefill(head, needs)
+        except (RuntimeError, MemoryError) as error:
+            for outcome in outcomes:
+                outcome.fail(_status(error), error)
             return outcomes
         rows = [_Row(cell, outcome) for cell, outcome in zip(cells, outcomes, strict=True)]
         for row in rows:
-            _guard([row.outcome], lambda row=row: self._compress(row, prefilled[0]))  # type: ignore[misc]
+            try:
+                self._compress(row, prefilled)
+            except _SkippedCell as error:
+                row.outcome.fail("skipped", error)
+            except Exception as error:  # a policy is foreign code: whatever it raises is its own cell's
+                row.outcome.fail(_status(error), error)
         ready = [row for row in rows if row.outcome.status == "ok"]
         for evicting in (False, True):
             batch = [row for row in ready if row.cell.policy.evicts_while_decoding is evicting]
             for i in range(0, len(batch), ROWS_AT_ONCE):
-                self._decode(batch[i : i + ROWS_AT_ONCE], prompt, prefilled[0], tail=tail)
+                self._decode(batch[i : i + ROWS_AT_ONCE], prompt, prefilled, tail=tail)
         return outcomes
 
     def prefill(self, ids: Sequence[int], needs: Needs) -> Prefilled:
@@ -174,6 +190,9 @@ class Engine:
         start = time.perf_counter()
         with torch.inference_mode():
             kept = cell.policy.compress(prefilled.view, budget)
+        if len(kept) != layers:
+            name = type(cell.policy).__name__
+            raise PolicyError(f"{name} left {len(kept)} layers of {layers}; return one KV a layer")
         _synchronize(self.model.device)
         outcome.compress_s = time.perf_counter() - start
         compressed = iter(kept)
@@ -189,13 +208,14 @@ class Engine:
             return
         try:
             self._decode_batch(rows, prompt, prefilled, tail=tail)
-        except (RuntimeError, MemoryError, PolicyError) as error:
+            return
+        except Exception as error:  # `after_step` is foreign code too
             if len(rows) == 1:
                 rows[0].outcome.fail(_status(error), error)
                 return
-            middle = len(rows) // 2
-            self._decode(rows[:middle], prompt, prefilled, tail=tail)
-            self._decode(rows[middle:], prompt, prefilled, tail=tail)
+        middle = len(rows) // 2  # out here the error is gone, and with it the tensors its frames held
+        self._decode(rows[:middle], prompt, prefilled, tail=tail)
+        self._decode(rows[middle:], prompt, prefilled, tail=tail)
 
     def _decode_batch(self, rows: list[_Row], prompt: Prompt, prefilled: Prefilled, *, tail: list[int]) -> None:
         start = time.perf_counter()
@@ -223,7 +243,8 @@ class Engine:
             layers = []
             for i, layer in enumerate(prefilled.layers):
                 sliding = layer.window is not None
-                evicting = [self._evicting(row, kvs[i], room if sliding else 0) for row, kvs in zip(rows, held, strict=True)]
+                extra = room if sliding else 0
+                evicting = [self._evicting(row, kvs[i], extra) for row, kvs in zip(rows, held, strict=True)]
                 layers.append(EvictingLayer(evicting, position, sliding, self.model.rotate))
             return Session(self.model, layers, len(rows))
         grown = [RowsLayer([kvs[i] for kvs in held], position=position, room=room) for i in range(self.model.layers)]
@@ -234,22 +255,6 @@ class Engine:
         budget = row.outcome.budget_tokens or kv.positions.shape[2]
         slots = kv.positions.shape[2] + room if room else max(kv.positions.shape[2], budget) + 1
         return EvictingRow(row.cell.policy, budget, with_room(kv, slots))
-
-
-class _SkippedCell(Exception):
-    """A cell that cannot be run as asked on this prompt."""
-
-
-def _guard(outcomes: Sequence[Outcome], work: Callable[[], object]) -> None:
-    """Run `work`; on an error mark every outcome and go on."""
-    try:
-        work()
-    except _SkippedCell as error:
-        for outcome in outcomes:
-            outcome.fail("skipped", error)
-    except (RuntimeError, MemoryError, PolicyError) as error:
-        for outcome in outcomes:
-            outcome.fail(_status(error), error)
 
 
 def _status(error: BaseException) -> Status:

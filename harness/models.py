@@ -88,12 +88,12 @@ def resolve_model(name: str) -> ModelSource:
 def load_model(
     name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False, attn: str | None = None
 ) -> LoadedModel:
-    """Load a model and its tokenizer.
+    """Load the model that `name` stands for, with its tokenizer.
 
     Args:
         name: see the head of this module.
         dtype: float32, bfloat16, float16, or auto (`resolve_dtype`).
-        device: cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else cpu.
+        device: cpu, cuda, cuda:1, mps, or auto (`resolve_device`).
         trust_remote_code: run the Python code that a hub repository or folder brings.
         attn: attention implementation of transformers, or None for its default.
 
@@ -110,17 +110,13 @@ def load_model(
         if attn is not None:
             model.set_attn_implementation(attn)
         model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
-    spec = ModelSpec(
-        name=name,
-        revision=revision,
-        dtype=str(kind).removeprefix("torch."),
-        device=str(place),
-        trust_remote_code=trust_remote_code,
-    )
+    held = str(kind).removeprefix("torch.")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        spec=spec,
+        spec=ModelSpec(
+            name=name, revision=revision, dtype=held, device=str(place), trust_remote_code=trust_remote_code
+        ),
         context=_context(name, model.config),
         eos_ids=_eos_ids(model, tokenizer),
         template_tokens=template_tokens(tokenizer),
@@ -206,7 +202,9 @@ def _read(where: str, kind: torch.dtype, **options: Any) -> tuple[PreTrainedMode
         what = architectures[0] if architectures else config.model_type
         raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **options), tokenizer
+    bars = io.StringIO() if "gguf_file" in options else sys.stderr  # the GGUF reader draws its own progress bar
+    with contextlib.redirect_stderr(bars):
+        return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **options), tokenizer
 
 
 def _dequantised(name: str) -> Path:
@@ -216,8 +214,7 @@ def _dequantised(name: str) -> Path:
     def fill(scratch: Path) -> None:
         gguf = next(fetch(name).glob("*.gguf"))
         print(f"preparing {name}, once", file=sys.stderr, flush=True)
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader draws its own progress bar
-            model, tokenizer = _read(str(gguf.parent), torch.float32, gguf_file=gguf.name)
+        model, tokenizer = _read(str(gguf.parent), torch.float32, gguf_file=gguf.name)
         config = model.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

@@ -1,13 +1,15 @@
-"""From a sweep to what is run: policies and cells by name, prompts by sample. Everything that can be refused is, here."""
+"""From a sweep to what is run: policies and cells by name, prompts by sample. What can be refused is refused here."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from harness.decode import Limits
 from harness.engine import Cell, Prompt
@@ -16,7 +18,7 @@ from harness.fetch import fetch
 from harness.models import LoadedModel
 from harness.prompt import TaskTokenizer, wrap
 from harness.spec import MethodSpec, QueryMode, RunSpec, Sweep, TaskSpec
-from methods.base import Budget, PolicyError
+from methods.base import Budget, KVPolicy, PolicyError
 from methods.registry import make_policy
 from tasks import load_tasks
 from tasks.base import Sample, Task, TaskError, TaskOptions, find_tasks
@@ -48,7 +50,7 @@ class PlannedSample:
     def prompt(self, tokenizer: TaskTokenizer, loaded: LoadedModel, max_new_tokens: int | None) -> Prompt:
         limits = Limits(
             max_new_tokens=_capped(self.sample.max_new_tokens, max_new_tokens),
-            eos_ids=loaded.eos_ids,
+            eos_ids=loaded.eos_ids | _stop_ids(self.sample.stop, tokenizer),
             min_new_tokens=self.sample.min_new_tokens,
             stop=self.sample.stop,
             text=tokenizer.decode,
@@ -70,6 +72,7 @@ def plan_methods(sweep: Sweep) -> list[tuple[MethodSpec, Any]]:
         changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
         try:
             policy = make_policy(label, changed)
+            _check_types(policy, changed)
         except PolicyError as error:
             raise HarnessError(str(error)) from None
         except (TypeError, ValueError) as error:
@@ -173,6 +176,22 @@ def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
     )
 
 
+def _check_types(policy: KVPolicy, changed: Mapping[str, Any]) -> None:
+    """Raises PolicyError when a changed parameter is not of the type that the policy declares."""
+    hints = get_type_hints(type(policy))
+    for key, value in changed.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise PolicyError(f"{type(policy).__name__}.{key}={value!r}: {error.errors()[0]['msg']}") from None
+
+
+def _stop_ids(stop: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:
+    """Tokens that are a stop string and nothing else; like end-of-text they are barred before `min_new_tokens`."""
+    last = {text: tokenizer.encode(text)[-1:] for text in stop}
+    return frozenset(ids[0] for text, ids in last.items() if ids and tokenizer.decode(ids) == text)
+
+
 def _plan_sample(task: Task, sample: Sample, loaded: LoadedModel, nll_tokens: int) -> PlannedSample:
     ids, context = wrap(loaded.tokenizer, sample)
     reference = task.reference(sample)
@@ -189,12 +208,10 @@ def _check_fits(planned: PlannedSample, max_tokens: int, max_new_tokens: int | N
     tokens, new = len(planned.ids), _capped(planned.sample.max_new_tokens, max_new_tokens)
     if tokens + new > max_tokens:
         raise HarnessError(
-            f"task {planned.task.name} sample {planned.sample.id}: a prompt of {tokens} tokens and {new} generated ones "
-            f"exceed {max_tokens}, the model's context or --max-tokens; lower --lengths"
+            f"task {planned.task.name} sample {planned.sample.id}: a prompt of {tokens} tokens and {new} generated "
+            f"ones exceed {max_tokens}, the model's context or --max-tokens; lower --lengths"
         )
 
 
 def _capped(own: int, cap: int | None) -> int:
     return own if cap is None else min(own, cap)
-
-

@@ -65,7 +65,7 @@ class Record(Frozen):
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Task metrics in [0, 1]; `score` is the primary one."""
     nll: FiniteFloat | None = None
-    """Mean negative log-likelihood of the reference answer in nats per token, teacher-forced on the compressed cache."""
+    """Mean negative log-likelihood of the reference in nats per token, teacher-forced on the compressed cache."""
     nll_tokens: int = 0
     """Reference tokens that `nll` is the mean of."""
     nll_first: FiniteFloat | None = None

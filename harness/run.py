@@ -114,9 +114,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
     methods, tasks = plan_methods(sweep), plan_tasks(sweep)
     cells = plan_cells(methods, sweep.budgets)
     print(f"loading {sweep.model}", file=sys.stderr, flush=True)
-    loaded = load_model(
-        sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=sweep.trust_remote_code
-    )
+    loaded = load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=sweep.trust_remote_code)
     samples, task_specs, max_tokens = plan_samples(sweep, tasks, loaded)
     check_budgets(samples, cells, sweep.query)
     method_specs = tuple(spec for spec, _ in methods)
@@ -133,8 +131,9 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         versions=versions(),
         machine=machine(),
     )
+    runner = Runner(spec, loaded)  # before the folder is made: it refuses models that it cannot run
     with RunStore.open(root, manifest) as store:
-        _run_missing(store, Runner(spec, loaded), samples, cells)
+        _run_missing(store, runner, samples, cells)
         return store.folder
 
 

@@ -205,7 +205,9 @@ def _baseline(wanted: str, cells: Iterable[Cell]) -> str | None:
 
 
 def _row(grid: _Grid, cell: Cell, baselines: dict[str, str | None]) -> dict[str, Any]:
-    """Columns: `score_points` (0-100) and `nll_nats` (per token), each with `_mean _low _high _n` and the same behind
+    """One row of the table.
+
+    Columns: `score_points` (0-100) and `nll_nats` (per token), each with `_mean _low _high _n` and the same behind
     `_vs_<baseline>`; mean bytes; counts by status; and flags in words.
     """
     row: dict[str, Any] = {"budget": cell[1], "method": cell[0]}

@@ -242,7 +242,8 @@ class KVPolicy(ABC):
 class EvictionPolicy(KVPolicy):
     """Keeps the top slots by score; the last `recent` and the first `sinks` tokens are always kept.
 
-    A budget smaller than `recent` keeps the last `budget` tokens; one smaller than `sinks + recent` gives up sinks first.
+    A budget smaller than `recent` keeps the last `budget` tokens; one smaller than `sinks + recent` gives up sinks
+    first.
     """
 
     recent: int = 0

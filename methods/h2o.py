@@ -9,6 +9,7 @@ exists. `kvcf` keeps 8 recent tokens; `kvpress` is ObservedAttention: mean inste
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from methods.base import KV, EvictionPolicy, LayerView, Needs, PolicyError, StepView
 from methods.registry import method
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"evict": True},
     "kvcf": {"recent": 8, "recent_share": 0.0},
     "kvpress": {"recent_share": 0.0, "mean": True},

@@ -1,7 +1,7 @@
 """Random eviction: the floor that every method has to beat.
 
-A control, not a published method. Keeps the last token and a uniform draw of the others, per layer and KV head; a larger
-budget keeps a superset of a smaller one.
+A control, not a published method. Keeps the last token and a uniform draw of the others, per layer and KV head; a
+larger budget keeps a superset of a smaller one.
 """
 
 from dataclasses import dataclass

@@ -35,9 +35,7 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def method(
-    name: str, *, paper: str, presets: Mapping[str, Mapping[str, Any]] | None = None
-) -> Callable[[P], P]:
+def method(name: str, *, paper: str, presets: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[P], P]:
     """Register a frozen dataclass as a method. Raises PolicyError when the name is taken by another class."""
 
     def register(policy: P) -> P:

@@ -96,7 +96,7 @@ class Task(ABC):
         """Metric values in [0, 1] by name; `score` is the primary one and always present."""
 
     def reference(self, sample: Sample) -> str | None:
-        """The text whose negative log-likelihood is measured on the compressed cache, or None where that says nothing."""
+        """The text whose log-likelihood is measured on the compressed cache, or None where that says nothing."""
         return sample.answers[0] if sample.answers else None
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:

@@ -135,7 +135,7 @@ def keyword_recall(prediction: str, needle: str) -> float:
 
 
 def rouge_1(prediction: str, reference: str) -> float:
-    """ROUGE-1 F of the `rouge_score` package, stemmed. KVCache-Factory's run_needle_in_haystack.py stores it times ten."""
+    """ROUGE-1 F of the `rouge_score` package, stemmed. KVCache-Factory stores ten times this."""
     from rouge_score.rouge_scorer import RougeScorer
 
     score = RougeScorer(["rouge1"], use_stemmer=True).score(reference, prediction)

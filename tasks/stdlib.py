@@ -3,9 +3,8 @@
     stdlib/next_line            the line that follows a window of source code (LongBench's lcc is of this kind)
     stdlib/passage_retrieval    the number of the documentation paragraph that a sentence was taken from
 
-Each sample fits its length: prompt, generation and chat template have at most that many tokens, and as nearly that many
-as whole lines and paragraphs allow. The sources differ between Python versions, so results compare within one only; the
-record names the version and the checksum of what was read.
+Prompt, generation and chat template have at most the length in tokens, as nearly as whole lines and paragraphs allow.
+Sources differ between Python versions, so results compare within one; the record names it and the checksum of the text.
 """
 
 from __future__ import annotations
@@ -98,6 +97,10 @@ class NextLine(Generated):
     chat = False
     metric = staticmethod(scoring.code_similarity)
 
+    def reference(self, sample: Sample) -> str | None:
+        """The line after its newline, which is not in the prompt: tokenizers join it with the indentation."""
+        return f"\n{sample.answers[0]}"
+
     def corpus(self) -> Sequence[str]:
         return [source(path) for path in source_files()]
 
@@ -111,7 +114,7 @@ class NextLine(Generated):
         answer = lines[at].rstrip()
 
         def fits(window: str) -> bool:
-            return len(tokenizer.encode(f"{CODE_INTRO}{window}\n")) <= room
+            return len(tokenizer.encode(CODE_INTRO + window)) <= room
 
         window = widest_window(lines[:at], path, draws=draws, fits=fits)
         if window is None or answer.strip() in window or len(tokenizer.encode(answer)) > self.max_new_tokens:
@@ -119,7 +122,7 @@ class NextLine(Generated):
         tail = "\n".join(["", *lines[at - CODE_TAIL : at]])
         return {
             "context": CODE_INTRO + window.removesuffix(tail),
-            "question": f"{tail}\n",
+            "question": tail,
             "answers": (answer,),
             "meta": {"length": length, "file": path.name, "line": at + 1},
         }
@@ -173,11 +176,7 @@ class PassageRetrieval(Generated):
 
 @cache
 def source_files() -> tuple[Path, ...]:
-    """Top-level modules of the standard library, by name; build data and site customisation are left out.
-
-    Raises:
-        TaskError: the interpreter has no source files.
-    """
+    """Top-level modules by name, without build data and site customisation. Raises TaskError when there are none."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = tuple(path for path in sorted(folder.glob("*.py")) if path.stem in sys.stdlib_module_names)
     if not files:
@@ -193,33 +192,30 @@ def source(path: Path) -> str:
 
 @cache
 def predictable_lines(path: Path) -> tuple[int, ...]:
-    """Indices of lines worth predicting: code of `MIN_LINE` characters, no comment, no text, in none of several lines.
+    """Indices of lines worth predicting: code of `MIN_LINE` characters after another line, no comment and no text.
 
     A line with a mark that the metric passes over (`#`, a backtick, `//`) could not score 1 and is left out.
     """
-    text = source(path)
-    inside: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Constant, ast.JoinedStr)) and node.end_lineno and node.end_lineno > node.lineno:
-            inside.update(range(node.lineno - 1, node.end_lineno))
+    lines = source(path).split("\n")
+    strings = (node for node in ast.walk(ast.parse(source(path))) if isinstance(node, (ast.Constant, ast.JoinedStr)))
+    inside = {at for node in strings for at in range(node.lineno, node.end_lineno or 0)}  # all but the opening line
     return tuple(
-        index
-        for index, line in enumerate(text.split("\n"))
-        if index >= MIN_BEFORE
-        and index not in inside
+        at
+        for at, line in enumerate(lines)
+        if at >= MIN_BEFORE
+        and at not in inside
+        and lines[at - 1].strip()
         and len(line.strip()) >= MIN_LINE
         and not line.lstrip().startswith(('"', "'"))
-        and not any(mark in line for mark in scoring.NOT_CODE)
+        and not any(mark in line for mark in (*scoring.NOT_CODE, '"""', "'''"))
     )
 
 
 def widest_window(before: Sequence[str], path: Path, *, draws: Random, fits: Callable[[str], bool]) -> str | None:
     """As many lines as fit, up to the one to predict; None when they are fewer than `MIN_WINDOW`.
 
-    A file that is too short continues upwards into other files, in a drawn order, each under its name.
-
-    Raises:
-        TaskError: the whole library fits, so it cannot fill the length.
+    A file that is too short continues upwards into other files, in a drawn order, each under its name. Raises TaskError
+    when the whole library fits.
     """
     lines = [f"# {path.name}", *before]
     others = [other for other in source_files() if other != path]
@@ -255,7 +251,7 @@ def paragraphs() -> tuple[str, ...]:
             text = " ".join(block.split())
             prose = text[:1].isupper() and text.endswith(".") and "::" not in text and ">>>" not in text
             if prose and len(text) in PARAGRAPH_CHARS:
-                found.setdefault(text)
+                found[text] = None
     return tuple(found)
 
 

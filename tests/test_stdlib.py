@@ -115,8 +115,9 @@ def test_next_line_is_the_line_after_the_window_and_not_in_it() -> None:
         at = sample.meta["line"] - 1
         (answer,) = sample.answers
         assert answer == lines[at].rstrip()
-        assert (sample.context + sample.question).endswith("\n" + "\n".join(lines[at - 9 : at]) + "\n")
-        assert sample.question.count("\n") == stdlib.CODE_TAIL + 1
+        assert (sample.context + sample.question).endswith("\n" + "\n".join(lines[at - 9 : at]))
+        assert sample.question.count("\n") == stdlib.CODE_TAIL
+        assert NextLine().reference(sample) == f"\n{answer}"
         assert answer.strip() not in sample.context + sample.question
         assert len(answer.strip()) >= 12
         assert not sample.chat
@@ -143,6 +144,8 @@ def test_predictable_lines_leave_out_comments_and_texts(tmp_path: Path) -> None:
         '    end"""',
         "    return 1",
         "    link = 'http://example.com'",
+        "",
+        "    after_a_blank_line()",
         "    'a text standing alone'",
         "    return value + text",
     ]

@@ -1,0 +1,252 @@
+"""Layer caches: what is appended is what is attended to, whatever the rows kept, rewound or dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.cache import (
+    EvictingLayer,
+    EvictingRow,
+    LayerCache,
+    PrefillLayer,
+    RowsLayer,
+    copy_kv,
+    with_room,
+    without,
+)
+from harness.kernels import causal_attention
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, StepView
+from methods.fullkv import FullKV
+
+HEADS, GROUP, DIM, TOKENS = 2, 2, 4, 10
+SLOT = 2 * DIM * 4  # bytes
+
+
+def tokens_of(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `count` tokens, batch 1."""
+    return (
+        torch.randn(1, HEADS * GROUP, count, DIM),
+        torch.randn(1, HEADS, count, DIM),
+        torch.randn(1, HEADS, count, DIM),
+    )
+
+
+def kept(keys: Tensor, values: Tensor, slots: list[list[int]]) -> KV:
+    """A KV of a prompt's keys and values that keeps `slots` of each head; -1 is an empty slot."""
+    whole = KV(keys, values, torch.arange(keys.shape[2]).expand(1, HEADS, keys.shape[2]))
+    return whole.take(torch.tensor([slots]))
+
+
+def plain(query: Tensor, keys: Tensor, values: Tensor, seen: list[list[int]]) -> Tensor:
+    """Attention [1, Hq, 1, D] of one query [1, Hq, 1, D] over the tokens `seen` of each KV head, float32."""
+    out = []
+    for head in range(HEADS * GROUP):
+        at = seen[head // GROUP]
+        k, v = keys[0, head // GROUP, at], values[0, head // GROUP, at]
+        out.append(torch.softmax(query[0, head] @ k.T, dim=-1) @ v)
+    return torch.stack(out).unsqueeze(0)
+
+
+def ask(cache: LayerCache, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+    cache.append(key, value)
+    return cache.attend(query, scaling=1.0, window=window)
+
+
+ROWS = [[[0, 3, 9], [1, 2, 8]], [[-1, 5, 6], [0, 4, 9]], [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], [[7, -1, -1], [-1, -1, 0]]]
+
+
+def rows_layer(keys: Tensor, values: Tensor, room: int = 6) -> RowsLayer:
+    return RowsLayer([kept(keys, values, slots) for slots in ROWS], position=TOKENS, room=room)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("chunks", [[1, 1, 1], [3], [2, 1]])
+def test_rows_see_what_they_kept_and_what_came_after(chunks: list[int], window: int | None) -> None:
+    queries, keys, values = tokens_of(TOKENS + 3)
+    cache, at, outputs = rows_layer(keys[:, :, :TOKENS], values[:, :, :TOKENS]), TOKENS, []
+    for size in chunks:
+        new = slice(at, at + size)
+        feed = (x[:, :, new].expand(len(ROWS), -1, -1, -1) for x in (queries, keys, values))
+        outputs.append(ask(cache, *feed, window=window))
+        at += size
+    out = torch.cat(outputs, dim=2)
+    for row, slots in enumerate(ROWS):
+        for position in range(TOKENS, TOKENS + 3):
+            seen = [[s for s in head if s >= 0] + list(range(TOKENS, position + 1)) for head in slots]
+            if window is not None:
+                seen = [[s for s in head if s > position - window] for head in seen]
+            gold = plain(queries[:, :, position : position + 1], keys, values, seen)
+            torch.testing.assert_close(out[row : row + 1, :, position - TOKENS : position - TOKENS + 1], gold)
+
+
+def test_rewinding_forgets_and_keeping_rows_changes_no_other() -> None:
+    queries, keys, values = tokens_of(TOKENS + 2)
+    cache = rows_layer(keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    first, second = ([x[:, :, at : at + 1].expand(4, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11))
+    ask(cache, *second), ask(cache, *second)
+    cache.rewind(2)
+    assert cache.position == TOKENS
+    before = ask(cache, *first)
+    bytes_before = [cache.nbytes(row) for row in range(4)]
+    cache.rewind(1)
+    cache.keep([1, 2])
+    after = ask(cache, *(x[:2] for x in first))
+    assert torch.equal(after, before[1:3])
+    assert [cache.nbytes(row) for row in range(2)] == bytes_before[1:3]
+    cache.keep([1])
+    alone = ask(cache, *(x[:1] for x in second))
+    seen = [[*slots, 10, 11] for slots in ROWS[2]]
+    torch.testing.assert_close(alone, plain(queries[:, :, 11:], keys, values, seen))
+    with pytest.raises(IndexError):
+        cache.nbytes(1)
+
+
+def test_bytes_of_a_row_are_its_live_slots_and_side_data() -> None:
+    queries, keys, values = tokens_of(TOKENS)
+    kvs = [kept(keys, values, slots) for slots in ROWS]
+    kvs[0].extra["scales"] = torch.zeros(5, dtype=torch.float16)
+    cache = RowsLayer(kvs, position=TOKENS, room=3)
+    live = [sum(s >= 0 for head in slots for s in head) for slots in ROWS]
+    assert [cache.nbytes(row) for row in range(4)] == [n * SLOT + (10 if i == 0 else 0) for i, n in enumerate(live)]
+    for _ in range(2):
+        ask(cache, *(x[:, :, :1].expand(4, -1, -1, -1) for x in (queries, keys, values)))
+    assert cache.nbytes(1) == (live[1] + 2 * HEADS) * SLOT
+    assert cache.nbytes(0) == (live[0] + 2 * HEADS) * SLOT + 10
+
+
+@dataclass
+class Coded(KV):
+    """A KV that stores halves of the values, so that what attention reads is not what is stored."""
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        return self.keys * 2, self.values * 2
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.live.sum()) * 7
+
+
+@pytest.mark.parametrize("drop", [[9, 9], [3, 3], [3, 9]])
+def test_a_kv_that_stores_codes_is_read_through_load(drop: list[int]) -> None:
+    queries, keys, values = tokens_of(TOKENS + 1)
+    whole = kept(keys / 2, values / 2, [[0, 3, 9], [1, 3, 9]])
+    kv = without(Coded(whole.keys, whole.values, whole.positions), drop[0])
+    assert kv.nbytes == 4 * 7
+    cache = RowsLayer([kv], position=TOKENS, room=1)
+    out = ask(cache, *(x[:, :, TOKENS:] for x in (queries, keys, values)))
+    seen = [[s for s in head if s != drop[0]] + [TOKENS] for head in ([0, 3, 9], [1, 3, 9])]
+    torch.testing.assert_close(out, plain(queries[:, :, TOKENS:], keys, values, seen))
+
+
+def test_a_prefill_keeps_what_is_asked_for() -> None:
+    queries, keys, values = tokens_of(TOKENS)
+    layer = PrefillLayer(Needs(window=4, column_sums=True))
+    out = ask(layer, queries, keys, values)
+    torch.testing.assert_close(out, causal_attention(queries, keys, values, scaling=1.0, window=None))
+    assert torch.equal(layer.queries, queries[:, :, -4:])
+    assert layer.sums is not None
+    assert layer.sums.shape == (1, HEADS, GROUP, TOKENS)
+    assert layer.kv().positions.tolist() == [[list(range(TOKENS))] * HEADS]
+    wide = PrefillLayer(Needs(window=50))
+    ask(wide, queries, keys, values)
+    assert torch.equal(wide.queries, queries)
+    assert wide.sums is None
+
+
+@pytest.mark.parametrize(("window", "start"), [(4, 6), (10, 0), (64, 0)])
+def test_a_sliding_layer_leaves_what_its_window_reaches(window: int, start: int) -> None:
+    queries, keys, values = tokens_of(TOKENS)
+    layer = PrefillLayer(Needs())
+    ask(layer, queries, keys, values, window=window)
+    kv = layer.kv()
+    assert kv.positions[0, 0].tolist() == list(range(start, TOKENS))
+    assert torch.equal(kv.keys, keys[:, :, start:])
+    assert kv.nbytes == (TOKENS - start) * HEADS * SLOT
+
+
+@dataclass(frozen=True)
+class Oldest(KVPolicy):
+    """Frees the oldest slot of every head once there are more than the budget."""
+
+    lazy: bool = False
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return True
+
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        return view.kv.take(view.kv.positions[..., -budget:])
+
+    def after_step(self, step: StepView) -> Tensor:
+        old = step.kv.positions.masked_fill(step.kv.positions < 0, 10**9).argmin(dim=-1)
+        return old.masked_fill((step.kv.live <= step.budget) | torch.tensor(self.lazy), -1)
+
+
+def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, sliding: bool = False, room: int = 1) -> EvictingLayer:
+    slots = [[7, 8, 9], [7, 8, 9]]
+    rows = [EvictingRow(policy, 3, with_room(kept(keys, values, slots), 3 + room)) for _ in range(2)]
+    return EvictingLayer(rows, TOKENS, sliding)
+
+
+def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
+    queries, keys, values = tokens_of(TOKENS + 5)
+    cache = evicting(Oldest(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    assert cache.nbytes(0) == 3 * HEADS * SLOT
+    for at in range(TOKENS, TOKENS + 5):
+        out = ask(cache, *(x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+        gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 3, at - 2, at - 1, at]] * HEADS)
+        torch.testing.assert_close(out, gold.expand(2, -1, -1, -1))
+        assert cache.nbytes(1) == 3 * HEADS * SLOT
+    assert cache.position == TOKENS + 5
+
+
+def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
+    queries, keys, values = tokens_of(TOKENS + 2)
+    cache = evicting(Oldest(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    feeds = [[x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11)]
+    state = cache.snapshot()
+    first = [ask(cache, *feed) for feed in feeds]
+    cache.restore(state)
+    assert all(torch.equal(a, ask(cache, *feed)) for a, feed in zip(first, feeds, strict=True))
+    cache.keep([1])
+    assert len(cache.rows) == 1
+
+
+def test_a_policy_that_frees_nothing_is_told_so() -> None:
+    queries, keys, values = tokens_of(TOKENS + 2)
+    cache = evicting(Oldest(lazy=True), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    ask(cache, *(x[:, :, 10:11].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+    with pytest.raises(PolicyError, match="Oldest left no slot"):
+        ask(cache, *(x[:, :, 11:12].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+
+
+def test_a_sliding_layer_of_an_evicting_row_follows_its_window() -> None:
+    queries, keys, values = tokens_of(TOKENS + 4)
+    cache = evicting(FullKV(), keys[:, :, :TOKENS], values[:, :, :TOKENS], sliding=True, room=4)
+    for at in range(TOKENS, TOKENS + 4):
+        out = ask(cache, *(x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)), window=3)
+        gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 2, at - 1, at]] * HEADS)
+        torch.testing.assert_close(out[:1], gold)
+        assert cache.nbytes(0) == 2 * HEADS * SLOT  # what the next token's window still reaches
+
+
+def test_without_and_room_leave_their_argument_alone() -> None:
+    _, keys, values = tokens_of(TOKENS)
+    kv = kept(keys, values, [[0, 8, 9], [7, 8, 9]])
+    kv.extra["sums"] = torch.ones(1, HEADS, 3)
+    before = copy_kv(kv)
+    assert without(kv, 5) is kv
+    assert without(kv, 0).positions.tolist() == [[[-1, 8, 9], [7, 8, 9]]]
+    assert without(kv, 9).positions.tolist() == [[[0, 8, -1], [7, 8, -1]]]
+    plain_kv = KV(kv.keys, kv.values, kv.positions)
+    assert without(plain_kv, 9).positions.tolist() == [[[0, 8], [7, 8]]]
+    roomy = with_room(kv, 3)
+    roomy.keys.zero_(), roomy.positions.fill_(-1), roomy.extra["sums"].zero_()
+    assert with_room(kv, 5).positions.tolist() == [[[0, 8, 9, -1, -1], [7, 8, 9, -1, -1]]]
+    assert with_room(kv, 5).extra["sums"].shape == (1, HEADS, 5)
+    for a, b in ((kv.keys, before.keys), (kv.positions, before.positions), (kv.extra["sums"], before.extra["sums"])):
+        assert torch.equal(a, b)
