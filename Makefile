@@ -40,7 +40,7 @@ test-gpu: model ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu
 
 demo: model ## a small sweep on the packaged model and its board
-	HF_HUB_OFFLINE=1 $(BIN)/harness demo
+	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick
 
 # kvpress needs an older transformers than the constraints name, so this environment takes only torch from them.
 $(BENCH)/.ready: pyproject.toml constraints.txt

@@ -7,6 +7,7 @@ the last token's query still votes, then drop the last token's own slot and feed
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -235,6 +236,8 @@ class Engine:
             row.outcome.kv_bytes_end = result.kv_bytes_end
             row.outcome.nll_per_token = () if nll is None else tuple(nll[i].tolist())
             row.outcome.decode_s, row.outcome.decode_rows = seconds, len(rows)
+            if not all(map(math.isfinite, row.outcome.nll_per_token)):
+                row.outcome.fail("failed", "the answer's log-likelihood is not a finite number; try --dtype float32")
 
     def _session(self, rows: list[_Row], prefilled: Prefilled, *, position: int, room: int) -> Session:
         """Layer caches of `rows`, without the slot of any token at or after `position`."""

@@ -14,8 +14,9 @@ sqrt(1 - 1/n); cells with fewer than 10 in some task are flagged.
 
 Marks. At each budget the best cell is the one with the highest mean among those that are complete and within their
 bytes. Every other cell within its bytes is compared with it, paired. Where the interval of that difference includes 0,
-or there is none, the two are not told apart: they are `=`. The best cell is `*` only when it is told apart from every
-other one. This is 95 % per comparison, without a correction for the number of methods, and `=` is no proof of equality.
+there is none, or it rests on fewer than 10 samples in some task, the two are not told apart: they are `=`. The best
+cell is `*` only when it is told apart from every other one. This is 95 % per comparison, without a correction for the
+number of methods, and `=` is no proof of equality.
 """
 
 from __future__ import annotations
@@ -256,9 +257,14 @@ def _marks(grid: _Grid) -> dict[Cell, str]:
             continue
         best = max(fair, key=lambda c: (grid.estimate(c, "score").mean, c[0]))
         others = [c for c in rivals if c != best]
-        tied = [c for c in others if not grid.estimate(best, "score", minus=c).low > 0]
+        tied = [c for c in others if not _told_apart(grid, best, c)]
         marks.update(dict.fromkeys([best, *tied], "=" if tied else "*"))
     return marks
+
+
+def _told_apart(grid: _Grid, best: Cell, other: Cell) -> bool:
+    few = _few(grid, best) or _few(grid, other)
+    return not few and grid.estimate(best, "score", minus=other).low > 0
 
 
 def _task_rows(grid: _Grid, cell: Cell) -> list[dict[str, Any]]:
@@ -295,7 +301,7 @@ def _value(record: Record, what: str) -> float:
         value = getattr(record, what)
         return math.nan if value is None else float(value)
     score = record.metrics.get("score")
-    if score is None or not math.isfinite(score):
+    if score is None:
         where = f"{record.task} sample {record.sample_id} {record.method} at {record.budget}"
-        raise HarnessError(f"run {record.run_id}: {where} is ok but its score is {score}; run that task again")
+        raise HarnessError(f"run {record.run_id}: {where} is ok but has no score; run that task again")
     return 100 * score

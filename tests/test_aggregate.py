@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy import stats
 
 from harness.errors import HarnessError
@@ -235,10 +236,10 @@ def test_one_sample_id_with_two_prompts_is_refused() -> None:
 def test_unusable_input_is_refused() -> None:
     with pytest.raises(HarnessError, match="no records"):
         aggregate([])
-    with pytest.raises(HarnessError, match="score is None"):
+    with pytest.raises(HarnessError, match="has no score"):
         aggregate([record("a", "64", "0", 1.0, metrics={"f1": 1.0})])
-    with pytest.raises(HarnessError, match="score is nan"):
-        aggregate([record("a", "64", "0", float("nan"))])
+    with pytest.raises(ValidationError, match="finite"):
+        record("a", "64", "0", float("nan"))
 
 
 def test_a_cell_of_two_runs_is_used_once_and_ok_goes_first() -> None:
@@ -332,6 +333,8 @@ def test_noise_declares_no_winner_often() -> None:
 
 def test_few_pairs_and_incomplete_or_overspending_cells_never_win() -> None:
     assert marks(only(cell("a", "64", [1.0] * 5) + cell("b", "64", [0.0] * 5))) == {"a": "=", "b": "="}
+    nine = cell("a", "64", [1.0] * 9) + cell("b", "64", [0.0] * 9)  # an interval, but of too few samples
+    assert marks(only(nine)) == {"a": "=", "b": "="}
     table = only(cell("a", "64", [1.0] * 39 + [None]) + cell("b", "64", [0.5] * 40) + cell("c", "64", [0.1] * 40))
     assert marks(table) == {"a": "=", "b": "=", "c": ""}
     table = only(
