@@ -36,8 +36,9 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    cache, of_value = getattr(key, "layer_cache", None), getattr(value, "layer_cache", None)
-    if cache is None or cache is not of_value:
+    cache: LayerCache | None = getattr(key, "layer_cache", None)
+    tied = getattr(value, "layer_cache", None) is cache
+    if cache is None or not tied:
         raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:

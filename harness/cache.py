@@ -7,7 +7,7 @@ batch are at the same token position, because they continue the same prompt; wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from harness.kernels import causal_attention, column_sums, slot_attention, slot_weights
 from methods.base import KV, KVPolicy, Needs, PolicyError, StepView
-
-Rotate = Callable[[Tensor, int], Tensor]
 
 
 class LayerCache(ABC):
@@ -165,13 +163,11 @@ class EvictingRow:
 class EvictingLayer(LayerCache):
     """Rows that stay at their budget while they grow; one token at a time (Q = 1).
 
-    sliding: the layer has a sliding window, so the policy never saw it; tokens leave as the window passes them.
+    In a sliding-window layer, which no policy sees, tokens leave as the window passes them.
     """
 
     rows: list[EvictingRow]
     position: int
-    sliding: bool
-    rotate: Rotate | None = None
     _asked: int = field(default=0, repr=False)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -194,19 +190,17 @@ class EvictingLayer(LayerCache):
         for i, row in enumerate(self.rows):
             query = queries[i : i + 1]
             mask = _visible(row.kv.positions, asked, window)
-            outputs.append(slot_attention(query, row.kv.keys, row.kv.values, mask=mask, scaling=scaling))
-            self._evict(row, query, mask, scaling=scaling, window=window)
+            keys, values = row.kv.load()
+            outputs.append(slot_attention(query, keys, values, mask=mask, scaling=scaling))
+            if window is not None:
+                row.kv.positions.masked_fill_(row.kv.positions <= self._asked - window + 1, -1)
+            else:
+                wanted = row.policy.needs.decode_attention
+                self._evict(row, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None)
         return torch.cat(outputs)
 
-    def _evict(self, row: EvictingRow, query: Tensor, mask: Tensor, *, scaling: float, window: int | None) -> None:
-        if self.sliding:
-            assert window is not None
-            row.kv.positions.masked_fill_(row.kv.positions <= self._asked - window + 1, -1)
-            return
-        wanted = row.policy.needs.decode_attention
-        attention = slot_weights(query, row.kv.keys, mask=mask, scaling=scaling) if wanted else None
-        step = StepView(row.kv, attention, self._asked, row.budget, self.rotate)
-        freed = row.policy.after_step(step).unsqueeze(-1)  # [1, H, 1]
+    def _evict(self, row: EvictingRow, attention: Tensor | None) -> None:
+        freed = row.policy.after_step(StepView(row.kv, attention, self._asked, row.budget)).unsqueeze(-1)  # [1, H, 1]
         old = row.kv.positions.gather(2, freed.clamp(min=0))
         row.kv.positions.scatter_(2, freed.clamp(min=0), torch.where(freed < 0, old, -1))
 
@@ -248,12 +242,12 @@ def with_room(kv: KV, slots: int) -> KV:
         return torch.cat([x, x.new_full(shape, value)], dim=2)
 
     extra = {name: grow(x, 0) for name, x in kv.extra.items()}
-    return KV(grow(kv.keys, 0), grow(kv.values, 0), grow(kv.positions, -1), extra)
+    return replace(kv, keys=grow(kv.keys, 0), values=grow(kv.values, 0), positions=grow(kv.positions, -1), extra=extra)
 
 
 def copy_kv(kv: KV) -> KV:
     extra = {name: x.clone() for name, x in kv.extra.items()}
-    return KV(kv.keys.clone(), kv.values.clone(), kv.positions.clone(), extra)
+    return replace(kv, keys=kv.keys.clone(), values=kv.values.clone(), positions=kv.positions.clone(), extra=extra)
 
 
 def _group(kvs: Sequence[KV], members: Sequence[int], capacity: int) -> _Group:

@@ -177,6 +177,18 @@ class Engine:
         _synchronize(self.model.device)
         return Prefilled(layers, PromptView(views, logprobs), logits[:, -1], len(ids), time.perf_counter() - start)
 
+    def check(self, policies: Sequence[KVPolicy], ids: Sequence[int]) -> None:
+        """Let every policy refuse this model before the first prompt, by a view of a few tokens.
+
+        Raises HarnessError with the first refusal.
+        """
+        view = self.prefill(list(ids[:8]), Needs(window=1)).view
+        for policy in policies:
+            try:
+                policy.check(view)
+            except PolicyError as error:
+                raise HarnessError(str(error)) from None
+
     def _compress(self, row: _Row, prefilled: Prefilled) -> None:
         cell, outcome = row.cell, row.outcome
         tokens, layers = prefilled.tokens, len(prefilled.view.layers)
@@ -245,19 +257,18 @@ class Engine:
         if rows[0].cell.policy.evicts_while_decoding:
             layers = []
             for i, layer in enumerate(prefilled.layers):
-                sliding = layer.window is not None
-                extra = room if sliding else 0
-                evicting = [self._evicting(row, kvs[i], extra) for row, kvs in zip(rows, held, strict=True)]
-                layers.append(EvictingLayer(evicting, position, sliding, self.model.rotate))
+                free = 1 if layer.window is None else room
+                evicting = [_evicting(row, i, kvs[i], free=free) for row, kvs in zip(rows, held, strict=True)]
+                layers.append(EvictingLayer(evicting, position))
             return Session(self.model, layers, len(rows))
         grown = [RowsLayer([kvs[i] for kvs in held], position=position, room=room) for i in range(self.model.layers)]
         return Session(self.model, grown, len(rows))
 
-    @staticmethod
-    def _evicting(row: _Row, kv: KV, room: int) -> EvictingRow:
-        budget = row.outcome.budget_tokens or kv.positions.shape[2]
-        slots = kv.positions.shape[2] + room if room else max(kv.positions.shape[2], budget) + 1
-        return EvictingRow(row.cell.policy, budget, with_room(kv, slots))
+
+def _evicting(row: _Row, layer: int, kv: KV, *, free: int) -> EvictingRow:
+    """What a row holds of a layer, `kv`, with `free` slots more than its policy left there."""
+    slots = row.kvs[layer].positions.shape[2]
+    return EvictingRow(row.cell.policy, row.outcome.budget_tokens or slots, with_room(kv, slots + free))
 
 
 def _status(error: BaseException) -> Status:

@@ -73,12 +73,13 @@ def plan_methods(sweep: Sweep) -> list[tuple[MethodSpec, Any]]:
         try:
             policy = make_policy(label, changed)
             _check_types(policy, changed)
+            provenance = policy.provenance()
         except PolicyError as error:
             raise HarnessError(str(error)) from None
         except (TypeError, ValueError) as error:
             raise HarnessError(f"method {label!r} refuses its parameters: {error}") from None
         full = label + ("[" + ",".join(f"{k}={v}" for k, v in sorted(changed.items())) + "]" if changed else "")
-        params = asdict(policy)  # type: ignore[call-overload]
+        params = asdict(policy) | provenance  # type: ignore[call-overload]
         planned[full] = (MethodSpec(label=full, name=name, params=params, budgeted=policy.budgeted), policy)
     return list(planned.values())
 

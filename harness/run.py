@@ -132,6 +132,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         machine=machine(),
     )
     runner = Runner(spec, loaded)  # before the folder is made: it refuses models that it cannot run
+    runner.engine.check([policy for _, policy in methods], samples[0].ids)
     with RunStore.open(root, manifest) as store:
         _run_missing(store, runner, samples, cells)
         return store.folder

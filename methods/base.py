@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,10 @@ class Budget:
         return max(1, round(self.fraction * prompt_tokens))
 
     def __str__(self) -> str:
-        return str(self.tokens) if self.tokens is not None else f"{self.fraction:g}"
+        if self.tokens is not None:
+            return str(self.tokens)
+        text = f"{self.fraction:.6f}".rstrip("0")  # `1.0`, never `1`, which is one token
+        return text + "0" if text.endswith(".") else text
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class PromptView:
 class StepView:
     """One layer right after a decoded token attended, for policies that evict while decoding.
 
-    kv: live view of the cache, the new token's slot included; `extra` and `keys` may be updated in place.
+    kv: live view of the cache, the new token's slot included; its `extra` may be updated in place.
     attention: [B, H, G, S] float32 of the new token (0 at empty slots), or None when not declared in `Needs`.
     position: the new token's position.
     """
@@ -200,7 +203,6 @@ class StepView:
     attention: Tensor | None
     position: int
     budget: int
-    rotate: Callable[[Tensor, int], Tensor] | None
 
 
 class KVPolicy(ABC):
@@ -217,8 +219,30 @@ class KVPolicy(ABC):
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
         return False
 
+    @abstractmethod
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        """What is left of every layer of `view`, in its order. budget: N >= 1. Layer-local methods leave this."""
+        """What is left of every layer of `view`, in its order. budget: N >= 1. `view` must not be changed."""
+
+    def check(self, view: PromptView) -> None:  # noqa: B027 - most policies serve every model
+        """Raise PolicyError when this policy cannot serve the model of `view`, a view of some tokens of it."""
+
+    def after_step(self, step: StepView) -> Tensor:
+        """Slot of each head to free after a decoded token: [B, H] int64, -1 for none."""
+        raise PolicyError(f"{type(self).__name__} does not evict while decoding")
+
+    def provenance(self) -> dict[str, Any]:
+        """What decides the results besides the parameters, such as the hash of a file they name. JSON values."""
+        return {}
+
+    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+        """What a reader of the record must know about this budget, such as a degenerate allocation."""
+        return ()
+
+
+class LayerPolicy(KVPolicy):
+    """Compresses every layer by itself, at a budget of its own."""
+
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
         budgets = self.layer_budgets(budget, view.tokens, len(view.layers))
         return [self.compress_layer(layer, slots) for layer, slots in zip(view.layers, budgets, strict=True)]
 
@@ -230,16 +254,8 @@ class KVPolicy(ABC):
         """Slots per KV head of each layer; they sum to at most layers * budget."""
         return [min(budget, tokens)] * layers
 
-    def after_step(self, step: StepView) -> Tensor:
-        """Slot of each head to free after a decoded token: [B, H] int64, -1 for none."""
-        raise PolicyError(f"{type(self).__name__} does not evict while decoding")
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
-        """What a reader of the record must know about this budget, such as a degenerate allocation."""
-        return ()
-
-
-class EvictionPolicy(KVPolicy):
+class EvictionPolicy(LayerPolicy):
     """Keeps the top slots by score; the last `recent` and the first `sinks` tokens are always kept.
 
     A budget smaller than `recent` keeps the last `budget` tokens; one smaller than `sinks + recent` gives up sinks

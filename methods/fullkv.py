@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from methods.base import KV, KVPolicy, LayerView
+from methods.base import KV, LayerPolicy, LayerView
 from methods.registry import method
 
 
 @method("fullkv", paper="https://arxiv.org/abs/1706.03762", presets={"paper": {}})
 @dataclass(frozen=True)
-class FullKV(KVPolicy):
+class FullKV(LayerPolicy):
     """Keeps every token."""
 
     budgeted: ClassVar[bool] = False

@@ -44,7 +44,7 @@ class H2O(EvictionPolicy):
         return self.evict
 
     def recent_slots(self, budget: int) -> int:
-        return min(budget, max(self.recent, budget - round(budget * (1 - self.recent_share))))
+        return min(budget, max(self.recent, budget - int(budget * (1 - self.recent_share))))
 
     def score(self, view: LayerView) -> Tensor:
         if view.column_sums is None:
@@ -77,4 +77,4 @@ class H2O(EvictionPolicy):
 def _slots(kv: KV, budget: int) -> int:
     """Slots that fit `budget` plain slots' bytes when each carries a running sum."""
     slot = 2 * kv.keys.shape[-1] * kv.keys.element_size()
-    return max(2, budget * slot // (slot + SUM_BYTES))
+    return max(1, budget * slot // (slot + SUM_BYTES))

@@ -42,7 +42,7 @@ class SnapKV(EvictionPolicy):
 
 def pool(attention: Tensor, kernel: int, kind: str, recent: int) -> Tensor:
     """Pool scores [B, H, T] over `kernel` neighbours among the tokens before the window; the window is left as is."""
-    prefix = attention[..., : attention.shape[-1] - recent]
+    prefix = attention[..., : max(0, attention.shape[-1] - recent)]
     if prefix.shape[-1] == 0:
         return attention
     pooling = max_pool1d if kind == "max" else avg_pool1d

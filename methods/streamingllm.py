@@ -7,6 +7,7 @@ Difference: re-assignment turns the sinks' keys forward until they touch the rec
 recent keys back; RoPE sees only differences of positions, so the attention is the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,21 +42,33 @@ class StreamingLLM(EvictionPolicy):
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         kv = super().compress_layer(view, budget)
-        if self.reassign and budget < view.tokens:
-            sinks = min(self.sinks, budget)
-            if view.rotate is None:
-                raise PolicyError("re-assigning positions needs rotary embeddings, which this model has not")
-            kv.keys[:, :, :sinks] = view.rotate(kv.keys[:, :, :sinks], view.tokens - budget)
-        return kv
+        if not self.reassign or budget >= view.tokens:
+            return kv
+        if view.rotate is None:
+            raise PolicyError("re-assigning positions needs rotary embeddings, which this model has not")
+        sinks, shift = min(self.sinks, budget), view.tokens - budget
+        moved = ReassignedKV(kv.keys, kv.values, kv.positions, sinks=sinks, shift=shift, rotate=view.rotate)
+        return moved if self.evict else KV(*moved.load(), kv.positions)
 
     def after_step(self, step: StepView) -> Tensor:
         kv = step.kv
-        sink = (kv.positions >= 0) & (kv.positions < self.sinks)
-        old = kv.positions.masked_fill(sink | (kv.positions < 0), torch.iinfo(torch.int64).max)
-        victim = old.argmin(dim=-1)
+        kept = (kv.positions < 0) | (kv.positions < self.sinks)
+        victim = kv.positions.masked_fill(kept, torch.iinfo(torch.int64).max).argmin(dim=-1)
         full = kv.live > step.budget
-        if self.reassign and bool(full.any()):
-            assert step.rotate is not None
-            turned = step.rotate(kv.keys, 1)
-            kv.keys.copy_(torch.where((sink & full.unsqueeze(-1)).unsqueeze(-1), turned, kv.keys))
+        if isinstance(kv, ReassignedKV) and bool(full.all()):
+            kv.shift += 1
         return victim.masked_fill(~full, -1)
+
+
+@dataclass
+class ReassignedKV(KV):
+    """Slots whose first `sinks` are read `shift` positions later than they were; what is stored is never turned."""
+
+    sinks: int = 0
+    shift: int = 0
+    rotate: Callable[[Tensor, int], Tensor] | None = None
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        assert self.rotate is not None
+        turned = self.rotate(self.keys[:, :, : self.sinks], self.shift)
+        return torch.cat([turned, self.keys[:, :, self.sinks :]], dim=2), self.values

@@ -166,13 +166,21 @@ def test_a_prompt_of_one_token_and_dead_values_do_not_break_it() -> None:
     assert all(kv.live.tolist() == [[1] * HEADS] for kv in CompilerKV().compress(view, 5))
 
 
-def test_missing_log_probabilities_and_single_layers_are_refused() -> None:
+def test_missing_log_probabilities_are_refused() -> None:
     view = make_prompt(20)
     view.logprobs = None
     with pytest.raises(PolicyError, match="log-probabilities"):
         CompilerKV().compress(view, 5)
-    with pytest.raises(PolicyError, match="all layers"):
-        CompilerKV().compress_layer(view.layers[0], 5)
+
+
+def test_tables_for_another_model_are_refused_before_the_first_prompt(tmp_path: Path) -> None:
+    fitting, view = tmp_path / "fitting", make_prompt(20)
+    save_tables(make_tables((64,)), fitting)
+    CompilerKV(tables=str(fitting)).check(view)
+    assert CompilerKV(tables=str(fitting)).provenance()["tables_sha256"] == load_tables(fitting).manifest.tensors_sha256
+    view.layers.pop()
+    with pytest.raises(PolicyError, match="layers"):
+        CompilerKV(tables=str(fitting)).check(view)
 
 
 def test_lookup_takes_the_nearest_budget_and_the_right_cell() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -198,7 +198,7 @@ def with_empty_slots(kv: KV, count: int) -> KV:
     pad = torch.nn.functional.pad
     extra = {name: pad(x, (0, count)) for name, x in kv.extra.items()}
     keys, values = (pad(x, (0, 0, 0, count)) for x in (kv.keys, kv.values))
-    return KV(keys, values, pad(kv.positions, (0, count), value=-1), extra)
+    return replace(kv, keys=keys, values=values, positions=pad(kv.positions, (0, count), value=-1), extra=extra)
 
 
 @pytest.mark.parametrize("held_back", [False, True])
@@ -225,7 +225,7 @@ def test_h2o_evicts_the_lightest_old_token_while_decoding(held_back: bool) -> No
                     book[t] = book.get(t, 0.0) + float(attention[0, head, :, slot].double().sum())
             if len(book) > slots:
                 del book[min((t for t in book if t <= position - recent), key=lambda t: book[t])]
-        free(kv, policy.after_step(StepView(kv, attention, position, budget, None)))
+        free(kv, policy.after_step(StepView(kv, attention, position, budget)))
         assert [sorted(book) for book in books] == [
             sorted(p for p in row if p >= 0) for row in kv.positions[0].tolist()
         ]
@@ -268,9 +268,11 @@ def test_streamingllm_counts_positions_inside_the_cache(budget: int, held_back: 
             assert sorted(slots) == cached
             for place, t in enumerate(cached):
                 expected = rope(query, len(cached)) @ rope(plain[t][head], place)
-                assert rope(query, position) @ kv.keys[0, head, slots[t]].numpy() == pytest.approx(expected, abs=1e-9)
+                assert rope(query, position) @ kv.load()[0][0, head, slots[t]].numpy() == pytest.approx(
+                    expected, abs=1e-9
+                )
         append(kv, position, torch.tensor(np.array([rope(plain[position][h], position) for h in range(HEADS)])))
-        free(kv, policy.after_step(StepView(kv, None, position, budget, rotate)))
+        free(kv, policy.after_step(StepView(kv, None, position, budget)))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33])

@@ -13,6 +13,7 @@ compiled takes the table of the nearest one, and every record says so; when no t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,11 @@ class CompilerKV(KVPolicy):
             for i, layer in enumerate(view.layers)
         ]
 
-    def compress_layer(self, view: LayerView, budget: int) -> KV:
-        raise PolicyError("compilerkv averages over all layers and cannot compress one alone; call compress")
+    def check(self, view: PromptView) -> None:
+        self._tables(view, 1)
+
+    def provenance(self) -> dict[str, Any]:
+        return {} if self.tables == NEUTRAL else {"tables_sha256": load_tables(self.tables).manifest.tensors_sha256}
 
     def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
         tables = None if self.tables == NEUTRAL else load_tables(self.tables)

@@ -1,0 +1,134 @@
+"""Fixtures of the speed comparisons: both sides, exact prompts, races in turn, and a table of ratios at the end.
+
+Nothing here fails on time: a ratio is printed beside its goal. Without kvpress the folder is not collected.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import pytest
+import torch
+
+from harness.fetch import asset_folder
+from harness.models import resolve_dtype
+
+if TYPE_CHECKING:
+    from tests.bench.sides import Ours, Text, Theirs
+
+collect_ignore_glob = [] if find_spec("kvpress") and find_spec("pytest_benchmark") else ["test_*.py"]
+
+THREADS = int(os.environ.get("KVH_BENCH_THREADS", "2"))
+DTYPES = sorted({"float32", str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")})
+Goal = tuple[Literal["<=", ">="], float]
+A, B = TypeVar("A"), TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the final table. values: a ratio per round."""
+
+    name: str
+    values: list[float]
+    goal: Goal | None
+
+    def __str__(self) -> str:
+        middle = statistics.median(self.values)
+        spread = f"{min(self.values):.2f} to {max(self.values):.2f}, {len(self.values)} rounds"
+        if self.goal is None:
+            return f"{self.name:<58} {middle:7.2f}x  ({spread})"
+        sign, bound = self.goal
+        met = middle <= bound if sign == "<=" else middle >= bound
+        return f"{self.name:<58} {middle:7.2f}x  ({spread})  goal {sign} {bound:g}x {'met' if met else 'MISSED'}"
+
+
+LINES = pytest.StashKey[list[Line]]()
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session")
+def lines(pytestconfig: pytest.Config) -> list[Line]:
+    return pytestconfig.stash.setdefault(LINES, [])
+
+
+@pytest.fixture
+def note(lines: list[Line]) -> Callable[..., None]:
+    """Put a ratio into the final table."""
+
+    def add(name: str, values: list[float], goal: Goal | None = None) -> None:
+        lines.append(Line(name, values, goal))
+
+    return add
+
+
+@pytest.fixture(scope="session", params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    """float32, where both sides must agree token for token, and the type this processor is fastest in."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def sides(dtype: str) -> tuple[Ours, Theirs]:
+    """This harness and kvpress on the packaged model; skips when it was never fetched."""
+    from tests.bench.sides import make_sides
+
+    for name in ("smollm2-135m", "essays"):
+        if not asset_folder(name).is_dir():
+            pytest.skip(f"{name} is not in the cache; run `harness fetch {name}`")
+    return make_sides(dtype)
+
+
+@pytest.fixture(scope="session")
+def text(sides: tuple[Ours, Theirs]) -> Callable[[int], Text]:
+    """A prompt of exactly so many tokens."""
+    from tests.bench.sides import make_text
+
+    return cache(lambda tokens: make_text(sides[0].loaded.tokenizer, tokens))
+
+
+@pytest.fixture
+def race(benchmark: Any, note: Callable[..., None]) -> Callable[..., tuple[Any, Any]]:
+    """Time both sides in turn, so that a busy machine slows both, and note the median ratio of the rounds."""
+
+    def run(
+        name: str, ours: Callable[[], A], theirs: Callable[[], B], *, goal: Goal | None, rounds: int
+    ) -> tuple[A, B]:
+        """What the last round of each side returned. goal: `<=` compares ours / theirs, `>=` theirs / ours."""
+        seconds: list[float] = []
+        last: list[B] = []
+
+        def turn_of_theirs() -> None:
+            start = time.perf_counter()
+            last[:] = [theirs()]
+            seconds.append(time.perf_counter() - start)
+
+        mine = benchmark.pedantic(ours, setup=turn_of_theirs, rounds=rounds, iterations=1)
+        faster = goal is not None and goal[0] == ">="
+        pairs = zip(benchmark.stats.stats.data, seconds, strict=True)
+        values = [other / own if faster else own / other for own, other in pairs]
+        note(name, values, goal)
+        benchmark.extra_info.update(
+            threads=torch.get_num_threads(), ratio=statistics.median(values), theirs_s=statistics.median(seconds)
+        )
+        return mine, last[0]
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(LINES, [])
+    if lines:
+        terminalreporter.section(f"ratios: median of the rounds, {THREADS} torch threads")
+        for line in lines:
+            terminalreporter.write_line(str(line))

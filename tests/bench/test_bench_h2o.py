@@ -1,0 +1,40 @@
+"""H2O over 4096 tokens: streamed column sums against kvpress's ObservedAttention, which needs whole attention matrices.
+
+Each side in a process of its own, because a peak is a property of a process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.fetch import asset_folder
+
+pytestmark = pytest.mark.bench
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS, BUDGET = 4096, 128
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is reset through Linux's /proc")
+def test_peak_memory_and_scores(note: Callable[..., None], tmp_path: Path) -> None:
+    if not asset_folder("smollm2-135m").is_dir() or not asset_folder("essays").is_dir():
+        pytest.skip("the packaged assets are not in the cache")
+    peaks, scores = {}, {}
+    for side in ("ours", "theirs"):
+        out = tmp_path / f"{side}.pt"
+        command = [sys.executable, "-m", "tests.bench.h2o_peak", side, str(TOKENS), str(BUDGET), str(out)]
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert child.returncode == 0, child.stderr[-2000:]
+        peaks[side], scores[side] = int(child.stdout.split()[-1]), torch.load(out)
+    name = (
+        f"h2o prefill, {TOKENS} tokens, float32: peak {peaks['ours'] / 2**20:.0f} / {peaks['theirs'] / 2**20:.0f} MiB"
+    )
+    note(name, [peaks["ours"] / peaks["theirs"]], ("<=", 0.4))
+    for layer, (ours, theirs) in enumerate(zip(scores["ours"], scores["theirs"], strict=True)):
+        assert ours.shape == (3, TOKENS)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=lambda text, at=layer: f"layer {at}: {text}")

@@ -1,0 +1,67 @@
+"""Parts of a run on their own: one decode step of many rows beside one row, streamed column sums beside whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from harness.cache import RowsLayer
+from harness.decode import Session
+from harness.engine import Engine
+from harness.kernels import column_sums
+from methods.base import Needs
+
+if TYPE_CHECKING:
+    from tests.bench.sides import Ours, Text, Theirs
+
+pytestmark = pytest.mark.bench
+ROUNDS = 15
+
+
+def test_decode_step_of_26_rows(
+    race: Callable[..., Any], sides: tuple[Ours, Theirs], text: Callable[[int], Text], dtype: str
+) -> None:
+    """5 methods at 5 budgets and the full cache."""
+    model = sides[0].model
+    whole = Engine(model).prefill(text(1024).ids, Needs()).view
+    sizes = [1024, *(budget for budget in (64, 128, 256, 384, 512) for _ in range(5))]
+
+    def session(slots: list[int]) -> Session:
+        layers = []
+        for layer in whole.layers:
+            heads = layer.kv.positions.shape[:2]
+            rows = [layer.kv.take(torch.arange(size).expand(*heads, size)) for size in slots]
+            layers.append(RowsLayer(rows, position=1024, room=ROUNDS + 2))
+        return Session(model, layers, len(slots))
+
+    with torch.inference_mode():
+        many, one = session(sizes), session([1024])
+        for warm in (many, one):
+            warm.step([1] * warm.rows)
+        logits, alone = race(
+            f"decode step, {dtype}: 26 rows / 1 row",
+            lambda: many.step([1] * 26),
+            lambda: one.step([1]),
+            goal=None,
+            rounds=ROUNDS,
+        )
+    torch.testing.assert_close(logits[:1], alone, atol=1e-3 if dtype == "float32" else 0.5, rtol=0)
+
+
+def test_column_sums(race: Callable[..., Any]) -> None:
+    """One layer in the packaged model's shape, 2048 tokens."""
+    draw = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(1, heads, 2048, 64, generator=draw) for heads in (9, 3))
+    future = torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
+
+    def whole() -> torch.Tensor:
+        logits = queries @ keys.repeat_interleave(3, dim=1).transpose(2, 3) / 8
+        return logits.masked_fill_(future, float("-inf")).softmax(dim=-1).sum(dim=2)
+
+    streamed = lambda: column_sums(queries, keys, scaling=1 / 8)  # noqa: E731
+    streamed()
+    sums, expected = race("column sums, 2048 tokens: streamed / whole", streamed, whole, goal=None, rounds=ROUNDS)
+    torch.testing.assert_close(sums.reshape(1, 9, -1), expected, atol=1e-3, rtol=1e-4)
