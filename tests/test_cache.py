@@ -19,7 +19,7 @@ from harness.cache import (
     without,
 )
 from harness.kernels import causal_attention
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, StepView
+from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PolicyError, StepView
 from methods.fullkv import FullKV
 
 HEADS, GROUP, DIM, TOKENS = 2, 2, 4, 10
@@ -169,7 +169,7 @@ def test_a_sliding_layer_leaves_what_its_window_reaches(window: int, start: int)
 
 
 @dataclass(frozen=True)
-class Oldest(KVPolicy):
+class Oldest(LayerPolicy):
     """Frees the oldest slot of every head once there are more than the budget."""
 
     lazy: bool = False
@@ -186,10 +186,10 @@ class Oldest(KVPolicy):
         return old.masked_fill((step.kv.live <= step.budget) | torch.tensor(self.lazy), -1)
 
 
-def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, sliding: bool = False, room: int = 1) -> EvictingLayer:
+def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, room: int = 1) -> EvictingLayer:
     slots = [[7, 8, 9], [7, 8, 9]]
     rows = [EvictingRow(policy, 3, with_room(kept(keys, values, slots), 3 + room)) for _ in range(2)]
-    return EvictingLayer(rows, TOKENS, sliding)
+    return EvictingLayer(rows, TOKENS)
 
 
 def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
@@ -226,7 +226,7 @@ def test_a_policy_that_frees_nothing_is_told_so() -> None:
 
 def test_a_sliding_layer_of_an_evicting_row_follows_its_window() -> None:
     queries, keys, values = tokens_of(TOKENS + 4)
-    cache = evicting(FullKV(), keys[:, :, :TOKENS], values[:, :, :TOKENS], sliding=True, room=4)
+    cache = evicting(FullKV(), keys[:, :, :TOKENS], values[:, :, :TOKENS], room=4)
     for at in range(TOKENS, TOKENS + 4):
         out = ask(cache, *(x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)), window=3)
         gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 2, at - 1, at]] * HEADS)

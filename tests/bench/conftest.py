@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 collect_ignore_glob = [] if find_spec("kvpress") and find_spec("pytest_benchmark") else ["test_*.py"]
 
 THREADS = int(os.environ.get("KVH_BENCH_THREADS", "2"))
+ROUNDS = int(os.environ.get("KVH_BENCH_ROUNDS", "1000"))  # at most so many rounds of anything
 DTYPES = sorted({"float32", str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")})
 Goal = tuple[Literal["<=", ">="], float]
 A, B = TypeVar("A"), TypeVar("B")
@@ -113,7 +114,7 @@ def race(benchmark: Any, note: Callable[..., None]) -> Callable[..., tuple[Any, 
             last[:] = [theirs()]
             seconds.append(time.perf_counter() - start)
 
-        mine = benchmark.pedantic(ours, setup=turn_of_theirs, rounds=rounds, iterations=1)
+        mine = benchmark.pedantic(ours, setup=turn_of_theirs, rounds=min(rounds, ROUNDS), iterations=1)
         faster = goal is not None and goal[0] == ">="
         pairs = zip(benchmark.stats.stats.data, seconds, strict=True)
         values = [other / own if faster else own / other for own, other in pairs]
