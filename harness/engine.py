@@ -2,7 +2,9 @@
 
 Prefill hidden states do not depend on a policy that acts after prefill, so one prefill serves every cell of a prompt;
 a cell run alone gives the same tokens. First token `compressed`: observe and compress with the whole prompt, so that
-the last token's query still votes, then drop the last token's own slot and feed it again at its true position.
+the last token's query still votes, then drop the last token's own slot and feed it again at its true position. A method
+that gave that slot up anyway (compilerkv, h2o@kvpress) so decodes with one slot more than it left, as every method does
+after the first decoded token; `kv_bytes` is what it left, `kv_bytes_end` counts everything.
 """
 
 from __future__ import annotations

@@ -21,9 +21,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from gguf import GGUFReader
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from harness.errors import HarnessError
@@ -33,6 +41,7 @@ from harness.spec import ModelSpec
 from harness.tiny import tiny_model, tiny_tokenizer
 
 PACKAGED = ("smollm2-135m",)
+CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
 KNOWN = (*PACKAGED, "tiny")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
@@ -201,15 +210,29 @@ def _read(where: str, kind: torch.dtype, **options: Any) -> tuple[PreTrainedMode
     if config.is_encoder_decoder or (architectures and not remote and not architectures[0].endswith(CAUSAL)):
         what = architectures[0] if architectures else config.model_type
         raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    bars = io.StringIO() if "gguf_file" in options else sys.stderr  # the GGUF reader draws its own progress bar
+    gguf = options.get("gguf_file")
+    tokenizer = _gguf_tokenizer(where, gguf) if gguf else AutoTokenizer.from_pretrained(where, **options)
+    bars = io.StringIO() if gguf else sys.stderr  # the GGUF reader draws its own progress bar
     with contextlib.redirect_stderr(bars):
         return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **options), tokenizer
 
 
+def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file: its class by name, as transformers 5.2 picks another, and its own special tokens."""
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+        where, gguf_file=file, clean_up_tokenization_spaces=False
+    )
+    fields = GGUFReader(Path(where) / file).fields
+    for gguf_name, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    return tokenizer
+
+
 def _dequantised(name: str) -> Path:
     """Folder with a packaged GGUF as float32 safetensors: reading the GGUF itself takes 20 seconds each time."""
-    folder = cache_dir() / "converted" / ASSETS[name].sha256[:12]
+    folder = cache_dir() / "converted" / f"{ASSETS[name].sha256[:12]}-{CONVERSION}"
 
     def fill(scratch: Path) -> None:
         gguf = next(fetch(name).glob("*.gguf"))

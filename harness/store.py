@@ -81,8 +81,8 @@ class RunStore:
     def append(self, records: Sequence[Record]) -> None:
         """Store records, one sample's cells at a time; on return they are on the disk.
 
-        Raises HarnessError when a record belongs to another run or holds a number that is not finite, and when the
-        disk is full or fails: the file is then cut back to what it was before this call.
+        Raises HarnessError when a record belongs to another run, and when the disk is full or fails: the file is then
+        cut back to what it was before this call.
         """
         data = b"".join(self._line(record) for record in records)
         before = os.fstat(self._records).st_size
@@ -155,11 +155,7 @@ class RunStore:
     def _line(self, record: Record) -> bytes:
         if record.run_id != self.manifest.run_id:
             raise HarnessError(f"record {record.key} belongs to run {record.run_id}, this is {self.manifest.run_id}")
-        raw = record.model_dump(mode="json")
-        try:
-            return json.dumps(raw, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        except ValueError as error:
-            raise HarnessError(f"record {record.key} cannot be stored: {error}; mark it as failed instead") from None
+        return record.model_dump_json().encode() + b"\n"
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -265,6 +265,9 @@ class EvictionPolicy(LayerPolicy):
     recent: int = 0
     sinks: int = 0
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, "recent", "sinks")
+
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
         """Worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
@@ -290,6 +293,14 @@ class EvictionPolicy(LayerPolicy):
         batch, heads = scores.shape[:2]
         fixed = torch.cat([torch.arange(sinks), torch.arange(tokens - recent, tokens)]).to(order.device)
         return torch.cat([order, fixed.expand(batch, heads, -1)], dim=-1).sort(dim=-1).values
+
+
+def at_least(policy: object, bound: float, *names: str) -> None:
+    """Raise PolicyError for the first parameter of `policy` among `names` that is a number below `bound`."""
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, int | float) and value < bound:
+            raise PolicyError(f"{type(policy).__name__}.{name}={value} is too small; give at least {bound:g}")
 
 
 def spread(total: int, weights: Sequence[float], cap: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import KV, EvictionPolicy, LayerView, Needs, PolicyError, StepView
+from methods.base import KV, EvictionPolicy, LayerView, Needs, PolicyError, StepView, at_least
 from methods.registry import method
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,6 +34,11 @@ class H2O(EvictionPolicy):
     recent_share: float = 0.5
     mean: bool = False
     evict: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "recent", "recent_share")
+        if isinstance(self.recent_share, int | float) and self.recent_share > 1:
+            raise PolicyError(f"H2O.recent_share={self.recent_share} is more than the whole budget; give 0 to 1")
 
     @property
     def needs(self) -> Needs:

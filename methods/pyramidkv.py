@@ -11,9 +11,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from methods.base import EvictionPolicy, LayerView, Needs, spread
+from methods.base import EvictionPolicy, LayerView, Needs, at_least, spread
 from methods.registry import method
-from methods.snapkv import pool
+from methods.snapkv import check_kernel, pool
 
 PRESETS = {
     "paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 20},
@@ -32,6 +32,10 @@ class PyramidKV(EvictionPolicy):
     pool: Literal["max", "avg"] = "max"
     beta: int = 20
     window_on_top: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "recent", "beta")
+        check_kernel(self.kernel)
 
     @property
     def needs(self) -> Needs:

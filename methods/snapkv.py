@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from methods.base import EvictionPolicy, LayerView, Needs
+from methods.base import EvictionPolicy, LayerView, Needs, PolicyError, at_least
 from methods.registry import method
 
 PRESETS = {
@@ -31,6 +31,10 @@ class SnapKV(EvictionPolicy):
     kernel: int = 7
     pool: Literal["max", "avg"] = "max"
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "recent")
+        check_kernel(self.kernel)
+
     @property
     def needs(self) -> Needs:
         return Needs(window=self.recent)
@@ -38,6 +42,12 @@ class SnapKV(EvictionPolicy):
     def score(self, view: LayerView) -> Tensor:
         attention = view.attention(self.recent).mean(dim=(2, 3))  # [B, H, T]
         return pool(attention, self.kernel, self.pool, self.recent)
+
+
+def check_kernel(kernel: int) -> None:
+    """Raise PolicyError for a pooling width that has no middle."""
+    if isinstance(kernel, int) and (kernel < 1 or kernel % 2 == 0):
+        raise PolicyError(f"kernel={kernel} has no middle; give an odd number, 1 for no pooling")
 
 
 def pool(attention: Tensor, kernel: int, kind: str, recent: int) -> Tensor:

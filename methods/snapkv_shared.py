@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from methods.base import EvictionPolicy, LayerView, Needs
+from methods.base import EvictionPolicy, LayerView, Needs, at_least
 from methods.registry import method
-from methods.snapkv import PRESETS, pool
+from methods.snapkv import PRESETS, check_kernel, pool
 
 
 @method("snapkv_shared", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)
@@ -22,6 +22,10 @@ class SnapKVShared(EvictionPolicy):
     recent: int = 32
     kernel: int = 7
     pool: Literal["max", "avg"] = "max"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "recent")
+        check_kernel(self.kernel)
 
     @property
     def needs(self) -> Needs:

@@ -51,7 +51,9 @@ def plain(query: Tensor, keys: Tensor, values: Tensor, seen: list[list[int]]) ->
     return torch.stack(out).unsqueeze(0)
 
 
-def ask(cache: LayerCache, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+def ask(cache: LayerCache, *feed: Tensor, window: int | None = None) -> Tensor:
+    """Append and attend. feed: queries, keys and values."""
+    query, key, value = feed
     cache.append(key, value)
     return cache.attend(query, scaling=1.0, window=window)
 

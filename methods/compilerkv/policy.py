@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, at_least
 from methods.compilerkv.tables import Shapes, Tables, load_tables, neutral
 from methods.registry import method
 
@@ -36,6 +36,9 @@ class CompilerKV(KVPolicy):
 
     window: int = 64
     tables: str = NEUTRAL
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "window")
 
     @property
     def needs(self) -> Needs:

@@ -34,10 +34,17 @@ MARK = "CONTENT7MARK"
 
 @dataclass(frozen=True)
 class Text:
-    """A chat prompt of an exact number of tokens. context: tokens before the template's end; the rest is fed after."""
+    """A chat prompt of an exact number of tokens.
+
+    context: all but the last token. kvpress's pipeline compresses that and feeds the rest, which `query="agnostic"`
+    does too; a rest of several tokens breaks kvpress where layers keep different numbers (one mask for all of them).
+    """
 
     ids: list[int]
-    context: int
+
+    @property
+    def context(self) -> int:
+        return len(self.ids) - 1
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -58,8 +65,7 @@ def make_text(tokenizer: Any, tokens: int) -> Text:
     room = tokens - len(head) - len(needle) - len(question) - len(tail)
     hay = encode(essays[: 8 * tokens])[:room]
     assert len(hay) == room > 0
-    context = [*head, *hay[: room // 2], *needle, *hay[room // 2 :], *question]
-    return Text([*context, *tail], len(context))
+    return Text([*head, *hay[: room // 2], *needle, *hay[room // 2 :], *question, *tail])
 
 
 def ratio(budget: int, tokens: int) -> float:
@@ -125,7 +131,7 @@ class Theirs:
         self.pipe = kvpress.KVPressTextGenerationPipeline(model=self.model, tokenizer=loaded.tokenizer)
 
     def evaluate(self, text: Text, label: str, budget: int) -> str:
-        """One cell by the pipeline: compress the context, feed the rest, decode 32 tokens; the text."""
+        """One cell by the pipeline: compress the context, feed the last token, decode 32 tokens; the text."""
         peer = PEERS[label]
         wanted = "eager" if peer.eager else "sdpa"
         if self.model.config._attn_implementation != wanted:

@@ -1,6 +1,7 @@
 """6 methods x 5 budgets on one prompt: 30 pipeline calls of kvpress against one `Engine.run` with 30 cells.
 
-Both sides compress the context and then feed the end of the chat template, as kvpress's pipeline does.
+Both sides compress all but the last token and then feed that one: kvpress's pipeline with the question in the context,
+and, forward for forward, what the harness does by default.
 """
 
 from __future__ import annotations
