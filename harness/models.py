@@ -218,7 +218,7 @@ def _read(where: str, kind: torch.dtype, **options: Any) -> tuple[PreTrainedMode
 
 
 def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file: its class by name, as transformers 5.2 picks another, and its own special tokens."""
+    """The tokenizer in a GGUF file: its class by name (transformers 5.2 picks another), its own special tokens."""
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
         where, gguf_file=file, clean_up_tokenization_spaces=False
     )

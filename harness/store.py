@@ -155,7 +155,8 @@ class RunStore:
     def _line(self, record: Record) -> bytes:
         if record.run_id != self.manifest.run_id:
             raise HarnessError(f"record {record.key} belongs to run {record.run_id}, this is {self.manifest.run_id}")
-        return record.model_dump_json().encode() + b"\n"
+        raw = record.model_dump(mode="json")
+        return json.dumps(raw, separators=(",", ":")).encode() + b"\n"  # ASCII: no line break but the last
 
 
 def find_runs(root: Path) -> list[Path]:
