@@ -40,6 +40,8 @@ def _attention(
     tied = getattr(value, "layer_cache", None) is cache
     if cache is None or not tied:
         raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
+    for states in (key, value):
+        del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")

@@ -43,7 +43,7 @@ class PrefillLayer(LayerCache):
         self.sums: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+        self.keys, self.values = keys.contiguous(), values.contiguous()  # heads first: policies take rows of slots
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
         self.scaling, self.window = scaling, window
@@ -66,7 +66,8 @@ class PrefillLayer(LayerCache):
 class _Group:
     """Rows of one layer with the same number of slots, so that nothing is padded and a row alone computes the same."""
 
-    rows: Tensor  # [r] int64, where these rows stand in the batch
+    rows: list[int]  # where these rows stand in the batch, ascending
+    index: Tensor | slice  # the same, as a slice where they are evenly spaced: views instead of copies
     keys: Tensor  # [r, H, C, D]
     values: Tensor  # [r, H, C, D]
     positions: Tensor  # [r, H, C] int64, -1 = empty
@@ -99,22 +100,21 @@ class RowsLayer(LayerCache):
         positions = torch.arange(self.position, self.position + new, device=keys.device)
         for group in self.groups:
             columns = slice(group.used, group.used + new)
-            group.keys[:, :, columns] = keys[group.rows]
-            group.values[:, :, columns] = values[group.rows]
+            group.keys[:, :, columns] = keys[group.index]
+            group.values[:, :, columns] = values[group.index]
             group.positions[:, :, columns] = positions
             group.used += new
         self.position += new
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        asked = torch.arange(self.position - queries.shape[2], self.position, device=queries.device)
         out = torch.empty_like(queries)
         for group in self.groups:
             keys, values = group.keys[:, :, : group.used], group.values[:, :, : group.used]
             mask = None
             if queries.shape[2] > 1 or group.holes or window is not None:
+                asked = torch.arange(self.position - queries.shape[2], self.position, device=queries.device)
                 mask = _visible(group.positions[:, :, : group.used], asked, window)
-            rows = group.rows
-            out[rows] = slot_attention(queries[rows], keys, values, mask=mask, scaling=scaling)
+            out[group.index] = slot_attention(queries[group.index], keys, values, mask=mask, scaling=scaling)
         return out
 
     def rewind(self, tokens: int) -> None:
@@ -129,19 +129,21 @@ class RowsLayer(LayerCache):
         self.kept_bytes = [self.kept_bytes[row] for row in rows]
         kept = []
         for group in self.groups:
-            members = [i for i, row in enumerate(group.rows.tolist()) if row in place]
+            members = [i for i, row in enumerate(group.rows) if row in place]
             if not members:
                 continue
             index = torch.tensor(members, device=group.keys.device)
-            new = torch.tensor([place[row] for row in group.rows[index].tolist()], device=group.keys.device)
+            new = [place[group.rows[i]] for i in members]
             tensors = (group.keys[index], group.values[index], group.positions[index])
-            kept.append(_Group(new, *tensors, size=group.size, used=group.used, holes=group.holes))
+            kept.append(
+                _Group(new, _index(new, index.device), *tensors, size=group.size, used=group.used, holes=group.holes)
+            )
         self.groups = kept
 
     def nbytes(self, row: int) -> int:
         """Measured bytes of a row: what its policy left, and the live slots appended since."""
         for group in self.groups:
-            for i, member in enumerate(group.rows.tolist()):
+            for i, member in enumerate(group.rows):
                 if member == row:
                     live = int((group.positions[i, :, group.size : group.used] >= 0).sum())
                     slot = group.keys.shape[-1] * group.keys.element_size()
@@ -261,7 +263,13 @@ def _group(kvs: Sequence[KV], members: Sequence[int], capacity: int) -> _Group:
         keys[i, :, :size], values[i, :, :size] = k[0], v[0]
         positions[i, :, :size] = kv.positions[0]
     holes = bool((positions[:, :, :size] < 0).any())
-    return _Group(torch.tensor(members, device=like.device), keys, values, positions, size, size, holes)
+    return _Group(list(members), _index(members, like.device), keys, values, positions, size, size, holes)
+
+
+def _index(rows: Sequence[int], device: torch.device) -> Tensor | slice:
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    even = list(range(rows[0], rows[-1] + 1, step)) == list(rows)
+    return slice(rows[0], rows[-1] + 1, step) if even else torch.tensor(rows, device=device)
 
 
 def _visible(positions: Tensor, asked: Tensor, window: int | None) -> Tensor:

@@ -98,7 +98,7 @@ class Session:
         for count in range(limits.max_new_tokens):
             if count < limits.min_new_tokens:
                 logits[:, eos] = float("-inf")
-            picked: list[int] = logits.argmax(dim=-1).tolist()
+            picked: list[int] = logits.max(dim=-1).indices.tolist()  # on a CPU faster than argmax
             for row, token in enumerate(picked):
                 self._take(row, results[active[row]], token, limits)
             left = [row for row, result in enumerate(active) if not results[result].done]

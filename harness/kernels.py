@@ -58,7 +58,7 @@ def slot_weights(queries: Tensor, keys: Tensor, *, mask: Tensor, scaling: float)
     return logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 
 
-def column_sums(queries: Tensor, keys: Tensor, *, scaling: float, block: int = 128) -> Tensor:
+def column_sums(queries: Tensor, keys: Tensor, *, scaling: float, block: int = 64) -> Tensor:
     """Attention each token receives from all later queries and itself: [B, H, G, T] float32.
 
     Streamed over blocks of queries: the largest temporary is [B, Hq, block, T], never T x T.
@@ -66,13 +66,13 @@ def column_sums(queries: Tensor, keys: Tensor, *, scaling: float, block: int = 1
     batch, heads, tokens, dim = keys.shape
     grouped = queries.view(batch, heads, -1, tokens, dim)
     sums = torch.zeros(grouped.shape[:4], device=keys.device)
-    future = torch.ones(block, block, dtype=torch.bool, device=keys.device).triu_(1)
+    future = torch.full((block, block), float("-inf"), device=keys.device).triu_(1)
     for start in range(0, tokens, block):
         end = min(start + block, tokens)
         size = end - start
         folded = grouped[:, :, :, start:end].reshape(batch, heads, -1, dim)  # [B, H, G * size, D]
         logits = (folded @ keys[:, :, :end].transpose(2, 3)).float().mul_(scaling)
         logits = logits.view(batch, heads, -1, size, end)
-        logits[..., start:end].masked_fill_(future[:size, :size], float("-inf"))
+        logits[..., start:end].add_(future[:size, :size])
         sums[..., :end] += logits.softmax(dim=-1).sum(dim=3)
     return sums

@@ -110,9 +110,8 @@ class KV:
     def take(self, slots: Tensor) -> KV:
         """A new KV of the given slots. slots: [B, H, S'] int64, -1 leaves the slot empty. `extra` is not carried."""
         index = slots.clamp(min=0)
-        wide = index.unsqueeze(-1).expand(*index.shape, self.keys.shape[-1])
         positions = self.positions.gather(2, index).masked_fill(slots < 0, -1)
-        return KV(self.keys.gather(2, wide), self.values.gather(2, wide), positions)
+        return KV(_pick(self.keys, index), _pick(self.values, index), positions)
 
     @property
     def live(self) -> Tensor:
@@ -124,6 +123,13 @@ class KV:
         """Measured cache bytes: live slots only, side data included. Positions are the harness's own books."""
         slot = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
         return int(self.live.sum()) * slot + sum(t.numel() * t.element_size() for t in self.extra.values())
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """Slots of x [B, H, S, D] by index [B, H, S']: whole rows at once, which `gather` would copy number by number."""
+    batch, heads, slots, dim = x.shape
+    first = torch.arange(0, batch * heads * slots, slots, device=x.device).view(batch, heads, 1)
+    return x.reshape(-1, dim).index_select(0, (index + first).flatten()).view(*index.shape, dim)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from methods.base import EvictionPolicy, LayerView, Needs, at_least, spread
 from methods.registry import method
-from methods.snapkv import check_kernel, pool
+from methods.snapkv import check_kernel, pool, votes
 
 PRESETS = {
     "paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 20},
@@ -42,7 +42,7 @@ class PyramidKV(EvictionPolicy):
         return Needs(window=self.recent)
 
     def score(self, view: LayerView) -> Tensor:
-        return pool(view.attention(self.recent).mean(dim=(2, 3)), self.kernel, self.pool, self.recent)
+        return pool(votes(view, self.recent), self.kernel, self.pool, self.recent)
 
     def layer_budgets(self, budget: int, tokens: int, layers: int) -> list[int]:
         base = self.recent if self.window_on_top else 0

@@ -40,8 +40,12 @@ class SnapKV(EvictionPolicy):
         return Needs(window=self.recent)
 
     def score(self, view: LayerView) -> Tensor:
-        attention = view.attention(self.recent).mean(dim=(2, 3))  # [B, H, T]
-        return pool(attention, self.kernel, self.pool, self.recent)
+        return pool(votes(view, self.recent), self.kernel, self.pool, self.recent)
+
+
+def votes(view: LayerView, window: int) -> Tensor:
+    """Attention of the last `window` tokens, averaged over them and the query group: [B, H, T]. Computed once."""
+    return view.memo(("votes", window), lambda layer: layer.attention(window).mean(dim=(2, 3)))
 
 
 def check_kernel(kernel: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.base import EvictionPolicy, LayerView, Needs, at_least
 from methods.registry import method
-from methods.snapkv import PRESETS, check_kernel, pool
+from methods.snapkv import PRESETS, check_kernel, pool, votes
 
 
 @method("snapkv_shared", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)
@@ -32,6 +32,6 @@ class SnapKVShared(EvictionPolicy):
         return Needs(window=self.recent)
 
     def score(self, view: LayerView) -> Tensor:
-        attention = view.attention(self.recent).mean(dim=(2, 3)).mean(dim=1, keepdim=True)  # [B, 1, T]
+        attention = votes(view, self.recent).mean(dim=1, keepdim=True)  # [B, 1, T]
         pooled = pool(attention, self.kernel, self.pool, self.recent)
         return pooled.expand(-1, view.kv.keys.shape[1], -1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from harness.decode import Limits
 from harness.engine import Cell, Engine, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.spec import FirstToken, QueryMode
-from methods.base import Budget, KVPolicy
+from methods.base import Budget, KVPolicy, Needs
 from methods.fullkv import FullKV
 from methods.random import RandomEviction
 from methods.streamingllm import StreamingLLM
@@ -180,7 +182,6 @@ def test_rotate_uses_the_frequencies_of_the_last_forward() -> None:
 
 def _prefill(attached: AttachedModel) -> list[Any]:
     from harness.cache import PrefillLayer
-    from methods.base import Needs
 
     return [PrefillLayer(Needs()) for _ in range(attached.layers)]
 
@@ -230,3 +231,16 @@ def test_logits_are_computed_for_the_last_positions_alone() -> None:
     for keep, shown in ((0, 12), (1, 1), (5, 5)):
         found = attached.forward(ids, _prefill(attached), position=0, keep=keep)
         torch.testing.assert_close(found, gold[:, 12 - shown :], atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_s_cache_dies_with_its_last_reference() -> None:
+    _, attached = pair("llama")
+    engine = Engine(attached)
+    gc.disable()  # what only a collection would free has leaked
+    try:
+        prefilled = engine.prefill(prompt(12).ids, Needs(window=4, column_sums=True))
+        keys = weakref.ref(prefilled.layers[0].keys)
+        del prefilled
+        assert keys() is None
+    finally:
+        gc.enable()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -29,7 +29,6 @@ THREADS = int(os.environ.get("KVH_BENCH_THREADS", "2"))
 ROUNDS = int(os.environ.get("KVH_BENCH_ROUNDS", "1000"))  # at most so many rounds of anything
 DTYPES = sorted({"float32", str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")})
 Goal = tuple[Literal["<=", ">="], float]
-A, B = TypeVar("A"), TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,11 @@ def race(benchmark: Any, note: Callable[..., None]) -> Callable[..., tuple[Any, 
     """Time both sides in turn, so that a busy machine slows both, and note the median ratio of the rounds."""
 
     def run(
-        name: str, ours: Callable[[], A], theirs: Callable[[], B], *, goal: Goal | None, rounds: int
-    ) -> tuple[A, B]:
+        name: str, ours: Callable[[], Any], theirs: Callable[[], Any], *, goal: Goal | None, rounds: int
+    ) -> tuple[Any, Any]:
         """What the last round of each side returned. goal: `<=` compares ours / theirs, `>=` theirs / ours."""
         seconds: list[float] = []
-        last: list[B] = []
+        last: list[Any] = []
 
         def turn_of_theirs() -> None:
             start = time.perf_counter()

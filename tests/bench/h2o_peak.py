@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from harness.attach import AttachedModel
 from harness.engine import Engine
 from harness.models import load_model
+from methods.base import EvictionPolicy
 from methods.registry import make_policy
 from tests.bench.sides import Text, make_text, ratio
 
@@ -36,6 +37,7 @@ def kib(field: str) -> int:
 def run_ours(model: Any, budget: int) -> Callable[[Text], list[Tensor]]:
     """Prefill with streamed column sums, then compress every layer; the scores of each."""
     engine, policy = Engine(AttachedModel(model)), make_policy("h2o@kvpress")
+    assert isinstance(policy, EvictionPolicy)
 
     def run(text: Text) -> list[Tensor]:
         view = engine.prefill(text.ids, policy.needs).view
@@ -63,7 +65,7 @@ def run_theirs(model: Any, budget: int) -> Callable[[Text], list[Tensor]]:
         press = Recorded(compression_ratio=ratio(budget, len(text.ids)))
         with torch.no_grad(), press(model):
             model.model(input_ids=text.tensor, past_key_values=cache)
-        assert cache.layers[0].keys.shape[2] == budget
+        assert cache.get_seq_length() == budget
         return scores
 
     return run

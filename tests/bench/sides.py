@@ -57,7 +57,10 @@ class Text:
 
 def make_text(tokenizer: Any, tokens: int) -> Text:
     """Essays with a needle in the middle and a question at the end, `tokens` tokens with the chat template."""
-    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     message = [{"role": "user", "content": MARK}]
     before, after = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(MARK)
     essays = "\n".join(path.read_text(encoding="utf-8") for path in sorted(fetch("essays").glob("*.txt")))
@@ -154,7 +157,7 @@ class Theirs:
 
     def compressed_keys(self, text: Text, label: str, budget: int) -> list[torch.Tensor]:
         """Keys [1, H, S, D] of every layer that a press leaves."""
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         with torch.inference_mode(), PEERS[label].make(budget, len(text.ids))(self.model):
             self.model.model(input_ids=text.tensor, past_key_values=cache)
         return [layer.keys for layer in cache.layers]

@@ -61,7 +61,9 @@ def test_column_sums(race: Callable[..., Any]) -> None:
         logits = queries @ keys.repeat_interleave(3, dim=1).transpose(2, 3) / 8
         return logits.masked_fill_(future, float("-inf")).softmax(dim=-1).sum(dim=2)
 
-    streamed = lambda: column_sums(queries, keys, scaling=1 / 8)  # noqa: E731
+    def streamed() -> torch.Tensor:
+        return column_sums(queries, keys, scaling=1 / 8)
+
     streamed()
     sums, expected = race("column sums, 2048 tokens: streamed / whole", streamed, whole, goal=None, rounds=ROUNDS)
     torch.testing.assert_close(sums.reshape(1, 9, -1), expected, atol=1e-3, rtol=1e-4)
