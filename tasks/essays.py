@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import punkt
@@ -84,13 +85,18 @@ def read_essays(options: TaskOptions) -> Essays:
 
     Raises TaskError when there is no asset, or no essay in it.
     """
-    folder = options.asset(ASSET)
-    homes = [folder] if folder.name == FOLDER else sorted(path for path in folder.rglob(FOLDER) if path.is_dir())
-    files = sorted(path for home in homes for path in home.rglob("*.txt")) or sorted(folder.glob("*.txt"))
+    files = essay_files(options)
     text = "".join(path.read_text(encoding="utf-8") for path in files)
     if not text.strip():
-        raise TaskError(f"no essays in {folder}: expected *.txt in it or in a folder {FOLDER} below it")
+        raise TaskError(f"no essays in {options.asset(ASSET)}: expected *.txt in it or in a folder {FOLDER} below it")
     return _essays(text, len(files))
+
+
+def essay_files(options: TaskOptions) -> list[Path]:
+    """The essays' files by name; empty when there is none."""
+    folder = options.asset(ASSET)
+    homes = [folder] if folder.name == FOLDER else sorted(path for path in folder.rglob(FOLDER) if path.is_dir())
+    return sorted(path for home in homes for path in home.rglob("*.txt")) or sorted(folder.glob("*.txt"))
 
 
 @lru_cache(maxsize=2)

@@ -6,11 +6,14 @@ after are of different data: bump what the record says of it, and the digest.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from harness.fetch import asset_folder
 from tasks import load_tasks
 from tests.task_data import RULER, Options, digest, draw_samples, small_options
+from tests.test_prose import write_prose
 
 SMALL = {
     "niah/snapkv": "e9a97a1a63aed9e09a3aefa3045aabfe2821dd2303492cbd3872f654820c53fb",
@@ -30,6 +33,10 @@ SMALL = {
     "ruler/qa_1": "c7239acec4dac0a4bed3f619f0d24b4918790bfa290e28975cbc76bdb828c94b",
     "ruler/qa_2": "c3a0db43e4f48a9b5aa8fb68675f7f1d0e366c653b93ecf0a142bdf4190f05ff",
 }
+PROSE = {
+    "prose/continuation": "c29938fb95b7fef950b9e32fc768e2c4ac12053c1fbcba78210823763f5cbc15",
+    "prose/long": "5716c10192ca89d4e6b59098250786ce8975705376d9f2357f289738046e5ced",
+}
 REAL = {
     "niah/snapkv": "1469db3482211ef4aa39d94b5ba7d62cc66318676bb2db8c1a2aa43aa6343d1e",
     "niah/kamradt": "63aea5b11fe61d5983113328d98a65b67bea188a1f0016145921670f699cc493",
@@ -39,6 +46,8 @@ REAL = {
     "ruler/niah_multikey_1": "4d1f03593f5247678e1a9778ae8e9150c88dc80a349b32c4c256a43d56b35b18",
     "ruler/niah_multivalue": "f1a75400a73a4c1f9a618c6844afc05983dd535a6aa24066ef96d8260a62fe3d",
     "ruler/niah_multiquery": "8d39c4484cbadc9c5fb450f102cc4919590e5cdee802a6da3903a5d0af82fd7d",
+    "prose/continuation": "77b1ee870e4ce0964fe1289e5fdcad0a9427c66e253cf24b114e4d8f87a492dd",
+    "prose/long": "5d08604b4e58a060fae2256babe600293308746f77c78c195c83dab8a9874941",
 }
 
 
@@ -48,8 +57,9 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
 
 
 def test_every_generated_task_has_a_digest() -> None:
-    assert set(SMALL) == {name for name in load_tasks() if name.startswith(("ruler/", "niah/"))}
-    assert len(SMALL) == len(RULER) + 3
+    made = {name for name in load_tasks() if name.startswith(("ruler/", "niah/", "prose/"))}
+    assert SMALL.keys() | PROSE.keys() == made
+    assert (len(SMALL), len(PROSE)) == (len(RULER) + 3, 2)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -57,6 +67,15 @@ def test_samples_over_small_essays(name: str, options: Options) -> None:
     samples = draw_samples(name, options(lengths=(1024, 4096), limit=3))
     assert len(samples) == 6
     assert digest(samples) == SMALL[name]
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_samples_over_longer_essays(name: str, options: Options, tmp_path: Path) -> None:
+    """A continuation is of one essay, and the small ones have no 1024 tokens."""
+    write_prose(tmp_path / "prose")
+    samples = draw_samples(name, options(fetch=lambda _: tmp_path / "prose", lengths=(1024, 4096), limit=3))
+    assert len(samples) == 6
+    assert digest(samples) == PROSE[name]
 
 
 @pytest.mark.parametrize("name", REAL)
