@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from harness import __version__
 from harness.arguments import names, numbers, one_line
 from harness.cli_compile import compile_parser
 from harness.cli_tables import tables_parser
 from harness.errors import HarnessError
-from harness.spec import Sweep
+from harness.spec import Frozen, Sweep
 
 RESULTS = Path("results")
 BOARDS = Path(__file__).resolve().parent.parent / "leaderboards" / "boards"
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("runs", nargs="*", type=Path, default=[RESULTS], help="run folders, or a folder of them")
     board.add_argument("--out", type=Path, help="folder for the pages NAME.* (default: beside the records)")
     board.add_argument("--name", default="board", help="file name of the board")
+    board.add_argument(
+        "--subject", metavar="LABEL", help="method to judge against the strongest other one of each task family"
+    )
     board.set_defaults(action=_board)
     listing = commands.add_parser("list", help="what can be named on the command line")
     listing.add_argument("what", choices=("methods", "tasks", "models", "boards"))
@@ -109,9 +112,17 @@ def _run_parser(run: argparse.ArgumentParser) -> None:
     run.set_defaults(action=_run)
 
 
-def _sweep(args: argparse.Namespace) -> Sweep:
+class BoardOptions(Frozen):
+    """The `[board]` table of a TOML file: what the run's board adds. No part of what the run is, nor of its id.
+
+    subject: one of the methods, as in `harness board --subject`.
+    """
+
+    subject: str | None = None
+
+
+def _sweep(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
     """Options of the TOML file, overridden by those of the command line. Raises HarnessError for unusable ones."""
-    options: dict[str, Any] = {} if args.config is None else _read_config(args.config)
     typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
     if args.set:
         given = options.get("set", {})
@@ -157,8 +168,30 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key, value  # a bare word is a string
 
 
+def _subject(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
+    """The subject's label in the run, with its changed parameters; None without one.
+
+    board: the `[board]` table. typed: whether the methods come from the command line, which may leave the subject out.
+    """
+    from harness.plan import plan_methods
+
+    try:
+        wanted = TypeAdapter(dict[str, BoardOptions]).validate_python({"board": board})["board"].subject
+    except ValidationError as error:
+        raise one_line(error) from None
+    if wanted is None:
+        return None
+    labels = {spec.label.partition("[")[0]: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
+    if wanted not in labels and not typed:
+        raise HarnessError(f"board.subject {wanted!r} is no method with a budget of this run: {', '.join(labels)}")
+    return labels.get(wanted)
+
+
 def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    sweep = _sweep(args)
+    options: dict[str, Any] = {} if args.config is None else _read_config(args.config)
+    board = options.pop("board", {})
+    sweep = _sweep(args, options)
+    subject = _subject(board, sweep, typed=args.methods is not None)
     import torch
 
     from harness.run import run_sweep
@@ -166,7 +199,7 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     folder = run_sweep(sweep, root=args.out, command=command)
-    return _show([folder], out=folder, name="board")
+    return _show([folder], out=folder, name="board", subject=subject)
 
 
 def _board(args: argparse.Namespace, command: Sequence[str]) -> int:
@@ -174,10 +207,10 @@ def _board(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     folders = [folder for root in args.runs for folder in find_runs(root)]
     out = args.out or (args.runs[0] if len(args.runs) == 1 else RESULTS)
-    return _show(folders, out=out, name=args.name)
+    return _show(folders, out=out, name=args.name, subject=args.subject)
 
 
-def _show(folders: Sequence[Path], *, out: Path, name: str) -> int:
+def _show(folders: Sequence[Path], *, out: Path, name: str, subject: str | None) -> int:
     """Print and write the board of some runs; 1 when a cell failed."""
     from harness.store import load_run
     from leaderboards.aggregate import aggregate
@@ -189,9 +222,10 @@ def _show(folders: Sequence[Path], *, out: Path, name: str) -> int:
     records = [record for _, stored in runs for record in stored]
     if not records:
         raise HarnessError(f"no records in {', '.join(map(str, folders))}; run a benchmark first")
-    tables = aggregate(records, manifests=manifests)
+    tables = aggregate(records, manifests=manifests, subject=subject)
     print(to_terminal(tables, manifests=manifests))
-    for path in [*write_board(records, out, name, manifests=manifests), write_picture(tables, out, name)]:
+    pages = write_board(records, out, name, manifests=manifests, subject=subject)
+    for path in [*pages, write_picture(tables, out, name)]:
         print(f"wrote {path}", file=sys.stderr)
     failed = sum(record.status == "failed" for record in records)
     if failed:

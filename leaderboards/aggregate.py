@@ -38,6 +38,7 @@ from harness.records import Record, RunManifest
 from leaderboards.axes import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Estimate
 from leaderboards.grid import Cell, Grid
+from leaderboards.rivals import compare
 from leaderboards.summaries import summarise
 
 
@@ -57,6 +58,7 @@ class Table:
     """One board. `rows`: one per (budget, method), columns as `_row` writes them; `tasks`: one per cell and task.
 
     summaries: one row per summary, cell and column (`leaderboards.summaries.summarise`); empty when there is none.
+    rivals: the subject against the strongest other methods (`leaderboards.rivals.compare`); empty without a subject.
     baselines: wanted label to the label used, or None. duplicates: cells measured in several runs; one of each is used.
     """
 
@@ -64,6 +66,7 @@ class Table:
     rows: pd.DataFrame
     tasks: pd.DataFrame
     summaries: pd.DataFrame
+    rivals: pd.DataFrame
     run_ids: tuple[str, ...]
     samples: int
     baselines: dict[str, str | None]
@@ -76,22 +79,34 @@ def aggregate(
     *,
     manifests: Sequence[RunManifest] = (),
     baselines: Sequence[str] = ("fullkv", "snapkv"),
+    subject: str | None = None,
     seed: int = SEED,
     resamples: int = RESAMPLES,
 ) -> list[Table]:
     """Tables in the order of their axes. The order of `records` does not matter.
 
     manifests: of the runs the records come from; without them only the axes that are in the records are told apart.
+    subject: label of the method to judge against the strongest other one of each task family (`leaderboards.rivals`).
 
-    Raises HarnessError when there is no record, an ok record has no score, or one sample id stands for two prompts.
+    Raises HarnessError when there is no record, an ok record has no score, one sample id stands for two prompts, or no
+    table has the subject.
     """
     groups = split_by_axes(records, manifests=manifests)
     if not groups:
         raise HarnessError("no records to make a board of; run a benchmark first")
-    return [_table(a, group, baselines=baselines, seed=seed, resamples=resamples) for a, group in groups.items()]
+    labels = {r.method for group in groups.values() for r in group if r.budget != FULL}
+    if subject is not None and subject not in labels:
+        known = ", ".join(sorted(labels)) or "none"
+        raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
+    return [
+        _table(axes, group, baselines=baselines, subject=subject, seed=seed, resamples=resamples)
+        for axes, group in groups.items()
+    ]
 
 
-def _table(axes: Axes, records: list[Record], *, baselines: Sequence[str], seed: int, resamples: int) -> Table:
+def _table(
+    axes: Axes, records: list[Record], *, baselines: Sequence[str], subject: str | None, seed: int, resamples: int
+) -> Table:
     chosen, duplicates = one_per_key(records)
     grid = Grid.of(chosen, seed=seed, resamples=resamples)
     used = {wanted: _baseline(wanted, grid.cells) for wanted in baselines}
@@ -103,7 +118,8 @@ def _table(axes: Axes, records: list[Record], *, baselines: Sequence[str], seed:
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
     summaries = summarise(grid, order)
-    return Table(axes, rows, tasks, summaries, runs, len(grid.samples), used, _notes(chosen), duplicates)
+    rivals = compare(grid, subject, seed=seed, resamples=resamples)
+    return Table(axes, rows, tasks, summaries, rivals, runs, len(grid.samples), used, _notes(chosen), duplicates)
 
 
 def _baseline(wanted: str, cells: Iterable[Cell]) -> str | None:

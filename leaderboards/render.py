@@ -20,6 +20,7 @@ from harness.records import Record, RunManifest
 from harness.store import write_text
 from leaderboards.aggregate import Table, aggregate
 from leaderboards.bootstrap import FEW, LEVEL, MIN_PAIRS
+from leaderboards.rivals import HOW_TO_READ, frames
 from leaderboards.text import KEYS, LONGEST, bullets, clean, escape, fold, github, number, plain, wrap
 
 TERMINAL_WIDTH = 120
@@ -37,17 +38,23 @@ SUMMARIES = (
 
 
 def write_board(
-    records: Iterable[Record], out_dir: Path, name: str, *, manifests: Sequence[RunManifest] = ()
+    records: Iterable[Record],
+    out_dir: Path,
+    name: str,
+    *,
+    manifests: Sequence[RunManifest] = (),
+    subject: str | None = None,
 ) -> list[Path]:
     """Write `<name>.md`, `.csv`, `.tasks.csv` and `.summary.csv` into `out_dir` and return their paths.
 
     manifests: of the runs the records come from, so that runs with different settings get tables of their own.
+    subject: label of a method to judge against the strongest other ones, in a section and in `<name>.rivals.csv`.
 
     Raises HarnessError when `name` is no file name, a file cannot be written, or `aggregate` refuses the records.
     """
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise HarnessError(f"board name {name!r} is no file name; use letters, digits, '.', '-' and '_'")
-    tables = aggregate(records, manifests=manifests)
+    tables = aggregate(records, manifests=manifests, subject=subject)
     out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -59,6 +66,8 @@ def write_board(
         out_dir / f"{name}.tasks.csv": tasks_to_csv(tables),
         out_dir / f"{name}.summary.csv": summaries_to_csv(tables),
     }
+    if any(len(table.rivals) for table in tables):
+        pages[out_dir / f"{name}.rivals.csv"] = rivals_to_csv(tables)
     for path, text in pages.items():
         write_text(path, text)
     return list(pages)
@@ -117,6 +126,11 @@ def summaries_to_csv(tables: Sequence[Table]) -> str:
     return _csv([_with_axes(table, table.summaries.drop(columns="title")) for table in tables])
 
 
+def rivals_to_csv(tables: Sequence[Table]) -> str:
+    """The subject against the strongest other methods, one row per (axes, budget, measure, family)."""
+    return _csv([_with_axes(table, table.rivals) for table in tables])
+
+
 def heading(table: Table) -> str:
     """What all records of the table share, in one line."""
     a = table.axes
@@ -142,9 +156,10 @@ def task_frame(table: Table) -> pd.DataFrame:
 
 
 def sections(table: Table) -> dict[str, pd.DataFrame]:
-    """Title to frame of what follows the ranking: the score by task, then the summaries that the table has."""
+    """Title to frame of what follows the ranking: the subject's rivals, the score by task, the table's summaries."""
     titles = dict.fromkeys(table.summaries["title"])
-    return {"Score by task": task_frame(table), **{clean(title): summary_frame(table, title) for title in titles}}
+    summaries = {clean(title): summary_frame(table, title) for title in titles}
+    return {**frames(table.rivals), "Score by task": task_frame(table), **summaries}
 
 
 def summary_frame(table: Table, title: str) -> pd.DataFrame:
@@ -177,6 +192,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "the uncompressed prefill.",
         "flags: i incomplete (others of that budget have samples that this one lacks), s skipped, f failed, o out of "
         f"memory, b over budget in bytes, w fewer than {FEW} contexts in some task (its interval is too narrow).",
+        *(HOW_TO_READ if any(len(table.rivals) for table in tables) else ()),
         *(SUMMARIES if any(len(table.summaries) for table in tables) else ()),
     ]
 

@@ -13,6 +13,8 @@ import pandas as pd
 
 KEYS = ["budget", "method"]
 """Columns that name a row; they come first, and again where a table is folded."""
+LEFT = (*KEYS, "flags", "family", "rival", "verdict")
+"""Columns of words."""
 LONGEST = 200  # characters of a note or an error on a page
 
 
@@ -60,13 +62,17 @@ def _widths(frame: pd.DataFrame) -> dict[str, int]:
 
 
 def _align(frame: pd.DataFrame) -> list[str]:
-    return ["left" if name in (*KEYS, "flags") else "right" for name in frame]
+    return ["left" if name in LEFT else "right" for name in frame]
 
 
 def fold(frame: pd.DataFrame, width: int) -> list[pd.DataFrame]:
-    """The frame in parts that fit into `width` columns of text where their own cells allow it."""
+    """The frame in parts that fit into `width` columns of text where their own cells allow it.
+
+    Its first two columns name a row and come first in every part.
+    """
     wide = _widths(frame)
-    keys = sum(wide[name] + 2 for name in KEYS)
+    names_of_rows = list(wide)[: len(KEYS)]
+    keys = sum(wide[name] + 2 for name in names_of_rows)
     parts: list[list[str]] = []
     room = 0
     for name in list(wide)[len(KEYS) :]:
@@ -75,7 +81,7 @@ def fold(frame: pd.DataFrame, width: int) -> list[pd.DataFrame]:
             room = width + 2 - keys
         parts[-1].append(name)
         room -= wide[name] + 2
-    return [frame[[*KEYS, *names]] for names in parts]
+    return [frame[[*names_of_rows, *names]] for names in parts]
 
 
 def wrap(line: str, width: int) -> str:
