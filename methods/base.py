@@ -11,58 +11,16 @@ A slot holds the key and the value of one token; `positions` says which token. K
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-
-class PolicyError(ValueError):
-    """A policy was asked for something it cannot do; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a policy may keep: tokens per layer and KV head, or a fraction of the prompt. Exactly one is set."""
-
-    tokens: int | None = None
-    fraction: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.tokens is None) == (self.fraction is None):
-            raise PolicyError(f"a budget is tokens or a fraction, got tokens={self.tokens} fraction={self.fraction}")
-        if self.tokens is not None and self.tokens < 1:
-            raise PolicyError(f"budget {self.tokens} keeps nothing; ask for at least 1 token")
-        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
-            raise PolicyError(f"budget {self.fraction:g} is not a kept fraction; ask for more than 0 and at most 1")
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """`128` is tokens, `0.25` or `25%` a kept fraction. Raises PolicyError when it is neither."""
-        text = text.strip()
-        try:
-            if text.endswith("%"):
-                return cls(fraction=float(text[:-1]) / 100)
-            return cls(fraction=float(text)) if "." in text else cls(tokens=int(text))
-        except PolicyError:
-            raise
-        except ValueError:
-            raise PolicyError(f"budget {text!r} is not a number; write tokens (128) or a fraction (0.25)") from None
-
-    def resolve(self, prompt_tokens: int) -> int:
-        """Slots per layer and KV head for a prompt of `prompt_tokens`; never less than 1."""
-        if self.tokens is not None:
-            return self.tokens
-        assert self.fraction is not None
-        return max(1, round(self.fraction * prompt_tokens))
-
-    def __str__(self) -> str:
-        if self.tokens is not None:
-            return str(self.tokens)
-        text = f"{self.fraction:.6f}".rstrip("0")  # `1.0`, never `1`, which is one token
-        return text + "0" if text.endswith(".") else text
+from methods.budget import Budget as Budget
+from methods.budget import PolicyError as PolicyError
+from methods.budget import spread as spread
 
 
 @dataclass(frozen=True)
@@ -95,7 +53,7 @@ class KV:
 
     keys, values: [B, H, S, D], RoPE applied to the keys.
     positions: [B, H, S] int64, the token each slot came from; -1 marks an empty slot.
-    extra: side data a method stores with the slots; it counts as cache bytes.
+    extra: side data a method stores with the slots; it counts as cache bytes, of live slots where it is [B, H, S, ...].
     """
 
     keys: Tensor
@@ -111,7 +69,9 @@ class KV:
         """A new KV of the given slots. slots: [B, H, S'] int64, -1 leaves the slot empty. `extra` is not carried."""
         index = slots.clamp(min=0)
         positions = self.positions.gather(2, index).masked_fill(slots < 0, -1)
-        return KV(_pick(self.keys, index), _pick(self.values, index), positions)
+        first = torch.arange(0, self.positions.numel(), self.positions.shape[2], device=index.device)
+        rows = (index + first.view(*index.shape[:2], 1)).flatten()
+        return KV(_pick(self.keys, rows, index.shape), _pick(self.values, rows, index.shape), positions)
 
     @property
     def live(self) -> Tensor:
@@ -122,14 +82,17 @@ class KV:
     def nbytes(self) -> int:
         """Measured cache bytes: live slots only, side data included. Positions are the harness's own books."""
         slot = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
-        return int(self.live.sum()) * slot + sum(t.numel() * t.element_size() for t in self.extra.values())
+        live, slots = int(self.live.sum()), self.positions.shape
+        side = sum(
+            (live * x[0, 0, 0].numel() if x.shape[:3] == slots else x.numel()) * x.element_size()
+            for x in self.extra.values()
+        )
+        return live * slot + side
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Slots of x [B, H, S, D] by index [B, H, S']: whole rows at once, which `gather` would copy number by number."""
-    batch, heads, slots, dim = x.shape
-    first = torch.arange(0, batch * heads * slots, slots, device=x.device).view(batch, heads, 1)
-    return x.reshape(-1, dim).index_select(0, (index + first).flatten()).view(*index.shape, dim)
+def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of x [B * H * S, D], as [*shape, D]: whole rows at once, which `gather` would copy number by number."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*shape, x.shape[-1])
 
 
 @dataclass
@@ -167,11 +130,11 @@ class LayerView:
         batch, heads, tokens, dim = keys.shape
         queries = self.queries[:, :, self.queries.shape[2] - window :]
         grouped = queries.reshape(batch, heads, -1, dim)  # [B, H, G * W, D]
-        logits = (grouped @ keys.transpose(2, 3)).float() * self.scaling
+        logits = (grouped @ keys.transpose(2, 3)).float().mul_(self.scaling)
         logits = logits.view(batch, heads, -1, window, tokens)
-        query_at = torch.arange(tokens - window, tokens, device=keys.device)
-        future = torch.arange(tokens, device=keys.device)[None, :] > query_at[:, None]
-        return logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
+        future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+        logits[..., tokens - window :].masked_fill_(future, float("-inf"))
+        return torch.softmax(logits, dim=-1, out=logits)  # in place: a second tensor of this size costs as much again
 
     def memo(self, key: Hashable, compute: Callable[[LayerView], Tensor]) -> Tensor:
         """`compute(self)`, once per key: scores that do not depend on the budget serve every budget of a run."""
@@ -306,10 +269,25 @@ class EvictionPolicy(LayerPolicy):
         recent = self.recent_slots(budget)
         sinks = min(self.sinks, budget - recent)
         middle = scores[..., sinks : tokens - recent]
-        order = middle.sort(dim=-1, descending=True, stable=True).indices[..., : budget - recent - sinks] + sinks
+        order = best(middle, budget - recent - sinks) + sinks
         batch, heads = scores.shape[:2]
         fixed = torch.cat([torch.arange(sinks), torch.arange(tokens - recent, tokens)]).to(order.device)
         return torch.cat([order, fixed.expand(batch, heads, -1)], dim=-1).sort(dim=-1).values
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Places of the `count` highest of scores [..., T], best first: [..., count] int64. Equal ones: the earlier first.
+
+    A float32's bits above its place make a number that orders both: its `topk` costs a fifth of a stable sort.
+    """
+    tokens = scores.shape[-1]
+    count = min(count, tokens)
+    if scores.dtype == torch.float64:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0: zero has one sign
+    ascending = bits ^ ((bits >> 32) & 0x7FFFFFFF)  # negative floats order the other way round
+    earlier = torch.arange(tokens - 1, -1, -1, device=scores.device)
+    return ((ascending << 32) + earlier).topk(count, dim=-1).indices
 
 
 def at_least(policy: object, bound: float, *names: str) -> None:
@@ -318,25 +296,3 @@ def at_least(policy: object, bound: float, *names: str) -> None:
         value = getattr(policy, name)
         if isinstance(value, int | float) and value < bound:
             raise PolicyError(f"{type(policy).__name__}.{name}={value} is too small; give at least {bound:g}")
-
-
-def spread(total: int, weights: Sequence[float], cap: int) -> list[int]:
-    """Whole shares of `total` in proportion to `weights`, none above `cap`; sums to min(total, cap * len(weights)).
-
-    Largest remainder; what a capped share cannot hold goes to the others in proportion.
-    """
-    shares = [0.0] * len(weights)
-    free = [i for i, weight in enumerate(weights) if weight > 0]
-    left = float(min(total, cap * len(weights)))
-    while free and left > 1e-9:
-        scale = left / sum(weights[i] for i in free)
-        grown = {i: min(float(cap), shares[i] + scale * weights[i]) for i in free}
-        left -= sum(grown[i] - shares[i] for i in free)
-        for i in free:
-            shares[i] = grown[i]
-        free = [i for i in free if shares[i] < cap - 1e-9]
-    whole = [int(share + 1e-9) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (whole[i] - shares[i], i))
-    for i in by_remainder[: round(sum(shares)) - sum(whole)]:
-        whole[i] += 1
-    return whole

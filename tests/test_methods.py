@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs, PolicyError, PromptView, spread
+from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs, PolicyError, PromptView, best, spread
 from methods.registry import METHODS, load_methods, make_policy, method
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
@@ -169,6 +169,29 @@ def test_too_few_observed_queries_are_reported() -> None:
 def test_needs_add_up() -> None:
     both = Needs(window=8, column_sums=True) | Needs(window=32, logprobs=True)
     assert both == Needs(window=32, column_sums=True, logprobs=True)
+
+
+EQUAL = st.sampled_from([-math.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 1e-7, 0.5, 0.50000006, 3.0, math.inf])
+
+
+@given(
+    rows=st.lists(
+        st.lists(EQUAL | st.floats(width=32, allow_nan=False), min_size=9, max_size=9), min_size=1, max_size=3
+    ),
+    count=st.integers(0, 12),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_the_best_are_those_of_a_stable_sort(rows: list[list[float]], count: int, dtype: torch.dtype) -> None:
+    scores = torch.tensor(rows, dtype=dtype)
+    for seen in (scores, scores[:, 1:8]):  # a part of it, as between sinks and recent tokens
+        ranked = [sorted((-score, t) for t, score in enumerate(row)) for row in seen.tolist()]
+        assert best(seen, count).tolist() == [[t for _, t in row[:count]] for row in ranked]
+
+
+def test_many_equal_scores_keep_the_earliest() -> None:
+    scores = torch.randint(0, 4, (2, 3, 2000), generator=torch.Generator().manual_seed(0)) / 4096
+    for count in (1, 300, 1700):
+        assert torch.equal(best(scores, count), scores.sort(dim=-1, descending=True, stable=True).indices[..., :count])
 
 
 @given(

@@ -1,0 +1,74 @@
+"""Budgets: what a policy may keep, and how slots are shared out. `methods.base` offers all of it too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class PolicyError(ValueError):
+    """A policy was asked for something it cannot do; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a policy may keep: tokens per layer and KV head, or a fraction of the prompt. Exactly one is set."""
+
+    tokens: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.fraction is None):
+            raise PolicyError(f"a budget is tokens or a fraction, got tokens={self.tokens} fraction={self.fraction}")
+        if self.tokens is not None and self.tokens < 1:
+            raise PolicyError(f"budget {self.tokens} keeps nothing; ask for at least 1 token")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise PolicyError(f"budget {self.fraction:g} is not a kept fraction; ask for more than 0 and at most 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`128` is tokens, `0.25` or `25%` a kept fraction. Raises PolicyError when it is neither."""
+        text = text.strip()
+        try:
+            if text.endswith("%"):
+                return cls(fraction=float(text[:-1]) / 100)
+            return cls(fraction=float(text)) if "." in text else cls(tokens=int(text))
+        except PolicyError:
+            raise
+        except ValueError:
+            raise PolicyError(f"budget {text!r} is not a number; write tokens (128) or a fraction (0.25)") from None
+
+    def resolve(self, prompt_tokens: int) -> int:
+        """Slots per layer and KV head for a prompt of `prompt_tokens`; never less than 1."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.fraction is not None
+        return max(1, round(self.fraction * prompt_tokens))
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return str(self.tokens)
+        text = f"{self.fraction:.6f}".rstrip("0")  # `1.0`, never `1`, which is one token
+        return text + "0" if text.endswith(".") else text
+
+
+def spread(total: int, weights: Sequence[float], cap: int) -> list[int]:
+    """Whole shares of `total` in proportion to `weights`, none above `cap`; sums to min(total, cap * len(weights)).
+
+    Largest remainder; what a capped share cannot hold goes to the others in proportion.
+    """
+    shares = [0.0] * len(weights)
+    free = [i for i, weight in enumerate(weights) if weight > 0]
+    left = float(min(total, cap * len(weights)))
+    while free and left > 1e-9:
+        scale = left / sum(weights[i] for i in free)
+        grown = {i: min(float(cap), shares[i] + scale * weights[i]) for i in free}
+        left -= sum(grown[i] - shares[i] for i in free)
+        for i in free:
+            shares[i] = grown[i]
+        free = [i for i in free if shares[i] < cap - 1e-9]
+    whole = [int(share + 1e-9) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (whole[i] - shares[i], i))
+    for i in by_remainder[: round(sum(shares)) - sum(whole)]:
+        whole[i] += 1
+    return whole
