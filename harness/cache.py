@@ -64,20 +64,20 @@ class PrefillLayer(LayerCache):
 
 @dataclass
 class _Group:
-    """Rows of one layer with the same number of slots, so that nothing is padded and a row alone computes the same."""
+    """Streams of one layer with the same number of slots: none is padded, and one alone computes the same.
 
-    rows: list[int]  # where these rows stand in the batch, ascending
-    index: Tensor | slice  # the same, as a slice where they are evenly spaced: views instead of copies
-    keys: Tensor  # [r, H, C, D]
-    values: Tensor  # [r, H, C, D]
-    positions: Tensor  # [r, H, C] int64, -1 = empty
-    size: int  # columns that the policies left
-    used: int  # columns in use
-    holes: bool  # some used column is an empty slot
+    A stream is one KV head of one row, and its number is row * H + head.
+    """
+
+    streams: list[int]  # ascending
+    keys: Tensor  # [n, 1, C, D], C = size + room
+    values: Tensor  # [n, 1, C, D]
+    positions: Tensor  # [n, 1, C] int64, those of tokens still to come included
+    size: int  # slots that the policies left, none of them empty
 
 
 class RowsLayer(LayerCache):
-    """R compressed rows that grow by every token. Different rows may hold different numbers of slots.
+    """R compressed rows that grow by every token. Every KV head of every row holds a number of slots of its own.
 
     Args:
         rows: what each row kept, every KV of batch 1.
@@ -86,42 +86,37 @@ class RowsLayer(LayerCache):
     """
 
     def __init__(self, rows: Sequence[KV], *, position: int, room: int) -> None:
-        self.position = position
+        self.start = self.position = position
+        self.heads = rows[0].positions.shape[1]
         self.kept_bytes = [kv.nbytes for kv in rows]
-        self.groups: list[_Group] = []
-        sizes: dict[int, list[int]] = {}
-        for row, kv in enumerate(rows):
-            sizes.setdefault(kv.positions.shape[2], []).append(row)
-        for size, members in sizes.items():
-            self.groups.append(_group([rows[row] for row in members], members, size + room))
+        self._arrange(_groups(rows, position=position, room=room))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        new = keys.shape[2]
-        positions = torch.arange(self.position, self.position + new, device=keys.device)
-        for group in self.groups:
-            columns = slice(group.used, group.used + new)
-            group.keys[:, :, columns] = keys[group.index]
-            group.values[:, :, columns] = values[group.index]
-            group.positions[:, :, columns] = positions
-            group.used += new
+        grown, new = self.position - self.start, keys.shape[2]
+        for group, k, v in zip(self.groups, self._split(keys), self._split(values), strict=True):
+            group.keys.narrow(2, group.size + grown, new).copy_(k)
+            group.values.narrow(2, group.size + grown, new).copy_(v)
         self.position += new
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        out = torch.empty_like(queries)
-        for group in self.groups:
-            keys, values = group.keys[:, :, : group.used], group.values[:, :, : group.used]
-            mask = None
-            if queries.shape[2] > 1 or group.holes or window is not None:
-                asked = torch.arange(self.position - queries.shape[2], self.position, device=queries.device)
-                mask = _visible(group.positions[:, :, : group.used], asked, window)
-            out[group.index] = slot_attention(queries[group.index], keys, values, mask=mask, scaling=scaling)
-        return out
+        grown = self.position - self.start
+        asked = None  # one token sees all there is, unless a window ends before it
+        if queries.shape[2] > 1 or window is not None:
+            asked = torch.arange(self.position - queries.shape[2], self.position, device=queries.device)
+        outputs = []
+        for group, own in zip(self.groups, self._split(queries), strict=True):
+            used = group.size + grown
+            mask = None if asked is None else _visible(group.positions[:, :, :used], asked, window)
+            keys, values = group.keys[:, :, :used], group.values[:, :, :used]
+            outputs.append(slot_attention(own, keys, values, mask=mask, scaling=scaling))
+        out = torch.cat(outputs)  # [R * H, G, Q, D], group after group
+        if self._back is not None:
+            out = out.index_select(0, self._back)
+        return out.reshape(queries.shape[0], -1, *out.shape[2:])
 
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every row."""
         self.position -= tokens
-        for group in self.groups:
-            group.used -= tokens
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row that is not in `rows` (ascending); the kept ones are renumbered from 0."""
@@ -129,27 +124,38 @@ class RowsLayer(LayerCache):
         self.kept_bytes = [self.kept_bytes[row] for row in rows]
         kept = []
         for group in self.groups:
-            members = [i for i, row in enumerate(group.rows) if row in place]
+            members = [i for i, stream in enumerate(group.streams) if stream // self.heads in place]
             if not members:
                 continue
-            index = torch.tensor(members, device=group.keys.device)
-            new = [place[group.rows[i]] for i in members]
-            tensors = (group.keys[index], group.values[index], group.positions[index])
-            kept.append(
-                _Group(new, _index(new, index.device), *tensors, size=group.size, used=group.used, holes=group.holes)
-            )
-        self.groups = kept
+            tensors = (group.keys, group.values, group.positions)
+            if len(members) < len(group.streams):
+                index = torch.tensor(members, device=group.keys.device)
+                tensors = (group.keys[index], group.values[index], group.positions[index])
+            old = [divmod(group.streams[i], self.heads) for i in members]
+            kept.append(_Group([place[row] * self.heads + head for row, head in old], *tensors, group.size))
+        self._arrange(kept)
 
     def nbytes(self, row: int) -> int:
-        """Measured bytes of a row: what its policy left, and the live slots appended since."""
-        for group in self.groups:
-            for i, member in enumerate(group.rows):
-                if member == row:
-                    live = int((group.positions[i, :, group.size : group.used] >= 0).sum())
-                    slot = group.keys.shape[-1] * group.keys.element_size()
-                    slot += group.values.shape[-1] * group.values.element_size()
-                    return self.kept_bytes[row] + live * slot
-        raise IndexError(f"row {row} of {len(self.kept_bytes)}")
+        """Measured bytes of a row: what its policy left, and what every head appended since."""
+        k, v = self.groups[0].keys, self.groups[0].values
+        slot = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
+        return self.kept_bytes[row] + (self.position - self.start) * self.heads * slot
+
+    def _arrange(self, groups: list[_Group]) -> None:
+        """Take `groups`; streams are put in their order by one index per step, whatever the number of groups."""
+        self.groups = groups
+        self._counts = [len(group.streams) for group in groups]
+        self._order: Tensor | None = None  # [R * H], group after group; None when streams stand so already
+        self._back: Tensor | None = None
+        streams = [stream for group in groups for stream in group.streams]
+        if streams != sorted(streams):
+            self._order = torch.tensor(streams, device=groups[0].keys.device)
+            self._back = self._order.argsort()
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        """The streams' parts of x [R, H * k, Q, D], by group: [n, k, Q, D]."""
+        x = x.reshape(-1, x.shape[1] // self.heads, *x.shape[2:])
+        return (x if self._order is None else x.index_select(0, self._order)).split_with_sizes(self._counts)
 
 
 @dataclass
@@ -243,7 +249,8 @@ def with_room(kv: KV, slots: int) -> KV:
         shape[2] = add
         return torch.cat([x, x.new_full(shape, value)], dim=2)
 
-    extra = {name: grow(x, 0) for name, x in kv.extra.items()}
+    sized = kv.positions.shape
+    extra = {name: grow(x, 0) if x.shape[:3] == sized else x.clone() for name, x in kv.extra.items()}
     return replace(kv, keys=grow(kv.keys, 0), values=grow(kv.values, 0), positions=grow(kv.positions, -1), extra=extra)
 
 
@@ -252,24 +259,35 @@ def copy_kv(kv: KV) -> KV:
     return replace(kv, keys=kv.keys.clone(), values=kv.values.clone(), positions=kv.positions.clone(), extra=extra)
 
 
-def _group(kvs: Sequence[KV], members: Sequence[int], capacity: int) -> _Group:
-    loaded = [kv.load() for kv in kvs]
-    _, heads, size, dim = loaded[0][0].shape
-    like = loaded[0][0]
-    keys = like.new_empty(len(kvs), heads, capacity, dim)
-    values = like.new_empty(len(kvs), heads, capacity, loaded[0][1].shape[-1])
-    positions = torch.full((len(kvs), heads, capacity), -1, device=like.device)
-    for i, (kv, (k, v)) in enumerate(zip(kvs, loaded, strict=True)):
-        keys[i, :, :size], values[i, :, :size] = k[0], v[0]
-        positions[i, :, :size] = kv.positions[0]
-    holes = bool((positions[:, :, :size] < 0).any())
-    return _Group(list(members), _index(members, like.device), keys, values, positions, size, size, holes)
+def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
+    """The streams of `rows` by their live slots, with room for the tokens from `position` on."""
+    live = [kv.live[0].tolist() for kv in rows]
+    streams: dict[int, list[int]] = {}
+    for stream, size in enumerate(size for sizes in live for size in sizes):
+        streams.setdefault(size, []).append(stream)
+    groups: dict[int, _Group] = {}
+    for row, (kv, sizes) in enumerate(zip(rows, live, strict=True)):
+        loaded = kv.load()
+        for size in dict.fromkeys(sizes):
+            if size not in groups:
+                shape = (len(streams[size]), 1, size + room)
+                keys, values = (x.new_empty(*shape, x.shape[-1]) for x in loaded)
+                positions = torch.arange(position - size, position + room, device=keys.device).repeat(*shape[:2], 1)
+                groups[size] = _Group(streams[size], keys, values, positions, size)
+            if size:
+                first = streams[size].index(row * len(sizes) + sizes.index(size))
+                _fill(groups[size], first, kv, loaded=loaded)
+    return list(groups.values())
 
 
-def _index(rows: Sequence[int], device: torch.device) -> Tensor | slice:
-    step = rows[1] - rows[0] if len(rows) > 1 else 1
-    even = list(range(rows[0], rows[-1] + 1, step)) == list(rows)
-    return slice(rows[0], rows[-1] + 1, step) if even else torch.tensor(rows, device=device)
+def _fill(group: _Group, first: int, kv: KV, *, loaded: tuple[Tensor, Tensor]) -> None:
+    """Copy the heads of `kv` that belong to `group` into its streams from the `first` on, without empty slots."""
+    live = kv.positions[0] >= 0  # [H, S]
+    slots = (live & (live.sum(dim=1, keepdim=True) == group.size)).flatten().nonzero().squeeze(1)
+    whole = len(slots) == live.numel()  # nothing to leave out: one copy
+    for to, x in zip((group.keys, group.values, group.positions), (*loaded, kv.positions), strict=True):
+        kept = x[0] if whole else x[0].flatten(0, 1).index_select(0, slots).view(-1, group.size, *x.shape[3:])
+        to[first : first + len(kept), 0, : group.size] = kept
 
 
 def _visible(positions: Tensor, asked: Tensor, window: int | None) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.cache import (
@@ -18,7 +21,7 @@ from harness.cache import (
     with_room,
     without,
 )
-from harness.kernels import causal_attention
+from harness.kernels import causal_attention, slot_attention
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PolicyError, StepView
 from methods.fullkv import FullKV
 
@@ -118,6 +121,119 @@ def test_bytes_of_a_row_are_its_live_slots_and_side_data() -> None:
         ask(cache, *(x[:, :, :1].expand(4, -1, -1, -1) for x in (queries, keys, values)))
     assert cache.nbytes(1) == (live[1] + 2 * HEADS) * SLOT
     assert cache.nbytes(0) == (live[0] + 2 * HEADS) * SLOT + 10
+
+
+def ragged(counts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[KV]:
+    """One KV a row whose heads hold `counts` slots of 256 tokens, with empty slots anywhere between them."""
+    rows = []
+    for heads in counts:
+        width = max(heads) + 2
+        slots = torch.full((1, HEADS, width), -1)
+        for head, count in enumerate(heads):
+            at, tokens = torch.randperm(width)[:count].sort().values, torch.randperm(256)[:count].sort().values
+            slots[0, head, at] = tokens
+        keys, values = (torch.randn(1, HEADS, 256, DIM).to(dtype) for _ in range(2))
+        rows.append(KV(keys, values, torch.arange(256).expand(1, HEADS, 256)).take(slots))
+    return rows
+
+
+def padded(kvs: Sequence[KV], fed: Sequence[Sequence[Tensor]], window: int | None) -> Tensor:
+    """The last queries' attention [R, Hq, Q, D] over rows padded to one width and masked. fed: as given to `ask`."""
+    width = max(kv.positions.shape[2] for kv in kvs)
+    wide = [with_room(kv, width) for kv in kvs]
+    new = sum(key.shape[2] for _, key, _ in fed)
+    queries = fed[-1][0]
+    keys = torch.cat([torch.cat([kv.keys for kv in wide]), *(key for _, key, _ in fed)], dim=2)
+    values = torch.cat([torch.cat([kv.values for kv in wide]), *(value for *_, value in fed)], dim=2)
+    positions = torch.cat([kv.positions for kv in wide])
+    positions = torch.cat([positions, torch.arange(256, 256 + new).expand(*positions.shape[:2], new)], dim=2)
+    asked = torch.arange(256 + new - queries.shape[2], 256 + new)[:, None]
+    slot = positions.unsqueeze(2)
+    mask = (slot >= 0) & (slot <= asked) & (slot > asked - (window or 10**9))
+    return slot_attention(queries, keys, values, mask=mask, scaling=1.0)
+
+
+def fresh(rows: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `count` tokens, another for every row."""
+    parts = [tokens_of(count) for _ in range(rows)]
+    queries, keys, values = (torch.cat(part).to(dtype) for part in zip(*parts, strict=True))
+    return queries, keys, values
+
+
+def allocated(cache: RowsLayer) -> int:
+    """Slots of one head that a layer holds memory for."""
+    return sum(x.numel() for group in cache.groups for x in (group.keys, group.values)) // (2 * DIM)
+
+
+def test_every_head_takes_memory_for_its_own_slots() -> None:
+    counts, room = [[5, 40], [200, 5], [0, 40]], 7
+    cache = RowsLayer(ragged(counts), position=256, room=room)
+    slots = sum(map(sum, counts))
+    assert allocated(cache) == slots + 6 * room
+    assert [len(group.streams) for group in cache.groups] == [2, 2, 1, 1]
+    assert sum(cache.nbytes(row) for row in range(3)) == slots * SLOT
+    ask(cache, *fresh(3, 2))
+    assert [cache.nbytes(row) for row in range(3)] == [(sum(heads) + 2 * HEADS) * SLOT for heads in counts]
+    cache.keep([0, 2])
+    assert allocated(cache) == 5 + 40 + 40 + 4 * room
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.lists(st.integers(0, 6), min_size=HEADS, max_size=HEADS), min_size=1, max_size=5),
+    chunks=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    window=st.sampled_from([None, 1, 3, 200]),
+    dropped=st.integers(0, 4),
+)
+def test_heads_of_any_counts_compute_what_padded_and_masked_rows_compute(
+    counts: list[list[int]], chunks: list[int], window: int | None, dropped: int
+) -> None:
+    kvs = ragged(counts)
+    cache = RowsLayer(kvs, position=256, room=sum(chunks) + 5)
+    ask(cache, *fresh(len(kvs), 5), window=window)
+    cache.rewind(5)
+    rows = [row for row in range(len(kvs)) if row != dropped] or [0]
+    fed: list[tuple[Tensor, Tensor, Tensor]] = []
+    for i, size in enumerate(chunks):
+        fed.append(fresh(len(kvs), size))
+        if i == len(chunks) - 1:
+            cache.keep(rows)
+            fed, kvs = [(q[rows], k[rows], v[rows]) for q, k, v in fed], [kvs[row] for row in rows]
+        torch.testing.assert_close(ask(cache, *fed[-1], window=window), padded(kvs, fed, window))
+    assert [cache.nbytes(i) for i in range(len(rows))] == [
+        (sum(counts[row]) + HEADS * sum(chunks)) * SLOT for row in rows
+    ]
+
+
+def test_ragged_heads_come_back_to_where_they_were_and_lose_only_dropped_rows() -> None:
+    cache = RowsLayer(ragged([[3, 90], [90, 3], [17, 17], [3, 60]]), position=256, room=4)
+    feeds = [fresh(4, 1) for _ in range(3)]
+    ask(cache, *feeds[0])
+    before = [ask(cache, *feed) for feed in feeds[1:]]
+    sizes = [cache.nbytes(row) for row in range(4)]
+    cache.rewind(2)
+    assert cache.position == 257
+    assert all(torch.equal(ask(cache, *feed), out) for feed, out in zip(feeds[1:], before, strict=True))
+    for kept, left in (([1, 2, 3], [1, 2, 3]), ([0, 2], [1, 3]), ([1], [3])):
+        cache.rewind(2)
+        cache.keep(kept)
+        after = [ask(cache, *(x[left] for x in feed)) for feed in feeds[1:]]
+        assert all(torch.equal(out, whole[left]) for out, whole in zip(after, before, strict=True))
+        assert [cache.nbytes(i) for i in range(len(left))] == [sizes[row] for row in left]
+        assert {stream for group in cache.groups for stream in group.streams} == set(range(HEADS * len(left)))
+
+
+def test_ragged_heads_in_bfloat16_compute_alone_bit_for_bit_what_they_compute_in_company() -> None:
+    counts = [[5, 40], [200, 5], [0, 131], [77, 77], [131, 200], [40, 5], [1, 250], [33, 34]]
+    kvs = ragged(counts, torch.bfloat16)
+    feeds = [fresh(len(kvs), 1, torch.bfloat16) for _ in range(6)]
+    company = RowsLayer(kvs, position=256, room=6)
+    together = [ask(company, *feed) for feed in feeds]
+    assert together[0].dtype == torch.bfloat16
+    for row, kv in enumerate(kvs):
+        alone = RowsLayer([kv], position=256, room=6)
+        for feed, out in zip(feeds, together, strict=True):
+            assert torch.equal(ask(alone, *(x[row : row + 1] for x in feed)), out[row : row + 1])
 
 
 @dataclass
