@@ -58,7 +58,7 @@ def _compare(args: argparse.Namespace, command: Sequence[str]) -> int:
     if not shared:
         raise HarnessError(f"no budget in common: {one.manifest.budgets} and {other.manifest.budgets}")
     for budget in shared:
-        found = spearman_interval(one.shares(budget), other.shares(budget), seed=0)
+        found = spearman_interval(one.at(budget), other.at(budget), seed=0)
         print(f"budget {budget}: Spearman {found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
     return 0
 

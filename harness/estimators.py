@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.gradient import Descent, descend
 from harness.workbench import Cell, Workbench
-from methods.compilerkv.designs import foldovers, multipliers, ridge
+from methods.compilerkv.designs import foldovers, multipliers, ridge, split_half
 from methods.compilerkv.form import Form
 
 Estimator = Callable[[Workbench, str, Form, Sequence[int]], Tensor]
@@ -51,7 +51,7 @@ def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int])
 def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
     """Slot multiples from ridge regression on balanced foldover designs, a table for each budget."""
     layers, heads = bench.shapes.layers, bench.shapes.kv_heads
-    designs = foldovers(len(prompts), layers * heads, PAIRS, bench.spec.seed)  # [P, R, F]
+    designs = _designs(bench, prompts)
     place = {at: i for i, at in enumerate(prompts)}
     stage = f"ridge {name}"
     for at in bench.missing(stage, prompts):
@@ -72,6 +72,20 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
         mean = bench.found(stage, tried).mean(dim=0)
         tables.append(own[int(mean.argmin())])
     return torch.stack(tables).float()
+
+
+def ridge_reliability(bench: Workbench, name: str, prompts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """How far the effects of `by_ridge` from random halves of its prompts agree, at each budget."""
+    designs, losses = _designs(bench, prompts), bench.found(f"ridge {name}", prompts)
+    return {
+        str(budget): split_half(designs, losses[:, i], seed=bench.spec.seed)._asdict()
+        for i, budget in enumerate(bench.spec.budgets)
+    }
+
+
+def _designs(bench: Workbench, prompts: Sequence[int]) -> Tensor:
+    """[P, R, F]: rows of every prompt, a factor for each layer and KV head."""
+    return foldovers(len(prompts), bench.shapes.layers * bench.shapes.kv_heads, PAIRS, bench.spec.seed)
 
 
 def cell(form: Form, table: Tensor) -> Cell:

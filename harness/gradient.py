@@ -90,8 +90,8 @@ class Descent:
         beyond = (torch.tensor(self.budgets) - self.form.window).clamp(min=0)
         counts = self.form.window + beyond[:, None, None] * weights
         biases = [
-            soft_bias(self.form.score(layer)[0].clone(), counts[:, i], window=self.form.window, tau=tau)
-            for i, layer in enumerate(view.layers)
+            soft_bias(scores[0].clone(), counts[:, i], window=self.form.window, tau=tau)
+            for i, scores in enumerate(self.form.scores(view))
         ]
         return rollout.losses(rollout.logprobs(biases, grad=True))[0]
 

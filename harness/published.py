@@ -75,13 +75,18 @@ class Observed:
 
 
 class Published:
-    """Compiles both tables. prompts: names of the training prompts; prepare: their roll-outs, by place in it."""
+    """Compiles both tables.
+
+    prompts: names of the training prompts. prepare: their roll-outs, by place in it. signals: [P, 2], their entropy in
+    nats and perplexity.
+    """
 
     def __init__(
         self,
         prompts: Sequence[str],
         prepare: Callable[[int], Rollout],
         *,
+        signals: Tensor,
         shapes: Shapes,
         budgets: Sequence[int],
         ledger: Ledger,
@@ -89,18 +94,15 @@ class Published:
     ) -> None:
         self.prompts, self.prepare, self.budgets, self.ledger, self.seed = prompts, prepare, budgets, ledger, seed
         self.shapes = shapes
+        entropy, perplexity = signals.unbind(dim=1)
+        self.edges = bin_edges(entropy, perplexity)
+        self.cells = bins(self.edges, entropy, perplexity)
         self.head = head_space(len(budgets), shapes.layers, shapes.query_heads)
         self.gate = gate_space(len(budgets), shapes.layers)
 
     def compile(self, walk: Callable[[str], Iterable[int]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors of the artefact by name, and the report. walk: the prompts that a stage still lacks, by place."""
         self.walk = walk
-        for at in walk("risk"):
-            seen = Observed.of(self.prepare(at))
-            self.ledger.add("risk", self.prompts[at], [seen.entropy, seen.perplexity])
-        entropy, perplexity = torch.tensor([self.ledger.get("risk", name) for name in self.prompts]).T
-        self.edges = bin_edges(entropy, perplexity)
-        self.cells = bins(self.edges, entropy, perplexity)
         coupled = alternate(
             self.head_records, self.gate_records, head=self.head, gate=self.gate, seed=self.seed, max_rounds=MOST_ROUNDS
         )

@@ -22,10 +22,12 @@ class BiasedLayer(LayerCache):
     """R rows that read one prompt's slots, each with a bias of its own; takes tokens once.
 
     kv: the whole prompt, batch 1. bias: [R, H, T] float32, or None where every slot is read (a sliding-window layer).
+    watch: slots whose attention is added up in `watched`, [R, H]: mean over the tokens taken and the query group.
     """
 
-    def __init__(self, kv: KV, bias: Tensor | None) -> None:
-        self.kv, self.bias = kv, bias
+    def __init__(self, kv: KV, bias: Tensor | None, watch: Tensor | None = None) -> None:
+        self.kv, self.bias, self.watch = kv, bias, watch
+        self.watched = torch.empty(0)
         self.position = int(kv.positions[0, 0, -1])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -46,7 +48,10 @@ class BiasedLayer(LayerCache):
             seen = self.kv.positions[0, 0] > (self.position + at)[:, None] - window
             seen &= self.kv.positions[0, 0] < self.position  # the last token is fed again
             past = past.masked_fill(~seen.repeat(group, 1), float("-inf"))
-        weights = torch.cat([past, own], dim=-1).softmax(dim=-1).to(queries.dtype)
+        weights = torch.cat([past, own], dim=-1).softmax(dim=-1)
+        if self.watch is not None:
+            self.watched = weights[..., self.watch].sum(dim=-1).mean(dim=-1)
+        weights = weights.to(queries.dtype)
         slots = past.shape[-1]
         out = weights[..., :slots] @ self.kv.values + weights[..., slots:] @ self.own[1]
         return out.reshape(rows, -1, count, out.shape[-1])
@@ -91,10 +96,19 @@ class Rollout:
         kv = self.kvs[layer]
         return torch.zeros(1, kv.keys.shape[1], kv.keys.shape[2], device=kv.keys.device)
 
+    def attention_on(self, tokens: Sequence[int]) -> Tensor:
+        """Attention mass that the answer pays to some of the prompt's tokens with the full cache: [L, H] float32."""
+        caches = self._caches([self.all_kept(i) for i in self.compressible], torch.tensor(list(tokens)))
+        self._forward(caches, 1, grad=False)
+        return torch.stack([caches[i].watched[0] for i in self.compressible]).cpu()
+
     def logprobs(self, biases: Sequence[Tensor], *, grad: bool = False) -> Tensor:
         """Log-probabilities of the answer's tokens: [R, A, V] float32. biases: [R, H, T] of each compressible layer."""
-        rows = biases[0].shape[0]
-        caches: list[LayerCache] = []
+        logits = self._forward(self._caches(biases), biases[0].shape[0], grad=grad)
+        return logits.float().log_softmax(dim=-1)
+
+    def _caches(self, biases: Sequence[Tensor], watch: Tensor | None = None) -> list[BiasedLayer]:
+        caches = []
         given = dict(zip(self.compressible, biases, strict=True))
         for i, kv in enumerate(self.kvs):
             bias = given.get(i)
@@ -102,10 +116,12 @@ class Rollout:
                 last = torch.zeros_like(bias)
                 last[..., -1] = float("-inf")
                 bias = bias + last
-            caches.append(BiasedLayer(kv, bias))
+            caches.append(BiasedLayer(kv, bias, watch))
+        return caches
+
+    def _forward(self, caches: Sequence[LayerCache], rows: int, *, grad: bool) -> Tensor:
         ids = torch.tensor([self.feed] * rows, device=self.answer.device)
-        logits = self.engine.model.forward(ids, caches, position=self.view.tokens - 1, grad=grad)
-        return logits.float().log_softmax(dim=-1)
+        return self.engine.model.forward(ids, caches, position=self.view.tokens - 1, grad=grad)
 
     def kept(self, kvs: Sequence[KV]) -> list[Tensor]:
         """Biases [1, H, T] of what a policy left."""

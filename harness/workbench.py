@@ -61,13 +61,14 @@ class CompileSpec(Frozen):
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration prompt as token ids, with its answer's first tokens."""
+    """A calibration prompt as token ids, with its answer's first tokens, and where what is asked for stands."""
 
     id: str
     family: str
     corpus: str
     ids: tuple[int, ...]
     answer: tuple[int, ...]
+    needle: tuple[int, ...]
 
     @cached_property
     def sha256(self) -> str:
@@ -87,7 +88,8 @@ class Workbench:
         self.engine = Engine(AttachedModel(self.loaded.model))
         self.prompts = calibration_prompts(corpora, self.loaded, spec)
         self.corpora = {corpus.name: corpus.sha256 for corpus in corpora}
-        identity = {**spec.model_dump(mode="json"), "revision": self.loaded.spec.revision, "corpora": self.corpora}
+        decided = spec.model_dump(mode="json", exclude={"published"})  # which adds stages and changes none
+        identity = {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora}
         self.ledger = Ledger(folder, identity)
         self._held: dict[int, Rollout] = {}
         probe = self.engine.prefill(self.prompts[0].ids[:8], Needs(window=1)).view
@@ -155,6 +157,7 @@ def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: Co
         for sample in calibration_samples(corpus, tokenizer, count=each, seed=spec.seed, lengths=spec.lengths):
             wrapped = wrap(loaded.tokenizer, sample)
             answer = answer_tokens(loaded.tokenizer, wrapped, sample.answers[0], limit=spec.answer)
-            found.append(Calibration(sample.id, sample.meta["family"], corpus.name, tuple(wrapped.ids), tuple(answer)))
+            family, ids = sample.meta["family"], tuple(wrapped.ids)
+            found.append(Calibration(sample.id, family, corpus.name, ids, tuple(answer), wrapped.needle))
     turns = sorted(range(len(found)), key=lambda i: (i % each, i // each))
     return [found[i] for i in turns][: spec.prompts]

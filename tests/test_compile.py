@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from harness import estimators, published
 from harness.cli import main
 from harness.compile import Compiler
 from harness.errors import HarnessError
+from harness.published_check import ARMS, NEUTRAL, arms
 from harness.rollouts import Rollout
 from harness.store import find_runs, load_run
 from harness.workbench import CompileSpec
@@ -111,8 +113,9 @@ def test_a_stopped_compilation_goes_on(
             continue
     assert torch.equal(tables.budget, load_tables(compiled).budget)
     lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
-    keys = [(entry["stage"], entry["prompt"]) for entry in map(json.loads, lines)]
-    assert len(keys) == len(set(keys)) == 15 + 5
+    undisturbed = (compiled / "rollouts.jsonl").read_text().splitlines()
+    keys = [[(entry["stage"], entry["prompt"]) for entry in map(json.loads, found)] for found in (lines, undisturbed)]
+    assert len(keys[0]) == len(set(keys[0])) and set(keys[0]) == set(keys[1])
 
 
 def test_a_run_uses_the_tables_but_not_on_their_own_prompts(
@@ -193,22 +196,26 @@ def learned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_published_tables_hold_published_actions(learned: Path) -> None:
-    tables = load_tables(learned)
-    manifest = tables.manifest
-    assert "ridge" in manifest.source and "Q-learning" in manifest.source
-    assert not {"head", "gate"} & manifest.neutral.keys()
+def test_published_tables_hold_published_actions(learned: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "PAIRS", 2)
+    monkeypatch.setattr(published, "MOST_ROUNDS", 2)
+    compiler = Compiler(spec(corpus, prompts=28, published=True, estimator="ridge"), learned)
+    found, report = compiler._published(compiler._signals())
     head, gate = torch.linspace(0.8, 1.5, 29), torch.linspace(0.8, 1.0, 21)
     for name, values in (("head", head), ("head_alone", head), ("gate", gate), ("gate_alone", gate)):
-        table = getattr(tables, name).flatten()
+        table = found[name].flatten()
         assert bool(((table[:, None] - values).abs().min(dim=1).values < 1e-5).all())
         assert len(table.unique()) > 3
-    report = manifest.report["published"]
+    tables = load_tables(learned)
+    agreed = tables.manifest.report["split_half"]
+    assert agreed.keys() == {"64", "128"} and all(-1 <= own["mean"] <= 1 for own in agreed.values())
+    assert "ridge" in tables.manifest.source and "Q-learning" in tables.manifest.source
+    assert report | {"validation": {}} == tables.manifest.report["published"] | {"validation": {}}
     assert report["rounds"] == len(report["changed"]) <= 2
     assert report["occupied_risk_bins"] == int((tables.gate_support[0, 0] > 0).sum())
     assert report["unsupported"]["head"] == 0
     assert report["unsupported"]["gate"] == int((tables.gate_support == 0).sum())
-    assert bool((tables.gate[tables.gate_support == 0] == 0.8).all())
+    assert bool((found["gate"][tables.gate_support == 0] == 0.8).all())
     rows = 4 * report["training"]  # 2 mirrored pairs
     assert set(tables.head_support.unique().tolist()) == {rows}
 
@@ -232,3 +239,59 @@ def test_rollouts_of_the_published_form_keep_what_its_runtime_keeps(learned: Pat
     expected = rollout.losses(rollout.logprobs(rollout.kept(kvs)))[1]
     torch.testing.assert_close(found, expected)
     assert [max(1, min(64, int(n))) for n in candidates[0]] == [int(kv.live[0, 0]) for kv in kvs]
+
+
+def test_a_published_table_stays_only_where_it_beats_its_shuffles(learned: Path) -> None:
+    tables = load_tables(learned)
+    gained, reasons = tables.manifest.report["published"]["validation"], tables.manifest.neutral
+    for name in ARMS:
+        for row, budget in enumerate(tables.manifest.budgets):
+            own = gained[f"{name} {budget}"]
+            earned = all(own[f"over_{rival}"]["low"] > 0 for rival in ("uniform", "shuffled"))
+            value = NEUTRAL[name.removesuffix("_alone")]
+            assert earned or bool((getattr(tables, name)[row] == value).all())
+            assert earned == (f"{name} {budget}" not in reasons)
+
+
+def test_published_arms_differ_from_the_table_in_one_thing_only() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: torch.rand(2, 3, 4, generator=draw) for name in ("head", "head_alone")}
+    tensors |= {name: torch.rand(2, 3, 20, 4, generator=draw) for name in ("gate", "gate_alone")}
+    found = arms(tensors, 1, seed=0)
+    for name in ARMS:
+        kind = int(name.startswith("gate"))
+        plain, own, *shuffled = (pair[kind] for pair in found[name])
+        beside = {id(pair[1 - kind]) for pair in found[name]}
+        assert len(beside) == 1 and torch.equal(own, tensors[name][1])
+        assert set(plain.unique().tolist()) == {torch.tensor(NEUTRAL[name.removesuffix("_alone")]).item()}
+        for other in shuffled:
+            assert not torch.equal(other, own) and torch.equal(other.flatten().sort()[0], own.flatten().sort()[0])
+    assert torch.equal(found["head"][0][1], tensors["gate"][1])
+    assert bool((found["head_alone"][0][1] == 0.8).all())
+
+
+def test_published_tables_can_be_added_to_a_finished_compilation(compiled: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(compiled, tmp_path / "more")
+    before = (tmp_path / "more" / "rollouts.jsonl").read_bytes()
+    Compiler(spec(corpus, published=True, prompts=20), tmp_path / "more")
+    assert (tmp_path / "more" / "rollouts.jsonl").read_bytes() == before
+
+
+def test_the_report_says_what_risk_would_gain_and_risk_is_left_alone_without_a_gain(compiled: Path) -> None:
+    tables = load_tables(compiled)
+    for row, budget in enumerate(tables.manifest.budgets):
+        found = tables.manifest.report["risk"][str(budget)]
+        earned = all(found[f"over_{rival}"]["low"] > 0 for rival in ("uniform", "shuffled"))
+        assert tables.risk[row, :, 0].tolist() == (found["slopes"] if earned else [0, 0])
+        assert earned == (f"risk {budget}" not in tables.manifest.neutral)
+
+
+def test_retrieval_budgets_follow_the_attention_on_what_is_asked_for(compiled: Path, corpus: Path) -> None:
+    tables, compiler = load_tables(compiled), Compiler(spec(corpus), compiled)
+    bench = compiler.bench
+    asked = [at for at in bench.training if bench.prompts[at].needle]
+    assert {bench.prompts[at].family for at in asked} == {"copy", "needle", "multikey", "tracking"}
+    importance = bench.found("retrieval", asked).mean(dim=0)
+    for table in tables.retrieval:
+        pools = (table - 1) / (importance / importance.mean() - 1)
+        torch.testing.assert_close(pools, pools[0, 0].expand_as(pools), rtol=1e-2, atol=1e-3)

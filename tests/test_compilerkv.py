@@ -55,6 +55,8 @@ def make_tables(budgets: tuple[int, ...] = (16,), *, seed: int = 0) -> Tables:
         gate_support=torch.randint(9, gate, generator=draw),
         head_alone=0.8 + 0.7 * torch.rand(head, generator=draw),
         gate_alone=0.8 + 0.2 * torch.rand(gate, generator=draw),
+        retrieval=torch.ones_like(budget),
+        risk=torch.tensor([[0.0, 4.0, 0.2], [0.0, 1.0, 0.5]]).repeat(len(budgets), 1, 1),
     )
 
 

@@ -59,10 +59,10 @@ def test_the_compiled_form_gives_every_head_its_share(tmp_path: Path) -> None:
 def test_shares_of_any_budget_lie_between_the_compiled_ones() -> None:
     tables = make_tables((16, 64, 256))
     for asked, row in ((1, 0), (16, 0), (64, 1), (256, 2), (9999, 2)):
-        torch.testing.assert_close(tables.shares(asked), tables.budget[row])
-    torch.testing.assert_close(tables.shares(32), (tables.budget[0] + tables.budget[1]) / 2)
-    torch.testing.assert_close(tables.shares(128), (tables.budget[1] + tables.budget[2]) / 2)
-    torch.testing.assert_close(make_tables((16,)).shares(99), make_tables((16,)).budget[0])
+        torch.testing.assert_close(tables.at(asked), tables.budget[row])
+    torch.testing.assert_close(tables.at(32), (tables.budget[0] + tables.budget[1]) / 2)
+    torch.testing.assert_close(tables.at(128), (tables.budget[1] + tables.budget[2]) / 2)
+    torch.testing.assert_close(make_tables((16,)).at(99), make_tables((16,)).budget[0])
 
 
 def test_tables_belong_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

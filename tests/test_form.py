@@ -37,7 +37,7 @@ def test_scores_are_those_of_loops(forward: bool, kernel: int, whole: float) -> 
     layer = view().layers[0]
     attention = layer.attention(4)[0].mean(dim=(1, 2))  # [H, T]
     sums = layer.column_sums[0].sum(dim=1)  # type: ignore[index]
-    found = form.score(layer)[0]
+    found = form.scores(PromptView([layer]))[0][0]
     for head in range(HEADS):
         for t in range(TOKENS):
             around = range(t - kernel + 1, t + 1) if forward else range(t - kernel // 2, t - kernel // 2 + kernel)
@@ -53,12 +53,18 @@ def test_a_form_with_whole_prompt_attention_asks_for_it() -> None:
     layer = view().layers[0]
     layer.column_sums = None
     with pytest.raises(PolicyError, match="compilerkv@window"):
-        Form(window=4, whole=0.1).score(layer)
+        Form(window=4, whole=0.1).scores(PromptView([layer]))
 
 
-@given(st.lists(st.integers(1, 12), min_size=2, max_size=2), st.integers(1, 6), st.integers(0, 99))
-def test_each_head_keeps_its_own_number_of_the_best(counts: list[int], recent: int, seed: int) -> None:
-    scores = torch.rand(1, 2, 12, generator=torch.Generator().manual_seed(seed))
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=2),
+    st.integers(1, 6),
+    st.integers(0, 99),
+    st.sampled_from([3, 9999]),
+)
+def test_each_head_keeps_its_own_number_of_the_best(counts: list[int], recent: int, seed: int, values: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, values, (1, 2, 12), generator=draw) / values  # many equal ones, or hardly any
     slots = best_slots(scores, counts, recent=recent)
     assert slots.shape == (1, 2, max(counts))
     for head, count in enumerate(counts):
@@ -147,3 +153,45 @@ def test_rank_agreement() -> None:
     one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert spearman(one, one**3) == pytest.approx(1)
     assert spearman(one, -one) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("basis", ["head", "layer", "global"])
+def test_a_basis_averages_over_heads_or_layers(basis: str) -> None:
+    prompt = view()
+    own = torch.stack([scores[0] for scores in Form(window=4, kernel=5).scores(prompt)])  # [L, H, T]
+    found = Form(window=4, kernel=5, basis=basis).scores(prompt)
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            expected = {"head": own[layer, head], "layer": own[layer].mean(dim=0), "global": own.mean(dim=(0, 1))}
+            torch.testing.assert_close(found[layer][0, head], expected[basis])
+
+
+def test_a_gate_drops_what_scores_too_little_but_never_the_window() -> None:
+    prompt = view()
+    form = Form(window=4, kernel=1, gate=0.9)
+    scores = form.scores(prompt)
+    for kv, own in zip(FormPolicy(form).compress(prompt, 30), scores, strict=True):
+        for head in range(HEADS):
+            worth = own[0, head] * TOKENS
+            best = sorted(range(TOKENS - 4), key=lambda t, worth=worth: (-worth[t].item(), t))[:26]  # type: ignore[misc]
+            expected = sorted([*(t for t in best if worth[t] >= 0.9), *range(TOKENS - 4, TOKENS)])
+            assert sorted(t for t in kv.positions[0, head].tolist() if t >= 0) == expected
+    assert all(int(kv.live.sum()) < 30 * HEADS for kv in FormPolicy(form).compress(prompt, 30))
+
+
+def test_a_batch_of_prompts_keeps_what_each_keeps_alone() -> None:
+    one, other = view(), view()
+    for layer in other.layers:
+        layer.queries = layer.queries.flip(2)
+        layer.kv = KV(layer.kv.keys.flip(2), layer.kv.values.flip(2), layer.kv.positions)
+    layers = []
+    for a, b in zip(one.layers, other.layers, strict=True):
+        kv = KV(*(torch.cat([getattr(x.kv, name) for x in (a, b)]) for name in ("keys", "values", "positions")))
+        sums = torch.cat([x.column_sums for x in (a, b) if x.column_sums is not None])
+        layers.append(LayerView(a.index, kv, torch.cat([a.queries, b.queries]), a.scaling, sums))
+    policy = FormPolicy(Form(window=4, kernel=5, gate=0.3), ((1.0, 3.0), (0.5, 0.5), (0.2, 1.0)))
+    together = policy.compress(PromptView(layers), 14)
+    for place, alone in enumerate((one, other)):
+        for kv, own in zip(together, policy.compress(alone, 14), strict=True):
+            assert torch.equal(kv.positions[place : place + 1], own.positions)
+            assert torch.equal(kv.values[place : place + 1], own.values)

@@ -294,6 +294,6 @@ def test_column_sums_are_those_of_the_whole_softmax(tokens: int, block: int) -> 
 def test_every_method_has_a_golden_test() -> None:
     """A new built-in method must add its loops here."""
     covered = {"fullkv", "snapkv", "snapkv_shared", "pyramidkv", "h2o", "streamingllm", "random"}
-    covered.add("compilerkv")  # in test_compilerkv
+    covered |= {"compilerkv", "headkv"}  # in test_compilerkv, test_form, test_streaming and test_headkv
     built_in = {name for name, entry in load_methods().items() if entry.policy.__module__.startswith("methods.")}
     assert built_in == covered

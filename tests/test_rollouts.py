@@ -45,6 +45,18 @@ def ids(tokens: int = 60) -> list[int]:
 ANSWER = [70, 80, 90, 75]
 
 
+def test_attention_of_the_answer_on_some_tokens_is_that_of_the_plain_model(engine: Engine, tiny: LoadedModel) -> None:
+    prompt, watch = ids(), [7, 8, 30]
+    found = Rollout.prepare(engine, prompt, ANSWER, NEEDS).attention_on(watch)
+    plain = copy.deepcopy(tiny.model)
+    plain.set_attn_implementation("eager")
+    out = plain(torch.tensor([[*prompt, *ANSWER[:-1]]]), output_attentions=True)
+    rows = slice(len(prompt) - 1, len(prompt) + len(ANSWER) - 1)
+    for layer, weights in enumerate(out.attentions):
+        mass = weights[0, :, rows][..., watch].sum(dim=-1).mean(dim=-1)  # [Hq]
+        torch.testing.assert_close(found[layer], mass.view(found.shape[1], -1).mean(dim=1), rtol=1e-3, atol=1e-5)
+
+
 def test_rows_compute_what_the_engine_computes(engine: Engine) -> None:
     cells = [Cell(policy, Budget(tokens=20) if policy.budgeted else None) for policy in POLICIES]
     outcomes = engine.run(Prompt(ids(), 40, ANSWER, Limits(2, frozenset())), cells)

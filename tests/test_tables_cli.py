@@ -46,7 +46,7 @@ def test_compare_prints_rank_agreement(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["tables", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     lines = capsys.readouterr().out.splitlines()
     for line, budget in zip(lines, (64, 128), strict=True):
-        found = spearman_interval(one.shares(budget), other.shares(budget), seed=0)
+        found = spearman_interval(one.at(budget), other.at(budget), seed=0)
         assert line == f"budget {budget}: Spearman {found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
         assert found["low"] < found["mean"] < found["high"]
     make(tmp_path / "c", layers=7)

@@ -6,25 +6,28 @@ score weights and thresholds.
     score   attention of the last `window` queries, spread over `kernel` tokens, plus a share of the attention that the
             whole prompt paid (H2O's column sums); both are distributions over the prompt
     spread  forward: slot t takes the mean of slots t-kernel+1..t, because a token matters for what is read next
-    kept    the last `window` tokens, then the best; one set per KV head, each head at its own budget
+    basis   scores of each KV head, or their mean over the heads of a layer, or over all layers
+    kept    the last `window` tokens, then the best; each head at its own budget
+    gate    only tokens of at least `gate` times the mean score are candidates, so a head may keep fewer than its budget
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, spread
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, best, spread
 from methods.snapkv import votes
 
 
 class Form(BaseModel):
-    """Parameters of the score. whole: share of whole-prompt attention in it, 0 to leave it out."""
+    """Parameters of the score. whole: share of whole-prompt attention in it, 0 to leave it out. gate: 0 for none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,13 +35,28 @@ class Form(BaseModel):
     kernel: int = Field(default=13, ge=1)
     forward: bool = True
     whole: float = Field(default=0.2, ge=0, le=1, allow_inf_nan=False)
+    basis: Literal["head", "layer", "global"] = "head"
+    gate: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @property
     def needs(self) -> Needs:
         return Needs(window=self.window, column_sums=self.whole > 0)
 
-    def score(self, layer: LayerView) -> Tensor:
-        """Worth of every token: [B, H, T] float32. Raises PolicyError when column sums are wanted and not there."""
+    def scores(self, view: PromptView) -> list[Tensor]:
+        """Worth of every token in each layer: [B, H, T] float32, distributions over the prompt.
+
+        Raises PolicyError when column sums are wanted and not there.
+        """
+        key = self.model_copy(update={"basis": "head", "gate": 0.0})
+        own = [layer.memo(key, self._score) for layer in view.layers]
+        if self.basis == "head":
+            return own
+        means = [scores.mean(dim=1, keepdim=True) for scores in own]
+        if self.basis == "global":
+            means = [torch.stack(means).mean(dim=0)] * len(own)
+        return [mean.expand_as(scores) for mean, scores in zip(means, own, strict=True)]
+
+    def _score(self, layer: LayerView) -> Tensor:
         found = layer.memo(("spread", self.window, self.kernel, self.forward), self._spread)
         if self.whole == 0:
             return found
@@ -54,7 +72,9 @@ class Form(BaseModel):
             return attention
         left = self.kernel - 1 if self.forward else self.kernel // 2
         pooled = avg_pool1d(pad(before, (left, self.kernel - 1 - left)), self.kernel, stride=1)
-        return torch.cat([pooled, attention[..., before.shape[-1] :]], dim=-1)
+        out = attention.clone()
+        out[..., : before.shape[-1]] = pooled
+        return out
 
 
 @dataclass(frozen=True)
@@ -71,9 +91,18 @@ class FormPolicy(KVPolicy):
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         counts = slot_counts(self.shares, budget, view, window=self.form.window)
         return [
-            layer.kv.take(best_slots(layer.memo(self.form, self.form.score), own, recent=self.form.window))
-            for layer, own in zip(view.layers, counts, strict=True)
+            layer.kv.take(self._gated(scores, best_slots(scores, own, recent=self.form.window)))
+            for layer, scores, own in zip(view.layers, self.form.scores(view), counts, strict=True)
         ]
+
+    def _gated(self, scores: Tensor, slots: Tensor) -> Tensor:
+        """Those of the chosen slots that are candidates; -1 in place of the others."""
+        if not self.form.gate:
+            return slots
+        tokens = scores.shape[-1]
+        candidate = scores * tokens >= self.form.gate
+        candidate[..., max(0, tokens - self.form.window) :] = True
+        return slots.masked_fill(~candidate.gather(2, slots.clamp(min=0)), -1)
 
 
 def slot_counts(shares: Sequence[Sequence[float]], budget: int, view: PromptView, *, window: int) -> list[list[int]]:
@@ -103,7 +132,7 @@ def best_slots(scores: Tensor, counts: Sequence[int], *, recent: int) -> Tensor:
     size = min(recent, tokens)
     forced[..., tokens - size :] = scores.amax() + torch.arange(1, size + 1, device=scores.device)
     most = max(counts)
-    order = forced.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    order = best(forced, most)
     rank = torch.arange(most, device=scores.device)
     own = torch.tensor(counts, device=scores.device)[None, :, None]
     slots = order.masked_fill(rank >= own, tokens).sort(dim=-1).values

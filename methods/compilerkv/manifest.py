@@ -32,7 +32,7 @@ class Shapes(_Frozen):
 class Manifest(_Frozen):
     """What the tensors are and where they came from."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     kind: Literal["neutral", "compiled", "simulated"]
     """neutral: nothing was learnt. compiled: from roll-outs of a model. simulated: anything else; refused when read."""
     shapes: Shapes

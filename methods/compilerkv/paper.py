@@ -21,7 +21,7 @@ from methods.compilerkv.tables import Learned, Tables
 
 def compress(view: PromptView, budget: int, tables: Tables, *, window: int, learned: Learned) -> list[KV]:
     """What the published form leaves of every layer of `view`. learned: as in `Tables.lookup`."""
-    alpha = view.layers[0].memo(("compilerkv alpha", window), lambda _: prompt_utility(view, window))
+    alpha = prompt_utility(view, window)
     entropy, perplexity = prompt_risk(view, alpha, window)
     weights, thresholds = tables.lookup(budget, entropy=entropy, perplexity=perplexity, learned=learned)
     return [
@@ -31,10 +31,14 @@ def compress(view: PromptView, budget: int, tables: Tables, *, window: int, lear
 
 
 def prompt_utility(view: PromptView, window: int) -> Tensor:
-    """Alpha, [T] float32: attention mass of the last `window` queries over all layers and heads, mean 1.
+    """Alpha, [T] float32: attention mass of the last `window` queries over all layers and heads, mean 1. Computed once.
 
     One layer's attention is held at a time.
     """
+    return view.layers[0].memo(("compilerkv alpha", window), lambda _: _utility(view, window))
+
+
+def _utility(view: PromptView, window: int) -> Tensor:
     mass = torch.zeros(view.tokens, device=view.layers[0].kv.keys.device)
     for layer in view.layers:
         mass += layer.attention(window).mean(dim=(0, 1, 2, 3)).to(mass.device)

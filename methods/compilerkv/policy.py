@@ -2,23 +2,26 @@
 
 Source: https://arxiv.org/abs/2602.08686. `compilerkv` is our compiled form (`methods.compilerkv.form`): its tables give
 every layer and KV head a slot budget. `compilerkv@paper` is the published one (`methods.compilerkv.paper`): its tables
-give score weights and thresholds. The other presets take one part away: `uniform` and `shuffled` the compiled budgets,
-`window` the whole-prompt attention, `head_only`, `gate_only` and `independent` (no alternation) parts of the published
-tables.
+give score weights and thresholds. `streaming` goes on choosing while decoding (`methods.compilerkv.streaming`). The
+other presets take one part away: `uniform` and `shuffled` the compiled budgets, `window` the whole-prompt attention,
+`head_only`, `gate_only` and `independent` (no alternation) parts of the published tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from methods.base import KV, KVPolicy, Needs, PolicyError, PromptView, at_least
-from methods.compilerkv import paper
+from methods.base import KV, KVPolicy, Needs, PolicyError, PromptView, StepView, at_least
+from methods.compilerkv import paper, streaming
 from methods.compilerkv.form import Form, FormPolicy
 from methods.compilerkv.manifest import Shapes
+from methods.compilerkv.risk import batch_budgets
 from methods.compilerkv.tables import Learned, Tables, load_tables, neutral
 from methods.registry import method
 
@@ -34,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "uniform": {"budgets": "uniform"},
     "shuffled": {"budgets": "shuffled"},
     "window": {"whole": False},
+    "streaming": {"every": 16},
 }
 
 
@@ -44,22 +48,36 @@ class CompilerKV(KVPolicy):
 
     tables: folder of compiled tables, name of packaged ones, `auto` for those of the model at hand, or `neutral`.
     whole: whether the score may use whole-prompt attention. window: last queries of the published form; the compiled
-    form has its own. learned: which tables of the published form are in force, see `Tables.lookup`.
+    form has its own. learned: which tables of the published form are in force, see `Tables.lookup`. every: decoded
+    tokens between two computations of the compiled score, 0 for none.
     """
 
     form: Literal["compiled", "published"] = "compiled"
     tables: str = AUTO
-    budgets: Literal["compiled", "uniform", "shuffled"] = "compiled"
+    budgets: Literal["compiled", "uniform", "shuffled", "retrieval"] = "compiled"
     whole: bool = True
     window: int = 64
     learned: Learned = "both"
+    every: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "window")
+        at_least(self, 0, "every")
+        if self.every and self.form == "published":
+            raise PolicyError(f"CompilerKV.every={self.every}: the published form acts once; give 0, or form=compiled")
 
     @property
     def needs(self) -> Needs:
-        return Needs(window=self.window, logprobs=True) if self.form == "published" else self._form().needs
+        if self.form == "published":
+            return Needs(window=self.window, logprobs=True)
+        tables = self._loaded()
+        risk = tables is not None and bool(tables.risk[:, :, 0].any())
+        own = Needs(window=self.window, logprobs=True) if risk else Needs()  # for `compress_batch`
+        return self._form().needs | own | Needs(decode_attention=self.evicts_while_decoding)
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.every > 0
 
     def for_model(self, revision: str) -> CompilerKV:
         """This policy with the tables of a model, by its revision: packaged ones for `auto`, neutral without any.
@@ -80,7 +98,30 @@ class CompilerKV(KVPolicy):
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         if self.form == "published":
             return paper.compress(view, budget, self._tables(view, budget), window=self.window, learned=self.learned)
-        return FormPolicy(self._form(), self._shares(view, budget)).compress(view, budget)
+        form = self._form()
+        if not self.every:
+            return FormPolicy(form, self.shares(view, budget)).compress(view, budget)
+        slots = streaming.affordable(view.layers[0].kv, budget)
+        kept = FormPolicy(form, self.shares(view, slots)).compress(view, slots)
+        return [streaming.start(kv, scores) for kv, scores in zip(kept, form.scores(view), strict=True)]
+
+    def compress_batch(self, views: Sequence[PromptView], budget: int) -> list[list[KV]]:
+        """What is left of every layer of each prompt of a batch; the same as alone, unless risk moves slots.
+
+        Where the tables say that it pays, prompts at risk get more slots and the others fewer; the total stays.
+        """
+        tables = self._tables(views[0], budget)
+        risk = tables.at(budget, "risk")
+        if self.form == "published" or self.budgets != "compiled" or not bool(risk[:, 0].any()):
+            return [self.compress(view, budget) for view in views]
+        signals = torch.tensor(
+            [paper.prompt_risk(view, paper.prompt_utility(view, self.window), self.window) for view in views]
+        )
+        own = batch_budgets(budget, signals, risk)
+        return [self.compress(view, max(1, slots)) for view, slots in zip(views, own, strict=True)]
+
+    def after_step(self, step: StepView) -> Tensor:
+        return streaming.after_step(step, self._form(), self.every)
 
     def check(self, view: PromptView) -> None:
         self._tables(view, 1)
@@ -97,7 +138,7 @@ class CompilerKV(KVPolicy):
         tables = self._loaded()
         if self.form == "compiled":
             return () if tables else ("no tables for this model: the default form with uniform budgets",)
-        if tables is None or tables.manifest.kind == "neutral" or {"head", "gate"} <= tables.manifest.neutral.keys():
+        if tables is None or tables.published_neutral(budget):
             return ("neutral tables: every head weighs 1 and every threshold is 0.8, nothing was compiled",)
         origin, nearest = f"tables {tables.manifest.tensors_sha256[:12]}", tables.nearest_budget(budget)
         return (origin if nearest == budget else f"{origin}, compiled for budget {nearest}, used at {budget}",)
@@ -107,10 +148,12 @@ class CompilerKV(KVPolicy):
         form = (tables.manifest.form if tables else None) or Form()
         return form if self.whole else form.model_copy(update={"whole": 0.0})
 
-    def _shares(self, view: PromptView, budget: int) -> tuple[tuple[float, ...], ...]:
+    def shares(self, view: PromptView, budget: int) -> tuple[tuple[float, ...], ...]:
+        """Slot shares [L][H] that the tables give at a budget; () for uniform ones."""
         if self.budgets == "uniform":
             return ()
-        shares = self._tables(view, budget).shares(budget)
+        tables = self._tables(view, budget)
+        shares = tables.at(budget, "retrieval" if self.budgets == "retrieval" else "budget")
         if self.budgets == "shuffled":
             draw = torch.Generator().manual_seed(SHUFFLE_SEED)
             shares = shares.flatten()[torch.randperm(shares.numel(), generator=draw)].view(shares.shape)

@@ -38,6 +38,7 @@ from methods.compilerkv.manifest import (
 
 MANIFEST, TENSORS = "manifest.json", "tables.safetensors"
 Learned = Literal["both", "head", "gate", "independent"]
+SHARES = ("budget", "retrieval")
 ROUNDING = 1e-6  # a bound such as 0.8 is rounded to float32
 
 
@@ -46,6 +47,8 @@ class Tables:
     """Look-up tables and what is known of them.
 
     budget: [N, L, H] float32 > 0, slots of each KV head beyond the window, as a multiple of their mean; mean 1.
+    retrieval: like budget, from how much answers look at the sentences that hold them (`methods.headkv`).
+    risk: [N, 2, 3] float32, see `methods.compilerkv.risk`; slopes of 0 move nothing.
     head: [N, L, Hq] float32, weight of each query head.
     gate: [N, L, 20, 4] float32, score threshold of each risk cell.
     entropy_edges, perplexity_edges: [19] and [3] float32, ascending; a value on an edge belongs to the upper bin.
@@ -63,6 +66,8 @@ class Tables:
     gate_support: Tensor
     head_alone: Tensor
     gate_alone: Tensor
+    retrieval: Tensor
+    risk: Tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -92,14 +97,22 @@ class Tables:
             thresholds = torch.full_like(thresholds, UNSUPPORTED_GATE)
         return weights, thresholds
 
-    def shares(self, budget: int) -> Tensor:
-        """Slot multiples [L, H] of any budget: linear in its logarithm between compiled ones, outside the nearest."""
-        compiled = self.manifest.budgets
+    def at(self, budget: int, name: str = "budget") -> Tensor:
+        """A tensor [N, ...] at any budget: linear in its logarithm between compiled ones, outside the nearest."""
+        table, compiled = getattr(self, name), self.manifest.budgets
+        assert isinstance(table, Tensor)
         above = min(bisect_right(compiled, budget), len(compiled) - 1)
         below = max(0, above - 1)
         span = math.log(compiled[above] / compiled[below])
         part = math.log(max(budget, compiled[0]) / compiled[below]) / span if span else 0.0
-        return torch.lerp(self.budget[below], self.budget[above], min(1.0, part))
+        return torch.lerp(table[below], table[above], min(1.0, part))
+
+    def published_neutral(self, budget: int) -> bool:
+        """Whether head weights and thresholds say nothing at the nearest compiled budget."""
+        row = self.manifest.budgets.index(self.nearest_budget(budget))
+        heads, gates = (self.head, self.head_alone), (self.gate, self.gate_alone)
+        plain = [(x, UNSUPPORTED_HEAD) for x in heads] + [(x, UNSUPPORTED_GATE) for x in gates]
+        return all(bool((x[row] == value).all()) for x, value in plain)
 
     def validate(self, shapes: Shapes) -> None:
         """Raises PolicyError unless these tables were compiled for a model of `shapes`."""
@@ -117,6 +130,8 @@ def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:
     )
     tensors = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in _expected(manifest).items()}
     tensors["budget"].fill_(1.0)
+    tensors["retrieval"].fill_(1.0)
+    tensors["risk"][:, :, 2] = 1.0
     for name in ("head", "head_alone"):
         tensors[name].fill_(UNSUPPORTED_HEAD)
     for name in ("gate", "gate_alone"):
@@ -135,11 +150,12 @@ def transfer(tables: Tables, shapes: Shapes, *, heads: bool = False) -> Tables:
     same_heads = (old.query_heads, old.kv_heads) == (shapes.query_heads, shapes.kv_heads)
     if not same_heads and not heads:
         raise PolicyError(f"tables for {old} do not fit the heads of {shapes}; pass heads=True to interpolate them too")
-    moved = {name: _stretch(x, 1, shapes.layers) for name, x in tables.tensors.items() if x.dim() > 1}
+    own = (x for x in tables.tensors.items() if x[1].dim() > 1 and x[0] != "risk")
+    moved = {name: _stretch(x, 1, shapes.layers) for name, x in own}
     if not same_heads:
         moved |= {name: _stretch(moved[name], 2, shapes.query_heads) for name in ("head", "head_support", "head_alone")}
-        moved["budget"] = _stretch(moved["budget"], 2, shapes.kv_heads)
-    moved["budget"] = moved["budget"] / moved["budget"].mean(dim=(1, 2), keepdim=True)
+        moved |= {name: _stretch(moved[name], 2, shapes.kv_heads) for name in SHARES}
+    moved |= {name: moved[name] / moved[name].mean(dim=(1, 2), keepdim=True) for name in SHARES}
     source = f"{tables.manifest.source}; transferred from {old} by relative depth"
     changes = {"shapes": shapes, "source": source, "model_revision": "", "tensors_sha256": "", "created": ""}
     return replace(tables, manifest=tables.manifest.model_copy(update=changes), **moved)
@@ -215,7 +231,8 @@ def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     head = (budgets, shapes.layers, shapes.query_heads)
     gate = (budgets, shapes.layers, ENTROPY_BINS, PERPLEXITY_BINS)
     return {
-        "budget": ((budgets, shapes.layers, shapes.kv_heads), torch.float32),
+        **dict.fromkeys(SHARES, ((budgets, shapes.layers, shapes.kv_heads), torch.float32)),
+        "risk": ((budgets, 2, 3), torch.float32),
         "head": (head, torch.float32),
         "gate": (gate, torch.float32),
         "entropy_edges": ((ENTROPY_BINS - 1,), torch.float32),
@@ -254,9 +271,10 @@ def _value_flaw(name: str, x: Tensor, manifest: Manifest) -> str | None:
         return f"{int((~x.isfinite()).sum())} values of {name} are not finite"
     if name.endswith("edges") and bool((x.diff() < 0).any()):
         return f"{name} {x.tolist()} are not ascending"
-    if name == "budget" and bool(((x <= 0) | ((x.mean(dim=(1, 2), keepdim=True) - 1).abs() > 1e-3)).any()):
-        return "budget multiples are not above 0 with a mean of 1"
-    low, high = manifest.ranges.get(name.removesuffix("_alone"), (0.0, math.inf))
+    if name in SHARES and bool(((x <= 0) | ((x.mean(dim=(1, 2), keepdim=True) - 1).abs() > 1e-3)).any()):
+        return f"{name} multiples are not above 0 with a mean of 1"
+    lowest = -math.inf if name == "risk" else 0.0
+    low, high = manifest.ranges.get(name.removesuffix("_alone"), (lowest, math.inf))
     if bool((x < low - ROUNDING).any()) or bool((x > high + ROUNDING).any()):
         return f"{name} goes from {x.min().item():g} to {x.max().item():g}, outside {low:g} to {high:g}"
     return None

@@ -1,0 +1,62 @@
+"""The compiled score, applied again while decoding, so that a long output stays within the budget as well.
+
+Ours; the published method acts once, at the end of prefill, and names streaming generation as its limit. Every decoded
+token takes a slot and every KV head gives one up: the least worthy beyond its last `window` tokens. Worth is computed
+again every `every` tokens, as the form does it: attention of the queries since then, spread over the neighbours that
+are still kept, plus a share of what a token was worth before (where the form has whole-prompt attention).
+
+Side data of a slot, paid out of the budget: `worth` and `seen`, the attention since worth was computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, pad
+
+from methods.base import KV, StepView
+from methods.compilerkv.form import Form
+
+SIDE_BYTES, HEAD_BYTES = 8, 4
+"""Of a slot: two float32. Of a head: how many slots it may hold, int32."""
+
+
+def affordable(kv: KV, budget: int) -> int:
+    """Slots that fit `budget` plain slots' bytes when each carries its side data."""
+    slot = (kv.keys.shape[-1] + kv.values.shape[-1]) * kv.keys.element_size()
+    return max(1, (budget * slot - HEAD_BYTES) // (slot + SIDE_BYTES))
+
+
+def start(kv: KV, scores: Tensor) -> KV:
+    """`kv` with its side data. scores: [B, H, T] of the whole prompt, at the end of prefill."""
+    kv.extra["worth"] = scores.gather(2, kv.positions.clamp(min=0)).masked_fill(kv.positions < 0, 0.0)
+    kv.extra["seen"] = torch.zeros_like(kv.extra["worth"])
+    kv.extra["slots"] = kv.live.to(torch.int32)  # [B, H], what each head may hold
+    return kv
+
+
+def after_step(step: StepView, form: Form, every: int) -> Tensor:
+    """Slot of each head to free: [B, H] int64, -1 for none. Changes the side data in place."""
+    kv = step.kv
+    worth, seen, slots = kv.extra["worth"], kv.extra["seen"], kv.extra["slots"]
+    assert step.attention is not None
+    fresh = kv.positions == step.position  # its slot may hold a freed token's data
+    worth.masked_fill_(fresh, 0.0)
+    seen.masked_fill_(fresh, 0.0)
+    seen += step.attention.mean(dim=2)
+    if step.position % every == 0:
+        worth.copy_(form.whole * worth + (1 - form.whole) * _spread(seen / every, kv.positions, form))
+        seen.zero_()
+    window = (slots - 1).clamp(max=form.window).unsqueeze(-1)  # [B, H, 1]
+    old = (kv.positions >= 0) & (kv.positions <= step.position - window)
+    victim = worth.masked_fill(~old, float("inf")).argmin(dim=-1)
+    return victim.masked_fill(kv.live <= slots, -1)
+
+
+def _spread(attention: Tensor, positions: Tensor, form: Form) -> Tensor:
+    """Attention [B, H, S] spread over neighbours in the order of their positions; nothing on empty slots."""
+    order = positions.argsort(dim=-1)
+    left = form.kernel - 1 if form.forward else form.kernel // 2
+    sorted_ = attention.masked_fill(positions < 0, 0.0).gather(2, order)
+    pooled = avg_pool1d(pad(sorted_, (left, form.kernel - 1 - left)), form.kernel, stride=1)
+    return torch.zeros_like(attention).scatter(2, order, pooled).masked_fill(positions < 0, 0.0)

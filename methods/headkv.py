@@ -1,0 +1,61 @@
+"""HeadKV-style budgets: SnapKV's choice of tokens, with more slots for heads that look at what answers come from.
+
+Source: https://arxiv.org/abs/2410.19258. A head's budget is an even base plus its share of a common pool, by how much
+attention the tokens of an answer pay to the sentence that holds it, on calibration prompts with the full cache.
+Differences: importance is the attention mass itself instead of hits among the top tokens, per KV head; the share of the
+pool is chosen on calibration prompts (`harness.retrieval`). The budgets travel with CompilerKV's tables, whose
+calibration prompts they come from.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from methods.base import KV, KVPolicy, Needs, PromptView, at_least
+from methods.compilerkv.form import best_slots, slot_counts
+from methods.compilerkv.policy import AUTO, CompilerKV
+from methods.registry import method
+from methods.snapkv import SnapKV, check_kernel
+
+
+@method("headkv", paper="https://arxiv.org/abs/2410.19258")
+@dataclass(frozen=True)
+class HeadKV(KVPolicy):
+    """SnapKV with a slot budget for each layer and KV head. tables: as in `compilerkv`; uniform budgets without any."""
+
+    recent: int = 32
+    kernel: int = 7
+    tables: str = AUTO
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "recent")
+        check_kernel(self.kernel)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.recent)
+
+    def for_model(self, revision: str) -> "HeadKV":
+        return replace(self, tables=self._lookup().for_model(revision).tables)
+
+    def provenance(self) -> dict[str, Any]:
+        return self._lookup().provenance()
+
+    def fitted_on(self) -> frozenset[str]:
+        return self._lookup().fitted_on()
+
+    def check(self, view: PromptView) -> None:
+        self._lookup().check(view)
+
+    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+        return self._lookup().notes(budget, tokens, layers)
+
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        counts = slot_counts(self._lookup().shares(view, budget), budget, view, window=self.recent)
+        score = SnapKV(recent=self.recent, kernel=self.kernel).score
+        return [
+            layer.kv.take(best_slots(layer.memo(("headkv", self), score), own, recent=self.recent))
+            for layer, own in zip(view.layers, counts, strict=True)
+        ]
+
+    def _lookup(self) -> CompilerKV:
+        return CompilerKV(tables=self.tables, budgets="retrieval")
