@@ -34,7 +34,9 @@ def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
     import torch
 
     from harness.compile import Compiler
+    from harness.errors import HarnessError
     from harness.workbench import CompileSpec
+    from methods.base import PolicyError
 
     given = {name: getattr(args, name) for name in CompileSpec.model_fields if getattr(args, name, None) is not None}
     try:
@@ -43,7 +45,10 @@ def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
         raise one_line(error) from None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    manifest = Compiler(spec, args.out).compile(command).manifest
+    try:
+        manifest = Compiler(spec, args.out).compile(command).manifest
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
     print(f"form: {manifest.form}")
     print(f"halves agree at Spearman {manifest.report['halves_spearman']:.2f}")
     for budget, found in manifest.report["validation"].items():

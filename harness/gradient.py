@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.errors import HarnessError
 from harness.rollouts import Rollout
 from methods.compilerkv.form import Form
 from methods.compilerkv.soft import shares_of, soft_bias
@@ -75,6 +76,8 @@ class Descent:
             self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
         done = len(self.losses) / max(1, self.steps - 1)
         found = self._divergence(rollout, tau=WARM + (COLD - WARM) * min(1.0, done))
+        if not bool(found.isfinite().all()):
+            raise HarnessError(f"step {len(self.losses)} has losses {found.tolist()}; try --dtype float32")
         now = found.detach().clamp_min(1e-4)
         self._mean = now if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * now
         loss = (found / self._mean).mean() + OWN_PENALTY * self.own.square().sum(dim=(1, 2)).mean()

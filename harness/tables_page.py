@@ -64,8 +64,10 @@ def shown(tables: Tables) -> list[tuple[str, Tensor]]:
     neutral, maps = tables.manifest.neutral, []
     for i, budget in enumerate(tables.manifest.budgets):
         maps.append((f"slots at {budget}", tables.budget[i]))
-    if "head" not in neutral:
-        maps.append((f"weights at {tables.manifest.budgets[0]}", tables.head[0]))
-    if "gate" not in neutral:
-        maps.append((f"thresholds at {tables.manifest.budgets[0]}", tables.gate[0].mean(dim=-1)))
+    maps.append((f"HeadKV at {tables.manifest.budgets[0]}", tables.retrieval[0]))
+    for i, budget in enumerate(tables.manifest.budgets):
+        if not {"head", f"head {budget}"} & neutral.keys():
+            maps.append((f"weights at {budget}", tables.head[i]))
+        if not {"gate", f"gate {budget}"} & neutral.keys():
+            maps.append((f"thresholds at {budget}", tables.gate[i].mean(dim=-1)))
     return maps

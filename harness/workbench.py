@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from harness.rollouts import Rollout
 from harness.spec import Frozen
 from methods.base import Needs
 from methods.compilerkv.form import Form, FormPolicy
-from methods.compilerkv.manifest import Shapes
+from methods.compilerkv.manifest import ENTROPY_BINS, Shapes
 
 ROWS = 36  # of one forward
 HELD_BYTES = 6 * 2**30
@@ -101,6 +102,11 @@ class Workbench:
         for i, prompt in enumerate(self.prompts):
             places[prompt.family] += 1
             (self.validation if places[prompt.family] % 4 == 0 else self.training).append(i)
+        if spec.published and len(self.training) < ENTROPY_BINS:
+            raise HarnessError(
+                f"{len(self.training)} training prompts do not fill {ENTROPY_BINS} risk bins; raise --prompts "
+                f"from {spec.prompts} to {2 * ENTROPY_BINS}, or leave --published out"
+            )
 
     def rollout(self, at: int) -> Rollout:
         """A prompt, prefilled; once, as far as memory goes."""
@@ -122,7 +128,13 @@ class Workbench:
             ]
             biases = [torch.cat(rows) for rows in zip(*kept, strict=True)]
             found += rollout.losses(rollout.logprobs(biases))[0].tolist()
+        self._check_finite(at, found)
         return found
+
+    def _check_finite(self, at: int, losses: Sequence[float]) -> None:
+        if not all(map(math.isfinite, losses)):
+            name = self.prompts[at].id
+            raise HarnessError(f"the roll-outs of prompt {name} have losses that are no numbers; try --dtype float32")
 
     def add(self, stage: str, at: int, values: Any) -> None:
         """Store what a stage found on a prompt."""
@@ -150,6 +162,11 @@ def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: Co
     """The prompts of a compilation, corpora in turn. Raises HarnessError for a context shorter than the prompts."""
     if spec.lengths[1] + spec.answer > loaded.context:
         raise HarnessError(f"--lengths {spec.lengths} exceed the model's context of {loaded.context}; lower them")
+    if spec.lengths[0] <= NEEDS.window:
+        raise HarnessError(
+            f"--lengths {spec.lengths[0]} has no token before the observation window of {NEEDS.window}; raise it, or "
+            "take a model with a longer context"
+        )
     tokenizer = TaskTokenizer(loaded.tokenizer)
     each = -(-spec.prompts // len(corpora))
     found = []

@@ -158,6 +158,8 @@ def test_another_specification_is_refused_in_the_same_folder(compiled: Path, cor
         (["--lengths", "600"], "lengths"),
         (["--lengths", "5000,6000"], "exceed"),
         (["--steps", "0"], "steps"),
+        (["--lengths", "40,80"], "no token before the observation window of 64"),
+        (["--lengths", "1100,1400", "--prompts", "20", "--published"], "15 training prompts do not fill 20 risk bins"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -167,6 +169,17 @@ def test_bad_input_is_one_line(
     assert main(["compile", "--model", "tiny", "--out", str(tmp_path / "out"), *given, *arguments]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("harness: ") and says in err
+
+
+def test_a_loss_that_is_no_number_stops_the_compilation(
+    compiled: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "compile.json").write_bytes((compiled / "compile.json").read_bytes())
+    nothing = torch.full((3,), float("nan"))
+    monkeypatch.setattr(Rollout, "losses", lambda *_: (nothing, nothing))
+    with pytest.raises(HarnessError, match=r"prompt made/continuation/0 have losses that are no numbers"):
+        Compiler(spec(corpus), tmp_path).compile(())
+    assert not (tmp_path / "rollouts.jsonl").exists()
 
 
 def test_damaged_rollouts_are_named(compiled: Path, corpus: Path, tmp_path: Path) -> None:
