@@ -135,7 +135,10 @@ class Compiler:
         risk = fit_risk(bench.found("curves", bench.training), signals[bench.training], budgets)
         checked = bench.found("check", bench.validation)[:, :, 1]
         report = risk_gain(checked, signals[bench.validation], budgets, risk=risk, seed=self.spec.seed)
-        reasons = {budget: no_gain(found, "even shares") for budget, found in report.items()}
+        still = "training prompts lost least with slopes of 0"
+        reasons = {
+            budget: no_gain(found, "even shares") if any(found["slopes"]) else still for budget, found in report.items()
+        }
         for row, budget in enumerate(budgets):
             if reasons[str(budget)]:
                 risk[row, :, 0] = 0.0

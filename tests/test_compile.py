@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -283,11 +282,12 @@ def test_published_arms_differ_from_the_table_in_one_thing_only() -> None:
     assert bool((found["head_alone"][0][1] == 0.8).all())
 
 
-def test_published_tables_can_be_added_to_a_finished_compilation(compiled: Path, corpus: Path, tmp_path: Path) -> None:
-    shutil.copytree(compiled, tmp_path / "more")
-    before = (tmp_path / "more" / "rollouts.jsonl").read_bytes()
-    Compiler(spec(corpus, published=True, prompts=20), tmp_path / "more")
-    assert (tmp_path / "more" / "rollouts.jsonl").read_bytes() == before
+def test_a_compilation_with_published_tables_and_one_without_share_their_folder(
+    learned: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "compile.json").write_bytes((learned / "compile.json").read_bytes())
+    for asked in (True, False):
+        Compiler(spec(corpus, prompts=28, published=asked, estimator="ridge"), tmp_path)
 
 
 def test_the_report_says_what_risk_would_gain_and_risk_is_left_alone_without_a_gain(compiled: Path) -> None:
