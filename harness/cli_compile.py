@@ -20,6 +20,7 @@ def compile_parser(compiling: argparse.ArgumentParser) -> None:
     add("--prompts", type=int, help="calibration prompts, over all corpora (128)")
     add("--lengths", type=numbers, metavar="A,B", help="tokens of a prompt, least and most (600,1000)")
     add("--budgets", type=numbers, help="budgets that tables are compiled for (64,128,256,512)")
+    add("--form", help="tables whose score form is taken over, to compare tables of two corpora (default: choose one)")
     add("--steps", type=int, help="gradient steps, one prompt each (160)")
     add("--estimator", choices=("gradient", "ridge"), help="of the slot budgets (gradient)")
     add("--published", action="store_true", default=None, help="compile the published form's tables too, by Q-learning")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.errors import HarnessError
 from harness.estimators import ESTIMATORS, cell, ridge_reliability
 from harness.machine import git_commit
 from harness.published import Observed, Published
@@ -32,9 +33,10 @@ from harness.retrieval import by_retrieval
 from harness.workbench import CompileSpec, Workbench
 from methods.compilerkv.form import Form
 from methods.compilerkv.manifest import Manifest
+from methods.compilerkv.policy import folder_of
 from methods.compilerkv.risk import fit_risk, risk_gain
 from methods.compilerkv.selection import choose, gains, spearman
-from methods.compilerkv.tables import Tables, neutral, save_tables
+from methods.compilerkv.tables import Tables, load_tables, neutral, save_tables
 
 FORMS = tuple(
     Form(window=window, kernel=kernel, forward=forward, whole=whole)
@@ -99,7 +101,12 @@ class Compiler:
         return published.compile(walk)
 
     def choose_form(self) -> tuple[Form, dict[str, Any]]:
-        """The score with the least divergence at uniform budgets, and what the others had."""
+        """The score with the least divergence at uniform budgets, and what the others had; or the one asked for."""
+        if self.spec.form != "auto":
+            taken = load_tables(folder_of(self.spec.form)).manifest.form
+            if taken is None:
+                raise HarnessError(f"tables {self.spec.form} have no form to take; leave --form out")
+            return taken, {"form": {"taken_from": self.spec.form}}
         form, chosen = self._best("form", FORMS)
         kinds = [form.model_copy(update={"basis": basis, "gate": gate}) for basis, gate in product(BASES, GATES)]
         form, refined = self._best("basis", kinds)

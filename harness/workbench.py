@@ -43,7 +43,8 @@ class CompileSpec(Frozen):
     """What decides the tables.
 
     prompts: of all corpora together. lengths: tokens of a prompt, least and most. answer: its first tokens, which are
-    judged. steps: of the gradient. published: compile the tables of the published form too.
+    judged. form: `auto`, or tables (a folder, or packaged ones) whose form is taken instead of choosing one. steps: of
+    the gradient. published: compile the tables of the published form too.
     """
 
     model: str = "smollm2-135m"
@@ -52,6 +53,7 @@ class CompileSpec(Frozen):
     lengths: tuple[int, int] = (600, 1000)
     answer: int = Field(default=16, ge=1)
     budgets: tuple[int, ...] = (64, 128, 256, 512)
+    form: str = "auto"
     steps: int = Field(default=160, ge=1)
     estimator: Literal["gradient", "ridge"] = "gradient"
     published: bool = False

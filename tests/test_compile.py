@@ -290,6 +290,12 @@ def test_a_compilation_with_published_tables_and_one_without_share_their_folder(
         Compiler(spec(corpus, prompts=28, published=asked, estimator="ridge"), tmp_path)
 
 
+def test_a_form_can_be_taken_over_from_other_tables(compiled: Path, corpus: Path, tmp_path: Path) -> None:
+    compiler = Compiler(spec(corpus, form=str(compiled)), tmp_path)
+    assert compiler.choose_form() == (load_tables(compiled).manifest.form, {"form": {"taken_from": str(compiled)}})
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
 def test_the_report_says_what_risk_would_gain_and_risk_is_left_alone_without_a_gain(compiled: Path) -> None:
     tables = load_tables(compiled)
     for row, budget in enumerate(tables.manifest.budgets):
