@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from harness.cache import LayerCache
 from harness.errors import HarnessError
+from methods.base import Sizes
 
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full and sliding-window attention layers"
@@ -120,6 +121,18 @@ class AttachedModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def compressible(self) -> list[int]:
+        """Layers that policies see, in depth order; the others have a sliding window."""
+        types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.layers
+        return [i for i, kind in enumerate(types) if kind != "sliding_attention"]
+
+    def sizes(self, tokens: int) -> Sizes:
+        """Of a prompt in this model."""
+        heads = int(self.config.num_attention_heads)
+        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)
+        return Sizes(tokens, len(self.compressible), heads, kv_heads)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -31,10 +31,15 @@ class LayerCache(ABC):
 
 
 class PrefillLayer(LayerCache):
-    """Keeps the whole prompt (R = 1) and what `needs` asks for: window queries, streamed column sums."""
+    """Keeps the whole prompt (R = 1) and what `needs` asks for: window queries, streamed column sums.
 
-    def __init__(self, needs: Needs) -> None:
-        self.needs = needs
+    tokens: of the whole prompt, which may come in several chunks.
+    """
+
+    def __init__(self, needs: Needs, tokens: int) -> None:
+        self.needs, self.tokens = needs, tokens
+        self.seen = 0
+        self.whole: list[Tensor] = []  # keys and values of a prompt in chunks, allocated once
         self.keys: Tensor
         self.values: Tensor
         self.queries: Tensor
@@ -43,15 +48,33 @@ class PrefillLayer(LayerCache):
         self.sums: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys.contiguous(), values.contiguous()  # heads first: policies take rows of slots
+        first, self.seen = self.seen, self.seen + keys.shape[2]
+        if keys.shape[2] == self.tokens:
+            self.keys, self.values = keys.contiguous(), values.contiguous()  # heads first: policies take rows of slots
+            return
+        if not first:
+            self.whole = [x.new_empty(*x.shape[:2], self.tokens, x.shape[3]) for x in (keys, values)]
+        for whole, x in zip(self.whole, (keys, values), strict=True):
+            whole[:, :, first : self.seen] = x
+        self.keys, self.values = (whole[:, :, : self.seen] for whole in self.whole)
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
         self.scaling, self.window = scaling, window
         if window is None:
-            self.queries = queries[:, :, max(0, queries.shape[2] - self.needs.window) :].clone()
-            if self.needs.column_sums:
-                self.sums = column_sums(queries, self.keys, scaling=scaling)
+            self.observe(queries)
         return causal_attention(queries, self.keys, self.values, scaling=scaling, window=window)
+
+    def observe(self, queries: Tensor) -> None:
+        """Gather what `needs` asks for from the queries of the tokens just appended."""
+        before = [] if self.seen == queries.shape[2] else [self.queries]
+        last = queries[:, :, max(0, queries.shape[2] - self.needs.window) :]
+        self.queries = torch.cat([*before, last], dim=2)
+        self.queries = self.queries[:, :, max(0, self.queries.shape[2] - self.needs.window) :]
+        if self.needs.column_sums:
+            sums = column_sums(queries, self.keys, scaling=self.scaling)
+            if self.sums is not None:
+                sums[..., : self.sums.shape[-1]] += self.sums
+            self.sums = sums
 
     def kv(self) -> KV:
         """The full cache; of a sliding-window layer, what later tokens can still see."""

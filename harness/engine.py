@@ -138,7 +138,7 @@ class Engine:
     def prefill(self, ids: Sequence[int], needs: Needs) -> Prefilled:
         """Run the prompt once with the full cache, gathering what `needs` asks for."""
         start = time.perf_counter()
-        layers = [PrefillLayer(needs) for _ in range(self.model.layers)]
+        layers = [PrefillLayer(needs, len(ids)) for _ in range(self.model.layers)]
         keep = min(len(ids), needs.window + 1) if needs.logprobs else 1
         tokens = torch.tensor([list(ids)], device=self.model.device)
         logits = self.model.forward(tokens, layers, position=0, keep=keep).float()

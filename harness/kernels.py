@@ -20,7 +20,7 @@ def prefill_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int | None) -> Tensor:
-    """Causal attention of a whole prompt over itself, Q = S; `window` limits how far back. Returns [B, Hq, Q, D]."""
+    """Causal attention of the last Q of S tokens over all of them; `window` limits how far back. [B, Hq, Q, D]."""
     if prefill_kernel(queries.device, queries.dtype) == "flash_attention_2":
         from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
@@ -28,11 +28,14 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, *, scaling: 
         q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
         out: Tensor = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, window_size=span)
         return out.transpose(1, 2)
-    tokens = keys.shape[2]
-    if window is None or window >= tokens:
+    tokens, new = keys.shape[2], queries.shape[2]
+    if new == tokens and (window is None or window >= tokens):
         return sdpa(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
     at = torch.arange(tokens, device=keys.device)
-    mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
+    asked = at[tokens - new :, None]
+    mask = at[None, :] <= asked
+    if window is not None:
+        mask &= at[None, :] > asked - window
     return sdpa(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
 
 
@@ -59,18 +62,20 @@ def slot_weights(queries: Tensor, keys: Tensor, *, mask: Tensor, scaling: float)
 
 
 def column_sums(queries: Tensor, keys: Tensor, *, scaling: float, block: int = 64) -> Tensor:
-    """Attention each token receives from all later queries and itself: [B, H, G, T] float32.
+    """Attention each of S tokens receives from the last Q of them: [B, H, G, S] float32.
 
-    Streamed over blocks of queries: the largest temporary is [B, Hq, block, T], never T x T.
+    Streamed over blocks of queries: the largest temporary is [B, Hq, block, S], never Q x S.
     """
     batch, heads, tokens, dim = keys.shape
-    grouped = queries.view(batch, heads, -1, tokens, dim)
-    sums = torch.zeros(grouped.shape[:4], device=keys.device)
+    new = queries.shape[2]
+    grouped = queries.view(batch, heads, -1, new, dim)
+    sums = torch.zeros((*grouped.shape[:3], tokens), device=keys.device)
     future = torch.full((block, block), float("-inf"), device=keys.device).triu_(1)
-    for start in range(0, tokens, block):
+    before = tokens - new
+    for start in range(before, tokens, block):
         end = min(start + block, tokens)
         size = end - start
-        folded = grouped[:, :, :, start:end].reshape(batch, heads, -1, dim)  # [B, H, G * size, D]
+        folded = grouped[:, :, :, start - before : end - before].reshape(batch, heads, -1, dim)  # [B, H, G * size, D]
         logits = (folded @ keys[:, :, :end].transpose(2, 3)).float().mul_(scaling)
         logits = logits.view(batch, heads, -1, size, end)
         logits[..., start:end].add_(future[:size, :size])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -143,6 +144,16 @@ class LayerView:
         return self._memo[key]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of a prompt and the layers that a policy sees: T tokens, L layers, Hq query heads on H KV heads."""
+
+    tokens: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+
+
 @dataclass
 class PromptView:
     """What a policy that looks across layers sees: every layer, and the prompt's own log-probabilities.
@@ -157,6 +168,11 @@ class PromptView:
     @property
     def tokens(self) -> int:
         return self.layers[0].tokens
+
+    @property
+    def sizes(self) -> Sizes:
+        first = self.layers[0]
+        return Sizes(self.tokens, len(self.layers), int(first.queries.shape[1]), int(first.kv.keys.shape[1]))
 
 
 @dataclass
@@ -192,6 +208,13 @@ class KVPolicy(ABC):
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         """What is left of every layer of `view`, in its order. budget: N >= 1. `view` must not be changed."""
 
+    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
+        """What `compress` does to each layer, so that it can act on one as soon as that is prefilled.
+
+        None where layers must be seen together.
+        """
+        return None
+
     def for_model(self, revision: str) -> KVPolicy:
         """This policy as it runs on the model of that revision (content hash or commit).
 
@@ -223,8 +246,11 @@ class LayerPolicy(KVPolicy):
     """Compresses every layer by itself, at a budget of its own."""
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        budgets = self.layer_budgets(budget, view.tokens, len(view.layers))
-        return [self.compress_layer(layer, slots) for layer, slots in zip(view.layers, budgets, strict=True)]
+        return each_layer(self, view, budget)
+
+    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]]:
+        budgets = self.layer_budgets(budget, sizes.tokens, sizes.layers)
+        return [partial(self.compress_layer, budget=own) for own in budgets]
 
     @abstractmethod
     def compress_layer(self, view: LayerView, budget: int) -> KV:
@@ -288,6 +314,13 @@ def best(scores: Tensor, count: int) -> Tensor:
     ascending = bits ^ ((bits >> 32) & 0x7FFFFFFF)  # negative floats order the other way round
     earlier = torch.arange(tokens - 1, -1, -1, device=scores.device)
     return ((ascending << 32) + earlier).topk(count, dim=-1).indices
+
+
+def each_layer(policy: KVPolicy, view: PromptView, budget: int) -> list[KV]:
+    """`compress` of a policy whose layers need no other."""
+    act = policy.per_layer(budget, view.sizes)
+    assert act is not None
+    return [compress(layer) for compress, layer in zip(act, view.layers, strict=True)]
 
 
 def at_least(policy: object, bound: float, *names: str) -> None:

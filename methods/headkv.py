@@ -7,10 +7,12 @@ pool is chosen on calibration prompts (`harness.retrieval`). The budgets travel 
 calibration prompts they come from.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from methods.base import KV, KVPolicy, Needs, PromptView, at_least
+from methods.base import KV, KVPolicy, LayerView, Needs, PromptView, Sizes, at_least, each_layer
 from methods.compilerkv.form import best_slots, slot_counts
 from methods.compilerkv.policy import AUTO, CompilerKV
 from methods.registry import method
@@ -50,12 +52,15 @@ class HeadKV(KVPolicy):
         return self._lookup().notes(budget, tokens, layers)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        counts = slot_counts(self._lookup().shares(view, budget), budget, view, window=self.recent)
-        score = SnapKV(recent=self.recent, kernel=self.kernel).score
-        return [
-            layer.kv.take(best_slots(layer.memo(("headkv", self), score), own, recent=self.recent))
-            for layer, own in zip(view.layers, counts, strict=True)
-        ]
+        return each_layer(self, view, budget)
+
+    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]]:
+        counts = slot_counts(self._lookup().shares(sizes, budget), budget, sizes, window=self.recent)
+        return [partial(self._kept, own) for own in counts]
+
+    def _kept(self, counts: list[int], layer: LayerView) -> KV:
+        scores = layer.memo(("headkv", self), SnapKV(recent=self.recent, kernel=self.kernel).score)
+        return layer.kv.take(best_slots(scores, counts, recent=self.recent))
 
     def _lookup(self) -> CompilerKV:
         return CompilerKV(tables=self.tables, budgets="retrieval")

@@ -176,15 +176,15 @@ def test_rotate_uses_the_frequencies_of_the_last_forward() -> None:
     keys = torch.randn(1, HEADS, 1, DIM)
     turned = {}
     for tokens in (10, 30):
-        attached.forward(torch.tensor([prompt(tokens).ids]), _prefill(attached), position=0)
+        attached.forward(torch.tensor([prompt(tokens).ids]), _prefill(attached, tokens), position=0)
         turned[tokens] = attached.rotate(keys, 5)
     assert not torch.allclose(turned[10], turned[30], atol=1e-3)
 
 
-def _prefill(attached: AttachedModel) -> list[Any]:
+def _prefill(attached: AttachedModel, tokens: int) -> list[Any]:
     from harness.cache import PrefillLayer
 
-    return [PrefillLayer(Needs()) for _ in range(attached.layers)]
+    return [PrefillLayer(Needs(), tokens) for _ in range(attached.layers)]
 
 
 def test_half_precision_keys_are_turned_in_float32() -> None:
@@ -230,7 +230,7 @@ def test_logits_are_computed_for_the_last_positions_alone() -> None:
     with torch.no_grad():
         gold = plain(ids).logits
     for keep, shown in ((0, 12), (1, 1), (5, 5)):
-        found = attached.forward(ids, _prefill(attached), position=0, keep=keep)
+        found = attached.forward(ids, _prefill(attached, 12), position=0, keep=keep)
         torch.testing.assert_close(found, gold[:, 12 - shown :], atol=1e-4, rtol=1e-4)
 
 

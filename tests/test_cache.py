@@ -262,14 +262,14 @@ def test_a_kv_that_stores_codes_is_read_through_load(drop: list[int]) -> None:
 
 def test_a_prefill_keeps_what_is_asked_for() -> None:
     queries, keys, values = tokens_of(TOKENS)
-    layer = PrefillLayer(Needs(window=4, column_sums=True))
+    layer = PrefillLayer(Needs(window=4, column_sums=True), TOKENS)
     out = ask(layer, queries, keys, values)
     torch.testing.assert_close(out, causal_attention(queries, keys, values, scaling=1.0, window=None))
     assert torch.equal(layer.queries, queries[:, :, -4:])
     assert layer.sums is not None
     assert layer.sums.shape == (1, HEADS, GROUP, TOKENS)
     assert layer.kv().positions.tolist() == [[list(range(TOKENS))] * HEADS]
-    wide = PrefillLayer(Needs(window=50))
+    wide = PrefillLayer(Needs(window=50), TOKENS)
     ask(wide, queries, keys, values)
     assert torch.equal(wide.queries, queries)
     assert wide.sums is None
@@ -278,7 +278,7 @@ def test_a_prefill_keeps_what_is_asked_for() -> None:
 @pytest.mark.parametrize(("window", "start"), [(4, 6), (10, 0), (64, 0)])
 def test_a_sliding_layer_leaves_what_its_window_reaches(window: int, start: int) -> None:
     queries, keys, values = tokens_of(TOKENS)
-    layer = PrefillLayer(Needs())
+    layer = PrefillLayer(Needs(), TOKENS)
     ask(layer, queries, keys, values, window=window)
     kv = layer.kv()
     assert kv.positions[0, 0].tolist() == list(range(start, TOKENS))

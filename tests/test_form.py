@@ -78,17 +78,17 @@ def test_each_head_keeps_its_own_number_of_the_best(counts: list[int], recent: i
 def test_shares_decide_the_slots_beyond_the_window_and_the_total_is_the_budget() -> None:
     prompt = view()
     shares = ((1.0, 3.0), (0.5, 0.5), (0.0, 1.0))
-    counts = slot_counts(shares, 11, prompt, window=2)
+    counts = slot_counts(shares, 11, prompt.sizes, window=2)
     assert sum(itertools.chain(*counts)) == 11 * LAYERS * HEADS
     assert counts in ([[11, 29], [6, 7], [2, 11]], [[11, 29], [7, 6], [2, 11]])
-    assert slot_counts((), 9, prompt, window=2) == [[9, 9]] * LAYERS
-    assert slot_counts(shares, 5, prompt, window=8) == [[5, 5]] * LAYERS  # no more than the window to share
+    assert slot_counts((), 9, prompt.sizes, window=2) == [[9, 9]] * LAYERS
+    assert slot_counts(shares, 5, prompt.sizes, window=8) == [[5, 5]] * LAYERS  # no more than the window to share
     steep = ((100.0, 1.0), (1.0, 1.0), (1.0, 1.0))
-    assert slot_counts(steep, 20, prompt, window=2)[0][0] == TOKENS  # a head holds the prompt at most
+    assert slot_counts(steep, 20, prompt.sizes, window=2)[0][0] == TOKENS  # a head holds the prompt at most
     kept = FormPolicy(Form(window=2, kernel=3), shares).compress(prompt, 11)
     assert [kv.live[0].tolist() for kv in kept] == counts
     with pytest.raises(PolicyError, match="4 slot shares for 3 layers of 2 KV heads"):
-        slot_counts(((1.0, 1.0), (1.0, 1.0)), 9, prompt, window=2)
+        slot_counts(((1.0, 1.0), (1.0, 1.0)), 9, prompt.sizes, window=2)
 
 
 @pytest.mark.parametrize("budgets", [[5.0, 9.0], [30.0, 12.5]])

@@ -13,8 +13,9 @@ score weights and thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, best, spread
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, each_layer, spread
 from methods.snapkv import votes
 
 
@@ -89,11 +90,21 @@ class FormPolicy(KVPolicy):
         return self.form.needs
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        counts = slot_counts(self.shares, budget, view, window=self.form.window)
-        return [
-            layer.kv.take(self._gated(scores, best_slots(scores, own, recent=self.form.window)))
-            for layer, scores, own in zip(view.layers, self.form.scores(view), counts, strict=True)
-        ]
+        if self.form.basis != "global":
+            return each_layer(self, view, budget)
+        counts = slot_counts(self.shares, budget, view.sizes, window=self.form.window)
+        return [self._kept(*own) for own in zip(view.layers, self.form.scores(view), counts, strict=True)]
+
+    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
+        if self.form.basis == "global":
+            return None
+        return [partial(self._alone, own) for own in slot_counts(self.shares, budget, sizes, window=self.form.window)]
+
+    def _alone(self, counts: list[int], layer: LayerView) -> KV:
+        return self._kept(layer, self.form.scores(PromptView([layer]))[0], counts)
+
+    def _kept(self, layer: LayerView, scores: Tensor, counts: list[int]) -> KV:
+        return layer.kv.take(self._gated(scores, best_slots(scores, counts, recent=self.form.window)))
 
     def _gated(self, scores: Tensor, slots: Tensor) -> Tensor:
         """Those of the chosen slots that are candidates; -1 in place of the others."""
@@ -105,19 +116,19 @@ class FormPolicy(KVPolicy):
         return slots.masked_fill(~candidate.gather(2, slots.clamp(min=0)), -1)
 
 
-def slot_counts(shares: Sequence[Sequence[float]], budget: int, view: PromptView, *, window: int) -> list[list[int]]:
+def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *, window: int) -> list[list[int]]:
     """Slots of each layer and KV head, [L][H]; budget * L * H in all, none above the prompt.
 
     Every head holds the window, as far as the budget goes; what is beyond it is shared out in proportion to `shares`.
     """
-    layers, heads = len(view.layers), view.layers[0].kv.keys.shape[1]
+    layers, heads = sizes.layers, sizes.kv_heads
     flat = [max(share, 1e-6) for row in shares for share in row] or [1.0] * (layers * heads)
     if len(flat) != layers * heads:
         raise PolicyError(
             f"{len(flat)} slot shares for {layers} layers of {heads} KV heads; compile them for this model"
         )
-    least = min(window, budget, view.tokens)
-    slots = [least + own for own in spread((budget - least) * layers * heads, flat, view.tokens - least)]
+    least = min(window, budget, sizes.tokens)
+    slots = [least + own for own in spread((budget - least) * layers * heads, flat, sizes.tokens - least)]
     return [slots[i * heads : (i + 1) * heads] for i in range(layers)]
 
 

@@ -9,7 +9,7 @@ other presets take one part away: `uniform` and `shuffled` the compiled budgets,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from methods.base import KV, KVPolicy, Needs, PolicyError, PromptView, StepView, at_least
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView, at_least
 from methods.compilerkv import paper, streaming
 from methods.compilerkv.form import Form, FormPolicy
 from methods.compilerkv.manifest import Shapes
@@ -97,20 +97,28 @@ class CompilerKV(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         if self.form == "published":
-            return paper.compress(view, budget, self._tables(view, budget), window=self.window, learned=self.learned)
-        form = self._form()
+            tables = self._tables(view.sizes, budget)
+            return paper.compress(view, budget, tables, window=self.window, learned=self.learned)
         if not self.every:
-            return FormPolicy(form, self.shares(view, budget)).compress(view, budget)
-        slots = streaming.affordable(view.layers[0].kv, budget)
-        kept = FormPolicy(form, self.shares(view, slots)).compress(view, slots)
+            return self._policy(budget, view.sizes).compress(view, budget)
+        form, slots = self._form(), streaming.affordable(view.layers[0].kv, budget)
+        kept = self._policy(slots, view.sizes).compress(view, slots)
         return [streaming.start(kv, scores) for kv, scores in zip(kept, form.scores(view), strict=True)]
+
+    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
+        if self.form == "published" or self.every:
+            return None
+        return self._policy(budget, sizes).per_layer(budget, sizes)
+
+    def _policy(self, budget: int, sizes: Sizes) -> FormPolicy:
+        return FormPolicy(self._form(), self.shares(sizes, budget))
 
     def compress_batch(self, views: Sequence[PromptView], budget: int) -> list[list[KV]]:
         """What is left of every layer of each prompt of a batch; the same as alone, unless risk moves slots.
 
         Where the tables say that it pays, prompts at risk get more slots and the others fewer; the total stays.
         """
-        tables = self._tables(views[0], budget)
+        tables = self._tables(views[0].sizes, budget)
         risk = tables.at(budget, "risk")
         if self.form == "published" or self.budgets != "compiled" or not bool(risk[:, 0].any()):
             return [self.compress(view, budget) for view in views]
@@ -124,7 +132,7 @@ class CompilerKV(KVPolicy):
         return streaming.after_step(step, self._form(), self.every)
 
     def check(self, view: PromptView) -> None:
-        self._tables(view, 1)
+        self._tables(view.sizes, 1)
 
     def provenance(self) -> dict[str, Any]:
         tables = self._loaded()
@@ -148,11 +156,11 @@ class CompilerKV(KVPolicy):
         form = (tables.manifest.form if tables else None) or Form()
         return form if self.whole else form.model_copy(update={"whole": 0.0})
 
-    def shares(self, view: PromptView, budget: int) -> tuple[tuple[float, ...], ...]:
+    def shares(self, sizes: Sizes, budget: int) -> tuple[tuple[float, ...], ...]:
         """Slot shares [L][H] that the tables give at a budget; () for uniform ones."""
         if self.budgets == "uniform":
             return ()
-        tables = self._tables(view, budget)
+        tables = self._tables(sizes, budget)
         shares = tables.at(budget, "retrieval" if self.budgets == "retrieval" else "budget")
         if self.budgets == "shuffled":
             draw = torch.Generator().manual_seed(SHUFFLE_SEED)
@@ -164,9 +172,8 @@ class CompilerKV(KVPolicy):
             return None
         return load_tables(folder_of(self.tables))
 
-    def _tables(self, view: PromptView, budget: int) -> Tables:
-        query_heads, kv_heads = view.layers[0].queries.shape[1], view.layers[0].kv.keys.shape[1]
-        shapes = Shapes(layers=len(view.layers), query_heads=query_heads, kv_heads=kv_heads)
+    def _tables(self, sizes: Sizes, budget: int) -> Tables:
+        shapes = Shapes(layers=sizes.layers, query_heads=sizes.query_heads, kv_heads=sizes.kv_heads)
         tables = self._loaded()
         if tables is None:
             return neutral(shapes, (budget,))

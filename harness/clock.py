@@ -1,0 +1,42 @@
+"""Seconds of the parts of a computation: by the processor's clock, or by events on a CUDA stream."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Adds up seconds by the name of a part. On CUDA nothing waits until `seconds` is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spent: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what happens inside it towards `name`."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._spent[name] += time.perf_counter() - start
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        yield
+        last.record()
+        self._events.append((name, first, last))
+
+    def seconds(self, name: str) -> float:
+        """Spent in `name` so far."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            for part, first, last in self._events:
+                self._spent[part] += first.elapsed_time(last) / 1000
+            self._events.clear()
+        return self._spent[name]
