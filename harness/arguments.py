@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,6 +20,17 @@ def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in names(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers; write 1024,2048") from None
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """A `--set` option as parameter and value: JSON, or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise HarnessError(f"--set {text!r} has no value; write method.parameter=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def one_line(error: ValidationError) -> HarnessError:

@@ -6,7 +6,6 @@ Bad input ends with one line on stderr and exit code 2, an interrupt with 130; w
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import tomllib
@@ -17,7 +16,9 @@ from typing import Any, NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from harness import __version__
-from harness.arguments import names, numbers, one_line
+from harness.arguments import assignment, names, numbers, one_line
+from harness.cli_bench import bench_parser, serve_parser
+from harness.cli_boundary import boundary_parser
 from harness.cli_compile import compile_parser
 from harness.cli_tables import tables_parser
 from harness.errors import HarnessError
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     compile_parser(commands.add_parser("compile", help="compile CompilerKV's tables from roll-outs of a model"))
     tables = commands.add_parser("tables", help="look at compiled tables, compare and move them")
     tables_parser(tables.add_subparsers(required=True, metavar="VERB", parser_class=_Parser))
+    bench_parser(commands.add_parser("bench", help="speed and memory of methods, each by itself"))
+    serve_parser(commands.add_parser("serve-bench", help="speed and memory of a batch of prompts decoded together"))
+    boundary_parser(commands.add_parser("boundary", help="largest context and batch that fit a memory limit"))
     _data_parser(commands.add_parser("data", help="data sets of tasks: `harness data fetch longbench`"))
     return parser
 
@@ -107,6 +111,7 @@ def _run_parser(run: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", default=None, help="run code that a hub repository brings")
     add("--data-dir", help="folder with the files of LongBench and of RULER's qa tasks")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
+    add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     run.set_defaults(action=_run)
@@ -126,7 +131,7 @@ def _sweep(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
     typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
     if args.set:
         given = options.get("set", {})
-        typed["set"] = {**given, **dict(map(_assignment, args.set))} if isinstance(given, dict) else given
+        typed["set"] = {**given, **dict(map(assignment, args.set))} if isinstance(given, dict) else given
     options.update(typed)
     for name, example in (("methods", "compilerkv,snapkv"), ("tasks", "niah,stdlib")):
         if not options.get(name):
@@ -156,16 +161,6 @@ def _read_config(name: str) -> dict[str, Any]:
         raise HarnessError(f"cannot read {name}: {error.strerror}; packaged boards: {known}") from None
     except ValueError as error:
         raise HarnessError(f"{path} is not TOML: {error}") from None
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise HarnessError(f"--set {text!r} has no value; write method.parameter=value")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value  # a bare word is a string
 
 
 def _subject(board: Any, sweep: Sweep, *, typed: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""What is measured of one method by itself: seconds of every phase, and memory. The nouns of bench, boundary and runs."""
+"""What is measured of one method by itself: seconds of every phase and memory, for bench, boundary and runs."""
 
 from __future__ import annotations
 

@@ -65,6 +65,10 @@ class PlannedSample:
         return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle)
 
 
+Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]
+"""Samples of one context, with the cells wanted of each."""
+
+
 def plan_methods(sweep: Sweep) -> list[tuple[MethodSpec, Any]]:
     """Every method asked for with its policy, once each. Raises HarnessError for unknown names and parameters."""
     if not sweep.methods:

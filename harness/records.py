@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
+from harness.measured import Measured
 from harness.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
@@ -86,6 +87,8 @@ class Record(Frozen):
     """Seconds of the decode batch this cell was a row of; shared, so not a latency of the method."""
     decode_rows: int = 0
     """Rows of that batch."""
+    measured: Measured | None = None
+    """Seconds and memory of this cell by itself on the same prompt; None where nothing was measured."""
 
     @property
     def key(self) -> tuple[str, str, str, str]:

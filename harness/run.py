@@ -15,8 +15,10 @@ from harness.attach import AttachedModel
 from harness.cells import Outcome
 from harness.engine import Engine
 from harness.machine import git_commit, machine, versions
+from harness.measure import Finish, check_measure, measured_on, measuring
 from harness.models import LoadedModel, load_model
 from harness.plan import (
+    Group,
     PlannedCell,
     PlannedSample,
     check_budgets,
@@ -53,7 +55,7 @@ class Runner:
         self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
 
-    def records(self, group: Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]) -> list[Record]:
+    def records(self, group: Group) -> list[Record]:
         """One record per sample and cell, in order. group: samples of one context, with the cells wanted of each."""
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
@@ -121,6 +123,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         HarnessError: bad input, or a folder that cannot be written.
         KeyboardInterrupt: after the manifest says so.
     """
+    check_measure(sweep)
     named, tasks = plan_methods(sweep), plan_tasks(sweep)
     plan_cells(named, sweep.budgets)  # refuses a bad budget before the model loads
     print(f"loading {sweep.model}", file=sys.stderr, flush=True)
@@ -131,7 +134,9 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
     check_unseen(samples, methods)
     check_budgets(samples, cells, sweep.query)
     method_specs = tuple(spec for spec, _ in methods)
-    spec = run_spec(sweep, loaded, methods=method_specs, tasks=task_specs, max_tokens=max_tokens)
+    here = machine()
+    place = measured_on(here, loaded.spec) if sweep.measure else None
+    spec = run_spec(sweep, loaded, methods=method_specs, tasks=task_specs, max_tokens=max_tokens, measured_on=place)
     manifest = RunManifest(
         run_id=spec.run_id,
         status="started",
@@ -142,19 +147,24 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         cells=len(cells),
         git_commit=git_commit(),
         versions=versions(),
-        machine=machine(),
+        machine=here,
     )
     runner = Runner(spec, loaded)  # before the folder is made: it refuses models that it cannot run
     runner.engine.check([policy for _, policy in methods], samples[0].ids)
-    with RunStore.open(root, manifest) as store:
-        _run_missing(store, runner, samples, cells)
+    with RunStore.open(root, manifest) as store, measuring(sweep, loaded.spec) as finish:
+        _run_missing(store, runner, samples, cells, finish=finish)
         return store.folder
 
 
 def _run_missing(
-    store: RunStore, runner: Runner, samples: Sequence[PlannedSample], cells: Sequence[PlannedCell]
+    store: RunStore,
+    runner: Runner,
+    samples: Sequence[PlannedSample],
+    cells: Sequence[PlannedCell],
+    *,
+    finish: Finish,
 ) -> None:
-    """Append what the store lacks, context by context."""
+    """Append what the store lacks, context by context. finish: what is done to the records of each first."""
     work = []
     for group in contexts(samples, runner.spec.query):
         wanted = [(planned, [cell for cell in cells if _key(planned, cell) not in store.done]) for planned in group]
@@ -166,7 +176,7 @@ def _run_missing(
     try:
         with tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True) as bar:
             for missing in work:
-                store.append(runner.records(missing))
+                store.append(finish(runner.records(missing), missing))
                 bar.update(len(missing))
     except KeyboardInterrupt:
         store.finish("interrupted", finished=_now())

@@ -29,6 +29,7 @@ class Sweep(Frozen):
     lengths: context lengths in tokens for generated tasks. limit: samples per task, or per task and length.
     max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the tasks' own.
     nll_tokens: reference tokens that are scored at most. set: parameters of methods, `method.parameter` to value.
+    measure: time every cell by itself too, and its memory.
     """
 
     model: str = "smollm2-135m"
@@ -47,6 +48,7 @@ class Sweep(Frozen):
     device: str = "auto"
     trust_remote_code: bool = False
     data_dir: str | None = None
+    measure: bool = False
     set: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -93,9 +95,12 @@ class RunSpec(Frozen):
     first_token: FirstToken
     query: QueryMode
     nll_tokens: int
+    measured_on: str | None = None
+    """The machine that cells are also timed on, since it decides those numbers; None for a run that times nothing."""
 
     @property
     def run_id(self) -> str:
-        """First 12 hex digits of the sha256 of the canonical JSON of this spec."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """First 12 hex digits of the sha256 of the canonical JSON of this spec, `measured_on` left out where None."""
+        left_out = {"measured_on"} if self.measured_on is None else set()
+        text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

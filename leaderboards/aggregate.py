@@ -18,7 +18,8 @@ narrow, by about sqrt(1 - 1/n); cells with fewer than 10 in some task are flagge
 Marks. At each budget the best cell is the one with the highest mean among those that are complete and within their
 bytes. Every other cell within its bytes is compared with it, paired. Where the interval of that difference includes 0,
 there is none, or it rests on fewer than 10 clusters in some task, the two are not told apart: they are `=`. The best
-cell is `*` only when it is told apart from every other one. This is 95 % per comparison, without a correction for the
+cell is `*` only when it is told apart from every other one. The fronts of a measured table are in
+`leaderboards.pareto`. This is 95 % per comparison, without a correction for the
 number of methods, and `=` is no proof of equality.
 """
 
@@ -37,7 +38,8 @@ from harness.errors import HarnessError
 from harness.records import Record, RunManifest
 from leaderboards.axes import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Estimate
-from leaderboards.grid import Cell, Grid
+from leaderboards.grid import MEASURED, Cell, Grid
+from leaderboards.pareto import fronts
 from leaderboards.rivals import compare
 from leaderboards.summaries import summarise
 
@@ -113,7 +115,8 @@ def _table(
     marks = _marks(grid)
     means = {c: grid.estimate(c, "score").mean for c in grid.cells}
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
-    rows = pd.DataFrame([{**asdict(axes), **_row(grid, c, used), "mark": marks.get(c, "")} for c in order])
+    timed = _measured(grid)
+    rows = pd.DataFrame([{**asdict(axes), **_row(grid, c, used), "mark": marks.get(c, ""), **timed[c]} for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
@@ -174,14 +177,23 @@ def _marks(grid: Grid) -> dict[Cell, str]:
             continue
         best = max(fair, key=lambda c: (grid.estimate(c, "score").mean, c[0]))
         others = [c for c in rivals if c != best]
-        tied = [c for c in others if not _told_apart(grid, best, c)]
+        tied = [c for c in others if not grid.told_apart(best, c)]
         marks.update(dict.fromkeys([best, *tied], "=" if tied else "*"))
     return marks
 
 
-def _told_apart(grid: Grid, best: Cell, other: Cell) -> bool:
-    few = grid.few(best) or grid.few(other)
-    return not few and grid.estimate(best, "score", minus=other).low > 0
+def _measured(grid: Grid) -> dict[Cell, dict[str, Any]]:
+    """Columns of a table with a measurement, none otherwise: means over the samples measured, their number, fronts."""
+    if not grid.measured():
+        return {cell: {} for cell in grid.cells}
+    marks = fronts(grid)
+    rows = {}
+    for cell in grid.cells:
+        columns = {what: grid.values(cell, what) for what in MEASURED}
+        n = int((~np.isnan(columns["tpot_s"])).sum())
+        means = {f"{what}_mean": np.nansum(column) / n if n else math.nan for what, column in columns.items()}
+        rows[cell] = {**means, "n_measured": n, **marks[cell]}
+    return rows
 
 
 def _task_rows(grid: Grid, cell: Cell) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Which records may share a table, in which order, and which one stands for a cell that several runs hold.
 
 Records that differ in model, dtype, query mode, first_token, seed, or in any setting of their runs that decides numbers
-(model revision, token limits, a task's protocol) never share a table: each combination is its own.
+(model revision, token limits, a task's protocol) never share a table: each combination is its own. So do runs that
+timed their cells on different machines: speed is ranked within one machine only. A run that timed nothing joins those
+of one machine, for its scores do.
 """
 
 from __future__ import annotations
@@ -40,15 +42,16 @@ def split_by_axes(records: Iterable[Record], *, manifests: Sequence[RunManifest]
 
 
 def one_per_key(records: Iterable[Record]) -> tuple[list[Record], int]:
-    """One record per key, in key order, and how many keys had several: ok goes first, then the smallest run id.
+    """One record per key, in key order, and how many keys had several.
 
+    Ok goes first, then a measured one, then the smallest run id.
     Raises HarnessError when one sample id stands for two prompts.
     """
     by_key: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for r in records:
         by_key[r.key].append(r)
     chosen = [
-        min(by_key[key], key=lambda r: (STATUSES.index(r.status), r.run_id, r.model_dump_json()))
+        min(by_key[key], key=lambda r: (STATUSES.index(r.status), r.measured is None, r.run_id, r.model_dump_json()))
         for key in sorted(by_key)
     ]
     _check_prompts(chosen)
@@ -81,8 +84,9 @@ def _settings(manifests: Sequence[RunManifest]) -> dict[str, str]:
     runs: dict[str, dict[str, str]] = {}
     for m in manifests:
         fixed = {name: str(getattr(m.spec, name)) for name in ("max_tokens", "max_new_tokens", "nll_tokens")}
+        timed = {} if m.spec.measured_on is None else {"measured on": m.spec.measured_on}
         protocols = {f"{task.name} protocol": task.protocol for task in m.spec.tasks}
-        runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols}
+        runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols, **timed}
     seen: dict[str, set[str]] = defaultdict(set)
     for values in runs.values():
         for name, value in values.items():

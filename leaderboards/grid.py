@@ -20,6 +20,9 @@ Cell = tuple[str, str]
 """(method, budget)."""
 Mask = npt.NDArray[np.bool_]
 
+MEASURED = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
+"""What `Record.measured` adds; of seconds the median."""
+
 SKIPPED = STATUSES.index("skipped")
 
 
@@ -60,7 +63,10 @@ class Grid:
         return cls(samples, [metas[s].meta for s in samples], dict(cells), bootstrap)
 
     def values(self, cell: Cell, what: str) -> Array:
-        """[S]: `score` (0-100), `needle` (% still cached) or a numeric field; NaN where the cell is not ok."""
+        """[S]: `score` (0-100), `needle` (% still cached), one of `MEASURED` or a numeric field.
+
+        NaN where the cell is not ok.
+        """
         if (cell, what) not in self._values:
             records = (self.cells[cell].get(sample) for sample in self.samples)
             column = [_value(r, what) if r is not None and r.status == "ok" else math.nan for r in records]
@@ -100,6 +106,15 @@ class Grid:
         """Whether some task of the cell has too few clusters for its interval."""
         return self.bootstrap.few(self.values(cell, "score"))
 
+    def told_apart(self, best: Cell, other: Cell) -> bool:
+        """Whether `best` has the higher score, by the interval of the paired difference and of enough clusters."""
+        few = self.few(best) or self.few(other)
+        return not few and self.estimate(best, "score", minus=other).low > 0
+
+    def measured(self) -> bool:
+        """Whether some cell was also measured by itself."""
+        return any(r.measured is not None for cell in self.cells.values() for r in cell.values())
+
     def _states_of(self, cell: Cell) -> npt.NDArray[np.int8]:
         """[S]: index into STATUSES, -1 where the cell has no record."""
         if cell not in self._states:
@@ -112,6 +127,9 @@ class Grid:
 def _value(record: Record, what: str) -> float:
     if what == "needle":
         return _needle_percent(record)
+    if what in MEASURED:
+        value = None if record.measured is None else getattr(record.measured, what)
+        return math.nan if value is None else float(getattr(value, "median", value))
     if what != "score":
         value = getattr(record, what)
         return math.nan if value is None else float(value)

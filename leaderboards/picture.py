@@ -1,18 +1,24 @@
-"""One picture of a board: score and answer loss against measured cache bytes, a line per method, with intervals."""
+"""One picture of a board: score and answer loss against measured cache bytes, a line per method, with intervals.
+
+A table with measured cells has the Pareto fronts too, and a panel of score against TPOT.
+"""
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.figure import Figure
 
 from harness.errors import HarnessError
 from harness.store import write_text
 from leaderboards.aggregate import Table
 from leaderboards.axes import FULL
+from leaderboards.pareto import is_measured, running_best
 from leaderboards.render import heading
 
 if TYPE_CHECKING:
@@ -20,7 +26,25 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MARKERS = "osD^vPX*<>hd"
-PANELS = (("score_points", "score (0-100), higher is better"), ("nll_nats", "answer NLL (nats/token), lower is better"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A column of the table over another one. front: column of its marks. full_line: uncompressed cells as lines."""
+
+    y: str
+    ylabel: str
+    x: str = "kv_percent_of_full"
+    xlabel: str = "KV bytes, % of the full cache (measured)"
+    scale: float = 1
+    front: str = ""
+    full_line: bool = True
+
+
+SCORE = Panel("score_points", "score (0-100), higher is better")
+PANELS = (SCORE, Panel("nll_nats", "answer NLL (nats/token), lower is better"))
+TPOT = replace(SCORE, x="tpot_s_mean", xlabel="TPOT, ms (measured)", scale=1000, front="front_tpot", full_line=False)
+MEASURED_PANELS = (replace(SCORE, front="front_bytes"), *PANELS[1:], TPOT)
 
 
 def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
@@ -31,12 +55,13 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
     if not tables:
         raise HarnessError("there is no table to draw; run a benchmark first")
     table = tables[0]
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = MEASURED_PANELS if is_measured(table.rows) else PANELS
+    figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
     figure.suptitle(heading(table), fontsize=10)
-    for panel, (column, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        _draw(panel, table.rows, column)
-        panel.set(xlabel="KV bytes, % of the full cache (measured)", ylabel=label)
-        panel.grid(alpha=0.3)
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        _draw(axes, table.rows, panel)
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     text = io.StringIO()
@@ -47,12 +72,21 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
     return path
 
 
-def _draw(panel: Axes, rows: DataFrame, column: str) -> None:
+def _draw(axes: Axes, rows: DataFrame, panel: Panel) -> None:
+    x, y = rows[panel.x] * panel.scale, rows[f"{panel.y}_mean"]
     for i, (method, cells) in enumerate(rows[rows["budget"] != FULL].groupby("method")):
-        cells = cells.sort_values("kv_percent_of_full")
-        mean = cells[f"{column}_mean"]
-        spread = [mean - cells[f"{column}_low"], cells[f"{column}_high"] - mean]
+        cells = cells.sort_values(panel.x)
+        mean = cells[f"{panel.y}_mean"]
+        spread = [mean - cells[f"{panel.y}_low"], cells[f"{panel.y}_high"] - mean]
         style = {"marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
-        panel.errorbar(cells["kv_percent_of_full"], mean, yerr=spread, label=str(method), **style)  # type: ignore[arg-type]
-    for _, full in rows[rows["budget"] == FULL].iterrows():
-        panel.axhline(full[f"{column}_mean"], color="black", lw=1, ls="--", label=str(full["method"]))
+        axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), **style)  # type: ignore[arg-type]
+    full = rows["budget"] == FULL
+    for method, cost, score in zip(rows["method"][full], x[full], y[full], strict=True):
+        if panel.full_line:
+            axes.axhline(score, color="black", lw=1, ls="--", label=str(method))
+        else:
+            axes.plot(cost, score, color="black", marker="_", ms=9, ls="", label=str(method))
+    if panel.front:
+        on = rows[panel.front] != ""
+        best = pd.DataFrame(running_best(list(zip(x[on], y[on], strict=True))), columns=["cost", "score"])
+        axes.step(best.cost, best.score, where="post", color="0.4", lw=3, alpha=0.35, label="front of the means")

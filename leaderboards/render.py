@@ -18,6 +18,7 @@ import pandas as pd
 from harness.errors import HarnessError
 from harness.records import Record, RunManifest
 from harness.store import write_text
+from leaderboards import pareto
 from leaderboards.aggregate import Table, aggregate
 from leaderboards.bootstrap import FEW, LEVEL, MIN_PAIRS
 from leaderboards.rivals import HOW_TO_READ, frames
@@ -141,7 +142,8 @@ def heading(table: Table) -> str:
 def main_frame(table: Table) -> pd.DataFrame:
     """The ranking as text: one row per (budget, method)."""
     needles = bool(table.rows["needle_percent_n"].any())
-    return pd.DataFrame([_main_row(row, table.baselines, needles=needles) for row in table.rows.to_dict("records")])
+    frame = pd.DataFrame([_main_row(row, table.baselines, needles=needles) for row in table.rows.to_dict("records")])
+    return pd.concat([frame, pareto.frame(table.rows)], axis=1) if pareto.is_measured(table.rows) else frame
 
 
 def task_frame(table: Table) -> pd.DataFrame:
@@ -192,6 +194,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "the uncompressed prefill.",
         "flags: i incomplete (others of that budget have samples that this one lacks), s skipped, f failed, o out of "
         f"memory, b over budget in bytes, w fewer than {FEW} contexts in some task (its interval is too narrow).",
+        *(pareto.HOW_TO_READ if any(pareto.is_measured(table.rows) for table in tables) else ()),
         *(HOW_TO_READ if any(len(table.rivals) for table in tables) else ()),
         *(SUMMARIES if any(len(table.summaries) for table in tables) else ()),
     ]
@@ -242,6 +245,7 @@ def _facts(table: Table, manifests: Sequence[RunManifest]) -> list[str]:
         "samples": f"{table.samples} of {len(tasks)} tasks: {', '.join(tasks)}",
         "runs": ", ".join(table.run_ids),
         "code": ", ".join(commits),
+        "measured on": "; ".join(sorted({m.spec.measured_on for m in runs if m.spec.measured_on})),
         "unfinished runs": ", ".join(unfinished),
         "cells found in several runs": f"{table.duplicates}, one of each used" if table.duplicates else "",
         "no baseline": ", ".join(wanted for wanted, label in table.baselines.items() if label is None),
@@ -267,5 +271,5 @@ def _with_axes(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
 def _csv(frames: Sequence[pd.DataFrame]) -> str:
     frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1])  # an empty one has no column types
     texts = frame.select_dtypes(exclude="number").columns
-    frame[texts] = frame[texts].map(clean)
+    frame[texts] = frame[texts].fillna("").map(clean)  # a table may lack columns of another one
     return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")

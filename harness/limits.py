@@ -1,0 +1,185 @@
+"""Memory of this process: what it holds, the most it held, and a hard limit on it (Linux).
+
+A limit is a cgroup v2 of its own where one can be made, else an address space (RLIMIT_AS) that leaves room for the
+limit above what is mapped but not resident, such as libraries: resident plus new mappings stay below the limit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from harness.errors import HarnessError
+
+PROC = Path("/proc/self")
+CGROUPS = Path("/sys/fs/cgroup")
+SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(i?)(?:b|bytes)?", re.IGNORECASE)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit in force. note: why it is not of the better kind, and what may soften it; empty for nothing."""
+
+    kind: Literal["cgroup", "address space", "allocator fraction"]
+    bytes: int
+    note: str = ""
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes of `4GiB`, `512MiB`, `1.5GB`, `2e9` or a plain number. Raises HarnessError for anything else or 0."""
+    found = SIZE.fullmatch(str(size).strip())
+    power = 0 if found is None else " kmgt".index(found[2].lower() or " ")
+    if found is None or (found[3] and not power):
+        raise HarnessError(f"{str(size)!r} is no size; write 4GiB, 512MiB, 2e9 or a number of bytes")
+    wanted = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if wanted < 1:
+        raise HarnessError(f"a size of {size} leaves no memory; give at least one byte")
+    return wanted
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS (resident), VmHWM (its peak), VmSize (mapped), VmSwap."""
+    lines = (PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
+
+
+def reset_peak() -> bool:
+    """Set VmHWM back to the present; False where the system refuses."""
+    try:
+        (PROC / "clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """The most that was resident since `reset_peak`; where that was refused, since the process began."""
+    try:
+        return status_bytes("VmHWM")
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back() -> None:
+    """Return freed heap to the system, so that it hides nothing that is allocated later (glibc only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_from(size: int) -> None:
+    """Map every allocation from `size` bytes on by itself, so that it is gone once freed (glibc only).
+
+    Also stops glibc from raising that size on its own as memory is freed.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, size)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends (Linux only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 9)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os._exit(1)
+
+
+def apply(limit_bytes: int) -> Limit:
+    """Hold this process below `limit_bytes`, what it holds already included.
+
+    Raises:
+        MemoryError: it holds more than that already.
+        HarnessError: no limit can be set here.
+    """
+    resident = status_bytes("VmRSS")
+    if limit_bytes <= resident:
+        raise MemoryError(f"a limit of {limit_bytes} bytes is not above the {resident} that the loaded model takes")
+    refused = join_cgroup(limit_bytes - resident)
+    if not refused:
+        return Limit("cgroup", limit_bytes)
+    limit_address_space(limit_bytes, resident)
+    swap = swap_used()
+    note = f"no cgroup of its own: {refused}"
+    if swap:
+        note += f"; {swap} bytes of swap are in use, so peaks of resident memory may come out too low"
+    return Limit("address space", limit_bytes, note)
+
+
+def limit_address_space(limit_bytes: int, resident: int) -> None:
+    """RLIMIT_AS of what is mapped but not resident, plus the limit. Raises HarnessError where that is refused."""
+    wanted = status_bytes("VmSize") - resident + limit_bytes
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, wanted))
+    except (OSError, ValueError) as error:
+        raise HarnessError(f"memory cannot be limited to {limit_bytes} bytes here: {error}") from None
+
+
+def join_cgroup(room: int) -> str:
+    """Move this process into a cgroup v2 of its own with `room` bytes and no swap; why not, or an empty string.
+
+    What was allocated before stays with the old cgroup, so `room` is of new memory alone.
+    """
+    parent = _delegated()
+    if parent is None:
+        return "no cgroup v2 with a memory controller that may be divided"
+    own = _own_group(parent, os.getpid())
+    try:
+        own.mkdir()
+        (own / "memory.max").write_text(str(room), encoding="ascii")
+        with suppress(FileNotFoundError):  # a kernel without swap accounting
+            (own / "memory.swap.max").write_text("0", encoding="ascii")
+        (own / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+    except OSError as error:
+        with suppress(OSError):
+            own.rmdir()
+        return error.strerror or str(error)
+    return ""
+
+
+def leave_cgroup(pid: int) -> None:
+    """Remove the cgroup of a process that has ended, if it made one."""
+    parent = _delegated()
+    if parent is not None:
+        with suppress(OSError):
+            _own_group(parent, pid).rmdir()
+
+
+def swap_used() -> int:
+    """Bytes of swap in use on this machine."""
+    try:
+        pairs = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    total, free = (int(pairs.get(name, "0").split()[0]) * 1024 for name in ("SwapTotal", "SwapFree"))
+    return total - free
+
+
+def _own_group(parent: Path, pid: int) -> Path:
+    return parent / f"kv-harness-probe-{pid}"
+
+
+def _delegated() -> Path | None:
+    """The cgroup, this process's or the one above, that hands its memory controller on to groups below it."""
+    try:
+        lines = (PROC / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    path = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if path is None:
+        return None
+    here = CGROUPS / path.lstrip("/")
+    for group in (here, here.parent) if here != CGROUPS else (here,):
+        with suppress(OSError):
+            if "memory" in (group / "cgroup.subtree_control").read_text(encoding="ascii").split():
+                return group
+    return None

@@ -1,0 +1,146 @@
+"""Issue 5's ratios: decoding after compression beside `generate`, seconds of compression, a batch, peaks of prefills.
+
+Lengths can be cut for a smoke test: KVH_BENCH_TOKENS=256 takes 256 tokens for 8192, 128 for 2048 and a budget of 32.
+The goals mean something at full length only.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from harness.fetch import asset_folder
+from harness.isolated import Compressed, Isolated
+from harness.measured import Measured, ProbeSpec
+from methods.registry import make_policy
+
+if TYPE_CHECKING:
+    from harness.probe import Prober
+    from tests.bench.sides import Ours, Text, Theirs
+
+pytestmark = pytest.mark.bench
+LONG = int(os.environ.get("KVH_BENCH_TOKENS", "8192"))
+SHORT = 2048 if LONG == 8192 else LONG // 2
+BUDGET = 128 if LONG >= 512 else 32
+BATCH = 16 if LONG == 8192 else 2
+NEW_TOKENS = 32
+TIMEOUT_S = 3000.0
+ROUNDS = 3
+SELECTING = {
+    **{"snapkv": ("<=", 0.02), "compilerkv@window": ("<=", 0.02)},
+    **{"compilerkv": ("<=", 0.25), "h2o": ("<=", 0.25)},
+}
+
+
+def isolated(ours: Ours, label: str) -> Isolated:
+    policy = make_policy(label).for_model(ours.loaded.spec.revision)
+    return Isolated(ours.model, policy, BUDGET if policy.budgeted else None)
+
+
+def step_of_generate(theirs: Theirs, text: Text) -> Iterator[float]:
+    """Seconds of every token of plain `generate` after the first, which its prefill gives."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Watch(BaseStreamer):
+        def __init__(self) -> None:
+            self.at: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.at.append(time.perf_counter())
+
+        def end(self) -> None: ...
+
+    watch, ids = Watch(), text.tensor
+    theirs.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, streamer=watch
+    )
+    at = watch.at[1:]  # the prompt itself comes first
+    assert len(at) == NEW_TOKENS
+    yield from (later - earlier for earlier, later in pairwise(at))
+
+
+def test_decoding_beside_generate(
+    note: Callable[..., None], sides: tuple[Ours, Theirs], text: Callable[[int], Text], dtype: str
+) -> None:
+    """Time per output token with 128 slots, over that of `generate` with the whole cache. In turn, three times."""
+    ours, theirs = sides
+    theirs.model.set_attn_implementation("sdpa")
+    prompt, ratios = text(LONG), dict[str, list[float]]()
+    runners = {label: isolated(ours, label) for label in ("snapkv", "compilerkv")}
+    for round_ in range(ROUNDS + 1):
+        whole = statistics.median(step_of_generate(theirs, prompt))
+        for label, runner in runners.items():
+            decoded = runner.decode([runner.prefill(prompt.ids)], NEW_TOKENS)
+            assert len(decoded.tokens[0]) == NEW_TOKENS
+            if round_:  # the first one warms up
+                ratios.setdefault(label, []).append(statistics.median(decoded.step_s) / whole)
+    for label, values in ratios.items():
+        note(f"TPOT, {LONG} tokens, {dtype}: {label}@{BUDGET} / generate", values, ("<=", 0.5))
+
+
+@pytest.mark.parametrize("tokens", [SHORT, LONG])
+def test_compression_beside_prefill(
+    note: Callable[..., None], sides: tuple[Ours, Theirs], text: Callable[[int], Text], tokens: int, dtype: str
+) -> None:
+    """Seconds of the selection; those of the observation, of windows and of sums, have a line of their own."""
+    prompt, found = text(tokens), dict[str, list[Compressed]]()
+    runners = {label: isolated(sides[0], label) for label in SELECTING}
+    for round_ in range(ROUNDS + 1):
+        for label, runner in runners.items():
+            done = runner.prefill(prompt.ids)
+            done.kvs.clear()
+            if round_:
+                found.setdefault(label, []).append(done)
+    for label, goal in SELECTING.items():
+        name = f"{tokens} tokens, {dtype}: {label}"
+        note(f"{name} compresses / prefills", [done.compress_s / done.prefill_s for done in found[label]], goal)
+        note(f"{name} observes / prefills", [done.observe_s / done.prefill_s for done in found[label]])
+
+
+@pytest.fixture
+def prober(dtype: str) -> Iterator[Prober]:
+    """Fresh processes on the packaged model."""
+    from harness.probe import Prober
+
+    if not asset_folder("smollm2-135m").is_dir():
+        pytest.skip("smollm2-135m is not in the cache; run `harness fetch smollm2-135m`")
+    with Prober(model="smollm2-135m", dtype=dtype, device="cpu", threads=torch.get_num_threads()) as made:
+        yield made
+
+
+def probed(prober: Prober, label: str, *, batch: int, new_tokens: int) -> Measured:
+    spec = ProbeSpec(
+        method=label,
+        budget=None if label == "fullkv" else str(BUDGET),
+        tokens=LONG,
+        batch=batch,
+        new_tokens=new_tokens,
+        warm_up=False,
+    )
+    result = prober.ask(spec, timeout_s=TIMEOUT_S)
+    assert result.status == "ok" and result.measured is not None, result.error
+    return result.measured
+
+
+def test_a_batch_beside_the_full_cache(note: Callable[..., None], prober: Prober, dtype: str) -> None:
+    """Output tokens a second of prompts decoded together."""
+    full = probed(prober, "fullkv", batch=BATCH, new_tokens=NEW_TOKENS)
+    kept = probed(prober, "snapkv", batch=BATCH, new_tokens=NEW_TOKENS)
+    assert sum(kept.kv_bytes) * LONG == sum(full.kv_bytes) * BUDGET
+    name = f"batch {BATCH}, {LONG} tokens, {dtype}: snapkv@{BUDGET} / fullkv tokens/s"
+    note(name, [kept.tokens_per_s / full.tokens_per_s], (">=", 15))
+
+
+@pytest.mark.parametrize("label", ["h2o", "compilerkv"])
+def test_the_peak_of_a_prefill(note: Callable[..., None], prober: Prober, label: str, dtype: str) -> None:
+    """Memory above the model of a prefill and one decoded token, over that of the full cache."""
+    full, kept = (probed(prober, name, batch=1, new_tokens=2).peak_bytes for name in ("fullkv", label))
+    name = f"peak, {LONG} tokens, {dtype}: {label} / fullkv, {kept / 2**20:.0f} / {full / 2**20:.0f} MiB"
+    note(name, [kept / full], ("<=", 1.15))
