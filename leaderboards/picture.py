@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MARKERS = "osD^vPX*<>hd"
+COLORS, LINES = 10, ("-", ":", "-.")  # matplotlib has 10 colours; the next 10 methods are told by their lines
 PANELS = (("score_points", "score (0-100), higher is better"), ("nll_nats", "answer NLL (nats/token), lower is better"))
 
 
@@ -52,7 +53,14 @@ def _draw(panel: Axes, rows: DataFrame, column: str) -> None:
         cells = cells.sort_values("kv_percent_of_full")
         mean = cells[f"{column}_mean"]
         spread = [mean - cells[f"{column}_low"], cells[f"{column}_high"] - mean]
-        style = {"marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
+        style = {
+            "marker": MARKERS[(i + i // COLORS) % len(MARKERS)],
+            "ls": LINES[i // COLORS % len(LINES)],
+            "ms": 5,
+            "lw": 1.2,
+            "capsize": 2,
+            "elinewidth": 0.7,
+        }
         panel.errorbar(cells["kv_percent_of_full"], mean, yerr=spread, label=str(method), **style)  # type: ignore[arg-type]
     for _, full in rows[rows["budget"] == FULL].iterrows():
         panel.axhline(full[f"{column}_mean"], color="black", lw=1, ls="--", label=str(full["method"]))
