@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from harness.errors import HarnessError
 from harness.store import write_bytes, write_text
 from methods.compilerkv.tables import Tables
 
@@ -40,6 +41,10 @@ def write_page(tables: Tables, folder: Path) -> list[Path]:
     title = escape(f"Compiled tables of {manifest.model or 'no model'}")
     alt = escape(f"Heat maps by layer and head: {', '.join(name for name, _ in shown(tables))}")
     page = PAGE.format(title=title, alt=alt, picture=base64.b64encode(picture).decode(), rows=rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"cannot create {folder}: {error.strerror}; choose another --out") from None
     paths = [folder / "tables.png", folder / "tables.html"]
     write_bytes(paths[0], picture)
     write_text(paths[1], page)

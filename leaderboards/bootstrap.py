@@ -78,7 +78,7 @@ class Bootstrap:
             return NOTHING
         share = [1.0 if weights is None else weights[task] for task in kept]
         mean = float(np.average([values[rows].mean() for rows in kept.values()], weights=share))
-        clusters = {task: self._sums(values, rows) for task, rows in kept.items()}
+        clusters = {task: self.cluster_sums(values, rows) for task, rows in kept.items()}
         counts = [sums.size for sums, _ in clusters.values()]
         if sum(counts) < MIN_PAIRS or min(counts) < 2:
             return Estimate(mean, math.nan, math.nan, n)
@@ -93,7 +93,7 @@ class Bootstrap:
         here = {task: self._cluster[rows[~np.isnan(values[rows])]] for task, rows in self.rows.items()}
         return any(0 < len(set(codes.tolist())) < FEW for codes in here.values())
 
-    def _sums(self, values: Array, rows: npt.NDArray[np.intp]) -> tuple[Array, Array]:
+    def cluster_sums(self, values: Array, rows: npt.NDArray[np.intp]) -> tuple[Array, Array]:
         """([G], [G]): sum and number of the values in each cluster, in the order of the samples."""
         _, cluster = np.unique(self._cluster[rows], return_inverse=True)
         sums = np.bincount(cluster, weights=values[rows]).astype(np.float64)

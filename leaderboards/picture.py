@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MARKERS = "osD^vPX*<>hd"
+COLORS, LINES = 10, ("-", ":", "-.")  # matplotlib has 10 colours; the next 10 methods are told by their lines
+
+
+LOOK = {"ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def _draw(axes: Axes, rows: DataFrame, panel: Panel) -> None:
         cells = cells.sort_values(panel.x)
         mean = cells[f"{panel.y}_mean"]
         spread = [mean - cells[f"{panel.y}_low"], cells[f"{panel.y}_high"] - mean]
-        style = {"marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
+        turn = i // COLORS
+        style = {"marker": MARKERS[(i + turn) % len(MARKERS)], "ls": LINES[turn % len(LINES)], **LOOK}
         axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), **style)  # type: ignore[arg-type]
     full = rows["budget"] == FULL
     for method, cost, score in zip(rows["method"][full], x[full], y[full], strict=True):

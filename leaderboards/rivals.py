@@ -214,7 +214,7 @@ def _mean(values: Array, tasks: Tasks) -> float:
 
 def _redraw(grid: Grid, values: Array, tasks: Tasks, *, generator: np.random.Generator, resamples: int) -> Array | None:
     """[resamples]: the mean of as many redrawn tasks as there are, each of its redrawn clusters."""
-    clusters = [_clusters(grid, values, rows) for rows in tasks.values()]
+    clusters = [grid.bootstrap.cluster_sums(values, rows) for rows in tasks.values()]
     counts = [sums.size for sums, _ in clusters]
     if sum(counts) < MIN_PAIRS or min(counts) < 2:
         return None
@@ -225,15 +225,6 @@ def _redraw(grid: Grid, values: Array, tasks: Tasks, *, generator: np.random.Gen
         often = generator.multinomial(sums.size, np.full(sums.size, 1 / sums.size), size=int(here.sum()))  # [N, G]
         means[here] = often @ sums / (often @ sizes)
     return np.asarray(means.mean(axis=1))
-
-
-def _clusters(grid: Grid, values: Array, rows: npt.NDArray[np.intp]) -> tuple[Array, Array]:
-    """([G], [G]): sum and number of one task's values by `meta.group`; a sample without one is its own cluster."""
-    groups = [(i, grid.metas[i].get("group")) for i in rows.tolist()]
-    keys = [("", i) if group is None else (str(group), -1) for i, group in groups]
-    codes = {key: code for code, key in enumerate(dict.fromkeys(keys))}
-    cluster = [codes[key] for key in keys]
-    return np.bincount(cluster, weights=values[rows]).astype(np.float64), np.bincount(cluster).astype(np.float64)
 
 
 HOW_TO_READ = (

@@ -30,13 +30,13 @@ def make(folder: Path, *, layers: int = 6, seed: int = 0, **fields: object) -> T
 
 def test_show_writes_a_picture_and_a_page_without_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = make(tmp_path / "tables", model=EVIL)
-    assert main(["tables", "show", str(tmp_path / "tables"), "--out", str(tmp_path)]) == 0
+    assert main(["tables", "show", str(tmp_path / "tables"), "--out", str(tmp_path / "page")]) == 0
     out = capsys.readouterr().out
     row, column = divmod(int(tables.budget[1].argmax()), 2)
     assert f"slots at 128: {tables.budget[1].min():.2f} to {tables.budget[1].max():.2f}, most in layer {row}" in out
     assert f"column {column}" in out and "head left neutral: no" in out
-    assert (tmp_path / "tables.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "tables.html").read_text()
+    assert (tmp_path / "page" / "tables.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "page" / "tables.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
     assert 'alt="Heat maps by layer and head: slots at 64, slots at 128, HeadKV at 64"' in page
 
