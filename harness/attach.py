@@ -9,6 +9,7 @@ with no code per model. Works on transformers 5.2 and later for models whose att
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -168,11 +169,16 @@ class AttachedModel:
 
     def _frequencies(self) -> Tensor:
         """Radians a position of each rotated pair, as the last forward used them; Gemma 3 has a set per layer type."""
+        found: Tensor = getattr(*self._rotary)
+        return found
+
+    @cached_property
+    def _rotary(self) -> tuple[torch.nn.Module, str]:
+        """The module that holds the frequencies, and the name of them there."""
         for module in self.model.modules():
             for name in ("full_attention_inv_freq", "inv_freq"):
-                found = getattr(module, name, None)
-                if isinstance(found, Tensor):
-                    return found
+                if isinstance(getattr(module, name, None), Tensor):
+                    return module, name
         raise HarnessError(f"{type(self.model).__name__} has no rotary embedding; positions cannot be re-assigned")
 
     def _probe(self) -> None:

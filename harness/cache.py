@@ -1,4 +1,4 @@
-"""Layer caches of the engine: one that observes a prefill, one that holds many compressed rows, one that evicts.
+"""Layer caches of the engine: one that observes a prefill, and one that holds many compressed rows.
 
 A layer cache takes new keys and values (`append`) and answers the queries of the same tokens (`attend`). All rows of a
 batch are at the same token position, because they continue the same prompt; what differs is which slots they kept.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from harness.kernels import causal_attention, column_sums, slot_attention, slot_weights
-from methods.base import KV, KVPolicy, Needs, PolicyError, StepView
+from harness.kernels import causal_attention, column_sums, slot_attention
+from methods.base import KV, Needs
 
 
 class LayerCache(ABC):
@@ -129,7 +128,7 @@ class RowsLayer(LayerCache):
         outputs = []
         for group, own in zip(self.groups, self._split(queries), strict=True):
             used = group.size + grown
-            mask = None if asked is None else _visible(group.positions[:, :, :used], asked, window)
+            mask = None if asked is None else visible(group.positions[:, :, :used], asked, window)
             keys, values = group.keys[:, :, :used], group.values[:, :, :used]
             outputs.append(slot_attention(own, keys, values, mask=mask, scaling=scaling))
         out = torch.cat(outputs)  # [R * H, G, Q, D], group after group
@@ -181,77 +180,6 @@ class RowsLayer(LayerCache):
         return (x if self._order is None else x.index_select(0, self._order)).split_with_sizes(self._counts)
 
 
-@dataclass
-class EvictingRow:
-    """A row whose policy evicts after every decoded token. kv has at least one empty slot per head to write into."""
-
-    policy: KVPolicy
-    budget: int
-    kv: KV
-
-
-@dataclass
-class EvictingLayer(LayerCache):
-    """Rows that stay at their budget while they grow; one token at a time (Q = 1).
-
-    In a sliding-window layer, which no policy sees, tokens leave as the window passes them.
-    """
-
-    rows: list[EvictingRow]
-    position: int
-    _asked: int = field(default=0, repr=False)
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        for i, row in enumerate(self.rows):
-            kv = row.kv
-            free = kv.positions.argmin(dim=-1, keepdim=True)  # [1, H, 1], an empty slot
-            if bool((kv.positions.gather(2, free) >= 0).any()):
-                name = type(row.policy).__name__
-                raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
-            wide = free.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
-            kv.keys.scatter_(2, wide, keys[i : i + 1])
-            kv.values.scatter_(2, wide, values[i : i + 1])
-            kv.positions.scatter_(2, free, self.position)
-        self._asked = self.position
-        self.position += 1
-
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        asked = torch.tensor([self._asked], device=queries.device)
-        outputs = []
-        for i, row in enumerate(self.rows):
-            query = queries[i : i + 1]
-            mask = _visible(row.kv.positions, asked, window)
-            keys, values = row.kv.load()
-            outputs.append(slot_attention(query, keys, values, mask=mask, scaling=scaling))
-            if window is not None:
-                row.kv.positions.masked_fill_(row.kv.positions <= self._asked - window + 1, -1)
-            else:
-                wanted = row.policy.needs.decode_attention
-                self._evict(row, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None)
-        return torch.cat(outputs)
-
-    def _evict(self, row: EvictingRow, attention: Tensor | None) -> None:
-        freed = row.policy.after_step(StepView(row.kv, attention, self._asked, row.budget)).unsqueeze(-1)  # [1, H, 1]
-        old = row.kv.positions.gather(2, freed.clamp(min=0))
-        row.kv.positions.scatter_(2, freed.clamp(min=0), torch.where(freed < 0, old, -1))
-
-    def snapshot(self) -> Any:
-        """State to come back to with `restore`, a copy."""
-        return self.position, [copy_kv(row.kv) for row in self.rows]
-
-    def restore(self, state: Any) -> None:
-        self.position, kvs = state
-        for row, kv in zip(self.rows, kvs, strict=True):
-            row.kv = kv
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop every row that is not in `rows`."""
-        self.rows = [self.rows[row] for row in rows]
-
-    def nbytes(self, row: int) -> int:
-        return self.rows[row].kv.nbytes
-
-
 def without(kv: KV, position: int) -> KV:
     """The same KV with the slots of one token given up; a last column that is empty for every head is cut off."""
     drop = kv.positions == position
@@ -261,25 +189,6 @@ def without(kv: KV, position: int) -> KV:
     if type(kv) is KV and bool(drop[..., last].all()) and not kv.extra:
         return KV(kv.keys[:, :, :last], kv.values[:, :, :last], kv.positions[:, :, :last])
     return replace(kv, positions=kv.positions.masked_fill(drop, -1))
-
-
-def with_room(kv: KV, slots: int) -> KV:
-    """A copy with `slots` columns, the added ones empty (side data 0)."""
-    add = slots - kv.positions.shape[2]
-
-    def grow(x: Tensor, value: float) -> Tensor:
-        shape = list(x.shape)
-        shape[2] = add
-        return torch.cat([x, x.new_full(shape, value)], dim=2)
-
-    sized = kv.positions.shape
-    extra = {name: grow(x, 0) if x.shape[:3] == sized else x.clone() for name, x in kv.extra.items()}
-    return replace(kv, keys=grow(kv.keys, 0), values=grow(kv.values, 0), positions=grow(kv.positions, -1), extra=extra)
-
-
-def copy_kv(kv: KV) -> KV:
-    extra = {name: x.clone() for name, x in kv.extra.items()}
-    return replace(kv, keys=kv.keys.clone(), values=kv.values.clone(), positions=kv.positions.clone(), extra=extra)
 
 
 def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
@@ -313,7 +222,7 @@ def _fill(group: _Group, first: int, kv: KV, *, loaded: tuple[Tensor, Tensor]) -
         to[first : first + len(kept), 0, : group.size] = kept
 
 
-def _visible(positions: Tensor, asked: Tensor, window: int | None) -> Tensor:
+def visible(positions: Tensor, asked: Tensor, window: int | None) -> Tensor:
     """[R, H, Q, S] bool: slots that hold a token at or before each asked position, inside the sliding window."""
     slot, query = positions.unsqueeze(2), asked[:, None]
     mask = (slot >= 0) & (slot <= query)

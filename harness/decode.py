@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from harness.attach import AttachedModel
-from harness.cache import EvictingLayer, RowsLayer
+from harness.cache import RowsLayer
+from harness.evicting import EvictingLayer
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
 CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Session._chunks`

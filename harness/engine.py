@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from harness.attach import AttachedModel
-from harness.cache import EvictingLayer, EvictingRow, PrefillLayer, RowsLayer, with_room, without
+from harness.cache import PrefillLayer, RowsLayer, without
 from harness.cells import Cell, Outcome, Prompt, SkippedCell
 from harness.decode import CPU_ROWS_AT_ONCE, Session
 from harness.errors import HarnessError
+from harness.evicting import EvictingLayer, EvictingRow, with_room
 from harness.records import Status
 from harness.spec import FirstToken, QueryMode
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView

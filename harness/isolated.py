@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from harness.attach import AttachedModel
-from harness.cache import EvictingLayer, EvictingRow, LayerCache, PrefillLayer, RowsLayer, with_room
+from harness.cache import LayerCache, PrefillLayer, RowsLayer
 from harness.clock import Clock
 from harness.decode import Session
+from harness.evicting import EvictingLayer, EvictingRow, with_room
 from methods.base import KV, KVPolicy, LayerView, Needs, PromptView
 
 

@@ -11,16 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.cache import (
-    EvictingLayer,
-    EvictingRow,
-    LayerCache,
-    PrefillLayer,
-    RowsLayer,
-    copy_kv,
-    with_room,
-    without,
-)
+from harness.cache import LayerCache, PrefillLayer, RowsLayer, without
+from harness.evicting import EvictingLayer, EvictingRow, copy_kv, with_room
 from harness.kernels import causal_attention, slot_attention
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PolicyError, StepView
 from methods.fullkv import FullKV

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from harness.attach import AttachedModel
-from harness.cache import with_room
 from harness.cells import Cell, Prompt
 from harness.decode import Limits
 from harness.engine import Engine
+from harness.evicting import with_room
 from harness.models import LoadedModel
 from methods.base import Budget, PolicyError, StepView
 from methods.compilerkv.form import Form

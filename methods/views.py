@@ -1,0 +1,180 @@
+"""What a policy sees of a prompt (views), what it asks to be observed, and what it leaves (KV).
+
+Shape letters as in `methods.base`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from methods.budget import PolicyError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy wants observed. The engine gathers the union over the policies of a run and nothing else.
+
+    window: queries of the last `window` prompt tokens, per layer.
+    column_sums: attention that each token received from every later query, per layer, streamed over query blocks.
+    logprobs: log-probabilities of the last `window` prompt tokens under the model.
+    decode_attention: the attention of every decoded token, for policies that evict while decoding.
+    """
+
+    window: int = 0
+    column_sums: bool = False
+    logprobs: bool = False
+    decode_attention: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            window=max(self.window, other.window),
+            column_sums=self.column_sums or other.column_sums,
+            logprobs=self.logprobs or other.logprobs,
+            decode_attention=self.decode_attention or other.decode_attention,
+        )
+
+
+@dataclass
+class KV:
+    """What is left of one layer's cache, and all the state a policy has: it dies with its sequence.
+
+    keys, values: [B, H, S, D], RoPE applied to the keys.
+    positions: [B, H, S] int64, the token each slot came from; -1 marks an empty slot.
+    extra: side data a method stores with the slots; it counts as cache bytes, of live slots where it is [B, H, S, ...].
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """What attention reads: keys and values, [B, H, S, D]. A subclass may store codes and decode them here."""
+        return self.keys, self.values
+
+    def take(self, slots: Tensor) -> KV:
+        """A new KV of the given slots. slots: [B, H, S'] int64, -1 leaves the slot empty. `extra` is not carried."""
+        index = slots.clamp(min=0)
+        positions = self.positions.gather(2, index).masked_fill(slots < 0, -1)
+        first = torch.arange(0, self.positions.numel(), self.positions.shape[2], device=index.device)
+        rows = (index + first.view(*index.shape[:2], 1)).flatten()
+        return KV(_pick(self.keys, rows, index.shape), _pick(self.values, rows, index.shape), positions)
+
+    @property
+    def live(self) -> Tensor:
+        """[B, H] int64: slots that hold a token."""
+        return (self.positions >= 0).sum(dim=-1)
+
+    @property
+    def nbytes(self) -> int:
+        """Measured cache bytes: live slots only, side data included. Positions are the harness's own books."""
+        slot = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
+        live, slots = int(self.live.sum()), self.positions.shape
+        side = sum(
+            (live * x[0, 0, 0].numel() if x.shape[:3] == slots else x.numel()) * x.element_size()
+            for x in self.extra.values()
+        )
+        return live * slot + side
+
+
+def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of x [B * H * S, D], as [*shape, D]: whole rows at once, which `gather` would copy number by number."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*shape, x.shape[-1])
+
+
+@dataclass
+class LayerView:
+    """What a policy sees of one layer after prefill.
+
+    kv: the full cache of the prompt, S = T.
+    queries: [B, H * G, W, D], RoPE applied, of the last W tokens (W as declared in `Needs`, at most T).
+    scaling: factor of the attention logits.
+    column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
+    rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
+    """
+
+    index: int
+    kv: KV
+    queries: Tensor
+    scaling: float
+    column_sums: Tensor | None = None
+    rotate: Callable[[Tensor, int], Tensor] | None = None
+    _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.kv.keys.shape[2])
+
+    def attention(self, window: int) -> Tensor:
+        """Causal softmax attention of the last `window` tokens over the whole prompt: [B, H, G, W, T] float32.
+
+        W is `window`, or T when the prompt is shorter. Raises PolicyError when fewer queries were observed.
+        """
+        window = min(window, self.tokens)
+        if window > self.queries.shape[2]:
+            raise PolicyError(f"{window} window queries wanted, {self.queries.shape[2]} observed; declare it in needs")
+        keys = self.kv.keys
+        batch, heads, tokens, dim = keys.shape
+        queries = self.queries[:, :, self.queries.shape[2] - window :]
+        grouped = queries.reshape(batch, heads, -1, dim)  # [B, H, G * W, D]
+        logits = (grouped @ keys.transpose(2, 3)).float().mul_(self.scaling)
+        logits = logits.view(batch, heads, -1, window, tokens)
+        future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+        logits[..., tokens - window :].masked_fill_(future, float("-inf"))
+        return torch.softmax(logits, dim=-1, out=logits)  # in place: a second tensor of this size costs as much again
+
+    def memo(self, key: Hashable, compute: Callable[[LayerView], Tensor]) -> Tensor:
+        """`compute(self)`, once per key: scores that do not depend on the budget serve every budget of a run."""
+        if key not in self._memo:
+            self._memo[key] = compute(self)
+        return self._memo[key]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a prompt and the layers that a policy sees: T tokens, L layers, Hq query heads on H KV heads."""
+
+    tokens: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+
+
+@dataclass
+class PromptView:
+    """What a policy that looks across layers sees: every layer, and the prompt's own log-probabilities.
+
+    layers: the compressible layers in depth order (sliding-window layers are left alone and not shown).
+    logprobs: [B, W] float32 or None, log-probability of each of the last W prompt tokens given what precedes it.
+    """
+
+    layers: list[LayerView]
+    logprobs: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0].tokens
+
+    @property
+    def sizes(self) -> Sizes:
+        first = self.layers[0]
+        return Sizes(self.tokens, len(self.layers), int(first.queries.shape[1]), int(first.kv.keys.shape[1]))
+
+
+@dataclass
+class StepView:
+    """One layer right after a decoded token attended, for policies that evict while decoding.
+
+    kv: live view of the cache, the new token's slot included; its `extra` may be updated in place.
+    attention: [B, H, G, S] float32 of the new token (0 at empty slots), or None when not declared in `Needs`.
+    position: the new token's position.
+    """
+
+    kv: KV
+    attention: Tensor | None
+    position: int
+    budget: int
