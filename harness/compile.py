@@ -26,7 +26,7 @@ from torch import Tensor
 
 from harness.errors import HarnessError
 from harness.estimators import ESTIMATORS, cell, ridge_reliability
-from harness.machine import git_commit
+from harness.machine import git_commit, machine, versions
 from harness.published import Observed, Published
 from harness.published_check import check_published, no_gain
 from harness.retrieval import by_retrieval
@@ -195,5 +195,6 @@ class Compiler:
             report=report,
             command=tuple(command),
             git_commit=git_commit(),
+            made_on={**machine(), "versions": versions()},
         )
         return save_tables(Tables(manifest, **(neutral(bench.shapes, spec.budgets).tensors | tensors)), self.folder)

@@ -55,6 +55,8 @@ class Manifest(_Frozen):
     command: tuple[str, ...] = ()
     """The command that made them."""
     git_commit: str | None = None
+    made_on: dict[str, Any] = Field(default_factory=dict)
+    """Processor, threads and versions. A seed gives the same tables to the bit on an equal machine alone."""
     corpus: str
     """Calibration prompts: what they are and how many."""
     seed: int
