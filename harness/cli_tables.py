@@ -33,6 +33,7 @@ def tables_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _show(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.tables_page import shown, write_page
     from methods.compilerkv.policy import folder_of
+    from methods.compilerkv.selection import spearman
 
     tables = _load(args.tables)
     manifest = tables.manifest
@@ -41,6 +42,8 @@ def _show(args: argparse.Namespace, command: Sequence[str]) -> int:
     for name, table in shown(tables):
         row, column = divmod(int(table.argmax()), table.shape[1])
         print(f"{name}: {table.min():.2f} to {table.max():.2f}, most in layer {row}, column {column}")
+    for i, budget in enumerate(manifest.budgets):
+        print(f"slots and HeadKV's at {budget}: Spearman {spearman(tables.budget[i], tables.retrieval[i]):.2f}")
     for name, why in manifest.neutral.items():
         print(f"{name} left neutral: {why}")
     for path in write_page(tables, args.out or folder_of(args.tables)):

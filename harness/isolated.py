@@ -146,7 +146,7 @@ class Isolated:
             raise ValueError(f"prompts of {sorted({p.tokens for p in prompts})} tokens; a batch has one length")
         caches: list[RowsLayer | EvictingLayer] = []
         for i in range(self.model.layers):
-            kvs = [prompt.kvs[i] for prompt in prompts]
+            kvs = [prompt.kvs.pop(0) for prompt in prompts]
             if self.policy.evicts_while_decoding:
                 free = 1 if i in self.model.compressible else room
                 rows = [
@@ -156,6 +156,4 @@ class Isolated:
                 caches.append(EvictingLayer(rows, tokens))
             else:
                 caches.append(RowsLayer(kvs, position=tokens, room=room))
-            for prompt in prompts:
-                prompt.kvs[i] = None  # type: ignore[call-overload]
         return Session(self.model, caches, len(prompts))

@@ -1,0 +1,31 @@
+"""A subject against its rivals on a large board: 90 cells, 100 samples, 2,000 resamples; goal: under 5 seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from leaderboards.grid import Grid
+from leaderboards.rivals import compare
+from tests.test_rivals import scored
+
+pytestmark = pytest.mark.bench
+
+
+def test_a_large_board(note: Callable[..., None]) -> None:
+    generator = np.random.default_rng(1)
+    records = [
+        r
+        for m in ("mine", *(f"m{i}" for i in range(14)))
+        for budget in ("32", "64", "128", "256", "512", "1024")
+        for t in range(10)
+        for r in scored(m, f"{'niah' if t < 5 else 'longbench'}/{t}", generator.random(10).tolist(), budget=budget)
+    ]
+    grid = Grid.of(records, seed=0, resamples=2000)
+    begin = time.perf_counter()
+    rivals = compare(grid, "mine", seed=0, resamples=2000)
+    note("rivals of 90 cells, 100 samples: seconds", [time.perf_counter() - begin], ("<=", 5))
+    assert len(rivals) == 6 * 2 * 3
