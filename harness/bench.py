@@ -6,13 +6,14 @@ The same for one prompt at a time (`harness bench`) and for a batch that is deco
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -21,10 +22,13 @@ from harness.bench_store import BenchManifest, BenchRecord, BenchSpec, BenchStor
 from harness.errors import HarnessError
 from harness.kernels import prefill_kernel
 from harness.machine import git_commit, machine, versions
-from harness.measured import ProbeResult, ProbeSpec
-from harness.models import resolve_device, resolve_dtype, resolve_model
-from harness.plan import PlannedCell, plan_cells, plan_methods
-from harness.spec import Frozen, MethodSpec, Sweep
+from harness.measured import ProbeResult
+from harness.models import DTYPES
+from harness.plan import PlannedCell
+from harness.probing import Restarting, Serves, Target, limit_in_force, probe_spec, say, swap_note
+from harness.spec import Frozen, Sweep
+
+MIB = 2**20
 
 
 class BenchAsk(Frozen):
@@ -46,40 +50,30 @@ class BenchAsk(Frozen):
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
-    timeout_s: float = Field(default=1800, gt=0)
+    timeout_s: float = Field(default=1800, gt=0, le=1e6)
     limit_bytes: int | None = Field(default=None, ge=1)
     set: dict[str, Any] = Field(default_factory=dict)
 
 
-class Asker(Protocol):
-    """What is used of `harness.probe.Prober`."""
-
-    model_bytes: int
-    """Of the loaded model."""
-
-    def ask(self, spec: ProbeSpec, limit_bytes: int | None = None, timeout_s: float = ...) -> ProbeResult:
-        """Run one probe in a process of its own."""
-
-
-MakeAsker = Callable[..., AbstractContextManager[Asker]]
+MakeProber = Callable[..., AbstractContextManager[Serves]]
 """Called with model, dtype, device and threads; `Prober` itself."""
 
 
-def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: MakeAsker) -> Path:
+def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: MakeProber) -> Path:
     """Run what is not yet recorded of a bench and return its folder.
 
     Raises:
-        HarnessError: bad input, before a model is loaded; or a folder that cannot be written.
+        HarnessError: bad input, before a probe is spent on it; or a folder that cannot be written.
         KeyboardInterrupt: after the manifest says so.
     """
-    methods, cells = _plan(ask)
-    spec = resolve(ask, methods)
+    _check_lengths(ask)
+    sweep = Sweep(**ask.model_dump(include={"model", "methods", "budgets", "dtype", "device", "set"}), tasks=())
+    target = Target.load(sweep, ask.threads)
+    spec = resolve(ask, target)
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
-    with prober(model=spec.model, dtype=spec.dtype, device=spec.device, threads=spec.threads) as asker:
-        if spec.limit_bytes is not None and spec.limit_bytes <= asker.model_bytes:
-            raise HarnessError(
-                f"--memory-limit {spec.limit_bytes} is not above the model's own {asker.model_bytes} bytes; raise it"
-            )
+    start = partial(prober, model=spec.model, dtype=spec.dtype, device=spec.device, threads=spec.threads)
+    with Restarting(start) as asker:
+        held = _held(asker, spec.limit_bytes)
         manifest = BenchManifest(
             bench_id=spec.bench_id(found),
             status="started",
@@ -89,11 +83,11 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: Make
             model_bytes=asker.model_bytes,
             git_commit=git_commit(),
             versions=versions(),
-            machine=found,
+            machine=found | held,
         )
         with BenchStore(root, manifest) as store:
             try:
-                _run_missing(store, cells, asker, ask)
+                _Bench(store, target, asker, ask).run()
             except BaseException as error:  # the manifest must say how the bench ended, whatever ended it
                 store.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", finished=_now())
                 raise
@@ -101,18 +95,17 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: Make
             return store.folder
 
 
-def resolve(ask: BenchAsk, methods: Sequence[MethodSpec]) -> BenchSpec:
-    """With dtype, device, threads and kernel as they will be. Raises HarnessError for those that are not there."""
-    resolve_model(ask.model)
-    device = resolve_device(ask.device)
-    dtype = resolve_dtype(ask.dtype, device)
+def resolve(ask: BenchAsk, target: Target) -> BenchSpec:
+    """With the model's revision, dtype, device, threads, methods and kernel as they are."""
+    model = target.model
     return BenchSpec(
         **ask.model_dump(include={"kind", "model", "lengths", "batch", "new_tokens", "chunk", "rounds", "warm_up"}),
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-        kernel=prefill_kernel(device, dtype),
-        threads=ask.threads or torch.get_num_threads(),
-        methods=tuple(methods),
+        model_revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        kernel=prefill_kernel(torch.device(model.device), DTYPES[model.dtype]),
+        threads=target.threads,
+        methods=tuple(target.methods.values()),
         budgets=ask.budgets,
         limit_bytes=ask.limit_bytes,
     )
@@ -128,79 +121,90 @@ def clocks_mhz() -> dict[str, float]:
     return {"low": min(found), "median": median(found), "high": max(found)} if found else {}
 
 
-def _plan(ask: BenchAsk) -> tuple[list[MethodSpec], list[PlannedCell]]:
-    """Methods and cells; names, parameters and budgets are checked here."""
-    for length in ask.lengths:
-        if length < 2:
-            raise HarnessError(f"--lengths {length} is too short for a prompt; give at least 2")
+def _check_lengths(ask: BenchAsk) -> None:
+    option = "--lengths" if ask.kind == "bench" else "--length"
     if not ask.lengths:
-        raise HarnessError("no length asked for; name some with --lengths 2048,8192")
-    planned = plan_methods(Sweep(model=ask.model, methods=ask.methods, tasks=(), budgets=ask.budgets, set=ask.set))
-    return [spec for spec, _ in planned], plan_cells(planned, ask.budgets)
+        raise HarnessError(f"no length asked for; name some with {option} 2048,8192")
+    if min(ask.lengths) < 2:
+        raise HarnessError(f"{option} {min(ask.lengths)} is too short for a prompt; give at least 2")
 
 
-def _run_missing(store: BenchStore, cells: Sequence[PlannedCell], asker: Asker, ask: BenchAsk) -> None:
-    """Append what the store lacks, pass after pass; a cell that came to grief in one pass is left out of the next."""
-    spec = store.manifest.spec
-    places = [(cell, tokens) for tokens in spec.lengths for cell in cells]
-    lost: set[tuple[str, str, int]] = set()
-    for cell, tokens, round_ in _passes(places, spec.rounds):
-        place = (cell.method, cell.budget, tokens)
-        key = (*place, round_)
-        if not store.done(key) and place not in lost:
-            blank = _blank(store.manifest, cell, tokens, round_)
-            print(f"{cell.method} at {cell.budget}, {tokens} tokens, pass {round_ + 1}", file=sys.stderr, flush=True)
-            store.append(_probed(blank, cell, asker, ask))
-        if place not in lost and store.stored[key].status != "ok":
-            lost.add(place)
+def _held(asker: Restarting, limit_bytes: int | None) -> dict[str, Any]:
+    """What holds the probes, and what is to be known of this machine's memory; both said, for the manifest."""
+    kind, notes = (None, []) if limit_bytes is None else limit_in_force(asker, limit_bytes)
+    notes += [] if any("swap" in note for note in notes) else swap_note()
+    say(f"note: {note}" for note in notes)
+    return {name: value for name, value in (("limit_kind", kind), ("notes", notes)) if value}
+
+
+@dataclass
+class _Bench:
+    """Asks for what a store lacks."""
+
+    store: BenchStore
+    target: Target
+    asker: Restarting
+    ask: BenchAsk
+
+    def run(self) -> None:
+        """Pass after pass; a cell that came to grief in one pass is left out of the next."""
+        spec, stored = self.store.manifest.spec, self.store.stored
+        places = [(cell, tokens) for tokens in spec.lengths for cell in self.target.cells]
+        lost: set[tuple[str, str, int]] = set()
+        for cell, tokens, round_ in _passes(places, spec.rounds):
+            place = (cell.method, cell.budget, tokens)
+            key = (*place, round_)
+            if not self.store.done(key) and place not in lost:
+                blank, name = self._blank(cell, tokens, round_), f"{cell.method} at {cell.budget}, {tokens} tokens"
+                why = self.target.refusal(cell, tokens)
+                if why is not None:
+                    say([f"{name}: skipped: {why}"])
+                    self.store.append(blank.model_copy(update={"status": "skipped", "error": why}))
+                else:
+                    say([f"{name}, pass {round_ + 1}"])
+                    self.store.append(self._probed(blank, cell))
+            if place not in lost and stored[key].status != "ok":
+                lost.add(place)
+
+    def _probed(self, blank: BenchRecord, cell: PlannedCell) -> BenchRecord:
+        shape = blank.model_dump(include={"tokens", "batch", "new_tokens", "chunk", "warm_up"})
+        spec = probe_spec(cell, self.ask.set, **shape, rounds=1)
+        result = self.asker.ask(spec, limit_bytes=blank.limit_bytes, timeout_s=self.ask.timeout_s)
+        if result.status == "ok" and result.measured is None:
+            raise ValueError(f"a probe of {cell.method} ended well and measured nothing")
+        error = self._short_of(blank, cell, result) if result.status == "oom" else result.error
+        return blank.model_copy(update={"status": result.status, "error": error, "measured": result.measured})
+
+    def _short_of(self, blank: BenchRecord, cell: PlannedCell, result: ProbeResult) -> str:
+        """Why memory ran out, with what was expected to be needed."""
+        shape = blank.model_dump(include={"tokens", "batch", "new_tokens", "chunk"})
+        wanted, own = self.target.predict(cell, **shape), self.store.manifest.model_bytes
+        known = [] if wanted is None else [f"{wanted / MIB:.0f} MiB were predicted above the model's {own / MIB:.0f}"]
+        known += [] if blank.limit_bytes is None else [f"the limit is {blank.limit_bytes / MIB:.0f} MiB"]
+        return "; ".join([*known, result.error or "out of memory"])
+
+    def _blank(self, cell: PlannedCell, tokens: int, round_: int) -> BenchRecord:
+        manifest, budget = self.store.manifest, cell.cell.budget
+        shared = {"kind", "model", "model_revision", "dtype", "device", "kernel", "threads", "batch", "new_tokens"}
+        return BenchRecord(
+            **manifest.spec.model_dump(include=shared | {"chunk", "warm_up", "limit_bytes"}),
+            bench_id=manifest.bench_id,
+            machine=machine_id(manifest.machine),
+            method=cell.method,
+            budget=cell.budget,
+            budget_tokens=None if budget is None else budget.resolve(tokens),
+            tokens=tokens,
+            round=round_,
+            status="failed",
+            clock_mhz=clocks_mhz().get("median"),
+            at=_now(),
+        )
 
 
 def _passes(places: Sequence[tuple[PlannedCell, int]], rounds: int) -> Iterator[tuple[PlannedCell, int, int]]:
     for round_ in range(rounds):
         for cell, tokens in places[::-1] if round_ % 2 else places:
             yield cell, tokens, round_
-
-
-def _probed(blank: BenchRecord, cell: PlannedCell, asker: Asker, ask: BenchAsk) -> BenchRecord:
-    """The record of one probe, or of one that cannot be run as asked."""
-    if blank.budget_tokens is not None and blank.budget_tokens >= blank.tokens:
-        why = f"the budget of {blank.budget_tokens} is not below the {blank.tokens} tokens of the prompt"
-        return blank.model_copy(update={"status": "skipped", "error": why})
-    name = cell.method.partition("[")[0].partition("@")[0]
-    spec = ProbeSpec(
-        method=cell.method.partition("[")[0],
-        set={key.partition(".")[2]: value for key, value in ask.set.items() if key.partition(".")[0] == name},
-        budget=None if cell.cell.budget is None else str(cell.cell.budget),
-        tokens=blank.tokens,
-        batch=blank.batch,
-        new_tokens=blank.new_tokens,
-        chunk=blank.chunk,
-        rounds=1,
-        warm_up=blank.warm_up,
-    )
-    result = asker.ask(spec, limit_bytes=blank.limit_bytes, timeout_s=ask.timeout_s)
-    found = {"status": result.status, "error": result.error, "measured": result.measured}
-    if result.status == "ok" and result.measured is None:
-        raise ValueError(f"a probe of {cell.method} ended well and measured nothing")
-    return blank.model_copy(update=found)
-
-
-def _blank(manifest: BenchManifest, cell: PlannedCell, tokens: int, round_: int) -> BenchRecord:
-    spec, budget = manifest.spec, cell.cell.budget
-    shared = ("kind", "model", "dtype", "device", "kernel", "threads", "batch", "new_tokens", "chunk", "warm_up")
-    return BenchRecord(
-        **spec.model_dump(include={*shared, "limit_bytes"}),
-        bench_id=manifest.bench_id,
-        machine=machine_id(manifest.machine),
-        method=cell.method,
-        budget=cell.budget,
-        budget_tokens=None if budget is None else budget.resolve(tokens),
-        tokens=tokens,
-        round=round_,
-        status="failed",
-        clock_mhz=clocks_mhz().get("median"),
-        at=_now(),
-    )
 
 
 def _now() -> str:

@@ -7,28 +7,22 @@ import this module.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from harness.errors import HarnessError
+from harness.journal import Journal, Layout
 from harness.measured import Measured
 from harness.spec import Frozen, MethodSpec
-from harness.store import write_text
 
 BENCH_SCHEMA = 1
-BENCH_FILE, LINES_FILE, LOCK_FILE = "bench.json", "bench.jsonl", ".lock"
+BENCH_FILE, LINES_FILE = "bench.json", "bench.jsonl"
 IDENTITY = ("processor", "cores", "memory_gib", "accelerators", "system")
-ENVIRONMENT = {"git_commit", "versions"}
 DONE = frozenset({"ok", "oom", "skipped"})
-log = logging.getLogger("harness")
 
 BenchStatus = Literal["ok", "oom", "timeout", "failed", "skipped"]
 Kind = Literal["bench", "serve-bench"]
@@ -40,6 +34,8 @@ class BenchSpec(Frozen):
     schema_version: int = BENCH_SCHEMA
     kind: Kind
     model: str
+    model_revision: str
+    """Content hash or commit, as in runs."""
     dtype: str
     device: str
     kernel: str
@@ -72,6 +68,8 @@ class BenchRecord(Frozen):
     machine: str
     """`machine_id`: speed is compared only within one."""
     model: str
+    model_revision: str = ""
+    """Content hash or commit, as in runs."""
     dtype: str
     device: str
     kernel: str
@@ -131,44 +129,34 @@ def machine_id(machine: Mapping[str, Any]) -> str:
     return _digest({name: machine.get(name) for name in IDENTITY})[:8]
 
 
+BENCHES = Layout(
+    kind="bench",
+    manifest_file=BENCH_FILE,
+    records_file=LINES_FILE,
+    manifest=BenchManifest,
+    record=BenchRecord,
+    ids=lambda manifest: (manifest.bench_id, manifest.spec.bench_id(manifest.machine)),
+    owner=lambda record: record.bench_id,
+)
+
+
 def find_benches(root: Path) -> list[Path]:
     """Bench folders below `root` in name order, or `root` itself when it is one. Raises HarnessError when none is."""
-    if (root / BENCH_FILE).is_file():
-        return [root]
-    found = sorted(path.parent for path in root.glob(f"*/{BENCH_FILE}"))
-    if not found:
-        raise HarnessError(f"no bench in {root}: no folder there holds a {BENCH_FILE}; run `harness bench` first")
-    return found
+    return BENCHES.find(root)
 
 
 def load_bench(folder: Path) -> tuple[BenchManifest, list[BenchRecord]]:
     """A bench as stored, the last record of each key. Raises HarnessError when a file is missing or damaged."""
-    manifest = _manifest(folder / BENCH_FILE)
-    lines, _ = _split(folder / LINES_FILE)
-    return manifest, list(_records(folder / LINES_FILE, lines, manifest.bench_id).values())
+    return BENCHES.load(folder)
 
 
-class BenchStore:
+class BenchStore(Journal[BenchManifest, BenchRecord]):
     """The one writer of a bench's folder; use it as a context."""
 
     def __init__(self, root: Path, manifest: BenchManifest) -> None:
-        """Create or resume `root/bench_id`.
-
-        Raises HarnessError when it cannot be written, another process writes to it, or it is damaged.
-        """
-        self.folder, self.manifest = root / manifest.bench_id, manifest
-        self._path = self.folder / LINES_FILE
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise HarnessError(f"cannot write {self.folder}: {error.strerror}; choose another --out") from None
-        try:
-            self._claim()
-            self.stored = self._resume()
-        except BaseException:
-            self.close()
-            raise
+        """Create or resume `root/bench_id`; raises HarnessError as `Journal` does."""
+        self.stored: dict[tuple[str, str, int, int], BenchRecord] = {}
+        super().__init__(BENCHES, root / manifest.bench_id, manifest)
 
     def done(self, key: tuple[str, str, int, int]) -> bool:
         """Whether a probe's result is stored; what failed or ran out of time is tried again."""
@@ -176,101 +164,14 @@ class BenchStore:
 
     def append(self, record: BenchRecord) -> None:
         """Store a record; on return it is on the disk. Raises HarnessError when it cannot be written."""
-        line = json.dumps(record.model_dump(mode="json"), separators=(",", ":")) + "\n"  # ASCII: no other line break
-        try:
-            with self._path.open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise HarnessError(
-                f"cannot write {self._path}: {error.strerror}; fix this and repeat the command"
-            ) from None
-        self.stored[record.key] = record
+        self._append([record])
 
     def finish(self, status: str, *, finished: str) -> None:
         """Rewrite bench.json with how the bench ended."""
-        self.manifest = BenchManifest.model_validate(
-            {**self.manifest.model_dump(), "status": status, "finished": finished}
-        )
-        self._write()
+        self._amend(status=status, finished=finished)
 
-    def close(self) -> None:
-        """Release the folder. Closing twice is fine."""
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock = -1
-
-    def __enter__(self) -> BenchStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise HarnessError(f"{self.folder} is being written by another process; wait for it or stop it") from None
-
-    def _resume(self) -> dict[tuple[str, str, int, int], BenchRecord]:
-        lines, rest = _split(self._path)
-        if (self.folder / BENCH_FILE).is_file():
-            self._keep_earlier(_manifest(self.folder / BENCH_FILE))
-        found = _records(self._path, lines, self.manifest.bench_id)
-        if rest:  # what a kill left of a line
-            os.truncate(self._path, self._path.stat().st_size - rest)
-        self._write()
-        return found
-
-    def _keep_earlier(self, earlier: BenchManifest) -> None:
-        """Where code or versions changed since, the earlier bench.json is kept beside the new one."""
-        old, now = (m.model_dump(mode="json", include=ENVIRONMENT) for m in (earlier, self.manifest))
-        if old != now:
-            kept = self.folder / f"bench.{len(list(self.folder.glob('bench.*.json'))) + 1}.json"
-            write_text(kept, earlier.model_dump_json(indent=2) + "\n")
-            log.warning("%s: resumed with other code or versions; the earlier ones are in %s", self.folder, kept)
-
-    def _write(self) -> None:
-        write_text(self.folder / BENCH_FILE, self.manifest.model_dump_json(indent=2) + "\n")
-
-
-def _split(path: Path) -> tuple[list[bytes], int]:
-    """Whole lines of a file, and the bytes after the last of them. A missing file is empty."""
-    try:
-        *lines, rest = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror}") from None
-    return lines, len(rest)
-
-
-def _records(path: Path, lines: list[bytes], bench_id: str) -> dict[tuple[str, str, int, int], BenchRecord]:
-    found = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = BenchRecord.model_validate_json(line)
-        except ValidationError as error:
-            why = error.errors()[0]["msg"]
-            raise HarnessError(f"{path}:{number} is damaged: {why}; remove that line to run it again") from None
-        if record.bench_id != bench_id or record.schema_version != BENCH_SCHEMA:
-            raise HarnessError(f"{path}:{number} belongs to bench {record.bench_id}, not {bench_id}; remove that line")
-        found[record.key] = record
-    return found
-
-
-def _manifest(path: Path) -> BenchManifest:
-    try:
-        manifest = BenchManifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror}; is this a bench folder?") from None
-    except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        raise HarnessError(f"{path} is damaged: {why}; restore it or move the folder away") from None
-    if manifest.bench_id != manifest.spec.bench_id(manifest.machine):
-        raise HarnessError(f"{path} was edited: its spec and machine are not those of bench {manifest.bench_id}")
-    return manifest
+    def _note(self, record: BenchRecord) -> None:
+        self.stored[record.key] = record
 
 
 def _digest(value: Any) -> str:

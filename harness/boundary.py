@@ -9,16 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from harness.boundary_store import BoundaryRecord, BoundaryStore, Found, Kind, Tried
 from harness.errors import HarnessError
 from harness.measured import ProbeResult, ProbeSpec
-
-if TYPE_CHECKING:
-    from harness.limits import Limit
 
 
 class Asks(Protocol):
@@ -26,46 +22,6 @@ class Asks(Protocol):
 
     def ask(self, spec: ProbeSpec, *, limit_bytes: int | None = None, timeout_s: float = ...) -> ProbeResult:
         """Run one probe in a process of its own."""
-
-
-class Serves(Asks, Protocol):
-    """What `Restarting` needs of `harness.probe.Prober`. limit: what held the last probe."""
-
-    limit: Limit | None
-    model_bytes: int
-
-
-class Restarting:
-    """A prober, and another one in its place when it goes down with a probe, which is then `failed`. A context."""
-
-    def __init__(self, start: Callable[[], AbstractContextManager[Serves]]) -> None:
-        self._start, self._stack = start, ExitStack()
-
-    def __enter__(self) -> Restarting:
-        self._prober = self._stack.enter_context(self._start())
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    @property
-    def model_bytes(self) -> int:
-        """Of the loaded model."""
-        return self._prober.model_bytes
-
-    @property
-    def limit(self) -> Limit | None:
-        """What held the last probe."""
-        return self._prober.limit
-
-    def ask(self, spec: ProbeSpec, *, limit_bytes: int | None = None, timeout_s: float = 600.0) -> ProbeResult:
-        """Run one probe. Raises HarnessError when no prober can be started any more."""
-        try:
-            return self._prober.ask(spec, limit_bytes=limit_bytes, timeout_s=timeout_s)
-        except HarnessError as error:
-            self._stack.__exit__(type(error), error, None)
-            self._prober = self._stack.enter_context(self._start())
-            return ProbeResult(status="failed", error=str(error))
 
 
 def largest(fits: Callable[[int], ProbeResult], *, first: int, least: int, most: int, step: int) -> Found:
@@ -114,6 +70,7 @@ class Search:
     """What is searched. spec: a probe with the method and its budget; its tokens and batch are replaced.
 
     method, params: label with the changed parameters, and all parameters, as they go into the record. first: a guess.
+    predict: bytes above the model by size, for the record of a probe that brings none back.
     """
 
     spec: ProbeSpec
@@ -125,6 +82,8 @@ class Search:
     step: int
     at_context: int | None = None
     params: dict[str, Any] = field(default_factory=dict)
+    model_revision: str = ""
+    predict: Callable[[int], int | None] = lambda size: None
 
     def probe(self, size: int) -> ProbeSpec:
         """The probe of that size."""
@@ -134,6 +93,7 @@ class Search:
     def record(self, limit_bytes: int) -> BoundaryRecord:
         """The record before the first probe."""
         return BoundaryRecord(
+            model_revision=self.model_revision,
             method=self.method,
             params=json.loads(json.dumps(self.params, default=str)),  # as a file gives them back
             budget=self.spec.budget or "full",
@@ -170,7 +130,7 @@ class Boundaries:
             spec = search.probe(size)
             tried = record.probe(size) or self._known(record, spec)
             if tried is None:
-                tried = self._try(record, spec)
+                tried = self._try(record, spec, search.predict(size))
             if tried not in record.probes:
                 record = record.model_copy(update={"probes": (*record.probes, tried)})
                 self.store.put(record)
@@ -187,7 +147,7 @@ class Boundaries:
         probes = (tried for r in same if r.params == record.params for tried in r.probes)
         return next((p for p in probes if (p.tokens, p.batch) == (spec.tokens, spec.batch)), None)
 
-    def _try(self, record: BoundaryRecord, spec: ProbeSpec) -> Tried:
+    def _try(self, record: BoundaryRecord, spec: ProbeSpec, predicted: int | None) -> Tried:
         start = time.perf_counter()
         try:
             result = self.prober.ask(spec, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
@@ -203,10 +163,12 @@ class Boundaries:
             status=result.status,
             seconds=round(seconds, 3),
             peak_bytes=None if measured is None else measured.peak_bytes,
-            predicted_bytes=None if measured is None else measured.predicted_bytes,
+            predicted_bytes=predicted if measured is None else measured.predicted_bytes,
             error=line,
         )
         peak = f", peak {tried.peak_bytes / 2**20:.1f} MiB" if tried.peak_bytes is not None else ""
+        if tried.status == "oom" and predicted is not None:
+            peak = f", {predicted / 2**20:.1f} MiB were predicted"
         why = f": {line}" if line and result.status == "failed" else ""
         size = f"{spec.tokens} tokens x {spec.batch}"
         self.say(f"{record.method} {record.budget}: {size}: {tried.status} in {seconds:.1f} s{peak}{why}")

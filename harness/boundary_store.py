@@ -8,18 +8,15 @@ No torch here: leaderboards import this module.
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from harness.errors import HarnessError
+from harness.journal import Journal, Layout
 from harness.measured import Status
 from harness.spec import SCHEMA_VERSION, Frozen, ModelSpec
-from harness.store import write_text
 
 MANIFEST_FILE = "boundary.json"
 RECORDS_FILE = "boundary.jsonl"
@@ -27,8 +24,6 @@ ENVIRONMENT = ("command", "created", "git_commit", "versions", "machine", "model
 """What a repeated command may differ in."""
 
 Kind = Literal["context", "batch"]
-AnyFrozen = TypeVar("AnyFrozen", bound=Frozen)
-log = logging.getLogger("harness")
 
 
 class Tried(Frozen):
@@ -57,9 +52,13 @@ class Found(Frozen):
 
 
 class BoundaryRecord(Frozen):
-    """One search. found: None while it goes on. at_context: tokens of each prompt where the batch is searched."""
+    """One search. found: None while it goes on. at_context: tokens of each prompt where the batch is searched.
+
+    model_revision: content hash or commit, as in the manifest.
+    """
 
     schema_version: int = SCHEMA_VERSION
+    model_revision: str = ""
     method: str
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str
@@ -108,99 +107,43 @@ class BoundaryManifest(Frozen):
     machine: dict[str, Any] = Field(default_factory=dict)
 
 
-class BoundaryStore:
+SEARCHES = Layout(
+    kind="boundary",
+    manifest_file=MANIFEST_FILE,
+    records_file=RECORDS_FILE,
+    manifest=BoundaryManifest,
+    record=BoundaryRecord,
+)
+
+
+class BoundaryStore(Journal[BoundaryManifest, BoundaryRecord]):
     """The one writer of a folder of searches. Make one with `open`; close it or use it as a context."""
 
-    def __init__(self, folder: Path, lock: FileLock) -> None:
-        self.folder, self._lock = folder, lock
+    def __init__(self, folder: Path, manifest: BoundaryManifest) -> None:
         self.records: dict[tuple[str, str, str, int], BoundaryRecord] = {}
+        super().__init__(SEARCHES, folder, manifest)
 
     @classmethod
     def open(cls, folder: Path, manifest: BoundaryManifest) -> BoundaryStore:
-        """Create or resume. Raises HarnessError for a folder in use, unwritable, damaged or of other settings."""
-        lock = FileLock(folder / ".lock", timeout=0)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise HarnessError(f"{folder} is being written by another process; wait for it or stop it") from None
-        except OSError as error:
-            raise HarnessError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
-        store = cls(folder, lock)
-        try:
-            store._resume(manifest)
-        except BaseException:
-            store.close()
-            raise
-        return store
+        """Create or resume; raises HarnessError as `Journal` does, and for a folder of other settings."""
+        return cls(folder, manifest)
 
     def put(self, record: BoundaryRecord) -> None:
         """Store a search as far as it came, in place of what was there of it."""
+        self._note(record)
+        self._replace(list(self.records.values()))
+
+    def _note(self, record: BoundaryRecord) -> None:
         self.records[record.key] = record
-        lines = [json.dumps(r.model_dump(mode="json"), separators=(",", ":")) + "\n" for r in self.records.values()]
-        write_text(self.folder / RECORDS_FILE, "".join(lines))
 
-    def close(self) -> None:
-        """Release the folder. Closing twice is fine."""
-        self._lock.release()
-
-    def __enter__(self) -> BoundaryStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _resume(self, manifest: BoundaryManifest) -> None:
-        path = self.folder / MANIFEST_FILE
-        if path.exists():
-            earlier = _manifest(path)
-            old, new = (m.model_dump(exclude=set(ENVIRONMENT)) for m in (earlier, manifest))
-            other = next((name for name in new if old[name] != new[name]), None)
-            if other is not None:
-                raise HarnessError(
-                    f"{self.folder} was searched with {other} {old[other]}, not {new[other]}; choose another --out"
-                )
-            if (earlier.git_commit, earlier.versions) != (manifest.git_commit, manifest.versions):
-                log.warning("%s: goes on with another commit or other versions; earlier probes are reused", self.folder)
-                kept = self.folder / f"boundary.{len(list(self.folder.glob('boundary.*.json'))) + 1}.json"
-                write_text(kept, earlier.model_dump_json(indent=2) + "\n")
-        self.records = {record.key: record for record in read_records(self.folder)}
-        write_text(path, manifest.model_dump_json(indent=2) + "\n")
+    def _check_same(self, earlier: BoundaryManifest) -> None:
+        old, new = (manifest.model_dump(exclude=set(ENVIRONMENT)) for manifest in (earlier, self.manifest))
+        other = next((name for name in new if old[name] != new[name]), None)
+        if other is not None:
+            was = f"{self.folder} was searched with {other} {old[other]}"
+            raise HarnessError(f"{was}, not {new[other]}; choose another --out")
 
 
 def load_boundaries(folder: Path) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
     """A folder of searches as stored. Raises HarnessError when a file is missing or damaged."""
-    return _manifest(Path(folder) / MANIFEST_FILE), read_records(Path(folder))
-
-
-def read_records(folder: Path) -> list[BoundaryRecord]:
-    """Every search, the last line of each; none without a file. An unfinished last line is ignored with a warning.
-
-    Raises HarnessError for any other damaged line.
-    """
-    path = folder / RECORDS_FILE
-    try:
-        *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror}") from None
-    if rest:
-        log.warning("%s: ignored an unfinished last line (%d bytes)", path, len(rest))
-    found = [_validate(BoundaryRecord, line, where=f"{path}:{n}") for n, line in enumerate(lines, start=1)]
-    return list({record.key: record for record in found}.values())
-
-
-def _manifest(path: Path) -> BoundaryManifest:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror}; run `harness boundary` first") from None
-    return _validate(BoundaryManifest, data, where=str(path))
-
-
-def _validate(kind: type[AnyFrozen], data: bytes, *, where: str) -> AnyFrozen:
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise HarnessError(f"{where} is damaged: {field}: {first['msg']}; remove it or choose another --out") from None
+    return SEARCHES.load(Path(folder))

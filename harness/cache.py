@@ -59,18 +59,19 @@ class PrefillLayer(LayerCache):
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
         self.scaling, self.window = scaling, window
+        out, lse = causal_attention(queries, self.keys, self.values, scaling=scaling, window=window)
         if window is None:
-            self.observe(queries)
-        return causal_attention(queries, self.keys, self.values, scaling=scaling, window=window)
+            self.observe(queries, lse)
+        return out
 
-    def observe(self, queries: Tensor) -> None:
-        """Gather what `needs` asks for from the queries of the tokens just appended."""
+    def observe(self, queries: Tensor, lse: Tensor | None) -> None:
+        """Gather what `needs` asks for from the queries of the tokens just appended. lse: as of `causal_attention`."""
         before = [] if self.seen == queries.shape[2] else [self.queries]
         last = queries[:, :, max(0, queries.shape[2] - self.needs.window) :]
         self.queries = torch.cat([*before, last], dim=2)
         self.queries = self.queries[:, :, max(0, self.queries.shape[2] - self.needs.window) :]
         if self.needs.column_sums:
-            sums = column_sums(queries, self.keys, scaling=self.scaling)
+            sums = column_sums(queries, self.keys, lse, scaling=self.scaling)
             if self.sums is not None:
                 sums[..., : self.sums.shape[-1]] += self.sums
             self.sums = sums
@@ -129,9 +130,9 @@ class RowsLayer(LayerCache):
         for group, own in zip(self.groups, self._split(queries), strict=True):
             used = group.size + grown
             mask = None if asked is None else visible(group.positions[:, :, :used], asked, window)
-            keys, values = group.keys[:, :, :used], group.values[:, :, :used]
+            keys, values = group.keys.narrow(2, 0, used), group.values.narrow(2, 0, used)
             outputs.append(slot_attention(own, keys, values, mask=mask, scaling=scaling))
-        out = torch.cat(outputs)  # [R * H, G, Q, D], group after group
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [R * H, G, Q, D], group after group
         if self._back is not None:
             out = out.index_select(0, self._back)
         return out.reshape(queries.shape[0], -1, *out.shape[2:])
@@ -177,6 +178,8 @@ class RowsLayer(LayerCache):
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         """The streams' parts of x [R, H * k, Q, D], by group: [n, k, Q, D]."""
         x = x.reshape(-1, x.shape[1] // self.heads, *x.shape[2:])
+        if len(self._counts) == 1:
+            return (x,)
         return (x if self._order is None else x.index_select(0, self._order)).split_with_sizes(self._counts)
 
 

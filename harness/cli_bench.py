@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from harness.arguments import assignment, names, numbers, one_line
+from harness.arguments import assignment, names, numbers
+from harness.errors import HarnessError
 
 BENCHES = Path("benches")
 
@@ -67,7 +68,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     try:
         ask = BenchAsk.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        raise one_line(error) from None
+        raise _refusal(error) from None
     folder = run_bench(ask, root=args.out, command=command, prober=Prober)
     manifest, records = load_bench(folder)
     print(to_terminal(records, manifests=[manifest]))
@@ -75,7 +76,15 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
         print(f"wrote {path}", file=sys.stderr)
     lost = sum(record.status in ("failed", "timeout") for record in records)
     if lost:
-        print(
-            f"harness: {lost} of {len(records)} probes failed or ran out of time; repeat the command", file=sys.stderr
-        )
+        advice = "repeat the command to try them again"
+        if any(record.status == "timeout" for record in records):
+            advice += ", with a longer --timeout"
+        print(f"harness: {lost} of {len(records)} probes failed or ran out of time; {advice}", file=sys.stderr)
     return 1 if lost else 0
+
+
+def _refusal(error: ValidationError) -> HarnessError:
+    """The first option that is out of range, as it is typed."""
+    first = error.errors()[0]
+    name = "-".join(map(str, first["loc"])).removesuffix("_s").replace("limit_bytes", "memory_limit")
+    return HarnessError(f"--{name.replace('_', '-')} {first['input']}: {first['msg'].lower()}")

@@ -71,10 +71,18 @@ class Engine:
         model: the model, attached.
         query: whether a policy sees the question (`aware`) or the context only (`agnostic`).
         first_token: whether the first generated token comes from the compressed cache or from the prefill.
+        rows: most that are decoded together; a row's tokens do not depend on it.
     """
 
-    def __init__(self, model: AttachedModel, *, query: QueryMode = "aware", first_token: FirstToken = "compressed"):
-        self.model, self.query, self.first_token = model, query, first_token
+    def __init__(
+        self,
+        model: AttachedModel,
+        *,
+        query: QueryMode = "aware",
+        first_token: FirstToken = "compressed",
+        rows: int = ROWS_AT_ONCE,
+    ) -> None:
+        self.model, self.query, self.first_token, self.rows = model, query, first_token, rows
 
     def run(self, prompt: Prompt, cells: Sequence[Cell]) -> list[Outcome]:
         """One outcome per cell, in order. A cell that fails or runs out of memory is marked; the others go on."""
@@ -133,8 +141,8 @@ class Engine:
         ready = [row for row in ready if row.outcome.status == "ok"]
         for evicting in (False, True):
             batch = [row for row in ready if row.cell.policy.evicts_while_decoding is evicting]
-            for i in range(0, len(batch), ROWS_AT_ONCE):
-                self._decode(batch[i : i + ROWS_AT_ONCE], prompt, prefilled, tail=tail)
+            for i in range(0, len(batch), self.rows):
+                self._decode(batch[i : i + self.rows], prompt, prefilled, tail=tail)
 
     def prefill(self, ids: Sequence[int], needs: Needs) -> Prefilled:
         """Run the prompt once with the full cache, gathering what `needs` asks for."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,65 +24,155 @@ class EvictingRow:
 
 
 @dataclass
+class _Batch:
+    """Rows of one policy, budget and number of slots, in one KV: they are asked, and evict, at once."""
+
+    rows: list[int]  # ascending
+    policy: KVPolicy
+    budget: int
+    kv: KV  # B = len(rows)
+
+
 class EvictingLayer(LayerCache):
     """Rows that stay at their budget while they grow; one token at a time (Q = 1).
 
     In a sliding-window layer, which no policy sees, tokens leave as the window passes them.
+
+    Args:
+        rows: what each row kept, every KV of batch 1. It is the layer's from then on.
+        position: position of the next token, the same for all rows.
     """
 
-    rows: list[EvictingRow]
-    position: int
-    _asked: int = field(default=0, repr=False)
+    def __init__(self, rows: Sequence[EvictingRow], position: int) -> None:
+        self.position = position
+        alike: dict[Hashable, list[int]] = {}
+        for i, row in enumerate(rows):
+            alike.setdefault(_alike(row, i), []).append(i)
+        batches = []
+        for own in alike.values():
+            first = rows[own[0]]
+            batches.append(_Batch(own, first.policy, first.budget, _merged([rows[i].kv for i in own])))
+        self._arrange(batches)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        for i, row in enumerate(self.rows):
-            kv = row.kv
-            free = kv.positions.argmin(dim=-1, keepdim=True)  # [1, H, 1], an empty slot
-            if bool((kv.positions.gather(2, free) >= 0).any()):
-                name = type(row.policy).__name__
+        for batch, k, v in zip(self.batches, self._split(keys), self._split(values), strict=True):
+            kv = batch.kv
+            lowest, free = kv.positions.min(dim=-1, keepdim=True)  # [B, H, 1], an empty slot
+            if int(lowest.max()) >= 0:
+                name = type(batch.policy).__name__
                 raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
-            wide = free.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
-            kv.keys.scatter_(2, wide, keys[i : i + 1])
-            kv.values.scatter_(2, wide, values[i : i + 1])
+            wide = free.unsqueeze(-1)
+            kv.keys.scatter_(2, wide.expand(k.shape), k)
+            kv.values.scatter_(2, wide.expand(v.shape), v)
             kv.positions.scatter_(2, free, self.position)
-        self._asked = self.position
         self.position += 1
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        asked = torch.tensor([self._asked], device=queries.device)
+        last = self.position - 1
+        asked = torch.tensor([last], device=queries.device)
         outputs = []
-        for i, row in enumerate(self.rows):
-            query = queries[i : i + 1]
-            mask = visible(row.kv.positions, asked, window)
-            keys, values = row.kv.load()
+        for batch, query in zip(self.batches, self._split(queries), strict=True):
+            mask = visible(batch.kv.positions, asked, window)
+            keys, values = batch.kv.load()
             outputs.append(slot_attention(query, keys, values, mask=mask, scaling=scaling))
             if window is not None:
-                row.kv.positions.masked_fill_(row.kv.positions <= self._asked - window + 1, -1)
+                batch.kv.positions.masked_fill_(batch.kv.positions <= last - window + 1, -1)
             else:
-                wanted = row.policy.needs.decode_attention
-                self._evict(row, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None)
-        return torch.cat(outputs)
-
-    def _evict(self, row: EvictingRow, attention: Tensor | None) -> None:
-        freed = row.policy.after_step(StepView(row.kv, attention, self._asked, row.budget)).unsqueeze(-1)  # [1, H, 1]
-        old = row.kv.positions.gather(2, freed.clamp(min=0))
-        row.kv.positions.scatter_(2, freed.clamp(min=0), torch.where(freed < 0, old, -1))
+                wanted = batch.policy.needs.decode_attention
+                _evict(batch, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None, position=last)
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out if self._back is None else out.index_select(0, self._back)
 
     def snapshot(self) -> Any:
         """State to come back to with `restore`, a copy."""
-        return self.position, [copy_kv(row.kv) for row in self.rows]
+        return self.position, [copy_kv(batch.kv) for batch in self.batches]
 
     def restore(self, state: Any) -> None:
         self.position, kvs = state
-        for row, kv in zip(self.rows, kvs, strict=True):
-            row.kv = kv
+        for batch, kv in zip(self.batches, kvs, strict=True):
+            batch.kv = kv
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop every row that is not in `rows`."""
-        self.rows = [self.rows[row] for row in rows]
+        """Drop every row that is not in `rows` (ascending); the kept ones are renumbered from 0."""
+        place = {row: new for new, row in enumerate(rows)}
+        kept = []
+        for batch in self.batches:
+            members = [i for i, row in enumerate(batch.rows) if row in place]
+            if members:
+                kv = batch.kv if len(members) == len(batch.rows) else _merged([_row(batch.kv, i) for i in members])
+                kept.append(replace(batch, rows=[place[batch.rows[i]] for i in members], kv=kv))
+        self._arrange(kept)
 
     def nbytes(self, row: int) -> int:
-        return self.rows[row].kv.nbytes
+        """Measured bytes of a row, side data included."""
+        batch = next((batch for batch in self.batches if row in batch.rows), None)
+        if batch is None:
+            raise IndexError(f"row {row} of {sum(len(batch.rows) for batch in self.batches)}")
+        return (batch.kv if len(batch.rows) == 1 else _row(batch.kv, batch.rows.index(row))).nbytes
+
+    def _arrange(self, batches: list[_Batch]) -> None:
+        self.batches = batches
+        self._counts = [len(batch.rows) for batch in batches]
+        self._order: Tensor | None = None  # [R], batch after batch; None when rows stand so already
+        self._back: Tensor | None = None
+        order = [row for batch in batches for row in batch.rows]
+        if order != sorted(order):
+            self._order = torch.tensor(order, device=batches[0].kv.positions.device)
+            self._back = self._order.argsort()
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        """The rows of x [R, ...] by batch."""
+        if len(self._counts) == 1:
+            return (x,)
+        return (x if self._order is None else x.index_select(0, self._order)).split_with_sizes(self._counts)
+
+
+def _alike(row: EvictingRow, alone: int) -> Hashable:
+    """Equal for rows that one KV can hold. alone: the row's number, which sets apart what cannot be held with others.
+
+    What a subclass of KV holds besides tensors is one for the whole batch. It changes alike in rows that start alike:
+    with the same fields and as many live slots in every head.
+    """
+    kv = row.kv
+    if any(x.shape[:2] != kv.positions.shape[:2] for x in kv.extra.values()):
+        return alone
+    side = tuple((name, x.shape, x.dtype) for name, x in sorted(kv.extra.items()))
+    tensors = (type(kv), kv.keys.shape, kv.keys.dtype, kv.values.shape, kv.values.dtype, kv.positions.shape, side)
+    if type(kv) is KV:
+        return row.policy, row.budget, tensors
+    own = {field.name for field in fields(kv)} - {field.name for field in fields(KV)}
+    state = tuple((name, getattr(kv, name)) for name in sorted(own))
+    if any(isinstance(value, Tensor) or not isinstance(value, Hashable) for _, value in state):
+        return alone
+    return row.policy, row.budget, tensors, state, tuple(kv.live[0].tolist())
+
+
+def _merged(kvs: Sequence[KV]) -> KV:
+    """The KVs of alike rows as one."""
+    first = kvs[0]
+    if len(kvs) == 1:
+        return first
+    extra = {name: torch.cat([kv.extra[name] for kv in kvs]) for name in first.extra}
+    keys, values = torch.cat([kv.keys for kv in kvs]), torch.cat([kv.values for kv in kvs])
+    return replace(first, keys=keys, values=values, positions=torch.cat([kv.positions for kv in kvs]), extra=extra)
+
+
+def _row(kv: KV, row: int) -> KV:
+    """One row of a batch's KV, not a copy."""
+    at = slice(row, row + 1)
+    extra = {name: x[at] for name, x in kv.extra.items()}
+    return replace(kv, keys=kv.keys[at], values=kv.values[at], positions=kv.positions[at], extra=extra)
+
+
+def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
+    kv = batch.kv
+    freed = batch.policy.after_step(StepView(kv, attention, position, batch.budget))  # [B, H]
+    if freed.shape != kv.positions.shape[:2]:
+        name, wanted = type(batch.policy).__name__, list(kv.positions.shape[:2])
+        raise PolicyError(f"{name}.after_step returned shape {list(freed.shape)}; give a slot to each head, {wanted}")
+    slot = freed.unsqueeze(-1)
+    at = slot.clamp(min=0)
+    kv.positions.scatter_(2, at, kv.positions.gather(2, at).masked_fill_(slot >= 0, -1))
 
 
 def with_room(kv: KV, slots: int) -> KV:

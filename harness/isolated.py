@@ -39,9 +39,9 @@ class IsolatedLayer(PrefillLayer):
             self.release()
         return out
 
-    def observe(self, queries: Tensor) -> None:
+    def observe(self, queries: Tensor, lse: Tensor | None) -> None:
         with self.clock.part("observe"):
-            super().observe(queries)
+            super().observe(queries, lse)
 
     def view(self) -> LayerView:
         return LayerView(self.index, self.kv(), self.queries, self.scaling, self.sums, self.model.rotate)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from harness.durable import append, cut, whole_lines, write_text
 from harness.errors import HarnessError
 from harness.gradient import Descent
-from harness.store import write_text
 
 ROLLOUTS, IDENTITY = "rollouts.jsonl", "compile.json"
 
@@ -43,10 +43,7 @@ class Ledger:
     def add(self, stage: str, prompt: str, values: Any) -> None:
         """Store one roll-out; on return it is on the disk."""
         line = json.dumps({"stage": stage, "prompt": prompt, "values": values}, separators=(",", ":"))
-        with (self.folder / ROLLOUTS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.folder / ROLLOUTS, f"{line}\n".encode())
         self._found[stage, prompt] = values
 
     def keep(self, name: str, descent: Descent) -> None:
@@ -76,12 +73,7 @@ class Ledger:
 
     def _read(self) -> None:
         path = self.folder / ROLLOUTS
-        if not path.is_file():
-            return
-        *lines, rest = path.read_bytes().split(b"\n")
-        if rest:  # what a kill left of a line
-            with path.open("r+b") as file:
-                file.truncate(sum(len(line) + 1 for line in lines))
+        lines, unfinished = whole_lines(path)
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
@@ -90,3 +82,4 @@ class Ledger:
                 raise HarnessError(
                     f"{path} line {number} is damaged; delete that line and repeat the command"
                 ) from None
+        cut(path, unfinished)

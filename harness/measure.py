@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ import torch
 from harness.errors import HarnessError
 from harness.measured import ProbeResult, ProbeSpec
 from harness.plan import Group, PlannedSample
+from harness.probing import Restarting
 from harness.records import Record
 from harness.spec import ModelSpec, Sweep
 
@@ -75,13 +77,14 @@ def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
         return
     from harness.probe import Prober
 
-    prober = Prober(model=sweep.model, dtype=model.dtype, device=model.device, threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    start = partial(Prober, model=sweep.model, dtype=model.dtype, device=model.device, threads=threads)
     with ExitStack() as stack:
         opened: list[Probing] = []
 
         def finish(records: list[Record], group: Group) -> list[Record]:
             if not opened:  # a run with nothing left to do starts no server
-                opened.append(stack.enter_context(prober))
+                opened.append(stack.enter_context(Restarting(start)))
             owners = [planned for planned, cells in group for _ in cells]
             pairs = zip(records, owners, strict=True)
             return [with_measured(r, planned, sweep, prober=opened[0]) for r, planned in pairs]

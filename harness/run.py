@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,9 +14,9 @@ from tqdm import tqdm
 
 from harness.attach import AttachedModel
 from harness.cells import Outcome
-from harness.engine import Engine
+from harness.engine import ROWS_AT_ONCE, Engine
 from harness.machine import git_commit, machine, versions
-from harness.measure import Finish, check_measure, measured_on, measuring
+from harness.measure import check_measure, measured_on, measuring
 from harness.models import LoadedModel, load_model
 from harness.plan import (
     Group,
@@ -35,6 +36,7 @@ from harness.prompt import TaskTokenizer
 from harness.records import Record, RunManifest
 from harness.spec import RunSpec, Sweep
 from harness.store import RunStore
+from methods.base import KVPolicy
 
 log = logging.getLogger("harness")
 
@@ -44,15 +46,18 @@ class Runner:
     """Turns samples into records with one loaded model; holds no files, so any process can be one.
 
     Args:
-        spec: the resolved run. loaded: its model. max_new_tokens: cap on the tasks' generation lengths.
+        spec: the resolved run.
+        loaded: its model.
+        rows: most that are decoded together.
     """
 
     spec: RunSpec
     loaded: LoadedModel
+    rows: int = ROWS_AT_ONCE
 
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model)
-        self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
+        self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token, rows=self.rows)
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
 
     def records(self, group: Group) -> list[Record]:
@@ -60,58 +65,120 @@ class Runner:
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
         return [
-            self._record(planned, cell, outcome)
+            record_of(self.spec, planned, cell, outcome, text=self.tokenizer.decode(outcome.token_ids))
             for (planned, cells), found in zip(group, outcomes, strict=True)
             for cell, outcome in zip(cells, found, strict=True)
         ]
 
-    def _record(self, planned: PlannedSample, cell: PlannedCell, outcome: Outcome) -> Record:
-        sample, nll = planned.sample, outcome.nll_per_token
-        prediction, metrics = "", {}
-        if outcome.status == "ok":
-            prediction = self.tokenizer.decode(outcome.token_ids)
-            for stop in sample.stop:
-                prediction = prediction.split(stop)[0]
-            metrics = dict(planned.task.score(sample, prediction))
-        return Record(
-            run_id=self.spec.run_id,
-            model=self.spec.model.name,
-            dtype=self.spec.model.dtype,
-            task=planned.task.name,
-            sample_id=sample.id,
-            method=cell.method,
-            budget=cell.budget,
-            query=self.spec.query,
-            first_token=self.spec.first_token,
-            seed=self.spec.seed,
-            status=outcome.status,
-            error=outcome.error,
-            over_budget=outcome.over_budget,
-            notes=(*planned.notes, *outcome.notes),
-            prompt_tokens=len(planned.ids),
-            compressed_tokens=outcome.compressed_tokens,
-            prompt_sha256=planned.sha256,
-            budget_tokens=outcome.budget_tokens,
-            kept_slots=outcome.kept_slots,
-            kv_bytes=outcome.kv_bytes,
-            kv_bytes_end=outcome.kv_bytes_end,
-            asked_bytes=outcome.asked_bytes,
-            full_bytes=outcome.full_bytes,
-            needle_tokens=len(planned.needle),
-            needle_kept=outcome.needle_kept,
-            answers=sample.answers,
-            prediction=prediction,
-            token_ids=outcome.token_ids,
-            metrics=metrics,
-            nll=sum(nll) / len(nll) if nll else None,
-            nll_tokens=len(nll),
-            nll_first=nll[0] if nll else None,
-            meta=dict(sample.meta),
-            prefill_s=outcome.prefill_s,
-            compress_s=outcome.compress_s,
-            decode_s=outcome.decode_s,
-            decode_rows=outcome.decode_rows,
-        )
+
+def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, *, text: str = "") -> Record:
+    """What is stored of a cell. text: of its tokens."""
+    sample, nll = planned.sample, outcome.nll_per_token
+    prediction, metrics = "", {}
+    if outcome.status == "ok":
+        prediction = text
+        for stop in sample.stop:
+            prediction = prediction.split(stop)[0]
+        metrics = dict(planned.task.score(sample, prediction))
+    return Record(
+        run_id=spec.run_id,
+        model=spec.model.name,
+        dtype=spec.model.dtype,
+        task=planned.task.name,
+        sample_id=sample.id,
+        method=cell.method,
+        budget=cell.budget,
+        query=spec.query,
+        first_token=spec.first_token,
+        seed=spec.seed,
+        status=outcome.status,
+        error=outcome.error,
+        over_budget=outcome.over_budget,
+        notes=(*planned.notes, *outcome.notes),
+        prompt_tokens=len(planned.ids),
+        compressed_tokens=outcome.compressed_tokens,
+        prompt_sha256=planned.sha256,
+        budget_tokens=outcome.budget_tokens,
+        kept_slots=outcome.kept_slots,
+        kv_bytes=outcome.kv_bytes,
+        kv_bytes_end=outcome.kv_bytes_end,
+        asked_bytes=outcome.asked_bytes,
+        full_bytes=outcome.full_bytes,
+        needle_tokens=len(planned.needle),
+        needle_kept=outcome.needle_kept,
+        answers=sample.answers,
+        prediction=prediction,
+        token_ids=outcome.token_ids,
+        metrics=metrics,
+        nll=sum(nll) / len(nll) if nll else None,
+        nll_tokens=len(nll),
+        nll_first=nll[0] if nll else None,
+        meta=dict(sample.meta),
+        prefill_s=outcome.prefill_s,
+        compress_s=outcome.compress_s,
+        decode_s=outcome.decode_s,
+        decode_rows=outcome.decode_rows,
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep that can be run: everything that could be refused has been looked at but the model's attention."""
+
+    manifest: RunManifest
+    samples: Sequence[PlannedSample]
+    cells: Sequence[PlannedCell]
+
+    @property
+    def policies(self) -> list[KVPolicy]:
+        return list(dict.fromkeys(cell.cell.policy for cell in self.cells))
+
+    def missing(self, done: Set[tuple[str, str, str, str]]) -> list[Group]:
+        """Samples of one context each, with the cells that `done` lacks of them."""
+        work: list[Group] = []
+        for group in contexts(self.samples, self.manifest.spec.query):
+            wanted = [(planned, [cell for cell in self.cells if _key(planned, cell) not in done]) for planned in group]
+            if lacking := [(planned, cells) for planned, cells in wanted if cells]:
+                work.append(lacking)
+        return work
+
+
+def prepare(sweep: Sweep, load: Callable[[Sweep], LoadedModel], *, command: Sequence[str]) -> Prepared:
+    """Plan a sweep. load: the model, or what is known of it without its weights; called once names are checked.
+
+    Raises HarnessError for bad input.
+    """
+    check_measure(sweep)
+    named, tasks = plan_methods(sweep), plan_tasks(sweep)
+    plan_cells(named, sweep.budgets)  # refuses a bad budget before the model loads
+    loaded = load(sweep)
+    methods = fit_methods(named, loaded)
+    cells = plan_cells(methods, sweep.budgets)
+    samples, task_specs, max_tokens = plan_samples(sweep, tasks, loaded)
+    check_unseen(samples, methods)
+    check_budgets(samples, cells, sweep.query)
+    method_specs, here = tuple(spec for spec, _ in methods), machine()
+    place = measured_on(here, loaded.spec) if sweep.measure else None
+    spec = run_spec(sweep, loaded, methods=method_specs, tasks=task_specs, max_tokens=max_tokens, measured_on=place)
+    manifest = RunManifest(
+        run_id=spec.run_id,
+        status="started",
+        command=tuple(command),
+        spec=spec,
+        started=now(),
+        samples=len(samples),
+        cells=len(cells),
+        git_commit=git_commit(),
+        versions=versions(),
+        machine=here,
+    )
+    return Prepared(manifest, samples, cells)
+
+
+def load(sweep: Sweep) -> LoadedModel:
+    """The model of a sweep."""
+    print(f"loading {sweep.model}", file=sys.stderr, flush=True)
+    return load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=sweep.trust_remote_code)
 
 
 def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
@@ -123,73 +190,50 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         HarnessError: bad input, or a folder that cannot be written.
         KeyboardInterrupt: after the manifest says so.
     """
-    check_measure(sweep)
-    named, tasks = plan_methods(sweep), plan_tasks(sweep)
-    plan_cells(named, sweep.budgets)  # refuses a bad budget before the model loads
-    print(f"loading {sweep.model}", file=sys.stderr, flush=True)
-    loaded = load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=sweep.trust_remote_code)
-    methods = fit_methods(named, loaded)
-    cells = plan_cells(methods, sweep.budgets)
-    samples, task_specs, max_tokens = plan_samples(sweep, tasks, loaded)
-    check_unseen(samples, methods)
-    check_budgets(samples, cells, sweep.query)
-    method_specs = tuple(spec for spec, _ in methods)
-    here = machine()
-    place = measured_on(here, loaded.spec) if sweep.measure else None
-    spec = run_spec(sweep, loaded, methods=method_specs, tasks=task_specs, max_tokens=max_tokens, measured_on=place)
-    manifest = RunManifest(
-        run_id=spec.run_id,
-        status="started",
-        command=tuple(command),
-        spec=spec,
-        started=_now(),
-        samples=len(samples),
-        cells=len(cells),
-        git_commit=git_commit(),
-        versions=versions(),
-        machine=here,
-    )
-    runner = Runner(spec, loaded)  # before the folder is made: it refuses models that it cannot run
-    runner.engine.check([policy for _, policy in methods], samples[0].ids)
-    with RunStore.open(root, manifest) as store, measuring(sweep, loaded.spec) as finish:
-        _run_missing(store, runner, samples, cells, finish=finish)
+    models: list[LoadedModel] = []
+
+    def loaded(sweep: Sweep) -> LoadedModel:
+        models.append(load(sweep))
+        return models[0]
+
+    prepared = prepare(sweep, loaded, command=command)
+    runner = Runner(prepared.manifest.spec, models[0])  # before the folder is made: it refuses models it cannot run
+    runner.engine.check(prepared.policies, prepared.samples[0].ids)
+    with RunStore.open(root, prepared.manifest) as store, measuring(sweep, models[0].spec) as finish:
+        work = prepared.missing(store.done)
+        todo = sum(map(len, work))
+        print(
+            f"run {store.folder}: {todo} of {len(prepared.samples)} samples to do, {len(prepared.cells)} cells each",
+            file=sys.stderr,
+        )
+        slow = 0.5 if sys.stderr.isatty() else 30.0
+        with (
+            ending(store),
+            tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True) as bar,
+        ):
+            for group in work:
+                store.append(finish(runner.records(group), group))
+                bar.update(len(group))
         return store.folder
 
 
-def _run_missing(
-    store: RunStore,
-    runner: Runner,
-    samples: Sequence[PlannedSample],
-    cells: Sequence[PlannedCell],
-    *,
-    finish: Finish,
-) -> None:
-    """Append what the store lacks, context by context. finish: what is done to the records of each first."""
-    work = []
-    for group in contexts(samples, runner.spec.query):
-        wanted = [(planned, [cell for cell in cells if _key(planned, cell) not in store.done]) for planned in group]
-        if missing := [(planned, lacking) for planned, lacking in wanted if lacking]:
-            work.append(missing)
-    todo = sum(map(len, work))
-    print(f"run {store.folder}: {todo} of {len(samples)} samples to do, {len(cells)} cells each", file=sys.stderr)
-    slow = 0.5 if sys.stderr.isatty() else 30.0
+@contextmanager
+def ending(store: RunStore) -> Iterator[None]:
+    """The manifest says how the run ended, whatever ended it."""
     try:
-        with tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True) as bar:
-            for missing in work:
-                store.append(finish(runner.records(missing), missing))
-                bar.update(len(missing))
+        yield
     except KeyboardInterrupt:
-        store.finish("interrupted", finished=_now())
+        store.finish("interrupted", finished=now())
         raise
-    except Exception as error:  # the manifest must say how the run ended, whatever ended it
-        store.finish("failed", finished=_now(), error=" ".join(str(error).split())[:500])
+    except Exception as error:
+        store.finish("failed", finished=now(), error=" ".join(str(error).split())[:500])
         raise
-    store.finish("finished", finished=_now())
+    store.finish("finished", finished=now())
 
 
 def _key(planned: PlannedSample, cell: PlannedCell) -> tuple[str, str, str, str]:
     return (planned.task.name, planned.sample.id, cell.method, cell.budget)
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -14,7 +14,7 @@ from harness.bench_store import BenchManifest, BenchRecord
 from harness.errors import HarnessError
 from harness.measured import Measured, Spread
 from harness.store import write_text
-from leaderboards.speed_rows import SPREADS, Row, SpeedTable, numbers, tables
+from leaderboards.speed_rows import ALARM, SPREADS, Row, SpeedTable, numbers, tables
 from leaderboards.text import LONGEST, bullets, clean, escape, fold, github, number, plain, wrap
 
 TERMINAL_WIDTH = 120
@@ -109,7 +109,7 @@ def _bench_line(row: Row, base: Measured | None) -> dict[str, str]:
         "compress %": number(found["compress_percent"]),
         "TTFT s": _spread(row, "ttft_s"),
         "TPOT ms": _spread(row, "tpot_s", times=1000, digits=2),
-        "tokens/s": number(found["tokens_per_s"]),
+        "tokens/s": _rate(row),
         **_memory(row, found),
         "TPOT / full": number(found["tpot_ratio"], digits=2),
         "peak / full": number(found["peak_ratio"], digits=2),
@@ -123,7 +123,7 @@ def _serve_line(row: Row, base: Measured | None) -> dict[str, str]:
         "KV MiB": number(found["kv_total_bytes"] / MIB, digits=2),
         "TTFT s": _spread(row, "ttft_s"),
         "step ms": _spread(row, "tpot_s", times=1000, digits=2),
-        "tokens/s": number(found["tokens_per_s"]),
+        "tokens/s": _rate(row),
         "with prefill": number(found["all_tokens_per_s"]),
         **_memory(row, found),
         "tokens/s / full": number(found["tokens_per_s_ratio"], digits=2),
@@ -139,12 +139,23 @@ def _spread(row: Row, name: str, *, times: float = 1.0, digits: int = 3) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
+def _rate(row: Row) -> str:
+    """Output tokens a second of the whole batch by the median step, the slowest and the fastest one."""
+    if row.found is None:
+        return "-"
+    steps, batch = row.found.tpot_s, row.found.batch
+    rates = [number(batch / seconds if seconds else nan) for seconds in (steps.median, steps.high, steps.low)]
+    return rates[0] if steps.low == steps.high else f"{rates[0]} [{rates[1]}, {rates[2]}]"
+
+
 def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
     """What was measured on: of the manifests whose records are in the table."""
     ids = {row.first.bench_id for row in table.rows}
     used = sorted((m for m in manifests if m.bench_id in ids), key=lambda m: m.bench_id)
     passes = sorted({row.passes for row in table.rows})
+    notes = dict.fromkeys(str(note) for m in used for note in m.machine.get("notes", ()))
     facts = {
+        "note": "; ".join(notes),
         "benches": ", ".join(sorted(ids)),
         "passes": ", ".join(map(str, passes)) + "; median of the passes' medians [least, most]",
         "machine": "; ".join(dict.fromkeys(_machine(m) for m in used)),
@@ -169,11 +180,19 @@ def _versions(manifest: BenchManifest) -> str:
 
 def _footnotes(table: SpeedTable) -> list[str]:
     kinds = sorted({row.found.memory for row in table.rows if row.found is not None})
-    lines = (
-        [f"peak: highest {' and '.join(kinds)} above the loaded model, prefill and decode included"] if kinds else []
-    )
+    lines = []
+    if kinds:
+        lines += ["prefill, observe, compress: of one prompt, apart; TTFT: their sum and the choice of the token"]
+        lines += ["TPOT: one decode step of the whole batch; tokens/s: batch over TPOT, [slowest, fastest] step"]
+        lines += ["compress %: of prefill; KV: keys and values left after compression"]
+        lines += [f"peak: highest {' and '.join(kinds)} above the loaded model, prefill and decode included"]
+        lines += ["predicted: the same from shapes alone, before anything ran (harness/footprint.py)"]
+    lines += [_alarm(row, row.found) for row in table.rows if row.alarm and row.found is not None]
     if any(row.alarm for row in table.rows):
-        lines.append("!: the peak differs from its prediction by more than 5 %")
+        lines.append(
+            f"!: measured and predicted peak differ by more than {ALARM:.0%}. The prediction counts tensors, "
+            "the peak all that the process held; do not take either for the other"
+        )
     if table.baseline is None:
         lines.append("no ratios: fullkv is not among the methods, or did not finish")
     for row in table.rows:
@@ -183,6 +202,12 @@ def _footnotes(table: SpeedTable) -> list[str]:
                 clean(f"{first.method} at {first.budget}, pass {first.round + 1}: {first.status}: {first.error}")
             )
     return lines
+
+
+def _alarm(row: Row, found: Measured) -> str:
+    share = found.peak_bytes / found.predicted_bytes - 1 if found.predicted_bytes else nan
+    where = f"{clean(row.first.method)} at {clean(row.first.budget)}"
+    return f"! {where}: peak {abs(share):.0%} {'above' if share > 0 else 'below'} its prediction"
 
 
 def _csv_line(table: SpeedTable, row: Row) -> dict[str, Any]:

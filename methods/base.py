@@ -1,8 +1,9 @@
 """The three nouns of a method: a policy is frozen parameters, a view is what it sees, a KV is what it leaves.
 
 Shape letters, used everywhere in this package:
-    B prompts (1 in a view)   L layers          H KV heads          G query heads per KV head (Hq = H * G)
-    T prompt tokens           S slots of a KV   W window queries    D head dimension
+    B prompts (1 in a view), or rows of a decode step
+    L layers          H KV heads          G query heads per KV head (Hq = H * G)
+    T prompt tokens   S slots of a KV     W window queries    D head dimension
     N budget: slots per layer and KV head, on average over both
 
 A slot holds the key and the value of one token; `positions` says which token. Keys carry RoPE.

@@ -120,8 +120,8 @@ class LayerView:
         keys = self.kv.keys
         batch, heads, tokens, dim = keys.shape
         queries = self.queries[:, :, self.queries.shape[2] - window :]
-        grouped = queries.reshape(batch, heads, -1, dim)  # [B, H, G * W, D]
-        logits = (grouped @ keys.transpose(2, 3)).float().mul_(self.scaling)
+        grouped = queries.reshape(batch, heads, -1, dim) * self.scaling  # [B, H, G * W, D]
+        logits = (grouped @ keys.transpose(2, 3)).float()
         logits = logits.view(batch, heads, -1, window, tokens)
         future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
         logits[..., tokens - window :].masked_fill_(future, float("-inf"))
@@ -168,6 +168,8 @@ class PromptView:
 @dataclass
 class StepView:
     """One layer right after a decoded token attended, for policies that evict while decoding.
+
+    B rows of one policy and budget; fields that a KV subclass adds are shared by them.
 
     kv: live view of the cache, the new token's slot included; its `extra` may be updated in place.
     attention: [B, H, G, S] float32 of the new token (0 at empty slots), or None when not declared in `Needs`.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.kernels import column_sums
+from harness.kernels import causal_attention, column_sums
 from methods.base import KV, LayerView, PromptView, StepView
 from methods.h2o import H2O
 from methods.pyramidkv import PyramidKV
@@ -282,10 +282,12 @@ def test_window_attention_is_the_softmax(tokens: int, window: int) -> None:
     np.testing.assert_allclose(gold.view.attention(window)[0].numpy(), gold.attention[:, :, -window:], atol=1e-6)
 
 
-@pytest.mark.parametrize(("tokens", "block"), [(1, 128), (127, 128), (300, 128), (64, 7), (65, 64)])
-def test_column_sums_are_those_of_the_whole_softmax(tokens: int, block: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 64, 65, 127, 300])
+@pytest.mark.parametrize("fused", [True, False])
+def test_column_sums_are_those_of_the_whole_softmax(tokens: int, fused: bool) -> None:
     keys, queries = torch.randn(1, HEADS, tokens, DIM), 2 * torch.randn(1, HEADS * GROUP, tokens, DIM)
-    sums = column_sums(queries, keys, scaling=0.3, block=block)
+    _, lse = causal_attention(queries, keys, keys, scaling=0.3, window=None)
+    sums = column_sums(queries, keys, lse if fused else None, scaling=0.3)
     logits = queries[0].double() @ keys[0].double().repeat_interleave(GROUP, dim=0).transpose(1, 2) * 0.3
     whole = logits.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), float("-inf")).softmax(dim=-1).sum(dim=1)
     torch.testing.assert_close(sums.double().reshape(-1, tokens), whole, atol=1e-5, rtol=1e-5)

@@ -35,7 +35,8 @@ def test_causal_attention_sees_what_came_before_inside_the_window(window: int | 
     tokens = 9
     queries = draw(1, HEADS * GROUP, tokens, DIM)
     keys, values = draw(1, HEADS, tokens, DIM), draw(1, HEADS, tokens, DIM)
-    out = causal_attention(queries, keys, values, scaling=SCALING, window=window)
+    out, lse = causal_attention(queries, keys, values, scaling=SCALING, window=window)
+    assert (lse is None) == (window in (1, 3))
     for head in range(HEADS * GROUP):
         for at in range(tokens):
             seen = list(range(0 if window is None else max(0, at - window + 1), at + 1))
@@ -80,26 +81,72 @@ def test_slot_weights_are_those_the_attention_used() -> None:
                 torch.testing.assert_close(found[row, head, member], gold)
 
 
-@pytest.mark.parametrize("block", [1, 4, 11, 128])
-def test_column_sums_do_not_depend_on_the_block(block: int) -> None:
-    tokens = 11
-    queries = draw(1, tokens, HEADS * GROUP, DIM).transpose(1, 2)  # not contiguous, as from a model
-    keys = draw(1, HEADS, tokens, DIM)
-    found = column_sums(queries, keys, scaling=SCALING, block=block)
+@pytest.mark.parametrize("new", [1, 4, 10])
+def test_a_chunk_attends_as_it_does_within_the_whole(new: int) -> None:
+    queries, keys, values = draw(1, HEADS * GROUP, 10, DIM), draw(1, HEADS, 10, DIM), draw(1, HEADS, 10, DIM)
+    whole, lse = causal_attention(queries, keys, values, scaling=SCALING, window=None)
+    last, last_lse = causal_attention(queries[:, :, -new:], keys, values, scaling=SCALING, window=None)
+    assert lse is not None and last_lse is not None
+    torch.testing.assert_close(last, whole[:, :, -new:])
+    torch.testing.assert_close(last_lse, lse[:, :, -new:])
+
+
+def test_values_of_another_width_are_attended_to_without_the_fused_kernel() -> None:
+    queries, keys, values = draw(1, HEADS * GROUP, 5, DIM), draw(1, HEADS, 5, DIM), draw(1, HEADS, 5, DIM + 2)
+    out, lse = causal_attention(queries, keys, values, scaling=SCALING, window=None)
+    assert lse is None
+    torch.testing.assert_close(out[0, 4, 3], mixed(queries[0, 4, 3], keys[0, 1], values[0, 1], list(range(4))))
+
+
+def summed(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention each token receives, by loops over heads and queries: the last Q of the tokens."""
+    tokens, new = keys.shape[2], queries.shape[2]
     gold = torch.zeros(1, HEADS, GROUP, tokens)
     for head in range(HEADS):
         for member in range(GROUP):
-            for at in range(tokens):
-                seen = list(range(at + 1))
+            for at in range(new):
+                seen = list(range(tokens - new + at + 1))
                 shares = weights(queries[0, head * GROUP + member, at], keys[0, head], seen)
-                gold[0, head, member, : at + 1] += torch.tensor(shares)
-    torch.testing.assert_close(found, gold)
-    torch.testing.assert_close(found.sum(-1), torch.full((1, HEADS, GROUP), float(tokens)))
+                gold[0, head, member, : len(seen)] += torch.tensor(shares)
+    return gold
+
+
+@pytest.mark.parametrize("new", [1, 4, 11])
+@pytest.mark.parametrize("fused", [True, False])
+def test_column_sums_are_those_of_the_attention(new: int, fused: bool) -> None:
+    tokens = 11
+    queries = draw(1, new, HEADS * GROUP, DIM).transpose(1, 2)  # not contiguous, as from a model
+    keys = draw(1, HEADS, tokens, DIM)
+    _, lse = causal_attention(queries, keys, draw(1, HEADS, tokens, DIM), scaling=SCALING, window=None)
+    found = column_sums(queries, keys, lse if fused else None, scaling=SCALING)
+    torch.testing.assert_close(found, summed(queries, keys))
+    torch.testing.assert_close(found.sum(-1), torch.full((1, HEADS, GROUP), float(new)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_column_sums_of_many_blocks(fused: bool) -> None:
+    queries, keys = draw(1, HEADS * GROUP, 200, 16), draw(1, HEADS, 300, 16)
+    _, lse = causal_attention(queries, keys, keys, scaling=SCALING, window=None)
+    found = column_sums(queries, keys, lse if fused else None, scaling=SCALING)
+    logits = (queries.unflatten(1, (HEADS, -1)) @ keys.unsqueeze(2).transpose(3, 4)) * SCALING
+    future = torch.ones(200, 300, dtype=torch.bool).triu(101)
+    torch.testing.assert_close(found, logits.masked_fill(future, float("-inf")).softmax(dim=-1).sum(dim=3))
+
+
+def test_fused_sums_of_half_precision_are_as_good_as_their_input() -> None:
+    """The denominators travel through bfloat16 in parts; one alone would be off by up to 1/256 of a logit of 40."""
+    queries, keys = draw(1, HEADS * GROUP, 130, 16).mul(4).bfloat16(), draw(1, HEADS, 130, 16).mul(4).bfloat16()
+    _, lse = causal_attention(queries, keys, keys, scaling=SCALING, window=None)
+    found = column_sums(queries, keys, lse, scaling=SCALING)
+    exact = column_sums(queries.float(), keys.float(), None, scaling=SCALING)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
 
 
 def test_half_precision_sums_are_kept_in_float32() -> None:
     queries, keys = draw(1, HEADS * GROUP, 5, DIM).bfloat16(), draw(1, HEADS, 5, DIM).bfloat16()
-    assert column_sums(queries, keys, scaling=1.0).dtype == torch.float32
+    assert column_sums(queries, keys, None, scaling=1.0).dtype == torch.float32
+    _, lse = causal_attention(queries, keys, keys, scaling=1.0, window=None)
+    assert column_sums(queries, keys, lse, scaling=1.0).dtype == torch.float32
     mask = torch.ones(1, HEADS, 1, 5, dtype=torch.bool)
     assert slot_weights(queries[:, :, :1], keys, mask=mask, scaling=1.0).dtype == torch.float32
 

@@ -186,6 +186,16 @@ def test_a_probe_that_ends_badly_costs_no_score(tmp_path: Path) -> None:
     assert FakeProber.asked == []  # a score is done, whatever its probe did
 
 
+def test_a_prober_that_goes_down_costs_one_measurement_and_no_score(tmp_path: Path) -> None:
+    FakeProber.trouble["snapkv@kvcf"] = HarnessError("the probe server of tiny ended (-9); try again")
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    ((manifest, records),) = runs(tmp_path)
+    assert (manifest.status, len(records)) == ("finished", 6)
+    lost = {r.method: r.notes[-1] for r in records if r.measured is None}
+    assert lost == {"snapkv@kvcf": "measure: failed (the probe server of tiny ended (-9); try again)"}
+    assert len(FakeProber.entered) == len(FakeProber.left) == 3
+
+
 def test_a_cell_without_a_score_is_not_measured(tmp_path: Path) -> None:
     assert call(*RUN, "--budgets", "32,400", "--lengths", "256,512", "--measure", "--out", tmp_path) in (0, 1)
     ((_, records),) = runs(tmp_path)

@@ -67,7 +67,14 @@ def test_a_row_has_ratios_shares_and_an_alarm() -> None:
     assert second["TPOT / full"] == "0.25" and second["peak / full"] == "0.53" and second["compress %"] == "2.0"
     assert second["peak MiB"] == "106.0 !" and "!" not in first["peak MiB"]
     assert second["KV MiB"] == "2.00" and second["TPOT ms"] == "10.00"
-    assert "more than 5 %" in to_terminal([record("snapkv", found=small)])
+    said = to_terminal([record("snapkv", found=small)])
+    assert "! snapkv at 128: peak 6% above its prediction" in said and "differ by more than 5%" in said
+
+
+def test_tokens_per_second_have_the_spread_of_the_steps() -> None:
+    steps = measured(tpot_s=Spread(median=0.02, low=0.01, high=0.04), tokens_per_s=50.0)
+    (table,) = tables([record("snapkv", found=steps)])
+    assert frame(table)["tokens/s"][0] == "50.0 [25.0, 100.0]"
 
 
 @pytest.mark.parametrize(("peak", "alarm"), [(94, True), (95, False), (105, False), (106, True)])
