@@ -20,6 +20,8 @@ from harness.arguments import assignment, names, numbers, one_line
 from harness.cli_bench import bench_parser, serve_parser
 from harness.cli_boundary import boundary_parser
 from harness.cli_compile import compile_parser
+from harness.cli_data import data_parser
+from harness.cli_ray import fan_out, ray_options
 from harness.cli_tables import tables_parser
 from harness.errors import HarnessError
 from harness.spec import Frozen, Sweep
@@ -77,18 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     bench_parser(commands.add_parser("bench", help="speed and memory of methods, each by itself"))
     serve_parser(commands.add_parser("serve-bench", help="speed and memory of a batch of prompts decoded together"))
     boundary_parser(commands.add_parser("boundary", help="largest context and batch that fit a memory limit"))
-    _data_parser(commands.add_parser("data", help="data sets of tasks: `harness data fetch longbench`"))
+    data_parser(commands.add_parser("data", help="data sets of tasks: `harness data fetch longbench`"))
     return parser
-
-
-def _data_parser(data: argparse.ArgumentParser) -> None:
-    verbs = data.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
-    fetching = verbs.add_parser("fetch", help="download data sets by pinned revision; runs find them in the cache")
-    fetching.add_argument("names", nargs="+", metavar="NAME", help="longbench, squad, hotpotqa")
-    fetching.add_argument("--to", type=Path, metavar="DIR", help="put them in DIR/NAME, for --data-dir DIR")
-    fetching.add_argument("--revision", help="branch, tag or commit instead of the pinned one")
-    fetching.add_argument("--sha256", help="checksum of longbench's archive, or of the file written for the others")
-    fetching.set_defaults(action=_data_fetch)
 
 
 def _run_parser(run: argparse.ArgumentParser) -> None:
@@ -114,6 +106,7 @@ def _run_parser(run: argparse.ArgumentParser) -> None:
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    ray_options(run)
     run.set_defaults(action=_run)
 
 
@@ -187,13 +180,19 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
     board = options.pop("board", {})
     sweep = _sweep(args, options)
     subject = _subject(board, sweep, typed=args.methods is not None)
-    import torch
+    fan = fan_out(args)
+    if fan is not None:
+        from harness.fanout import run_fanout
 
-    from harness.run import run_sweep
+        folder = run_fanout(sweep, fan, root=args.out, command=command)
+    else:
+        import torch
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    folder = run_sweep(sweep, root=args.out, command=command)
+        from harness.run import run_sweep
+
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        folder = run_sweep(sweep, root=args.out, command=command)
     return _show([folder], out=folder, name="board", subject=subject)
 
 
@@ -273,19 +272,6 @@ def _fetch(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     for asset in args.assets:
         print(fetch(asset))
-    return 0
-
-
-def _data_fetch(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.data import fetch_data, hub_data
-
-    pins = [name for name in ("revision", "sha256") if getattr(args, name) is not None]
-    if pins and len(args.names) > 1:
-        raise HarnessError(f"--{pins[0]} pins one data set, {len(args.names)} are named; fetch them one by one")
-    for name in args.names:
-        hub_data(name)  # before the first download
-    for name in args.names:
-        print(fetch_data(name, to=args.to, revision=args.revision, sha256=args.sha256))
     return 0
 
 

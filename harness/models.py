@@ -10,52 +10,28 @@ org/name          a model of the Hugging Face hub
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from gguf import GGUFReader
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from harness.errors import HarnessError
-from harness.fetch import ASSETS, cache_dir, content_sha256, fetch, fill_once
+from harness.fetch import cache_dir
+from harness.model_files import ModelSource, Parts, read_pretrained, read_tiny
 from harness.prompt import template_tokens
 from harness.spec import ModelSpec
-from harness.tiny import tiny_model, tiny_tokenizer
 
 PACKAGED = ("smollm2-135m",)
-CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
 KNOWN = (*PACKAGED, "tiny")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
-CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from. path: folder or GGUF file of a local one."""
-
-    name: str
-    kind: Literal["packaged", "tiny", "folder", "gguf", "hub"]
-    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +71,13 @@ def resolve_model(name: str) -> ModelSource:
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False, attn: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attn: str | None = None,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load the model that `name` stands for, with its tokenizer.
 
@@ -105,21 +87,43 @@ def load_model(
         device: cpu, cuda, cuda:1, mps, or auto (`resolve_device`).
         trust_remote_code: run the Python code that a hub repository or folder brings.
         attn: attention implementation of transformers, or None for its default.
+        device_map: of transformers, such as `auto` to spread the layers over all GPUs there are; `device` is then
+            where the first of them is.
 
     Raises:
         HarnessError: unknown name, device or dtype; no network; damaged files; not a decoder-only language model.
     """
     source, place = resolve_model(name), resolve_device(device)
     kind = resolve_dtype(dtype, place)
+    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
     with _quiet(), _one_line(source):
-        if source.kind == "tiny":
-            model, tokenizer, revision = _tiny(kind)
-        else:
-            model, tokenizer, revision = _pretrained(source, kind, trust_remote_code=trust_remote_code)
+        parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
+        model = parts[0]
         if attn is not None:
             model.set_attn_implementation(attn)
-        model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
-    held = str(kind).removeprefix("torch.")
+        if device_map is None:
+            model.to(place)  # type: ignore[arg-type]
+        model.eval().requires_grad_(False)
+    return _loaded(name, parts, place, trust_remote_code=trust_remote_code)
+
+
+def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
+    """What `load_model` gives where the device is, without weights where the source allows it: nothing runs on it.
+
+    device: `cpu` or `cuda`; it need not be here. dtype `auto` is bfloat16 on a device that is not. Raises HarnessError.
+    """
+    source, place = resolve_model(name), torch.device(device)
+    away = dtype == "auto" and place.type == "cuda" and not torch.cuda.is_available()
+    kind = torch.bfloat16 if away else resolve_dtype(dtype, place)
+    options = {"trust_remote_code": trust_remote_code, "weights": False}
+    with _quiet(), _one_line(source):
+        parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
+    return _loaded(name, parts, place, trust_remote_code=trust_remote_code)
+
+
+def _loaded(name: str, parts: Parts, place: torch.device, *, trust_remote_code: bool) -> LoadedModel:
+    model, tokenizer, revision = parts
+    held = str(model.dtype).removeprefix("torch.")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -168,90 +172,6 @@ def _native_bf16() -> bool:
     except OSError:
         return False
     return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
-
-
-Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
-
-
-def _tiny(kind: torch.dtype) -> Parts:
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(len(tokenizer))
-    weights = hashlib.sha256()
-    for parameter in model.parameters():
-        weights.update(parameter.detach().numpy().tobytes())
-        parameter.data = parameter.data.to(kind)  # not model.to(kind): RoPE frequencies stay float32
-    model.config.dtype = kind
-    return model, tokenizer, weights.hexdigest()
-
-
-def _pretrained(source: ModelSource, kind: torch.dtype, *, trust_remote_code: bool) -> Parts:
-    """Model, tokenizer and revision: the hub's commit, or a content hash of what is on disk."""
-    if source.kind == "packaged":
-        return *_read(str(_dequantised(source.name)), kind), ASSETS[source.name].sha256
-    if source.kind == "gguf":
-        assert source.path is not None
-        parts = _read(str(source.path.parent), kind, gguf_file=source.path.name)
-        return *parts, content_sha256([source.path])
-    if source.kind == "folder":
-        assert source.path is not None
-        files = [path for path in source.path.iterdir() if path.is_file() and path.suffix in WEIGHTS]
-        parts = _read(str(source.path), kind, trust_remote_code=trust_remote_code)
-        return *parts, content_sha256(files)
-    config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
-    commit = getattr(config, "_commit_hash", None)
-    parts = _read(source.name, kind, trust_remote_code=trust_remote_code, revision=commit or "main")
-    return *parts, commit or "unknown"
-
-
-def _read(where: str, kind: torch.dtype, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    config = AutoConfig.from_pretrained(where, **options)
-    architectures = config.architectures or []
-    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if config.is_encoder_decoder or (architectures and not remote and not architectures[0].endswith(CAUSAL)):
-        what = architectures[0] if architectures else config.model_type
-        raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
-    gguf = options.get("gguf_file")
-    tokenizer = _gguf_tokenizer(where, gguf) if gguf else AutoTokenizer.from_pretrained(where, **options)
-    bars = io.StringIO() if gguf else sys.stderr  # the GGUF reader draws its own progress bar
-    with contextlib.redirect_stderr(bars):
-        return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **options), tokenizer
-
-
-def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file: its class by name (transformers 5.2 picks another), its own special tokens."""
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
-        where, gguf_file=file, clean_up_tokenization_spaces=False
-    )
-    fields = GGUFReader(Path(where) / file).fields
-    for gguf_name, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
-        field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
-        if field is not None:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
-    return tokenizer
-
-
-def _dequantised(name: str) -> Path:
-    """Folder with a packaged GGUF as float32 safetensors: reading the GGUF itself takes 20 seconds each time."""
-    folder = cache_dir() / "converted" / f"{ASSETS[name].sha256[:12]}-{CONVERSION}"
-
-    def fill(scratch: Path) -> None:
-        gguf = next(fetch(name).glob("*.gguf"))
-        print(f"preparing {name}, once", file=sys.stderr, flush=True)
-        model, tokenizer = _read(str(gguf.parent), torch.float32, gguf_file=gguf.name)
-        config = model.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config.architectures = [type(model).__name__]
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if key not in tied}
-        into = scratch / "files"
-        into.mkdir()
-        save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
-        for part in (config, model.generation_config, tokenizer):
-            part.save_pretrained(into)
-
-    fill_once(folder, fill)
-    return folder
 
 
 def _context(name: str, config: Any) -> int:

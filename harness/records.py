@@ -79,6 +79,8 @@ class Record(Frozen):
     """The sample's own fields: length, depth, dataset. Samples of one `group` share a context: they are no independent
     draws."""
 
+    accelerator: str = ""
+    """What ran it: GPU or processor; in one run they may differ."""
     prefill_s: float = 0.0
     """Seconds of the prefill, observation included; one serves all cells of a sample and all questions of a context."""
     compress_s: float = 0.0

@@ -59,16 +59,19 @@ class Runner:
         model = AttachedModel(self.loaded.model)
         self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token, rows=self.rows)
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
+        here = machine()
+        self.accelerator = ", ".join(here["accelerators"][:1]) or str(here["processor"])
 
     def records(self, group: Group) -> list[Record]:
         """One record per sample and cell, in order. group: samples of one context, with the cells wanted of each."""
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
-        return [
+        found = [
             record_of(self.spec, planned, cell, outcome, text=self.tokenizer.decode(outcome.token_ids))
-            for (planned, cells), found in zip(group, outcomes, strict=True)
-            for cell, outcome in zip(cells, found, strict=True)
+            for (planned, cells), own in zip(group, outcomes, strict=True)
+            for cell, outcome in zip(cells, own, strict=True)
         ]
+        return [record.model_copy(update={"accelerator": self.accelerator}) for record in found]
 
 
 def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, *, text: str = "") -> Record:

