@@ -99,6 +99,15 @@ class _Probe(LayerCache):
         return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
 
 
+def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Hidden states [R, Q, E] whose strides are those of their shape; of the last tokens alone they are not.
+
+    With the strides of a longer prompt `linear` would copy the head's whole weight (half precision on a CPU).
+    """
+    hidden, *rest = given
+    return hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *rest
+
+
 class AttachedModel:
     """A causal language model whose attention runs through `LayerCache` objects.
 
@@ -117,6 +126,9 @@ class AttachedModel:
         other = set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES
         if other:
             raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(_tidy)
         self._probe()
 
     @property

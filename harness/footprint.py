@@ -7,8 +7,12 @@ head costs c = 2 * D * e bytes, and 8 for its position once a policy has taken s
     prefill     KV(now) + Q * 2 * D * e (rotary tables) + the highest of
                   norm      Q * E * (4 e), above it two float32 copies where e < 4
                   rotary    Q * E * 3 e + Q * (Hq + 2 H) * D * e + 3 * Q * Hq * D * e
-                  attend    Q * E * 3 e + (2 Hq + 2 H) * Q * D * e + Q * S * (1 + e) (mask, chunks after the first)
-                  observe   Q * E * 3 e + (Hq + 2 H) * Q * D * e + Hq * S * 4 + 2 * Hq * 64 * S * 4
+                  attend    Q * E * 3 e + (2 Hq + 2 H) * Q * D * e + Q * Hq * 4, and for chunks after the first
+                            Q * Hq * D * (e + 12) (attention of the past, mixed in float32), Q * S * (1 + e) (mask) in
+                            models with sliding windows
+                  observe   Q * E * 3 e + (2 Hq + 2 H) * Q * D * e + 2 * Q * Hq * 4 + (Hq + 2 H) * S * 4
+                            + H * S * (D + 8) * e + the higher of 3 * H * Q * (D + 8) * e (queries widened) and
+                              (H * S + H * Q * (1, + 2 where e < 4)) * (D + 8) * e (the kernel, which packs them)
                   mlp       Q * E * 4 e + 3 * Q * I * e
     compress    KV(now) + one layer's N slots + window weights Hq * W * T * (4, + e where e < 4) + 4 * H * T * 8
     logits      V * (e, + 4 where e < 4), W + 1 times with 4 more where log-probabilities are wanted
@@ -19,6 +23,7 @@ KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the pr
     per layer, unchunked    L - 1 layers of N slots, and one full
     otherwise               L full layers; after it, N slots of each of them as well
 What a policy observed stays with every full layer. A sliding-window layer is full until the batch is made.
+Attention and column sums are those of a CPU, where one kernel serves both (`harness.kernels`).
 """
 
 from __future__ import annotations
@@ -26,9 +31,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from harness.kernels import PAD
 from methods.base import KVPolicy, Needs, Sizes
 
-BLOCK = 64  # queries of a block of `harness.kernels.column_sums`
 POSITION = 8  # int64
 FLOAT32 = 4
 
@@ -174,16 +179,30 @@ def activations(dims: Dims, work: Work) -> int:
     norm = q * dims.hidden * (4 * e + 2 * dims.up)
     mlp = q * (4 * dims.hidden + 3 * dims.intermediate) * e
     rotary = q * e * (3 * dims.hidden + (4 * dims.heads + 2 * dims.kv_heads) * dims.head_dim)
-    sums = 0
-    if work.needs.column_sums:
-        sums = (1 + 2 * min(BLOCK, q)) * dims.heads * work.tokens * FLOAT32
-    return rotary_tables + max(norm, mlp, rotary, attention(dims, work), _asked(dims, work) + sums)
+    observing = _attended(dims, work) + (column_sums(dims, work) if work.needs.column_sums else 0)
+    return rotary_tables + max(norm, mlp, rotary, attention(dims, work), observing)
 
 
 def attention(dims: Dims, work: Work) -> int:
-    """What is held when a layer has attended: hidden states, queries, keys, values, output, and a chunk's mask."""
-    mask = 0 if work.step == work.tokens else work.step * work.tokens * (1 + dims.number)
-    return _asked(dims, work) + work.step * dims.heads * dims.head_dim * dims.number + mask
+    """Most that is held when a layer has attended; a chunk attends to the past and to itself, and mixes them."""
+    if work.step == work.tokens:
+        return _attended(dims, work)
+    mixed = work.step * dims.heads * dims.head_dim * (dims.number + 3 * FLOAT32)
+    mask = work.step * work.tokens * (1 + dims.number) if dims.seen < len(dims.windows) else 0
+    return _attended(dims, work) + max(mixed, mask)
+
+
+def column_sums(dims: Dims, work: Work) -> int:
+    """Temporaries of `harness.kernels.column_sums`, its result included: query heads of a group one after another."""
+    q, s, h = work.step, work.tokens, dims.kv_heads
+    packed = 2 if dims.up else 0  # the kernel lays keys and values out anew for half-precision products
+    copies = h * (s + max(3 * q, (1 + packed) * q + s)) * (dims.head_dim + PAD) * dims.number
+    return copies + (dims.heads * (q + s) + 2 * h * s) * FLOAT32
+
+
+def _attended(dims: Dims, work: Work) -> int:
+    """Hidden states, queries, keys, values, the output and every query's softmax denominator."""
+    return _asked(dims, work) + work.step * dims.heads * (dims.head_dim * dims.number + FLOAT32)
 
 
 def _asked(dims: Dims, work: Work) -> int:

@@ -21,7 +21,8 @@ from harness.errors import HarnessError
 PROC = Path("/proc/self")
 CGROUPS = Path("/sys/fs/cgroup")
 SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(i?)(?:b|bytes)?", re.IGNORECASE)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
+HOLES = range(24, 15, -1)  # powers of two of bytes: 16 MiB to 64 KiB
 PR_SET_PDEATHSIG = 1
 
 
@@ -84,6 +85,56 @@ def map_from(size: int) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, size)
         libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
+
+
+class _Heap(ctypes.Structure):
+    """mallinfo2 of glibc. arena: bytes of the heap."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "top",
+        )
+    )
+
+
+def fill_holes() -> int:
+    """Take the free blocks inside the heap for good, untouched, so that large allocations are mapped (glibc only).
+
+    An allocation of any size goes into a hole that fits it, and what is freed there stays resident, whatever
+    `map_from` says; nor does an address-space limit see it. Call `map_from` afterwards: this changes its sizes.
+
+    Returns:
+        The bytes taken, none of them resident.
+    """
+    taken = 0
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        heap, malloc, free = libc.mallinfo2, libc.malloc, libc.free
+        heap.restype, malloc.restype = _Heap, ctypes.c_void_p
+        malloc.argtypes, free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+        for option, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 0), (M_TOP_PAD, 0)):
+            libc.mallopt(option, value)
+        give_back()
+        for size in (2**power for power in HOLES):
+            before = heap().arena
+            while (block := malloc(size)) is not None:
+                if heap().arena > before:  # no hole of that size is left
+                    free(block)
+                    break
+                taken += size
+        give_back()
+        libc.mallopt(M_TOP_PAD, 2**17)  # as glibc sets it
+    return taken
 
 
 def die_with_parent(parent: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import select
@@ -16,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
@@ -26,10 +25,11 @@ from harness.errors import HarnessError
 from harness.isolated import Compressed, Isolated
 from harness.limits import Limit
 from harness.measured import Measured, ProbeResult, ProbeSpec, Spread
+from harness.meter import Meter
 from harness.spec import Frozen
 from methods.base import Budget, KVPolicy, PolicyError
 
-MAPPED_FROM = 2**20  # while memory is measured: what is freed leaves the resident set at once
+MAPPED_FROM = 2**17  # while memory is measured: what is freed leaves the resident set at once
 MAPPED_FROM_TIMED = 2**25  # while time is measured: glibc's own upper bound, which it reaches after a few forwards
 LOAD_S = 1800.0
 GRACE_S = 60.0  # beyond a probe's own time limit, which the server enforces
@@ -53,38 +53,6 @@ class Reply(Frozen):
     error: str | None = None
 
 
-class Meter:
-    """Memory above what is held when it starts.
-
-    On a CPU the peak is VmHWM, reset at the start, less the pages of files (library code) first touched since: they
-    are shared with every process, the system drops them at will, and no limit on new memory counts them.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.kind: Literal["resident set", "cuda allocated"]
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            self.kind, self.before = "cuda allocated", torch.cuda.memory_allocated(device)
-        elif device.type == "cpu":
-            limits.give_back()
-            if not limits.reset_peak():
-                print("the peak cannot be reset here: that of the whole process is taken", file=sys.stderr)
-            self.kind, self.before = "resident set", limits.status_bytes("VmRSS")
-            self.files = limits.status_bytes("RssFile")
-        else:
-            raise HarnessError(f"memory on device {str(device)!r} cannot be measured; give cpu or cuda")
-
-    def peak(self) -> int:
-        """Most bytes that were held above the start."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        touched = max(0, limits.status_bytes("RssFile") - self.files)
-        return max(0, limits.peak_bytes() - self.before - touched)
-
-
 @dataclass
 class _Round:
     """One pass over all prompts: (prefill, observe, compress, first token) seconds of each, steps, layer bytes."""
@@ -101,9 +69,9 @@ def measure(
 
     Memory is that of the first round, the cold one: what a warm-up frees would stay in the heap and hide what comes
     after. A short prompt goes first, so that weights and code are resident before; then freed heap is given back.
-    During that round large blocks are mapped by themselves, so the peak is of what lives and not of what the heap
-    has not yet returned. The rounds that follow it are timed with the heap as it would be; the first one's seconds
-    count only where `spec.warm_up` is off.
+    During that round large blocks are mapped by themselves and the heap has no holes, so the peak is of what lives and
+    not of what the heap has not yet returned. The rounds that follow it are timed with the heap as it would be; the
+    first one's seconds count only where `spec.warm_up` is off.
 
     Args:
         model: attached, in evaluation mode.
@@ -117,8 +85,9 @@ def measure(
     """
     budget, prompts = budget_of(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
-    limits.map_from(MAPPED_FROM)
     _page_in(model, policy, spec, prompts[0])
+    limits.fill_holes()
+    limits.map_from(MAPPED_FROM)
     meter = Meter(model.device)
     first = _run(runner, prompts, spec.new_tokens)
     peak = meter.peak()

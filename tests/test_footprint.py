@@ -115,3 +115,40 @@ def test_shapes_by_hand() -> None:
     assert footprint.kept(dims, own) == 20 * (64 + 16) + 50 * 64
     assert footprint.rows(dims, own) == (20 + 10 + 2 * 5) * (64 + 16)
     assert footprint.logits(dims, own) == 100 * (2 + 4)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_column_sums_cost_no_more_than_a_layers_mlp(number: int) -> None:
+    """SmolLM2-135M's shapes: what is observed on the way is below what the layer takes anyway, at any length."""
+    shapes = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "intermediate": 1536, "vocab": 49152}
+    dims = Dims((None,) * 30, **shapes, number=number)
+    for tokens in (512, 2048, 8192, 32768):
+        plain, summed = (
+            work("snapkv", tokens=tokens, needs=Needs(window=8, column_sums=sums)) for sums in (False, True)
+        )
+        assert footprint.activations(dims, plain) == footprint.activations(dims, summed)
+
+
+@pytest.mark.parametrize("chunk", [None, 24])
+def test_column_sums_are_the_tensors_that_are_made(chunk: int | None) -> None:
+    """Every tensor of the function alive at once, as PyTorch's own profiler of memory sees it, kernel buffers apart."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from harness.kernels import causal_attention, column_sums
+
+    tokens, new = 192, chunk or 192
+    dims = Dims((None,), heads=6, kv_heads=2, head_dim=32, hidden=192, intermediate=384, vocab=100, number=4)
+    drawn = torch.Generator().manual_seed(0)
+    queries = torch.randn(1, 6, new, 32, generator=drawn)
+    keys, values = (torch.randn(1, 2, tokens, 32, generator=drawn) for _ in range(2))
+    lse = causal_attention(queries, keys, values, scaling=0.2, window=None)[1]
+    assert lse is not None
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        column_sums(queries, keys, lse, scaling=0.2)
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    expected = footprint.column_sums(dims, work("h2o", tokens=tokens, chunk=chunk))
+    assert most == pytest.approx(expected, rel=0.1)

@@ -18,7 +18,7 @@ from harness import limits, probe_server
 from harness.errors import HarnessError
 from harness.measured import ProbeResult, ProbeSpec
 from harness.models import LoadedModel
-from harness.probe import Job, Meter, Prober, Reply, draw_prompts, measure
+from harness.probe import Job, Prober, Reply, draw_prompts, measure
 from harness.probe_server import Forked, Fresh, Ready, Runner
 from methods.registry import make_policy
 
@@ -91,28 +91,6 @@ def test_a_warm_up_is_a_round_more_whose_seconds_are_dropped(
     found = measure(ready.model, make_policy("snapkv"), spec)
     assert len(ran) == expected
     assert (found.prefill_s.low, found.prefill_s.high) == (float(1 + warm_up), float(expected))
-
-
-def test_an_extra_allocation_is_seen(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 MiB that live inside one prefill are in the peak, even where a warm-up held as much before."""
-    from harness.isolated import Compressed, Isolated
-
-    plain = Isolated.prefill
-
-    def greedy(self: Isolated, ids: list[int]) -> Compressed:
-        held = torch.ones(64 * MIB // 4)
-        done = plain(self, ids)
-        assert held[-1] == 1
-        return done
-
-    def peak() -> int:
-        found = Forked(ready, 1).run(Job(spec=SPEC), 60).result
-        assert found is not None and found.measured is not None
-        return found.measured.peak_bytes
-
-    before = peak()
-    monkeypatch.setattr(Isolated, "prefill", greedy)
-    assert peak() - before == pytest.approx(64 * MIB, abs=3 * MIB)
 
 
 def test_prompts() -> None:
@@ -286,17 +264,6 @@ def test_where_a_fork_is_impossible_a_probe_loads_the_model_itself() -> None:
     assert runner.run(None, 0.1).result == ProbeResult(status="timeout", error="not finished after 0.1 s; killed")
 
 
-def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1750)
-    meter = Meter(torch.device("cuda"))
-    assert asked == ["wait", "reset"]
-    assert (meter.kind, meter.before, meter.peak()) == ("cuda allocated", 1000, 750)
-
-
 def test_a_limit_on_a_gpu_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[tuple[float, torch.device]] = []
     device = torch.device("cuda:1")
@@ -309,11 +276,6 @@ def test_a_limit_on_a_gpu_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPat
     assert shares == [(0.25, device), (1.0, device)]
     with pytest.raises(MemoryError, match="not above the 1000 that the loaded model takes"):
         probe_server.set_limit(device, 1000)
-
-
-def test_a_device_whose_memory_cannot_be_measured() -> None:
-    with pytest.raises(HarnessError, match="memory on device 'mps' cannot be measured; give cpu or cuda"):
-        Meter(torch.device("mps"))
 
 
 @pytest.mark.gpu
