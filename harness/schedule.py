@@ -119,6 +119,7 @@ class _Held(Generic[W]):
 
     bundles: deque[list[Item[W]]] = field(default_factory=deque)
     since: float = 0.0
+    ready: float = 0.0
 
 
 class Schedule(Generic[W, R]):
@@ -149,14 +150,23 @@ class Schedule(Generic[W, R]):
         self._each_s = 0.0  # seconds of an item, the latest counting most; 0 before the first
         self._refusals: list[str] = []
         self._alone_since = clock()
+        self._past_s = 0.0  # of workers that are gone
+        self.busy_s = 0.0
+        """Seconds that workers say items took."""
 
     @property
     def workers(self) -> int:
         """That are ready or at work."""
         return len(self._held)
 
+    @property
+    def worker_s(self) -> float:
+        """Seconds that workers were there, from ready on, over all of them."""
+        now = self.clock()
+        return self._past_s + sum(now - held.ready for held in self._held.values())
+
     def run(self) -> Iterator[list[tuple[Item[W], R | GivenUp]]]:
-        """What becomes of the items, in order of completion, as much at a time as there is.
+        """What becomes of the items, in order of completion; an empty list when nothing came for a second.
 
         Raises HarnessError when no worker can be had; what was yielded before stands.
         """
@@ -164,8 +174,7 @@ class Schedule(Generic[W, R]):
             self._fill()
             found = [end for event in self.pool.wait(self._patience()) for end in self._handle(event)]
             found += self._expired()
-            if found:
-                yield found
+            yield found
             self._check_hope()
 
     def _fill(self) -> None:
@@ -201,10 +210,11 @@ class Schedule(Generic[W, R]):
     def _handle(self, event: Event[R]) -> Iterator[tuple[Item[W], R | GivenUp]]:
         match event:
             case Ready(worker):
-                self._held[worker] = _Held()
+                self._held[worker] = _Held(ready=self.clock())
             case Done(worker, results, seconds):
                 bundle = self._take_first(worker)
                 own = seconds / len(bundle)
+                self.busy_s += seconds
                 self._each_s = own if not self._each_s else 0.8 * self._each_s + 0.2 * own
                 yield from zip(bundle, results, strict=True)
             case Raised(worker, why, memory):
@@ -220,9 +230,10 @@ class Schedule(Generic[W, R]):
         return held.bundles.popleft()
 
     def _lose(self, worker: int, why: str, *, node: bool, memory: bool) -> Iterator[tuple[Item[W], GivenUp]]:
-        held = self._held.pop(worker, _Held[W]())
-        if not self._held:
+        if list(self._held) == [worker]:  # not one that dies before it is ready: that is no worker yet
             self._alone_since = self.clock()
+        held = self._held.pop(worker, _Held[W](ready=self.clock()))
+        self._past_s += self.clock() - held.ready
         running = held.bundles.popleft() if held.bundles else []
         for bundle in reversed(held.bundles):
             self._queue.extendleft(reversed(bundle))

@@ -1,0 +1,250 @@
+"""Fault campaign: the same run again and again on a small Ray cluster, with workers, nodes and the driver killed.
+
+Each seeded run draws one to three faults and the progress at which they strike. A driver that was killed is started
+again with the same command. In the end its records must be those of an undisturbed sequential run, timings apart: none
+lost, none twice, and the files of its board the same to the byte. `make faults` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+RUN = (
+    *("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv,h2o"),
+    *("--tasks", "stdlib", "--budgets", "32,64", "--lengths", "1024", "--limit", "12", "--max-new-tokens", "8"),
+)
+FAN = ("--workers", "2", "--gpus-per-worker", "1", "--item-timeout", "120")
+KINDS = ("worker", "node", "driver")
+BOARD = ("board.csv", "board.tasks.csv", "board.summary.csv")
+OWN = frozenset({"prefill_s", "compress_s", "decode_s", "decode_rows", "accelerator"})
+"""Fields of a record that say how it was made, not what came out."""
+POLL_S = 0.05
+DRIVERS = 8
+GIVE_UP_S = 600.0
+
+
+@dataclass
+class Trial:
+    """One disturbed run. at: share of the records after which the fault strikes."""
+
+    seed: int
+    faults: list[tuple[str, float]]
+    struck: list[str] = field(default_factory=list)
+    drivers: int = 0
+    lost: int = 0
+    twice: int = 0
+    different: int = 0
+    board: str = "not written"
+    seconds: float = 0.0
+
+    @classmethod
+    def draw(cls, seed: int) -> Trial:
+        dice = random.Random(seed)
+        return cls(seed, sorted(((dice.choice(KINDS), dice.random()) for _ in range(dice.randint(1, 3))), key=_at))
+
+    @property
+    def fine(self) -> bool:
+        return not (self.lost or self.twice or self.different) and self.board == "equal"
+
+    def line(self) -> str:
+        faults = ", ".join(f"{kind} at {at:.0%}" for kind, at in self.faults)
+        return (
+            f"{self.seed:>4}  {'ok  ' if self.fine else 'FAIL'}  {self.lost:>4}  {self.twice:>5}  {self.different:>9}  "
+            f"{self.board:<11}  {self.drivers:>7}  {len(self.struck):>6}  {self.seconds:>5.0f} s  {faults}"
+        )
+
+
+HEAD = "seed  end   lost  twice  different  board        drivers  struck  seconds  faults (share of the records then written)"
+
+
+def _at(fault: tuple[str, float]) -> float:
+    return fault[1]
+
+
+@contextmanager
+def small_cluster() -> Iterator[Cluster]:
+    """A head that runs nothing, and two nodes with one CPU and one logical GPU each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            _add_node(cluster)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def _add_node(cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
+
+
+def sequential(folder: Path) -> Path:
+    """The undisturbed run, without Ray. Returns its run folder."""
+    subprocess.run(_command(folder), check=True, capture_output=True, env=_environment())
+    return _run_folder(folder)
+
+
+def disturbed(trial: Trial, cluster: Cluster, folder: Path, expected: Path) -> None:
+    """Run one trial and write into it what came out."""
+    start, pending = time.monotonic(), list(trial.faults)
+    total = len(_lines(expected))
+    with tempfile.TemporaryFile() as said:
+        driver = _driver(cluster, folder, said)
+        trial.drivers = 1
+        while True:
+            if time.monotonic() - start > GIVE_UP_S:
+                driver.kill()
+                break
+            if pending and _written(folder) >= pending[0][1] * total and _strike(pending[0][0], cluster, driver):
+                trial.struck.append(pending.pop(0)[0])
+            if driver.poll() is None:
+                time.sleep(POLL_S)
+            elif driver.returncode == 0 or trial.drivers == DRIVERS:
+                break
+            else:
+                driver = _driver(cluster, folder, said)
+                trial.drivers += 1
+    trial.seconds = time.monotonic() - start
+    _judge(trial, _run_folder(folder), expected)
+
+
+def _command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "harness.cli", "run", *RUN, "--out", str(folder), *more]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _driver(cluster: Cluster, folder: Path, said: Any) -> subprocess.Popen[bytes]:
+    command = _command(folder, "--ray", cluster.address, *FAN)
+    return subprocess.Popen(command, env=_environment(), stdout=said, stderr=said)
+
+
+def _strike(kind: str, cluster: Cluster, driver: subprocess.Popen[bytes]) -> bool:
+    """Kill something of that kind; False when there is none to kill right now."""
+    if kind == "driver":
+        if driver.poll() is None:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            return True
+        return False
+    nodes = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
+    if kind == "node":
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        _add_node(cluster)
+        return True
+    for node in nodes:
+        for process in _workers(node):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                return True
+    return False
+
+
+def _workers(node: Any) -> list[psutil.Process]:
+    """Processes of actors on a node."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [child for child in raylet.children(recursive=True) if "ray::Worker" in _title(child)]
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def _run_folder(folder: Path) -> Path:
+    return next(path.parent for path in folder.glob("*/run.json"))
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines of a run's records."""
+    *lines, _ = (folder / "records.jsonl").read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines]
+
+
+def _written(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/records.jsonl"))
+
+
+def _judge(trial: Trial, found: Path, expected: Path) -> None:
+    """Compare records and boards. A record that failed and was run again has two lines, of which the last counts."""
+    wanted = {_key(record): _what(record) for record in _lines(expected)}
+    lines = _lines(found)
+    kept = {_key(record): _what(record) for record in lines}
+    ended = Counter(_key(record) for record in lines if record["status"] in ("ok", "skipped"))
+    trial.lost = len(wanted.keys() - kept.keys())
+    trial.twice = sum(count - 1 for count in ended.values())
+    trial.different = sum(kept[key] != record for key, record in wanted.items() if key in kept)
+    pages = [(found / name, expected / name) for name in BOARD]
+    if all(page.is_file() for pair in pages for page in pair):
+        same = all(one.read_bytes() == other.read_bytes() for one, other in pages)
+        trial.board = "equal" if same else "DIFFERENT"
+
+
+def _key(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(record[name] for name in ("task", "sample_id", "method", "budget"))
+
+
+def _what(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in OWN}
+
+
+def campaign(seeds: Sequence[int], folder: Path) -> list[Trial]:
+    """Run the trials of `seeds` one after another on one cluster; prints a line for each."""
+    expected, trials = sequential(folder / "sequential"), []
+    print(HEAD, flush=True)
+    with small_cluster() as cluster:
+        for seed in seeds:
+            trial, own = Trial.draw(seed), folder / f"run-{seed}"
+            disturbed(trial, cluster, own, expected)
+            print(trial.line(), flush=True)
+            trials.append(trial)
+            if trial.fine:
+                shutil.rmtree(own)
+    return trials
+
+
+def summary(trials: Sequence[Trial]) -> str:
+    struck = Counter(kind for trial in trials for kind in trial.struck)
+    kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(struck.items()))
+    return (
+        f"{len(trials)} runs, {sum(struck.values())} faults struck ({kinds}): {sum(t.lost for t in trials)} records lost, "
+        f"{sum(t.twice for t in trials)} twice, {sum(t.different for t in trials)} different, "
+        f"{sum(t.board != 'equal' for t in trials)} boards not equal"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the first run")
+    parser.add_argument("--out", type=Path, default=Path("build/faults"))
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    trials = campaign(range(args.seed, args.seed + args.runs), args.out.resolve())
+    print(summary(trials))
+    return int(not all(trial.fine for trial in trials))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

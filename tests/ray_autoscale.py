@@ -1,0 +1,245 @@
+"""A cluster that grows by itself, on this machine: Ray's autoscaler with its fake nodes, and `harness run` on it.
+
+    python tests/ray_autoscale.py [FOLDER]
+
+The head has no CPU and no GPU for workers. A node is made when a worker waits for one, as on a cloud; it has a logical
+GPU, which is only a number. Prints what there was over time and ends with 1 when the run or the scaling failed.
+Results and logs go to FOLDER, else they are not kept. Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as HEAD
+from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+from ray.autoscaler.v2.sdk import get_cluster_status
+
+from harness.store import find_runs, load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+NODES = 2
+RUN = (
+    *("--ray", "auto", "--workers", str(NODES), "--gpus-per-worker", "1", "--autoscale", "--start-timeout", "120"),
+    *("--device", "cpu", "--model", "tiny", "--dtype", "float32", "--methods", "fullkv,snapkv", "--tasks", "stdlib"),
+    *("--budgets", "32", "--lengths", "1024", "--limit", "3", "--max-new-tokens", "8"),
+)
+UP_S, RUN_S, IDLE_S, END_S, EVERY_S = 120.0, 400.0, 60.0, 10.0, 0.25
+
+
+@dataclass(frozen=True)
+class Moment:
+    """nodes: there beside the head; at_work: of them; coming: asked of the provider; waiting: actors without a node."""
+
+    seconds: float
+    nodes: int
+    at_work: int
+    coming: int
+    waiting: int
+
+
+@dataclass
+class Story:
+    """What happened: a moment whenever anything changed, the run's exit code, its records by status, what it said."""
+
+    moments: list[Moment] = field(default_factory=list)
+    code: int | None = None
+    statuses: dict[str, int] = field(default_factory=dict)
+    said: str = ""
+
+
+def config(address: str) -> dict[str, Any]:
+    """Of the autoscaler. The fake provider goes by its class: its name needs a file that Ray's wheels lack."""
+    nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "fake",
+        "max_workers": NODES,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.1,
+        "provider": {
+            "type": "external",
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
+            "gcs_address": address,
+            "head_node_id": HEAD,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0, "GPU": 0}, "node_config": {}, "max_workers": 0},
+            "gpu_worker": {
+                "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": NODES,
+            },
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{f"{name}_commands": [] for name in nothing},
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[str]:
+    """Address of a head without slots for work, with its autoscaler. At the end all its processes are ended."""
+    port = free_port()
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    written = folder / "autoscaler.json"
+    written.write_text(json.dumps(config(address)), encoding="utf-8")
+    own = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_NODE_TYPE_NAME": "ray.head.default"}
+    own |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    start += ["--num-cpus=0", "--num-gpus=0", "--object-store-memory=100000000", "--include-dashboard=false"]
+    start += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--disable-usage-stats"]
+    if find_spec("grpc"):  # else there is no server for Ray's client
+        start.append(f"--ray-client-server-port={free_port()}")
+    log = folder / "head.log"
+    with tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True) as near, log.open("wb") as out:
+        start += [f"--autoscaling-config={written}", f"--temp-dir={near}"]  # sockets lie there, their paths are short
+        head = subprocess.Popen(start, env=environment() | own, stdout=out, stderr=out, start_new_session=True)
+        try:
+            _wait_until_up(head, log)
+            yield address
+        finally:
+            end_session(head.pid)
+            head.wait()
+
+
+def environment() -> dict[str, str]:
+    """Of what is started here: this checkout's modules, and no cluster that somebody else named."""
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return own | {"PYTHONPATH": f"{ROOT}{os.pathsep}{own.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"}
+
+
+def _wait_until_up(head: subprocess.Popen[bytes], log: Path) -> None:
+    limit = time.monotonic() + UP_S
+    while "Ray runtime started" not in log.read_text(encoding="utf-8", errors="replace"):
+        if head.poll() is not None or time.monotonic() > limit:
+            raise RuntimeError(f"the head did not start: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+        time.sleep(EVERY_S)
+
+
+def end_session(session: int) -> None:
+    """End the processes of a session: Ray's nodes lead process groups of their own, but stay in it."""
+    limit = time.monotonic() + END_S
+    while (left := members(session)) and time.monotonic() < limit:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # at SIGTERM a node drains for half a minute
+        time.sleep(0.1)
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            # pid (name) state ppid pgrp session ...; a name may hold blanks and brackets
+            state, _, _, own = (entry / "stat").read_text(encoding="utf-8").rpartition(") ")[2].split()[:4]
+            if int(own) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def look(address: str, since: float) -> Moment:
+    status = get_cluster_status(address)
+    nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.total_resources().get("GPU")]
+    asked = [group for demand in status.resource_demands.ray_task_actor_demand for group in demand.bundles_by_count]
+    return Moment(
+        seconds=time.monotonic() - since,
+        nodes=len(nodes),
+        at_work=sum(bool(node.used_resources().get("GPU")) for node in nodes),
+        coming=sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes),
+        waiting=sum(group.count for group in asked),
+    )
+
+
+def exercise(folder: Path) -> Story:
+    """Run it, with results and logs in `folder`, and watch until the nodes have gone again or would have long ago."""
+    story, results = Story(), folder / "results"
+    with cluster(folder) as address, (folder / "run.log").open("w+", encoding="utf-8") as said:
+        since = time.monotonic()
+        _note(story, look(address, since))
+        command = [sys.executable, "-m", "harness.cli", "run", *RUN, "--out", str(results)]
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=environment() | {"RAY_ADDRESS": address}, stdout=said, stderr=subprocess.STDOUT
+        )
+        try:
+            while run.poll() is None and time.monotonic() - since < RUN_S:
+                _note(story, look(address, since))
+                time.sleep(EVERY_S)
+        finally:
+            run.kill()
+            story.code = run.wait()
+        ended = time.monotonic()
+        while story.moments[-1].nodes and time.monotonic() - ended < IDLE_S:
+            _note(story, look(address, since))
+            time.sleep(EVERY_S)
+        said.seek(0)
+        story.said = said.read()
+    records = [record for one in (find_runs(results) if results.is_dir() else ()) for record in load_run(one)[1]]
+    story.statuses = dict(Counter(record.status for record in records))
+    return story
+
+
+def _note(story: Story, now: Moment) -> None:
+    if not story.moments or replace(story.moments[-1], seconds=now.seconds) != now:
+        story.moments.append(now)
+
+
+def told(story: Story) -> str:
+    """The table, what became of the run, and, of a failed one, what it said."""
+    rows = ["seconds  nodes  at work  coming  waiting actors"]
+    rows += [f"{m.seconds:7.1f}  {m.nodes:5d}  {m.at_work:7d}  {m.coming:6d}  {m.waiting:14d}" for m in story.moments]
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(story.statuses.items())) or "none"
+    rows.append(f"harness run ended with {story.code}; records: {counts}")
+    return "\n".join(rows if story.code == 0 else [*rows, story.said[-3000:]])
+
+
+def main(out: Path) -> int:
+    story = exercise(out)
+    print(told(story))
+    nodes = [moment.nodes for moment in story.moments]
+    scaled = nodes[0] == 0 and max(nodes) == NODES and nodes[-1] == 0
+    return 0 if story.code == 0 and set(story.statuses) == {"ok"} and scaled else 1
+
+
+if __name__ == "__main__":
+    if "RAY_AUTH_MODE" not in os.environ:  # a token for this cluster alone; Ray reads the mode when it is imported
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **own})
+    if len(sys.argv) > 1:
+        sys.exit(main(Path(sys.argv[1])))
+    with tempfile.TemporaryDirectory(prefix="kvh-autoscale-") as folder:
+        sys.exit(main(Path(folder)))
