@@ -24,6 +24,7 @@ from harness.cli_data import data_parser
 from harness.cli_nightly import nightly_parser
 from harness.cli_ray import fan_out, ray_options
 from harness.cli_simulate import simulate_parser
+from harness.cli_status import status_parser
 from harness.cli_tables import tables_parser
 from harness.errors import HarnessError
 from harness.spec import Frozen, Sweep
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     bench_parser(commands.add_parser("bench", help="speed and memory of methods, each by itself"))
     serve_parser(commands.add_parser("serve-bench", help="speed and memory of a batch of prompts decoded together"))
     boundary_parser(commands.add_parser("boundary", help="largest context and batch that fit a memory limit"))
+    status_parser(commands.add_parser("status", help="how runs are getting on"))
     nightly_parser(commands.add_parser("nightly", help="run a board and compare it with the last published night"))
     simulate_parser(
         commands.add_parser("simulate", help="how long a sweep would take on a cluster, from a recorded run")

@@ -125,8 +125,9 @@ def _pace(now: Snapshot) -> str:
     from harness.progress import duration
 
     rate = now.tokens / now.seconds if now.seconds else 0.0
+    busy = f", busy {now.busy_s / now.worker_s:.0%}" if now.worker_s else ""
     left = "" if now.left_s is None else f", {duration(now.left_s)} left"
-    return f"{now.workers}, {rate:,.0f} tokens/s{left}"
+    return f"{now.workers}, {rate:,.0f} tokens/s{busy}{left}"
 
 
 def _reasons(records: Sequence[Record]) -> Iterator[str]:

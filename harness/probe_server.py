@@ -39,7 +39,10 @@ from harness.probe import LOAD_S, Job, Reply, last_line, measure
 from harness.spec import Sweep
 from methods.base import KVPolicy, Needs
 
-OUT_OF_MEMORY = ("allocate memory", "defaultcpuallocator", "not enough memory", "out of memory", "bad_alloc")
+OUT_OF_MEMORY = (
+    *("allocate memory", "defaultcpuallocator", "not enough memory", "out of memory", "bad_alloc"),
+    "could not create a primitive",  # oneDNN without memory for its scratch; seen under a limit, where the model ran
+)
 LOOK_S = 0.5  # between two looks whether the client is still there
 
 

@@ -72,7 +72,9 @@ class Trial:
         )
 
 
-HEAD = "seed  end   lost  twice  different  board        drivers  struck  seconds  faults (share of the records then written)"
+HEAD = (
+    "seed  end   lost  twice  different  board        drivers  struck  seconds  faults (share of records then written)"
+)
 
 
 def _at(fault: tuple[str, float]) -> float:
@@ -227,8 +229,8 @@ def summary(trials: Sequence[Trial]) -> str:
     struck = Counter(kind for trial in trials for kind in trial.struck)
     kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(struck.items()))
     return (
-        f"{len(trials)} runs, {sum(struck.values())} faults struck ({kinds}): {sum(t.lost for t in trials)} records lost, "
-        f"{sum(t.twice for t in trials)} twice, {sum(t.different for t in trials)} different, "
+        f"{len(trials)} runs, {sum(struck.values())} faults struck ({kinds}): {sum(t.lost for t in trials)} records "
+        f"lost, {sum(t.twice for t in trials)} twice, {sum(t.different for t in trials)} different, "
         f"{sum(t.board != 'equal' for t in trials)} boards not equal"
     )
 

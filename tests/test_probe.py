@@ -226,6 +226,7 @@ def _abort() -> None:
         (_raise(MemoryError()), "oom", "MemoryError"),
         (_raise(torch.OutOfMemoryError("CUDA out of memory.")), "oom", "CUDA out of memory"),
         (_raise(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")), "oom", "DefaultCPU"),
+        (_raise(RuntimeError("could not create a primitive")), "oom", "primitive"),
         (_raise(OSError(12, "Cannot allocate memory")), "oom", "Cannot allocate"),
         (_raise(RuntimeError("shapes\ndiffer")), "failed", "RuntimeError: shapes differ"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "oom", "killed by SIGKILL"),

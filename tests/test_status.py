@@ -23,7 +23,7 @@ from tests.test_store import manifest, record
 ROOT = Path(__file__).parents[1]
 SNAPSHOT = Snapshot(
     **{"cells": {"ok": 4}, "total": 6, "samples": 3, "samples_left": 1, "tokens": 90_000, "seconds": 60.0},
-    **{"workers": 2, "left_s": 200.0, "at": 0.0},
+    **{"workers": 2, "left_s": 200.0, "at": 0.0, "worker_s": 100.0, "busy_s": 95.0},
 )
 
 
@@ -134,7 +134,7 @@ def test_the_pace_of_a_running_fan_out(tmp_path: Path, capsys: pytest.CaptureFix
         assert not any("workers" in line for line in status(capsys, tmp_path))
         path.write_text(SNAPSHOT.model_copy(update={"at": time.time()}).model_dump_json())
         (line,) = [line for line in status(capsys, tmp_path) if "workers" in line]
-        assert line.startswith("  workers   2, 1,500 tokens/s, 3 min 20 s left (") and line.endswith(" s ago)")
+        assert line.startswith("  workers   2, 1,500 tokens/s, busy 95%, 3 min 20 s left (") and " s ago)" in line
         path.write_text(SNAPSHOT.model_copy(update={"at": time.time() - 3600}).model_dump_json())
         assert not any("workers" in line for line in status(capsys, tmp_path))  # of an earlier session
         path.write_text('{"cells": 1')

@@ -33,7 +33,7 @@ def make_nothing() -> tuple[Callable[[Sequence[Any], bool], Sequence[Any]], dict
 
 
 def test_items_that_do_nothing(note: Callable[..., None], tmp_path: Path) -> None:
-    """Scheduling, transport and stored records of 100,000 items on two workers; the seconds begin with the first result."""
+    """Scheduling, transport and stored records of 100,000 items on two workers, their start included."""
     made = manifest()
     items = [record("a", "64", f"{i}", 1.0, run_id=made.run_id) for i in range(ITEMS)]
     with connected("local"), RunStore.open(tmp_path, made) as store:
