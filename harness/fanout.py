@@ -20,7 +20,7 @@ from harness.durable import write_error
 from harness.errors import HarnessError
 from harness.machine import machine, versions
 from harness.models import LoadedModel, describe_model, load_model
-from harness.plan import Group
+from harness.plan import Group, plan_cells, plan_methods, plan_tasks
 from harness.progress import Progress
 from harness.ray_pool import Handler, RayPool, WorkerShape, connected
 from harness.records import Record
@@ -97,6 +97,8 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
         raise HarnessError("--measure times one cell alone on a machine, --ray fills it; leave one of the two out")
     if sweep.device not in DEVICES:
         raise HarnessError(f"--device {sweep.device!r} is of this machine; give {', '.join(DEVICES)} with --ray")
+    plan_tasks(sweep)
+    plan_cells(plan_methods(sweep), sweep.budgets)  # names and budgets are refused before a cluster is asked
     with connected(fan.address) as cluster:
         shape, size = _shape(sweep, fan, cluster.resources)
         device = sweep.device if sweep.device != "auto" else ("cuda" if shape.gpus else "cpu")
