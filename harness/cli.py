@@ -1,4 +1,4 @@
-"""The command line: `harness run | board | compile | tables | list | fetch | data`.
+"""The command line, `harness COMMAND`; `harness --help` lists the commands.
 
 Bad input ends with one line on stderr and exit code 2, an interrupt with 130; what is already recorded stays.
 """
@@ -25,6 +25,7 @@ from harness.cli_nightly import nightly_parser
 from harness.cli_ray import fan_out, ray_options
 from harness.cli_simulate import simulate_parser
 from harness.cli_status import status_parser
+from harness.cli_submit import export_parser, submit_parser, verify_parser
 from harness.cli_tables import tables_parser
 from harness.errors import HarnessError
 from harness.spec import Frozen, Sweep
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument(
         "--subject", metavar="LABEL", help="method to judge against the strongest other one of each task family"
     )
+    board.add_argument("--html", action="store_true", help="write NAME.html too: one page with charts and samples")
     board.set_defaults(action=_board)
     listing = commands.add_parser("list", help="what can be named on the command line")
     listing.add_argument("what", choices=("methods", "tasks", "models", "boards"))
@@ -83,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     serve_parser(commands.add_parser("serve-bench", help="speed and memory of a batch of prompts decoded together"))
     boundary_parser(commands.add_parser("boundary", help="largest context and batch that fit a memory limit"))
     status_parser(commands.add_parser("status", help="how runs are getting on"))
+    submit_parser(commands.add_parser("submit", help="pack a run as an archive that others can verify"))
+    verify_parser(commands.add_parser("verify", help="score a submitted run again and check it"))
+    export_parser(commands.add_parser("export", help="records as Parquet, results as a model card"))
     nightly_parser(commands.add_parser("nightly", help="run a board and compare it with the last published night"))
     simulate_parser(
         commands.add_parser("simulate", help="how long a sweep would take on a cluster, from a recorded run")
@@ -114,6 +119,7 @@ def _run_parser(run: argparse.ArgumentParser) -> None:
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--html", action="store_true", help="write the board as board.html too")
     ray_options(run)
     run.set_defaults(action=_run)
 
@@ -202,7 +208,7 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         folder = run_sweep(sweep, root=args.out, command=command)
-    return _show([folder], out=folder, name="board", subject=subject)
+    return _show([folder], out=folder, name="board", subject=subject, html=args.html)
 
 
 def _board(args: argparse.Namespace, command: Sequence[str]) -> int:
@@ -210,10 +216,10 @@ def _board(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     folders = [folder for root in args.runs for folder in find_runs(root)]
     out = args.out or (args.runs[0] if len(args.runs) == 1 else RESULTS)
-    return _show(folders, out=out, name=args.name, subject=args.subject)
+    return _show(folders, out=out, name=args.name, subject=args.subject, html=args.html)
 
 
-def _show(folders: Sequence[Path], *, out: Path, name: str, subject: str | None) -> int:
+def _show(folders: Sequence[Path], *, out: Path, name: str, subject: str | None, html: bool) -> int:
     """Print and write the board of some runs; 1 when a cell failed."""
     from harness.store import load_run
     from leaderboards.aggregate import aggregate
@@ -228,7 +234,12 @@ def _show(folders: Sequence[Path], *, out: Path, name: str, subject: str | None)
     tables = aggregate(records, manifests=manifests, subject=subject)
     print(to_terminal(tables, manifests=manifests))
     pages = write_board(records, out, name, manifests=manifests, subject=subject)
-    for path in [*pages, write_picture(tables, out, name)]:
+    pages.append(write_picture(tables, out, name))
+    if html:
+        from leaderboards.page import write_page
+
+        pages.append(write_page(tables, records, out, name, manifests=manifests))
+    for path in pages:
         print(f"wrote {path}", file=sys.stderr)
     failed = sum(record.status == "failed" for record in records)
     if failed:

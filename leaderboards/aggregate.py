@@ -20,7 +20,8 @@ bytes. Every other cell within its bytes is compared with it, paired. Where the 
 there is none, or it rests on fewer than 10 clusters in some task, the two are not told apart: they are `=`. The best
 cell is `*` only when it is told apart from every other one. The fronts of a measured table are in
 `leaderboards.pareto`. This is 95 % per comparison, without a correction for the
-number of methods, and `=` is no proof of equality.
+number of methods, and `=` is no proof of equality. Rank intervals (`leaderboards.ranks`) have that correction. What a
+mean hides is in `leaderboards.tails`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ from leaderboards.axes import FULL, STATUSES, Axes, budget_order, one_per_key, s
 from leaderboards.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Estimate
 from leaderboards.grid import MEASURED, Cell, Grid
 from leaderboards.pareto import fronts
+from leaderboards.ranks import rank_columns
 from leaderboards.rivals import compare
 from leaderboards.summaries import summarise
+from leaderboards.tails import tail_columns
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ def _table(
     marks = _marks(grid)
     means = {c: grid.estimate(c, "score").mean for c in grid.cells}
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
-    timed = _measured(grid)
-    rows = pd.DataFrame([{**asdict(axes), **_row(grid, c, used), "mark": marks.get(c, ""), **timed[c]} for c in order])
+    ranked, tailed, timed = rank_columns(grid, seed=seed, resamples=resamples), tail_columns(grid), _measured(grid)
+    own = {c: {**_row(grid, c, used), "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
+    rows = pd.DataFrame([{**asdict(axes), **own[c]} for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))

@@ -126,7 +126,7 @@ class Grid:
 
 def _value(record: Record, what: str) -> float:
     if what == "needle":
-        return _needle_percent(record)
+        return needle_percent(record)
     if what in MEASURED:
         value = None if record.measured is None else getattr(record.measured, what)
         return math.nan if value is None else float(getattr(value, "median", value))
@@ -140,7 +140,7 @@ def _value(record: Record, what: str) -> float:
     return 100 * score
 
 
-def _needle_percent(record: Record) -> float:
+def needle_percent(record: Record) -> float:
     """Share of the needle tokens still cached, mean over layers and KV heads; NaN for a sample without needles."""
     kept = [count for layer in record.needle_kept for count in layer]
     if not record.needle_tokens or not kept:

@@ -18,7 +18,7 @@ import pandas as pd
 from harness.errors import HarnessError
 from harness.records import Record, RunManifest
 from harness.store import write_text
-from leaderboards import pareto
+from leaderboards import pareto, ranks, tails
 from leaderboards.aggregate import Table, aggregate
 from leaderboards.bootstrap import FEW, LEVEL, MIN_PAIRS
 from leaderboards.rivals import HOW_TO_READ, frames
@@ -158,10 +158,12 @@ def task_frame(table: Table) -> pd.DataFrame:
 
 
 def sections(table: Table) -> dict[str, pd.DataFrame]:
-    """Title to frame of what follows the ranking: the subject's rivals, the score by task, the table's summaries."""
+    """Title to frame of what follows the ranking: the subject's rivals, score by task, ranks, tails, summaries."""
     titles = dict.fromkeys(table.summaries["title"])
     summaries = {clean(title): summary_frame(table, title) for title in titles}
-    return {**frames(table.rivals), "Score by task": task_frame(table), **summaries}
+    ranked = {"Ranks and best others": ranks.frame(table.rows)} if ranks.is_ranked(table.rows) else {}
+    tailed = {"Tail failures": tails.frame(table.rows)} if tails.is_known(table.rows) else {}
+    return {**frames(table.rivals), "Score by task": task_frame(table), **ranked, **tailed, **summaries}
 
 
 def summary_frame(table: Table, title: str) -> pd.DataFrame:
@@ -187,13 +189,15 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         f"cache, other baselines are taken at the same budget. Without brackets: fewer than {MIN_PAIRS} pairs, or one "
         "in some task. Samples that share a context count once here.",
         f"intervals: percentile bootstrap within tasks, {attrs['resamples']} resamples, seed {attrs['seed']}; "
-        "samples that share a context are redrawn together; not corrected for the number of comparisons.",
+        "samples that share a context are redrawn together; not corrected for the number of comparisons (ranks are).",
         "NLL: nats per token of the reference answer on the compressed cache, where a task has one; lower is better.",
         "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache.",
         "n: samples scored. first token: whether the first answer token was predicted from the compressed cache, or by "
         "the uncompressed prefill.",
         "flags: i incomplete (others of that budget have samples that this one lacks), s skipped, f failed, o out of "
         f"memory, b over budget in bytes, w fewer than {FEW} contexts in some task (its interval is too narrow).",
+        *(ranks.HOW_TO_READ if any(ranks.is_ranked(table.rows) for table in tables) else ()),
+        *(tails.HOW_TO_READ if any(tails.is_known(table.rows) for table in tables) else ()),
         *(pareto.HOW_TO_READ if any(pareto.is_measured(table.rows) for table in tables) else ()),
         *(HOW_TO_READ if any(len(table.rivals) for table in tables) else ()),
         *(SUMMARIES if any(len(table.summaries) for table in tables) else ()),
@@ -212,6 +216,7 @@ def _main_row(row: Mapping[Any, Any], baselines: Mapping[str, str | None], *, ne
     }
     for wanted, label in baselines.items():
         cells[f"Δ {clean(label or wanted)}"] = _difference(row, f"score_points_vs_{wanted}", digits=1)
+    cells["rank"] = ranks.rank_text(row["rank_low"], row["rank_high"])
     cells["n"] = str(row["n_ok"])
     cells["flags"] = "".join(FLAGS[flag] for flag in row["flags"].split())
     cells["NLL"] = number(row["nll_nats_mean"], digits=3)

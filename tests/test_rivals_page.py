@@ -72,7 +72,7 @@ def test_text_from_outside_breaks_no_table(subject: str, rival: str, task: str) 
     tables = aggregate(records, subject=f"m{subject}")
     page = to_markdown(tables, title="b")
     blocks = [b.splitlines() for b in page.split("\n\n") if b.startswith("|")]
-    assert len(blocks) == 4  # the ranking, two of rivals, the tasks
+    assert len(blocks) == 6  # the ranking, two of rivals, the tasks, the ranks, the tails
     for block in blocks:
         assert len(block) == 4
         assert len({line.replace("\\\\", "").replace("\\|", "").count("|") for line in block}) == 1

@@ -1,0 +1,124 @@
+"""A run as it is handed in, small and true: made records whose scores and bytes follow from what they say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+from harness.records import Record, RunManifest
+from harness.spec import MethodSpec, ModelSpec, RunSpec, TaskSpec
+from harness.store import RunStore
+from harness.submission_pack import INDEX, RECORDS, Index, PackedFile, zipped
+from tasks import load_tasks
+from tasks.base import Sample
+
+TOKENS, LAYERS, HEADS, SLOT = 100, 4, 2, 128
+METHODS = (
+    MethodSpec(label="fullkv", name="fullkv", budgeted=False),
+    MethodSpec(label="snapkv", name="snapkv"),
+    MethodSpec(label="h2o", name="h2o"),
+)
+
+
+def manifest(**changes: Any) -> RunManifest:
+    """Of a finished run of 3 samples x 5 cells of niah/passkey. Fields of the spec go there."""
+    fields: dict[str, Any] = {
+        "model": ModelSpec(name="tiny", revision="r0", dtype="float32", device="cpu"),
+        "tasks": (TaskSpec(name="niah/passkey", protocol="passkey"),),
+        "methods": METHODS,
+        "budgets": ("16", "0.5"),
+        "lengths": (1024,),
+        "limit": 3,
+        "seed": 42,
+        "max_tokens": 2048,
+        "max_new_tokens": None,
+        "first_token": "compressed",
+        "query": "aware",
+        "nll_tokens": 64,
+    }
+    spec = RunSpec(**{**fields, **{name: changes.pop(name) for name in list(changes) if name in fields}})
+    values = {"run_id": spec.run_id, "status": "finished", "command": ("harness", "run"), "spec": spec}
+    values |= {"started": "2026-01-01T00:00:00+00:00", "samples": 3, "cells": 5, "git_commit": "c0ffee"}
+    return RunManifest(**{**values, **changes})
+
+
+def record(number: int, method: str, budget: str, **changes: Any) -> Record:
+    """A cell of sample `number`; every other prediction is right."""
+    answer, kept = f"{7000 + number}", {"full": TOKENS, "16": 16, "0.5": 50}[budget]
+    prediction = f"the key is {answer}" if (number + kept) % 2 else "I cannot tell"
+    meta = {"length": 1024, "depth": 10 * number, "needles": [f"The key is {answer}."]}
+    values: dict[str, Any] = {
+        "run_id": manifest().run_id,
+        "model": "tiny",
+        "dtype": "float32",
+        "task": "niah/passkey",
+        "sample_id": f"1024/depth{number}/0",
+        "method": method,
+        "budget": budget,
+        "query": "aware",
+        "first_token": "compressed",
+        "seed": 42,
+        "status": "ok",
+        "prompt_tokens": TOKENS,
+        "compressed_tokens": TOKENS,
+        "prompt_sha256": f"{number:064x}",
+        "budget_tokens": None if budget == "full" else kept,
+        "kept_slots": (kept * HEADS,) * LAYERS,
+        "kv_bytes": kept * HEADS * LAYERS * SLOT,
+        "kv_bytes_end": kept * HEADS * LAYERS * SLOT,
+        "asked_bytes": kept * HEADS * LAYERS * SLOT,
+        "full_bytes": TOKENS * HEADS * LAYERS * SLOT,
+        "answers": (answer,),
+        "prediction": prediction,
+        "token_ids": (1, 2, 3),
+        "nll": 2.0,
+        "nll_tokens": 4,
+        "nll_first": 3.0,
+        "meta": meta,
+    }
+    values |= changes
+    sample = Sample(values["sample_id"], "", "", tuple(values["answers"]), 8, meta=values["meta"])
+    score = load_tasks()[values["task"]].score(sample, values["prediction"])
+    return Record(**{"metrics": dict(score), **values})
+
+
+def records() -> list[Record]:
+    """All of the run, sample by sample."""
+    cells = [("fullkv", "full"), *((name, budget) for name in ("snapkv", "h2o") for budget in ("16", "0.5"))]
+    return [record(number, *cell) for number in range(3) for cell in cells]
+
+
+def stored(root: Path, run: RunManifest | None = None, own: list[Record] | None = None) -> Path:
+    """The run's folder below `root`."""
+    with RunStore.open(root, run or manifest()) as store:
+        store.append(records() if own is None else own)
+        return store.folder
+
+
+def members_of(pack: Path) -> dict[str, bytes]:
+    with ZipFile(pack) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def repacked(pack: Path, members: Mapping[str, bytes], **changes: Any) -> Path:
+    """Write other members with an index that fits them, as one who cheats with care would."""
+    kept = {name: data for name, data in members.items() if name != INDEX}
+    files = tuple(
+        PackedFile(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in kept.items()
+    )
+    values = {"run_id": manifest().run_id, "files": files, **changes}
+    pack.write_bytes(zipped({INDEX: Index(**values).model_dump_json().encode(), **kept}))
+    return pack
+
+
+def forged(pack: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path:
+    """The archive after `change` had its way with the parsed records, with checksums that fit."""
+    members = members_of(pack)
+    lines = [json.loads(line) for line in members[RECORDS].splitlines()]
+    change(lines)
+    members[RECORDS] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return repacked(pack, members)

@@ -1,0 +1,195 @@
+"""The page in a real headless Chromium, driven by Playwright; skipped where either is missing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leaderboards.aggregate import aggregate
+from leaderboards.page import write_page
+from tests.test_page import EVIL, planted, pretend, run
+
+api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A plain page of two settings, and one with markup planted everywhere."""
+    folder = tmp_path_factory.mktemp("pages")
+    records, runs = [*pretend(), *pretend(query="agnostic")], [run(git_commit="abc123")]
+    plain = write_page(aggregate(records, manifests=runs), records, folder, "plain", manifests=runs)
+    records, runs = planted()
+    evil = write_page(aggregate(records, manifests=runs), records, folder, "evil", manifests=runs)
+    return {"plain": plain, "evil": evil}
+
+
+@pytest.fixture
+def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
+    """A function that opens a page; at the end nothing was logged, thrown, asked for or popped up."""
+    trouble: list[str] = []
+    contexts = []
+
+    def visit(name: str = "plain", **options: Any) -> Any:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda r: trouble.append(r.url) if not r.is_navigation_request() else None)
+        page.goto(pages[name].as_uri())
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert trouble == []
+
+
+def visible(page: Any, what: str = "b") -> list[str]:
+    return [text.strip() for text in page.locator(f"#ranking tbody tr:visible th {what}").all_inner_texts()]
+
+
+def test_a_header_sorts_by_mouse_and_by_keyboard(opened: Any) -> None:
+    page = opened()
+    head = page.locator("#ranking thead th", has_text="Score")
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert visible(page)[:2] == ["fullkv", "fullkv"]
+    head.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert visible(page)[0] == "h2o"
+    assert "by Score, ascending" in page.locator("#status").inner_text()
+
+
+def test_filters_narrow_the_table(opened: Any) -> None:
+    page = opened()
+    assert len(visible(page)) == 10
+    page.select_option("#f-budget", "64")
+    page.select_option("#f-query", "agnostic")
+    assert sorted(visible(page)) == ["h2o", "snapkv"]
+    page.fill("#f-method", "SNAP")
+    assert visible(page) == ["snapkv"]
+    assert "1 of 10 rows" in page.locator("#status").inner_text()
+
+
+def test_a_task_shows_its_own_mean_and_hides_what_is_of_all_tasks(opened: Any) -> None:
+    page = opened()
+    page.select_option("#f-task", "niah/passkey")
+    cell = page.locator('tr[data-method="snapkv"] .score').first
+    assert cell.inner_text().strip() == "75.0"
+    assert not page.locator("#ranking td.agg").first.is_visible()
+    page.locator("#ranking thead button", has_text="Score").click()
+    page.select_option("#f-task", "niah/kamradt")
+    values = [float(text) for text in page.locator("#ranking .one").all_inner_texts()]
+    assert values == sorted(values, reverse=True)
+    page.select_option("#f-task", "")
+    assert "±" in cell.inner_text()
+
+
+def test_provenance_is_one_click_away_and_closes_by_escape(opened: Any) -> None:
+    page = opened()
+    page.locator("#ranking tbody a").nth(1).click()
+    assert page.locator("#made").is_visible() and "abc123" in page.locator("#made").inner_text()
+    assert page.evaluate("document.querySelector('#made').scrollTop") == 0
+    page.keyboard.press("Escape")
+    assert not page.locator("#made").is_visible()
+    page.locator("#ranking tbody a").first.click()
+    page.locator("#close").click()
+    assert not page.locator("#made").is_visible()
+
+
+def test_hover_shows_a_points_values(opened: Any) -> None:
+    page = opened()
+    point = page.locator("svg.chart .point").first
+    point.scroll_into_view_if_needed()
+    point.hover(force=True)
+    assert "score" in page.locator(".readout").first.inner_text()
+
+
+def test_a_key_picks_out_its_method(opened: Any) -> None:
+    page = opened()
+    key = page.locator(".key", has_text="h2o").first
+    key.click()
+    assert key.get_attribute("aria-pressed") == "true"
+    faint = page.locator(".charts").first.locator("svg [data-s].faint")
+    assert {faint.nth(i).get_attribute("data-s") for i in range(faint.count())} == {"1"}
+    key.click()
+    assert faint.count() == 0
+
+
+def test_the_sample_browser_changes_with_its_choices(opened: Any) -> None:
+    page = opened()
+    cards = page.locator("#shown .answers li")
+    assert cards.count() == 3 and "budget 64" in cards.nth(1).inner_text()
+    page.select_option("#answers", "128")
+    assert "budget 128" in cards.nth(1).inner_text() and "needle 37.5 % cached" in cards.nth(1).inner_text()
+    before = page.locator("#shown dl").inner_text()
+    page.select_option("#sample", "3")
+    assert page.locator("#shown dl").inner_text() != before
+
+
+def test_heat_maps_are_coloured(opened: Any) -> None:
+    page = opened()
+    box = page.locator("details[open] .heat td[class^=h]").first
+    assert page.evaluate("e => getComputedStyle(e).backgroundColor", box.element_handle()) != "rgba(0, 0, 0, 0)"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_theme_follows_the_system_and_the_button(opened: Any, scheme: str) -> None:
+    page = opened(color_scheme=scheme)
+    ground = "getComputedStyle(document.body).backgroundColor"
+    axis = "getComputedStyle(document.querySelector('svg.chart .stroke-ink')).stroke"
+    seen = page.evaluate(ground), page.evaluate(axis)
+    assert (seen[0] == "rgb(255, 255, 255)") == (scheme == "light")
+    page.locator("#theme").click()
+    assert page.evaluate(ground) != seen[0] and page.evaluate(axis) != seen[1]
+
+
+def test_a_narrow_screen_needs_no_sideways_scrolling(opened: Any) -> None:
+    page = opened(viewport={"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    size = "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a"
+    assert page.evaluate(size, page.locator("svg.chart text").first.element_handle()) >= 9
+
+
+def test_reduced_motion_is_respected(opened: Any) -> None:
+    page = opened(reduced_motion="reduce")
+    assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+
+
+def test_planted_markup_runs_nowhere(opened: Any) -> None:
+    page = opened("evil", viewport={"width": 1280, "height": 900})
+    page.locator("#ranking tbody a").first.click()
+    page.keyboard.press("Escape")
+    page.locator("#ranking thead button").first.click()
+    page.select_option("#sample", "1")
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hit") is None
+    assert page.locator("img, iframe, script:not([type]) ~ script").count() == 0
+    assert EVIL in page.locator("#shown").inner_text()
+    assert page.title().strip() != ""
+
+
+def test_the_page_reads_without_its_script(opened: Any) -> None:
+    page = opened(java_script_enabled=False)
+    assert "is best" in page.locator(".verdicts").first.inner_text()
+    assert not page.locator("#filters").is_visible() and len(visible(page)) == 10
