@@ -17,6 +17,7 @@ from typing import Any
 
 from harness.cells import Outcome
 from harness.durable import write_error
+from harness.engine import ROWS_AT_ONCE
 from harness.errors import HarnessError
 from harness.machine import machine, versions
 from harness.models import LoadedModel, describe_model, load_model
@@ -77,11 +78,12 @@ class MakeRunner:
             trust_remote_code=wanted.trust_remote_code,
             device_map="auto" if self.shape.gpus > 1 and wanted.device == "cuda" else None,
         )
-        runner, careful = Runner(self.spec, loaded), Runner(self.spec, loaded, rows=1)
+        runner = Runner(self.spec, loaded)
         runner.engine.check(self.policies, self.ids)
 
         def handle(groups: Sequence[Group], carefully: bool) -> list[list[Record]]:
-            return [(careful if carefully else runner).records(group) for group in groups]
+            runner.engine.rows = 1 if carefully else ROWS_AT_ONCE
+            return [runner.records(group) for group in groups]
 
         return handle, {"model": loaded.spec, "versions": versions(), "machine": machine()}
 

@@ -108,6 +108,17 @@ def _check_reachable(address: str) -> None:
         raise HarnessError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from None
 
 
+class _Lines(logging.Handler):
+    """Appends what is logged to a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 class Worker:
     """What runs in an actor. make: called once, there; what it raises refuses the worker."""
 
@@ -117,9 +128,7 @@ class Worker:
 
     def start(self) -> dict[str, Any]:
         """What the driver should know of this worker, once it can work."""
-        handler = logging.Handler()
-        handler.emit = lambda record: self.lines.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("harness").addHandler(handler)
+        logging.getLogger("harness").addHandler(_Lines(self.lines))
         self.handler, about = self.make()
         context = ray.get_runtime_context()
         return {**about, "node": context.get_node_id()[:12], "host": socket.gethostname(), "time": time.time()}
@@ -128,7 +137,8 @@ class Worker:
         """Results, seconds, and what was logged."""
         start = time.perf_counter()
         results = self.handler(work, careful)
-        lines, self.lines = self.lines, []
+        lines = self.lines.copy()
+        self.lines.clear()
         return results, time.perf_counter() - start, lines
 
 

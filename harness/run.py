@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from harness.attach import AttachedModel
 from harness.cells import Outcome
-from harness.engine import ROWS_AT_ONCE, Engine
+from harness.engine import Engine
 from harness.machine import git_commit, machine, versions
 from harness.measure import check_measure, measured_on, measuring
 from harness.models import LoadedModel, load_model
@@ -48,16 +48,14 @@ class Runner:
     Args:
         spec: the resolved run.
         loaded: its model.
-        rows: most that are decoded together.
     """
 
     spec: RunSpec
     loaded: LoadedModel
-    rows: int = ROWS_AT_ONCE
 
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model)
-        self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token, rows=self.rows)
+        self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
         here = machine()
         self.accelerator = ", ".join(here["accelerators"][:1]) or str(here["processor"])
@@ -228,7 +226,7 @@ def ending(store: RunStore) -> Iterator[None]:
     except KeyboardInterrupt:
         store.finish("interrupted", finished=now())
         raise
-    except Exception as error:
+    except Exception as error:  # raised again: what ended the run only has to be told
         store.finish("failed", finished=now(), error=" ".join(str(error).split())[:500])
         raise
     store.finish("finished", finished=now())

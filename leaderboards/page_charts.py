@@ -166,8 +166,15 @@ def _series(axes: Axes, i: int, rows: Sequence[Row], x: Sequence[float], *, line
     means = [row["score_points_mean"] for row in rows]
     lows = [row["score_points_mean"] - row["score_points_low"] for row in rows]
     highs = [row["score_points_high"] - row["score_points_mean"] for row in rows]
-    look = {"color": color, "marker": marker, "ls": dash if line else "", "ms": 4.5, "lw": 1.2, "elinewidth": 0.8}
-    drawn = axes.errorbar(x, means, yerr=[lows, highs], **look)  # type: ignore[arg-type]
+    look: dict[str, Any] = {
+        "color": color,
+        "marker": marker,
+        "ls": dash if line else "",
+        "ms": 4.5,
+        "lw": 1.2,
+        "elinewidth": 0.8,
+    }
+    drawn = axes.errorbar(x, means, yerr=[lows, highs], **look)
     drawn.lines[0].set_gid(f"series-{i}")
     for bars in drawn.lines[2]:
         bars.set_gid(f"series-{i}-bars")
