@@ -115,6 +115,7 @@ def _run_parser(run: argparse.ArgumentParser) -> None:
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--trust-remote-code", action="store_true", default=None, help="run code that a hub repository brings")
     add("--data-dir", help="folder with the files of LongBench and of RULER's qa tasks")
+    add("--whole", action="store_true", default=None, help="only LongBench rows that fit without being cut")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")

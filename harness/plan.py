@@ -172,6 +172,7 @@ def plan_samples(
         limit=sweep.limit,
         seed=sweep.seed,
         data_dir=None if sweep.data_dir is None else Path(sweep.data_dir),
+        whole=sweep.whole,
         fetch=find_asset,
     )
     samples, specs = [], []
@@ -226,6 +227,7 @@ def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
         first_token="compressed" if sweep.query == "agnostic" else sweep.first_token,
         query=sweep.query,
         nll_tokens=sweep.nll_tokens,
+        whole=sweep.whole,
         **resolved,
     )
 

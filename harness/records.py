@@ -10,6 +10,7 @@ from harness.measured import Measured
 from harness.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
+Memory = Literal["physical", "simulated"]
 
 
 class Record(Frozen):
@@ -33,6 +34,8 @@ class Record(Frozen):
     """ok: scored. skipped: cannot be run as asked. failed: an error. oom: out of memory. Only ok has a score."""
     error: str | None = None
     """One line on why the status is not ok."""
+    memory: Memory = "physical"
+    """simulated: the method only pretends to free what it drops, so its bytes, seconds and peaks are no results."""
     over_budget: bool = False
     """Measured bytes exceed asked bytes by more than 1 %."""
     notes: tuple[str, ...] = ()

@@ -94,6 +94,7 @@ def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome:
         seed=spec.seed,
         status=outcome.status,
         error=outcome.error,
+        memory=cell.cell.policy.memory,
         over_budget=outcome.over_budget,
         notes=(*planned.notes, *outcome.notes),
         prompt_tokens=len(planned.ids),

@@ -29,7 +29,7 @@ class Sweep(Frozen):
     lengths: context lengths in tokens for generated tasks. limit: samples per task, or per task and length.
     max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the tasks' own.
     nll_tokens: reference tokens that are scored at most. set: parameters of methods, `method.parameter` to value.
-    measure: time every cell by itself too, and its memory.
+    measure: time every cell by itself too, and its memory. whole: only rows of data sets that need no cut.
     """
 
     model: str = "smollm2-135m"
@@ -49,6 +49,7 @@ class Sweep(Frozen):
     trust_remote_code: bool = False
     data_dir: str | None = None
     measure: bool = False
+    whole: bool = False
     set: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -98,9 +99,15 @@ class RunSpec(Frozen):
     measured_on: str | None = None
     """The machine that cells are also timed on, since it decides those numbers; None for a run that times nothing."""
 
+    whole: bool = False
+    """Whether rows of data sets that would have been cut were left out."""
+
     @property
     def run_id(self) -> str:
-        """First 12 hex digits of the sha256 of the canonical JSON of this spec, `measured_on` left out where None."""
-        left_out = {"measured_on"} if self.measured_on is None else set()
+        """First 12 hex digits of the sha256 of the canonical JSON of this spec.
+
+        Fields that came after the first runs are left out while at their defaults, so that those keep their ids.
+        """
+        left_out = {name for name in ("measured_on", "whole") if not getattr(self, name)}
         text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

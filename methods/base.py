@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class KVPolicy(ABC):
     def evicts_while_decoding(self) -> bool:
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
         return False
+
+    @property
+    def memory(self) -> Literal["physical", "simulated"]:
+        """simulated: dropped tokens are only hidden from attention and their bytes stay."""
+        return "physical"
 
     @abstractmethod
     def compress(self, view: PromptView, budget: int) -> list[KV]:

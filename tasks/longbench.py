@@ -116,7 +116,8 @@ class LongBench(Task):
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         template = official_template(self.dataset)
-        for row in draw(self.data(options).rows, options.limit, options.seed, self.name, by=lambda row: row["length"]):
+        rows = self.rows(options)
+        for row in draw(rows, options.limit, options.seed, self.name, by=lambda row: row["length"]):
             yield self._sample(row, template, options)
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
@@ -146,6 +147,16 @@ class LongBench(Task):
     def data(self, options: TaskOptions) -> DataFile:
         """All rows of the dataset. Raises TaskError when they are missing or damaged."""
         return load(options, self.file, with_classes=self.dataset.metric == "classification")
+
+    def rows(self, options: TaskOptions) -> list[dict[str, Any]]:
+        """The rows to draw from: all, or those that fit uncut. Raises TaskError when there is none."""
+        rows = self.data(options).rows
+        if options.whole:
+            template = official_template(self.dataset)
+            rows = [row for row in rows if not self._sample(row, template, options).meta["truncated"]]
+        if not rows:
+            raise TaskError(f"no row of {self.file} fits {options.max_tokens} tokens uncut; drop the task or --whole")
+        return rows
 
     def meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What a record says of a row. Rows of one context share `group`."""

@@ -53,8 +53,9 @@ class KvpressLongBench(Task):
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         pieces = parts(official_template(self.official.dataset))
-        rows = self.official.data(options).rows
-        rows = draw(rows, options.limit, options.seed, self.official.name, by=lambda row: row["length"])
+        rows = draw(
+            self.official.rows(options), options.limit, options.seed, self.official.name, by=lambda row: row["length"]
+        )
         first: dict[str, int] = {}
         for number, row in enumerate(rows):
             first.setdefault(row["context"], number)

@@ -252,6 +252,18 @@ def test_a_limit_is_spread_over_the_lengths(tmp_path: Path) -> None:
         assert sorted(quarters) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_whole_leaves_out_rows_that_would_be_cut(tmp_path: Path) -> None:
+    task, most = LongBench(BY_NAME["qasper"]), options(max_tokens=1500)
+    rows = [row(task.dataset, number, context="word " * (20 if number % 2 else 3000)) for number in range(6)]
+    write(tmp_path, "qasper", rows)
+    most = replace(most, data_dir=tmp_path)
+    assert sum(sample.meta["truncated"] for sample in task.samples(most)) == 3
+    assert [sample.id for sample in task.samples(replace(most, whole=True))] == ["id1", "id3", "id5"]
+    write(tmp_path, "qasper", rows[::2])
+    with pytest.raises(TaskError, match=r"no row of qasper.jsonl fits 1500 tokens uncut"):
+        next(iter(task.samples(replace(most, whole=True))))
+
+
 def test_rows_of_one_context_share_a_group(tmp_path: Path) -> None:
     rows = [row(BY_NAME["qasper"], n, context=text) for n, text in enumerate(["one", "two", "one"])]
     write(tmp_path, "qasper", rows)
