@@ -7,8 +7,10 @@ READY := $(VENV)/.ready
 BENCH := .venv-bench
 SERVING := fullkv,snapkv,snapkv_shared,pyramidkv,headkv,h2o,streamingllm,compilerkv,compilerkv@window
 
+KEPT := leaderboards/published/records
+
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test test-gpu test-browser test-cluster faults demo tables boards bench wheel-test model clean
+.PHONY: help fmt check test test-gpu test-browser test-cluster faults demo tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -56,19 +58,27 @@ tables: model ## compile the packaged tables again, into build/tables
 	$(BIN)/harness fetch kjv
 	HF_HUB_OFFLINE=1 $(BIN)/harness compile --corpus kjv --published --out build/tables/smollm2-135m
 
-# What is published of a board is made from its records alone; the records are too many to be committed.
-boards: model ## measure published boards again (over an hour on 2 cores); ROWS=folder adds LongBench's
-	HF_HUB_OFFLINE=1 $(BIN)/harness run --config compilerkv --out build/boards/compilerkv
-	$(BIN)/harness board build/boards/compilerkv --name compilerkv --subject compilerkv --out leaderboards/published
-	HF_HUB_OFFLINE=1 $(BIN)/harness run --config streaming --out build/boards/streaming
-	$(BIN)/harness board build/boards/streaming --name streaming --subject compilerkv@streaming --out leaderboards/published
+# The published pages follow from leaderboards/published/records and leaderboards/boards/*.toml alone.
+board: $(READY) ## make every published board again from its published records
+	$(BIN)/harness board --published
+
+# Records are published as archives of `harness submit`; LongBench's without its references, which are not ours to give.
+measure: model ## measure the published boards again (hours on 2 cores); ROWS=folder adds LongBench's
+	for board in quick compilerkv retrieval streaming; do $(MAKE) measure-one BOARD=$$board || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/harness bench --methods $(SERVING) --budgets 128 --lengths 2048,8192 --rounds 2 \
 		--threads 2 --out build/boards/serving
-	for page in md csv; do cp build/boards/serving/*/bench.$$page leaderboards/published/serving.$$page; done
-	test -z "$(ROWS)" || HF_HUB_OFFLINE=1 $(BIN)/harness run --config compilerkv-longbench --data-dir "$(ROWS)" \
-		--out build/boards/compilerkv-longbench
-	test -z "$(ROWS)" || $(BIN)/harness board build/boards/compilerkv-longbench --name compilerkv-longbench \
-		--subject compilerkv --out leaderboards/published
+	for file in json jsonl; do cp build/boards/serving/*/bench.$$file $(KEPT)/serving/bench.$$file; done
+	HF_HUB_OFFLINE=1 $(BIN)/harness boundary --methods fullkv,snapkv,pyramidkv,compilerkv@window --budgets 128 \
+		--memory-limit 800MiB --context 2048 --max-batch 16 --threads 1 --out build/boards/boundary
+	for file in json jsonl; do cp build/boards/boundary/boundary.$$file $(KEPT)/serving/boundary.$$file; done
+	test -z "$(ROWS)" || for board in compilerkv-longbench longbench-8k; do \
+		$(MAKE) measure-one BOARD=$$board OPTIONS='--data-dir "$(ROWS)"' PACKING=--no-references || exit 1; done
+	$(MAKE) board
+
+measure-one: model
+	HF_HUB_OFFLINE=1 $(BIN)/harness run --config $(BOARD) $(OPTIONS) --out build/boards/$(BOARD)
+	mkdir -p $(KEPT)/$(BOARD) && rm -f $(KEPT)/$(BOARD)/*.zip
+	$(BIN)/harness submit build/boards/$(BOARD) $(PACKING) --out $(KEPT)/$(BOARD)
 
 # kvpress needs an older transformers than the constraints name, so this environment takes only torch from them.
 $(BENCH)/.ready: pyproject.toml constraints.txt

@@ -41,9 +41,10 @@ def nightly_options(table: Any, config: str) -> NightlyOptions:
 
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.cli import _read_config, _subject, _sweep
+    from harness.board_sources import read_config
+    from harness.cli import _subject, _sweep
 
-    table = _read_config(args.config)
+    table = read_config(args.config)
     options = nightly_options(table.pop("nightly", None), args.config)
     board = table.pop("board", {})
     sweep = _sweep(args, table)

@@ -20,8 +20,9 @@ def submit_parser(parser: argparse.ArgumentParser) -> None:
     """Options of `harness submit`."""
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder, or a folder that holds one")
-    add("--out", type=Path, metavar="PACK", help="archive to write (default: RUN_ID.zip here)")
+    add("--out", type=Path, metavar="PACK", help="archive to write, or folder for RUN_ID.zip (here)")
     add("--partial", action="store_true", help="pack a run that is not finished")
+    add("--no-references", action="store_true", help="leave the references out, where data must not be handed on")
     parser.set_defaults(action=_submit)
 
 
@@ -50,8 +51,10 @@ def _submit(args: argparse.Namespace, command: Sequence[str]) -> int:
     folders = find_runs(args.run)
     if len(folders) > 1:
         raise HarnessError(f"{args.run} holds {len(folders)} runs; name one, such as {folders[0]}")
-    out = args.out or Path(f"{folders[0].resolve().name}.zip")
-    index = pack_run(folders[0], out, partial=args.partial)
+    out = args.out or Path()
+    if out.is_dir():
+        out /= f"{folders[0].resolve().name}.zip"
+    index = pack_run(folders[0], out, partial=args.partial, references=not args.no_references)
     for file in index.files:
         print(f"{file.name:<14} {file.size:>12,} bytes  {file.sha256[:12]}")
     data = out.read_bytes()

@@ -86,7 +86,7 @@ class Layout(Generic[M, R]):
             raise HarnessError(f"{path} was edited: its id is {stated}, but its contents give {given}")
         return manifest
 
-    def parse(self, path: Path, lines: Sequence[bytes], *, owner: str) -> Iterator[R]:
+    def parse(self, path: Path, lines: Iterable[bytes], *, owner: str) -> Iterator[R]:
         """The records of `lines`. Raises HarnessError for a damaged one, or one of another folder than `owner`."""
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"

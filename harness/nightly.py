@@ -21,6 +21,7 @@ from harness.machine import git_commit, machine, versions
 from harness.run import run_sweep
 from harness.spec import Sweep
 from harness.store import RUNS, load_run, write_text
+from leaderboards.aggregate import aggregate
 from leaderboards.nightly import NightlyOptions
 from leaderboards.nightly_report import Verdict, judge, to_markdown
 from leaderboards.nights import machine_id, night_of, read_nights, write_night
@@ -72,9 +73,9 @@ def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[Verdict, list[
     here = "" if ask.fan is not None else machine_id(manifest.machine, platform.node())
     night = night_of(records, manifest, board=ask.board, version=ask.options.version, machine_id=here)
     verdict = judge(night, stored, ask.options, accept=ask.accept)
-    written = []
+    written, tables = [], aggregate(records, manifests=[manifest], subject=ask.subject)
     for place in [ask.baseline, folder] if verdict.publishable else [folder]:
-        written += write_board(records, place, night.about.name, manifests=[manifest], subject=ask.subject)
+        written += write_board(tables, place, night.about.name, manifests=[manifest])
         written += write_night(night, place)
         written.append(place / f"{night.about.name}{REPORT}")
         write_text(written[-1], to_markdown(verdict))  # beside the run it is the last file: the night is over

@@ -10,6 +10,7 @@ from harness.measured import Measured
 from harness.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
+PROMPT_TAIL = 240
 Memory = Literal["physical", "simulated"]
 
 
@@ -47,6 +48,8 @@ class Record(Frozen):
     """Tokens that were in the cache when it was compressed: the prompt, or its context when query-agnostic."""
     prompt_sha256: str = ""
     """Of the prompt's token ids, comma-separated decimal."""
+    prompt_tail: str = ""
+    """The last `PROMPT_TAIL` characters of the prompt, without the chat template's own."""
     budget_tokens: int | None = None
     """The budget resolved for this prompt: slots per layer and KV head. None for a method without a budget."""
     kept_slots: tuple[int, ...] = ()

@@ -33,7 +33,7 @@ from harness.plan import (
     run_spec,
 )
 from harness.prompt import TaskTokenizer
-from harness.records import Record, RunManifest
+from harness.records import PROMPT_TAIL, Record, RunManifest
 from harness.spec import RunSpec, Sweep
 from harness.store import RunStore
 from methods.base import KVPolicy
@@ -100,6 +100,7 @@ def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome:
         prompt_tokens=len(planned.ids),
         compressed_tokens=outcome.compressed_tokens,
         prompt_sha256=planned.sha256,
+        prompt_tail=f"{sample.context[-PROMPT_TAIL:]}{sample.question}{sample.answer_prefix}"[-PROMPT_TAIL:],
         budget_tokens=outcome.budget_tokens,
         kept_slots=outcome.kept_slots,
         kv_bytes=outcome.kv_bytes,

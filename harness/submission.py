@@ -90,10 +90,12 @@ def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = No
     """
     with open_pack(path) as pack:
         verdict = Verdict(pack.index)
-        verdict.check("archive").counted = len(pack.index.files)
+        archive = verdict.check("archive")
+        without = () if pack.index.references else ("it was packed without references: no score can be recomputed",)
+        archive.see(iter(without), counted=len(pack.index.files))
         manifest = _manifest(pack, verdict.check("manifest"))
-        if manifest is not None:
-            verdict.manifest = manifest
+        verdict.manifest = manifest
+        if manifest is not None and pack.index.references:
             _records(pack, manifest, verdict, partial=partial, decode=decode)
         return verdict
 
@@ -165,9 +167,16 @@ class _Versioned(BaseModel):
     schema_version: int = SCHEMA_VERSION
 
 
+def _least(manifest: RunManifest) -> dict[str, float]:
+    """The least part of a plain slot that one of each method that holds codes takes."""
+    plain = {"float32": 32}.get(manifest.spec.model.dtype, 16)
+    bits = {spec.label: spec.params["bits"] for spec in manifest.spec.methods if "bits" in spec.params}
+    return {label: count / plain for label, count in bits.items() if isinstance(count, int) and 0 < count < plain}
+
+
 def _records(pack: Pack, manifest: RunManifest, verdict: Verdict, *, partial: bool, decode: Decode | None) -> None:
     cells, tasks = cells_of(manifest), load_tasks()
-    samples, budgets = Samples(manifest, cells), Budgets(cells)
+    samples, budgets = Samples(manifest, cells), Budgets(cells, _least(manifest))
     own, whole, bytes_ = verdict.check("records"), verdict.check("complete"), verdict.check("budgets")
     scores, likelihood = verdict.check("scores"), verdict.check("likelihood")
     tokens = verdict.check("tokens") if decode is not None else None

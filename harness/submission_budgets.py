@@ -3,7 +3,8 @@
 A cache of T tokens takes F = W + slot x S bytes: S slots over the compressible layers (T per layer and KV head), W for
 sliding-window layers, which no budget touches. Asking for b of T tokens allows A = W + slot x S x b/T. So a sample with
 an uncompressed cell gives slot = (F - A) / (S (1 - b/T)) from each other cell, and the model has only one. What a cell
-holds is at least W + slot x kept slots; the rest is its method's side data.
+holds is at least W + slot x kept slots; the rest is its method's side data. Slots held as codes of b bits take at least
+b over the bits of a plain number of that.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class _Asked:
     asked: int
     held: int
     kept: int
+    least: float
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,13 @@ class _Full:
 
 
 class Budgets:
-    """Takes the `ok` records of a run one by one. cells: its cells, with the budget read."""
+    """Takes the `ok` records of a run one by one.
 
-    def __init__(self, cells: Mapping[Cell, Budget | None]) -> None:
-        self.cells = cells
+    cells: its cells, with the budget read. least: by method, the least part of a plain slot that one of its takes.
+    """
+
+    def __init__(self, cells: Mapping[Cell, Budget | None], least: Mapping[str, float] | None = None) -> None:
+        self.cells, self.least = cells, least or {}
         self._asked: list[_Asked] = []
         self._full: dict[tuple[str, str], _Full] = {}
         self._same: dict[tuple[int, int, int], int] = {}
@@ -71,7 +76,8 @@ class Budgets:
                 self._full[sample] = _Full(record.full_bytes, slots, len(set(record.kept_slots)) == 1)
         else:
             share = resolved / tokens
-            self._asked.append(_Asked(where, sample, share, record.asked_bytes, record.kv_bytes, slots))
+            least = self.least.get(record.method, 1.0)
+            self._asked.append(_Asked(where, sample, share, record.asked_bytes, record.kv_bytes, slots, least))
             same = self._same.setdefault((resolved, tokens, record.full_bytes), record.asked_bytes)
             if same != record.asked_bytes:
                 yield f"{record.asked_bytes} bytes asked for, another record of the same budget has {same}"
@@ -88,7 +94,7 @@ class Budgets:
             if abs(slot - usual) > ROUNDING * usual + 1e-3:
                 found = f"{slot:.1f} bytes a slot, elsewhere {usual:.1f}"
                 yield f"{asked.where}: {asked.asked} bytes asked for make {found}"
-            elif full.even and asked.held < (windows + usual * asked.kept) * (1 - ROUNDING):
+            elif full.even and asked.held < (windows + usual * asked.kept * asked.least) * (1 - ROUNDING):
                 yield f"{asked.where}: {asked.kept} kept slots of {usual:.1f} bytes do not fit into {asked.held} bytes"
 
 

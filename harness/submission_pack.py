@@ -2,7 +2,9 @@
 
 A zip with `index.json` (names, sizes and checksums of the rest), `run.json`, the manifests kept of earlier sessions
 (`run.N.json`) and `records.jsonl`. Equal runs give equal bytes: order, times and modes are fixed, and of several lines
-with one key only the last is packed.
+with one key only the last is packed. Paths of the command are cut to their last name: the machine they are on is
+nobody's business. References may be left out where the data must not be handed on; such a pack makes its board again,
+but its scores cannot be recomputed from it.
 
 An archive is not trusted. It is read from memory-bounded streams and nothing is ever unpacked to the disk. Its
 directory is at most `DIRECTORY` bytes at the very end of the file, so there are few members and no second archive
@@ -58,18 +60,25 @@ class PackedFile(Frozen):
 
 
 class Index(Frozen):
-    """index.json: what else is in the archive. harness: version that packed it. partial: the run is not whole."""
+    """index.json: what else is in the archive. harness: version that packed it. partial: the run is not whole.
+
+    references: whether the records have their references.
+    """
 
     kind: Literal["kv-policy-harness submission"] = "kv-policy-harness submission"
     schema_version: int = SCHEMA_VERSION
     harness: str = __version__
     run_id: str
     partial: bool = False
+    references: bool = True
     files: tuple[PackedFile, ...]
 
 
-def pack_run(folder: Path, out: Path, *, partial: bool = False) -> Index:
-    """Write the archive of a run. Raises HarnessError for a damaged run, and one that is not whole unless `partial`."""
+def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool = True) -> Index:
+    """Write the archive of a run. references: with those of the samples.
+
+    Raises HarnessError for a damaged run, and one that is not whole unless `partial`.
+    """
     manifest, records = load_run(folder)
     wanted = manifest.samples * manifest.cells
     if not partial and (manifest.status != "finished" or len(records) != wanted):
@@ -77,13 +86,15 @@ def pack_run(folder: Path, out: Path, *, partial: bool = False) -> Index:
             f"{folder} is {manifest.status} with {len(records)} of {wanted} cells; "
             "repeat its command to finish it, or pass --partial"
         )
+    if not references:
+        records = [record.model_copy(update={"answers": (), "prompt_tail": ""}) for record in records]
     lines = [json.dumps(record.model_dump(mode="json"), separators=(",", ":")) + "\n" for record in records]
     members = {path.name: _kept(path, manifest) for path in _kept_paths(folder)}
-    members = {MANIFEST: _bytes(folder / MANIFEST), **members, RECORDS: "".join(lines).encode()}
+    members = {MANIFEST: _packed(manifest), **members, RECORDS: "".join(lines).encode()}
     if sum(map(len, members.values())) > LARGE or len(members) >= MEMBERS:
         raise HarnessError(f"{folder} is more than {LARGE >> 20} MiB in {MEMBERS} files; hand it in as several runs")
     files = tuple(PackedFile(name=name, size=len(data), sha256=_sha256(data)) for name, data in members.items())
-    index = Index(run_id=manifest.run_id, partial=partial, files=files)
+    index = Index(run_id=manifest.run_id, partial=partial, references=references, files=files)
     write_bytes(out, zipped({INDEX: (index.model_dump_json(indent=2) + "\n").encode(), **members}))
     return index
 
@@ -104,15 +115,20 @@ def _kept_paths(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found.items())]
 
 
+def _packed(manifest: RunManifest) -> bytes:
+    """A manifest with its command's paths cut to their last name."""
+    command = tuple(Path(word).name if Path(word).is_absolute() else word for word in manifest.command)
+    return (manifest.model_copy(update={"command": command}).model_dump_json(indent=2) + "\n").encode()
+
+
 def _kept(path: Path, manifest: RunManifest) -> bytes:
-    data = _bytes(path)
     try:
-        earlier = RunManifest.model_validate_json(data)
+        earlier = RunManifest.model_validate_json(_bytes(path))
     except ValidationError as error:
         raise HarnessError(f"{path} is damaged: {error.errors()[0]['msg']}; move it away") from None
     if earlier.spec.run_id != manifest.run_id:
         raise HarnessError(f"{path} is of run {earlier.spec.run_id}, not {manifest.run_id}; move it away")
-    return data
+    return _packed(earlier)
 
 
 def _bytes(path: Path) -> bytes:

@@ -115,5 +115,6 @@ class Samples:
 
 def _prompt(record: Record) -> str:
     """A digest of all that a record takes over from its sample."""
-    facts = [record.prompt_sha256, record.prompt_tokens, record.needle_tokens, record.answers, record.meta]
+    facts = [record.prompt_sha256, record.prompt_tokens, record.prompt_tail, record.answers]
+    facts += [record.needle_tokens, record.meta]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -15,31 +15,33 @@ have, and the differences are redrawn. There is no interval where it would mean 
 sign test can reach 5 % with fewer) or with a task of one cluster. With few clusters per task the interval is too
 narrow, by about sqrt(1 - 1/n); cells with fewer than 10 in some task are flagged. `n` always counts samples.
 
-Marks. At each budget the best cell is the one with the highest mean among those that are complete and within their
-bytes. Every other cell within its bytes is compared with it, paired. Where the interval of that difference includes 0,
-there is none, or it rests on fewer than 10 clusters in some task, the two are not told apart: they are `=`. The best
-cell is `*` only when it is told apart from every other one. The fronts of a measured table are in
-`leaderboards.pareto`. This is 95 % per comparison, without a correction for the
-number of methods, and `=` is no proof of equality. Rank intervals (`leaderboards.ranks`) have that correction. What a
-mean hides is in `leaderboards.tails`.
+Marks. They follow the rank intervals (`leaderboards.ranks`), which are corrected for the number of methods. At each
+budget the cells that may be first, of those within their bytes, are `=`; a cell is `*` only when it is the one that may
+be, and is told apart from every other. `=` is no proof of equality. Nothing is marked where there are fewer than two
+methods or none is complete. The fronts of a measured table are in `leaderboards.pareto`; what a mean hides is in
+`leaderboards.tails`.
+
+Memory. A cell of which some record has simulated memory is `simulated`: scored and ranked as any other, but no such
+memory was held, so it has no place on the fronts. The column `memory` is there when some table has such a cell.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from harness.brief import Brief, briefs
 from harness.errors import HarnessError
 from harness.records import Record, RunManifest
 from leaderboards.axes import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Estimate
-from leaderboards.grid import MEASURED, Cell, Grid
+from leaderboards.grid import MEASURED, Cell, Grid, Wanted
 from leaderboards.pareto import fronts
 from leaderboards.ranks import rank_columns
 from leaderboards.rivals import compare
@@ -80,7 +82,7 @@ class Table:
 
 
 def aggregate(
-    records: Iterable[Record],
+    records: Iterable[Record | Brief],
     *,
     manifests: Sequence[RunManifest] = (),
     baselines: Sequence[str] = ("fullkv", "snapkv"),
@@ -88,7 +90,7 @@ def aggregate(
     seed: int = SEED,
     resamples: int = RESAMPLES,
 ) -> list[Table]:
-    """Tables in the order of their axes. The order of `records` does not matter.
+    """Tables in the order of their axes. The order of `records` does not matter, nor whether they are in brief.
 
     manifests: of the runs the records come from; without them only the axes that are in the records are told apart.
     subject: label of the method to judge against the strongest other one of each task family (`leaderboards.rivals`).
@@ -96,29 +98,34 @@ def aggregate(
     Raises HarnessError when there is no record, an ok record has no score, one sample id stands for two prompts, or no
     table has the subject.
     """
-    groups = split_by_axes(records, manifests=manifests)
+    groups = split_by_axes(briefs(records), manifests=manifests)
     if not groups:
         raise HarnessError("no records to make a board of; run a benchmark first")
     labels = {r.method for group in groups.values() for r in group if r.budget != FULL}
     if subject is not None and subject not in labels:
         known = ", ".join(sorted(labels)) or "none"
         raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
-    return [
+    tables = [
         _table(axes, group, baselines=baselines, subject=subject, seed=seed, resamples=resamples)
         for axes, group in groups.items()
     ]
+    if all((table.rows["memory"] == "physical").all() for table in tables):
+        for table in tables:
+            del table.rows["memory"]
+    return tables
 
 
 def _table(
-    axes: Axes, records: list[Record], *, baselines: Sequence[str], subject: str | None, seed: int, resamples: int
+    axes: Axes, records: list[Brief], *, baselines: Sequence[str], subject: str | None, seed: int, resamples: int
 ) -> Table:
     chosen, duplicates = one_per_key(records)
     grid = Grid.of(chosen, seed=seed, resamples=resamples)
     used = {wanted: _baseline(wanted, grid.cells) for wanted in baselines}
-    marks = _marks(grid)
+    grid.prepare(_wanted(grid, used))
     means = {c: grid.estimate(c, "score").mean for c in grid.cells}
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
     ranked, tailed, timed = rank_columns(grid, seed=seed, resamples=resamples), tail_columns(grid), _measured(grid)
+    marks = _marks(grid, ranked)
     own = {c: {**_row(grid, c, used), "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
     rows = pd.DataFrame([{**asdict(axes), **own[c]} for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
@@ -137,18 +144,31 @@ def _baseline(wanted: str, cells: Iterable[Cell]) -> str | None:
     return labels.pop() if len(labels) == 1 else None
 
 
+def _base(grid: Grid, cell: Cell, label: str | None) -> Cell | None:
+    """The cell of a baseline at the same budget, else without one."""
+    candidates = [(label, budget) for budget in (cell[1], FULL) if label is not None and label != cell[0]]
+    return next((c for c in candidates if c in grid.cells), None)
+
+
+def _wanted(grid: Grid, baselines: dict[str, str | None]) -> Iterator[Wanted]:
+    """The estimates of all rows."""
+    for cell in grid.cells:
+        bases = [_base(grid, cell, label) for label in baselines.values()]
+        yield cell, "needle", None
+        yield from ((cell, what, base) for what in ("score", "nll") for base in [None, *filter(None, bases)])
+
+
 def _row(grid: Grid, cell: Cell, baselines: dict[str, str | None]) -> dict[str, Any]:
     """One row of the table.
 
     Columns: `score_points` (0-100) and `nll_nats` (per token), each with `_mean _low _high _n` and the same behind
     `_vs_<baseline>`; `needle_percent` still cached; mean bytes; counts by status; and flags in words.
     """
-    row: dict[str, Any] = {"budget": cell[1], "method": cell[0]}
+    row: dict[str, Any] = {"budget": cell[1], "method": cell[0], "memory": grid.memory(cell)}
     for name, what in (("score_points", "score"), ("nll_nats", "nll")):
         row |= _columns(name, grid.estimate(cell, what))
         for wanted, label in baselines.items():
-            candidates = [(label, budget) for budget in (cell[1], FULL) if label is not None and label != cell[0]]
-            base = next((c for c in candidates if c in grid.cells), None)
+            base = _base(grid, cell, label)
             paired = grid.estimate(cell, what, minus=base) if base else NOTHING
             row |= _columns(f"{name}_vs_{wanted}", paired)
     row |= _columns("needle_percent", grid.estimate(cell, "needle"))
@@ -171,18 +191,16 @@ def _columns(name: str, estimate: Estimate) -> dict[str, float]:
     return {f"{name}_{part}": value for part, value in asdict(estimate).items()}
 
 
-def _marks(grid: Grid) -> dict[Cell, str]:
+def _marks(grid: Grid, ranked: Mapping[Cell, Mapping[str, Any]]) -> dict[Cell, str]:
     """`*` or `=` for the cells that have one; the rule is in the module's header."""
     marks: dict[Cell, str] = {}
     for budget in {budget for _, budget in grid.cells} - {FULL}:
         rivals = [c for c in grid.cells if c[1] == budget and grid.counts(c)["ok"] and not grid.over_budget(c)]
-        fair = [c for c in rivals if grid.complete(c)]
-        if len(rivals) < 2 or not fair:
+        if len(rivals) < 2 or not any(map(grid.complete, rivals)):
             continue
-        best = max(fair, key=lambda c: (grid.estimate(c, "score").mean, c[0]))
-        others = [c for c in rivals if c != best]
-        tied = [c for c in others if not grid.told_apart(best, c)]
-        marks.update(dict.fromkeys([best, *tied], "=" if tied else "*"))
+        first = [c for c in rivals if ranked[c]["rank_low"] == 1]
+        alone = len(first) == 1 and ranked[first[0]]["rank_high"] == 1
+        marks.update(dict.fromkeys(first, "*" if alone else "="))
     return marks
 
 
@@ -214,10 +232,12 @@ def _task_rows(grid: Grid, cell: Cell) -> list[dict[str, Any]]:
     return rows
 
 
-def _notes(records: Sequence[Record]) -> tuple[Note, ...]:
+def _notes(records: Sequence[Brief]) -> tuple[Note, ...]:
     """One per method and note, and one per method and status that is not ok, with the first error in key order."""
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    found: dict[tuple[str, str], list[Brief]] = defaultdict(list)
     for r in records:
+        if r.status == "ok" and not (r.notes or r.over_budget):
+            continue
         states = {r.status if r.status != "ok" else "", "over budget" if r.over_budget else ""}
         for what in {*r.notes, *states} - {""}:
             found[r.method, what].append(r)

@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import TypeVar
 
+from harness.brief import Brief, briefs
 from harness.errors import HarnessError
 from harness.records import Record, RunManifest
 
+AnyRecord = TypeVar("AnyRecord", Record, Brief)
 STATUSES = ("ok", "skipped", "failed", "oom")
 FULL = "full"
 """The budget of a method without one."""
@@ -32,30 +36,44 @@ class Axes:
     settings: str = ""
 
 
-def split_by_axes(records: Iterable[Record], *, manifests: Sequence[RunManifest] = ()) -> dict[Axes, list[Record]]:
+def split_by_axes(
+    records: Iterable[AnyRecord], *, manifests: Sequence[RunManifest] = ()
+) -> dict[Axes, list[AnyRecord]]:
     """Records by axes, axes in order. Without the manifests only the axes that are in a record are told apart."""
     settings = _settings(manifests)
-    groups: dict[Axes, list[Record]] = defaultdict(list)
+    of_run = attrgetter("run_id", "model", "dtype", "query", "first_token", "seed")
+    runs: dict[tuple[str, str, str, str, str, int], list[AnyRecord]] = defaultdict(list)
     for r in records:
-        groups[Axes(r.model, r.dtype, r.query, r.first_token, r.seed, settings.get(r.run_id, ""))].append(r)
+        runs[of_run(r)].append(r)
+    groups: dict[Axes, list[AnyRecord]] = defaultdict(list)
+    for (run_id, model, dtype, query, first_token, seed), some in runs.items():
+        groups[Axes(model, dtype, query, first_token, seed, settings.get(run_id, ""))] += some
     return {axes: groups[axes] for axes in sorted(groups)}
 
 
-def one_per_key(records: Iterable[Record]) -> tuple[list[Record], int]:
+def one_per_key(records: Iterable[AnyRecord]) -> tuple[list[AnyRecord], int]:
     """One record per key, in key order, and how many keys had several.
 
-    Ok goes first, then a measured one, then the smallest run id.
+    Ok goes first, then physical memory, then a measured one, then the smallest run id.
     Raises HarnessError when one sample id stands for two prompts.
     """
-    by_key: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    by_key: dict[tuple[str, str, str, str], AnyRecord] = {}
+    several: dict[tuple[str, str, str, str], list[AnyRecord]] = {}
     for r in records:
-        by_key[r.key].append(r)
-    chosen = [
-        min(by_key[key], key=lambda r: (STATUSES.index(r.status), r.measured is None, r.run_id, r.model_dump_json()))
-        for key in sorted(by_key)
-    ]
+        key = r.key
+        if key in by_key:
+            several.setdefault(key, [by_key[key]]).append(r)
+        else:
+            by_key[key] = r
+    by_key |= {key: min(found, key=_preference) for key, found in several.items()}
+    chosen = [by_key[key] for key in sorted(by_key)]
     _check_prompts(chosen)
-    return chosen, sum(len(several) > 1 for several in by_key.values())
+    return chosen, len(several)
+
+
+def _preference(record: Record | Brief) -> tuple[int, bool, bool, str, str]:
+    (r,) = briefs([record])
+    return (STATUSES.index(r.status), r.memory != "physical", r.timed is None, r.run_id, repr(r))
 
 
 def budget_order(budget: str) -> tuple[int, float, str]:
@@ -66,8 +84,8 @@ def budget_order(budget: str) -> tuple[int, float, str]:
         return (0 if budget == FULL else 3, 0.0, budget)
 
 
-def _check_prompts(records: Iterable[Record]) -> None:
-    prompts: dict[tuple[str, str], Record] = {}
+def _check_prompts(records: Iterable[Record | Brief]) -> None:
+    prompts: dict[tuple[str, str], Record | Brief] = {}
     for r in records:
         if not r.prompt_sha256:
             continue

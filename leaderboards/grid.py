@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from harness.brief import Brief, briefs
+from harness.brief import needle_percent as needle_percent
 from harness.errors import HarnessError
-from harness.records import Record
+from harness.records import Memory, Record
 from leaderboards.axes import FULL, STATUSES
 from leaderboards.bootstrap import Array, Bootstrap, Estimate
 
@@ -22,6 +24,8 @@ Mask = npt.NDArray[np.bool_]
 
 MEASURED = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
 """What `Record.measured` adds; of seconds the median."""
+Wanted = tuple[Cell, str, Cell | None]
+"""An estimate: of a cell, of what, and which cell is subtracted."""
 
 SKIPPED = STATUSES.index("skipped")
 
@@ -30,29 +34,36 @@ SKIPPED = STATUSES.index("skipped")
 class Grid:
     """One row of arrays per cell, [S] over the samples, which are sorted by (task, id).
 
-    metas: [S], the sample's own fields, of an ok record where there is one.
+    metas: [S], the sample's own fields, of an ok record where there is one. cells: each [S], None where it has none.
     """
 
     samples: list[tuple[str, str]]
-    metas: list[dict[str, Any]]
-    cells: dict[Cell, dict[tuple[str, str], Record]]
+    metas: list[Mapping[str, Any]]
+    cells: dict[Cell, list[Brief | None]]
     bootstrap: Bootstrap
     _values: dict[tuple[Cell, str], Array] = field(default_factory=dict)
+    _estimates: dict[Wanted, Estimate] = field(default_factory=dict)
+    _few: dict[Cell, bool] = field(default_factory=dict)
     _states: dict[Cell, npt.NDArray[np.int8]] = field(default_factory=dict)
     _expected: dict[str, Mask] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: Iterable[Record], *, seed: int, resamples: int) -> Grid:
+    def of(cls, records: Iterable[Record | Brief], *, seed: int, resamples: int) -> Grid:
         """records: one per key (`axes.one_per_key`), of one table."""
-        cells: dict[Cell, dict[tuple[str, str], Record]] = defaultdict(dict)
-        metas: dict[tuple[str, str], Record] = {}
-        for r in records:
-            sample = (r.task, r.sample_id)
-            cells[r.method, r.budget][sample] = r
-            known = metas.setdefault(sample, r)
-            if (bool(r.meta), r.status == "ok") > (bool(known.meta), known.status == "ok"):
-                metas[sample] = r
+        found = list(briefs(records))
+        metas: dict[tuple[str, str], Brief] = {}
+        for r in found:
+            known = metas.setdefault((r.task, r.sample_id), r)
+            if known is not r and (r.known, r.status == "ok") > (known.known, known.status == "ok"):
+                metas[r.task, r.sample_id] = r
         samples = sorted(metas)
+        places = {sample: i for i, sample in enumerate(samples)}
+        cells: dict[Cell, list[Brief | None]] = {}
+        for r in found:
+            cell = (r.method, r.budget)
+            if cell not in cells:
+                cells[cell] = [None] * len(samples)
+            cells[cell][places[r.task, r.sample_id]] = r
         groups = [metas[s].meta.get("group") for s in samples]
         bootstrap = Bootstrap(
             [task for task, _ in samples],
@@ -60,7 +71,7 @@ class Grid:
             seed=seed,
             resamples=resamples,
         )
-        return cls(samples, [metas[s].meta for s in samples], dict(cells), bootstrap)
+        return cls(samples, [metas[s].meta for s in samples], cells, bootstrap)
 
     def values(self, cell: Cell, what: str) -> Array:
         """[S]: `score` (0-100), `needle` (% still cached), one of `MEASURED` or a numeric field.
@@ -68,15 +79,29 @@ class Grid:
         NaN where the cell is not ok.
         """
         if (cell, what) not in self._values:
-            records = (self.cells[cell].get(sample) for sample in self.samples)
-            column = [_value(r, what) if r is not None and r.status == "ok" else math.nan for r in records]
-            self._values[cell, what] = np.array(column, dtype=np.float64)
+            value = _reader(what)
+            column = [value(r) if r is not None and r.status == "ok" else None for r in self.cells[cell]]
+            self._values[cell, what] = np.array(column, dtype=np.float64)  # None becomes NaN
         return self._values[cell, what]
 
     def estimate(self, cell: Cell, what: str, *, minus: Cell | None = None) -> Estimate:
         """Unweighted mean of task means; of the paired difference when there is a cell to subtract."""
-        values = self.values(cell, what)
-        return self.bootstrap.estimate(values if minus is None else values - self.values(minus, what))
+        wanted = (cell, what, minus)
+        self.prepare([wanted])
+        return self._estimates[wanted]
+
+    def prepare(self, wanted: Iterable[Wanted]) -> None:
+        """Make many estimates in one pass; `estimate` then has them at hand."""
+        lacking = [one for one in dict.fromkeys(wanted) if one not in self._estimates]
+        columns = (
+            self.values(cell, what) if minus is None else self.values(cell, what) - self.values(minus, what)
+            for cell, what, minus in lacking
+        )
+        self._estimates |= zip(lacking, self.bootstrap.estimates(columns), strict=True)
+
+    def mean(self, cell: Cell, what: str) -> float:
+        """The mean of an estimate, without its interval."""
+        return self.bootstrap.mean(self.values(cell, what))
 
     def counts(self, cell: Cell, where: Mask | None = None) -> Counter[str]:
         """Records by status, of the samples in `where` [S]."""
@@ -104,7 +129,9 @@ class Grid:
 
     def few(self, cell: Cell) -> bool:
         """Whether some task of the cell has too few clusters for its interval."""
-        return self.bootstrap.few(self.values(cell, "score"))
+        if cell not in self._few:
+            self._few[cell] = self.bootstrap.few(self.values(cell, "score"))
+        return self._few[cell]
 
     def told_apart(self, best: Cell, other: Cell) -> bool:
         """Whether `best` has the higher score, by the interval of the paired difference and of enough clusters."""
@@ -113,36 +140,30 @@ class Grid:
 
     def measured(self) -> bool:
         """Whether some cell was also measured by itself."""
-        return any(r.measured is not None for cell in self.cells.values() for r in cell.values())
+        return any(r is not None and r.timed is not None for cell in self.cells.values() for r in cell)
+
+    def memory(self, cell: Cell) -> Memory:
+        """`simulated` where it is in some record of the cell."""
+        simulated = any(r is not None and r.memory == "simulated" for r in self.cells[cell])
+        return "simulated" if simulated else "physical"
 
     def _states_of(self, cell: Cell) -> npt.NDArray[np.int8]:
         """[S]: index into STATUSES, -1 where the cell has no record."""
         if cell not in self._states:
-            records = (self.cells[cell].get(sample) for sample in self.samples)
-            codes = [-1 if r is None else STATUSES.index(r.status) for r in records]
+            codes = [-1 if r is None else STATUSES.index(r.status) for r in self.cells[cell]]
             self._states[cell] = np.array(codes, dtype=np.int8)
         return self._states[cell]
 
 
-def _value(record: Record, what: str) -> float:
-    if what == "needle":
-        return needle_percent(record)
-    if what in MEASURED:
-        value = None if record.measured is None else getattr(record.measured, what)
-        return math.nan if value is None else float(getattr(value, "median", value))
-    if what != "score":
-        value = getattr(record, what)
-        return math.nan if value is None else float(value)
-    score = record.metrics.get("score")
-    if score is None:
-        where = f"{record.task} sample {record.sample_id} {record.method} at {record.budget}"
-        raise HarnessError(f"run {record.run_id}: {where} is ok but has no score; run that task again")
-    return 100 * score
+def _reader(what: str) -> Callable[[Brief], float | None]:
+    if what == "score":
+        return _score
+    field = attrgetter(what)
+    return (lambda r: None if r.timed is None else field(r.timed)) if what in MEASURED else field
 
 
-def needle_percent(record: Record) -> float:
-    """Share of the needle tokens still cached, mean over layers and KV heads; NaN for a sample without needles."""
-    kept = [count for layer in record.needle_kept for count in layer]
-    if not record.needle_tokens or not kept:
-        return math.nan
-    return 100 * sum(kept) / (len(kept) * record.needle_tokens)
+def _score(r: Brief) -> float:
+    if r.score is None:
+        where = f"{r.task} sample {r.sample_id} {r.method} at {r.budget}"
+        raise HarnessError(f"run {r.run_id}: {where} is ok but has no score; run that task again")
+    return 100 * r.score

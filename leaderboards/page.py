@@ -1,7 +1,7 @@
 """A board as one self-contained HTML page: opens from a file, loads nothing, and needs no script to be read.
 
 Charts are drawn beforehand (`leaderboards.page_charts`); a small script sorts, filters, picks out methods and shows
-samples. Prompts are not stored, so none are shown. Everything from records and manifests is untrusted: it is escaped,
+samples. Of a prompt its end is stored, and shown. Everything from records and manifests is untrusted: it is escaped,
 or plain JSON that the script sets as text. The content policy allows the page's own script and style, by their hashes,
 and nothing else. The same input gives the same bytes.
 """
@@ -12,6 +12,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from math import isnan
 from pathlib import Path
@@ -23,22 +24,48 @@ from harness.records import Record, RunManifest
 from harness.store import write_text
 from leaderboards.aggregate import Table
 from leaderboards.axes import one_per_key, split_by_axes
-from leaderboards.page_charts import Chart, charts, keys
+from leaderboards.page_frontier import Search, frontiers
+from leaderboards.page_maps import TableMap, table_maps
+from leaderboards.page_parts import best_by_task, chart_list, heat_list, others, rivals
 from leaderboards.page_runs import runs_of, sections
-from leaderboards.page_samples import Heat, browsable, heat_maps
-from leaderboards.page_table import ranking, verdicts
-from leaderboards.page_text import data, element, text, text_table
+from leaderboards.page_samples import browsable, heat_maps
+from leaderboards.page_table import memory, ranking, verdicts
+from leaderboards.page_text import data, element, text
 from leaderboards.render import heading, how_to_read
-from leaderboards.summaries import BANDS
-from leaderboards.text import clean, number
+from leaderboards.text import clean
 
 FILTERS = {"model": "Model", "dtype": "Dtype", "query": "Query mode", "first_token": "First token"}
-SHADES = 10
+SECTIONS = {
+    "best": ("Best by task", "By task"),
+    "charts": ("Charts", "Charts"),
+    "rivals": ("Against the strongest others", "Rivals"),
+    "needles": ("Needles by depth and length", "Needles"),
+    "frontier": ("What fits under a memory limit", "Memory limit"),
+    "maps": ("Compiled tables", "Compiled tables"),
+    "more": ("More tables", "More tables"),
+}
+"""Id, title and short title of the sections that are there when they have something to show, in their order."""
+POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
 NOTHING = "<p>No records for it.</p>"
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a page shows beside its records: memory searches, compiled tables, and remarks about either."""
+
+    searches: Sequence[Search] = ()
+    maps: Sequence[TableMap] = ()
+    remarks: Sequence[str] = ()
+
+
 def write_page(
-    tables: Sequence[Table], records: Iterable[Record], out_dir: Path, name: str, *, manifests: Sequence[RunManifest]
+    tables: Sequence[Table],
+    records: Iterable[Record],
+    out_dir: Path,
+    name: str,
+    *,
+    manifests: Sequence[RunManifest],
+    extras: Extras | None = None,
 ) -> Path:
     """Write `<name>.html` into `out_dir` and return its path.
 
@@ -47,7 +74,7 @@ def write_page(
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise HarnessError(f"board name {name!r} is no file name; use letters, digits, '.', '-' and '_'")
     path = Path(out_dir) / f"{name}.html"
-    page = to_html(tables, records, title=name, manifests=manifests)
+    page = to_html(tables, records, title=name, manifests=manifests, extras=extras)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,7 +84,12 @@ def write_page(
 
 
 def to_html(
-    tables: Sequence[Table], records: Iterable[Record], *, title: str, manifests: Sequence[RunManifest] = ()
+    tables: Sequence[Table],
+    records: Iterable[Record],
+    *,
+    title: str,
+    manifests: Sequence[RunManifest] = (),
+    extras: Extras | None = None,
 ) -> str:
     """The page of the tables that `aggregate` makes of these records and manifests.
 
@@ -70,21 +102,21 @@ def to_html(
     chosen = [one_per_key(group)[0] for group in every]
     run_ids = sorted({r.run_id for group in every for r in group})
     style, script = _asset("board.css"), _asset("board.js")
+    shown = _sections(tables, chosen, extras or Extras())
+    notes = [*(extras.remarks if extras else ()), *(line for table in tables for line in _notes(table))]
     return Template(_asset("board.html")).substitute(
-        policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
-        "form-action 'none'",
+        policy=POLICY.format(script=_hash(script), style=_hash(style)),
         title=text(title),
         style=style,
         script=script,
         facts=_facts(tables),
-        verdicts="".join(_headed(table, verdicts(table), tables) for table in tables),
+        verdicts=_each(tables, [verdicts(table) for table in tables]),
         filters=_filters(tables),
         ranking=ranking(tables, runs_of(every, run_ids)),
-        charts="".join(_headed(table, _charts(table, i), tables) for i, table in enumerate(tables)) or NOTHING,
-        heat="".join(_headed(table, _heat(heat_maps(own)), tables) for table, own in zip(tables, chosen, strict=True))
-        or NOTHING,
-        notes="".join(f"<li>{text(line, longest=600)}</li>" for table in tables for line in _notes(table))
-        or "<li>None.</li>",
+        nav="".join(f'<a href="#{name}">{SECTIONS[name][1]}</a> ' for name in shown),
+        best=shown.pop("best", ""),
+        parts="".join(shown.values()),
+        notes="".join(f"<li>{text(line, longest=600)}</li>" for line in notes) or "<li>None.</li>",
         runs=sections(run_ids, manifests),
         help="".join(f"<li>{text(line, longest=1000)}</li>" for line in how_to_read(tables)),
         data=data("tasks", _tasks(tables))
@@ -108,70 +140,54 @@ def _facts(tables: Sequence[Table]) -> str:
     return text(f"{', '.join(models)} · {len(methods)} methods · {len(tasks)} tasks · {samples} samples", longest=400)
 
 
-def _headed(table: Table, inside: str, tables: Sequence[Table]) -> str:
-    """Below the table's own heading where there are several tables; nothing for nothing."""
-    return (element("h3", text(heading(table)), {}) if len(tables) > 1 else "") + inside if inside else ""
+def _sections(tables: Sequence[Table], chosen: Sequence[Sequence[Record]], extras: Extras) -> dict[str, str]:
+    """Those of `SECTIONS` that have something to show."""
+    heat = "Mean score, 0-100. Across: depth of the needle in % of the haystack. Down: length in tokens."
+    needles = _each(tables, [heat_list(heat_maps(own)) for own in chosen])
+    inside = {
+        "best": _each(tables, [best_by_task(table) for table in tables]),
+        "charts": _each(tables, [chart_list(table, salt=f"chart-{i}") for i, table in enumerate(tables)]) or NOTHING,
+        "rivals": _each(tables, [rivals(table) for table in tables]),
+        "needles": f"<p>{heat}</p>{needles}" if needles else "",
+        "frontier": frontiers(extras.searches),
+        "maps": table_maps(extras.maps),
+        "more": _each(tables, [others(table) for table in tables]),
+    }
+    return {
+        name: f'<section id="{name}"><h2>{SECTIONS[name][0]}</h2>{html}</section>'
+        for name, html in inside.items()
+        if html
+    }
+
+
+def _each(tables: Sequence[Table], parts: Sequence[str]) -> str:
+    """The part of each table that has one, below the table's heading where there are several tables."""
+    heads = [element("h3", text(heading(table)), {}) if len(tables) > 1 else "" for table in tables]
+    return "".join(
+        f'<div class="of" data-table="{i}">{head}{part}</div>'
+        for i, (head, part) in enumerate(zip(heads, parts, strict=True))
+        if part
+    )
 
 
 def _filters(tables: Sequence[Table]) -> str:
     """A choice per axis that has several values, the budgets, the tasks, and a part of a method's name."""
-    choices = {name: sorted({str(getattr(table.axes, name)) for table in tables}) for name in FILTERS}
-    parts = [_select(f"f-{name}", FILTERS[name], values, "all") for name, values in choices.items() if values[1:]]
+    choices = {FILTERS[name]: sorted({str(getattr(table.axes, name)) for table in tables}) for name in FILTERS}
+    choices["Memory"] = sorted({memory(row) for table in tables for row in table.rows.to_dict("records")})
+    ids = dict(zip(choices, [*FILTERS, "memory"], strict=True))
+    parts = [_select(f"f-{ids[label]}", label, values, "all") for label, values in choices.items() if values[1:]]
     budgets = list(dict.fromkeys(b for table in tables for b in table.rows["budget"]))
     tasks = sorted({task for table in tables for task in table.tasks["task"]})
     parts += [_select("f-budget", "Budget", budgets, "all"), _select("f-task", "Task", tasks, "mean of all tasks")]
     parts.append('<label>Method <input id="f-method" type="search" placeholder="part of a name"></label>')
-    fixed = [f"{FILTERS[name]}: {values[0]}" for name, values in choices.items() if not values[1:]]
+    parts.append('<label class="check"><input id="f-more" type="checkbox"> All columns</label>')
+    fixed = [f"{label}: {values[0]}" for label, values in choices.items() if not values[1:]]
     return "".join(parts) + element("p", text(" · ".join(fixed)), {"class": "fixed"})
 
 
 def _select(name: str, label: str, values: Sequence[str], every: str) -> str:
     options = "".join(element("option", text(value), {"value": value}) for value in values)
     return f'<label>{label} <select id="{name}"><option value="">{every}</option>{options}</select></label>'
-
-
-def _charts(table: Table, i: int) -> str:
-    figures = "".join(_figure(chart) for chart in charts(table, salt=f"chart-{i}"))
-    return f'<div class="charts">{keys(table)}{figures}</div>' if figures else ""
-
-
-def _figure(chart: Chart) -> str:
-    values = text_table(chart.columns, chart.values, caption=chart.title)
-    return (
-        f'<figure><h4>{text(chart.title)}</h4>{chart.svg}<p class="readout" aria-hidden="true"></p>'
-        f"<figcaption>{text(chart.about, longest=600)}</figcaption><details>"
-        f'<summary>Values</summary><div class="scroll">{values}</div>'
-        "</details></figure>"
-    )
-
-
-def _heat(maps: Sequence[Heat]) -> str:
-    """The maps by family and budget, in sections of which the last budget of each family is open."""
-    parts = []
-    places = list(dict.fromkeys((heat.family, heat.budget) for heat in maps))
-    last = dict(places)
-    for family, budget in places:
-        own = [heat for heat in maps if (heat.family, heat.budget) == (family, budget)]
-        opened = " open" if last[family] == budget else ""
-        grids = "".join(_grid(heat) for heat in own)
-        title = f"{'NIAH' if family == 'niah' else 'RULER needles'}, budget {budget}"
-        parts.append(f'<details{opened}><summary>{text(title)}</summary><div class="heats">{grids}</div></details>')
-    return "".join(parts)
-
-
-def _grid(heat: Heat) -> str:
-    head = "".join(f"<th scope=col>{band}</th>" for band in BANDS)
-    rows = []
-    for length, values, counts in zip(heat.lengths, heat.values, heat.counts, strict=True):
-        boxes = "".join(
-            "<td>–</td>"
-            if isnan(value)
-            else f'<td class="h{int(value // (100 / SHADES))}" title="{n} samples">{number(value, digits=0)}</td>'
-            for value, n in zip(values, counts, strict=True)
-        )
-        rows.append(f"<tr><th scope=row>{length}</th>{boxes}</tr>")
-    caption = element("caption", text(heat.method), {})
-    return f'<table class="heat">{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _notes(table: Table) -> list[str]:

@@ -20,7 +20,7 @@ from leaderboards.aggregate import Table
 from leaderboards.axes import FULL
 from leaderboards.bootstrap import LEVEL
 from leaderboards.page_svg import FRONT, GRID, INK, INKS, SERIES, inline
-from leaderboards.pareto import is_measured, running_best
+from leaderboards.pareto import WHOLE, is_measured, running_best
 from leaderboards.picture import LINES, MARKERS
 from leaderboards.text import clean, number
 
@@ -195,7 +195,7 @@ def _full(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
     for row in rows:
         if row["budget"] != FULL:
             continue
-        if cost is BYTES:
+        if cost is BYTES and row["kv_percent_of_full"] > WHOLE:
             axes.axhline(row["score_points_mean"], color=INK, lw=1, ls="--")
         else:
             axes.plot(cost.scale * row[cost.column], row["score_points_mean"], color=INK, marker="_", ms=10, ls="")
@@ -211,6 +211,8 @@ def _front(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
 
 
 def _fair(row: Row) -> bool:
+    if row.get("memory", "physical") != "physical":
+        return False
     return row["budget"] != FULL and not {"incomplete", "over_budget"} & set(row["flags"].split())
 
 

@@ -29,8 +29,9 @@ REFERENCES = 5
 def browsable(groups: Sequence[Sequence[Record]], *, samples: int = SAMPLES) -> list[dict[str, Any]]:
     """Up to `samples` samples as plain data, taken in turn from every task of every table, spread over each task.
 
-    groups: the records of each table, one per key. Every one has `table` (its index), `task`, `id`, `references` and
-    `answers`: method, budget, text, score 0-100, needle (% still cached), status, error.
+    groups: the records of each table, one per key. Every one has `table` (its index), `task`, `id`, `tail` (of its
+    prompt, empty in older records), `references` and `answers`: method, budget, text, score 0-100, needle (% still
+    cached), kept (see `kept_map`), status, error.
     """
     by_task: dict[tuple[int, str], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for table, records in enumerate(groups):
@@ -53,6 +54,7 @@ def _sample(table: int, records: Sequence[Record]) -> dict[str, Any]:
         "table": table,
         "task": clean(first.task),
         "id": clean(first.sample_id),
+        "tail": shown(first.prompt_tail),
         "references": [shown(answer) for answer in references[:REFERENCES]],
         "more": max(0, len(references) - REFERENCES),
         "answers": [_answer(r) for r in sorted(records, key=lambda r: (budget_order(r.budget), r.method))],
@@ -67,9 +69,22 @@ def _answer(r: Record) -> dict[str, Any]:
         "text": shown(r.prediction),
         "score": None if score is None else round(100 * score, 1),
         "needle": None if isnan(needle) else round(needle, 1),
+        "kept": "" if isnan(needle) else kept_map(r),
         "status": r.status,
         "error": clean(r.error or ""),
     }
+
+
+def kept_map(r: Record) -> str:
+    """How much of the needle each layer and KV head still holds: a character per head, layers parted by dots.
+
+    `0` is none of its tokens, `a` all of them; `1` to `9` are the tenths between, and reach neither end.
+    """
+    shares = [[kept / r.needle_tokens for kept in layer] for layer in r.needle_kept]
+    return ".".join(
+        "".join("0" if s <= 0 else "a" if s >= 1 else str(min(9, max(1, round(10 * s)))) for s in layer)
+        for layer in shares
+    )
 
 
 def shown(text: str, *, longest: int = LONGEST) -> str:

@@ -24,6 +24,8 @@ SERIES = (
 """Of light pages; each has a contrast of 3:1 or more on white. The dark ones are in `board.css`."""
 INK, GRID, FRONT = "#010101", "#b1b1b1", "#999999"
 INKS = {INK: "ink", GRID: "grid", FRONT: "front", **{color: f"c{i}" for i, color in enumerate(SERIES)}}
+PLAIN = {"#000000": "ink", "#ffffff": "page", "#d9d9d9": "bar"}
+"""The colours of a picture that was drawn for paper."""
 KEPT = frozenset(["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap"])
 KEPT |= {"stroke-linejoin", "stroke-opacity", "fill-opacity", "opacity", "text-anchor", "font-size"}
 
@@ -37,17 +39,23 @@ def inline(figure: Figure, *, salt: str, title: str, about: str, points: Mapping
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return adopted(text.getvalue(), salt=salt, title=title, about=about, points=points)
+
+
+def adopted(drawn: str, *, salt: str, title: str, about: str, points: Mapping[str, Sequence[str]]) -> str:
+    """What matplotlib wrote as SVG, made fit for the page as `inline` does; without points it keeps its own size."""
     ET.register_namespace("", SVG)
-    root = ET.fromstring(text.getvalue())
-    _drop(root, {f"{{{SVG}}}metadata", f"{{{SVG}}}style"})
+    root = ET.fromstring(drawn)
+    _drop(root, {f"{{{SVG}}}{tag}" for tag in ("metadata", "style", "title", "desc")})
     for gid, words in points.items():
         _name_points(root, gid, words)
     used = {ref for element in root.iter() for ref in _references(element)}
     for element in root.iter():
         _plain(element, used)
-    for name in ("width", "height", "version"):
+    for name in ("width", "height", "version") if points else ("version",):
         root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{salt}-t {salt}-d", "class": "chart"}
+    look = "chart" if points else "chart whole"
+    root.attrib |= {"role": "img", "aria-labelledby": f"{salt}-t", "aria-describedby": f"{salt}-d", "class": look}
     for position, (tag, what, suffix) in enumerate((("title", title, "t"), ("desc", about, "d"))):
         child = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{salt}-{suffix}"})
         child.text = what
@@ -94,8 +102,8 @@ def _plain(element: ET.Element, used: set[str]) -> None:
     for name, value in _declarations(own.pop("style", "")):
         if name in KEPT:
             own[name] = value
-        if name in ("fill", "stroke") and value in INKS:
-            classes.append(f"{name}-{INKS[value]}")
+        if name in ("fill", "stroke") and (ink := INKS.get(value) or PLAIN.get(value)):
+            classes.append(f"{name}-{ink}")
     if classes:
         own["class"] = " ".join(classes)
 

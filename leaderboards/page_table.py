@@ -10,6 +10,8 @@ from leaderboards.aggregate import Table
 from leaderboards.axes import FULL
 from leaderboards.page_text import attributes, element, text
 from leaderboards.pareto import is_measured
+from leaderboards.ranks import is_ranked, rank_text
+from leaderboards.tails import is_known
 from leaderboards.text import number
 
 MIB = 2**20
@@ -24,6 +26,8 @@ FLAGS = {
 }
 AXES = {"model": "Model", "dtype": "Dtype", "query": "Query mode", "first_token": "First token", "seed": "Seed"}
 AXES |= {"settings": "Settings"}
+MORE = {"KV MiB", "Needle %", "NLL worst 10%", "Peak MiB", "n"}
+"""Columns that a reader asks for; the script hides them until then."""
 Row = Mapping[Any, Any]
 
 
@@ -52,10 +56,28 @@ def _verdict(budget: str, rows: Sequence[Row]) -> str:
     elif marked[0]["mark"] == "*":
         which = "the other method" if others == 1 else f"all {others} other methods"
         said = f"{_name(marked[0])} is best, {text(_score(marked[0]))}, told apart from {which}."
+    elif len(marked) == 1:
+        said = f"{_name(marked[0])} leads with {text(_score(marked[0]))}, but is not told apart from all others."
     else:
         said = _tied(marked, others)
     won = "won" if marked and marked[0]["mark"] == "*" else "tied"
-    return element("li", f"{label}<span>{said}</span>", {"class": won})
+    cost = element("small", text(_cost(marked or scored)), {})
+    return element("li", f"{label}<span>{said} {cost}</span>", {"class": won, "data-budget": budget})
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    """What these cells take, from the least to the most: measured bytes, and the time per token where there is one."""
+    kept = _range([row["kv_percent_of_full"] for row in rows], digits=1)
+    mib = _range([row["kv_bytes_mean"] / MIB for row in rows], digits=2)
+    tpot = _range([1000 * row.get("tpot_s_mean", math.nan) for row in rows], digits=1)
+    parts = [f"{kept} % of the full cache, {mib} MiB"] if kept else []
+    return ", ".join([*parts, f"{tpot} ms per token"] if tpot else parts)
+
+
+def _range(values: Sequence[float], *, digits: int) -> str:
+    """`1.0`, `1.0-2.0`, or nothing."""
+    known = [number(value, digits=digits) for value in sorted(values) if not math.isnan(value)]
+    return "-".join(dict.fromkeys((known[0], known[-1]))) if known else ""
 
 
 def _tied(marked: Sequence[Row], others: int) -> str:
@@ -67,15 +89,8 @@ def _tied(marked: Sequence[Row], others: int) -> str:
 
 def ranking(tables: Sequence[Table], runs: Mapping[tuple[int, str, str], Sequence[int]]) -> str:
     """The one table of all rows. runs: (index of the table, method, budget) to the indices of the row's runs."""
-    wanted = list(tables[0].baselines)
-    heads = [("Method", "name"), ("Budget", ""), ("Score", "num"), ("KV %", "num"), ("KV MiB", "num")]
-    heads += [(f"Δ {name}", "num agg") for name in wanted] + [("NLL", "num agg")]
-    heads += [("Needle %", "num agg")] if any(table.rows["needle_percent_n"].any() for table in tables) else []
-    timed = any(is_measured(table.rows) for table in tables)
-    heads += [("TPOT ms", "num agg"), ("Peak MiB", "num agg")] if timed else []
-    heads += [("n", "num"), ("Flags", "")]
     varied = [axis for axis in AXES if len({getattr(table.axes, axis) for table in tables}) > 1]
-    heads += [(AXES[axis], "") for axis in varied]
+    heads = [*_heads(tables), *((AXES[axis], "") for axis in varied)]
     head = "".join(
         f"<th scope=col{attributes({'class': kind})}><button type=button>{text(name)}</button></th>"
         for name, kind in heads
@@ -91,11 +106,38 @@ def ranking(tables: Sequence[Table], runs: Mapping[tuple[int, str, str], Sequenc
     return f'<table id="ranking">{caption}{head}<tbody>{body}</tbody></table>'
 
 
+def _heads(tables: Sequence[Table]) -> list[tuple[str, str]]:
+    """Header and class of each column that some row fills; `more` marks those of `MORE`."""
+    frames = [table.rows for table in tables]
+    heads = [("Method", "name"), ("Budget", ""), ("Score", "num")]
+    heads += [("Rank", "num agg")] if any(map(is_ranked, frames)) else []
+    heads += [("KV %", "num"), ("KV MiB", "num")]
+    heads += [("TPOT ms", "num agg"), ("Peak MiB", "num agg")] if any(map(is_measured, frames)) else []
+    baselines = [f"Δ {name}" for name in tables[0].baselines]
+    heads += [(name, "num agg") for name in baselines] + [("NLL", "num agg")]
+    heads += [("Broken %", "num agg"), ("NLL worst 10%", "num agg")] if any(map(is_known, frames)) else []
+    heads += [("Needle %", "num agg")] if any(frame["needle_percent_n"].any() for frame in frames) else []
+    heads += [("n", "num"), ("Flags", "")]
+    heads += [("Memory", "")] if len({memory(row) for f in frames for row in f.to_dict("records")}) > 1 else []
+    more = {*MORE, *baselines[1:], *(() if any(frame["flags"].any() for frame in frames) else ("Flags",))}
+    return [(name, f"{kind} more".strip() if name in more else kind) for name, kind in heads]
+
+
+def memory(row: Row) -> str:
+    """Whether the bytes and seconds of a row are those of memory that was freed."""
+    return str(row.get("memory", "physical"))
+
+
 def _row(row: Row, i: int, names: Sequence[str], table: Table, varied: Sequence[str], runs: Sequence[int]) -> str:
     cells = _cells(row, table) | {AXES[axis]: _plain(getattr(table.axes, axis)) for axis in varied}
     own = {axis: str(getattr(table.axes, axis)) for axis in ("model", "dtype", "query", "first_token")}
     data = {"data-" + name.replace("_", "-"): value for name, value in own.items()}
-    data |= {"data-table": str(i), "data-budget": row["budget"], "data-method": row["method"]}
+    data |= {
+        "data-table": str(i),
+        "data-budget": row["budget"],
+        "data-method": row["method"],
+        "data-memory": memory(row),
+    }
     data |= {"class": {"*": "best", "=": "tie"}.get(row["mark"], "")}
     links = [
         element("a", "run" if len(runs) == 1 else f"run {n + 1}", {"href": f"#run-{run}", "data-run": str(run)})
@@ -107,9 +149,16 @@ def _row(row: Row, i: int, names: Sequence[str], table: Table, varied: Sequence[
 def _cells(row: Row, table: Table) -> dict[str, str]:
     """Header to cell."""
     mib = row["kv_bytes_mean"] / MIB
+    ranked = row["rank_low"], row["rank_high"]
     cells = {
         "Method": element("th", _name(row), {"scope": "row", "class": "name", "data-v": row["method"]}),
         "Budget": _plain(row["budget"]),
+        "Memory": _plain(memory(row)),
+        "Rank": element(
+            "td", text(rank_text(*ranked)), {"data-v": _value(ranked[0] + ranked[1] / 1e4), "class": "num agg"}
+        ),
+        "Broken %": _number(row["broken_percent_mean"], kind="agg"),
+        "NLL worst 10%": _number(row["nll_worst_nats_mean"], digits=3, kind="agg"),
         "Score": _score_cell(row),
         "KV %": _number(row["kv_percent_of_full"]),
         "KV MiB": _number(mib, digits=1 if mib >= 100 else 3),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import pandas as pd
+
 from leaderboards.text import LONGEST, clean
 
 
@@ -37,6 +39,11 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption
         for first, *rest in rows
     )
     return f"<table><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def frame_table(frame: pd.DataFrame, caption: str) -> str:
+    """A frame of text as a plain table."""
+    return text_table([str(name) for name in frame], frame.to_numpy().tolist(), caption=caption)
 
 
 def data(name: str, value: Any) -> str:

@@ -10,7 +10,8 @@ a cell surely costs no more when the whole interval of the paired difference is 
 the whole interval is above 0. Without an interval nothing is sure.
 
 A cell that lacks samples, or measurements where TPOT counts, puts no other off and is never `*`; one without any has no
-mark. Like the other marks these are 95 % per comparison, and `=` is no proof of equality.
+mark. One with simulated memory has none either and puts no other off: no such memory was held. Like the other marks
+these are 95 % per comparison, and `=` is no proof of equality.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import permutations
 
+import numpy as np
 import pandas as pd
 
 from leaderboards.grid import Cell, Grid
@@ -25,6 +27,8 @@ from leaderboards.text import number
 
 FRONTS = {"front_bytes": "kv_bytes", "front_tpot": "tpot_s"}
 """Column of the table to the cost."""
+WHOLE = 99.9
+"""Percent of the full cache above which a method without a budget is a line in a picture of bytes, and else a point."""
 HOW_TO_READ = (
     "TTFT (time to the first token), TPOT (time per output token), tokens/s, peak MiB (above the model's own memory): "
     "each cell by itself in a fresh process on the sample's prompt, batch 1, the first token chosen by the prefill as "
@@ -62,14 +66,17 @@ def frame(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _front(grid: Grid, cost: str) -> dict[Cell, str]:
-    here = [cell for cell in grid.cells if grid.estimate(cell, "score").n and grid.estimate(cell, cost).n]
-    whole = {cell for cell in here if grid.complete(cell) and grid.estimate(cell, cost).n == grid.counts(cell)["ok"]}
+    known = {cell: int((~np.isnan(grid.values(cell, cost))).sum()) for cell in grid.cells}
+    here = [cell for cell in grid.cells if grid.memory(cell) == "physical" and grid.counts(cell)["ok"] and known[cell]]
+    whole = {cell for cell in here if grid.complete(cell) and known[cell] == grid.counts(cell)["ok"]}
     off: set[Cell] = set()
     doubtful = set(here) - whole
-    for cell, other in permutations(here, 2):
-        surely, maybe = _costs_no_more(grid, other, cell, cost)
-        if not maybe:
-            continue
+    pairs = list(permutations(here, 2))
+    if cost != "kv_bytes":
+        grid.prepare((other, cost, cell) for cell, other in pairs)
+    cheaper = {pair: costs for pair in pairs if (costs := _costs_no_more(grid, pair[1], pair[0], cost))[1]}
+    grid.prepare((a, "score", b) for pair in cheaper for a, b in (pair, pair[::-1]))
+    for (cell, other), (surely, _) in cheaper.items():
         if surely and other in whole and grid.told_apart(other, cell):
             off.add(cell)
         elif not grid.told_apart(cell, other):
@@ -79,9 +86,10 @@ def _front(grid: Grid, cost: str) -> dict[Cell, str]:
 
 def _costs_no_more(grid: Grid, cell: Cell, other: Cell, cost: str) -> tuple[bool, bool]:
     """Whether `cell` surely costs no more than `other`, and whether it may."""
-    paired = grid.estimate(cell, cost, minus=other)
     if cost == "kv_bytes":
-        return paired.mean <= 0, not paired.mean > 0  # not: without common samples nothing is known
+        mean = grid.bootstrap.mean(grid.values(cell, cost) - grid.values(other, cost))
+        return mean <= 0, not mean > 0  # not: without common samples nothing is known
+    paired = grid.estimate(cell, cost, minus=other)
     return paired.high <= 0, not paired.low > 0
 
 

@@ -18,7 +18,7 @@ from harness.errors import HarnessError
 from harness.store import write_text
 from leaderboards.aggregate import Table
 from leaderboards.axes import FULL
-from leaderboards.pareto import is_measured, running_best
+from leaderboards.pareto import WHOLE, is_measured, running_best
 from leaderboards.render import heading
 
 if TYPE_CHECKING:
@@ -86,8 +86,9 @@ def _draw(axes: Axes, rows: DataFrame, panel: Panel) -> None:
         style = {"marker": MARKERS[(i + turn) % len(MARKERS)], "ls": LINES[turn % len(LINES)], **LOOK}
         axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), **style)  # type: ignore[arg-type]
     full = rows["budget"] == FULL
-    for method, cost, score in zip(rows["method"][full], x[full], y[full], strict=True):
-        if panel.full_line:
+    percent = rows["kv_percent_of_full"]
+    for method, cost, score, kept in zip(rows["method"][full], x[full], y[full], percent[full], strict=True):
+        if panel.full_line and kept > WHOLE:
             axes.axhline(score, color="black", lw=1, ls="--", label=str(method))
         else:
             axes.plot(cost, score, color="black", marker="_", ms=9, ls="", label=str(method))

@@ -117,9 +117,10 @@ class _Field:
         statistics: list[float] = []
         draws: list[Array] = []
         known = {key: d for key, d in self._drawn.items() if d.clusters.size and d.clusters.min() >= FEW}
-        tasks = {key: d.deviations() for key, d in known.items()}  # each [T, R, K]
-        spread = {key: parts.mean(axis=0) for key, parts in tasks.items()}
-        freedom = {key: d.freedom(tasks[key]) for key, d in known.items()}
+        spread, freedom = dict[tuple[bytes, ...], Array](), dict[tuple[bytes, ...], Array]()
+        for key, found in known.items():
+            parts = found.deviations()  # [T, R, K]
+            spread[key], freedom[key] = parts.mean(axis=0), found.freedom(parts)
         for i in sorted(self.whole.intersection(self.inside)):
             for j in self.inside:
                 key = self._key(i, j)
@@ -173,12 +174,14 @@ def rank_columns(grid: Grid, *, seed: int, resamples: int) -> dict[Cell, dict[st
             field = _Field(grid, cells, measure, redraws=redraws)
             ranks = {} if budget == FULL else field.ranks()
             ends = task_intervals(field, seed=seed) if measure == "score" else {}
+            others = {} if budget == FULL else {i: field.best_other(i) for i in range(len(cells))}
+            grid.prepare((cells[i], measure, best) for i, best in others.items() if best)
             for i, cell in enumerate(cells):
                 row = found.setdefault(cell, {})
                 row[f"rank{suffix}_low"], row[f"rank{suffix}_high"] = ranks.get(cell, (math.nan, math.nan))
                 if measure == "score":
                     row["score_task_low"], row["score_task_high"] = ends.get(cell, (math.nan, math.nan))
-                best = None if budget == FULL else field.best_other(i)
+                best = others.get(i)
                 paired = grid.estimate(cell, measure, minus=best) if best else NOTHING
                 row[f"best_other{suffix}"] = best[0] if best else ""
                 row |= {f"{PAIRED[measure]}_{part}": value for part, value in asdict(paired).items()}

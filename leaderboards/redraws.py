@@ -14,11 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from leaderboards.bootstrap import Array
+from leaderboards.bootstrap import Array, Counts, drawn_sums
 from leaderboards.grid import Grid, Mask
-
-BLOCK = 2**23
-"""Counts that are held as floats at once."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Redraws:
         self._bootstrap = grid.bootstrap
         self._seed = seed
         self._resamples = resamples
-        self._memo: dict[str, npt.NDArray[np.uint8]] = {}
+        self._memo: dict[str, Counts] = {}
 
     def means(self, requests: Sequence[Request]) -> list[Drawn]:
         """Task means of each request, observed and redrawn. A redraw without any of its samples counts as observed."""
@@ -74,14 +71,16 @@ class Redraws:
             here = [i for i, r in enumerate(requests) if r.where[rows].any()]
             if not here:
                 continue
-            sums = [self._sums(rows, requests[i]) for i in here]  # each [G, 1 + K]
+            cluster = self._bootstrap.clusters(rows)
+            sums = [self._sums(rows, cluster, requests[i]) for i in here]  # each [G, 1 + K]
             edges = np.cumsum([0, *(s.shape[1] for s in sums)])
-            totals = self._redrawn(task, np.hstack(sums))
+            totals = drawn_sums(self._counts(task, len(sums[0])), np.hstack(sums))
             for i, own, start, stop in zip(here, sums, edges[:-1], edges[1:], strict=True):
                 whole = own.sum(axis=0)
                 observed = whole[1:] / whole[0]
                 sizes, drawn = totals[:, start, None], totals[:, start + 1 : stop]
-                means = np.where(sizes > 0, drawn / np.maximum(sizes, 1), observed)
+                some = sizes.min() > 0
+                means = drawn / sizes if some else np.where(sizes > 0, drawn / np.maximum(sizes, 1), observed)
                 parts[i].append((observed, means, int((own[:, 0] > 0).sum())))
         return [
             Drawn(
@@ -93,27 +92,19 @@ class Redraws:
             for r, found in zip(requests, parts, strict=True)
         ]
 
-    def _sums(self, rows: npt.NDArray[np.intp], request: Request) -> Array:
-        """[G, 1 + K]: per cluster the number of samples and the sums of the members' values."""
+    @staticmethod
+    def _sums(rows: npt.NDArray[np.intp], cluster: npt.NDArray[np.intp] | None, request: Request) -> Array:
+        """[G, 1 + K]: per cluster the number of samples and the sums of the members' values.
+
+        cluster: of each of the rows; None where each is its own.
+        """
         where = request.where[:, None]
         columns = np.hstack([where[rows], np.where(where[rows], request.values[rows], 0.0)])
-        whole = np.empty(request.where.shape)
-        _, sizes = self._bootstrap.cluster_sums(np.zeros_like(whole), rows)
-        if sizes.max() == 1:  # clusters are in the order of the samples
+        if cluster is None:
             return np.asarray(columns, dtype=np.float64)
-        sums = []
-        for column in columns.T:
-            whole[rows] = column
-            sums.append(self._bootstrap.cluster_sums(whole, rows)[0])
-        return np.stack(sums, axis=1)
+        return np.stack([np.bincount(cluster, weights=column) for column in columns.T], axis=1)
 
-    def _redrawn(self, task: str, sums: Array) -> Array:
-        """[R, columns] of [G, columns]: the sums over the clusters of each redraw."""
-        counts = self._counts(task, len(sums))
-        step = max(1, BLOCK // len(sums))
-        return np.vstack([counts[i : i + step].astype(np.float64) @ sums for i in range(0, len(counts), step)])
-
-    def _counts(self, task: str, n: int) -> npt.NDArray[np.uint8]:
+    def _counts(self, task: str, n: int) -> Counts:
         """[R, n]: how often each of n clusters is drawn; above 255 in no realistic number of redraws."""
         if task not in self._memo:
             generator = np.random.default_rng([self._seed, zlib.crc32(task.encode()), n, 1])

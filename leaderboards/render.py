@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import HarnessError
-from harness.records import Record, RunManifest
+from harness.records import RunManifest
 from harness.store import write_text
 from leaderboards import pareto, ranks, tails
-from leaderboards.aggregate import Table, aggregate
+from leaderboards.aggregate import Table
 from leaderboards.bootstrap import FEW, LEVEL, MIN_PAIRS
 from leaderboards.rivals import HOW_TO_READ, frames
 from leaderboards.text import KEYS, LONGEST, bullets, clean, escape, fold, github, number, plain, wrap
@@ -39,23 +39,16 @@ SUMMARIES = (
 
 
 def write_board(
-    records: Iterable[Record],
-    out_dir: Path,
-    name: str,
-    *,
-    manifests: Sequence[RunManifest] = (),
-    subject: str | None = None,
+    tables: Sequence[Table], out_dir: Path, name: str, *, manifests: Sequence[RunManifest] = ()
 ) -> list[Path]:
     """Write `<name>.md`, `.csv`, `.tasks.csv` and `.summary.csv` into `out_dir` and return their paths.
 
-    manifests: of the runs the records come from, so that runs with different settings get tables of their own.
-    subject: label of a method to judge against the strongest other ones, in a section and in `<name>.rivals.csv`.
+    manifests: of the runs that the tables are of. Tables with a subject get `<name>.rivals.csv` too.
 
-    Raises HarnessError when `name` is no file name, a file cannot be written, or `aggregate` refuses the records.
+    Raises HarnessError when `name` is no file name or a file cannot be written.
     """
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise HarnessError(f"board name {name!r} is no file name; use letters, digits, '.', '-' and '_'")
-    tables = aggregate(records, manifests=manifests, subject=subject)
     out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -183,8 +176,8 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
     """What the columns, marks and flags mean."""
     attrs = tables[0].rows.attrs
     return [
-        f"score: 0-100, unweighted mean of task means, ± half of its {LEVEL:.0%} interval. =: not told apart from "
-        "the best of its budget; *: the best, told apart from every other method within its bytes.",
+        f"score: 0-100, unweighted mean of task means, ± half of its {LEVEL:.0%} interval. =: may be the "
+        "best of its budget; *: the best, told apart from every other method within its bytes. Both by rank.",
         f"Δ: paired difference on the samples both have, with its {LEVEL:.0%} interval; fullkv is the uncompressed "
         f"cache, other baselines are taken at the same budget. Without brackets: fewer than {MIN_PAIRS} pairs, or one "
         "in some task. Samples that share a context count once here.",
@@ -210,6 +203,7 @@ def _main_row(row: Mapping[Any, Any], baselines: Mapping[str, str | None], *, ne
     cells = {
         "budget": clean(row["budget"]),
         "method": clean(row["method"]),
+        **({"memory": row["memory"]} if "memory" in row else {}),
         "KV MiB": number(mib, digits=1 if mib >= 100 else 3),
         "KV %": number(row["kv_percent_of_full"]),
         "score": f"{score} {row['mark']}".strip(),

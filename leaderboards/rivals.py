@@ -40,7 +40,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from leaderboards.axes import FULL, budget_order
-from leaderboards.bootstrap import LEVEL, MIN_PAIRS, Array
+from leaderboards.bootstrap import LEVEL, MIN_PAIRS, Array, Counts, Kept, draw_counts, drawn_sums
 from leaderboards.grid import Cell, Grid
 from leaderboards.text import clean, number
 
@@ -97,17 +97,34 @@ def bare_name(label: str) -> str:
     return re.split(r"[@\[]", label, maxsplit=1)[0]
 
 
+class _Draws:
+    """Redraws of the tasks of a family and of their clusters; those of equal numbers of clusters are the same."""
+
+    def __init__(self, seed: int, resamples: int) -> None:
+        self._seed, self._resamples, self._kept = seed, resamples, Kept()
+
+    def of(self, family: str, counts: Sequence[int]) -> tuple[npt.NDArray[np.intp], list[Counts]]:
+        """counts: [T], clusters of each task. [R, T], the tasks drawn; of each task, for each time, its clusters."""
+        generator = np.random.default_rng([self._seed, zlib.crc32(family.encode())])
+        drawn = generator.integers(len(counts), size=(self._resamples, len(counts)))
+        times = np.bincount(drawn.ravel(), minlength=len(counts))
+        key = (family, *counts)
+        return drawn, self._kept.of(
+            key, lambda: [draw_counts(generator, n, int(often)) for n, often in zip(counts, times, strict=True)]
+        )
+
+
 def compare(grid: Grid, subject: str | None, *, seed: int, resamples: int) -> pd.DataFrame:
     """One row per budget, measure and family of the subject, columns as `COLUMNS`; empty without a subject.
 
     A family for which there is no rival has a row that says so.
     """
-    rows = []
+    rows, draws = [], _Draws(seed, resamples)
     for cell in sorted((c for c in grid.cells if c[0] == subject and c[1] != FULL), key=lambda c: budget_order(c[1])):
         over, whole = grid.over_budget(cell), grid.complete(cell)
         unfair = "over budget" if over else "" if whole else "incomplete"
         for measure in SIGNS:
-            found = dict(_families(grid, cell, measure, seed=seed, resamples=resamples))
+            found = dict(_families(grid, cell, measure, draws=draws))
             known = [comparison for comparison in found.values() if comparison.rival]
             for family, comparison in {**found, **({ALL: _all(known)} if known else {})}.items():
                 row = {"subject": cell[0], "budget": cell[1], "family": family, "measure": measure}
@@ -115,7 +132,7 @@ def compare(grid: Grid, subject: str | None, *, seed: int, resamples: int) -> pd
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _families(grid: Grid, cell: Cell, measure: str, *, seed: int, resamples: int) -> Iterator[tuple[str, Comparison]]:
+def _families(grid: Grid, cell: Cell, measure: str, *, draws: _Draws) -> Iterator[tuple[str, Comparison]]:
     """The families where the subject has values, each with its strongest rival."""
     families: dict[str, Tasks] = {}
     for task, rows in grid.bootstrap.rows.items():
@@ -135,8 +152,7 @@ def _families(grid: Grid, cell: Cell, measure: str, *, seed: int, resamples: int
             yield family, Comparison("", len(present), n, _mean(own, tasks))
             continue
         pair = (cell, ranked[0][1])  # of equal means the first label
-        generator = np.random.default_rng([seed, zlib.crc32(family.encode())])
-        yield family, _comparison(grid, pair, measure, tasks, generator=generator, resamples=resamples)
+        yield family, _comparison(grid, pair, measure, tasks, family=family, draws=draws)
 
 
 def _rivals(grid: Grid, cell: Cell) -> list[Cell]:
@@ -150,8 +166,8 @@ def _comparison(
     measure: str,
     tasks: Tasks,
     *,
-    generator: np.random.Generator,
-    resamples: int,
+    family: str,
+    draws: _Draws,
 ) -> Comparison:
     own, other = (grid.values(cell, measure) for cell in pair)
     difference = SIGNS[measure] * (own - other)
@@ -169,7 +185,7 @@ def _comparison(
         gain=_mean(difference, tasks),
         subject_loss=_mean(own - base, tasks),
         rival_loss=_mean(other - base, tasks),
-        draws=_redraw(grid, difference, paired, generator=generator, resamples=resamples),
+        draws=_redraw(grid, difference, paired, family=family, draws=draws),
     )
 
 
@@ -212,18 +228,17 @@ def _mean(values: Array, tasks: Tasks) -> float:
     return float(np.mean(means)) if means else math.nan
 
 
-def _redraw(grid: Grid, values: Array, tasks: Tasks, *, generator: np.random.Generator, resamples: int) -> Array | None:
+def _redraw(grid: Grid, values: Array, tasks: Tasks, *, family: str, draws: _Draws) -> Array | None:
     """[resamples]: the mean of as many redrawn tasks as there are, each of its redrawn clusters."""
     clusters = [grid.bootstrap.cluster_sums(values, rows) for rows in tasks.values()]
     counts = [sums.size for sums, _ in clusters]
     if sum(counts) < MIN_PAIRS or min(counts) < 2:
         return None
-    drawn = generator.integers(len(clusters), size=(resamples, len(clusters)))  # [R, T]
+    drawn, often = draws.of(family, counts)
     means = np.empty(drawn.shape)
-    for t, (sums, sizes) in enumerate(clusters):
-        here = drawn == t
-        often = generator.multinomial(sums.size, np.full(sums.size, 1 / sums.size), size=int(here.sum()))  # [N, G]
-        means[here] = often @ sums / (often @ sizes)
+    for t, parts in enumerate(clusters):
+        sums, sizes = drawn_sums(often[t], np.stack(parts, axis=1)).T
+        means[drawn == t] = sums / sizes
     return np.asarray(means.mean(axis=1))
 
 

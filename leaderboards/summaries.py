@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from leaderboards.axes import STATUSES
+from leaderboards.bootstrap import Array, Estimate
 from leaderboards.grid import Cell, Grid, Mask
 
 ENGLISH: Mapping[str, tuple[str, ...]] = {
@@ -87,34 +88,50 @@ def summarise(grid: Grid, order: Sequence[Cell]) -> pd.DataFrame:
     `tasks_present`: tasks with a value, of `tasks_expected`. `flags`: as in the main table.
     """
     summaries = [*_longbench(grid), *_longbench_e(grid), *_ruler(grid), *_needles(grid)]
-    rows = [
-        {"summary": s.name, "title": s.title, "budget": cell[1], "method": cell[0], **_row(grid, cell, mean)}
-        for s in summaries
-        for cell in order
-        for mean in s.means
-    ]
+    rows: list[dict[str, Any]] = []
+    for s in summaries:
+        columns = [_rows(grid, order, mean) for mean in s.means]
+        names = ({"summary": s.name, "title": s.title, "budget": cell[1], "method": cell[0]} for cell in order)
+        rows += [{**name, **row} for name, *own in zip(names, *columns, strict=True) for row in own]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _row(grid: Grid, cell: Cell, mean: Mean) -> dict[str, Any]:
-    values = np.where(mean.where, grid.values(cell, mean.what), np.nan)
+def _rows(grid: Grid, order: Sequence[Cell], mean: Mean) -> list[dict[str, Any]]:
+    """One column of a summary, of every cell."""
+    tasks = [task for task, rows in grid.bootstrap.rows.items() if mean.where[rows].any()]
+    shares = {cell: _weights(grid, _values(grid, cell, mean), mean) for cell in order}
+    estimates = grid.bootstrap.estimates((_values(grid, cell, mean) for cell in order), weights=shares.values())
+    return [
+        _row(grid, cell, mean, estimate=estimate, tasks=(len(shares[cell]), len(tasks)))
+        for cell, estimate in zip(order, estimates, strict=True)
+    ]
+
+
+def _values(grid: Grid, cell: Cell, mean: Mean) -> Array:
+    return np.where(mean.where, grid.values(cell, mean.what), np.nan)
+
+
+def _weights(grid: Grid, values: Array, mean: Mean) -> dict[str, float]:
+    """Of the tasks that have values [S]."""
     present = [task for task, rows in grid.bootstrap.rows.items() if not np.isnan(values[rows]).all()]
     kinds = {task: mean.kinds[task] if mean.kinds else task for task in present}
     members = Counter(kinds.values())
-    weights = {task: 1 / members[kind] for task, kind in kinds.items()}
-    tasks = [task for task, rows in grid.bootstrap.rows.items() if mean.where[rows].any()]
+    return {task: 1 / members[kind] for task, kind in kinds.items()}
+
+
+def _row(grid: Grid, cell: Cell, mean: Mean, *, estimate: Estimate, tasks: tuple[int, int]) -> dict[str, Any]:
+    """tasks: those with a value, and those that have samples."""
     expected = int((mean.where & grid.expected(cell[1])).sum())
-    estimate = grid.bootstrap.estimate(values, weights=weights)
     counts = grid.counts(cell, mean.where)
     flags = {"incomplete": estimate.n < expected, **{s: counts[s] for s in STATUSES[1:]}}
     flags["over_budget"] = bool((grid.values(cell, "over_budget")[mean.where] > 0).any())
-    flags["few"] = grid.bootstrap.few(values)
+    flags["few"] = grid.bootstrap.few(_values(grid, cell, mean))
     return {
         "column": mean.column,
         **asdict(estimate),
         "n_expected": expected,
-        "tasks_present": len(present),
-        "tasks_expected": len(tasks) if mean.tasks_expected is None else mean.tasks_expected,
+        "tasks_present": tasks[0],
+        "tasks_expected": tasks[1] if mean.tasks_expected is None else mean.tasks_expected,
         "flags": " ".join(name for name, here in flags.items() if here),
     }
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from leaderboards.axes import FULL
-from leaderboards.bootstrap import LEVEL, NOTHING, Array
+from leaderboards.bootstrap import LEVEL, NOTHING, Array, Estimate
 from leaderboards.grid import Cell, Grid
 from leaderboards.text import clean, number
 
@@ -46,17 +46,22 @@ def tail_columns(grid: Grid) -> dict[Cell, dict[str, Any]]:
     `broken_percent` with `_mean _low _high _n`, and `n_broken`; `nll_worst_nats_mean` (per token) and `_n`;
     `nll_worst_nats_vs_fullkv_mean` and `_n`. Nothing is compared without `fullkv`, nor that with itself.
     """
-    return {cell: {**_broken(grid, cell), **_worst(grid, cell)} for cell in grid.cells}
+    others = [cell for cell in grid.cells if REFERENCE in grid.cells and cell != REFERENCE]
+    broken = dict(zip(others, grid.bootstrap.estimates(_broken(grid, cell) for cell in others), strict=True))
+    return {cell: {**_columns(grid, cell, broken.get(cell)), **_worst(grid, cell)} for cell in grid.cells}
 
 
-def _broken(grid: Grid, cell: Cell) -> dict[str, Any]:
-    estimate, wrong = NOTHING, math.nan
-    if REFERENCE in grid.cells and cell != REFERENCE:
-        own = grid.values(cell, "score")
-        of = (grid.values(REFERENCE, "score") >= RIGHT) & ~np.isnan(own)  # NaN is not right
-        values = np.where(of, 100.0 * (own < RIGHT), np.nan)
-        estimate, wrong = grid.bootstrap.estimate(values), float((of & (own < RIGHT)).sum())
-    return {**{f"broken_percent_{part}": value for part, value in asdict(estimate).items()}, "n_broken": wrong}
+def _broken(grid: Grid, cell: Cell) -> Array:
+    """[S]: of the samples that fullkv answers right 100 where the cell is wrong, else 0; NaN for the others."""
+    own = grid.values(cell, "score")
+    of = (grid.values(REFERENCE, "score") >= RIGHT) & ~np.isnan(own)  # NaN is not right
+    return np.where(of, 100.0 * (own < RIGHT), np.nan)
+
+
+def _columns(grid: Grid, cell: Cell, estimate: Estimate | None) -> dict[str, Any]:
+    wrong = math.nan if estimate is None else float((_broken(grid, cell) > 0).sum())
+    parts = asdict(estimate or NOTHING)
+    return {**{f"broken_percent_{part}": value for part, value in parts.items()}, "n_broken": wrong}
 
 
 def _worst(grid: Grid, cell: Cell) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 KEYS = ["budget", "method"]
 """Columns that name a row; they come first, and again where a table is folded."""
-LEFT = (*KEYS, "flags", "family", "rival", "verdict", "over tasks", "best other", "best other NLL")
+LEFT = (*KEYS, "memory", "flags", "family", "rival", "verdict", "over tasks", "best other", "best other NLL")
 """Columns of words."""
 LONGEST = 200  # characters of a note or an error on a page
 

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from leaderboards.aggregate import aggregate
-from leaderboards.page import write_page
-from tests.test_page import EVIL, planted, pretend, run
+from leaderboards.page import Extras, write_page
+from leaderboards.page_maps import TableMap
+from tests.test_frontier import MANIFEST as LIMIT
+from tests.test_frontier import searches
+from tests.test_page import EVIL, crossed, planted, pretend, run
 
 api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,13 +34,20 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A plain page of two settings, and one with markup planted everywhere."""
+    """A plain page of two settings with a memory search and a table, and one with markup planted everywhere."""
     folder = tmp_path_factory.mktemp("pages")
     records, runs = [*pretend(), *pretend(query="agnostic")], [run(git_commit="abc123")]
-    plain = write_page(aggregate(records, manifests=runs), records, folder, "plain", manifests=runs)
+    extras = Extras([(LIMIT, searches())], [TableMap("tables", "64", [[0.5, 1.5], [2.0, 0.0]])])
+    plain = write_page(aggregate(records, manifests=runs), records, folder, "plain", manifests=runs, extras=extras)
     records, runs = planted()
-    evil = write_page(aggregate(records, manifests=runs), records, folder, "evil", manifests=runs)
-    return {"plain": plain, "evil": evil}
+    extras = Extras([(LIMIT, searches())], [TableMap(EVIL, EVIL, [[1.0]])], [EVIL])
+    evil = write_page(aggregate(records, manifests=runs), records, folder, "evil", manifests=runs, extras=extras)
+    records = pretend(first_token="prefill") + crossed(pretend(model="other"))
+    tables = aggregate(records)
+    for table in tables:
+        table.rows["memory"] = ["simulated" if method == "h2o" else "physical" for method in table.rows["method"]]
+    various = write_page(tables, records, folder, "various", manifests=())
+    return {"plain": plain, "evil": evil, "various": various}
 
 
 @pytest.fixture
@@ -117,12 +127,96 @@ def test_provenance_is_one_click_away_and_closes_by_escape(opened: Any) -> None:
     assert not page.locator("#made").is_visible()
 
 
+def test_every_axis_is_a_filter_that_hides_the_rest_of_its_tables(opened: Any) -> None:
+    page = opened("various")
+    of_tables = page.locator("#charts .of:visible")
+    assert (len(visible(page)), of_tables.count()) == (10, 2)
+    for name, value in (("model", "other"), ("first_token", "prefill")):
+        page.select_option(f"#f-{name}", value)
+        assert (len(visible(page)), of_tables.count()) == (5, 1)
+        page.select_option(f"#f-{name}", "")
+    page.select_option("#f-memory", "simulated")
+    assert set(visible(page)) == {"h2o"} and len(visible(page)) == 4
+    page.select_option("#f-budget", "128")
+    assert len(visible(page)) == 2
+    assert page.locator(".verdicts li:visible .budget").all_inner_texts() == ["Budget 128"] * 2
+
+
+def test_a_chosen_task_puts_its_best_first_in_each_budget(opened: Any) -> None:
+    page = opened("various")
+    page.select_option("#f-model", "other")
+    written = visible(page)
+    assert written == ["fullkv", "snapkv", "h2o", "snapkv", "h2o"]
+    page.select_option("#f-task", "niah/kamradt")
+    assert visible(page) == ["fullkv", "h2o", "snapkv", "h2o", "snapkv"]
+    page.select_option("#f-task", "")
+    assert visible(page) == written
+
+
+def test_columns_that_few_ask_for_are_shown_on_request(opened: Any) -> None:
+    page = opened()
+    head = page.locator("#ranking thead th", has_text="KV MiB")
+    assert not head.is_visible() and page.locator("#ranking thead th", has_text="Rank").is_visible()
+    page.check("#f-more")
+    assert head.is_visible()
+    column = head.evaluate("e => e.cellIndex")
+    assert page.locator("#ranking tbody tr").first.locator("th, td").nth(column).is_visible()
+
+
 def test_hover_shows_a_points_values(opened: Any) -> None:
     page = opened()
     point = page.locator("svg.chart .point").first
     point.scroll_into_view_if_needed()
-    point.hover(force=True)
-    assert "score" in page.locator(".readout").first.inner_text()
+    words = point.get_attribute("data-say")
+    box = point.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2 + 6, box["y"] + box["height"] / 2)
+    assert "score" in words and words in page.locator("#tip").inner_text()
+    page.keyboard.press("Escape")
+    assert not page.locator("#tip").is_visible()
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    assert page.locator(".charts svg title").count() == 0  # no second tooltip of the browser's own
+
+
+def test_the_keyboard_reads_the_points_from_left_to_right(opened: Any) -> None:
+    page = opened()
+    page.keyboard.press("Tab")
+    chart = page.locator("svg.chart").nth(1)
+    page.evaluate("e => e.focus()", chart.element_handle())
+    said = []
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+        said.append(page.locator("#tip").inner_text().partition(":")[0])
+    assert said == ["h2o at 64", "snapkv at 64", "h2o at 128", "snapkv at 128", "snapkv at 128", "h2o at 128"]
+    assert "h2o at 128" in page.locator(".readout").nth(1).inner_text()
+    assert chart.get_attribute("aria-label") == "Score by budget"
+    page.keyboard.press("Tab")
+    assert not page.locator("#tip").is_visible()
+
+
+def test_the_needle_map_has_a_square_per_layer_and_head(opened: Any) -> None:
+    page = opened()
+    page.locator("#shown").scroll_into_view_if_needed()
+    kept = page.locator("#shown svg.kept").nth(1)
+    assert kept.locator("rect").count() == 2
+    assert "all of it in 0 of 2, nothing in 0" in kept.get_attribute("aria-label")
+    kept.locator("rect").nth(1).hover()
+    assert page.locator("#tip").inner_text() == "layer 0, KV head 1: about 20 % of the needle"
+    fills = [
+        page.evaluate("e => getComputedStyle(e).fill", kept.locator("rect").nth(i).element_handle()) for i in (0, 1)
+    ]
+    assert fills[0] != fills[1]
+
+
+def test_limits_and_tables_are_drawn_in_the_pages_colours(opened: Any) -> None:
+    page = opened(color_scheme="dark")
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert page.evaluate("getComputedStyle(document.querySelector('#frontier svg text')).fill") == ink
+    bar = page.locator("#frontier svg .fill-bar").first
+    assert bar.count() == 1 and page.evaluate("e => getComputedStyle(e).fill", bar.element_handle()) != "rgb(0, 0, 0)"
+    boxes = page.locator("#maps td[class^=h]")
+    assert [boxes.nth(i).inner_text() for i in range(4)] == ["0.5", "2.0", "1.5", "0.0"]
+    shades = [page.evaluate("e => getComputedStyle(e).backgroundColor", boxes.nth(i).element_handle()) for i in (1, 3)]
+    assert shades[0] != shades[1]
 
 
 def test_a_key_picks_out_its_method(opened: Any) -> None:
@@ -169,6 +263,8 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     size = "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a"
     assert page.evaluate(size, page.locator("svg.chart text").first.element_handle()) >= 9
+    score = page.locator("#ranking .score").first.bounding_box()
+    assert score["x"] + score["width"] <= 360  # method, budget and score are there without scrolling
 
 
 def test_reduced_motion_is_respected(opened: Any) -> None:
@@ -182,6 +278,10 @@ def test_planted_markup_runs_nowhere(opened: Any) -> None:
     page.keyboard.press("Escape")
     page.locator("#ranking thead button").first.click()
     page.select_option("#sample", "1")
+    page.locator("svg.chart").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.select_option("#f-task", index=1)
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     page.wait_for_timeout(200)
     assert page.evaluate("window.hit") is None
     assert page.locator("img, iframe, script:not([type]) ~ script").count() == 0

@@ -68,7 +68,7 @@ def test_a_measured_uncompressed_cache_alone_draws() -> None:
 def test_a_chart_has_a_name_a_description_and_no_inline_style() -> None:
     for chart in charts(aggregate(RECORDS)[0], salt="a"):
         root = ET.fromstring(chart.svg)
-        ids = (root.get("aria-labelledby") or "").split()
+        ids = [root.get("aria-labelledby"), root.get("aria-describedby")]
         assert root.get("role") == "img" and [child.get("id") for child in root[:2]] == ids
         assert root[0].text == chart.title and root[1].text == chart.about
         assert not any("style" in element.attrib or element.tag.endswith("style") for element in root.iter())

@@ -36,7 +36,7 @@ def test_page_terminal_and_csv_have_the_section(tmp_path: Path) -> None:
     }  # fmt: skip
     assert every["family"] == ALL
     assert "loss" not in sections(table)[score]
-    pages = write_board(records, tmp_path, "b", subject="mine")
+    pages = write_board(aggregate(records, subject="mine"), tmp_path, "b")
     assert [p.name for p in pages] == ["b.md", "b.csv", "b.tasks.csv", "b.summary.csv", "b.rivals.csv"]
     assert f"### {nll}\n\n| budget " in pages[0].read_text()
     assert "favours it" in pages[0].read_text()
@@ -50,7 +50,7 @@ def test_page_terminal_and_csv_have_the_section(tmp_path: Path) -> None:
 
 
 def test_without_a_subject_nothing_changes(tmp_path: Path) -> None:
-    pages = write_board(small(), tmp_path, "b")
+    pages = write_board(aggregate(small()), tmp_path, "b")
     assert [p.name for p in pages] == ["b.md", "b.csv", "b.tasks.csv", "b.summary.csv"]
     page, asked = pages[0].read_text(), to_markdown(aggregate(small(), subject="mine"), title="b")
     assert "against" not in page

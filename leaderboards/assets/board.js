@@ -27,9 +27,11 @@
   const body = table.tBodies[0];
   const rows = [...body.rows];
   const tasks = read("tasks");
-  const axes = { "f-model": "model", "f-dtype": "dtype", "f-query": "query", "f-first_token": "firstToken", "f-budget": "budget" };
+  const axes = { "f-model": "model", "f-dtype": "dtype", "f-query": "query", "f-first_token": "firstToken", "f-memory": "memory" };
+  const within = { ...axes, "f-budget": "budget" };
+  const groups = rows.map((row) => rows.findIndex((r) => r.dataset.table === row.dataset.table && r.dataset.budget === row.dataset.budget));
   let sorted = "";
-  let resort = () => {};
+  let byHeader = null;
 
   const showTask = (task) => {
     table.classList.toggle("by-task", task !== "");
@@ -47,15 +49,36 @@
     });
   };
 
+  // Without a chosen header: as written, and the best of a task first within each budget.
+  const resort = () => {
+    const value = (i) => Number(rows[i].querySelector(".score").dataset.v || -1);
+    const places = rows.map((_, i) => i);
+    if (get("f-task").value) places.sort((a, b) => groups[a] - groups[b] || value(b) - value(a));
+    body.append(...places.map((i) => rows[i]).sort(byHeader || (() => 0)));
+  };
+  const chosenOf = (ids) => Object.entries(ids).filter(([id]) => get(id) && get(id).value !== "");
+  const fits = (row, chosen) => chosen.every(([id, name]) => row.dataset[name] === get(id).value);
+  const showColumns = () => [...table.tHead.rows[0].cells].forEach((head, column) => {
+    if (!head.classList.contains("more")) return;
+    [head, ...rows.map((row) => row.cells[column])].forEach((cell) => { cell.hidden = !get("f-more").checked; });
+  });
+
   const filter = () => {
     const task = get("f-task").value;
     const part = get("f-method").value.trim().toLowerCase();
-    const chosen = Object.entries(axes).filter(([id]) => get(id) && get(id).value !== "");
+    const chosen = chosenOf(within);
     showTask(task);
+    showColumns();
     resort();
     rows.forEach((row, i) => {
-      row.hidden = chosen.some(([id, name]) => row.dataset[name] !== get(id).value)
-        || !row.dataset.method.toLowerCase().includes(part) || (task !== "" && !(task in tasks[i]));
+      row.hidden = !fits(row, chosen) || !row.dataset.method.toLowerCase().includes(part) || (task !== "" && !(task in tasks[i]));
+    });
+    const axesOnly = chosenOf(axes);
+    const left = new Set(rows.filter((row) => fits(row, axesOnly)).map((row) => row.dataset.table));
+    document.querySelectorAll(".of").forEach((part) => { part.hidden = !left.has(part.dataset.table); });
+    const budget = get("f-budget").value;
+    document.querySelectorAll(".verdicts li").forEach((item) => {
+      item.hidden = budget !== "" && budget !== "full" && item.dataset.budget !== budget;
     });
     say();
   };
@@ -82,7 +105,7 @@
       const down = before ? before === "ascending" : number;
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      resort = () => body.append(...[...body.rows].sort(order(column, down)));
+      byHeader = order(column, down);
       resort();
       sorted = `, by ${button.textContent}, ${down ? "descending" : "ascending"}`;
       say();
@@ -123,11 +146,109 @@
         series.classList.toggle("faint", picked.length > 0 && !picked.includes(series.dataset.s));
       });
     }));
-    charts.querySelectorAll("figure").forEach((figure) => figure.addEventListener("pointerover", (event) => {
-      const point = event.target.closest(".point");
-      if (point) figure.querySelector(".readout").textContent = point.querySelector("title").textContent;
-    }));
   });
+
+  const tip = get("tip");
+  const hide = () => { tip.hidden = true; };
+  const tell = (lines, box) => {
+    tip.textContent = lines;
+    tip.hidden = false;
+    const { offsetWidth: width, offsetHeight: height } = tip;
+    const room = document.documentElement.clientWidth - width - 8;
+    tip.style.left = `${Math.max(8, Math.min(room, box.x + box.width / 2 - width / 2))}px`;
+    tip.style.top = `${box.y > height + 16 ? box.y - height - 8 : box.bottom + 8}px`;
+  };
+  addEventListener("scroll", hide, { passive: true, capture: true });
+  addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
+
+  // The point next to the pointer, or, with the keyboard, one after the other from left to right.
+  const REACH = 24, SAME = 4, MOST = 8; // pixels, pixels, lines
+  const makeReadable = (figure) => {
+    const svg = figure.querySelector("svg.chart");
+    const points = [...svg.querySelectorAll(".point")];
+    if (!points.length) return;
+    points.forEach((point) => {
+      const title = point.querySelector("title");
+      point.dataset.say = title.textContent;
+      title.remove();
+    });
+    const name = svg.querySelector("title");
+    svg.setAttribute("aria-label", name.textContent);
+    svg.removeAttribute("aria-labelledby");
+    name.remove(); // a browser would show it over every point
+    svg.setAttribute("tabindex", "0");
+    let on = [];
+    const places = () => points.filter((point) => !point.closest(".faint")).map((point) => {
+      const box = point.getBoundingClientRect();
+      return { point, box, x: box.x + box.width / 2, y: box.y + box.height / 2 };
+    });
+    const leave = () => {
+      on.forEach((point) => point.classList.remove("on"));
+      on = [];
+      hide();
+    };
+    const visit = (place, all) => {
+      const same = all.filter((other) => Math.hypot(other.x - place.x, other.y - place.y) <= SAME);
+      on.forEach((point) => point.classList.remove("on"));
+      on = [place.point, ...same.map(({ point }) => point).filter((point) => point !== place.point)];
+      on.forEach((point) => point.classList.add("on"));
+      const more = on.length > MOST ? [`and ${on.length - MOST} more here`] : [];
+      const lines = [...on.slice(0, MOST).map((point) => point.dataset.say), ...more].join("\n");
+      figure.querySelector(".readout").textContent = lines;
+      tell(lines, place.box);
+    };
+    const point = (event) => {
+      const all = places();
+      const far = ({ x, y }) => Math.hypot(x - event.clientX, y - event.clientY);
+      const next = all.reduce((best, place) => (!best || far(place) < far(best) ? place : best), null);
+      if (next && far(next) <= REACH) visit(next, all); else leave();
+    };
+    svg.addEventListener("pointermove", point);
+    svg.addEventListener("pointerdown", point);
+    svg.addEventListener("pointerleave", leave);
+    svg.addEventListener("blur", leave);
+    svg.addEventListener("focus", () => { if (svg.matches(":focus-visible") && !on.length) step(0); });
+    const step = (by) => {
+      const all = places().sort((a, b) => a.x - b.x || a.y - b.y);
+      const at = all.findIndex(({ point: other }) => other === on[0]);
+      const next = all[Math.max(0, Math.min(all.length - 1, at < 0 ? 0 : at + by))];
+      if (next) visit(next, all);
+    };
+    const keys = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
+    svg.addEventListener("keydown", (event) => {
+      if (!(event.key in keys) || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      step(keys[event.key]);
+    });
+  };
+  document.querySelectorAll(".charts figure").forEach(makeReadable);
+
+  // A small map of where the needle is still cached: a square per layer (across) and KV head (down).
+  const SVG = "http://www.w3.org/2000/svg";
+  const keptMap = (kept) => {
+    const layers = kept.split(".");
+    const heads = Math.max(...layers.map((layer) => layer.length));
+    const all = layers.join("");
+    const count = (mark) => [...all].filter((found) => found === mark).length;
+    const map = document.createElementNS(SVG, "svg");
+    const own = { viewBox: `0 0 ${4 * layers.length} ${4 * heads}`, class: "kept", role: "img" };
+    own["aria-label"] = `Needle by layer and KV head: all of it in ${count("a")} of ${all.length}, nothing in ${count("0")}`;
+    Object.entries(own).forEach(([name, value]) => map.setAttribute(name, value));
+    layers.forEach((layer, x) => [...layer].forEach((mark, y) => {
+      const box = document.createElementNS(SVG, "rect");
+      const level = parseInt(mark, 11);
+      const place = { x: 4 * x, y: 4 * y, width: 3.6, height: 3.6, class: `h${level}` };
+      Object.entries(place).forEach(([name, value]) => box.setAttribute(name, value));
+      box.dataset.say = `layer ${x}, KV head ${y}: ${["none", ...Array(9).fill(`about ${10 * level} %`), "all"][level]} of the needle`;
+      map.append(box);
+    }));
+    return map;
+  };
+  get("shown").addEventListener("pointerover", (event) => {
+    const box = event.target.closest("rect[data-say]");
+    if (box) tell(box.dataset.say, box.getBoundingClientRect()); else hide();
+  });
+  get("shown").addEventListener("pointerleave", hide);
 
   const { tables, samples } = read("samples");
   const pick = get("sample");
@@ -139,6 +260,7 @@
     const about = make("dl");
     about.append(make("dt", "Task"), make("dd", sample.task), make("dt", "Sample"), make("dd", sample.id));
     if (tables.length > 1) about.append(make("dt", "Setting"), make("dd", tables[sample.table]));
+    if (sample.tail) about.append(make("dt", "End of the prompt"), make("dd", sample.tail, "text"));
     about.append(make("dt", "References"));
     sample.references.forEach((reference) => about.append(make("dd", reference, "text")));
     if (sample.more) about.append(make("dd", `and ${sample.more} more`));
@@ -148,6 +270,7 @@
       const facts = [answer.status === "ok" ? `score ${answer.score ?? "-"}` : answer.status];
       if (answer.needle !== null) facts.push(`needle ${answer.needle} % cached`);
       card.append(make("b", answer.method), make("small", `budget ${answer.budget} · ${facts.join(" · ")}`));
+      if (answer.kept) card.append(keptMap(answer.kept));
       card.append(make("p", answer.text || answer.error || "(empty answer)", "text"));
       cards.append(card);
     });

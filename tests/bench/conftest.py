@@ -1,6 +1,7 @@
 """Fixtures of the speed comparisons: both sides, exact prompts, races in turn, and a table of ratios at the end.
 
-Nothing here fails on time: a ratio is printed beside its goal. Without kvpress the folder is not collected.
+Nothing here fails on time: a ratio is printed beside its goal. Without kvpress only what compares with
+no other library is collected.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -23,7 +25,10 @@ from harness.models import resolve_dtype
 if TYPE_CHECKING:
     from tests.bench.sides import Ours, Text, Theirs
 
-collect_ignore_glob = [] if find_spec("kvpress") and find_spec("pytest_benchmark") else ["test_*.py"]
+ALONE = {f"test_bench_{name}.py" for name in ("board", "fanout", "lm_eval", "page")}  # compare with no other library
+HERE = sorted(path.name for path in Path(__file__).parent.glob("test_*.py"))
+collect_ignore = [] if find_spec("kvpress") else [name for name in HERE if name not in ALONE]
+collect_ignore = collect_ignore if find_spec("pytest_benchmark") else HERE
 
 THREADS = int(os.environ.get("KVH_BENCH_THREADS", "2"))
 ROUNDS = int(os.environ.get("KVH_BENCH_ROUNDS", "1000"))  # at most so many rounds of anything
