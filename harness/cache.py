@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from harness.kernels import causal_attention, column_sums, slot_attention
 from methods.base import KV, Needs
+from methods.codes import CodedKV, Codes, Coding
 
 
 class LayerCache(ABC):
@@ -89,14 +91,33 @@ class PrefillLayer(LayerCache):
 class _Group:
     """Streams of one layer with the same number of slots: none is padded, and one alone computes the same.
 
-    A stream is one KV head of one row, and its number is row * H + head.
+    A stream is one KV head of one row, and its number is row * H + head. Codes stay codes: they are decoded for the
+    length of a step.
     """
 
     streams: list[int]  # ascending
-    keys: Tensor  # [n, 1, C, D], C = size + room
+    keys: Tensor  # [n, 1, C, D], C = size + room, less the coded slots
     values: Tensor  # [n, 1, C, D]
-    positions: Tensor  # [n, 1, C] int64, those of tokens still to come included
+    positions: Tensor  # [n, 1, size + room] int64, those of tokens still to come included
     size: int  # slots that the policies left, none of them empty
+    codes: Codes | None = None  # of the first slots
+
+    @property
+    def plain(self) -> int:
+        """Slots that the policies left as they were."""
+        return self.size if self.codes is None else self.size - self.codes.slots
+
+    def load(self, grown: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, 1, size + grown, D], decoded where they are codes."""
+        used = self.plain + grown
+        plain = self.keys.narrow(2, 0, used), self.values.narrow(2, 0, used)
+        if self.codes is None:
+            return plain
+        coded = self.codes.slots
+        keys, values = (x.new_empty(*x.shape[:2], coded + used, x.shape[3]) for x in plain)
+        self.codes.decode(keys[:, 0, :coded], values[:, 0, :coded])
+        keys[:, :, coded:], values[:, :, coded:] = plain
+        return keys, values
 
 
 class RowsLayer(LayerCache):
@@ -117,8 +138,8 @@ class RowsLayer(LayerCache):
     def append(self, keys: Tensor, values: Tensor) -> None:
         grown, new = self.position - self.start, keys.shape[2]
         for group, k, v in zip(self.groups, self._split(keys), self._split(values), strict=True):
-            group.keys.narrow(2, group.size + grown, new).copy_(k)
-            group.values.narrow(2, group.size + grown, new).copy_(v)
+            group.keys.narrow(2, group.plain + grown, new).copy_(k)
+            group.values.narrow(2, group.plain + grown, new).copy_(v)
         self.position += new
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
@@ -128,9 +149,8 @@ class RowsLayer(LayerCache):
             asked = torch.arange(self.position - queries.shape[2], self.position, device=queries.device)
         outputs = []
         for group, own in zip(self.groups, self._split(queries), strict=True):
-            used = group.size + grown
-            mask = None if asked is None else visible(group.positions[:, :, :used], asked, window)
-            keys, values = group.keys.narrow(2, 0, used), group.values.narrow(2, 0, used)
+            mask = None if asked is None else visible(group.positions[:, :, : group.size + grown], asked, window)
+            keys, values = group.load(grown)
             outputs.append(slot_attention(own, keys, values, mask=mask, scaling=scaling))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [R * H, G, Q, D], group after group
         if self._back is not None:
@@ -150,12 +170,13 @@ class RowsLayer(LayerCache):
             members = [i for i, stream in enumerate(group.streams) if stream // self.heads in place]
             if not members:
                 continue
-            tensors = (group.keys, group.values, group.positions)
+            tensors, codes = (group.keys, group.values, group.positions), group.codes
             if len(members) < len(group.streams):
                 index = torch.tensor(members, device=group.keys.device)
                 tensors = (group.keys[index], group.values[index], group.positions[index])
+                codes = None if codes is None else codes.take(index)
             old = [divmod(group.streams[i], self.heads) for i in members]
-            kept.append(_Group([place[row] * self.heads + head for row, head in old], *tensors, group.size))
+            kept.append(_Group([place[row] * self.heads + head for row, head in old], *tensors, group.size, codes))
         self._arrange(kept)
 
     def nbytes(self, row: int) -> int:
@@ -194,25 +215,59 @@ def without(kv: KV, position: int) -> KV:
     return replace(kv, positions=kv.positions.masked_fill(drop, -1))
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What streams of a group have in common. size: live slots. codes: how many of them are codes, and of what kind."""
+
+    size: int
+    codes: tuple[int, Coding] | None = None
+
+    @property
+    def plain(self) -> int:
+        return self.size if self.codes is None else self.size - self.codes[0]
+
+
 def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
     """The streams of `rows` by their live slots, with room for the tokens from `position` on."""
-    live = [kv.live[0].tolist() for kv in rows]
-    streams: dict[int, list[int]] = {}
-    for stream, size in enumerate(size for sizes in live for size in sizes):
-        streams.setdefault(size, []).append(stream)
-    groups: dict[int, _Group] = {}
-    for row, (kv, sizes) in enumerate(zip(rows, live, strict=True)):
-        loaded = kv.load()
-        for size in dict.fromkeys(sizes):
-            if size not in groups:
-                shape = (len(streams[size]), 1, size + room)
-                keys, values = (x.new_empty(*shape, x.shape[-1]) for x in loaded)
-                positions = torch.arange(position - size, position + room, device=keys.device).repeat(*shape[:2], 1)
-                groups[size] = _Group(streams[size], keys, values, positions, size)
-            if size:
-                first = streams[size].index(row * len(sizes) + sizes.index(size))
-                _fill(groups[size], first, kv, loaded=loaded)
+    shapes = [_shapes(kv) for kv in rows]
+    streams: dict[_Shape, list[int]] = {}
+    for stream, shape in enumerate(chain.from_iterable(shapes)):
+        streams.setdefault(shape, []).append(stream)
+    groups: dict[_Shape, _Group] = {}
+    codes: dict[_Shape, list[Codes]] = {}
+    for row, (kv, own) in enumerate(zip(rows, shapes, strict=True)):
+        loaded = (kv.keys, kv.values) if isinstance(kv, CodedKV) else kv.load()
+        for shape in dict.fromkeys(own):
+            if shape not in groups:
+                groups[shape] = _empty(streams[shape], shape, loaded, position=position, room=room)
+            first = streams[shape].index(row * len(own) + own.index(shape))
+            if isinstance(kv, CodedKV):
+                heads = [head for head, other in enumerate(own) if other == shape]
+                _fill_coded(groups[shape], first, kv, shape=shape, heads=heads)
+                codes.setdefault(shape, []).extend(kv.codes_of(heads))
+            elif shape.size:
+                _fill(groups[shape], first, kv, loaded=loaded)
+    for shape, parts in codes.items():
+        groups[shape].codes = Codes.cat(parts) if parts else None
     return list(groups.values())
+
+
+def _shapes(kv: KV) -> list[_Shape]:
+    """Of every head of a row."""
+    if not isinstance(kv, CodedKV):
+        return [_Shape(size) for size in kv.live[0].tolist()]
+    found = []
+    for count, positions in zip(kv.counts, kv.positions[0].tolist(), strict=True):
+        plain = sum(at >= 0 for at in positions[count:])
+        found.append(_Shape(count + plain, (count, kv.parts[0][1].coding) if count else None))
+    return found
+
+
+def _empty(streams: list[int], shape: _Shape, loaded: tuple[Tensor, Tensor], *, position: int, room: int) -> _Group:
+    """A group of that shape, to be filled. loaded: keys and values of some row that is in it."""
+    keys, values = (x.new_empty(len(streams), 1, shape.plain + room, x.shape[-1]) for x in loaded)
+    positions = torch.arange(position - shape.size, position + room, device=keys.device).repeat(len(streams), 1, 1)
+    return _Group(streams, keys, values, positions, shape.size)
 
 
 def _fill(group: _Group, first: int, kv: KV, *, loaded: tuple[Tensor, Tensor]) -> None:
@@ -223,6 +278,14 @@ def _fill(group: _Group, first: int, kv: KV, *, loaded: tuple[Tensor, Tensor]) -
     for to, x in zip((group.keys, group.values, group.positions), (*loaded, kv.positions), strict=True):
         kept = x[0] if whole else x[0].flatten(0, 1).index_select(0, slots).view(-1, group.size, *x.shape[3:])
         to[first : first + len(kept), 0, : group.size] = kept
+
+
+def _fill_coded(group: _Group, first: int, kv: CodedKV, *, shape: _Shape, heads: list[int]) -> None:
+    """`_fill` of what is no code, for heads of one shape."""
+    own = slice(first, first + len(heads))
+    group.keys[own, 0, : shape.plain] = kv.keys[0, heads, : shape.plain]
+    group.values[own, 0, : shape.plain] = kv.values[0, heads, : shape.plain]
+    group.positions[own, 0, : shape.size] = kv.positions[0, heads, : shape.size]
 
 
 def visible(positions: Tensor, asked: Tensor, window: int | None) -> Tensor:

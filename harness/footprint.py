@@ -19,6 +19,11 @@ head costs c = 2 * D * e bytes, and 8 for its position once a policy has taken s
     batch       KV of all prompts, and one layer of them again with room for R
     decode      KV of all prompts with room for R, P * V * 4 (first logits), P * V * (e, + 4 where e < 4)
 
+A method that leaves codes (`methods.quant`) has the bytes of its codes, scales and residual for N * c, and more in
+
+    compress    H * N * D * (2 e + 13) (what one layer's codes are taken from, in float32)
+    decode      P * H * N * D * (3 e + 1) (one layer decoded, and its codes as they are turned)
+
 KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the prompt itself
     per layer, unchunked    L - 1 layers of N slots, and one full
     otherwise               L full layers; after it, N slots of each of them as well
@@ -33,6 +38,8 @@ from typing import Any
 
 from harness.kernels import PAD
 from methods.base import KVPolicy, Needs, Sizes
+from methods.codes import Coding
+from methods.quant import Quant
 
 POSITION = 8  # int64
 FLOAT32 = 4
@@ -87,7 +94,10 @@ class Dims:
 
 @dataclass(frozen=True)
 class Work:
-    """What is run. slots: kept of each compressible layer and KV head, on average. chunk: of the prefill."""
+    """What is run. slots: kept of each compressible layer and KV head, on average. chunk: of the prefill.
+
+    coding: how slots become codes, None where they stay as they are.
+    """
 
     needs: Needs
     per_layer: bool
@@ -97,6 +107,7 @@ class Work:
     batch: int
     new_tokens: int
     chunk: int | None
+    coding: Coding | None = None
 
     @property
     def step(self) -> int:
@@ -130,7 +141,10 @@ def predict(
     dims, slots = Dims.of(config, dtype_bytes), tokens if budget is None else min(budget, tokens)
     sizes = Sizes(tokens, dims.seen, dims.heads, dims.kv_heads)
     alone = policy.per_layer(slots, sizes) is not None
-    work = Work(policy.needs, alone, budget is None, tokens, slots, batch, new_tokens, chunk)
+    coding = policy.coding if isinstance(policy, Quant) else None
+    if isinstance(policy, Quant) and budget is not None:
+        slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
+    work = Work(policy.needs, alone, budget is None and not coding, tokens, slots, batch, new_tokens, chunk, coding)
     return max(prefill(dims, work), batching(dims, work), decoding(dims, work))
 
 
@@ -147,7 +161,16 @@ def observed(dims: Dims, work: Work) -> int:
 
 def kept_layer(dims: Dims, work: Work) -> int:
     """One compressible layer of one prompt after compression."""
-    return work.slots * (dims.slot + (0 if work.keeps_all else POSITION * dims.kv_heads))
+    return slot_bytes(dims, work) + (0 if work.keeps_all else work.slots * POSITION * dims.kv_heads)
+
+
+def slot_bytes(dims: Dims, work: Work) -> int:
+    """Keys and values of one compressible layer of one prompt after compression, without positions."""
+    if work.coding is None:
+        return work.slots * dims.slot
+    older = max(0, work.slots - work.coding.residual)
+    codes = dims.kv_heads * work.coding.nbytes(older, dims.head_dim, dims.head_dim)
+    return min(work.slots * dims.slot, codes + (work.slots - older) * dims.slot)
 
 
 def kept(dims: Dims, work: Work) -> int:
@@ -212,12 +235,13 @@ def _asked(dims: Dims, work: Work) -> int:
 
 
 def score_bytes(dims: Dims, work: Work) -> int:
-    """Temporaries of a layer's scores: weights of the window queries, and ordering keys of every token."""
+    """Temporaries of a layer's scores (weights of the window queries, ordering keys of every token) or of its codes."""
     if work.keeps_all:
         return 0
+    coded = 0 if work.coding is None else work.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + 13)
     half = dims.number if dims.up else 0
     window = dims.heads * min(work.needs.window, work.tokens) * work.tokens * (FLOAT32 + half)
-    return max(window, 4 * dims.kv_heads * work.tokens * POSITION)
+    return max(window, 4 * dims.kv_heads * work.tokens * POSITION, coded)
 
 
 def logits(dims: Dims, work: Work) -> int:
@@ -230,7 +254,8 @@ def rows(dims: Dims, work: Work) -> int:
     """All layers of all prompts while decoding, with room for the tokens to come, positions included."""
     own = [work.slots if window is None else min(window, work.tokens) for window in dims.windows]
     slots = sum(own) + len(own) * (work.new_tokens - 1)
-    return work.batch * slots * (dims.slot + POSITION * dims.kv_heads)
+    smaller = dims.seen * (work.slots * dims.slot - slot_bytes(dims, work))  # 0 where slots are no codes
+    return work.batch * (slots * (dims.slot + POSITION * dims.kv_heads) - smaller)
 
 
 def batching(dims: Dims, work: Work) -> int:
@@ -245,4 +270,5 @@ def decoding(dims: Dims, work: Work) -> int:
     """Most that is held in a decode step."""
     step = dims.vocab * (dims.number + dims.up) + (4 * dims.hidden + 3 * dims.intermediate) * dims.number
     weights = dims.heads * (work.slots + work.new_tokens) * FLOAT32 * 2 if work.needs.decode_attention else 0
-    return rows(dims, work) + work.batch * (step + dims.vocab * FLOAT32) + weights
+    each = 0 if work.coding is None else work.slots * dims.kv_heads * dims.head_dim * (3 * dims.number + 1)
+    return rows(dims, work) + work.batch * (step + dims.vocab * FLOAT32 + each) + weights

@@ -1,0 +1,134 @@
+"""Quantised KV: int8 or int4 codes of every slot but the last ones, of the whole cache or of what another method keeps.
+
+Source: KIVI, https://arxiv.org/abs/2402.02750, with its groups of 32. On top of another method (`over`), a budget of N
+buys the bytes of N plain slots: that method keeps as many slots as fit into them as codes.
+Differences: the residual in full precision is the last `residual` slots of every head, for keys and values alike, where
+KIVI's key residual shrinks whenever it fills a group; so a head's bytes are concave in its slots, and a method that
+gives heads different numbers of them keeps to the budget too. Decoded tokens are never coded. Scales are rounded up
+to half precision before codes are taken. A head whose codes would be no smaller is left as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
+from methods.codes import HALF_BYTES, CodedKV, Coding, encode, plain_bytes
+from methods.registry import make_policy, method
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8},
+    "int4": {"bits": 4},
+    "snapkv-int8": {"bits": 8, "over": "snapkv"},
+    "snapkv-int4": {"bits": 4, "over": "snapkv"},
+}
+
+
+@method("quant", paper="https://arxiv.org/abs/2402.02750", presets=PRESETS)
+@dataclass(frozen=True)
+class Quant(KVPolicy):
+    """Codes of 8 or 4 bits instead of numbers, of all tokens or of those that the method `over` keeps."""
+
+    bits: Literal[8, 4] = 8
+    group: int = 32
+    residual: int = 32
+    over: str | None = None
+    inner: KVPolicy | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "group", "residual")
+        if self.bits not in (8, 4):
+            raise PolicyError(f"quant.bits={self.bits} is no size of codes; give 8 or 4")
+        if self.over is not None:
+            object.__setattr__(self, "inner", _chooser(self.over))
+
+    @property
+    def budgeted(self) -> bool:  # type: ignore[override]  # alone it keeps all tokens
+        return self.inner is not None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs() if self.inner is None else self.inner.needs
+
+    @property
+    def coding(self) -> Coding:
+        return Coding(self.bits, self.group, self.residual)
+
+    def for_model(self, revision: str) -> "Quant":
+        if self.inner is None:
+            return self
+        own = replace(self)
+        object.__setattr__(own, "inner", self.inner.for_model(revision))
+        return own
+
+    def provenance(self) -> dict[str, Any]:
+        return {} if self.inner is None else self.inner.provenance()
+
+    def fitted_on(self) -> frozenset[str]:
+        return frozenset() if self.inner is None else self.inner.fitted_on()
+
+    def check(self, view: PromptView) -> None:
+        for layer in view.layers:
+            self.slots(1, layer.kv)
+        if self.inner is not None:
+            self.inner.check(view)
+
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        if self.inner is None:
+            return [self._encoded(layer.kv) for layer in view.layers]
+        slots = min(self.slots(budget, view.layers[0].kv), view.tokens)
+        return [self._encoded(kv) for kv in self.inner.compress(view, slots)]
+
+    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
+        inner = self.inner
+        if inner is None:
+            return [lambda layer: self._encoded(layer.kv)] * sizes.layers
+        if inner.per_layer(budget, sizes) is None:
+            return None
+
+        @cache
+        def acts(slots: int) -> list[Callable[[LayerView], KV]]:
+            return inner.per_layer(slots, sizes) or []
+
+        def act(layer: LayerView, index: int) -> KV:
+            return self._encoded(acts(min(self.slots(budget, layer.kv), sizes.tokens))[index](layer))
+
+        return [lambda layer, index=index: act(layer, index) for index in range(sizes.layers)]  # type: ignore[misc]
+
+    def slots(self, budget: int, kv: KV) -> int:
+        """Slots per head, on average over heads and layers, whose codes fit into the bytes of `budget` plain ones.
+
+        However they are spread: a head's bytes are concave in its slots, but for the scales of a group that is not
+        full, which are set aside. Raises PolicyError for numbers that codes of this kind cannot hold or make smaller.
+        """
+        return self.fitting(budget, kv.keys.shape[-1], kv.values.shape[-1], plain_bytes(kv))
+
+    def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:
+        """`slots` of heads of so many key and value numbers, `plain` bytes a slot."""
+        if self.bits == 4 and (keys % 2 or values % 2):
+            raise PolicyError(f"int4 codes share bytes in pairs; heads of {keys} and {values} numbers need bits=8")
+        scales = 2 * HALF_BYTES * keys  # of a key group
+        own = self.coding.slot_bytes(keys, values)
+        if own * self.group + scales >= plain * self.group:
+            raise PolicyError(f"quant.group={self.group}: codes and scales are no smaller than the cache; raise it")
+        spare = (budget - self.residual) * plain * self.group - scales * (self.group - 1)
+        return max(budget, self.residual + spare // (own * self.group + scales))
+
+    def _encoded(self, kv: KV) -> CodedKV:
+        if type(kv) is not KV or kv.extra:
+            raise PolicyError(f"quant.over={self.over!r} leaves more than keys and values, which has no codes")
+        self.slots(1, kv)
+        return encode(kv, self.coding)
+
+
+def _chooser(label: str) -> KVPolicy:
+    """The policy that chooses slots. Raises PolicyError for one whose slots cannot be codes."""
+    policy = make_policy(label)
+    if isinstance(policy, Quant):
+        raise PolicyError(f"quant.over={label!r} makes codes itself; name a method that evicts")
+    if not policy.budgeted:
+        raise PolicyError(f"quant.over={label!r} evicts nothing; leave `over` out to code the whole cache")
+    if policy.evicts_while_decoding:
+        raise PolicyError(f"quant.over={label!r} evicts while decoding, and codes stay; name another preset or method")
+    return policy
