@@ -1,0 +1,69 @@
+"""DynamicKV: SnapKV's tokens, with the slots of the prompt shared out between layers by one top-k over all of them.
+
+Source: https://arxiv.org/abs/2412.14838 and its released code. Every layer may hold up to `ratio` times the mean
+budget; it gets slots in proportion to how many of the best scores of all layers and heads are its own, so budgets
+follow the task. All heads of a layer have the same number. `paper`: window 8 and ratio 10 as the code defaults, kernel
+7, max pool as in its published example; `runner`: the defaults of its LongBench script (window 16, average, ratio 5).
+Differences: shares are counted once, over all layers. The code also counts every few layers, to free memory while the
+prompt is read, which a prefill shared by all methods cannot use. The budget is spent exactly (largest remainder; slots
+that no layer earned go evenly to those with room), where the code floors and gives the rest to the last layer. Scores
+of a query group are averaged, so that slots are stored once per KV head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from methods.base import KV, KVPolicy, Needs, PromptView, at_least, best, spread
+from methods.registry import method
+from methods.snapkv import SnapKV, check_kernel
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"recent": 8, "kernel": 7, "pool": "max", "ratio": 10.0},
+    "runner": {"recent": 16, "kernel": 7, "pool": "avg", "ratio": 5.0},
+}
+LEAST = 1e-6  # of a layer with no score among the best; it fills only what the others have no room for
+
+
+@method("dynamickv", paper="https://arxiv.org/abs/2412.14838", presets=PRESETS)
+@dataclass(frozen=True)
+class DynamicKV(KVPolicy):
+    """SnapKV with a layer's budget from its part of the prompt's best scores."""
+
+    recent: int = 8
+    kernel: int = 7
+    pool: Literal["max", "avg"] = "max"
+    ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "recent", "ratio")
+        check_kernel(self.kernel)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.recent)
+
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        budgets = self.budgets(view, budget)
+        return [self._plain.compress_layer(layer, own) for layer, own in zip(view.layers, budgets, strict=True)]
+
+    def budgets(self, view: PromptView, budget: int) -> list[int]:
+        """Slots per KV head of each layer; they sum to L * min(budget, T)."""
+        layers, before = len(view.layers), view.tokens - self.recent
+        mean = min(budget, view.tokens) - self.recent  # slots outside the window, on average over the layers
+        if mean <= 0 or before <= 0:
+            return [min(budget, view.tokens)] * layers
+        scores = [layer.memo((SnapKV, self._plain), self._plain.score)[0, :, :before] for layer in view.layers]
+        pooled = torch.stack(scores)  # [L, H, T - W]
+        owner = best(pooled.flatten(), mean * layers * pooled.shape[1]) // pooled[0].numel()
+        found = torch.bincount(owner, minlength=layers).tolist()
+        weights = [max(float(count), LEAST) for count in found]
+        return [self.recent + n for n in spread(mean * layers, weights, min(int(self.ratio * mean), before))]
+
+    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+        return () if budget > self.recent else ("layers share evenly at this budget: it holds the window alone",)
+
+    @property
+    def _plain(self) -> SnapKV:
+        return SnapKV(recent=self.recent, kernel=self.kernel, pool=self.pool)
