@@ -8,7 +8,8 @@ with no code per model. Works on transformers 5.2 and later for models whose att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from harness.cache import LayerCache
 from harness.errors import HarnessError
 from methods.base import Sizes
+from methods.views import LayerSource
 
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full and sliding-window attention layers"
@@ -47,6 +49,8 @@ def _attention(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")
+    if isinstance(cache, _Probe):
+        cache.module = module
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = cache.attend(query, scaling=scale, window=sliding_window)
     return out.transpose(1, 2), None
@@ -87,15 +91,14 @@ class _Layer(CacheLayerMixin):
 
 
 class _Probe(LayerCache):
-    """Answers a single token, which sees itself alone, and notes that it was asked."""
+    """Answers a single token, which sees itself alone, and notes which module asked."""
 
-    asked = False
+    module: torch.nn.Module | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.values = values
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        self.asked = True
         return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
 
 
@@ -165,6 +168,27 @@ class AttachedModel:
         logits: Tensor = out.logits
         return logits
 
+    @contextmanager
+    def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
+        """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
+
+        Raises HarnessError inside when a layer's attention is not called with `hidden_states=`.
+        """
+        found: list[LayerSource] = []
+
+        def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if "hidden_states" not in kwargs:
+                raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
+            found.append(LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings")))
+
+        hooked = self.attention if wanted else []
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in hooked]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def rotate(self, keys: Tensor, by: int) -> Tensor:
         """Keys [..., D] moved by `by` positions under the model's RoPE (half-rotation layout).
 
@@ -202,5 +226,6 @@ class AttachedModel:
         except Exception as error:  # what a model that knows other caches trips over is its own affair
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
-        if not all(probe.asked for probe in probes):
+        self.attention = [probe.module for probe in probes if probe.module is not None]
+        if len(self.attention) < self.layers:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

@@ -27,6 +27,7 @@ from harness.evicting import EvictingLayer, EvictingRow, with_room
 from harness.records import Status
 from harness.spec import FirstToken, QueryMode
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView
+from methods.views import LayerSource
 
 ROWS_AT_ONCE = CPU_ROWS_AT_ONCE  # rows of one decode batch
 
@@ -150,14 +151,16 @@ class Engine:
         layers = [PrefillLayer(needs, len(ids)) for _ in range(self.model.layers)]
         keep = min(len(ids), needs.window + 1) if needs.logprobs else 1
         tokens = torch.tensor([list(ids)], device=self.model.device)
-        logits = self.model.forward(tokens, layers, position=0, keep=keep).float()
+        with self.model.sources(needs.hidden_states) as found:
+            logits = self.model.forward(tokens, layers, position=0, keep=keep).float()
+        sources: Sequence[LayerSource | None] = found or [None] * len(layers)
         logprobs = None
         if needs.logprobs:
             own = tokens[:, 1 - keep :] if keep > 1 else tokens[:, :0]
             logprobs = logits[:, :-1].log_softmax(dim=-1).gather(2, own.unsqueeze(-1)).squeeze(-1)
         views = [
-            LayerView(i, layer.kv(), layer.queries, layer.scaling, layer.sums, self.model.rotate)
-            for i, layer in enumerate(layers)
+            LayerView(i, layer.kv(), layer.queries, layer.scaling, layer.sums, self.model.rotate, source)
+            for i, (layer, source) in enumerate(zip(layers, sources, strict=True))
             if layer.window is None
         ]
         if not views:

@@ -25,6 +25,7 @@ from harness.plan import Group, PlannedSample
 from harness.probing import Restarting
 from harness.records import Record
 from harness.spec import ModelSpec, Sweep
+from methods.registry import name_of
 
 TIMEOUT_S = 1800.0
 """A probe that takes longer has hung."""
@@ -110,7 +111,7 @@ def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, probe
 def probe_spec(record: Record, planned: PlannedSample, sweep: Sweep) -> ProbeSpec:
     """The record's cell as a probe runs it."""
     label = record.method.partition("[")[0]  # what stands in brackets is `set`
-    name = label.partition("@")[0]
+    name = name_of(label)
     changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
     return ProbeSpec(
         method=label,

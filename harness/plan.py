@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+import harness.kvpress_adapter  # noqa: F401 - `kvpress:` labels
 from harness.cells import Cell, Prompt
 from harness.data import find_asset
 from harness.decode import Limits
@@ -19,7 +20,7 @@ from harness.models import LoadedModel
 from harness.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
 from harness.spec import MethodSpec, QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget, KVPolicy, PolicyError
-from methods.registry import make_policy
+from methods.registry import make_policy, name_of
 from tasks import load_tasks
 from tasks.base import Sample, Task, TaskError, TaskOptions, find_tasks
 
@@ -73,13 +74,13 @@ def plan_methods(sweep: Sweep) -> list[tuple[MethodSpec, Any]]:
     """Every method asked for with its policy, once each. Raises HarnessError for unknown names and parameters."""
     if not sweep.methods:
         raise HarnessError("no method asked for; name some with --methods, see `harness list methods`")
-    names = {label.partition("@")[0] for label in sweep.methods}
+    names = {name_of(label) for label in sweep.methods}
     for key in sweep.set:
         if "." not in key or key.partition(".")[0] not in names:
             raise HarnessError(f"--set {key!r} names no method of this run; write method.parameter=value")
     planned = {}
     for label in sweep.methods:
-        name = label.partition("@")[0]
+        name = name_of(label)
         changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
         try:
             policy = make_policy(label, changed)

@@ -38,6 +38,7 @@ from harness.plan import fit_methods, plan_methods
 from harness.probe import LOAD_S, Job, Reply, last_line, measure
 from harness.spec import Sweep
 from methods.base import KVPolicy, Needs
+from methods.registry import name_of
 
 OUT_OF_MEMORY = (
     *("allocate memory", "defaultcpuallocator", "not enough memory", "out of memory", "bad_alloc"),
@@ -99,7 +100,7 @@ class Ready:
 
 def policy_of(spec: ProbeSpec, loaded: LoadedModel) -> KVPolicy:
     """The policy of a probe as it runs on the model. Raises HarnessError."""
-    name = spec.method.partition("@")[0]
+    name = name_of(spec.method)
     changed = {f"{name}.{key}": value for key, value in spec.set.items()}
     planned = plan_methods(Sweep(methods=(spec.method,), tasks=(), set=changed))
     policy: KVPolicy = fit_methods(planned, loaded)[0][1]

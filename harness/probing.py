@@ -22,6 +22,7 @@ from harness.models import DTYPES, load_model, resolve_device, resolve_dtype
 from harness.plan import PlannedCell, fit_methods, plan_cells, plan_methods
 from harness.spec import MethodSpec, ModelSpec, Sweep
 from methods.base import PolicyError
+from methods.registry import name_of
 
 SHORT = 16
 """Tokens of the probe that shows which limit holds."""
@@ -132,7 +133,7 @@ class Target:
 def probe_spec(cell: PlannedCell, changed: dict[str, Any], **shape: Any) -> ProbeSpec:
     """A probe of a cell. changed: parameters of methods, `method.parameter` to value. shape: its other fields."""
     label = cell.method.partition("[")[0]  # what stands in brackets is `changed`
-    name = label.partition("@")[0]
+    name = name_of(label)
     return ProbeSpec(
         method=label,
         set={key.partition(".")[2]: value for key, value in changed.items() if key.partition(".")[0] == name},

@@ -56,6 +56,9 @@ class PyramidKV(EvictionPolicy):
         if flat:
             return [min(budget, tokens)] * layers
         weights = [high - (high - low) * i / (layers - 1) for i in range(layers)]
+        nearest = [round(slots) for slots in weights]  # as kvpress; the line is symmetric, so roundings cancel
+        if not self.window_on_top and sum(nearest) == layers * mean:
+            return nearest
         return [base + slots for slots in spread(layers * mean, weights, tokens - base)]
 
     def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:

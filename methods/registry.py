@@ -34,6 +34,9 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 
+Resolver = Callable[[str, Mapping[str, Any]], KVPolicy]
+PREFIXES: dict[str, Resolver] = {}
+
 
 def method(name: str, *, paper: str, presets: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[P], P]:
     """Register a frozen dataclass as a method. Raises PolicyError when the name is taken by another class."""
@@ -48,6 +51,16 @@ def method(name: str, *, paper: str, presets: Mapping[str, Mapping[str, Any]] | 
     return register
 
 
+def register_prefix(prefix: str, resolver: Resolver) -> None:
+    """Let `resolver` make the policies of labels `prefix:rest`, from the rest and the overrides."""
+    PREFIXES[prefix] = resolver
+
+
+def name_of(label: str) -> str:
+    """The method of a label: without its preset, or behind a prefix without its parameters."""
+    return label.partition("(" if ":" in label else "@")[0]
+
+
 def load_methods() -> Mapping[str, Method]:
     """Import every module of this folder and every plugin of the entry-point group, and return METHODS."""
     for module in pkgutil.iter_modules(methods.__path__):
@@ -58,10 +71,15 @@ def load_methods() -> Mapping[str, Method]:
 
 
 def make_policy(label: str, overrides: Mapping[str, Any] | None = None) -> KVPolicy:
-    """The policy of `name` or `name@preset`, with single parameters overridden.
+    """The policy of `name`, `name@preset` or `prefix:rest`, with single parameters overridden.
 
     Raises PolicyError for an unknown name, preset or parameter, with the nearest known one.
     """
+    prefix, colon, rest = label.partition(":")
+    if colon:
+        if prefix not in PREFIXES:
+            raise PolicyError(f"unknown prefix {prefix!r}{nearest(prefix, PREFIXES)}")
+        return PREFIXES[prefix](rest, overrides or {})
     known = load_methods()
     name, _, preset = label.partition("@")
     if name not in known:

@@ -22,12 +22,14 @@ class Needs:
     column_sums: attention that each token received from every later query, per layer, streamed over query blocks.
     logprobs: log-probabilities of the last `window` prompt tokens under the model.
     decode_attention: the attention of every decoded token, for policies that evict while decoding.
+    hidden_states: what goes into each layer's attention, and the module it goes into.
     """
 
     window: int = 0
     column_sums: bool = False
     logprobs: bool = False
     decode_attention: bool = False
+    hidden_states: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -35,6 +37,7 @@ class Needs:
             column_sums=self.column_sums or other.column_sums,
             logprobs=self.logprobs or other.logprobs,
             decode_attention=self.decode_attention or other.decode_attention,
+            hidden_states=self.hidden_states or other.hidden_states,
         )
 
 
@@ -86,6 +89,20 @@ def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*shape, x.shape[-1])
 
 
+@dataclass(frozen=True)
+class LayerSource:
+    """Where a layer's keys and values came from.
+
+    model: the whole model. module: the layer's attention. hidden: [B, T, E], what went into it.
+    rope: cosines and sines of the prompt's positions, [B, T, D] each, or None for a model without.
+    """
+
+    model: torch.nn.Module
+    module: torch.nn.Module
+    hidden: Tensor
+    rope: tuple[Tensor, Tensor] | None
+
+
 @dataclass
 class LayerView:
     """What a policy sees of one layer after prefill.
@@ -95,6 +112,7 @@ class LayerView:
     scaling: factor of the attention logits.
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
     rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
+    source: None unless `Needs` declares hidden states.
     """
 
     index: int
@@ -103,6 +121,7 @@ class LayerView:
     scaling: float
     column_sums: Tensor | None = None
     rotate: Callable[[Tensor, int], Tensor] | None = None
+    source: LayerSource | None = None
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -1,0 +1,71 @@
+"""What a press's label says, such as `AdaKVPress(SnapKVPress(window_size=8), alpha_safeguard=0.1)`: no code.
+
+Read with `ast` and never evaluated: a name or a call is a press, its arguments are presses, lists of them or literals.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from methods.base import PolicyError
+
+ADVICE = "write kvpress:NAME or kvpress:NAME(parameter=literal, ...)"
+
+
+@dataclass(frozen=True)
+class PressCall:
+    """A press by name. args, keywords: literals, presses, or lists of presses."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    keywords: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        given = [_text(value) for value in self.args] + [f"{key}={_text(value)}" for key, value in self.keywords]
+        return f"{self.name}({', '.join(given)})" if given else self.name
+
+
+def parse_press(text: str) -> PressCall:
+    """The press that `text` names. Raises PolicyError when it is anything but names and literals."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise PolicyError(f"press {text!r} cannot be read; {ADVICE}") from None
+    if isinstance(node, ast.Name):
+        return PressCall(node.id)
+    if isinstance(node, ast.Call):
+        return _call(node, text)
+    raise PolicyError(f"press {text!r} is not a name or a call; {ADVICE}")
+
+
+def _call(node: ast.Call, text: str) -> PressCall:
+    if not isinstance(node.func, ast.Name):
+        raise PolicyError(f"press {text!r} calls something that is not a name; {ADVICE}")
+    keywords = []
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise PolicyError(f"press {text!r} unpacks a dictionary; {ADVICE}")
+        keywords.append((keyword.arg, _value(keyword.value, text)))
+    return PressCall(node.func.id, tuple(_value(arg, text) for arg in node.args), tuple(keywords))
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call):
+        return _call(node, text)
+    if isinstance(node, ast.Name):
+        return PressCall(node.id)
+    if isinstance(node, ast.List):
+        return [_value(item, text) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise PolicyError(f"press {text!r}: {ast.unparse(node)} is not a literal or a press; {ADVICE}") from None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value) if isinstance(value, PressCall) else repr(value)
