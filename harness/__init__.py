@@ -1,3 +1,17 @@
-"""The benchmark harness: how a run happens. `harness.cli` is the command line."""
+"""The benchmark harness: how a run happens. `harness.cli` is the command line, `harness.attached` the Python API."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.attachment import attached as attached
+
+__all__ = ["__version__", "attached"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`attached`, once it is asked for: it brings torch and transformers along."""
+    if name != "attached":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("harness.attachment").attached

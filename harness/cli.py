@@ -8,19 +8,22 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from harness import __version__
 from harness.arguments import assignment, names, numbers, one_line
+from harness.board_sources import BOARDS, board_options, collect, read_config
 from harness.cli_bench import bench_parser, serve_parser
+from harness.cli_board import RESULTS, board_parser, show
 from harness.cli_boundary import boundary_parser
 from harness.cli_compile import compile_parser
 from harness.cli_data import data_parser
+from harness.cli_lm_eval import import_parser, lm_eval_parser
+from harness.cli_new_method import new_method_parser
 from harness.cli_nightly import nightly_parser
 from harness.cli_ray import fan_out, ray_options
 from harness.cli_simulate import simulate_parser
@@ -28,10 +31,7 @@ from harness.cli_status import status_parser
 from harness.cli_submit import export_parser, submit_parser, verify_parser
 from harness.cli_tables import tables_parser
 from harness.errors import HarnessError
-from harness.spec import Frozen, Sweep
-
-RESULTS = Path("results")
-BOARDS = Path(__file__).resolve().parent.parent / "leaderboards" / "boards"
+from harness.spec import Sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,15 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _run_parser(commands.add_parser("run", help="run methods x budgets on tasks, then print the board"))
-    board = commands.add_parser("board", help="board of stored runs, from their records alone")
-    board.add_argument("runs", nargs="*", type=Path, default=[RESULTS], help="run folders, or a folder of them")
-    board.add_argument("--out", type=Path, help="folder for the pages NAME.* (default: beside the records)")
-    board.add_argument("--name", default="board", help="file name of the board")
-    board.add_argument(
-        "--subject", metavar="LABEL", help="method to judge against the strongest other one of each task family"
-    )
-    board.add_argument("--html", action="store_true", help="write NAME.html too: one page with charts and samples")
-    board.set_defaults(action=_board)
+    board_parser(commands.add_parser("board", help="board of stored runs, from their records alone"))
     listing = commands.add_parser("list", help="what can be named on the command line")
     listing.add_argument("what", choices=("methods", "tasks", "models", "boards"))
     listing.set_defaults(action=_list)
@@ -92,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     simulate_parser(
         commands.add_parser("simulate", help="how long a sweep would take on a cluster, from a recorded run")
     )
+    lm_eval = "lm-eval's own command line, with the model kvpolicy"
+    lm_eval_parser(commands.add_parser("lm-eval", help=lm_eval, add_help=False, prefix_chars="\0"))
+    import_parser(commands.add_parser("lm-eval-import", help="results of lm-eval as runs of this store"))
+    new_method_parser(commands.add_parser("new-method", help="write a method, its golden test and its lines of docs"))
     data_parser(commands.add_parser("data", help="data sets of tasks: `harness data fetch longbench`"))
     return parser
 
@@ -125,15 +121,6 @@ def _run_parser(run: argparse.ArgumentParser) -> None:
     run.set_defaults(action=_run)
 
 
-class BoardOptions(Frozen):
-    """The `[board]` table of a TOML file: what the run's board adds. No part of what the run is, nor of its id.
-
-    subject: one of the methods, as in `harness board --subject`.
-    """
-
-    subject: str | None = None
-
-
 def _sweep(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
     """Options of the TOML file, overridden by those of the command line. Raises HarnessError for unusable ones."""
     typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
@@ -158,19 +145,6 @@ def _sweep(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
     return sweep
 
 
-def _read_config(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if not path.suffix and (BOARDS / f"{name}.toml").is_file():
-        path = BOARDS / f"{name}.toml"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(sorted(board.stem for board in BOARDS.glob("*.toml")))
-        raise HarnessError(f"cannot read {name}: {error.strerror}; packaged boards: {known}") from None
-    except ValueError as error:
-        raise HarnessError(f"{path} is not TOML: {error}") from None
-
-
 def _subject(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
     """The subject's label in the run, with its changed parameters; None without one.
 
@@ -178,10 +152,7 @@ def _subject(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
     """
     from harness.plan import plan_methods
 
-    try:
-        wanted = TypeAdapter(dict[str, BoardOptions]).validate_python({"board": board})["board"].subject
-    except ValidationError as error:
-        raise one_line(error) from None
+    wanted = board_options(board).subject
     if wanted is None:
         return None
     labels = {spec.label.partition("[")[0]: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
@@ -191,7 +162,7 @@ def _subject(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
 
 
 def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    options: dict[str, Any] = {} if args.config is None else _read_config(args.config)
+    options: dict[str, Any] = {} if args.config is None else read_config(args.config)
     options.pop("nightly", None)  # what `harness nightly` adds to the same board
     board = options.pop("board", {})
     sweep = _sweep(args, options)
@@ -209,44 +180,7 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         folder = run_sweep(sweep, root=args.out, command=command)
-    return _show([folder], out=folder, name="board", subject=subject, html=args.html)
-
-
-def _board(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.store import find_runs
-
-    folders = [folder for root in args.runs for folder in find_runs(root)]
-    out = args.out or (args.runs[0] if len(args.runs) == 1 else RESULTS)
-    return _show(folders, out=out, name=args.name, subject=args.subject, html=args.html)
-
-
-def _show(folders: Sequence[Path], *, out: Path, name: str, subject: str | None, html: bool) -> int:
-    """Print and write the board of some runs; 1 when a cell failed."""
-    from harness.store import load_run
-    from leaderboards.aggregate import aggregate
-    from leaderboards.picture import write_picture
-    from leaderboards.render import to_terminal, write_board
-
-    runs = [load_run(folder) for folder in folders]
-    manifests = [manifest for manifest, _ in runs]
-    records = [record for _, stored in runs for record in stored]
-    if not records:
-        raise HarnessError(f"no records in {', '.join(map(str, folders))}; run a benchmark first")
-    tables = aggregate(records, manifests=manifests, subject=subject)
-    print(to_terminal(tables, manifests=manifests))
-    pages = write_board(records, out, name, manifests=manifests, subject=subject)
-    pages.append(write_picture(tables, out, name))
-    if html:
-        from leaderboards.page import write_page
-
-        pages.append(write_page(tables, records, out, name, manifests=manifests))
-    for path in pages:
-        print(f"wrote {path}", file=sys.stderr)
-    failed = sum(record.status == "failed" for record in records)
-    if failed:
-        advice = "repeat the command to try them again"
-        print(f"harness: {failed} of {len(records)} cells failed; {advice}", file=sys.stderr)
-    return 1 if failed else 0
+    return show(collect([folder], whole=args.html), out=folder, name="board", subject=subject, html=args.html)
 
 
 def _list(args: argparse.Namespace, command: Sequence[str]) -> int:
@@ -285,7 +219,7 @@ def _models() -> list[tuple[str, str]]:
 
 
 def _boards() -> list[tuple[str, str]]:
-    return [(path.stem, _read_config(path.stem).get("model", "")) for path in sorted(BOARDS.glob("*.toml"))]
+    return [(path.stem, read_config(path.stem).get("model", "")) for path in sorted(BOARDS.glob("*.toml"))]
 
 
 def _fetch(args: argparse.Namespace, command: Sequence[str]) -> int:

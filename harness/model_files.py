@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import sys
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +35,7 @@ from harness.tiny import tiny_model, tiny_tokenizer
 
 CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+ADAPTER = "adapter_config.json"
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
@@ -44,6 +48,20 @@ class ModelSource:
     name: str
     kind: Literal["packaged", "tiny", "folder", "gguf", "hub"]
     path: Path | None = None
+
+    @property
+    def adapted(self) -> str | None:
+        """The model that a folder of a peft adapter was made for, None for anything else. Raises HarnessError."""
+        if self.kind != "folder" or self.path is None or not (self.path / ADAPTER).is_file():
+            return None
+        try:
+            base = json.loads((self.path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = None
+        if not isinstance(base, str) or (self.path / "config.json").is_file():
+            why = "and a config.json of a whole model" if isinstance(base, str) else "that names no base model"
+            raise HarnessError(f"{self.name!r} has an {ADAPTER} {why}; keep the one or the other")
+        return base
 
 
 def read_tiny(kind: torch.dtype) -> Parts:
@@ -61,8 +79,11 @@ def read_tiny(kind: torch.dtype) -> Parts:
 def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """Model, tokenizer and revision: the hub's commit, or a content hash of what is on disk.
 
-    options: `trust_remote_code`, `device_map` of transformers, and `weights`, which is False for a model without them.
+    options: `trust_remote_code`, `device_map` of transformers, `weights`, which is False for a model without them, and
+    `place`, the device of a quantised model, which cannot be moved. A peft adapter is merged into its base model.
     """
+    if source.adapted is not None:
+        return _read_adapted(source, kind, **options)
     if source.kind == "packaged":
         return *_read(str(_dequantised(source.name)), kind, **options), ASSETS[source.name].sha256
     if source.kind == "gguf":
@@ -80,8 +101,44 @@ def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> P
     return *parts, commit or "unknown"
 
 
+def _read_adapted(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
+    """The base model with the adapter's weights added to its own. revision: of the base and of the adapter's files."""
+    base, folder = source.adapted, source.path
+    assert base is not None and folder is not None
+    need("peft", f"{source.name!r} is a peft adapter of {base}", other="merge it and give the merged folder")
+    whole = ModelSource(base, "folder", Path(base)) if Path(base).is_dir() else ModelSource(base, "hub")
+    model, tokenizer, revision = read_pretrained(whole, kind, **options)
+    own = content_sha256([path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS])
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_only(options, "trust_remote_code"))
+    if options.get("weights", True):
+        merged = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        model = merged.to(kind) if getattr(merged, "quantization_method", None) is None else merged
+    return model, tokenizer, hashlib.sha256(f"{revision} {own}".encode()).hexdigest()
+
+
+def need(package: str, what: str, *, other: str) -> None:
+    """Raise HarnessError when `package` is not installed, with what needs it and another way out."""
+    if find_spec(package) is None:
+        raise HarnessError(f"{what}, and {package} is not installed; `pip install {package}`, or {other}")
+
+
+def _check_quantised(where: str, config: Any) -> None:
+    quantised = getattr(config, "quantization_config", None) or {}
+    named = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    if str(getattr(named, "value", named)) == "bitsandbytes":
+        for package in ("bitsandbytes", "accelerate"):
+            need(package, f"model {where!r} is quantised with bitsandbytes", other="give one in full precision")
+
+
 def _read(
-    where: str, kind: torch.dtype, *, weights: bool = True, device_map: str | None = None, **options: Any
+    where: str,
+    kind: torch.dtype,
+    *,
+    weights: bool = True,
+    device_map: str | None = None,
+    place: torch.device | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = AutoConfig.from_pretrained(where, **options)
     architectures = config.architectures or []
@@ -90,12 +147,16 @@ def _read(
         what = architectures[0] if architectures else config.model_type
         raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
     gguf = options.get("gguf_file")
+    quantised = not gguf and getattr(config, "quantization_config", None) is not None
+    if weights:
+        _check_quantised(where, config)
     tokenizer = _gguf_tokenizer(where, gguf) if gguf else AutoTokenizer.from_pretrained(where, **options)
     bars = io.StringIO() if gguf else sys.stderr  # the GGUF reader draws its own progress bar
     with contextlib.redirect_stderr(bars):
         if weights or gguf:
-            place = {} if device_map is None else {"device_map": device_map}
-            return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **place, **options), tokenizer
+            spread = device_map or ({"": str(place)} if quantised and place is not None else None)
+            mapped = {} if spread is None else {"device_map": spread}
+            return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **mapped, **options), tokenizer
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=kind, **_only(options, "trust_remote_code"))
     with contextlib.suppress(OSError):  # few have none; then the model's own config names the end of text

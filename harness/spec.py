@@ -63,13 +63,17 @@ class MethodSpec(Frozen):
 
 
 class ModelSpec(Frozen):
-    """A model as loaded. revision: content hash or hub commit; dtype and device as resolved, never `auto`."""
+    """A model as loaded. revision: content hash or hub commit; dtype and device as resolved, never `auto`.
+
+    loaded_as: what was done to its weights: an adapter merged, quantised, spread over devices.
+    """
 
     name: str
     revision: str
     dtype: str
     device: str
     trust_remote_code: bool = False
+    loaded_as: tuple[str, ...] = ()
 
 
 class TaskSpec(Frozen):
@@ -108,6 +112,8 @@ class RunSpec(Frozen):
 
         Fields that came after the first runs are left out while at their defaults, so that those keep their ids.
         """
-        left_out = {name for name in ("measured_on", "whole") if not getattr(self, name)}
+        left_out: dict[str, Any] = {name: True for name in ("measured_on", "whole") if not getattr(self, name)}
+        if not self.model.loaded_as:
+            left_out["model"] = {"loaded_as"}
         text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
