@@ -54,7 +54,7 @@ def _sample(table: int, records: Sequence[Record]) -> dict[str, Any]:
         "table": table,
         "task": clean(first.task),
         "id": clean(first.sample_id),
-        "tail": shown(first.prompt_tail),
+        "tail": shown(next((r.prompt_tail for r in records if r.prompt_tail), "")),
         "references": [shown(answer) for answer in references[:REFERENCES]],
         "more": max(0, len(references) - REFERENCES),
         "answers": [_answer(r) for r in sorted(records, key=lambda r: (budget_order(r.budget), r.method))],

@@ -32,7 +32,11 @@ Row = Mapping[Any, Any]
 
 
 def verdicts(table: Table) -> str:
-    """A list with one sentence per budget, made from the marks of the table."""
+    """A list with one sentence per budget, made from the marks of the table.
+
+    No cell with `=` is surely better than another one with it. A cell without a mark is surely worse than some method,
+    so not first, but need not be told apart from each of those that may be (`leaderboards.aggregate`).
+    """
     rows = table.rows.to_dict("records")
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] != FULL))
     full = "".join(
@@ -57,7 +61,7 @@ def _verdict(budget: str, rows: Sequence[Row]) -> str:
         which = "the other method" if others == 1 else f"all {others} other methods"
         said = f"{_name(marked[0])} is best, {text(_score(marked[0]))}, told apart from {which}."
     elif len(marked) == 1:
-        said = f"{_name(marked[0])} leads with {text(_score(marked[0]))}, but is not told apart from all others."
+        said = f"{_name(marked[0])} is first, {text(_score(marked[0]))}, but not told apart from every other method."
     else:
         said = _tied(marked, others)
     won = "won" if marked and marked[0]["mark"] == "*" else "tied"
@@ -83,7 +87,7 @@ def _range(values: Sequence[float], *, digits: int) -> str:
 def _tied(marked: Sequence[Row], others: int) -> str:
     named = ", ".join(f"{_name(row)} {text(number(row['score_points_mean']))}" for row in marked[:NAMED])
     more = f" and {len(marked) - NAMED} more" if len(marked) > NAMED else ""
-    below = {0: "", 1: " The other method scores lower."}.get(others, f" {others} other methods score lower.")
+    below = {0: "", 1: " The other method is surely not first."}.get(others, f" {others} others are surely not first.")
     return f"Not told apart: {named}{more}.{below}"
 
 
@@ -151,7 +155,7 @@ def _cells(row: Row, table: Table) -> dict[str, str]:
     mib = row["kv_bytes_mean"] / MIB
     ranked = row["rank_low"], row["rank_high"]
     cells = {
-        "Method": element("th", _name(row), {"scope": "row", "class": "name", "data-v": row["method"]}),
+        "Method": element("th", _breakable(_name(row)), {"scope": "row", "class": "name", "data-v": row["method"]}),
         "Budget": _plain(row["budget"]),
         "Memory": _plain(memory(row)),
         "Rank": element(
@@ -201,6 +205,11 @@ def _score(row: Row) -> str:
 
 def _name(row: Row) -> str:
     return element("b", text(row["method"]), {})
+
+
+def _breakable(name: str) -> str:
+    """HTML of a name that a narrow column breaks at its joints."""
+    return name.replace("@", "@<wbr>").replace("_", "_<wbr>")
 
 
 def _plain(value: object) -> str:

@@ -59,6 +59,7 @@ def pretend(methods: Sequence[str] = ("snapkv", "h2o"), *, n: int = 12, **change
                 "needle_tokens": 4,
                 "needle_kept": ((2, 1),),
                 "meta": {"depth": 10 * (s % 11), "length": 1024 * (1 + s % 2)},
+                "prompt_tail": f"and what is the key of {s}?",
                 "kv_bytes": 400 if budget == "full" else int(budget),
                 **changes,
             },
@@ -109,7 +110,7 @@ def test_a_tie_is_called_not_told_apart() -> None:
     records = [r for r in pretend(("a", "b", "c")) if r.method != "b"]
     records += [r.model_copy(update={"method": "b"}) for r in records if r.method == "a"]
     text = words(page(records))
-    assert "Budget 64Not told apart: a 75.0, b 75.0. The other method scores lower." in text
+    assert "Budget 64Not told apart: a 75.0, b 75.0. The other method is surely not first." in text
 
 
 def test_one_method_is_compared_with_nothing() -> None:
@@ -146,7 +147,7 @@ def test_elements_are_closed_and_ids_are_unique() -> None:
 
 def planted() -> tuple[list[Record], list[RunManifest]]:
     """Markup in every text that comes from outside."""
-    records = pretend((EVIL, "h2o"), prediction=EVIL, answers=(EVIL,), notes=(EVIL,))
+    records = pretend((EVIL, "h2o"), prediction=EVIL, answers=(EVIL,), notes=(EVIL,), prompt_tail=EVIL)
     records = [r.model_copy(update={"sample_id": f"{r.sample_id}{EVIL}", "task": f"niah/{EVIL}"}) for r in records]
     failed = record("h2o", "32", f"0{EVIL}", None, task=f"niah/{EVIL}", error=EVIL)
     return [*records, failed], [run(git_commit=EVIL, command=("harness", EVIL), versions={EVIL: EVIL}, error=EVIL)]

@@ -18,10 +18,7 @@ from tests.test_page import EVIL, crossed, planted, pretend, run
 
 api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt install chromium"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt install chromium")]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +72,12 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
 
 def visible(page: Any, what: str = "b") -> list[str]:
     return [text.strip() for text in page.locator(f"#ranking tbody tr:visible th {what}").all_inner_texts()]
+
+
+def browse(page: Any) -> None:
+    """To the samples, which are filled in when a reader comes near."""
+    page.locator("#browser").scroll_into_view_if_needed()
+    page.locator("#pick").wait_for()
 
 
 def test_a_header_sorts_by_mouse_and_by_keyboard(opened: Any) -> None:
@@ -173,7 +176,6 @@ def test_hover_shows_a_points_values(opened: Any) -> None:
     assert "score" in words and words in page.locator("#tip").inner_text()
     page.keyboard.press("Escape")
     assert not page.locator("#tip").is_visible()
-    page.mouse.move(box["x"] + 60, box["y"] + 60)
     assert page.locator(".charts svg title").count() == 0  # no second tooltip of the browser's own
 
 
@@ -195,15 +197,13 @@ def test_the_keyboard_reads_the_points_from_left_to_right(opened: Any) -> None:
 
 def test_the_needle_map_has_a_square_per_layer_and_head(opened: Any) -> None:
     page = opened()
-    page.locator("#shown").scroll_into_view_if_needed()
+    browse(page)
     kept = page.locator("#shown svg.kept").nth(1)
     assert kept.locator("rect").count() == 2
     assert "all of it in 0 of 2, nothing in 0" in kept.get_attribute("aria-label")
     kept.locator("rect").nth(1).hover()
     assert page.locator("#tip").inner_text() == "layer 0, KV head 1: about 20 % of the needle"
-    fills = [
-        page.evaluate("e => getComputedStyle(e).fill", kept.locator("rect").nth(i).element_handle()) for i in (0, 1)
-    ]
+    fills = [kept.locator("rect").nth(i).evaluate("e => getComputedStyle(e).fill") for i in (0, 1)]
     assert fills[0] != fills[1]
 
 
@@ -232,6 +232,8 @@ def test_a_key_picks_out_its_method(opened: Any) -> None:
 
 def test_the_sample_browser_changes_with_its_choices(opened: Any) -> None:
     page = opened()
+    browse(page)
+    assert "End of the prompt\nand what is the key of 0?" in page.locator("#shown dl").inner_text()
     cards = page.locator("#shown .answers li")
     assert cards.count() == 3 and "budget 64" in cards.nth(1).inner_text()
     page.select_option("#answers", "128")
@@ -260,6 +262,7 @@ def test_the_theme_follows_the_system_and_the_button(opened: Any, scheme: str) -
 
 def test_a_narrow_screen_needs_no_sideways_scrolling(opened: Any) -> None:
     page = opened(viewport={"width": 360, "height": 740})
+    assert page.locator("#ranking tbody .name").first.bounding_box()["width"] >= 96  # no column of single letters
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     size = "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a"
     assert page.evaluate(size, page.locator("svg.chart text").first.element_handle()) >= 9
@@ -277,6 +280,7 @@ def test_planted_markup_runs_nowhere(opened: Any) -> None:
     page.locator("#ranking tbody a").first.click()
     page.keyboard.press("Escape")
     page.locator("#ranking thead button").first.click()
+    browse(page)
     page.select_option("#sample", "1")
     page.locator("svg.chart").first.focus()
     page.keyboard.press("ArrowRight")
@@ -285,7 +289,7 @@ def test_planted_markup_runs_nowhere(opened: Any) -> None:
     page.wait_for_timeout(200)
     assert page.evaluate("window.hit") is None
     assert page.locator("img, iframe, script:not([type]) ~ script").count() == 0
-    assert EVIL in page.locator("#shown").inner_text()
+    assert page.locator("#shown").inner_text().count(EVIL) >= 5  # task, id, end of the prompt, reference, answers
     assert page.title().strip() != ""
 
 

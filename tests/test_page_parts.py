@@ -147,3 +147,28 @@ def test_tables_that_are_not_here_are_a_remark(changed: dict[str, str]) -> None:
 def test_a_kept_map_reaches_its_ends_only_with_none_or_all() -> None:
     one = record("h2o", "64", "0", 1.0, needle_tokens=40, needle_kept=((0, 1, 20), (39, 40, 4)))
     assert kept_map(one) == "015.9a1"
+
+
+def lone_leader() -> tuple[str, list[str]]:
+    """The verdict at 64 of a table where one cell alone may be first but is told apart from one other only."""
+    table = only(pretend(("a", "b", "c")))
+    rows = table.rows
+    here = rows["budget"] == "64"
+    rows.loc[here, "mark"] = ["=", "", ""]
+    return words(verdicts(table)), rows["method"][here].tolist()
+
+
+def test_a_verdict_names_those_whose_rank_may_be_first() -> None:
+    for methods in (("snapkv", "h2o"), ("a", "b", "c", "d")):
+        table = only(pretend(methods))
+        for budget, said in zip(("64", "128"), verdicts(table).split("</li>"), strict=False):
+            rows = table.rows[table.rows["budget"] == budget]
+            first = set(rows["method"][rows["rank_low"] == 1])
+            assert {name for name in methods if f"<b>{name}</b>" in said} == first
+            assert ("is best" in said) == (len(first) == 1 and int(rows["rank_high"].min()) == 1)
+
+
+def test_a_leader_that_is_not_told_apart_from_all_is_not_called_best() -> None:
+    said, (leader, *_) = lone_leader()
+    assert f"Budget 64{leader} is first, " in said
+    assert "but not told apart from every other method." in said.partition("Budget 128")[0]

@@ -31,7 +31,7 @@
   const within = { ...axes, "f-budget": "budget" };
   const groups = rows.map((row) => rows.findIndex((r) => r.dataset.table === row.dataset.table && r.dataset.budget === row.dataset.budget));
   let sorted = "";
-  let byHeader = null;
+  let byHeader = null, moved = false;
 
   const showTask = (task) => {
     table.classList.toggle("by-task", task !== "");
@@ -51,6 +51,7 @@
 
   // Without a chosen header: as written, and the best of a task first within each budget.
   const resort = () => {
+    moved = true;
     const value = (i) => Number(rows[i].querySelector(".score").dataset.v || -1);
     const places = rows.map((_, i) => i);
     if (get("f-task").value) places.sort((a, b) => groups[a] - groups[b] || value(b) - value(a));
@@ -67,9 +68,8 @@
     const task = get("f-task").value;
     const part = get("f-method").value.trim().toLowerCase();
     const chosen = chosenOf(within);
-    showTask(task);
+    if (task || moved) { showTask(task); resort(); }
     showColumns();
-    resort();
     rows.forEach((row, i) => {
       row.hidden = !fits(row, chosen) || !row.dataset.method.toLowerCase().includes(part) || (task !== "" && !(task in tasks[i]));
     });
@@ -250,46 +250,51 @@
   });
   get("shown").addEventListener("pointerleave", hide);
 
-  const { tables, samples } = read("samples");
   const pick = get("sample");
   const budgets = get("answers");
   const option = (value, text) => { const found = make("option", text); found.value = value; return found; };
-  const show = () => {
-    const sample = samples[pick.value];
-    const shown = get("shown");
-    const about = make("dl");
-    about.append(make("dt", "Task"), make("dd", sample.task), make("dt", "Sample"), make("dd", sample.id));
-    if (tables.length > 1) about.append(make("dt", "Setting"), make("dd", tables[sample.table]));
-    if (sample.tail) about.append(make("dt", "End of the prompt"), make("dd", sample.tail, "text"));
-    about.append(make("dt", "References"));
-    sample.references.forEach((reference) => about.append(make("dd", reference, "text")));
-    if (sample.more) about.append(make("dd", `and ${sample.more} more`));
-    const cards = make("ul", undefined, "answers");
-    sample.answers.filter((a) => a.budget === budgets.value || a.budget === "full").forEach((answer) => {
-      const card = make("li");
-      const facts = [answer.status === "ok" ? `score ${answer.score ?? "-"}` : answer.status];
-      if (answer.needle !== null) facts.push(`needle ${answer.needle} % cached`);
-      card.append(make("b", answer.method), make("small", `budget ${answer.budget} · ${facts.join(" · ")}`));
-      if (answer.kept) card.append(keptMap(answer.kept));
-      card.append(make("p", answer.text || answer.error || "(empty answer)", "text"));
-      cards.append(card);
-    });
-    shown.replaceChildren(about, cards);
-  };
-  const refill = () => {
-    const found = new Set(samples[pick.value].answers.map((answer) => answer.budget));
-    if (found.size > 1) found.delete("full");
-    const before = budgets.value;
-    budgets.replaceChildren(...[...found].map((budget) => option(budget, budget)));
-    if (found.has(before)) budgets.value = before;
-    show();
-  };
-  if (samples.length) {
+  const browse = () => {
+    const { tables, samples } = read("samples");
+    const show = () => {
+      const sample = samples[pick.value];
+      const shown = get("shown");
+      const about = make("dl");
+      about.append(make("dt", "Task"), make("dd", sample.task), make("dt", "Sample"), make("dd", sample.id));
+      if (tables.length > 1) about.append(make("dt", "Setting"), make("dd", tables[sample.table]));
+      if (sample.tail) about.append(make("dt", "End of the prompt"), make("dd", sample.tail, "text"));
+      about.append(make("dt", "References"));
+      sample.references.forEach((reference) => about.append(make("dd", reference, "text")));
+      if (sample.more) about.append(make("dd", `and ${sample.more} more`));
+      const cards = make("ul", undefined, "answers");
+      sample.answers.filter((a) => a.budget === budgets.value || a.budget === "full").forEach((answer) => {
+        const card = make("li");
+        const facts = [answer.status === "ok" ? `score ${answer.score ?? "-"}` : answer.status];
+        if (answer.needle !== null) facts.push(`needle ${answer.needle} % cached`);
+        card.append(make("b", answer.method), make("small", `budget ${answer.budget} · ${facts.join(" · ")}`));
+        if (answer.kept) card.append(keptMap(answer.kept));
+        card.append(make("p", answer.text.trim() ? answer.text : answer.error || "(empty, or white space only)", "text"));
+        cards.append(card);
+      });
+      shown.replaceChildren(about, cards);
+    };
+    const refill = () => {
+      const found = new Set(samples[pick.value].answers.map((answer) => answer.budget));
+      if (found.size > 1) found.delete("full");
+      const before = budgets.value;
+      budgets.replaceChildren(...[...found].map((budget) => option(budget, budget)));
+      if (found.has(before)) budgets.value = before;
+      show();
+    };
+    if (!samples.length) return;
     pick.append(...samples.map((sample, i) => option(i, `${sample.task} ${sample.id}`)));
     pick.addEventListener("change", refill);
     budgets.addEventListener("change", show);
     get("pick").addEventListener("submit", (event) => event.preventDefault());
     get("pick").hidden = false;
     refill();
-  }
+  };
+  // Not before a reader comes near: it is most of the page's data.
+  new IntersectionObserver(([seen], observer) => {
+    if (seen.isIntersecting) { observer.disconnect(); browse(); }
+  }, { rootMargin: "100%" }).observe(get("browser"));
 })();
