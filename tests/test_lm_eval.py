@@ -29,6 +29,12 @@ def ask(kind: str, *arguments: tuple[Any, ...], task: str = "made-up") -> list[I
 
 
 @pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    """Of this module alone: the plugin replaces a model's attention."""
+    return load_model("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
 def hf() -> HFLM:
     own = load_model("tiny", dtype="float32", device="cpu")
     return HFLM(pretrained=own.model, tokenizer=own.tokenizer, batch_size=1, max_length=own.context)

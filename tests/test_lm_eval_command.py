@@ -22,14 +22,14 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "lm_eval"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two questions of the example under snapkv, by the command line."""
+    """Four questions of the example under snapkv, by the command line."""
     where = tmp_path_factory.mktemp("results")
     task = where / "kv_choices.yaml"
     rows = str(EXAMPLE / "kv_choices.jsonl")
     text = (EXAMPLE / "kv_choices.yaml").read_text(encoding="utf-8")
     task.write_text(text.replace("examples/lm_eval/kv_choices.jsonl", rows), encoding="utf-8")
     model = "pretrained=tiny,dtype=float32,method=snapkv,budget=64,recent=8"
-    flags = ["--tasks", str(task), "--limit", "2", "--output_path", str(where / "out"), "--log_samples"]
+    flags = ["--tasks", str(task), "--limit", "4", "--output_path", str(where / "out"), "--log_samples"]
     before = list(sys.argv)
     assert run_lm_eval(["--model", "kvpolicy", "--model_args", model, *flags]) == 0
     assert sys.argv == before
@@ -44,13 +44,13 @@ def test_the_results_carry_what_was_measured(results: Path) -> None:
         64,
     )
     assert 0 < config["kv_bytes"] < config["kv_full_bytes"]
-    assert config["kv_prefills"] == 2
+    assert config["kv_prefills"] == 4
     assert config["device"] == "auto"
 
 
 def test_imported_records_make_a_board(results: Path, tmp_path: Path) -> None:
     folders = list(import_results(results, root=tmp_path, command=("harness", "lm-eval-import")))
-    assert [count for _, count in folders] == [2]
+    assert [count for _, count in folders] == [4]
     manifest, records = load_run(folders[0][0])
     samples = [json.loads(line) for line in next(results.rglob("samples_*.jsonl")).read_text().splitlines()]
     assert [r.metrics["score"] for r in records] == [line["acc"] for line in samples]
@@ -61,10 +61,10 @@ def test_imported_records_make_a_board(results: Path, tmp_path: Path) -> None:
     assert records[0].prediction in samples[0]["doc"]["choices"]
     assert records[0].answers == (samples[0]["doc"]["choices"][samples[0]["doc"]["label"]],)
     (table,) = aggregate(records, manifests=[manifest])
-    assert table.rows["score"].iloc[0] == pytest.approx(100 * sum(line["acc"] for line in samples) / 2)
+    assert table.rows["score_points_mean"].iloc[0] == pytest.approx(100 * sum(line["acc"] for line in samples) / 4)
     again = list(import_results(results, root=tmp_path, command=("harness", "lm-eval-import")))
     assert again == folders
-    assert len(load_run(folders[0][0])[1]) == 2
+    assert len(load_run(folders[0][0])[1]) == 4
 
 
 def test_an_answer_from_a_cache_has_no_bytes(results: Path, tmp_path: Path) -> None:

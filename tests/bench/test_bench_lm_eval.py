@@ -47,7 +47,7 @@ def _requests(lm: KVPolicyLM, task: str, count: int) -> list[Any]:
 
 def test_niah_single_1_beside_hf(race: Callable[..., tuple[Any, Any]], models: tuple[KVPolicyLM, Any]) -> None:
     ours, theirs = models
-    requests = _requests(ours, "niah_single_1", 2)
+    requests = _requests(ours, "niah_single_1", 1)
     mine, other = race(
         "lm-eval niah_single_1 at 1k, float32: kvpolicy,fullkv / hf",
         lambda: ours.generate_until(requests, disable_tqdm=True),
