@@ -86,7 +86,8 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	grep '^torch==' constraints.txt > $(BENCH)/constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(BENCH)/constraints.txt \
-		-e . kvpress==0.5.5 'ray>=2.40' 'transformers>=5.2,<5.3' pytest pytest-benchmark
+		-e . kvpress==0.5.5 'ray>=2.40' 'transformers>=5.2,<5.3' accelerate nltk playwright pytest \
+		pytest-benchmark
 	touch $@
 
 test-kvpress: model $(BENCH)/.ready ## presses of kvpress under our budgets, in the environment of `make bench`
