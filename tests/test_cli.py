@@ -208,7 +208,6 @@ def test_bad_input_of_other_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "empty.toml").touch()
     bad: list[tuple[Sequence[str | Path], str]] = [
         (("board", tmp_path), "no run in"),
-        (("board", tmp_path / "absent"), "no run in"),
         (("fetch", "moon"), "unknown asset 'moon'"),
         (("dance",), "'dance'"),
         ((), "COMMAND"),

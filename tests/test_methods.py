@@ -214,3 +214,12 @@ def test_another_distribution_can_bring_a_method(tmp_path: Path, monkeypatch: py
 def test_parameters_out_of_range_are_refused(name: str, params: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=str(next(iter(params.values())))):
         make_policy(name, params)
+
+
+def test_every_method_has_a_golden_test() -> None:
+    """A new built-in method must have its loops here, or in a file of its own name."""
+    covered = {"fullkv", "snapkv", "snapkv_shared", "pyramidkv", "h2o", "streamingllm", "random"}  # test_golden
+    covered |= {"adakv", "chunkkv", "dynamickv", "expected_attention", "keydiff", "knorm", "tova"}  # test_baselines_*
+    built_in = {name for name, entry in load_methods().items() if entry.policy.__module__.startswith("methods.")}
+    own = {name for name in built_in if (Path(__file__).parent / f"test_{name}.py").is_file()}  # `harness new-method`
+    assert built_in == covered | own
