@@ -14,8 +14,10 @@ within tasks; the spread of a difference is that of its redraws, times sqrt(g/(g
 on few clusters, so a difference in units of it is read as Student's t, with the degrees of freedom of Welch and
 Satterthwaite, and turned into the normal deviate of the same probability before it is compared with the redraws.
 
-Who counts. Cells with a budget that are scored and within their bytes. A pair with fewer than `FEW` clusters in some
-task is not told apart. A cell that lacks samples is surely better than nobody: what it lacks may be what it fails.
+Who counts. Cells with a budget that are scored and within their bytes. A pair needs `FEW` clusters in all, `LEAST` in
+every task and `FEW` - 1 degrees of freedom to be told apart: with tasks of 2 or 3 clusters beside larger ones, equal
+methods are told apart too often. A cell that lacks samples is surely better than nobody: what it lacks may be what it
+fails.
 
 Best other. The method of another name (before `@`) that is complete and within its bytes and has the best mean at that
 budget, on the samples that the cell has. It is chosen on the samples that it is compared on, which favours it; the
@@ -43,6 +45,8 @@ from leaderboards.redraws import Drawn, Redraws, Request
 from leaderboards.rivals import SIGNS, bare_name
 from leaderboards.text import clean, number
 
+LEAST = 5
+"""Clusters in a task below which nobody is told apart."""
 MIN_TASKS = 3
 """Tasks below which nothing is said of other tasks."""
 SUFFIXES: Mapping[str, str] = {"score": "", "nll": "_nll"}
@@ -52,7 +56,8 @@ PAIRED: Mapping[str, str] = {"score": "score_points_vs_best", "nll": "nll_nats_v
 HOW_TO_READ = (
     "rank: the places among the methods of its budget that the samples leave possible; methods that are not told apart "
     f"share places. All pairs of a budget at once, paired, wrong claims held at {1 - LEVEL:.0%} per budget and measure "
-    "(step-down max-t bootstrap); a cell over its bytes has no rank, one that lacks samples is surely above nobody.",
+    "(step-down max-t bootstrap); a cell over its bytes has no rank, one that lacks samples is surely above nobody. "
+    f"Nobody is told apart with fewer than {LEAST} contexts in some task, or {FEW} in all.",
     f"over tasks: {LEVEL:.0%} interval of the score with the tasks redrawn too. best other: the best mean of another "
     "name at that budget, chosen on the samples it is compared on, which favours it; Δ as above.",
 )
@@ -116,7 +121,7 @@ class _Field:
         pairs: list[tuple[int, int]] = []
         statistics: list[float] = []
         draws: list[Array] = []
-        known = {key: d for key, d in self._drawn.items() if d.clusters.size and d.clusters.min() >= FEW}
+        known = {key: d for key, d in self._drawn.items() if d.clusters.sum() >= FEW and d.clusters.min() >= LEAST}
         spread, freedom = dict[tuple[bytes, ...], Array](), dict[tuple[bytes, ...], Array]()
         for key, found in known.items():
             parts = found.deviations()  # [T, R, K]
@@ -127,6 +132,8 @@ class _Field:
                 if i == j or key not in known:
                     continue
                 found, (a, b) = known[key], (known[key].members.index(c) for c in (i, j))
+                if freedom[key][a, b] < FEW - 1:
+                    continue
                 mean = round(self.sign * float(found.observed[:, a].mean() - found.observed[:, b].mean()), 9)
                 drawn = self.sign * (spread[key][:, a] - spread[key][:, b])
                 error = round(float(drawn.std()), 9)

@@ -203,8 +203,8 @@ def longest_prompt(options: TaskOptions, dataset: Dataset) -> tuple[int, int]:
 def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Dataset) -> tuple[str, str, bool]:
     """(context, question, whether it was cut): the first and last half of max_length tokens, as pred.py does.
 
-    The border is found again as the longest common end with the question, unless the context survived whole. A cut text
-    that encodes to more tokens than there is room for is cut shorter, by the excess.
+    The border is found again as the longest common end with the question, unless the context alone survived whole. A cut
+    text that encodes to more tokens than there is room for is cut shorter, by the excess.
 
     Raises:
         TaskError: the model's context leaves no room for a prompt.
@@ -226,7 +226,8 @@ def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Da
         if excess <= 0:
             break
         length -= excess
-    border = len(context) if text.startswith(context) else len(text) - common_end(text, question)
+    lost = not text.endswith(question)  # some of it; else it survived whole, whatever the text begins with
+    border = len(context) if lost and text.startswith(context) else len(text) - common_end(text, question)
     return text[:border], text[border:], True
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks import longbench
@@ -194,6 +194,7 @@ words = st.lists(st.sampled_from(["alpha", "beta", "gamma", " ", "\n", "."]), mi
 
 @settings(max_examples=150, deadline=None)
 @given(words, words, st.integers(503, 900))
+@example("alpha  alpha ", " alpha alpha", 508)  # what is left begins with the context by chance
 def test_cutting_keeps_the_first_and_last_half_and_finds_the_border(context: str, question: str, most: int) -> None:
     opts, dataset = options(max_tokens=most), BY_NAME["trec"]
     length, room = longest_prompt(opts, dataset)

@@ -178,6 +178,34 @@ def test_equal_methods_are_seldom_told_apart() -> None:
     assert wrong <= 0.10 * 200
 
 
+def test_equal_methods_are_seldom_told_apart_on_many_small_tasks() -> None:
+    """Six equal methods that are right or wrong, fourteen tasks of five samples."""
+    generator = np.random.default_rng(3)
+    wrong = 0
+    for _ in range(60):
+        records = []
+        for task in range(14):
+            base, right = generator.random(5), generator.uniform(0.02, 0.98)
+            for i in range(6):
+                own = np.where(generator.random(5) < 0.5, base, generator.random(5)) < right
+                records += cell(f"m{i}", "64", own.astype(float).tolist(), task=f"t{task}")
+        columns = rank_columns(Grid.of(records, seed=0, resamples=400), seed=0, resamples=400)
+        wrong += any((c["rank_low"], c["rank_high"]) != (1, 6) for c in columns.values())
+    assert wrong <= 0.15 * 60
+
+
+def test_small_tasks_need_enough_samples_in_all() -> None:
+    records = [
+        r
+        for t in range(4)
+        for m, s in (("a", [1.0, 0.75] * 3), ("b", [0.0, 0.25] * 3))
+        for r in cell(m, "64", s, task=f"t{t}")
+    ]
+    assert ranks(only(records)) == {"a": (1, 1), "b": (2, 2)}
+    records += cell("a", "64", [1.0] * 4, task="tiny") + cell("b", "64", [0.0] * 4, task="tiny")
+    assert ranks(only(records)) == {"a": (1, 2), "b": (1, 2)}
+
+
 def test_lacking_overspending_and_few_prove_nothing() -> None:
     ten, nine = [1.0, 0.75] * 5, [1.0] * 9
     assert ranks(only(cell("a", "64", ten) + cell("b", "64", [0.0] * 10))) == {"a": (1, 1), "b": (2, 2)}
