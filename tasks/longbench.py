@@ -203,8 +203,8 @@ def longest_prompt(options: TaskOptions, dataset: Dataset) -> tuple[int, int]:
 def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Dataset) -> tuple[str, str, bool]:
     """(context, question, whether it was cut): the first and last half of max_length tokens, as pred.py does.
 
-    The border is found again as the longest common end with the question, unless the context alone survived whole. A cut
-    text that encodes to more tokens than there is room for is cut shorter, by the excess.
+    The border is found again as the longest common end with the question, unless the context alone survived whole. A
+    cut text that encodes to more tokens than there is room for is cut shorter, by the excess.
 
     Raises:
         TaskError: the model's context leaves no room for a prompt.
