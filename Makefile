@@ -65,7 +65,7 @@ board: $(READY) ## make every published board again from its published records
 
 # Records are published as archives of `harness submit`; LongBench's without its references, which are not ours to give.
 measure: model ## measure the published boards again (hours on 2 cores); ROWS=folder adds LongBench's
-	for board in quick compilerkv retrieval streaming; do $(MAKE) measure-one BOARD=$$board || exit 1; done
+	for board in quick compilerkv retrieval baselines streaming; do $(MAKE) measure-one BOARD=$$board || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/harness bench --methods $(SERVING) --budgets 128 --lengths 2048,8192 --rounds 2 \
 		--threads 2 --out build/boards/serving
 	for file in json jsonl; do cp build/boards/serving/*/bench.$$file $(KEPT)/serving/bench.$$file; done

@@ -212,7 +212,7 @@ def test_bad_input_of_other_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("dance",), "'dance'"),
         ((), "COMMAND"),
         (("run", "--config", tmp_path / "empty.toml"), "no methods asked for"),
-        (("run", "--config", "quikc"), "packaged boards: compilerkv, compilerkv-longbench, longbench-8k, nightly"),
+        (("run", "--config", "quikc"), "packaged boards: baselines, compilerkv, compilerkv-longbench, longbench-8k"),
         ((*RUN, "--out", tmp_path / "empty.toml"), "cannot write"),
     ]
     for arguments, says in bad:
