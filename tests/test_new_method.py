@@ -39,17 +39,17 @@ def run(*command: object, cwd: Path) -> None:
 
 
 def test_a_checkout_gets_a_method_its_test_and_a_line(checkout: Path) -> None:
-    written = new_method("demo", where=checkout)
+    written = new_method("made_up", where=checkout)
     assert [str(path.relative_to(checkout)) for path in written] == [
-        "methods/demo.py",
-        "tests/test_demo.py",
+        "methods/made_up.py",
+        "tests/test_made_up.py",
         "CHANGELOG.md",
     ]
-    change = "## Unreleased\n\n- Method `demo`: tokens whose keys have the smallest norm.\n- Before.\n\n## 0.1\n"
+    change = "## Unreleased\n\n- Method `made_up`: tokens whose keys have the smallest norm.\n- Before.\n\n## 0.1\n"
     assert change in written[2].read_text()
     again = [path.read_text() for path in written]
-    with pytest.raises(HarnessError, match=r"demo.py is there already and stays"):
-        new_method("demo", where=checkout)
+    with pytest.raises(HarnessError, match=r"made_up.py is there already and stays"):
+        new_method("made_up", where=checkout)
     assert [path.read_text() for path in written] == again
 
 
