@@ -140,11 +140,6 @@ BENCHES = Layout(
 )
 
 
-def find_benches(root: Path) -> list[Path]:
-    """Bench folders below `root` in name order, or `root` itself when it is one. Raises HarnessError when none is."""
-    return BENCHES.find(root)
-
-
 def load_bench(folder: Path) -> tuple[BenchManifest, list[BenchRecord]]:
     """A bench as stored, the last record of each key. Raises HarnessError when a file is missing or damaged."""
     return BENCHES.load(folder)

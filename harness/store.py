@@ -25,7 +25,6 @@ __all__ = [
     "RUNS",
     "RunStore",
     "find_runs",
-    "iterate_records",
     "load_brief",
     "load_run",
     "write_bytes",
@@ -92,11 +91,6 @@ def find_runs(root: Path) -> list[Path]:
 def load_run(folder: Path) -> tuple[RunManifest, list[Record]]:
     """A run as stored, one record per key. Raises HarnessError when a file is missing or damaged."""
     return RUNS.load(Path(folder))
-
-
-def iterate_records(folder: Path) -> Iterator[Record]:
-    """The last stored record of each key, in order of first appearance. Raises HarnessError as `load_run` does."""
-    yield from load_run(folder)[1]
 
 
 def load_brief(folder: Path) -> tuple[RunManifest, list[Brief]]:

@@ -12,7 +12,7 @@ import pytest
 
 from harness import bench
 from harness.bench import BenchAsk, clocks_mhz, run_bench
-from harness.bench_store import BENCH_FILE, LINES_FILE, BenchSpec, find_benches, load_bench, machine_id
+from harness.bench_store import BENCH_FILE, BENCHES, LINES_FILE, BenchSpec, load_bench, machine_id
 from harness.errors import HarnessError
 from harness.limits import Limit
 from harness.measured import ProbeResult, ProbeSpec
@@ -172,7 +172,7 @@ def test_an_interrupt_keeps_what_is_recorded(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, FakeProber(answer))
-    (folder,) = find_benches(tmp_path)
+    (folder,) = BENCHES.find(tmp_path)
     manifest, records = load_bench(folder)
     assert manifest.status == "interrupted" and len(records) == 2
     prober = FakeProber()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness import cli_bench
-from harness.bench_store import find_benches
+from harness.bench_store import BENCHES
 from harness.errors import HarnessError
 from harness.measured import ProbeResult, ProbeSpec
 from tests.test_bench import FakeProber, fine
@@ -55,7 +55,7 @@ def test_bench_prints_and_writes_its_table(
     assert prober.asked[1].set == {"kernel": 5}
     printed = capsys.readouterr()
     assert "TPOT ms" in printed.out and "snapkv[kernel=5]" in printed.out
-    (folder,) = find_benches(tmp_path)
+    (folder,) = BENCHES.find(tmp_path)
     assert (folder / "bench.md").is_file() and (folder / "bench.csv").is_file()
 
 

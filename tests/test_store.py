@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from harness.errors import HarnessError
 from harness.records import Record, RunManifest
 from harness.spec import MethodSpec, ModelSpec, RunSpec, TaskSpec
-from harness.store import RunStore, find_runs, iterate_records, load_run
+from harness.store import RunStore, find_runs, load_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +87,7 @@ def test_any_text_and_number_survive_a_line(tmp_path_factory: pytest.TempPathFac
     written = record(prediction=text, error=text, metrics={"score": number}, meta={text: number})
     with RunStore.open(root, manifest()) as store:
         store.append([written])
-    assert list(iterate_records(store.folder)) == [written]
+    assert load_run(store.folder)[1] == [written]
 
 
 def test_manifest_is_there_before_the_first_record(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
         store.append([record("0"), record("1")])
         monkeypatch.undo()
-    assert [r.sample_id for r in iterate_records(store.folder)] == ["0", "1"]
+    assert [r.sample_id for r in load_run(store.folder)[1]] == ["0", "1"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
@@ -278,7 +278,7 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
     )
     assert done.stdout.startswith("disk full")
     assert "2 records are intact" in done.stdout
-    assert [r.sample_id for r in iterate_records(store.folder)] == ["0", "1"]
+    assert [r.sample_id for r in load_run(store.folder)[1]] == ["0", "1"]
     assert records_file(tmp_path).read_bytes().endswith(b"\n")
 
 
