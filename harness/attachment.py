@@ -24,6 +24,7 @@ from harness.spec import FirstToken, Sweep
 from methods.base import Budget, KVPolicy, PolicyError
 from methods.registry import name_of
 
+TAKEN = "kv_policy_method"  # attribute of a model in such a context: by which method
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "use_cache": (None, True),
@@ -87,7 +88,7 @@ def attached(
     """
     if not isinstance(model, PreTrainedModel):
         raise HarnessError(f"{type(model).__name__} is no transformers model; give one, a peft model after its merge")
-    taken = getattr(vars(model).get("generate"), "kv_method", None)
+    taken = vars(model).get(TAKEN)
     if taken is not None:
         raise HarnessError(f"this model is attached to {taken} already; leave that context before another")
     label, policy = _policy(method, params, revision)
@@ -104,8 +105,7 @@ def attached(
         with _replaced_attention(model) as whole, _replaced(model, "forward", compressor.forward(whole)):
             return plain(*args, **kwargs)
 
-    generate.kv_method = label  # type: ignore[attr-defined]
-    with _replaced(model, "generate", generate):
+    with _replaced(model, "generate", generate), _replaced(model, TAKEN, label):
         yield compressor.report
 
 

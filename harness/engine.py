@@ -57,7 +57,7 @@ class Prefilled:
 
 
 @dataclass
-class _Row:
+class Row:
     """A compressed cell on its way to decoding. kvs: one per model layer, sliding-window layers included."""
 
     cell: Cell
@@ -99,16 +99,16 @@ class Engine:
         if any(list(prompt.ids[:border]) != head for prompt in prompts):
             raise HarnessError(f"{len(prompts)} prompts of one group differ in their first {border} tokens")
         wanted = dict.fromkeys(cell for own in cells for cell in own)
-        compressed, prefilled = self._compressed([_Row(cell, Outcome()) for cell in wanted], head)
+        compressed, prefilled = self._compressed([Row(cell, Outcome()) for cell in wanted], head)
         results = []
         for prompt, own in zip(prompts, cells, strict=True):
-            rows = [_Row(cell, replace(compressed[cell].outcome), compressed[cell].kvs) for cell in own]
+            rows = [Row(cell, replace(compressed[cell].outcome), compressed[cell].kvs) for cell in own]
             if prefilled is not None:
                 self._answer(rows, prompt, prefilled)
             results.append([row.outcome for row in rows])
         return results
 
-    def _compressed(self, rows: list[_Row], head: Sequence[int]) -> tuple[dict[Cell, _Row], Prefilled | None]:
+    def _compressed(self, rows: list[Row], head: Sequence[int]) -> tuple[dict[Cell, Row], Prefilled | None]:
         """`rows` by cell, each compressed or marked, and what they were compressed from: None when nothing was."""
         done = {row.cell: row for row in rows}
         if not head:
@@ -131,7 +131,7 @@ class Engine:
                 row.outcome.fail(_status(error), error)
         return done, prefilled
 
-    def _answer(self, rows: Sequence[_Row], prompt: Prompt, prefilled: Prefilled) -> None:
+    def _answer(self, rows: Sequence[Row], prompt: Prompt, prefilled: Prefilled) -> None:
         """Decode one prompt under every row that was compressed."""
         tail = list(prompt.ids[prefilled.tokens :])
         ready = [row for row in rows if row.outcome.status == "ok"]
@@ -180,7 +180,7 @@ class Engine:
             except PolicyError as error:
                 raise HarnessError(str(error)) from None
 
-    def _compress(self, row: _Row, prefilled: Prefilled) -> None:
+    def _compress(self, row: Row, prefilled: Prefilled) -> None:
         cell, outcome = row.cell, row.outcome
         tokens, layers = prefilled.tokens, len(prefilled.view.layers)
         budget = tokens if cell.budget is None else cell.budget.resolve(tokens)
@@ -206,7 +206,7 @@ class Engine:
         outcome.asked_bytes = prefilled.asked_bytes(budget)
         outcome.over_budget = outcome.kv_bytes > 1.01 * outcome.asked_bytes
 
-    def _decode(self, rows: list[_Row], prompt: Prompt, prefilled: Prefilled, *, tail: list[int]) -> None:
+    def _decode(self, rows: list[Row], prompt: Prompt, prefilled: Prefilled, *, tail: list[int]) -> None:
         """Decode `rows` as one batch; a batch that does not fit in memory is halved until single rows are marked."""
         if not rows:
             return
@@ -221,7 +221,7 @@ class Engine:
         self._decode(rows[:middle], prompt, prefilled, tail=tail)
         self._decode(rows[middle:], prompt, prefilled, tail=tail)
 
-    def _decode_batch(self, rows: list[_Row], prompt: Prompt, prefilled: Prefilled, *, tail: list[int]) -> None:
+    def _decode_batch(self, rows: list[Row], prompt: Prompt, prefilled: Prefilled, *, tail: list[int]) -> None:
         start = time.perf_counter()
         feed, position = tail, prefilled.tokens
         if self.query == "aware" and self.first_token == "compressed":
@@ -242,7 +242,7 @@ class Engine:
             if not all(map(math.isfinite, row.outcome.nll_per_token)):
                 row.outcome.fail("failed", "the answer's log-likelihood is not a finite number; try --dtype float32")
 
-    def _session(self, rows: list[_Row], prefilled: Prefilled, *, position: int, room: int) -> Session:
+    def _session(self, rows: list[Row], prefilled: Prefilled, *, position: int, room: int) -> Session:
         """Layer caches of `rows`, without the slot of any token at or after `position`."""
         held = [[without(kv, position) for kv in row.kvs] for row in rows]
         if rows[0].cell.policy.evicts_while_decoding:
@@ -256,7 +256,7 @@ class Engine:
         return Session(self.model, grown, len(rows))
 
 
-def _evicting(row: _Row, layer: int, kv: KV, *, free: int) -> EvictingRow:
+def _evicting(row: Row, layer: int, kv: KV, *, free: int) -> EvictingRow:
     """What a row holds of a layer, `kv`, with `free` slots more than its policy left there."""
     slots = row.kvs[layer].positions.shape[2]
     return EvictingRow(row.cell.policy, row.outcome.budget_tokens or slots, with_room(kv, slots + free))

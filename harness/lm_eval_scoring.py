@@ -17,7 +17,7 @@ from torch import Tensor
 from harness.attach import AttachedModel
 from harness.cells import Cell, Outcome
 from harness.decode import LOGITS_AT_ONCE, Session
-from harness.engine import Engine, Prefilled, _Row
+from harness.engine import Engine, Prefilled, Row
 from harness.evicting import EvictingLayer
 from methods.base import Needs
 
@@ -72,12 +72,12 @@ class ScoringEngine(Engine):
         second = self._scored(row, prefilled, ids[at - 1], [ids[at:]])[0]
         return row.outcome, first + second.logprob
 
-    def _one(self, ids: Sequence[int], cell: Cell) -> tuple[_Row, Prefilled | None]:
-        done, prefilled = self._compressed([_Row(cell, Outcome())], list(ids))
+    def _one(self, ids: Sequence[int], cell: Cell) -> tuple[Row, Prefilled | None]:
+        done, prefilled = self._compressed([Row(cell, Outcome())], list(ids))
         return done[cell], prefilled
 
     def _scored(
-        self, row: _Row, prefilled: Prefilled, held_back: int, continuations: Sequence[Sequence[int]]
+        self, row: Row, prefilled: Prefilled, held_back: int, continuations: Sequence[Sequence[int]]
     ) -> list[Scored]:
         room = 1 + max(map(len, continuations))
         with torch.inference_mode():

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ from methods.views import StepView as StepView
 class KVPolicy(ABC):
     """Frozen parameters of a method. Subclasses are frozen dataclasses; they hold no tensors and no state."""
 
-    budgeted: ClassVar[bool] = True  # False: the method keeps everything and is run once, not once a budget
+    @property
+    def budgeted(self) -> bool:
+        """Whether it is run once a budget; False: it keeps every token and is run once."""
+        return True
 
     @property
     def needs(self) -> Needs:

@@ -1,7 +1,6 @@
 """FullKV: the uncompressed cache, the reference every other method is compared with."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from methods.base import KV, LayerPolicy, LayerView
 from methods.registry import method
@@ -12,7 +11,9 @@ from methods.registry import method
 class FullKV(LayerPolicy):
     """Keeps every token."""
 
-    budgeted: ClassVar[bool] = False
+    @property
+    def budgeted(self) -> bool:
+        return False
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         return view.kv

@@ -10,7 +10,7 @@ to half precision before codes are taken. A head whose codes would be no smaller
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
@@ -44,8 +44,8 @@ class Quant(KVPolicy):
             object.__setattr__(self, "inner", _chooser(self.over))
 
     @property
-    def budgeted(self) -> bool:  # type: ignore[override]  # alone it keeps all tokens
-        return self.inner is not None
+    def budgeted(self) -> bool:
+        return self.inner is not None  # alone it keeps all tokens
 
     @property
     def needs(self) -> Needs:
@@ -94,7 +94,7 @@ class Quant(KVPolicy):
         def act(layer: LayerView, index: int) -> KV:
             return self._encoded(acts(min(self.slots(budget, layer.kv), sizes.tokens))[index](layer))
 
-        return [lambda layer, index=index: act(layer, index) for index in range(sizes.layers)]  # type: ignore[misc]
+        return [partial(act, index=index) for index in range(sizes.layers)]
 
     def slots(self, budget: int, kv: KV) -> int:
         """Slots per head, on average over heads and layers, whose codes fit into the bytes of `budget` plain ones.

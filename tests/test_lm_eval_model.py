@@ -10,7 +10,6 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from harness.fetch import asset_folder
 from harness.lm_eval_plugin import KVPolicyLM
 from harness.models import LoadedModel, load_model
 
@@ -20,10 +19,8 @@ RULER = Path(lm_eval.__file__).parent / "tasks" / "ruler"
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    """Of this module alone: the plugin replaces a model's attention."""
-    if not asset_folder("smollm2-135m").is_dir():
-        pytest.skip("smollm2-135m is not in the cache; run `harness fetch smollm2-135m`")
+def loaded(smollm2: LoadedModel) -> LoadedModel:
+    """Of this module alone: the plugin replaces a model's attention. Skips as `smollm2` does."""
     return load_model("smollm2-135m", dtype="float32", device="cpu")
 
 
