@@ -91,7 +91,7 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 test-kvpress: model $(BENCH)/.ready ## presses of kvpress under our budgets, in the environment of `make bench`
-	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q tests/test_kvpress_adapter.py tests/test_kvpress_golden.py
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q tests/kvpress
 
 bench: model $(BENCH)/.ready ## speed of this harness beside kvpress, in an environment of its own
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest tests/bench -m bench

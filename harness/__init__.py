@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.attachment import attached as attached
+    from harness.generate.attached import attached as attached
 
 __all__ = ["__version__", "attached"]
 __version__ = "0.1.0"
@@ -14,4 +14,4 @@ def __getattr__(name: str) -> Any:
     """`attached`, once it is asked for: it brings torch and transformers along."""
     if name != "attached":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("harness.attachment").attached
+    return import_module("harness.generate.attached").attached

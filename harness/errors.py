@@ -1,5 +1,14 @@
 """Errors that end a command with one line and exit code 2."""
 
+from pydantic import ValidationError
+
 
 class HarnessError(ValueError):
     """Bad input or an unusable environment; the message says what is wrong, the value seen and what to do."""
+
+
+def one_line(error: ValidationError) -> HarnessError:
+    """The first thing that a specification refuses, as an error for the user."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return HarnessError(f"option {where}: {first['msg']}, got {first['input']!r}")

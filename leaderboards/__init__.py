@@ -1,4 +1,4 @@
-"""Records in, tables out. `leaderboards.render.write_board` turns run folders into pages; no torch, no model."""
+"""Records in, tables out. `leaderboards.tables.board.write_board` turns run folders into pages; no torch, no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load(results: str | Path) -> pd.DataFrame:
-    """Every record of a run folder, or of a folder of them, as one row: see `leaderboards.frame.load`."""
-    from leaderboards.frame import load as load_frame
+    """Every record of a run folder, or of a folder of them, as one row: see `leaderboards.tables.frame.load`."""
+    from leaderboards.tables.frame import load as load_frame
 
     return load_frame(results)

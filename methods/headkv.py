@@ -3,8 +3,8 @@
 Source: https://arxiv.org/abs/2410.19258. A head's budget is an even base plus its share of a common pool, by how much
 attention the tokens of an answer pay to the sentence that holds it, on calibration prompts with the full cache.
 Differences: importance is the attention mass itself instead of hits among the top tokens, per KV head; the share of the
-pool is chosen on calibration prompts (`harness.retrieval`). The budgets travel with CompilerKV's tables, whose
-calibration prompts they come from.
+pool is chosen on calibration prompts (`harness.compiler.retrieval_heads`). The budgets travel with CompilerKV's tables,
+whose calibration prompts they come from.
 """
 
 from collections.abc import Callable

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.fetch import asset_folder
-from harness.models import LoadedModel, load_model
+from harness.models.assets import asset_folder
+from harness.models.load import LoadedModel, load_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.records import Record, RunManifest
-from harness.spec import MethodSpec, ModelSpec, RunSpec, TaskSpec
-from leaderboards.aggregate import Table, aggregate
+from harness.records.record import Record, RunManifest
+from harness.records.spec import MethodSpec, ModelSpec, RunSpec, TaskSpec
+from leaderboards.stats.aggregate import Table, aggregate
 
 
 def record(method: str, budget: str, sample: str, score: float | None, **changes: Any) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from harness.schedule import BUNDLE_ITEMS, DEPTH, Done, Event, Lost, Ready
+from harness.run.schedule import BUNDLE_ITEMS, DEPTH, Done, Event, Lost, Ready
 
 Fate = Callable[[int, list[int], bool], Event[str] | None]
 """What happens to a worker that runs this bundle, carefully or not; None: nothing, for as long as it is let."""

@@ -31,7 +31,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-from harness.store import find_runs, load_run
+from harness.records.run_folder import find_runs, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = 2

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from harness.records import Record, RunManifest
-from harness.spec import MethodSpec, ModelSpec, RunSpec, TaskSpec
-from harness.store import RunStore
-from harness.submission_pack import INDEX, RECORDS, Index, PackedFile, zipped
+from harness.records.record import Record, RunManifest
+from harness.records.run_folder import RunStore
+from harness.records.spec import MethodSpec, ModelSpec, RunSpec, TaskSpec
+from harness.submission.archive import INDEX, RECORDS, Index, PackedFile, zipped
 from tasks import load_tasks
 from tasks.base import Sample
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.fetch import asset_folder
+from harness.models.assets import asset_folder
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import torch
 
-from harness.fetch import asset_folder
-from harness.models import resolve_dtype
+from harness.models.assets import asset_folder
+from harness.models.load import resolve_dtype
 
 if TYPE_CHECKING:
     from tests.bench.sides import Ours, Text, Theirs

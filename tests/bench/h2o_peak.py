@@ -20,9 +20,9 @@ from kvpress import ObservedAttentionPress
 from torch import Tensor
 from transformers import DynamicCache
 
-from harness.attach import AttachedModel
-from harness.engine import Engine
-from harness.models import load_model
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.models.load import load_model
 from methods.base import EvictionPolicy
 from methods.registry import make_policy
 from tests.bench.sides import Text, make_text, ratio

@@ -17,13 +17,13 @@ import kvpress
 import torch
 from transformers import DynamicCache
 
-from harness.attach import AttachedModel
-from harness.cells import Cell, Outcome, Prompt
-from harness.decode import Limits
-from harness.engine import Engine
-from harness.fetch import fetch
-from harness.models import LoadedModel, load_model
-from harness.spec import FirstToken, QueryMode
+from harness.engine.decode import Limits
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import Cell, Outcome, Prompt
+from harness.models.assets import fetch
+from harness.models.load import LoadedModel, load_model
+from harness.records.spec import FirstToken, QueryMode
 from methods.base import KV, Budget
 from methods.registry import make_policy
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from harness.records import Record
-from harness.spec import SCHEMA_VERSION
-from leaderboards.summaries import ENGLISH, RULER
+from harness.records.record import Record
+from harness.records.spec import SCHEMA_VERSION
+from leaderboards.stats.summaries import ENGLISH, RULER
 from tests.pretend import manifest, record
 
 pytestmark = pytest.mark.bench
@@ -37,8 +37,8 @@ LAYERS, HEADS = 30, 3
 MEASURE = """
 import resource, sys, time
 from pathlib import Path
-from harness.store import find_runs, load_brief
-from leaderboards.aggregate import aggregate
+from harness.records.run_folder import find_runs, load_brief
+from leaderboards.stats.aggregate import aggregate
 begin = time.perf_counter()
 runs = [load_brief(folder) for folder in find_runs(Path(sys.argv[1]))]
 loaded = time.perf_counter()

@@ -14,13 +14,13 @@ import pytest
 
 pytest.importorskip("ray")
 
-from harness.fanout import FanOut, run_fanout, store_all
-from harness.fetch import asset_folder
-from harness.progress import PROGRESS_FILE, Progress, Snapshot
-from harness.ray_pool import RayPool, WorkerShape, connected
-from harness.schedule import Schedule
-from harness.spec import Sweep
-from harness.store import RunStore
+from harness.models.assets import asset_folder
+from harness.records.run_folder import RunStore
+from harness.records.spec import Sweep
+from harness.run.driver import FanOut, run_fanout, store_all
+from harness.run.progress import PROGRESS_FILE, Progress, Snapshot
+from harness.run.ray_pool import RayPool, WorkerShape, connected
+from harness.run.schedule import Schedule
 from tests.pretend import manifest, record
 
 pytestmark = pytest.mark.bench

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.fetch import asset_folder
+from harness.models.assets import asset_folder
 
 pytestmark = pytest.mark.bench
 ROOT = Path(__file__).resolve().parents[2]

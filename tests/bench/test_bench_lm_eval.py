@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from harness.lm_eval_plugin import KVPolicyLM
+    from harness.lm_eval.plugin import KVPolicyLM
 
 pytestmark = pytest.mark.bench
 pytest.importorskip("wonderwords")
@@ -23,9 +23,9 @@ def models() -> tuple[KVPolicyLM, Any]:
     """Ours and lm-eval's, each with its own copy of the packaged model; skips when it was never fetched."""
     from lm_eval.models.huggingface import HFLM
 
-    from harness.fetch import asset_folder
-    from harness.lm_eval_plugin import KVPolicyLM
-    from harness.models import load_model
+    from harness.lm_eval.plugin import KVPolicyLM
+    from harness.models.assets import asset_folder
+    from harness.models.load import load_model
 
     if not asset_folder("smollm2-135m").is_dir():
         pytest.skip("smollm2-135m is not in the cache; run `harness fetch smollm2-135m`")

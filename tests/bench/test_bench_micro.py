@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from harness.cache import RowsLayer
-from harness.decode import Session
-from harness.engine import Engine
-from harness.kernels import causal_attention, column_sums
+from harness.engine.decode import Session
+from harness.engine.engine import Engine
+from harness.engine.kernels import causal_attention, column_sums
+from harness.engine.row_cache import RowsLayer
 from methods.base import Needs
 from methods.registry import make_policy
 

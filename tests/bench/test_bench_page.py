@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from harness.records import Record
-from leaderboards.aggregate import aggregate
-from leaderboards.page import write_page
+from harness.records.record import Record
+from leaderboards.pages.page import write_page
+from leaderboards.stats.aggregate import aggregate
 from tests.pretend import record
 
 api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from leaderboards.grid import Grid
-from leaderboards.rivals import compare
-from tests.test_rivals import scored
+from leaderboards.stats.grid import Grid
+from leaderboards.stats.subject import compare
+from tests.leaderboards.stats.test_subject import scored
 
 pytestmark = pytest.mark.bench
 

@@ -17,14 +17,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from harness.fetch import asset_folder
-from harness.isolated import Compressed, Isolated
-from harness.measured import Measured, ProbeSpec
+from harness.models.assets import asset_folder
+from harness.records.measured import Measured, ProbeSpec
+from harness.speed.one_method import Compressed, Isolated
 from methods.base import KV
 from methods.registry import make_policy
 
 if TYPE_CHECKING:
-    from harness.probe import Prober
+    from harness.speed.client import Prober
     from tests.bench.sides import Ours, Text, Theirs
 
 pytestmark = pytest.mark.bench
@@ -110,7 +110,7 @@ def test_compression_beside_prefill(
 @pytest.fixture
 def prober(dtype: str) -> Iterator[Prober]:
     """Fresh processes on the packaged model."""
-    from harness.probe import Prober
+    from harness.speed.client import Prober
 
     if not asset_folder("smollm2-135m").is_dir():
         pytest.skip("smollm2-135m is not in the cache; run `harness fetch smollm2-135m`")

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from harness.fetch import asset_folder
-from harness.models import load_model
-from harness.prompt import TaskTokenizer
+from harness.models.assets import asset_folder
+from harness.models.load import load_model
+from harness.models.prompt import TaskTokenizer
 from tasks import load_tasks
 from tasks.base import Sample, TaskOptions
 

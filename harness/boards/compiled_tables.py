@@ -1,0 +1,73 @@
+"""CompilerKV's tables for the page of a board: those that its runs used, as plain numbers (leaderboards know no torch).
+
+A run names its tables and their hash. Tables that are not here, or no longer the same, are left out and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.records.record import RunManifest
+from leaderboards.pages.maps import TableMap
+from leaderboards.text import clean
+from methods.base import PolicyError
+
+USED = {"compiled": ("budget", "slots"), "retrieval": ("retrieval", "HeadKV's slots")}
+"""Parameter `budgets` of the compiled form to the table that it shares slots out by, and its words."""
+
+
+class _Use(NamedTuple):
+    tables: str
+    sha256: str
+    budgets: str
+
+
+def table_maps_of(manifests: Iterable[RunManifest]) -> tuple[list[TableMap], list[str]]:
+    """The maps of every table that gave budgets to a method of these runs, and a remark for each that is missing."""
+    uses: dict[_Use, dict[str, None]] = {}
+    for manifest in manifests:
+        for method in manifest.spec.methods:
+            use = _use(method.name, method.params)
+            if use is not None:
+                uses.setdefault(use, {})[method.label] = None
+    maps: list[TableMap] = []
+    remarks: list[str] = []
+    for use, labels in uses.items():
+        found = _maps(use, list(labels))
+        if found is None:
+            where = f"tables {_short(use.tables)} ({use.sha256[:12]}) of {', '.join(labels)}"
+            remarks.append(clean(f"{where} are not on this machine as the run used them; no map of them"))
+        maps += found or []
+    return maps, remarks
+
+
+def _use(name: str, params: dict[str, Any]) -> _Use | None:
+    """None where no table decides the budgets."""
+    tables, sha256, budgets = (params.get(key) for key in ("tables", "tables_sha256", "budgets"))
+    if name != "compilerkv" or params.get("form") != "compiled" or budgets not in USED:
+        return None
+    return _Use(str(tables), str(sha256), str(budgets)) if tables and sha256 else None
+
+
+def _maps(use: _Use, labels: list[str]) -> list[TableMap] | None:
+    """One per compiled budget, each [layers, KV heads]; None without these very tables."""
+    from methods.compilerkv.policy import folder_of
+    from methods.compilerkv.tables import load_tables
+
+    try:
+        tables = load_tables(folder_of(use.tables))
+    except PolicyError:
+        return None
+    if tables.manifest.tensors_sha256 != use.sha256:
+        return None
+    tensor, words = USED[use.budgets]
+    name = f"{_short(use.tables)} ({use.sha256[:12]}), {words} of {', '.join(labels)}"
+    rows = tables.tensors[tensor].tolist()
+    return [TableMap(name, str(b), values) for b, values in zip(tables.manifest.budgets, rows, strict=True)]
+
+
+def _short(tables: str) -> str:
+    """The name of packaged tables, or of a folder without what leads there."""
+    return Path(tables).name

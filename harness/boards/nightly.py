@@ -1,0 +1,103 @@
+"""`harness nightly`: a board's sweep in a folder of its own, judged by the last published night, then published.
+
+The same sweep has the same run id every night, so each night has its own folder below `out`, named by its start. An
+unfinished one is gone on with, but only by the same commit, packages and machine: records of two of them are no night.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import HarnessError
+from harness.machine import git_commit, machine, versions
+from harness.records.run_folder import RUNS, load_run, write_text
+from harness.records.spec import Sweep
+from harness.run.sequential import run_sweep
+from leaderboards.nights.compare import NightlyOptions
+from leaderboards.nights.files import machine_id, night_of, read_nights, write_night
+from leaderboards.nights.report import Verdict, judge, to_markdown
+from leaderboards.stats.aggregate import aggregate
+from leaderboards.tables.board import write_board
+
+if TYPE_CHECKING:
+    from harness.run.driver import FanOut
+
+REPORT = ".report.md"
+
+
+@dataclass(frozen=True)
+class Nightly:
+    """What a night is. board: its name, which its files and stored nights bear. fan: None for this process alone.
+
+    accept: publish it whatever came out. subject: as in `harness board --subject`.
+    """
+
+    board: str
+    sweep: Sweep
+    options: NightlyOptions
+    baseline: Path
+    out: Path
+    fan: FanOut | None = None
+    subject: str | None = None
+    accept: bool = False
+
+
+def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[Verdict, list[Path]]:
+    """Run a night, judge it, write its board and report; what came out, and the files written.
+
+    They are written beside the run, and into the folder of published nights unless something regressed.
+
+    Raises:
+        HarnessError: bad input, a damaged stored night, or a folder that cannot be written.
+        KeyboardInterrupt: the night can be gone on with.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", ask.board):
+        raise HarnessError(f"board name {ask.board!r} is no file name; rename the file to letters, digits, '-' and '_'")
+    stored = read_nights(ask.baseline, ask.board)  # a night is long: what is damaged is found before it
+    folder = night_folder(ask.out)
+    if ask.fan is not None:
+        from harness.run.driver import run_fanout
+
+        run = run_fanout(ask.sweep, ask.fan, root=folder, command=command)
+    else:
+        run = run_sweep(ask.sweep, root=folder, command=command)
+    manifest, records = load_run(run)
+    here = "" if ask.fan is not None else machine_id(manifest.machine, platform.node())
+    night = night_of(records, manifest, board=ask.board, version=ask.options.version, machine_id=here)
+    verdict = judge(night, stored, ask.options, accept=ask.accept)
+    written, tables = [], aggregate(records, manifests=[manifest], subject=ask.subject)
+    for place in [ask.baseline, folder] if verdict.publishable else [folder]:
+        written += write_board(tables, place, night.about.name, manifests=[manifest])
+        written += write_night(night, place)
+        written.append(place / f"{night.about.name}{REPORT}")
+        write_text(written[-1], to_markdown(verdict))  # beside the run it is the last file: the night is over
+    return verdict, written
+
+
+def night_folder(out: Path) -> Path:
+    """Where tonight's run goes: the newest night below `out` if it can be gone on with, else a new name."""
+    nights = sorted(path for path in out.glob("????-??-??T??????Z*") if path.is_dir())
+    if nights and _unfinished(nights[-1]):
+        print(f"going on with the unfinished night {nights[-1]}", file=sys.stderr)
+        return nights[-1]
+    name = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    names = (f"{name}-{n}" if n else name for n in count())
+    return next(out / unused for unused in names if not (out / unused).exists())
+
+
+def _unfinished(night: Path) -> bool:
+    """Whether it has runs but no report, all of them of the code, packages and machine that are here now."""
+    commit = git_commit()
+    runs = [RUNS.read_manifest(path.parent) for path in sorted(night.glob("*/run.json"))]
+    if not runs or commit is None or commit.endswith("-dirty") or list(night.glob(f"*{REPORT}")):
+        return False
+    here = (commit, versions(), machine())
+    return all((run.git_commit, run.versions, run.machine) == here for run in runs)

@@ -1,0 +1,147 @@
+"""Where a board's records are: run folders, archives of `harness submit`, and the records of the published boards.
+
+A published board is made from `leaderboards/published/records/<board>/`, a folder of archives, and what
+`leaderboards/boards/<board>.toml` says of it, so that anyone can make it again. A folder that has timings
+(`bench.json`) is a board of speed; one that has a memory boundary (`boundary.json`) shows it beside the scores.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+import leaderboards
+from harness.errors import HarnessError, one_line
+from harness.records.bench_folder import BENCHES, BenchManifest, BenchRecord, load_bench
+from harness.records.board_record import Brief
+from harness.records.log_folder import Layout
+from harness.records.memory_folder import SEARCHES
+from harness.records.record import Record, RunManifest
+from harness.records.run_folder import RUNS, find_runs, load_brief, load_run
+from harness.records.spec import Frozen, Sweep
+from harness.submission.archive import MANIFEST, RECORDS, open_pack
+
+BOARDS = Path(leaderboards.__file__).resolve().parent / "boards"
+PUBLISHED = Path(leaderboards.__file__).resolve().parent / "published"
+KEPT = PUBLISHED / "records"
+
+Run = tuple[RunManifest, Sequence[Record | Brief]]
+Bench = tuple[BenchManifest, list[BenchRecord]]
+
+
+class BoardOptions(Frozen):
+    """The `[board]` table of a TOML file: what the run's board adds. No part of what the run is, nor of its id.
+
+    subject: one of the methods, as in `harness board --subject`. html: its page is published too.
+    """
+
+    subject: str | None = None
+    html: bool = False
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a board is made of. boundaries: folders of searches."""
+
+    runs: Sequence[Run]
+    benches: Sequence[Bench] = ()
+    boundaries: Sequence[Path] = ()
+
+    @property
+    def manifests(self) -> list[RunManifest]:
+        return [manifest for manifest, _ in self.runs]
+
+    @property
+    def records(self) -> list[Record | Brief]:
+        return [record for _, stored in self.runs for record in stored]
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
+    path = Path(name)
+    if not path.suffix and (BOARDS / f"{name}.toml").is_file():
+        path = BOARDS / f"{name}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(board.stem for board in BOARDS.glob("*.toml")))
+        raise HarnessError(f"cannot read {name}: {error.strerror}; packaged boards: {known}") from None
+    except ValueError as error:
+        raise HarnessError(f"{path} is not TOML: {error}") from None
+
+
+def board_options(board: Any) -> BoardOptions:
+    """A `[board]` table, checked. Raises HarnessError for an unknown key."""
+    try:
+        return TypeAdapter(dict[str, BoardOptions]).validate_python({"board": board})["board"]
+    except ValidationError as error:
+        raise one_line(error) from None
+
+
+def published_boards() -> list[str]:
+    """Names of the boards whose records are published; none in an installed package, which has no records."""
+    return sorted(path.name for path in KEPT.glob("*") if path.is_dir())
+
+
+def options_of(name: str) -> BoardOptions:
+    """What the board's TOML file adds; nothing where it has none."""
+    described = (BOARDS / f"{name}.toml").is_file()
+    return board_options(read_config(name).get("board", {})) if described else BoardOptions()
+
+
+def collect(places: Iterable[Path], *, whole: bool = True) -> Sources:
+    """Everything that is in some folders and archives. whole: run folders' records in full, not in brief.
+
+    Raises HarnessError for a place that holds nothing of the kind, and for damage.
+    """
+    runs: list[Run] = []
+    boundaries: list[Path] = []
+    benches: list[Bench] = []
+    for place in places:
+        if place.is_file():
+            runs.append(load_pack(place))
+            continue
+        packs, edges, timed = sorted(place.glob("*.zip")), _with(place, SEARCHES), _with(place, BENCHES)
+        runs += map(load_pack, packs)
+        boundaries += edges
+        benches += map(load_bench, timed)
+        if _with(place, RUNS) or not (packs or edges or timed):
+            runs += map(load_run if whole else load_brief, find_runs(place))
+    return Sources(runs, benches, boundaries)
+
+
+def load_pack(path: Path) -> Run:
+    """The run in an archive of `harness submit`. Raises HarnessError for one that is not sound."""
+    with open_pack(path) as pack:
+        try:
+            manifest = RunManifest.model_validate_json(pack.read(MANIFEST))
+        except ValidationError as error:
+            raise HarnessError(f"{path.name}: {MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+        return manifest, list(RUNS.parse(path / RECORDS, list(pack.lines()), owner=manifest.run_id))
+
+
+def _with(place: Path, layout: Layout[Any, Any]) -> list[Path]:
+    """Folders at or right below `place` of that layout, in name order."""
+    patterns = (layout.manifest_file, f"*/{layout.manifest_file}")
+    return sorted(path.parent for pattern in patterns for path in place.glob(pattern))
+
+
+def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
+    """The subject's label in the run, with its changed parameters; None without one.
+
+    board: the `[board]` table. typed: whether the methods come from the command line, which may leave the subject out.
+    """
+    from harness.plan.sweep import plan_methods
+
+    wanted = board_options(board).subject
+    if wanted is None:
+        return None
+    labels = {spec.label.partition("[")[0]: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
+    if wanted not in labels and not typed:
+        raise HarnessError(f"board.subject {wanted!r} is no method with a budget of this run: {', '.join(labels)}")
+    return labels.get(wanted)

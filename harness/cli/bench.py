@@ -1,0 +1,91 @@
+"""`harness bench` and `harness serve-bench` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from harness.cli.arguments import names, numbers
+from harness.errors import HarnessError
+from harness.plan.options import assignment
+
+BENCHES = Path("benches")
+
+
+def bench_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `harness bench`."""
+    _shared(parser)
+    add = parser.add_argument
+    add("--lengths", type=numbers, help="prompt lengths in tokens (2048,8192)")
+    add("--batch", type=int, help="prompts decoded together (1)")
+    add("--rounds", type=int, help="passes over all methods; medians and spread are over them (3)")
+    parser.set_defaults(action=_action, kind="bench")
+
+
+def serve_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `harness serve-bench`."""
+    _shared(parser)
+    add = parser.add_argument
+    add("--length", type=int, default=8192, help="prompt length in tokens (8192)")
+    add("--batch", type=int, default=16, help="prompts, prefilled one at a time and decoded together (16)")
+    add("--rounds", type=int, default=1, help="passes over all methods (1)")
+    parser.set_defaults(action=_action, kind="serve-bench")
+
+
+def _shared(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--methods", type=names, required=True, help="comma-separated, `name` or `name@preset`; add fullkv for ratios")
+    add("--budgets", type=names, help="tokens per layer and KV head, or kept fractions")
+    add("--new-tokens", type=int, help="tokens generated for each prompt (32)")
+    add("--chunk", type=int, help="tokens of a prefill forward (default: the whole prompt at once)")
+    add("--memory-limit", dest="limit_bytes", metavar="SIZE", help="of a probe, with the model: 4GiB")
+    add("--no-warm-up", dest="warm_up", action="store_false", default=None, help="count the first round too")
+    add("--model", help="as in `harness run`")
+    add("--dtype", help="as in `harness run`")
+    add("--device", help="as in `harness run`")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--timeout", type=float, dest="timeout_s", metavar="SECONDS", help="of one probe (1800)")
+    add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
+    add("--out", type=Path, default=BENCHES, help="folder of bench folders (default: benches)")
+
+
+def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.records.bench_folder import load_bench
+    from harness.speed.bench import BenchAsk, run_bench
+    from harness.speed.client import Prober
+    from harness.speed.memory_limit import parse_bytes
+    from leaderboards.tables.speed import to_terminal, write_speed
+
+    given = {name: getattr(args, name, None) for name in BenchAsk.model_fields}
+    if args.kind == "serve-bench":
+        given |= {"lengths": (args.length,), "budgets": args.budgets or ("128",)}
+    if args.limit_bytes is not None:
+        given["limit_bytes"] = parse_bytes(args.limit_bytes)
+    given["set"] = dict(map(assignment, args.set or ()))
+    try:
+        ask = BenchAsk.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise _refusal(error) from None
+    folder = run_bench(ask, root=args.out, command=command, prober=Prober)
+    manifest, records = load_bench(folder)
+    print(to_terminal(records, manifests=[manifest]))
+    for path in write_speed(records, folder, "bench", manifests=[manifest]):
+        print(f"wrote {path}", file=sys.stderr)
+    lost = sum(record.status in ("failed", "timeout") for record in records)
+    if lost:
+        advice = "repeat the command to try them again"
+        if any(record.status == "timeout" for record in records):
+            advice += ", with a longer --timeout"
+        print(f"harness: {lost} of {len(records)} probes failed or ran out of time; {advice}", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def _refusal(error: ValidationError) -> HarnessError:
+    """The first option that is out of range, as it is typed."""
+    first = error.errors()[0]
+    name = "-".join(map(str, first["loc"])).removesuffix("_s").replace("limit_bytes", "memory_limit")
+    return HarnessError(f"--{name.replace('_', '-')} {first['input']}: {first['msg'].lower()}")

@@ -1,0 +1,23 @@
+"""`harness new-method NAME`: files to start a method from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def new_method_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the method, an identifier in lower case")
+    parser.add_argument(
+        "--to", type=Path, default=Path(), metavar="DIR", help="checkout, or folder for the package (default: here)"
+    )
+    parser.set_defaults(action=_new_method)
+
+
+def _new_method(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.new_method.write import new_method
+
+    for path in new_method(args.name, where=args.to):
+        print(f"wrote {path}")
+    return 0

@@ -1,0 +1,79 @@
+"""`harness nightly` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from harness.cli.ray import fan_out, ray_options
+from harness.errors import HarnessError, one_line
+from leaderboards.nights.compare import NightlyOptions
+
+NIGHTS = Path("results") / "nightly"
+
+
+def nightly_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `harness nightly`."""
+    add = parser.add_argument
+    add("config", metavar="BOARD", help="a TOML file with a [nightly] table, or the name of a packaged board (nightly)")
+    add("--out", type=Path, default=NIGHTS, help="folder of nights (default: results/nightly)")
+    add("--baseline", type=Path, help="folder of published nights (default: as in the [nightly] table)")
+    add("--accept", action="store_true", help="publish this night even if something regressed; ends with 0")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    ray_options(parser)
+    parser.set_defaults(action=_action, set=None, methods=None)
+
+
+def nightly_options(table: Any, config: str) -> NightlyOptions:
+    """The `[nightly]` table. Raises HarnessError for an unusable one."""
+    if table is None:
+        raise HarnessError(f'{config} has no [nightly] table; add one with version = 1 and baseline = "FOLDER"')
+    try:
+        return TypeAdapter(dict[str, NightlyOptions]).validate_python({"nightly": table})["nightly"]
+    except ValidationError as error:
+        raise one_line(error) from None
+
+
+def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.boards.sources import read_config, subject_of
+    from harness.plan.options import sweep_of
+
+    table = read_config(args.config)
+    options = nightly_options(table.pop("nightly", None), args.config)
+    board = table.pop("board", {})
+    sweep = sweep_of(args, table)
+    subject = subject_of(board, sweep, typed=False)
+    fan = fan_out(args)
+
+    from harness.boards.nightly import Nightly, run_nightly
+    from leaderboards.nights.report import headline, to_terminal
+
+    if fan is None and args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    ask = Nightly(
+        board=Path(args.config).stem,
+        sweep=sweep,
+        options=options,
+        baseline=args.baseline or Path(options.baseline),
+        out=args.out,
+        fan=fan,
+        subject=subject,
+        accept=args.accept,
+    )
+    verdict, written = run_nightly(ask, command=command)
+    print(to_terminal(verdict))
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    if verdict.publishable:
+        return 0
+    name, place = verdict.night.about.name, written[-1].parent
+    advice = f"if that is meant, repeat with --accept or copy {place}/{name}.* to {ask.baseline}"
+    print(f"harness: {headline(verdict)}; the published night stays; {advice}", file=sys.stderr)
+    return 1

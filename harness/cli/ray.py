@@ -1,0 +1,59 @@
+"""Options of `harness run` that fan it out over Ray."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from harness.run.driver import FanOut
+
+OPTIONS = ("workers", "cpus_per_worker", "gpus_per_worker", "autoscale", "item_timeout", "tries", "start_timeout")
+
+
+def ray_options(run: argparse.ArgumentParser) -> None:
+    """Add them. The run itself, its id and its records are the same with and without."""
+    group = run.add_argument_group("many workers", "the same run fanned out over a Ray cluster")
+    add = group.add_argument
+    add(
+        *("--ray",),
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="auto (a cluster on this machine, or one of its own), local, host:port, ray://host:port",
+    )
+    add("--workers", type=int, help="how many (default: as many as fit into the cluster)")
+    add("--cpus-per-worker", type=float, help="CPU slots, and CPU threads, of a worker (default: 1)")
+    add("--gpus-per-worker", type=float, help="GPUs of a worker (default: 1 where there are any); more share a model")
+    add("--autoscale", action="store_true", default=None, help="nodes for --workers will be added to the cluster")
+    add("--item-timeout", type=float, metavar="S", help="seconds of a sample after which its worker hangs (3600)")
+    add("--tries", type=int, help="until a sample that kills its workers is marked failed (default: 3)")
+    add("--start-timeout", type=float, metavar="S", help="seconds without any worker until the run ends (900)")
+
+
+def fan_out(args: argparse.Namespace) -> FanOut | None:
+    """How the run is fanned out, None for a run in this process. Raises HarnessError for unusable options."""
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if args.ray is None:
+        if given:
+            raise HarnessError(f"--{next(iter(given)).replace('_', '-')} is for runs on a Ray cluster; add --ray")
+        return None
+    if args.threads is not None:
+        raise HarnessError(f"--threads {args.threads} is of this process; give --cpus-per-worker with --ray")
+    for name, value in given.items():
+        least = 0 if name == "gpus_per_worker" else 1
+        if name != "autoscale" and not least <= value < 1e9:
+            raise HarnessError(f"--{name.replace('_', '-')} {value:g} is out of range; give at least {least}")
+    if (gpus := given.get("gpus_per_worker", 0)) > 1 and not float(gpus).is_integer():
+        raise HarnessError(f"--gpus-per-worker {gpus:g} is out of range; above 1 give a whole number")
+    try:
+        from harness.run.driver import FanOut
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise HarnessError("--ray needs Ray; install it with `pip install 'kv-policy-harness[ray]'`") from None
+    renamed = {"cpus_per_worker": "cpus", "gpus_per_worker": "gpus", "item_timeout": "timeout_s"}
+    renamed |= {"start_timeout": "start_s"}
+    return FanOut(address=args.ray, **{renamed.get(name, name): value for name, value in given.items()})

@@ -1,0 +1,1 @@
+"""The offline compiler of CompilerKV's tables. Others call `compile.Compiler`."""

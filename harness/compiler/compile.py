@@ -1,0 +1,201 @@
+"""`harness compile`: calibration prompts, roll-outs of the model, and the tables that CompilerKV looks up.
+
+Stages, each resumable from what lies in the output folder:
+    form      which score: every candidate at uniform budgets, chosen by cross-validation over training prompts; then
+              the same for what its scores are averaged over, and for a gate
+    budgets   slot multiples of every layer and KV head, by gradient (harness.compiler.gradient), on training prompts
+    halves    the same from two disjoint halves of them: how far do tables agree
+    check     on calibration-validation prompts: the tables against uniform budgets and against their own shuffles;
+              tables that do not win both are left neutral
+    risk      whether slots should move between the prompts of a batch by their risk (methods.compilerkv.risk)
+    retrieval multiples in the style of HeadKV, a rival's (harness.compiler.retrieval_heads)
+    published head weights and thresholds by Q-learning when asked for (harness.compiler.paper_tables), checked like the
+    budgets
+Every quarter prompt of a family is for validation. Losses are divergences from the full cache on the answer's first
+tokens, in nats a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.compiler.estimators import ESTIMATORS, cell, ridge_reliability
+from harness.compiler.paper_check import check_published, no_gain
+from harness.compiler.paper_tables import Observed, Published
+from harness.compiler.retrieval_heads import by_retrieval
+from harness.compiler.stage import CompileSpec, Workbench
+from harness.errors import HarnessError
+from harness.machine import git_commit, machine, versions
+from methods.compilerkv.form import Form
+from methods.compilerkv.manifest import Manifest
+from methods.compilerkv.policy import folder_of
+from methods.compilerkv.risk import fit_risk, risk_gain
+from methods.compilerkv.selection import choose, gains, spearman
+from methods.compilerkv.tables import Tables, load_tables, neutral, save_tables
+
+FORMS = tuple(
+    Form(window=window, kernel=kernel, forward=forward, whole=whole)
+    for window, kernel, forward, whole in product((8, 16, 32), (7, 13, 21), (True, False), (0.0, 0.1, 0.2, 0.4))
+)
+BASES, GATES = ("head", "layer", "global"), (0.0, 0.1, 0.8)
+FORM_PROMPTS = 32
+SHUFFLES = 8
+
+
+class Compiler:
+    """One compilation. folder: gets the roll-outs, the state of every estimate and the tables."""
+
+    def __init__(self, spec: CompileSpec, folder: Path) -> None:
+        self.spec, self.folder, self.bench = spec, folder, Workbench(spec, folder)
+
+    def compile(self, command: Sequence[str]) -> Tables:
+        """Run what is missing and write the tables."""
+        estimate, _ = ESTIMATORS[self.spec.estimator]
+        training = self.bench.training
+        form, report = self.choose_form()
+        shares = estimate(self.bench, "all", form, training)
+        halves = [estimate(self.bench, f"half{i}", form, training[i::2]) for i in (0, 1)]
+        report |= {"halves_spearman": spearman(*halves), "validation": self.check(form, shares)}
+        if self.spec.estimator == "ridge":
+            report["split_half"] = ridge_reliability(self.bench, "all", training)
+        report |= {"training_prompts": len(training), "validation_prompts": len(self.bench.validation)}
+        tensors = {"budget": shares.clone(), "retrieval": by_retrieval(self.bench, form, training)}
+        reasons: dict[str, str] = {}
+        for row, budget in enumerate(self.spec.budgets):
+            why = no_gain(report["validation"][str(budget)], "uniform")
+            if why:
+                tensors["budget"][row] = 1.0
+                reasons[f"budget {budget}"] = why
+        signals = self._signals()
+        tensors["risk"], report["risk"] = self.move_by_risk(form, shares, signals)
+        reasons |= {f"risk {budget}": why for budget, why in report["risk"].pop("neutral").items()}
+        if self.spec.published:
+            found, report["published"] = self._published(signals)
+            found, unearned, gained = check_published(self.bench, found, self.bench.validation)
+            report["published"]["validation"] = gained
+            tensors, reasons = tensors | found, reasons | unearned
+        else:
+            reasons |= {"head": "not compiled", "gate": "not compiled"}
+        return self._write(form, tensors, reasons, report, command)
+
+    def _published(self, signals: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        bench = self.bench
+        published = Published(
+            [bench.prompts[at].id for at in bench.training],
+            lambda at: bench.rollout(bench.training[at]),
+            signals=signals[bench.training],
+            shapes=bench.shapes,
+            budgets=self.spec.budgets,
+            ledger=bench.ledger,
+            seed=self.spec.seed,
+        )
+
+        def walk(stage: str) -> Iterator[int]:
+            return (bench.training.index(at) for at in bench.missing(stage, bench.training))
+
+        return published.compile(walk)
+
+    def choose_form(self) -> tuple[Form, dict[str, Any]]:
+        """The score with the least divergence at uniform budgets, and what the others had; or the one asked for."""
+        if self.spec.form != "auto":
+            taken = load_tables(folder_of(self.spec.form)).manifest.form
+            if taken is None:
+                raise HarnessError(f"tables {self.spec.form} have no form to take; leave --form out")
+            return taken, {"form": {"taken_from": self.spec.form}}
+        form, chosen = self._best("form", FORMS)
+        kinds = [form.model_copy(update={"basis": basis, "gate": gate}) for basis, gate in product(BASES, GATES)]
+        form, refined = self._best("basis", kinds)
+        return form, {"form": chosen, "basis": refined}
+
+    def _best(self, stage: str, forms: Sequence[Form]) -> tuple[Form, dict[str, Any]]:
+        names = [form.model_dump_json(exclude_defaults=True) for form in forms]
+        asked = self.bench.training[:FORM_PROMPTS]
+        for at in self.bench.missing(stage, asked):
+            found = [self.bench.divergences(at, [(form, ()) for form in forms], budget) for budget in self._tight()]
+            self.bench.add(stage, at, found)
+        best, report = choose(self.bench.found(stage, asked), [self.bench.prompts[at].family for at in asked])
+        ranked = sorted(range(len(forms)), key=lambda i: report["scores"][i])[:5]
+        summary = {name: report[name] for name in ("left_out_ratio", "often")}
+        return forms[best], summary | {"best": {names[i]: report["scores"][i] for i in ranked}}
+
+    def _signals(self) -> Tensor:
+        """Entropy in nats and perplexity of every prompt: [P, 2]."""
+        every = range(len(self.bench.prompts))
+        for at in self.bench.missing("risk", every):
+            seen = Observed.of(self.bench.rollout(at))
+            self.bench.add("risk", at, [seen.entropy, seen.perplexity])
+        return self.bench.found("risk", every)
+
+    def move_by_risk(self, form: Form, shares: Tensor, signals: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Slopes [N, 2, 3] fitted on training prompts, 0 where validation prompts do not confirm them, and gains."""
+        bench, budgets = self.bench, self.spec.budgets
+        if len(budgets) == 1:
+            return neutral(bench.shapes, budgets).risk, {"neutral": {str(budgets[0]): "one budget shows no slope"}}
+        for at in bench.missing("curves", bench.training):
+            rows = zip(budgets, shares, strict=True)
+            bench.add("curves", at, [bench.divergences(at, [cell(form, own)], budget)[0] for budget, own in rows])
+        risk = fit_risk(bench.found("curves", bench.training), signals[bench.training], budgets)
+        checked = bench.found("check", bench.validation)[:, :, 1]
+        report = risk_gain(checked, signals[bench.validation], budgets, risk=risk, seed=self.spec.seed)
+        still = "training prompts lost least with slopes of 0"
+        reasons = {
+            budget: no_gain(found, "even shares") if any(found["slopes"]) else still for budget, found in report.items()
+        }
+        for row, budget in enumerate(budgets):
+            if reasons[str(budget)]:
+                risk[row, :, 0] = 0.0
+        return risk, report | {"neutral": {budget: why for budget, why in reasons.items() if why}}
+
+    def check(self, form: Form, shares: Tensor) -> dict[str, Any]:
+        """Gains of the tables on validation prompts, for each budget."""
+        draws = torch.Generator().manual_seed(self.spec.seed)
+        orders = [torch.randperm(shares[0].numel(), generator=draws) for _ in range(SHUFFLES)]
+        for at in self.bench.missing("check", self.bench.validation):
+            found = []
+            for budget, table in zip(self.spec.budgets, shares, strict=True):
+                shuffled = [table.flatten()[order].view(table.shape) for order in orders]
+                cells = [(form, ()), *(cell(form, own) for own in (table, *shuffled))]
+                found.append(self.bench.divergences(at, cells, budget))
+            self.bench.add("check", at, found)
+        losses = self.bench.found("check", self.bench.validation)
+        return {str(budget): gains(losses[:, i], seed=self.spec.seed) for i, budget in enumerate(self.spec.budgets)}
+
+    def _tight(self) -> tuple[int, ...]:
+        """Budgets at which forms are told apart: those of at most a third of the shortest prompt."""
+        tight = tuple(budget for budget in self.spec.budgets if budget <= self.spec.lengths[0] / 2)
+        return tight or self.spec.budgets[:1]
+
+    def _write(
+        self,
+        form: Form,
+        tensors: dict[str, Tensor],
+        reasons: dict[str, str],
+        report: dict[str, Any],
+        command: Sequence[str],
+    ) -> Tables:
+        spec, bench = self.spec, self.bench
+        named = ", ".join(f"{name} ({sha256[:12]})" for name, sha256 in bench.corpora.items())
+        manifest = Manifest(
+            kind="compiled",
+            shapes=bench.shapes,
+            budgets=spec.budgets,
+            source=ESTIMATORS[spec.estimator][1] + ("; head and gate by Q-learning" if spec.published else ""),
+            corpus=f"{len(bench.prompts)} prompts of {named}",
+            seed=spec.seed,
+            model=bench.loaded.spec.name,
+            model_revision=bench.loaded.spec.revision,
+            form=form,
+            neutral=reasons,
+            prompts=tuple(sorted(prompt.sha256 for prompt in bench.prompts)),
+            report=report,
+            command=tuple(command),
+            git_commit=git_commit(),
+            made_on={**machine(), "versions": versions()},
+        )
+        return save_tables(Tables(manifest, **(neutral(bench.shapes, spec.budgets).tensors | tensors)), self.folder)

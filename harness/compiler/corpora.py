@@ -1,0 +1,186 @@
+"""Prose that calibration prompts are made from: a name or a folder in, paragraphs and a checksum out.
+
+kjv             the King James Bible, an asset (harness.models.assets) in the public domain
+pydoc           the running Python's help topics, the paragraphs of `stdlib/passage_retrieval`; they differ by version
+essays          the essays asset, which is also the haystack of RULER's and NIAH's tasks
+path/to/folder  its *.txt and *.txt.gz in UTF-8, by name; paragraphs are parted by blank lines
+
+A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import punkt
+
+from harness.errors import HarnessError
+from harness.models.assets import fetch
+from tasks.base import TaskError
+from tasks.stdlib import paragraphs as help_paragraphs
+
+MIN_WORDS = 2000
+"""Words of the smallest corpus: a few prompts of 600 tokens without an overlap."""
+LEAST_PROSE = 4
+"""Words of the shortest paragraph."""
+SENTENCE_END = re.compile(r"""[.!?]["')”’]*(?:\[\d+\])?$""")
+
+BLANK_LINE = re.compile(r"\n\s*\n")
+# The essays have lost their line breaks between paragraphs: `... wrong.We had ...`, `... done.)"What ...`.
+GLUED = re.compile(
+    r'(?<=[a-z0-9%][.?!])(?=["(“]?[A-Z])|(?<=[.?!][")\]”])(?=["(“]?[A-Z])|(?<=[.?!]\[\d\])(?=["(“]?[A-Z])'
+    r"|(?<=[a-z] (?:19|20)\d\d)(?=[(A-Z])"
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Named prose. sha256: of the paragraphs in UTF-8, joined by a blank line."""
+
+    name: str
+    paragraphs: tuple[str, ...]
+    sha256: str
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Character where each paragraph starts in the joined text, and where one after the last would."""
+        return [0, *accumulate(len(paragraph) + 2 for paragraph in self.paragraphs)]
+
+    def sentences_from(self, place: float) -> Iterator[str]:
+        """Every sentence once, each after the white space before it (a blank or a blank line), round the corpus.
+
+        The first one is the first that starts at `place` (in [0, 1) of the characters) or after it. Joined in order
+        they are the text again.
+        """
+        at = int(place % 1.0 * self.starts[-1])
+        first = bisect_right(self.starts, at) - 1
+        offsets = [start for start, _ in _sentences(self.paragraphs[first])]
+        skipped = sum(start < at - self.starts[first] for start in offsets)
+        yield from _pieces(self.paragraphs[first])[skipped:]
+        for paragraph in (*self.paragraphs[first + 1 :], *self.paragraphs[:first]):
+            yield from _pieces(paragraph)
+        yield from _pieces(self.paragraphs[first])[:skipped]
+
+
+def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
+    """A corpus of these paragraphs. Raises HarnessError when they have fewer than `MIN_WORDS` words."""
+    kept = tuple(paragraphs)
+    words = sum(len(paragraph.split()) for paragraph in kept)
+    if words < MIN_WORDS:
+        raise HarnessError(f"corpus {name!r} has {words} words of prose, {MIN_WORDS} are needed; give it more text")
+    text = "\n\n".join(kept)
+    return Corpus(name, kept, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest())
+
+
+def load_corpus(name: str) -> Corpus:
+    """The corpus of this name, or of the folder at this path. Its name is then the folder's.
+
+    Raises:
+        HarnessError: unknown name, a folder without readable text, too little prose, or an asset that cannot be had.
+    """
+    if name in CORPORA:
+        return corpus_of(name, CORPORA[name]())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return corpus_of(folder.resolve().name, _folder(folder))
+    close = get_close_matches(name, CORPORA, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise HarnessError(f"unknown corpus {name!r}{hint} known: {', '.join(CORPORA)}, or a folder with *.txt or *.txt.gz")
+
+
+def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """Two corpora of equal size about: the paragraphs before the middle of the text, and those after it.
+
+    Raises HarnessError when a half is too small to be a corpus.
+    """
+    middle = corpus.starts[-1] / 2
+    cut = min(range(len(corpus.starts)), key=lambda index: abs(corpus.starts[index] - middle))
+    return (
+        corpus_of(f"{corpus.name}-first", corpus.paragraphs[:cut]),
+        corpus_of(f"{corpus.name}-second", corpus.paragraphs[cut:]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _sentences(paragraph: str) -> tuple[tuple[int, int], ...]:
+    return tuple(punkt.tokenizer_for("english").span_tokenize(paragraph))
+
+
+def _pieces(paragraph: str) -> list[str]:
+    """Sentences with the white space before them; the first of a paragraph comes after a blank line."""
+    spans = _sentences(paragraph)
+    befores = [0, *(end for _, end in spans)]
+    pieces = [paragraph[before:end] for before, (_, end) in zip(befores, spans, strict=False)]
+    return [f"\n\n{pieces[0]}", *pieces[1:]]
+
+
+def _prose(blocks: Iterable[str]) -> list[str]:
+    """Those blocks that are prose, each on one line."""
+    lines = (" ".join(block.split()) for block in blocks)
+    return [line for line in lines if SENTENCE_END.search(line) and len(line.split()) >= LEAST_PROSE]
+
+
+def _folder(folder: Path) -> list[str]:
+    files = sorted((*folder.glob("*.txt"), *folder.glob("*.txt.gz")), key=lambda path: path.name)
+    if not files:
+        raise HarnessError(f"corpus folder {folder} has no *.txt and no *.txt.gz; put some there, or name another one")
+    return [paragraph for path in files for paragraph in _prose(BLANK_LINE.split(_read(path)))]
+
+
+def _read(path: Path) -> str:
+    try:
+        blob = path.read_bytes()
+        return (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise HarnessError(f"{path} is not readable UTF-8 text ({error}); repair it or take it away") from None
+
+
+def _kjv() -> list[str]:
+    (path,) = fetch("kjv").iterdir()
+    return kjv_paragraphs(_read(path))
+
+
+def kjv_paragraphs(module: str) -> list[str]:
+    """Paragraphs of a `plain_text_readers_bible.py`: its text without verse numbers, the longest string literal.
+
+    The module is parsed and never run. Brackets mark words that the translators added; only the marks are dropped.
+    One missing line break between two books is put back.
+
+    Raises:
+        HarnessError: this is no Python module, or one without a string.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(module)))
+    except (SyntaxError, ValueError) as error:
+        raise HarnessError(f"the asset kjv is not the module it should be ({error}); fetch it again") from None
+    literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    if not literals:
+        raise HarnessError("the asset kjv has no text; fetch it again")
+    text = re.sub(r"[\[\]]", "", max(literals, key=len)).replace("( ", "(").replace(".(", ". (")
+    return _prose(re.split(r"\n|(?<=[a-z]\.)(?=[A-Z])", text))
+
+
+def _essays() -> list[str]:
+    texts = (_read(path) for path in sorted(fetch("essays").glob("*.txt")))
+    return [paragraph for text in texts for paragraph in _prose(GLUED.split(text))]
+
+
+def _pydoc() -> Sequence[str]:
+    try:
+        return help_paragraphs()
+    except TaskError as error:
+        raise HarnessError(f"corpus 'pydoc': {error}") from None
+
+
+CORPORA: dict[str, Callable[[], Sequence[str]]] = {"kjv": _kjv, "pydoc": _pydoc, "essays": _essays}

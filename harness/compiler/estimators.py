@@ -1,0 +1,99 @@
+"""Estimators of slot budgets behind one interface: (workbench, name, form, prompts) to multiples [N, L, H].
+
+gradient  Adam through a soft eviction (harness.compiler.gradient)
+ridge     effects of foldover designs (methods.compilerkv.designs): every layer and KV head up or down at once, each
+row with its mirror image; the strength of the table is chosen on training prompts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from harness.compiler.gradient import Descent, descend
+from harness.compiler.stage import Cell, Workbench
+from methods.compilerkv.designs import foldovers, multipliers, ridge, split_half
+from methods.compilerkv.form import Form
+
+Estimator = Callable[[Workbench, str, Form, Sequence[int]], Tensor]
+
+KEEP_EVERY = 20
+"""Steps of a descent between two stored states."""
+PAIRS = 16
+"""Mirrored pairs of rows of a prompt at a budget."""
+SWING = 0.5
+"""Logarithm by which a design moves a head's budget up or down, about."""
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+STRENGTH_PROMPTS = 16
+
+
+def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
+    """Slot multiples by descent; every prompt in turn, in a seeded order."""
+    generator = torch.Generator().manual_seed(bench.spec.seed)
+    rounds = -(-bench.spec.steps // len(prompts))
+    order = [prompts[i] for _ in range(rounds) for i in torch.randperm(len(prompts), generator=generator).tolist()]
+    order = order[: bench.spec.steps]
+    size = {"layers": bench.shapes.layers, "heads": bench.shapes.kv_heads}
+    fresh = Descent.start(form, bench.spec.budgets, steps=len(order), **size)
+    descent = bench.ledger.restore(name, fresh)
+    with bench.bar(f"budgets ({name})", len(order), len(descent.losses)) as bar:
+
+        def seen(state: Descent) -> None:
+            bar.update()
+            if len(state.losses) % KEEP_EVERY == 0 or len(state.losses) == len(order):
+                bench.ledger.keep(name, state)
+
+        return descend(descent, order, bench.rollout, seen=seen)
+
+
+def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
+    """Slot multiples from ridge regression on balanced foldover designs, a table for each budget."""
+    layers, heads = bench.shapes.layers, bench.shapes.kv_heads
+    designs = _designs(bench, prompts)
+    place = {at: i for i, at in enumerate(prompts)}
+    stage = f"ridge {name}"
+    for at in bench.missing(stage, prompts):
+        rows = multipliers(designs[place[at]], strength=SWING).view(-1, layers, heads)
+        cells = [cell(form, row) for row in rows]
+        losses = [bench.divergences(at, cells, budget) for budget in bench.spec.budgets]
+        bench.add(stage, at, losses)
+    found = bench.found(stage, prompts)  # [P, N, R]
+    tables = []
+    for i, budget in enumerate(bench.spec.budgets):
+        effects = ridge(designs, found[:, i], seed=bench.spec.seed).values
+        own = [multipliers(effects, strength=strength).view(layers, heads) for strength in STRENGTHS]
+        stage = f"ridge {name} strength at {budget}"
+        tried = prompts[:STRENGTH_PROMPTS]
+        for at in bench.missing(stage, tried):
+            tries = bench.divergences(at, [cell(form, table) for table in own], budget)
+            bench.add(stage, at, tries)
+        mean = bench.found(stage, tried).mean(dim=0)
+        tables.append(own[int(mean.argmin())])
+    return torch.stack(tables).float()
+
+
+def ridge_reliability(bench: Workbench, name: str, prompts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """How far the effects of `by_ridge` from random halves of its prompts agree, at each budget."""
+    designs, losses = _designs(bench, prompts), bench.found(f"ridge {name}", prompts)
+    return {
+        str(budget): split_half(designs, losses[:, i], seed=bench.spec.seed)._asdict()
+        for i, budget in enumerate(bench.spec.budgets)
+    }
+
+
+def _designs(bench: Workbench, prompts: Sequence[int]) -> Tensor:
+    """[P, R, F]: rows of every prompt, a factor for each layer and KV head."""
+    return foldovers(len(prompts), bench.shapes.layers * bench.shapes.kv_heads, PAIRS, bench.spec.seed)
+
+
+def cell(form: Form, table: Tensor) -> Cell:
+    """A form with a table [L, H] of slot multiples."""
+    return form, tuple(map(tuple, table.tolist()))
+
+
+ESTIMATORS: Mapping[str, tuple[Estimator, str]] = {
+    "gradient": (by_gradient, "budgets by gradient through soft eviction"),
+    "ridge": (by_ridge, "budgets by ridge on foldover designs"),
+}

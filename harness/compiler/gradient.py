@@ -1,0 +1,109 @@
+"""Slot budgets by gradient: Adam on the divergence from the full cache, through a soft eviction.
+
+The estimator of the compiled form: log-weights of every layer and KV head, shared by all budgets, plus each budget's
+own deviation from them. One step is one calibration prompt at all budgets; every budget's loss is divided by its
+running mean, so that the small losses of large budgets count as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.compiler.rollouts import Rollout
+from harness.errors import HarnessError
+from methods.compilerkv.form import Form
+from methods.compilerkv.soft import shares_of, soft_bias
+
+RATE = 0.05
+WARM, COLD = 0.6, 0.25
+"""Temperature of the soft eviction at the first and at the last step, in nats of the score's logarithm."""
+OWN_PENALTY = 0.01
+"""On the squared deviation of a budget from what all budgets share."""
+MEMORY = 0.9
+"""Of the running mean of a budget's loss."""
+
+
+@dataclass
+class Descent:
+    """State of one estimate. shared: [L, H], own: [N, L, H] log-weights; a copy of it goes on where it stopped."""
+
+    form: Form
+    budgets: tuple[int, ...]
+    steps: int
+    shared: Tensor
+    own: Tensor
+    losses: list[list[float]] = field(default_factory=list)
+    _optimizer: torch.optim.Adam | None = None
+    _mean: Tensor | None = None
+
+    @classmethod
+    def start(cls, form: Form, budgets: Sequence[int], *, steps: int, layers: int, heads: int) -> Descent:
+        shared = torch.zeros(layers, heads, requires_grad=True)
+        own = torch.zeros(len(budgets), layers, heads, requires_grad=True)
+        return cls(form, tuple(budgets), steps, shared, own)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `at` needs to go on from here: tensors, numbers and lists."""
+        optimizer = None if self._optimizer is None else self._optimizer.state_dict()
+        tensors = {"shared": self.shared.detach().clone(), "own": self.own.detach().clone()}
+        return {**tensors, "losses": self.losses, "mean": self._mean, "optimizer": optimizer}
+
+    def at(self, state: dict[str, Any]) -> Descent:
+        """This estimate as it was when `state` was taken."""
+        with torch.no_grad():
+            self.shared.copy_(state["shared"])
+            self.own.copy_(state["own"])
+        self.losses, self._mean = [list(losses) for losses in state["losses"]], state["mean"]
+        if state["optimizer"] is not None:
+            self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
+            self._optimizer.load_state_dict(state["optimizer"])
+        return self
+
+    @property
+    def shares(self) -> Tensor:
+        """Slot multiples [N, L, H], mean 1 for each budget."""
+        with torch.no_grad():
+            return torch.stack([shares_of(self.shared + own) for own in self.own])
+
+    def step(self, rollout: Rollout) -> list[float]:
+        """One step; the divergence at every budget before it, nats a token."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
+        done = len(self.losses) / max(1, self.steps - 1)
+        found = self._divergence(rollout, tau=WARM + (COLD - WARM) * min(1.0, done))
+        if not bool(found.isfinite().all()):
+            raise HarnessError(f"step {len(self.losses)} has losses {found.tolist()}; try --dtype float32")
+        now = found.detach().clamp_min(1e-4)
+        self._mean = now if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * now
+        loss = (found / self._mean).mean() + OWN_PENALTY * self.own.square().sum(dim=(1, 2)).mean()
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self.losses.append(found.tolist())
+        return self.losses[-1]
+
+    def _divergence(self, rollout: Rollout, *, tau: float) -> Tensor:
+        view = rollout.view
+        weights = torch.stack([shares_of(self.shared + own) for own in self.own])  # [N, L, H]
+        beyond = (torch.tensor(self.budgets) - self.form.window).clamp(min=0)
+        counts = self.form.window + beyond[:, None, None] * weights
+        biases = [
+            soft_bias(scores[0].clone(), counts[:, i], window=self.form.window, tau=tau)
+            for i, scores in enumerate(self.form.scores(view))
+        ]
+        return rollout.losses(rollout.logprobs(biases, grad=True))[0]
+
+
+def descend(
+    descent: Descent, order: Sequence[int], prepare: Callable[[int], Rollout], *, seen: Callable[[Descent], None]
+) -> Tensor:
+    """Run the steps that `descent` lacks; its shares. order: prompt of each step. seen: called after every step."""
+    for at in order[len(descent.losses) :]:
+        descent.step(prepare(at))
+        seen(descent)
+    return descent.shares

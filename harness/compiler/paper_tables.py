@@ -1,0 +1,199 @@
+"""The published tables of CompilerKV: roll-outs of head weights and thresholds, fitted by conservative Q-learning.
+
+Source: https://arxiv.org/abs/2602.08686. One roll-out draws a weight for every query head, or a threshold for every
+layer, and is rewarded with minus the loss that compression costs. Actions come from balanced foldover levels, the same
+in every round, so that a round differs from the one before by the opposite table alone. Differences: the loss is taken
+over the first tokens of the answer (`CompileSpec.answer`), where the paper continues for 128 tokens; rewards are taken
+less their prompt's mean at a budget, because Q cannot travel to a common level far from 0 (`methods.compilerkv.cql`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.compiler.rollouts import Rollout
+from harness.compiler.saved_state import Ledger
+from methods.compilerkv.alternation import COLUMNS, Alternation, Records, alternate, checksum
+from methods.compilerkv.cql import (
+    Fitted,
+    Space,
+    bin_edges,
+    bins,
+    fit,
+    gate_reward,
+    gate_space,
+    head_space,
+    occupied,
+    reward,
+)
+from methods.compilerkv.designs import foldover_levels
+from methods.compilerkv.manifest import PERPLEXITY_BINS, Shapes
+from methods.compilerkv.paper import prompt_risk, prompt_utility, value_norms
+from tasks.base import rng
+
+WINDOW = 64
+PAIRS = 8
+"""Mirrored pairs of roll-outs of a prompt at a budget."""
+MOST_ROUNDS = 4
+
+
+@dataclass
+class Observed:
+    """What the published form reads of a prompt: alpha [T], rho [L][H, T], entropy in nats, perplexity."""
+
+    rollout: Rollout
+    alpha: Tensor
+    rho: list[Tensor]
+    entropy: float
+    perplexity: float
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Observed:
+        alpha = prompt_utility(rollout.view, WINDOW)
+        entropy, perplexity = prompt_risk(rollout.view, alpha, WINDOW)
+        return cls(rollout, alpha, [value_norms(layer) for layer in rollout.view.layers], entropy, perplexity)
+
+    def lose(self, weights: Tensor, thresholds: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+        """Answer NLL [R] and candidates [R, L] of rows. weights: [R, L, Hq]. thresholds: [R, L]."""
+        biases, candidates = [], []
+        for i, rho in enumerate(self.rho):
+            largest = weights[:, i].view(len(weights), rho.shape[0], -1).amax(dim=-1)  # [R, H]
+            scores = (largest[:, :, None] * rho).amax(dim=1) * self.alpha  # [R, T]
+            passing = scores >= thresholds[:, i, None]
+            candidates.append(passing.sum(dim=1))
+            rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            kept = (passing & (rank < budget)) | (rank == 0)
+            bias = torch.zeros_like(scores).masked_fill(~kept, float("-inf"))
+            biases.append(bias[:, None].expand(-1, rho.shape[0], -1))
+        return self.rollout.losses(self.rollout.logprobs(biases))[1], torch.stack(candidates, dim=1)
+
+
+class Published:
+    """Compiles both tables.
+
+    prompts: names of the training prompts. prepare: their roll-outs, by place in it. signals: [P, 2], their entropy in
+    nats and perplexity.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        prepare: Callable[[int], Rollout],
+        *,
+        signals: Tensor,
+        shapes: Shapes,
+        budgets: Sequence[int],
+        ledger: Ledger,
+        seed: int,
+    ) -> None:
+        self.prompts, self.prepare, self.budgets, self.ledger, self.seed = prompts, prepare, budgets, ledger, seed
+        self.shapes = shapes
+        entropy, perplexity = signals.unbind(dim=1)
+        self.edges = bin_edges(entropy, perplexity)
+        self.cells = bins(self.edges, entropy, perplexity)
+        self.head = head_space(len(budgets), shapes.layers, shapes.query_heads)
+        self.gate = gate_space(len(budgets), shapes.layers)
+
+    def compile(self, walk: Callable[[str], Iterable[int]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors of the artefact by name, and the report. walk: the prompts that a stage still lacks, by place."""
+        self.walk = walk
+        coupled = alternate(
+            self.head_records, self.gate_records, head=self.head, gate=self.gate, seed=self.seed, max_rounds=MOST_ROUNDS
+        )
+        alone = [
+            self._alone(self.head_records, self.head, self.gate),
+            self._alone(self.gate_records, self.gate, self.head),
+        ]
+        return self._tensors(coupled, alone), self._report(coupled)
+
+    def head_records(self, gate_table: Tensor) -> list[Records]:
+        """Roll-outs of head weights with a gate table active."""
+        return self._records("head", self.head, gate_table)
+
+    def gate_records(self, head_table: Tensor) -> list[Records]:
+        """Roll-outs of thresholds with a head table active."""
+        return self._records("gate", self.gate, head_table)
+
+    def _records(self, kind: str, space: Space, opposite: Tensor) -> list[Records]:
+        digest = checksum(opposite)
+        stage = f"{kind} against {digest[:12]}"
+        for at in self.walk(stage):
+            self.ledger.add(stage, self.prompts[at], self._roll(kind, at, space, opposite))
+        found = []
+        for at, name in enumerate(self.prompts):
+            for row, rewards in enumerate(self.ledger.get(stage, name)):
+                actions, states = self._levels(kind, at, row, space), self._states(kind, at, row)
+                found.append(Records.of(actions, torch.tensor(rewards), states=states, opposite=digest))
+        return found
+
+    def _roll(self, kind: str, at: int, space: Space, opposite: Tensor) -> list[Any]:
+        """Rewards of every roll-out of a prompt at each budget: [N][R] for heads, [N][R][L] for thresholds."""
+        seen, layers = Observed.of(self.prepare(at)), self.shapes.layers
+        high, wide = divmod(int(self.cells[at]), PERPLEXITY_BINS)
+        found = []
+        for row, budget in enumerate(self.budgets):
+            drawn = space.values[self._levels(kind, at, row, space)]  # [R, F]
+            if kind == "head":
+                weights = drawn.view(len(drawn), layers, -1)
+                thresholds = opposite[row, :, high, wide].expand(len(drawn), -1)
+            else:
+                weights, thresholds = opposite[row].expand(len(drawn), -1, -1), drawn
+            nll, candidates = seen.lose(weights, thresholds, budget)
+            level = nll.mean()  # stands for the full cache's loss: one constant a prompt and budget
+            rewards = reward(nll, level)
+            if kind == "gate":
+                tokens = seen.rollout.view.tokens
+                rewards = gate_reward(nll[:, None], level, candidates=candidates, budget=budget, tokens=tokens)
+            found.append(rewards.tolist())
+        return found
+
+    def _levels(self, kind: str, at: int, row: int, space: Space) -> Tensor:
+        factors = self.shapes.layers * (self.shapes.query_heads if kind == "head" else 1)
+        draw = rng(self.seed, kind, self.prompts[at], self.budgets[row])
+        return foldover_levels(factors, PAIRS, space.count, seed=draw.randrange(2**31))
+
+    def _states(self, kind: str, at: int, row: int) -> Tensor:
+        """Entries that a roll-out set: [F]."""
+        shape = (self.head if kind == "head" else self.gate).shape
+        entries = torch.arange(self.head.states if kind == "head" else self.gate.states).view(shape)[row]
+        if kind == "head":
+            return entries.flatten()
+        high, wide = divmod(int(self.cells[at]), PERPLEXITY_BINS)
+        return entries[:, high, wide]
+
+    def _alone(self, records: Callable[[Tensor], list[Records]], space: Space, other: Space) -> Fitted:
+        """A table compiled against the neutral one, without alternation."""
+        found = records(torch.full(other.shape, other.neutral))
+        states, actions, rewards = (torch.cat([getattr(x, name) for x in found]) for name in COLUMNS)
+        sized = partial(fit, n_states=space.states, n_actions=space.count, fallback=space.fallback)
+        return sized(states, actions, rewards, seed=self.seed)
+
+    def _tensors(self, coupled: Alternation, alone: Sequence[Fitted]) -> dict[str, Tensor]:
+        return {
+            "head": coupled.head_table,
+            "gate": coupled.gate_table,
+            "head_alone": self.head.table(alone[0].actions),
+            "gate_alone": self.gate.table(alone[1].actions),
+            "entropy_edges": self.edges.entropy,
+            "perplexity_edges": self.edges.perplexity,
+            "head_support": coupled.head.support.sum(dim=1).view(self.head.shape),
+            "gate_support": coupled.gate.support.sum(dim=1).view(self.gate.shape),
+        }
+
+    def _report(self, coupled: Alternation) -> dict[str, Any]:
+        return {
+            "training": len(self.prompts),
+            "rounds": coupled.rounds,
+            "converged": coupled.converged,
+            "changed": [list(pair) for pair in coupled.changed],
+            "occupied_risk_bins": occupied(self.cells),
+            "unsupported": {"head": coupled.head.unsupported, "gate": coupled.gate.unsupported},
+            "untried": {"head": coupled.head.untried, "gate": coupled.gate.untried},
+            "reach": coupled.head.reach,
+        }

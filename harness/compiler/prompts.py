@@ -1,0 +1,297 @@
+"""Calibration prompts: five families of questions over a corpus, worded unlike any evaluation task of this program.
+
+    continuation  raw prose and what follows it
+    copy          the rest of one sentence, of which the first words are given
+    needle        one invented fact hidden in the prose
+    multikey      three to five facts of one form, one of them asked for
+    tracking      a value handed on from one owner to the next, and one that has nothing to do with it
+
+The content of a sample depends on the seed, the corpus' checksum, its family, its index, the lengths and the tokenizer
+alone. Sample n (5 x index + the family's place in `FAMILIES`) begins at `tasks.base.point(n)` of the text, or some
+sentences later where none fits there. So the first n spans do not overlap while the corpus is longer than n, rounded up
+to a power of two, times the longest span (prompt, continuation, a few sentences). Beyond that they do: text returns
+under other questions, depths and lengths. A span that reaches the end of the corpus goes on at its beginning.
+
+Lengths and depths are points of Roberts' R2 sequence, not of `point`: in two dimensions any first n are spread evenly,
+where two sequences of base 2 would tie the depth to the length and to the place in the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import accumulate, islice, pairwise
+from math import ceil
+from random import Random
+from typing import Any
+
+from harness.compiler.corpora import Corpus
+from harness.compiler.wordings import ASIDES, COPIES, FACTS, INTROS, TRAILS, invented
+from harness.errors import HarnessError
+from tasks.base import Sample, Tokenizer, point, rng
+
+FAMILIES = ("continuation", "copy", "needle", "multikey", "tracking")
+CONTINUATION = 64
+"""Tokens of a continuation at most."""
+COPY_WORDS = range(8, 31)
+ATTEMPTS = 64  # places tried for one sample, a sentence apart
+LEAST_FILL = 0.95
+"""Share of its drawn length that a prompt has at least."""
+LEAST_SENTENCES = 6
+LENGTH_STEP = 0.7548776662466927  # 1/g and 1/g^2, where g^3 = g + 1
+DEPTH_STEP = 0.5698402909980532
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one sample stands. length: tokens of its prompt at most. depth: in [0, 1], of what is asked for."""
+
+    family: str
+    index: int
+    seed: int
+    corpus: Corpus
+    length: int
+    depth: float
+
+    def draws(self) -> Random:
+        """The generator of everything drawn for this sample, from its start."""
+        return rng(self.seed, self.corpus.sha256, self.family, self.index)
+
+
+def calibration_samples(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    count: int,
+    seed: int,
+    lengths: tuple[int, int] = (600, 1000),
+    families: Sequence[str] = FAMILIES,
+) -> list[Sample]:
+    """`count` prompts with their answers, families in turn; a smaller count gives the first ones of a larger.
+
+    lengths: least and most tokens of a prompt, chat template included. A prompt ends with a whole sentence, so it has
+    between `LEAST_FILL` of its drawn length and all of it; where least and most are closer than that, it may have
+    fewer than the least. Ids are `{corpus}/{family}/{index}`. Meta: family, corpus, length (the
+    drawn one), depth in percent and needles where something is asked for.
+
+    Raises:
+        HarnessError: unknown or repeated family, a count below 1, lengths too short or reversed, too small a corpus.
+    """
+    _check(count, lengths, families)
+    return [
+        _sample(_slot(corpus, families[n % len(families)], n // len(families), seed=seed, lengths=lengths), tokenizer)
+        for n in range(count)
+    ]
+
+
+def _check(count: int, lengths: tuple[int, int], families: Sequence[str]) -> None:
+    for name in families:
+        if name not in FAMILIES:
+            close = get_close_matches(name, FAMILIES, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise HarnessError(f"unknown calibration family {name!r}{hint} known: {', '.join(FAMILIES)}")
+    if not families or len(set(families)) < len(families):
+        raise HarnessError(f"calibration families {', '.join(families) or '(none)'}: name at least one, and each once")
+    if count < 1:
+        raise HarnessError(f"{count} calibration prompts are asked for; ask for at least 1")
+    if not 1 <= lengths[0] <= lengths[1]:
+        raise HarnessError(f"calibration lengths {lengths[0]} to {lengths[1]}: give the least and the most tokens")
+
+
+def _slot(corpus: Corpus, family: str, index: int, *, seed: int, lengths: tuple[int, int]) -> Slot:
+    shifts = rng(seed, corpus.sha256, family, "shifts")
+    size = (shifts.random() + index * LENGTH_STEP) % 1.0
+    depth = (shifts.random() + index * DEPTH_STEP) % 1.0
+    least = min(lengths[1], ceil(lengths[0] / LEAST_FILL))
+    return Slot(family, index, seed, corpus, least + int(size * (lengths[1] - least + 1)), depth)
+
+
+def _sample(slot: Slot, tokenizer: Tokenizer) -> Sample:
+    """The sample with as many sentences as fit, from the first place that serves."""
+    number = slot.index * len(FAMILIES) + FAMILIES.index(slot.family)
+    place = point(number, slot.seed, slot.corpus.sha256, "place")
+    for attempt in range(ATTEMPTS):
+        pieces, most = _window(slot, tokenizer, place=place, skip=attempt)
+        found = _longest(slot, pieces, most, tokenizer)
+        if found is not None:
+            return found
+    raise HarnessError(
+        f"corpus {slot.corpus.name!r}: no {slot.family} prompt of {slot.length} tokens can be made of whole "
+        f"sentences, {LEAST_SENTENCES} at least; ask for longer prompts, or take another corpus"
+    )
+
+
+def _longest(slot: Slot, pieces: Sequence[str], most: int, tokenizer: Tokenizer) -> Sample | None:
+    """The sample with the most of these sentences that fits, or None when it is too short or cannot be made."""
+    for size in range(most, LEAST_SENTENCES - 1, -1):
+        found = BUILDERS[slot.family](slot, pieces, size, tokenizer)
+        if found is None:
+            return None
+        tokens = _tokens(found, tokenizer)
+        if tokens <= slot.length:
+            return found if tokens >= LEAST_FILL * slot.length else None
+    return None
+
+
+def _window(slot: Slot, tokenizer: Tokenizer, *, place: float, skip: int) -> tuple[list[str], int]:
+    """Sentences with the white space before them, and how many of them alone have at most the slot's length.
+
+    The others, at least one and a half continuations of tokens, are what a continuation is taken from.
+    """
+    pieces: list[str] = []
+    total, most = 0, 0
+    for piece in islice(slot.corpus.sentences_from(place), skip, None):
+        pieces.append(piece)
+        total += len(tokenizer.encode(piece))
+        most += total <= slot.length
+        if total > slot.length + 1.5 * CONTINUATION:
+            return pieces, most
+    raise HarnessError(
+        f"corpus {slot.corpus.name!r} has about {total} tokens, a prompt of {slot.length} and what follows it "
+        "need more; give it more text, or ask for shorter prompts"
+    )
+
+
+def _tokens(sample: Sample, tokenizer: Tokenizer) -> int:
+    around = max(1, tokenizer.template_tokens if sample.chat else 0)  # raw text may get a beginning-of-text token
+    return around + len(tokenizer.encode(sample.context + sample.question + sample.answer_prefix))
+
+
+def _finish(
+    slot: Slot,
+    tokenizer: Tokenizer,
+    *,
+    context: str,
+    question: str,
+    answer: str,
+    answer_prefix: str = "",
+    needles: Sequence[str] = (),
+    chat: bool = True,
+) -> Sample:
+    meta: dict[str, Any] = {"family": slot.family, "corpus": slot.corpus.name, "length": slot.length}
+    if needles:
+        meta |= {"depth": round(100 * context.index(needles[0]) / len(context)), "needles": [*needles]}
+    return Sample(
+        id=f"{slot.corpus.name}/{slot.family}/{slot.index}",
+        context=context,
+        question=question,
+        answers=(answer,),
+        max_new_tokens=len(tokenizer.encode(answer)) + 1,
+        answer_prefix=answer_prefix,
+        chat=chat,
+        meta=meta,
+    )
+
+
+def _continuation(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
+    asked = slot.draws().randint(2, 3)
+    answer = "".join(pieces[size:])
+    while len(tokenizer.encode(answer)) > CONTINUATION:
+        answer = answer.rpartition(" ")[0]
+    if not answer.strip():
+        return None
+    context, question = "".join(pieces[: size - asked]).lstrip(), "".join(pieces[size - asked : size])
+    return _finish(slot, tokenizer, context=context, question=question, answer=answer, chat=False)
+
+
+def _copy(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
+    draws = slot.draws()
+    wording, opening_words = draws.choice(COPIES), draws.randint(4, 6)
+    text = "".join(pieces[:size]).strip()
+    starts = [0, *accumulate(map(len, pieces[:size]))]
+    for at in sorted(range(size), key=lambda i: abs(starts[i] - slot.depth * starts[-1])):
+        sentence = pieces[at].strip()
+        words = sentence.split(" ")
+        opening = " ".join(words[:opening_words])
+        if len(words) in COPY_WORDS and text.count(opening) == 1:
+            break
+    else:
+        return None
+    return _finish(
+        slot,
+        tokenizer,
+        context=draws.choice(INTROS) + text,
+        question="\n\n" + wording.question.format(opening=opening),
+        answer_prefix=wording.prefix.format(opening=opening),
+        answer=" ".join(words[opening_words:]),
+        needles=[sentence],
+    )
+
+
+def _needle(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
+    return _facts(slot, pieces[:size], tokenizer, count=1)
+
+
+def _multikey(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
+    return _facts(slot, pieces[:size], tokenizer, count=slot.draws().randint(3, 5))
+
+
+def _facts(slot: Slot, pieces: Sequence[str], tokenizer: Tokenizer, *, count: int) -> Sample:
+    """The first fact is asked for, at the slot's depth; the others are anywhere."""
+    draws = slot.draws()
+    fact = draws.choice(FACTS)
+    keys, values = draws.sample(fact.owners, count), _values(fact.words, count, draws=draws, prose=pieces)
+    told = [fact.says.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+    depths = [slot.depth, *(draws.random() for _ in told[1:])]
+    return _finish(
+        slot,
+        tokenizer,
+        context=draws.choice(INTROS) + _hide(pieces, sorted(zip(depths, told, strict=True))),
+        question="\n\n" + draws.choice(ASIDES) + fact.question.format(key=keys[0]),
+        answer_prefix=fact.prefix.format(key=keys[0]),
+        answer=values[0],
+        needles=told[:1],
+    )
+
+
+def _tracking(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
+    """One to three hand-overs after the first owner, who is named in the first three quarters of the prose."""
+    draws = slot.draws()
+    trail, hops = draws.choice(TRAILS), draws.randint(1, 3)
+    *keys, other = draws.sample(trail.owners, hops + 2)
+    value, decoy = _values(trail.words, 2, draws=draws, prose=pieces[:size])
+    chain = [trail.starts.format(key=keys[0], value=value)]
+    chain += [trail.passes.format(key=key, source=source) for source, key in pairwise(keys)]
+    first = 0.75 * slot.depth
+    depths = sorted([first, *(draws.uniform(first, 1.0) for _ in range(hops))])
+    told = [*zip(depths, chain, strict=True), (draws.random(), trail.starts.format(key=other, value=decoy))]
+    return _finish(
+        slot,
+        tokenizer,
+        context=draws.choice(INTROS) + _hide(pieces[:size], sorted(told, key=lambda item: item[0])),
+        question="\n\n" + draws.choice(ASIDES) + trail.question.format(key=keys[-1]),
+        answer_prefix=trail.prefix.format(key=keys[-1]),
+        answer=value,
+        needles=chain,
+    )
+
+
+def _values(words: bool, count: int, *, draws: Random, prose: Sequence[str]) -> list[str]:
+    """Different invented words, or numbers of as many digits, that the prose does not have."""
+    text, digits, found = "".join(prose).casefold(), draws.randint(3, 6), dict[str, None]()
+    while len(found) < count:
+        value = invented(draws) if words else str(draws.randrange(10 ** (digits - 1), 10**digits))
+        if value not in text:
+            found[value] = None
+    return list(found)
+
+
+def _hide(pieces: Sequence[str], told: Sequence[tuple[float, str]]) -> str:
+    """The prose with sentences between its own, each at the nearest gap to its depth, in the order given."""
+    pieces = [f" {pieces[0].lstrip()}", *pieces[1:]]
+    borders = [0, *accumulate(map(len, pieces))]
+    gaps = [min(range(len(borders)), key=lambda i: abs(borders[i] - depth * borders[-1])) for depth, _ in told]
+    text = ""
+    for at, piece in enumerate((*pieces, "")):
+        text += "".join(f" {sentence}" for gap, (_, sentence) in zip(gaps, told, strict=True) if gap == at) + piece
+    return text.strip()
+
+
+BUILDERS: dict[str, Callable[[Slot, Sequence[str], int, Tokenizer], Sample | None]] = {
+    "continuation": _continuation,
+    "copy": _copy,
+    "needle": _needle,
+    "multikey": _multikey,
+    "tracking": _tracking,
+}

@@ -1,0 +1,85 @@
+"""What a compilation has done so far: one JSON line a roll-out, and the state of every estimate.
+
+`compile.json` says what the folder belongs to; another specification in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from harness.compiler.gradient import Descent
+from harness.errors import HarnessError
+from harness.records.atomic_files import append, cut, whole_lines, write_text
+
+ROLLOUTS, IDENTITY = "rollouts.jsonl", "compile.json"
+
+
+class Ledger:
+    """The folder of one compilation. identity: everything that decides the numbers, JSON values."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Raises HarnessError when the folder belongs to another compilation, or is damaged."""
+        self.folder = folder
+        self._found: dict[tuple[str, str], Any] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HarnessError(f"cannot create {folder}: {error.strerror}; choose another folder") from None
+        self._claim(json.dumps(identity, indent=2, sort_keys=True) + "\n")
+        self._read()
+
+    def has(self, stage: str, prompt: str) -> bool:
+        return (stage, prompt) in self._found
+
+    def get(self, stage: str, prompt: str) -> Any:
+        return self._found[stage, prompt]
+
+    def add(self, stage: str, prompt: str, values: Any) -> None:
+        """Store one roll-out; on return it is on the disk."""
+        line = json.dumps({"stage": stage, "prompt": prompt, "values": values}, separators=(",", ":"))
+        append(self.folder / ROLLOUTS, f"{line}\n".encode())
+        self._found[stage, prompt] = values
+
+    def keep(self, name: str, descent: Descent) -> None:
+        """Store the state of an estimate in one step."""
+        path = self.folder / f"{name}.state"
+        part = path.with_suffix(".part")
+        torch.save(descent.state(), part)
+        os.replace(part, path)
+
+    def restore(self, name: str, fresh: Descent) -> Descent:
+        """The estimate as it was kept last, or `fresh`. Raises HarnessError when it cannot be read."""
+        path = self.folder / f"{name}.state"
+        if not path.is_file():
+            return fresh
+        try:
+            return fresh.at(torch.load(path, weights_only=True))
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise HarnessError(f"{path} is damaged ({reason}); delete it and repeat the command") from None
+
+    def _claim(self, text: str) -> None:
+        path = self.folder / IDENTITY
+        if not path.is_file():
+            write_text(path, text)
+        elif path.read_text(encoding="utf-8") != text:
+            raise HarnessError(f"{self.folder} holds another compilation (see {path.name}); choose another --out")
+
+    def _read(self) -> None:
+        path = self.folder / ROLLOUTS
+        lines, unfinished = whole_lines(path)
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                self._found[entry["stage"], entry["prompt"]] = entry["values"]
+            except (ValueError, KeyError, TypeError):
+                raise HarnessError(
+                    f"{path} line {number} is damaged; delete that line and repeat the command"
+                ) from None
+        cut(path, unfinished)

@@ -1,0 +1,182 @@
+"""What every stage of a compilation works with: the model, its calibration prompts, their roll-outs, the ledger."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.compiler.corpora import Corpus, load_corpus
+from harness.compiler.prompts import FAMILIES, calibration_samples
+from harness.compiler.rollouts import Rollout
+from harness.compiler.saved_state import Ledger
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.errors import HarnessError
+from harness.models.load import LoadedModel, load_model
+from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
+from harness.records.spec import Frozen
+from methods.base import Needs
+from methods.compilerkv.form import Form, FormPolicy
+from methods.compilerkv.manifest import ENTROPY_BINS, Shapes
+
+ROWS = 36  # of one forward
+HELD_BYTES = 6 * 2**30
+"""Of prefilled prompts that are kept for the next stage; beyond them a prompt is prefilled again."""
+NEEDS = Needs(window=64, column_sums=True, logprobs=True)
+"""What a prefill observes for any stage, so that one serves all."""
+
+Cell = tuple[Form, tuple[tuple[float, ...], ...]]
+"""A form and its slot shares; () is uniform."""
+
+
+class CompileSpec(Frozen):
+    """What decides the tables.
+
+    prompts: of all corpora together. lengths: tokens of a prompt, least and most. answer: its first tokens, which are
+    judged. form: `auto`, or tables (a folder, or packaged ones) whose form is taken instead of choosing one. steps: of
+    the gradient. published: compile the tables of the published form too.
+    """
+
+    model: str = "smollm2-135m"
+    corpora: tuple[str, ...] = ("kjv", "pydoc")
+    prompts: int = Field(default=128, ge=16)
+    lengths: tuple[int, int] = (600, 1000)
+    answer: int = Field(default=16, ge=1)
+    budgets: tuple[int, ...] = (64, 128, 256, 512)
+    form: str = "auto"
+    steps: int = Field(default=160, ge=1)
+    estimator: Literal["gradient", "ridge"] = "gradient"
+    published: bool = False
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration prompt as token ids, with its answer's first tokens, and where what is asked for stands."""
+
+    id: str
+    family: str
+    corpus: str
+    ids: tuple[int, ...]
+    answer: tuple[int, ...]
+    needle: tuple[int, ...]
+
+    @cached_property
+    def sha256(self) -> str:
+        return token_sha256(self.ids)
+
+
+class Workbench:
+    """One compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation.
+
+    folder: gets the roll-outs and the state of every estimate.
+    """
+
+    def __init__(self, spec: CompileSpec, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+        corpora = [load_corpus(name) for name in spec.corpora]
+        self.loaded = load_model(spec.model, dtype=spec.dtype, device=spec.device)
+        self.engine = Engine(AttachedModel(self.loaded.model))
+        self.prompts = calibration_prompts(corpora, self.loaded, spec)
+        self.corpora = {corpus.name: corpus.sha256 for corpus in corpora}
+        decided = spec.model_dump(mode="json", exclude={"published"})  # which adds stages and changes none
+        identity = {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora}
+        self.ledger = Ledger(folder, identity)
+        self._held: dict[int, Rollout] = {}
+        probe = self.engine.prefill(self.prompts[0].ids[:8], Needs(window=1)).view
+        queries, keys = probe.layers[0].queries, probe.layers[0].kv.keys
+        self.shapes = Shapes(layers=len(probe.layers), query_heads=queries.shape[1], kv_heads=keys.shape[1])
+        places = dict.fromkeys(FAMILIES, 0)
+        self.training: list[int] = []
+        self.validation: list[int] = []
+        for i, prompt in enumerate(self.prompts):
+            places[prompt.family] += 1
+            (self.validation if places[prompt.family] % 4 == 0 else self.training).append(i)
+        if spec.published and len(self.training) < ENTROPY_BINS:
+            raise HarnessError(
+                f"{len(self.training)} training prompts do not fill {ENTROPY_BINS} risk bins; raise --prompts "
+                f"from {spec.prompts} to {2 * ENTROPY_BINS}, or leave --published out"
+            )
+
+    def rollout(self, at: int) -> Rollout:
+        """A prompt, prefilled; once, as far as memory goes."""
+        if at not in self._held:
+            prompt = self.prompts[at]
+            made = Rollout.prepare(self.engine, prompt.ids, prompt.answer, NEEDS)
+            if (len(self._held) + 1) * made.nbytes > HELD_BYTES:
+                return made
+            self._held[at] = made
+        return self._held[at]
+
+    def divergences(self, at: int, cells: Sequence[Cell], budget: int) -> list[float]:
+        """Divergence from the full cache of each cell at a budget, on one prompt, nats a token."""
+        rollout, found = self.rollout(at), list[float]()
+        for start in range(0, len(cells), ROWS):
+            kept = [
+                rollout.kept(FormPolicy(form, shares).compress(rollout.view, budget))
+                for form, shares in cells[start : start + ROWS]
+            ]
+            biases = [torch.cat(rows) for rows in zip(*kept, strict=True)]
+            found += rollout.losses(rollout.logprobs(biases))[0].tolist()
+        self._check_finite(at, found)
+        return found
+
+    def _check_finite(self, at: int, losses: Sequence[float]) -> None:
+        if not all(map(math.isfinite, losses)):
+            name = self.prompts[at].id
+            raise HarnessError(f"the roll-outs of prompt {name} have losses that are no numbers; try --dtype float32")
+
+    def add(self, stage: str, at: int, values: Any) -> None:
+        """Store what a stage found on a prompt."""
+        self.ledger.add(stage, self.prompts[at].id, values)
+
+    def found(self, stage: str, prompts: Sequence[int]) -> Tensor:
+        """What a stage found on some prompts: [P, ...] float32."""
+        return torch.tensor([self.ledger.get(stage, self.prompts[at].id) for at in prompts])
+
+    def missing(self, stage: str, prompts: Sequence[int]) -> Iterator[int]:
+        """Places of the prompts that a stage has no roll-out of, with a progress bar."""
+        left = [at for at in prompts if not self.ledger.has(stage, self.prompts[at].id)]
+        with self.bar(stage, len(prompts), len(prompts) - len(left)) as bar:
+            for at in left:
+                yield at
+                bar.update()
+
+    def bar(self, what: str, total: int, done: int) -> Any:
+        """A progress bar with the time left."""
+        slow = 0.5 if sys.stderr.isatty() else 30.0
+        return tqdm(total=total, initial=done, desc=what, unit="prompt", mininterval=slow, dynamic_ncols=True)
+
+
+def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: CompileSpec) -> list[Calibration]:
+    """The prompts of a compilation, corpora in turn. Raises HarnessError for a context shorter than the prompts."""
+    if spec.lengths[1] + spec.answer > loaded.context:
+        raise HarnessError(f"--lengths {spec.lengths} exceed the model's context of {loaded.context}; lower them")
+    if spec.lengths[0] <= NEEDS.window:
+        raise HarnessError(
+            f"--lengths {spec.lengths[0]} has no token before the observation window of {NEEDS.window}; raise it, or "
+            "take a model with a longer context"
+        )
+    tokenizer = TaskTokenizer(loaded.tokenizer)
+    each = -(-spec.prompts // len(corpora))
+    found = []
+    for corpus in corpora:
+        for sample in calibration_samples(corpus, tokenizer, count=each, seed=spec.seed, lengths=spec.lengths):
+            wrapped = wrap(loaded.tokenizer, sample)
+            answer = answer_tokens(loaded.tokenizer, wrapped, sample.answers[0], limit=spec.answer)
+            family, ids = sample.meta["family"], tuple(wrapped.ids)
+            found.append(Calibration(sample.id, family, corpus.name, ids, tuple(answer), wrapped.needle))
+    turns = sorted(range(len(found)), key=lambda i: (i % each, i // each))
+    return [found[i] for i in turns][: spec.prompts]

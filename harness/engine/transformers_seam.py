@@ -1,0 +1,231 @@
+"""The seam to transformers, and the only file that touches its internals.
+
+A registered attention function hands every layer to a `LayerCache`, which the cache object ties to the tensors it
+returns; the cache reports tokens *seen*, so positions and RoPE stay true after eviction. Queries arrive after RoPE,
+with no code per model. Works on transformers 5.2 and later for models whose attention goes through
+`AttentionInterface`; others are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from harness.engine.row_cache import LayerCache
+from harness.errors import HarnessError
+from methods.base import Sizes
+from methods.views import LayerSource
+
+ATTENTION = "kv_policy"
+ADVICE = "use a model of full and sliding-window attention layers"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gemma3"}
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    cache: LayerCache | None = getattr(key, "layer_cache", None)
+    tied = getattr(value, "layer_cache", None) is cache
+    if cache is None or not tied:
+        raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
+    for states in (key, value):
+        del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")
+    if isinstance(cache, _Probe):
+        cache.module = module
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = cache.attend(query, scaling=scale, window=sliding_window)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class _Layer(CacheLayerMixin):
+    """One layer as transformers sees it. `seen` counts tokens, not slots."""
+
+    is_sliding = False
+
+    def __init__(self, cache: LayerCache, seen: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache, self.seen = cache, seen
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen += key_states.shape[2]
+        self.cache.append(key_states, value_states)
+        for states in (key_states, value_states):
+            states.layer_cache = self.cache  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
+        return self.seen, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name up to transformers 5.2
+
+
+class _Probe(LayerCache):
+    """Answers a single token, which sees itself alone, and notes which module asked."""
+
+    module: torch.nn.Module | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self.values = values
+
+    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
+        return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
+
+
+def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Hidden states [R, Q, E] whose strides are those of their shape; of the last tokens alone they are not.
+
+    With the strides of a longer prompt `linear` would copy the head's whole weight (half precision on a CPU).
+    """
+    hidden, *rest = given
+    return hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *rest
+
+
+class AttachedModel:
+    """A causal language model whose attention runs through `LayerCache` objects.
+
+    Raises HarnessError when the model's attention cannot be replaced, which one token sent through it shows.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        try:
+            model.set_attn_implementation(ATTENTION)
+        except (ValueError, AttributeError) as error:
+            raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
+        self.layers = int(self.config.num_hidden_layers)
+        self.vocab = int(self.config.vocab_size)
+        other = set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES
+        if other:
+            raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(_tidy)
+        self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def compressible(self) -> list[int]:
+        """Layers that policies see, in depth order; the others have a sliding window."""
+        types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.layers
+        return [i for i, kind in enumerate(types) if kind != "sliding_attention"]
+
+    def sizes(self, tokens: int) -> Sizes:
+        """Of a prompt in this model."""
+        heads = int(self.config.num_attention_heads)
+        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)
+        return Sizes(tokens, len(self.compressible), heads, kv_heads)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def forward(
+        self, ids: Tensor, caches: Sequence[LayerCache], *, position: int, keep: int = 0, grad: bool = False
+    ) -> Tensor:
+        """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
+
+        keep: how many last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated.
+        """
+        cache = Cache(layers=[_Layer(layer, position) for layer in caches])
+        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
+        with torch.enable_grad() if grad else torch.inference_mode():
+            out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        logits: Tensor = out.logits
+        return logits
+
+    @contextmanager
+    def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
+        """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
+
+        Raises HarnessError inside when a layer's attention is not called with `hidden_states=`.
+        """
+        found: list[LayerSource] = []
+
+        def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if "hidden_states" not in kwargs:
+                raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
+            found.append(LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings")))
+
+        hooked = self.attention if wanted else []
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in hooked]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def rotate(self, keys: Tensor, by: int) -> Tensor:
+        """Keys [..., D] moved by `by` positions under the model's RoPE (half-rotation layout).
+
+        Raises HarnessError for a model type whose RoPE layout has not been checked.
+        """
+        if self.config.model_type not in HALF_ROTATION:
+            raise HarnessError(f"re-assigning positions is not checked for model type {self.config.model_type!r}")
+        angle = by * self._frequencies().to(keys.device, torch.float32).repeat(2)  # [rotated dimensions]
+        cos, sin, width = angle.cos(), angle.sin(), angle.shape[0]
+        turned, rest = keys[..., :width].float(), keys[..., width:]
+        first, second = turned.chunk(2, dim=-1)
+        out = turned * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([out.to(keys.dtype), rest], dim=-1)
+
+    def _frequencies(self) -> Tensor:
+        """Radians a position of each rotated pair, as the last forward used them; Gemma 3 has a set per layer type."""
+        found: Tensor = getattr(*self._rotary)
+        return found
+
+    @cached_property
+    def _rotary(self) -> tuple[torch.nn.Module, str]:
+        """The module that holds the frequencies, and the name of them there."""
+        for module in self.model.modules():
+            for name in ("full_attention_inv_freq", "inv_freq"):
+                if isinstance(getattr(module, name, None), Tensor):
+                    return module, name
+        raise HarnessError(f"{type(self.model).__name__} has no rotary embedding; positions cannot be re-assigned")
+
+    def _probe(self) -> None:
+        name, probes = type(self.model).__name__, [_Probe() for _ in range(self.layers)]
+        try:
+            self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device), probes, position=0)
+        except HarnessError:
+            raise
+        except Exception as error:  # what a model that knows other caches trips over is its own affair
+            why = " ".join(str(error).split())
+            raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
+        self.attention = [probe.module for probe in probes if probe.module is not None]
+        if len(self.attention) < self.layers:
+            raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

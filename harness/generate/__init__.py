@@ -1,0 +1,1 @@
+"""`harness.attached`: a user's own `generate`, on the engine."""

@@ -1,0 +1,1 @@
+"""Presses of kvpress as methods, under the same budgets and records. Others call `policy`, which registers them."""

@@ -1,0 +1,134 @@
+"""What compression did to every prompt of an lm-eval run: facts by prompt, means by task, one warning a task.
+
+lm-eval's result file has no place for facts of a sample, so they are stored in `results["config"]` under the hash that
+its samples file carries (`prompt_hash`, SHA-256 of the context's text); `harness lm-eval-import` joins the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from harness.engine.types import Outcome
+from harness.models.prompt import token_sha256
+
+log = logging.getLogger("harness")
+
+
+@dataclass
+class TaskFacts:
+    """Counts and sums of one task. kept: tokens per layer and KV head, a mean of each prompt."""
+
+    prompts: int = 0
+    uncompressed: int = 0
+    truncated: int = 0
+    over_budget: int = 0
+    tokens: list[int] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+    kv_bytes: list[int] = field(default_factory=list)
+    full_bytes: list[int] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)  # an ordered set
+
+
+class Ledger:
+    """Facts of a run. heads: KV heads of a layer. budget: as asked, for messages."""
+
+    def __init__(self, *, heads: int, budget: str) -> None:
+        self.heads, self.budget = heads, budget
+        self.tasks: dict[str, TaskFacts] = {}
+        self.prompts: dict[str, dict[str, Any]] = {}
+
+    def add(
+        self, task: str, text: str, ids: Sequence[int], outcome: Outcome, *, compressed: bool, truncated: bool
+    ) -> None:
+        """Note one prompt.
+
+        text: as lm-eval gave it. ids: what was compressed of it. compressed: False where its budget is not below it.
+        """
+        facts = self.tasks.setdefault(task, TaskFacts())
+        kept = fmean(outcome.kept_slots) / self.heads
+        facts.prompts += 1
+        facts.uncompressed += not compressed
+        facts.truncated += truncated
+        facts.over_budget += outcome.over_budget
+        facts.tokens.append(outcome.compressed_tokens)
+        facts.kept.append(kept)
+        facts.kv_bytes.append(outcome.kv_bytes)
+        facts.full_bytes.append(outcome.full_bytes)
+        facts.notes |= dict.fromkeys(outcome.notes)
+        self._warn(task, facts, outcome, compressed=compressed, truncated=truncated)
+        self.prompts[prompt_hash(text)] = {
+            "prompt_sha256": token_sha256(ids),
+            "compressed": compressed,
+            "truncated": truncated,
+            **{name: getattr(outcome, name) for name in STORED},
+        }
+
+    def means(self) -> dict[str, Any]:
+        """Over all prompts: what `results["config"]` shows first. None where nothing was run (answers from a cache)."""
+        all_facts = list(self.tasks.values())
+        columns: dict[str, list[float]] = {
+            "kv_prompt_tokens": [x for facts in all_facts for x in facts.tokens],
+            "kv_kept_tokens": [x for facts in all_facts for x in facts.kept],
+            "kv_bytes": [x for facts in all_facts for x in facts.kv_bytes],
+            "kv_full_bytes": [x for facts in all_facts for x in facts.full_bytes],
+        }
+        return {name: fmean(values) if values else None for name, values in columns.items()}
+
+    def by_task(self) -> dict[str, dict[str, Any]]:
+        """JSON values by task; means over its prompts."""
+        return {
+            task: {
+                "prompts": facts.prompts,
+                "uncompressed": facts.uncompressed,
+                "truncated": facts.truncated,
+                "over_budget": facts.over_budget,
+                "prompt_tokens": fmean(facts.tokens),
+                "kept_tokens": fmean(facts.kept),
+                "kv_bytes": fmean(facts.kv_bytes),
+                "full_bytes": fmean(facts.full_bytes),
+                "notes": list(facts.notes),
+            }
+            for task, facts in self.tasks.items()
+        }
+
+    def _warn(self, task: str, facts: TaskFacts, outcome: Outcome, *, compressed: bool, truncated: bool) -> None:
+        if not compressed and facts.uncompressed == 1:
+            log.warning(
+                "lm-eval task %s: a context of %d tokens is not above budget %s, so it stays uncompressed; such "
+                "prompts are counted as `uncompressed` in the results' kv_tasks, lower the budget to compress them",
+                task,
+                outcome.compressed_tokens,
+                self.budget,
+            )
+        if truncated and facts.truncated == 1:
+            log.warning(
+                "lm-eval task %s: a prompt exceeds the model's context and lost tokens; such prompts are counted as "
+                "`truncated` in the results' kv_tasks, see max_length and truncation_side",
+                task,
+            )
+
+
+STORED = (
+    "over_budget",
+    "notes",
+    "compressed_tokens",
+    "budget_tokens",
+    "kept_slots",
+    "kv_bytes",
+    "kv_bytes_end",
+    "asked_bytes",
+    "full_bytes",
+    "prefill_s",
+    "compress_s",
+)
+"""Fields of an outcome that are facts of its prompt."""
+
+
+def prompt_hash(text: str) -> str:
+    """As lm-eval computes it for its samples file."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

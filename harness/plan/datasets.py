@@ -1,0 +1,277 @@
+"""Data sets of tasks, fetched once from the model hub by pinned revision: `harness data fetch longbench`.
+
+They lie in `cache_dir()/data/<name>`, or in DIR/<name> with `--to DIR`, beside a lock file that says what was fetched
+(tasks/datafile.py reads it). A run never downloads them by itself.
+
+    longbench  data.zip of THUDM/LongBench, the official files; the pinned checksum is the archive's.
+    squad      rajpurkar/squad_v2 (validation), written in the shape of the official dev-v2.0.json.
+    hotpotqa   hotpotqa/hotpot_qa (distractor, validation), in the shape of hotpot_dev_distractor_v1.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+from harness.errors import HarnessError
+from harness.models import assets
+from harness.plan.qa_rows import hotpotqa_json, squad_json
+from tasks.base import TaskError
+from tasks.datafile import LOCK
+from tasks.longbench import DATASETS
+from tasks.longbench_data import json_lines
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to fetch. revision: as asked. commit: what it means on the hub. sha256: of the archive or file, or None."""
+
+    name: str
+    repo: str
+    revision: str
+    commit: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set of the hub.
+
+    revision: the pinned commit. sha256: of what is downloaded, where that is one file. fill: writes the files into a
+    folder and returns what the lock says of the source.
+    """
+
+    repo: str
+    revision: str
+    sha256: str | None
+    rows: Mapping[str, int]
+    fill: Callable[[Wanted, Mapping[str, int], Path], str]
+
+
+def find_asset(name: str) -> Path:
+    """Folder of a data set that was fetched, or of a packaged asset, which is downloaded when it is not there.
+
+    Raises:
+        TaskError: the data set was not fetched; the message names the command.
+        HarnessError: as `harness.models.assets.fetch`.
+    """
+    if name not in DATA:
+        return assets.fetch(name)
+    folder = assets.cache_dir() / "data" / name
+    if not (folder / LOCK).is_file():
+        raise TaskError(f"{name} is not here; run `harness data fetch {name}`, or name its folder with --data-dir")
+    return folder
+
+
+def hub_data(name: str) -> HubData:
+    """A data set by name. Raises HarnessError for an unknown one."""
+    if name not in DATA:
+        close = get_close_matches(name, DATA, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise HarnessError(f"unknown data set {name!r}{hint} known: {', '.join(sorted(DATA))}")
+    return DATA[name]
+
+
+def fetch_data(name: str, *, to: Path | None = None, revision: str | None = None, sha256: str | None = None) -> Path:
+    """Folder with the files of a data set, downloaded on the first call and checked against the lock on later ones.
+
+    to: folder that gets a folder `name`; the cache when None. revision: branch, tag or commit; the pinned one when
+    None. sha256: of longbench's archive, or of the file that squad and hotpotqa are written to.
+
+    Raises:
+        HarnessError: unknown name or revision, no network, a wrong checksum, or files that are not the official ones.
+    """
+    data = hub_data(name)
+    if sha256 is not None and not SHA256.fullmatch(sha256):
+        raise HarnessError(f"--sha256 {sha256!r} is no sha256; give 64 hexadecimal digits in lower case")
+    folder = (assets.cache_dir() / "data" if to is None else to) / name
+    asked = data.revision if revision is None else revision
+    if sha256 is None and asked == data.revision:
+        sha256 = data.sha256
+
+    def fill(scratch: Path) -> None:
+        wanted = Wanted(name, data.repo, asked, _commit(data.repo, asked), sha256)
+        print(f"fetching {name}: {data.repo} @ {wanted.commit[:12]}", file=sys.stderr, flush=True)
+        files = scratch / "files"
+        files.mkdir()
+        digest = data.fill(wanted, data.rows, files)
+        _write_lock(wanted, data.rows, files, source_sha256=digest)
+
+    if folder.is_dir() and not (folder / LOCK).is_file():
+        raise HarnessError(f"{folder} exists and was not made by this command; name another folder with --to")
+    assets.fill_once(folder, fill)
+    _check(folder, asked, sha256)
+    return folder
+
+
+def _commit(repo: str, revision: str) -> str:
+    if COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import dataset_info
+
+    with _hub(repo, revision):
+        return str(dataset_info(repo, revision=revision).sha)
+
+
+@contextmanager
+def _hub(repo: str, revision: str) -> Iterator[None]:
+    """Errors of the hub's client as one line. Its HTTP library, and so what it raises, differs between releases."""
+    talk = logging.getLogger("huggingface_hub")
+    level = talk.level
+    talk.setLevel(logging.CRITICAL)  # it tells of every retry
+    try:
+        yield
+    except HarnessError:
+        raise
+    except Exception as error:  # the boundary to a network client
+        if type(error).__name__ == "RevisionNotFoundError":
+            raise HarnessError(
+                f"{repo} has no revision {revision!r}; leave --revision out for the pinned one"
+            ) from None
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise HarnessError(f"{repo} cannot be fetched: {reason}; check the network, then repeat the command") from None
+    finally:
+        talk.setLevel(level)
+
+
+def _write_lock(wanted: Wanted, rows: Mapping[str, int], files: Path, *, source_sha256: str) -> None:
+    content = {file: {"sha256": assets.content_sha256([files / file]), "rows": count} for file, count in rows.items()}
+    lock = {
+        "name": wanted.name,
+        "repo": wanted.repo,
+        "revision": wanted.revision,
+        "commit": wanted.commit,
+        "sha256": source_sha256,
+        "files": content,
+    }
+    (files / LOCK).write_text(json.dumps(lock, indent=1) + "\n", encoding="utf-8")
+
+
+def _check(folder: Path, asked: str, sha256: str | None) -> None:
+    """Raises HarnessError when a folder is not what is asked for, or its files are not what its lock says."""
+    remedy = f"delete {folder} and repeat the command"
+    try:
+        lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        commit, revision, source = lock["commit"], lock["revision"], lock["sha256"]
+        expected = {file: entry["sha256"] for file, entry in lock["files"].items()}
+        found = {file: assets.content_sha256([folder / file]) for file in expected}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HarnessError(f"{folder} is damaged ({type(error).__name__}: {error}); {remedy}") from None
+    if asked not in (revision, commit):
+        raise HarnessError(f"{folder} holds revision {commit[:12]}, not {asked[:12]}; {remedy}")
+    if sha256 not in (None, source):
+        raise HarnessError(f"{folder} was made of sha256 {source[:12]}, not {str(sha256)[:12]}; {remedy}")
+    for file, digest in found.items():
+        if digest != expected[file]:
+            raise HarnessError(f"{file} has sha256 {digest[:12]}, {expected[file][:12]} was fetched; {remedy}")
+
+
+def _match(what: str, found: str, wanted: Wanted) -> None:
+    if wanted.sha256 not in (None, found):
+        raise HarnessError(
+            f"{what} of {wanted.repo} has sha256 {found[:12]}, {str(wanted.sha256)[:12]} was expected; "
+            "it was changed: do not use it, or pin what you trust with --revision and --sha256"
+        )
+
+
+def _longbench(wanted: Wanted, rows: Mapping[str, int], files: Path) -> str:
+    """Extract the official files from data.zip; its sha256. Paths in the archive are not followed."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub(wanted.repo, wanted.revision):
+        archive = Path(hf_hub_download(wanted.repo, "data.zip", repo_type="dataset", revision=wanted.commit))
+    digest = assets.content_sha256([archive])
+    _match("data.zip", digest, wanted)
+    try:
+        with ZipFile(archive) as opened:
+            lacking = sorted({f"data/{file}" for file in rows} - set(opened.namelist()))
+            if lacking:
+                raise HarnessError(
+                    f"data.zip of {wanted.repo} lacks {', '.join(lacking)}; it is not LongBench's archive"
+                )
+            for file, count in rows.items():
+                with opened.open(f"data/{file}") as source, (files / file).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                _count(file, sum(1 for _ in json_lines((files / file).read_bytes(), file)), count)
+    except TaskError as error:
+        raise HarnessError(str(error)) from None
+    except (BadZipFile, EOFError) as error:
+        raise HarnessError(f"data.zip of {wanted.repo} is damaged ({error}); fetch it again") from None
+    return digest
+
+
+def _count(file: str, found: int, official: int) -> None:
+    if found != official:
+        raise HarnessError(f"{file} has {found} rows, {official} are official; the data is not the official one")
+
+
+def _from_rows(
+    wanted: Wanted, rows: Mapping[str, int], files: Path, *, config: str | None, shape: Callable[[list[Any]], Any]
+) -> str:
+    """Write the validation split as one JSON file of another shape; its sha256. Only that split is downloaded."""
+    from datasets import load_dataset
+
+    ((file, count),) = rows.items()
+    with _hub(wanted.repo, wanted.revision):
+        loaded = load_dataset(wanted.repo, config, split="validation", revision=wanted.commit, streaming=True)
+        found = [dict(row) for row in loaded]
+    _count(file, len(found), count)
+    try:
+        blob = json.dumps(shape(found), ensure_ascii=False, separators=(",", ":")).encode()
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise HarnessError(f"rows of {wanted.repo} do not have the known columns ({reason}); pin --revision") from None
+    digest = hashlib.sha256(blob).hexdigest()
+    _match(file, digest, wanted)
+    (files / file).write_bytes(blob)
+    return digest
+
+
+def _squad(wanted: Wanted, rows: Mapping[str, int], files: Path) -> str:
+    return _from_rows(wanted, rows, files, config=None, shape=squad_json)
+
+
+def _hotpotqa(wanted: Wanted, rows: Mapping[str, int], files: Path) -> str:
+    return _from_rows(wanted, rows, files, config="distractor", shape=hotpotqa_json)
+
+
+_LONGBENCH_ROWS = {f"{d.name}.jsonl": d.samples for d in DATASETS} | {
+    f"{d.name}_e.jsonl": d.samples_e for d in DATASETS if d.samples_e is not None
+}
+DATA: dict[str, HubData] = {
+    "longbench": HubData(
+        repo="THUDM/LongBench",
+        revision="5e628be450b7e67fb7ae6e201bd6d8f7056f7672",
+        sha256="cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64",
+        rows=_LONGBENCH_ROWS,
+        fill=_longbench,
+    ),
+    "squad": HubData(
+        repo="rajpurkar/squad_v2",
+        revision="3ffb306f725f7d2ce8394bc1873b24868140c412",
+        sha256=None,
+        rows={"squad-dev-v2.0.json": 11_873},
+        fill=_squad,
+    ),
+    "hotpotqa": HubData(
+        repo="hotpotqa/hotpot_qa",
+        revision="1908d6afbbead072334abe2965f91bd2709910ab",
+        sha256=None,
+        rows={"hotpot_dev_distractor_v1.json": 7_405},
+        fill=_hotpotqa,
+    ),
+}

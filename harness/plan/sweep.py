@@ -1,0 +1,270 @@
+"""From a sweep to what is run: policies and cells by name, prompts by sample. What can be refused is refused here."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+import harness.kvpress.policy  # noqa: F401 - `kvpress:` labels
+from harness.engine.decode import Limits
+from harness.engine.types import Cell, Prompt
+from harness.errors import HarnessError
+from harness.models.load import LoadedModel
+from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
+from harness.plan.datasets import find_asset
+from harness.records.spec import MethodSpec, QueryMode, RunSpec, Sweep, TaskSpec
+from methods.base import Budget, KVPolicy, PolicyError
+from methods.registry import make_policy, name_of
+from tasks import load_tasks
+from tasks.base import Sample, Task, TaskError, TaskOptions, find_tasks
+
+NO_TEMPLATE = "the model has no chat template: raw prompts"
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with the names its records carry. budget: as asked, or `full`."""
+
+    method: str
+    budget: str
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """A sample with its token ids (`array` of int) and the context border; the answer's ids follow the prompt.
+
+    needle: indexes of the tokens of its needles. notes: what its records must say of the prompt.
+    """
+
+    task: Task
+    sample: Sample
+    ids: array[int]
+    context: int
+    answer: tuple[int, ...]
+    needle: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        return token_sha256(self.ids)
+
+    def prompt(self, tokenizer: TaskTokenizer, loaded: LoadedModel, max_new_tokens: int | None) -> Prompt:
+        limits = Limits(
+            max_new_tokens=_capped(self.sample.max_new_tokens, max_new_tokens),
+            eos_ids=loaded.eos_ids | _stop_ids(self.sample.stop, tokenizer),
+            min_new_tokens=self.sample.min_new_tokens,
+            stop=self.sample.stop,
+            text=tokenizer.decode,
+        )
+        return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle)
+
+
+Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]
+"""Samples of one context, with the cells wanted of each."""
+
+
+def plan_methods(sweep: Sweep) -> list[tuple[MethodSpec, Any]]:
+    """Every method asked for with its policy, once each. Raises HarnessError for unknown names and parameters."""
+    if not sweep.methods:
+        raise HarnessError("no method asked for; name some with --methods, see `harness list methods`")
+    names = {name_of(label) for label in sweep.methods}
+    for key in sweep.set:
+        if "." not in key or key.partition(".")[0] not in names:
+            raise HarnessError(f"--set {key!r} names no method of this run; write method.parameter=value")
+    planned = {}
+    for label in sweep.methods:
+        name = name_of(label)
+        changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
+        try:
+            policy = make_policy(label, changed)
+            _check_types(policy, changed)
+            provenance = policy.provenance()
+        except PolicyError as error:
+            raise HarnessError(str(error)) from None
+        except (TypeError, ValueError) as error:
+            raise HarnessError(f"method {label!r} refuses its parameters: {error}") from None
+        full = label + ("[" + ",".join(f"{k}={v}" for k, v in sorted(changed.items())) + "]" if changed else "")
+        params = asdict(policy) | provenance  # type: ignore[call-overload]
+        planned[full] = (MethodSpec(label=full, name=name, params=params, budgeted=policy.budgeted), policy)
+    return list(planned.values())
+
+
+def fit_methods(planned: Sequence[tuple[MethodSpec, Any]], loaded: LoadedModel) -> list[tuple[MethodSpec, Any]]:
+    """Methods as they run on the loaded model. Raises HarnessError for one that was made for another model."""
+    fitted = []
+    for spec, policy in planned:
+        try:
+            own = policy.for_model(loaded.spec.revision)
+            params = asdict(own) | own.provenance()
+        except PolicyError as error:
+            raise HarnessError(f"method {spec.label}: {error}") from None
+        fitted.append((spec.model_copy(update={"params": params}), own))
+    return fitted
+
+
+def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[tuple[MethodSpec, Any]]) -> None:
+    """Raises HarnessError when a method was fitted on one of the prompts that it would be scored on."""
+    for spec, policy in methods:
+        seen = policy.fitted_on()
+        known = next((planned for planned in samples if planned.sha256 in seen), None) if seen else None
+        if known is not None:
+            raise HarnessError(
+                f"method {spec.label} was fitted on sample {known.sample.id} of {known.task.name}; "
+                "leave that task out, or compile tables from another corpus"
+            )
+
+
+def plan_cells(methods: Sequence[tuple[MethodSpec, Any]], budgets: Sequence[str]) -> list[PlannedCell]:
+    """Every method at every budget; a method without a budget once. Raises HarnessError for a bad budget."""
+    try:
+        parsed = {str(budget): budget for budget in map(Budget.parse, budgets)}
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+    cells = []
+    for spec, policy in methods:
+        if spec.budgeted:
+            cells += [PlannedCell(spec.label, text, Cell(policy, budget)) for text, budget in parsed.items()]
+        else:
+            cells.append(PlannedCell(spec.label, "full", Cell(policy, None)))
+    if not cells:
+        raise HarnessError("no budget asked for; name some with --budgets, such as 128,512 or 0.25")
+    return cells
+
+
+def plan_tasks(sweep: Sweep) -> list[Task]:
+    """Tasks by name or family. Raises HarnessError, with the nearest known name."""
+    load_tasks()
+    if not sweep.tasks:
+        raise HarnessError("no task asked for; name some with --tasks, see `harness list tasks`")
+    try:
+        tasks = find_tasks(sweep.tasks)
+    except TaskError as error:
+        raise HarnessError(str(error)) from None
+    other = next((task for task in tasks if task.query not in (None, sweep.query)), None)
+    if other is not None:
+        raise HarnessError(
+            f"task {other.name} is made for --query {other.query}, this run is {sweep.query}; change one"
+        )
+    return tasks
+
+
+def plan_samples(
+    sweep: Sweep, tasks: Sequence[Task], loaded: LoadedModel
+) -> tuple[list[PlannedSample], tuple[TaskSpec, ...], int]:
+    """Every prompt of the run, what the tasks say of their data, and the token limit of prompt plus generation.
+
+    Raises HarnessError for missing or damaged data and for a prompt that does not fit.
+    """
+    tokenizer = TaskTokenizer(loaded.tokenizer)
+    max_tokens = sweep.max_tokens or loaded.context
+    if max_tokens > loaded.context:
+        raise HarnessError(f"--max-tokens {max_tokens} exceeds the model's context of {loaded.context}; lower it")
+    options = TaskOptions(
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        lengths=sweep.lengths,
+        limit=sweep.limit,
+        seed=sweep.seed,
+        data_dir=None if sweep.data_dir is None else Path(sweep.data_dir),
+        whole=sweep.whole,
+        fetch=find_asset,
+    )
+    samples, specs = [], []
+    for task in tasks:
+        try:
+            drawn = [_plan_sample(task, sample, loaded, sweep.nll_tokens) for sample in task.samples(options)]
+            provenance = {**asdict(task.about), **task.provenance(options)}
+            specs.append(TaskSpec(name=task.name, protocol=task.protocol, provenance=provenance))
+        except TaskError as error:
+            raise HarnessError(f"task {task.name}: {error}") from None
+        if not drawn:
+            raise HarnessError(f"task {task.name} has no samples for these options; raise --limit or check the data")
+        for planned in drawn:
+            _check_fits(planned, max_tokens, sweep.max_new_tokens)
+        samples += drawn
+    return samples, tuple(specs), max_tokens
+
+
+def contexts(samples: Sequence[PlannedSample], query: QueryMode) -> list[list[PlannedSample]]:
+    """Samples that are prefilled together: neighbours of one task with the same context, when query-agnostic."""
+    if query == "aware":
+        return [[planned] for planned in samples]
+    keyed = groupby(samples, key=lambda planned: (planned.task.name, planned.ids[: planned.context].tobytes()))
+    return [list(group) for _, group in keyed]
+
+
+def check_budgets(samples: Sequence[PlannedSample], cells: Sequence[PlannedCell], query: QueryMode) -> None:
+    """Raises HarnessError when a budget is below no prompt of some task; single short prompts are skipped later."""
+    longest: dict[str, int] = {}
+    for planned in samples:
+        tokens = planned.context if query == "agnostic" else len(planned.ids)
+        longest[planned.task.name] = max(tokens, longest.get(planned.task.name, 0))
+    for name, tokens in longest.items():
+        for cell in cells:
+            budget = cell.cell.budget
+            if budget is not None and budget.resolve(tokens) >= tokens:
+                raise HarnessError(
+                    f"budget {cell.budget} is not below any prompt of {name}, the longest has {tokens} tokens; "
+                    "lower --budgets or raise --lengths"
+                )
+
+
+def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
+    """The resolved spec. resolved: methods, tasks and max_tokens as planned."""
+    return RunSpec(
+        model=loaded.spec,
+        budgets=tuple(str(Budget.parse(budget)) for budget in sweep.budgets),
+        lengths=sweep.lengths,
+        limit=sweep.limit,
+        seed=sweep.seed,
+        max_new_tokens=sweep.max_new_tokens,
+        first_token="compressed" if sweep.query == "agnostic" else sweep.first_token,
+        query=sweep.query,
+        nll_tokens=sweep.nll_tokens,
+        whole=sweep.whole,
+        **resolved,
+    )
+
+
+def _check_types(policy: KVPolicy, changed: Mapping[str, Any]) -> None:
+    """Raises PolicyError when a changed parameter is not of the type that the policy declares."""
+    hints = get_type_hints(type(policy))
+    for key, value in changed.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise PolicyError(f"{type(policy).__name__}.{key}={value!r}: {error.errors()[0]['msg']}") from None
+
+
+def _stop_ids(stop: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:
+    """Tokens that are a stop string and nothing else; like end-of-text they are barred before `min_new_tokens`."""
+    last = {text: tokenizer.encode(text)[-1:] for text in stop}
+    return frozenset(ids[0] for text, ids in last.items() if ids and tokenizer.decode(ids) == text)
+
+
+def _plan_sample(task: Task, sample: Sample, loaded: LoadedModel, nll_tokens: int) -> PlannedSample:
+    wrapped = wrap(loaded.tokenizer, sample)
+    answer = answer_tokens(loaded.tokenizer, wrapped, task.reference(sample), limit=nll_tokens)
+    notes = (NO_TEMPLATE,) if sample.chat and not loaded.tokenizer.chat_template else ()
+    ids = array("i", wrapped.ids)
+    return PlannedSample(task, sample, ids, wrapped.context, tuple(answer), wrapped.needle, notes)
+
+
+def _check_fits(planned: PlannedSample, max_tokens: int, max_new_tokens: int | None) -> None:
+    tokens, new = len(planned.ids), _capped(planned.sample.max_new_tokens, max_new_tokens)
+    if tokens + new > max_tokens:
+        raise HarnessError(
+            f"task {planned.task.name} sample {planned.sample.id}: a prompt of {tokens} tokens and {new} generated "
+            f"ones exceed {max_tokens}, the model's context or --max-tokens; lower --lengths"
+        )
+
+
+def _capped(own: int, cap: int | None) -> int:
+    return own if cap is None else min(own, cap)

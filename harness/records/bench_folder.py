@@ -1,0 +1,173 @@
+"""The folder of a bench: `bench.json` (what was asked, and where it ran) and `bench.jsonl`, one line per probe.
+
+A line is one pass over one cell; passes are merged when they are read, so nothing is lost between them. The bench id is
+the hash of what decides the numbers and of the machine: a folder never holds two machines. No torch here: leaderboards
+import this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from harness.records.log_folder import Journal, Layout
+from harness.records.measured import Measured
+from harness.records.spec import Frozen, MethodSpec
+
+BENCH_SCHEMA = 1
+BENCH_FILE, LINES_FILE = "bench.json", "bench.jsonl"
+IDENTITY = ("processor", "cores", "memory_gib", "accelerators", "system")
+DONE = frozenset({"ok", "oom", "skipped"})
+
+BenchStatus = Literal["ok", "oom", "timeout", "failed", "skipped"]
+Kind = Literal["bench", "serve-bench"]
+
+
+class BenchSpec(Frozen):
+    """Everything that decides the numbers of a bench but the machine, resolved. Two equal ones share a folder."""
+
+    schema_version: int = BENCH_SCHEMA
+    kind: Kind
+    model: str
+    model_revision: str
+    """Content hash or commit, as in runs."""
+    dtype: str
+    device: str
+    kernel: str
+    """Of the prefill; decoding always uses sdpa."""
+    threads: int
+    methods: tuple[MethodSpec, ...]
+    budgets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    batch: int
+    new_tokens: int
+    chunk: int | None
+    rounds: int
+    """Passes over all cells."""
+    warm_up: bool
+    limit_bytes: int | None
+    """Memory above which a probe is out of memory, the model's own included."""
+    seed: int = 0
+
+    def bench_id(self, machine: Mapping[str, Any]) -> str:
+        """First 12 hex digits of the sha256 of this and of the machine's identity. Another length is another bench."""
+        return _digest([self.model_dump(mode="json"), machine_id(machine)])[:12]
+
+
+class BenchRecord(Frozen):
+    """One probe: one pass over one method, budget and length, in a process of its own. One JSON line."""
+
+    schema_version: int = BENCH_SCHEMA
+    bench_id: str
+    kind: Kind
+    machine: str
+    """`machine_id`: speed is compared only within one."""
+    model: str
+    model_revision: str = ""
+    """Content hash or commit, as in runs."""
+    dtype: str
+    device: str
+    kernel: str
+    threads: int
+    method: str
+    """Method label, `name` or `name@preset`, changed parameters spelled out."""
+    budget: str
+    """As asked: tokens, a kept fraction, or `full` for a method without a budget."""
+    budget_tokens: int | None = None
+    """Slots per layer and KV head at this length."""
+    tokens: int
+    """Of each prompt."""
+    batch: int
+    new_tokens: int
+    chunk: int | None
+    warm_up: bool
+    limit_bytes: int | None
+    round: int
+    """Which pass, from 0."""
+    status: BenchStatus
+    error: str | None = None
+    """One line on why the status is not ok."""
+    measured: Measured | None = None
+    clock_mhz: float | None = None
+    """Median clock of the processor's cores when the probe began; None where the system does not tell."""
+    at: str = ""
+    """When the probe began: UTC, ISO 8601."""
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """(method, budget, length, pass): a bench holds one result of each; of several lines the last wins."""
+        return (self.method, self.budget, self.tokens, self.round)
+
+
+class BenchManifest(Frozen):
+    """bench.json, written before the first probe and rewritten when the bench ends."""
+
+    schema_version: int = BENCH_SCHEMA
+    bench_id: str
+    status: Literal["started", "finished", "interrupted", "failed"]
+    command: tuple[str, ...]
+    """The command line as typed."""
+    spec: BenchSpec
+    started: str
+    """UTC, ISO 8601."""
+    finished: str | None = None
+    model_bytes: int
+    """What the loaded model holds before the first prompt."""
+    git_commit: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+    """Processor, cores, memory, accelerators, threads, and clocks in MHz where the system tells them."""
+
+
+def machine_id(machine: Mapping[str, Any]) -> str:
+    """8 hex digits that are equal for the same processor, cores, memory, accelerators and system."""
+    return _digest({name: machine.get(name) for name in IDENTITY})[:8]
+
+
+BENCHES = Layout(
+    kind="bench",
+    manifest_file=BENCH_FILE,
+    records_file=LINES_FILE,
+    manifest=BenchManifest,
+    record=BenchRecord,
+    ids=lambda manifest: (manifest.bench_id, manifest.spec.bench_id(manifest.machine)),
+    owner=lambda record: record.bench_id,
+)
+
+
+def load_bench(folder: Path) -> tuple[BenchManifest, list[BenchRecord]]:
+    """A bench as stored, the last record of each key. Raises HarnessError when a file is missing or damaged."""
+    return BENCHES.load(folder)
+
+
+class BenchStore(Journal[BenchManifest, BenchRecord]):
+    """The one writer of a bench's folder; use it as a context."""
+
+    def __init__(self, root: Path, manifest: BenchManifest) -> None:
+        """Create or resume `root/bench_id`; raises HarnessError as `Journal` does."""
+        self.stored: dict[tuple[str, str, int, int], BenchRecord] = {}
+        super().__init__(BENCHES, root / manifest.bench_id, manifest)
+
+    def done(self, key: tuple[str, str, int, int]) -> bool:
+        """Whether a probe's result is stored; what failed or ran out of time is tried again."""
+        return key in self.stored and self.stored[key].status in DONE
+
+    def append(self, record: BenchRecord) -> None:
+        """Store a record; on return it is on the disk. Raises HarnessError when it cannot be written."""
+        self._append([record])
+
+    def finish(self, status: str, *, finished: str) -> None:
+        """Rewrite bench.json with how the bench ended."""
+        self._amend(status=status, finished=finished)
+
+    def _note(self, record: BenchRecord) -> None:
+        self.stored[record.key] = record
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,239 @@
+"""A folder with a manifest and an append-only log: what runs, benches and boundary searches are stored in.
+
+The manifest says what was asked. It is written before the first line, through a temporary file that replaces it, so it
+is whole or absent. The log is JSON lines and only grows: one append is one write, flushed to the disk before it
+returns. What a crash can leave is a last line without its newline: a writer cuts it off, a reader ignores it, both say
+so. Of several lines with one key the last wins. One process writes at a time (`flock`, which the kernel drops with the
+process). No torch here: leaderboards read through this module.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+from pydantic import ValidationError
+
+from harness.errors import HarnessError
+from harness.records.atomic_files import (
+    append,
+    cut,
+    lock_folder,
+    unlock_folder,
+    whole_lines,
+    write_bytes,
+    write_error,
+    write_text,
+)
+from harness.records.spec import Frozen
+
+AnyFrozen = TypeVar("AnyFrozen", bound=Frozen)
+M = TypeVar("M", bound=Frozen)
+R = TypeVar("R", bound=Frozen)
+key_of: Callable[[Frozen], Hashable] = attrgetter("key")
+log = logging.getLogger("harness")
+
+
+@dataclass(frozen=True)
+class Layout(Generic[M, R]):
+    """What a folder of one kind holds. kind: as in `harness KIND`; a record also has a `key`.
+
+    ids: the id that a manifest states, and the one that its contents give. owner: the id a record states. environment:
+    manifest fields that may differ when a folder is resumed; the earlier manifest is then kept beside the new one.
+    """
+
+    kind: str
+    manifest_file: str
+    records_file: str
+    manifest: type[M]
+    record: type[R]
+    ids: Callable[[M], tuple[str, str]] = lambda _: ("", "")
+    owner: Callable[[R], str] = lambda _: ""
+    environment: tuple[str, ...] = ("git_commit", "versions")
+
+    def find(self, root: Path) -> list[Path]:
+        """Folders below `root` in name order, or `root` itself when it is one. Raises HarnessError when none is."""
+        if (root / self.manifest_file).is_file():
+            return [root]
+        found = sorted(path.parent for path in root.glob(f"*/{self.manifest_file}"))
+        if not found:
+            missing = f"no {self.kind} in {root}: no folder there holds a {self.manifest_file}"
+            raise HarnessError(f"{missing}; run `harness {self.kind}` first")
+        return found
+
+    def load(self, folder: Path) -> tuple[M, list[R]]:
+        """A folder as stored: of each key the last record, in order of first appearance.
+
+        An unfinished last line is ignored with a warning. Raises HarnessError for a missing manifest and other damage.
+        """
+        manifest, path = self.read_manifest(folder), folder / self.records_file
+        lines, unfinished = whole_lines(path)
+        if unfinished:
+            log.warning("%s: ignored an unfinished last line (%d bytes)", path, unfinished)
+        records = self.parse(path, lines, owner=self.ids(manifest)[0])
+        return manifest, list({key_of(record): record for record in records}.values())
+
+    def read_manifest(self, folder: Path) -> M:
+        """Raises HarnessError when it is missing, damaged or was edited."""
+        path = folder / self.manifest_file
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            ask = f"is this a {self.kind} folder? If there is none, run `harness {self.kind}` first"
+            raise HarnessError(f"cannot read {path}: {error.strerror}; {ask}") from None
+        manifest = _validate(self.manifest, data, where=str(path), remedy="restore it or move the folder away")
+        stated, given = self.ids(manifest)
+        if stated != given:
+            raise HarnessError(f"{path} was edited: its id is {stated}, but its contents give {given}")
+        return manifest
+
+    def parse(self, path: Path, lines: Iterable[bytes], *, owner: str) -> Iterator[R]:
+        """The records of `lines`. Raises HarnessError for a damaged one, or one of another folder than `owner`."""
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            record = _validate(self.record, line, where=where, remedy="remove that line to run it again")
+            if self.owner(record) != owner:
+                raise HarnessError(
+                    f"{where} belongs to {self.kind} {self.owner(record)}, not {owner}; remove that line"
+                )
+            yield record
+
+
+class Journal(ABC, Generic[M, R]):
+    """The one writer of a folder; close it or use it as a context."""
+
+    def __init__(self, layout: Layout[M, R], folder: Path, manifest: M) -> None:
+        """Create or resume `folder`.
+
+        Raises HarnessError when the folder cannot be written, another process writes to it, it holds something else,
+        or a line before the last is damaged. Nothing is changed in these cases.
+        """
+        self.layout, self.folder, self.manifest = layout, folder, manifest
+        self._path, self._intact = folder / layout.records_file, 0
+        stated, given = layout.ids(manifest)
+        if stated != given:
+            raise HarnessError(f"{layout.kind} id {stated} is not the id of its spec, {given}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(folder)
+        except OSError as error:
+            raise write_error(folder, error) from None
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._resume()
+            undo.pop_all()
+
+    @abstractmethod
+    def _note(self, record: R) -> None:
+        """Remember a stored record; called in the order of the log."""
+
+    def _append(self, records: Sequence[R]) -> None:
+        """Store records in one write; on return they are on the disk.
+
+        Raises HarnessError when a record belongs to another folder, and when the disk is full or fails: the log is then
+        cut back to what it was before this call.
+        """
+        append(self._path, self._lines(records), intact=self._intact)
+        self._intact += len(records)
+        for record in records:
+            self._note(record)
+
+    def _replace(self, records: Sequence[R]) -> None:
+        """Replace the whole log in one step. Raises HarnessError when it cannot be written."""
+        write_bytes(self._path, self._lines(records))
+        self._intact = len(records)
+
+    def _amend(self, **changes: object) -> None:
+        """Rewrite the manifest with other values."""
+        self.manifest = type(self.manifest).model_validate({**self.manifest.model_dump(), **changes})
+        self._write_manifest()
+
+    def close(self) -> None:
+        """Release the folder. Closing twice is fine."""
+        if self._lock >= 0:
+            unlock_folder(self._lock)
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_same(self, earlier: M) -> None:
+        """Raises HarnessError when the folder was made for something else than is asked for now."""
+        if self.layout.ids(earlier) != self.layout.ids(self.manifest):
+            kind = self.layout.kind
+            raise HarnessError(f"{self.folder} holds a {kind} of another spec; move it away or choose another folder")
+
+    def _resume(self) -> None:
+        lines, unfinished = whole_lines(self._path)
+        earlier = None
+        if (self.folder / self.layout.manifest_file).exists():
+            earlier = self.layout.read_manifest(self.folder)
+            self._check_same(earlier)
+        elif lines:
+            missing = f"{self._path} has records but {self.layout.manifest_file} is missing"
+            raise HarnessError(f"{missing}; restore it or move the folder away")
+        for record in self.layout.parse(self._path, lines, owner=self.layout.ids(self.manifest)[0]):
+            self._note(record)
+        self._intact = len(lines)
+        if earlier is not None:
+            self._keep(earlier)
+        self._write_manifest()
+        cut(self._path, unfinished)
+        append(self._path, b"", intact=self._intact)  # a log that cannot be written is refused before any work
+
+    def _keep(self, earlier: M) -> None:
+        """Where only the environment changed, the earlier manifest is kept beside the new."""
+        fields = set(self.layout.environment)
+        old, new = (manifest.model_dump(mode="json", include=fields) for manifest in (earlier, self.manifest))
+        changed = [name for name in new if old[name] != new[name]]
+        if changed:
+            stem = self.layout.manifest_file.removesuffix(".json")
+            kept = next(path for n in count(1) if not (path := self.folder / f"{stem}.{n}.json").exists())
+            write_text(kept, earlier.model_dump_json(indent=2) + "\n")
+            told = "%s: resumed with another commit or environment (%s); the earlier one is in %s"
+            log.warning(told, self.folder, ", ".join(changed), kept)
+
+    def _write_manifest(self) -> None:
+        write_text(self.folder / self.layout.manifest_file, self.manifest.model_dump_json(indent=2) + "\n")
+
+    def _lines(self, records: Iterable[R]) -> bytes:
+        own, lines = self.layout.ids(self.manifest)[0], []
+        for record in records:
+            if (other := self.layout.owner(record)) != own:
+                kind = self.layout.kind
+                raise HarnessError(f"record {key_of(record)} belongs to {kind} {other}, this is {own}")
+            lines.append(json.dumps(record.model_dump(mode="json"), separators=(",", ":")))
+        return "".join(f"{line}\n" for line in lines).encode()  # ASCII: no line break but the last
+
+
+def _validate(kind: type[AnyFrozen], data: bytes, *, where: str, remedy: str) -> AnyFrozen:
+    current = kind.model_fields["schema_version"].default
+    try:
+        raw: Any = json.loads(data)
+    except ValueError:
+        raise HarnessError(f"{where} is damaged: not JSON; {remedy}") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version == current or (version is None and isinstance(raw, dict)):
+        try:
+            found = kind.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise HarnessError(f"{where} is damaged: {field}: {first['msg']}; {remedy}") from None
+    if version != current:
+        raise HarnessError(
+            f"{where} has schema_version {version!r}, this version reads {current}; "
+            "read it with the version that wrote it, or run again into another folder"
+        )
+    return found

@@ -1,0 +1,149 @@
+"""The folder of `harness boundary`: `boundary.json` (what was asked, and where) and `boundary.jsonl` (the searches).
+
+The records have a line for each search. The file is replaced in one step after each probe, so a repeated command goes
+on where the last one ended; a last line without its newline, as a copy of the file may have, is left out and said.
+
+No torch here: leaderboards import this module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from harness.errors import HarnessError
+from harness.records.log_folder import Journal, Layout
+from harness.records.measured import Status
+from harness.records.spec import SCHEMA_VERSION, Frozen, ModelSpec
+
+MANIFEST_FILE = "boundary.json"
+RECORDS_FILE = "boundary.jsonl"
+ENVIRONMENT = ("command", "created", "git_commit", "versions", "machine", "model_bytes", "notes")
+"""What a repeated command may differ in."""
+
+Kind = Literal["context", "batch"]
+
+
+class Tried(Frozen):
+    """A probe and how it ended. seconds: of the whole probe. peak_bytes, predicted_bytes: above the model's own."""
+
+    tokens: int
+    batch: int
+    status: Status
+    seconds: float
+    peak_bytes: int | None = None
+    predicted_bytes: int | None = None
+    error: str | None = None
+
+
+class Found(Frozen):
+    """The largest size that fits, 0 where not even the least does.
+
+    whole: even the most fits, so the answer is at least that. next_size: the least size that did not fit, one step
+    above the answer. next_status: how it ended; anything but `oom` is no statement about memory.
+    """
+
+    answer: int
+    whole: bool = False
+    next_size: int | None = None
+    next_status: Status | None = None
+
+
+class BoundaryRecord(Frozen):
+    """One search. found: None while it goes on. at_context: tokens of each prompt where the batch is searched.
+
+    model_revision: content hash or commit, as in the manifest.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model_revision: str = ""
+    method: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    budget: str
+    kind: Kind
+    at_context: int | None = None
+    limit_bytes: int
+    least: int
+    most: int
+    step: int
+    found: Found | None = None
+    probes: tuple[Tried, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """A file holds one record of each."""
+        return (self.method, self.budget, self.kind, self.at_context or 0)
+
+    def probe(self, size: int | None) -> Tried | None:
+        """The probe of that size, where there was one."""
+        tokens, batch = (size, 1) if self.kind == "context" else (self.at_context, size)
+        return next((tried for tried in self.probes if (tried.tokens, tried.batch) == (tokens, batch)), None)
+
+
+class BoundaryManifest(Frozen):
+    """What the searches of a folder have in common.
+
+    limit_kind: what enforces the limit. model_bytes: the model's own, part of the limit. context: the model's.
+    timeout_s: of a probe. threads: of the CPU, None for PyTorch's choice.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    command: tuple[str, ...]
+    created: str
+    model: ModelSpec
+    context: int
+    limit_bytes: int
+    limit_kind: str
+    model_bytes: int
+    threads: int | None
+    chunk: int | None
+    new_tokens: int
+    timeout_s: float
+    notes: tuple[str, ...] = ()
+    git_commit: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+
+
+SEARCHES = Layout(
+    kind="boundary",
+    manifest_file=MANIFEST_FILE,
+    records_file=RECORDS_FILE,
+    manifest=BoundaryManifest,
+    record=BoundaryRecord,
+)
+
+
+class BoundaryStore(Journal[BoundaryManifest, BoundaryRecord]):
+    """The one writer of a folder of searches. Make one with `open`; close it or use it as a context."""
+
+    def __init__(self, folder: Path, manifest: BoundaryManifest) -> None:
+        self.records: dict[tuple[str, str, str, int], BoundaryRecord] = {}
+        super().__init__(SEARCHES, folder, manifest)
+
+    @classmethod
+    def open(cls, folder: Path, manifest: BoundaryManifest) -> BoundaryStore:
+        """Create or resume; raises HarnessError as `Journal` does, and for a folder of other settings."""
+        return cls(folder, manifest)
+
+    def put(self, record: BoundaryRecord) -> None:
+        """Store a search as far as it came, in place of what was there of it."""
+        self._note(record)
+        self._replace(list(self.records.values()))
+
+    def _note(self, record: BoundaryRecord) -> None:
+        self.records[record.key] = record
+
+    def _check_same(self, earlier: BoundaryManifest) -> None:
+        old, new = (manifest.model_dump(exclude=set(ENVIRONMENT)) for manifest in (earlier, self.manifest))
+        other = next((name for name in new if old[name] != new[name]), None)
+        if other is not None:
+            was = f"{self.folder} was searched with {other} {old[other]}"
+            raise HarnessError(f"{was}, not {new[other]}; choose another --out")
+
+
+def load_boundaries(folder: Path) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
+    """A folder of searches as stored. Raises HarnessError when a file is missing or damaged."""
+    return SEARCHES.load(Path(folder))

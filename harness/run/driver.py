@@ -1,0 +1,235 @@
+"""`harness run --ray`: the same run on many workers. A worker has a model; the driver alone plans and writes records.
+
+A piece of work is what `harness run` does at once: a sample (or the questions of one context) under all its cells, so
+the prefill they share is not done twice. The driver plans everything from tokenizer and config, so it needs no GPU and
+no worker reads a data set; weights come from each node's own cache. A worker whose packages or model differ from the
+driver's is refused: they decide the numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.engine.engine import ROWS_AT_ONCE
+from harness.engine.types import Outcome
+from harness.errors import HarnessError
+from harness.machine import machine, versions
+from harness.models.load import LoadedModel, describe_model, load_model
+from harness.plan.sweep import Group, plan_cells, plan_methods, plan_tasks
+from harness.records.atomic_files import write_error
+from harness.records.record import Record
+from harness.records.run_folder import RunStore
+from harness.records.spec import Frozen, ModelSpec, RunSpec, Sweep
+from harness.run.progress import Progress
+from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
+from harness.run.schedule import GivenUp, Item, Schedule
+from harness.run.sequential import Runner, ending, now, prepare, record_of
+from methods.base import KVPolicy
+
+STORE_S = 0.5  # records are written at least this often
+SKEW_S = 30.0
+DEVICES = ("auto", "cpu", "cuda")  # a worker sees its own GPUs alone
+DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")
+"""Packages whose version must be the driver's on every worker."""
+
+
+class FanOut(Frozen):
+    """How a run is fanned out; no part of what the run is. address: auto, local, or that of a cluster's head.
+
+    workers: None for as many as fit into the cluster now. autoscale: `workers` may be more than that, nodes will come.
+    timeout_s: of one sample with all its cells. tries: until a sample that kills its workers is given up.
+    """
+
+    address: str = "auto"
+    workers: int | None = None
+    cpus: float = 1.0
+    gpus: float | None = None
+    autoscale: bool = False
+    timeout_s: float = 3600.0
+    tries: int = 3
+    start_s: float = 900.0
+
+
+@dataclass(frozen=True)
+class MakeRunner:
+    """Makes what a worker works with, there. policies: checked against the model, with ids of a prompt."""
+
+    sweep: Sweep
+    spec: RunSpec
+    policies: Sequence[KVPolicy]
+    ids: Sequence[int]
+    shape: WorkerShape
+
+    def __call__(self) -> tuple[Handler[Group, list[Record]], Mapping[str, Any]]:
+        """Raises HarnessError when the model is not here, or is another one."""
+        import torch
+
+        torch.set_num_threads(max(1, int(self.shape.cpus)))
+        wanted = self.spec.model
+        loaded = load_model(
+            wanted.name,
+            dtype=wanted.dtype,
+            device=wanted.device,
+            trust_remote_code=wanted.trust_remote_code,
+            device_map="auto" if self.shape.gpus > 1 and wanted.device == "cuda" else None,
+        )
+        runner = Runner(self.spec, loaded)
+        runner.engine.check(self.policies, self.ids)
+
+        def handle(groups: Sequence[Group], carefully: bool) -> list[list[Record]]:
+            runner.engine.rows = 1 if carefully else ROWS_AT_ONCE
+            return [runner.records(group) for group in groups]
+
+        return handle, {"model": loaded.spec, "versions": versions(), "machine": machine()}
+
+
+def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str]) -> Path:
+    """Run what is not yet recorded of a sweep on a Ray cluster and return its run folder.
+
+    Raises:
+        HarnessError: bad input, a cluster that cannot be had, or a folder that cannot be written.
+        KeyboardInterrupt: after the manifest says so.
+    """
+    if sweep.measure:
+        raise HarnessError("--measure times one cell alone on a machine, --ray fills it; leave one of the two out")
+    if sweep.device not in DEVICES:
+        raise HarnessError(f"--device {sweep.device!r} is of this machine; give {', '.join(DEVICES)} with --ray")
+    plan_tasks(sweep)
+    plan_cells(plan_methods(sweep), sweep.budgets)  # names and budgets are refused before a cluster is asked
+    with connected(fan.address) as cluster:
+        shape, size = _shape(sweep, fan, cluster.resources)
+        device = sweep.device if sweep.device != "auto" else ("cuda" if shape.gpus else "cpu")
+        prepared = prepare(sweep, lambda asked: _described(asked, device), command=command)
+        spec = prepared.manifest.spec
+        make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
+        with RunStore.open(root, prepared.manifest) as store, ending(store):
+            work = prepared.missing(store.done)
+            work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end
+            logs = WorkerLogs(store.folder / "logs")
+            pool = RayPool[Group, list[Record]](
+                make, size=min(size, max(1, len(work))), shape=shape, accept=_accept(spec.model, logs), tell=logs.tell
+            )
+            try:
+                schedule = Schedule(work, pool, timeout_s=fan.timeout_s, tries=fan.tries, start_s=fan.start_s)
+                with _progress(store, work, schedule) as progress:
+                    if cluster.dashboard:
+                        print(f"Ray dashboard: {cluster.dashboard}", file=sys.stderr)
+                    store_all(store, schedule, progress)
+            finally:
+                pool.stop()
+            return store.folder
+
+
+class WorkerLogs:
+    """A file for each worker: what it is, what it logged, how it ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def tell(self, worker: int, line: str) -> None:
+        path = self.folder / f"worker-{worker}.log"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{now()} {' '.join(line.split())}\n")
+        except OSError as error:
+            raise write_error(path, error) from None
+
+
+def _shape(sweep: Sweep, fan: FanOut, resources: Mapping[str, float]) -> tuple[WorkerShape, int]:
+    """What a worker takes, and how many there are to be. Raises HarnessError when the cluster has less."""
+    gpus = fan.gpus
+    if gpus is None:
+        some = resources.get("GPU") and sweep.device == "auto"
+        gpus = 1.0 if some or sweep.device == "cuda" else 0.0  # with --autoscale there may be none yet
+    shape = WorkerShape(fan.cpus, gpus)
+    fit = min((int(resources.get(name, 0) // own) for name, own in shape.resources.items()), default=1)
+    wanted = fan.workers or fit
+    if (wanted > fit and not fan.autoscale) or not wanted:
+        have = ", ".join(f"{resources.get(name, 0):g} {name}" for name in shape.resources)
+        asked = ", ".join(f"{own:g} {name}" for name, own in shape.resources.items())
+        raise HarnessError(
+            f"{wanted or 1} workers of {asked} do not fit into the cluster, which has {have}; lower --workers or "
+            "--gpus-per-worker, or pass --autoscale where nodes will be added"
+        )
+    return shape, wanted
+
+
+def _described(sweep: Sweep, device: str) -> LoadedModel:
+    return describe_model(sweep.model, dtype=sweep.dtype, device=device, trust_remote_code=sweep.trust_remote_code)
+
+
+def _accept(wanted: ModelSpec, logs: WorkerLogs) -> Callable[[int, Mapping[str, Any]], None]:
+    """Refuses a worker that would bring other numbers: another model, other packages."""
+    ours = versions()
+
+    def accept(worker: int, about: Mapping[str, Any]) -> None:
+        host, theirs = about["host"], about["versions"]
+        what = about["machine"]
+        logs.tell(worker, f"on {host}, node {about['node']}: {what['accelerators'] or what['processor']}, {theirs}")
+        for package in DECIDING:
+            if theirs.get(package) != ours.get(package):
+                raise HarnessError(
+                    f"worker on {host} has {package} {theirs.get(package)}, the driver {ours.get(package)}; "
+                    "install the same versions on every node"
+                )
+        if about["model"].revision != wanted.revision:
+            raise HarnessError(
+                f"model {wanted.name} on {host} is {about['model'].revision[:12]}, on the driver "
+                f"{wanted.revision[:12]}; give every node the same files"
+            )
+        skew = about["time"] - time.time()
+        if abs(skew) > SKEW_S:  # nothing here depends on it, but logs will not line up
+            print(f"note: the clock of {host} is off by {skew:.0f} s", file=sys.stderr)
+
+    return accept
+
+
+def _cost(group: Group) -> int:
+    """Tokens to be prefilled and, for every cell, decoded: an order, no seconds."""
+    return sum(len(planned.ids) + len(cells) * planned.sample.max_new_tokens for planned, cells in group)
+
+
+def _progress(store: RunStore, work: Sequence[Group], schedule: Schedule[Group, list[Record]]) -> Progress:
+    manifest = store.manifest
+    return Progress(
+        store.folder,
+        samples=sum(map(len, work)),
+        total=manifest.samples * manifest.cells,
+        done=len(store.done),
+        workers=lambda: schedule.workers,
+        spent=lambda: (schedule.worker_s, schedule.busy_s),
+    )
+
+
+def store_all(store: RunStore, schedule: Schedule[Group, list[Record]], progress: Progress) -> None:
+    """Write records as they come in, at most every `STORE_S`, so that the disk is no bottleneck."""
+    held: list[Record] = []
+    last = time.monotonic()
+    try:
+        for ended in schedule.run():
+            for item, outcome in ended:
+                records = _given_up(store.manifest.spec, item, outcome) if isinstance(outcome, GivenUp) else outcome
+                held += records
+                progress.add(records)
+            progress.add(())  # how it stands is told also while nothing comes
+            if held and time.monotonic() - last >= STORE_S:
+                store.append(held)
+                held, last = [], time.monotonic()
+    finally:
+        store.append(held)
+
+
+def _given_up(spec: RunSpec, item: Item[Group], outcome: GivenUp) -> list[Record]:
+    records = []
+    for planned, cells in item.work:
+        for cell in cells:
+            lost = Outcome()
+            lost.fail(outcome.status, outcome.why)
+            records.append(record_of(spec, planned, cell, lost))
+    return records

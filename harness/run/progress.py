@@ -1,0 +1,127 @@
+"""How a fanned-out run is getting on: a line while it runs, and `progress.json` in its folder for `harness status`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from harness.records.atomic_files import write_text
+from harness.records.record import Record
+from harness.records.spec import Frozen
+
+PROGRESS_FILE = "progress.json"
+EVERY_S = {True: 1.0, False: 30.0}  # on a terminal, elsewhere
+
+
+class Snapshot(Frozen):
+    """The state of a fanned-out run at a moment. cells: of this and earlier sessions, by status.
+
+    tokens: of prompts and generations in this session; left_s: None before anything is done. worker_s: seconds that
+    workers were ready for work, over all of them; busy_s: those that items took of them.
+    """
+
+    cells: dict[str, int]
+    total: int
+    samples: int
+    samples_left: int
+    tokens: int
+    seconds: float
+    workers: int
+    worker_s: float = 0.0
+    busy_s: float = 0.0
+    left_s: float | None
+    at: float
+    """Seconds since the epoch, by the driver's clock."""
+
+    def line(self) -> str:
+        """For people."""
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(self.cells.items()))
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        left = "" if self.left_s is None else f", {duration(self.left_s)} left"
+        busy = f", busy {self.busy_s / self.worker_s:.0%}" if self.worker_s else ""
+        cells = f"{sum(self.cells.values())} of {self.total} cells ({counts or 'none yet'})"
+        return f"{cells}, {self.samples_left} samples to do, {self.workers} workers, {rate:,.0f} tokens/s{busy}{left}"
+
+
+def duration(seconds: float) -> str:
+    """Such as 1 h 02 min, 3 min 20 s, 12 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+class Progress:
+    """Counts records and says so now and then. A context: the last word is said at its end.
+
+    Args:
+        folder: of the run.
+        samples: to be done now.
+        total: cells of the whole run.
+        done: cells that earlier sessions did.
+        workers: asks how many there are now.
+        spent: asks for `worker_s` and `busy_s`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        samples: int,
+        total: int,
+        done: int,
+        workers: Callable[[], int],
+        spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+    ) -> None:
+        self.folder, self.total, self.samples, self.workers, self.spent = folder, total, samples, workers, spent
+        self.cells = Counter[str]({"done before": done} if done else {})
+        self.left, self.tokens = samples, 0
+        self.start = self.said = time.monotonic()
+        self._every = EVERY_S[sys.stderr.isatty()]
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Count the records of whole samples."""
+        self.cells.update(record.status for record in records)
+        prompts = {(record.task, record.sample_id): record.prompt_tokens for record in records}
+        self.tokens += sum(prompts.values()) + sum(len(record.token_ids) for record in records)
+        self.left -= len(prompts)
+        if time.monotonic() - self.said >= self._every:
+            self.say()
+
+    def snapshot(self) -> Snapshot:
+        """The state now. The time left is that of as many samples at the pace so far."""
+        seconds, ended = time.monotonic() - self.start, self.samples - self.left
+        worker_s, busy_s = self.spent()
+        return Snapshot(
+            cells=dict(self.cells),
+            total=self.total,
+            samples=self.samples,
+            samples_left=self.left,
+            tokens=self.tokens,
+            seconds=seconds,
+            workers=self.workers(),
+            worker_s=worker_s,
+            busy_s=busy_s,
+            left_s=seconds / ended * self.left if ended else None,
+            at=time.time(),
+        )
+
+    def say(self) -> None:
+        now = self.snapshot()
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(f"{now.line():<110}", file=sys.stderr, end=end, flush=True)
+        write_text(self.folder / PROGRESS_FILE, now.model_dump_json() + "\n")
+        self.said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.say()
+        if sys.stderr.isatty():
+            print(file=sys.stderr)

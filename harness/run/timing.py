@@ -1,0 +1,124 @@
+"""`harness run --measure`: the same cell on the same prompt again, by itself, for its seconds and its peak memory.
+
+A cell is scored on a prefill that it shares with the others of its sample, so its seconds there are no latency. To
+measure it a fresh process runs that cell alone on the sample's own prompt: batch 1, a dropped warm-up, one round, as
+many tokens as the cell generated (2 at least, for there is no time per output token below that). The first token comes
+from the prefill, as it does when serving. A probe that ends badly costs the record its measurement, never its score,
+and is not repeated when the run is resumed.
+
+Seconds mean nothing without the machine, so a measured run says in its spec where it was measured: it is another run
+than the same one without measurements, and another one on each machine. One folder never holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from harness.errors import HarnessError
+from harness.plan.sweep import Group, PlannedSample
+from harness.records.measured import ProbeResult, ProbeSpec
+from harness.records.record import Record
+from harness.records.spec import ModelSpec, Sweep
+from harness.speed.target import Restarting
+from methods.registry import name_of
+
+TIMEOUT_S = 1800.0
+"""A probe that takes longer has hung."""
+LONGEST = 200  # characters of a probe's error in a note
+
+
+Finish = Callable[[list[Record], Group], list[Record]]
+
+
+class Probing(Protocol):
+    """What measures: `harness.speed.client.Prober`, open."""
+
+    def ask(self, spec: ProbeSpec, *, timeout_s: float) -> ProbeResult:
+        """How one cell by itself went; an unhappy end is a result, not an exception."""
+        ...
+
+
+def check_measure(sweep: Sweep) -> None:
+    """Raises HarnessError for a sweep whose cells cannot be measured one by one."""
+    if sweep.measure and sweep.query == "agnostic":
+        raise HarnessError(
+            "--measure with --query agnostic: questions share a compressed context there, which no cell has by itself; "
+            "leave one of the two out"
+        )
+    if sweep.measure and sweep.trust_remote_code:
+        raise HarnessError("--measure with --trust-remote-code: probes load plain models only; leave one of them out")
+
+
+def measured_on(machine: Mapping[str, Any], model: ModelSpec) -> str:
+    """What speed depends on, in one line: device, accelerators where one is used, processor, CPU threads.
+
+    machine: as `harness.machine.machine` gives it. Raises HarnessError for a device whose memory nothing tells.
+    """
+    if model.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise HarnessError(
+            f"--measure: memory on device {model.device!r} cannot be measured; give --device cpu or cuda"
+        )
+    cards = () if model.device == "cpu" else machine["accelerators"]
+    return ", ".join([model.device, *cards, machine["processor"], f"{machine['torch_threads']} threads"])
+
+
+@contextmanager
+def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
+    """What adds measurements to the records of a group; with a sweep that asks for none it changes nothing.
+
+    model: as loaded for the scores; the probes load the same.
+    """
+    if not sweep.measure:
+        yield lambda records, group: records
+        return
+    from harness.speed.client import Prober
+
+    threads = torch.get_num_threads()
+    start = partial(Prober, model=sweep.model, dtype=model.dtype, device=model.device, threads=threads)
+    with ExitStack() as stack:
+        opened: list[Probing] = []
+
+        def finish(records: list[Record], group: Group) -> list[Record]:
+            if not opened:  # a run with nothing left to do starts no server
+                opened.append(stack.enter_context(Restarting(start)))
+            owners = [planned for planned, cells in group for _ in cells]
+            pairs = zip(records, owners, strict=True)
+            return [with_measured(r, planned, sweep, prober=opened[0]) for r, planned in pairs]
+
+        yield finish
+
+
+def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prober: Probing) -> Record:
+    """The record with what its cell takes by itself, or with a note on why that is not known.
+
+    planned: the record's sample. A record without a score stays as it is.
+    """
+    if record.status != "ok":
+        return record
+    torch.cuda.empty_cache()  # what this process caches is memory the probe would lack
+    result = prober.ask(probe_spec(record, planned, sweep), timeout_s=TIMEOUT_S)
+    if result.status == "ok" and result.measured is not None:
+        return record.model_copy(update={"measured": result.measured})
+    why = " ".join((result.error or "no measurement came back").split())[:LONGEST]
+    return record.model_copy(update={"notes": (*record.notes, f"measure: {result.status} ({why})")})
+
+
+def probe_spec(record: Record, planned: PlannedSample, sweep: Sweep) -> ProbeSpec:
+    """The record's cell as a probe runs it."""
+    label = record.method.partition("[")[0]  # what stands in brackets is `set`
+    name = name_of(label)
+    changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
+    return ProbeSpec(
+        method=label,
+        set=changed,
+        budget=None if record.budget == "full" else record.budget,
+        tokens=len(planned.ids),
+        new_tokens=max(2, len(record.token_ids)),
+        seed=record.seed,
+        ids=tuple(planned.ids),
+    )

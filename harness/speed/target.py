@@ -1,0 +1,181 @@
+"""What the verbs that probe share: the model as probes load it, a prober that is started again, the limit in force."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.errors import HarnessError
+from harness.models.load import DTYPES, load_model, resolve_device, resolve_dtype
+from harness.plan.sweep import PlannedCell, fit_methods, plan_cells, plan_methods
+from harness.records.measured import ProbeResult, ProbeSpec
+from harness.records.spec import MethodSpec, ModelSpec, Sweep
+from harness.speed.memory_limit import Limit
+from harness.speed.memory_search import Asks
+from harness.speed.predicted_memory import predict
+from methods.base import PolicyError
+from methods.registry import name_of
+
+SHORT = 16
+"""Tokens of the probe that shows which limit holds."""
+SHORT_S = 600.0
+"""That it gets; on CUDA the model is loaded in it."""
+SWAPS = Path("/proc/swaps")
+
+
+class Serves(Asks, Protocol):
+    """What is used of `client.Prober`. limit: what held the last probe. model_bytes: of the loaded model."""
+
+    limit: Limit | None
+    model_bytes: int
+
+
+class Restarting:
+    """A prober, and another one in its place when it goes down with a probe, which is then `failed`. A context."""
+
+    def __init__(self, start: Callable[[], AbstractContextManager[Serves]]) -> None:
+        self._start, self._stack = start, ExitStack()
+
+    def __enter__(self) -> Restarting:
+        self._prober = self._stack.enter_context(self._start())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    @property
+    def model_bytes(self) -> int:
+        """Of the loaded model."""
+        return self._prober.model_bytes
+
+    @property
+    def limit(self) -> Limit | None:
+        """What held the last probe."""
+        return self._prober.limit
+
+    def ask(self, spec: ProbeSpec, *, limit_bytes: int | None = None, timeout_s: float = 600.0) -> ProbeResult:
+        """Run one probe. Raises HarnessError when no prober can be started any more."""
+        try:
+            return self._prober.ask(spec, limit_bytes=limit_bytes, timeout_s=timeout_s)
+        except HarnessError as error:
+            self._stack.__exit__(type(error), error, None)
+            self._prober = self._stack.enter_context(self._start())
+            return ProbeResult(status="failed", error=str(error))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model as the probes load it, and what is asked of it.
+
+    config: of transformers. methods: as fitted to the model, by label.
+    """
+
+    model: ModelSpec
+    config: Any
+    context: int
+    threads: int
+    methods: dict[str, MethodSpec]
+    cells: list[PlannedCell]
+
+    @classmethod
+    def load(cls, sweep: Sweep, threads: int | None) -> Target:
+        """Refuse what can be refused, loading the model once on the CPU; it is let go before the first probe.
+
+        Raises HarnessError: unknown names, bad budgets, a missing device, a model that cannot be loaded, and methods
+        made for another model.
+        """
+        planned = plan_methods(sweep)
+        plan_cells(planned, sweep.budgets)  # before the model loads
+        place = resolve_device(sweep.device)
+        if place.type not in ("cpu", "cuda"):
+            raise HarnessError(f"memory on device {sweep.device!r} cannot be measured; give --device cpu or cuda")
+        dtype = str(resolve_dtype(sweep.dtype, place)).removeprefix("torch.")
+        print(f"loading {sweep.model}", file=sys.stderr, flush=True)
+        loaded = load_model(sweep.model, dtype=dtype, device="cpu")
+        fitted = fit_methods(planned, loaded)
+        Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
+        return cls(
+            model=loaded.spec.model_copy(update={"device": str(place)}),
+            config=loaded.model.config.get_text_config(decoder=True),
+            context=loaded.context,
+            threads=threads or torch.get_num_threads(),
+            methods={spec.label: spec for spec, _ in fitted},
+            cells=plan_cells(fitted, sweep.budgets),
+        )
+
+    def predict(self, cell: PlannedCell, *, tokens: int, batch: int, new_tokens: int, chunk: int | None) -> int | None:
+        """Bytes above the model's own; None where the method refuses."""
+        budget, shape = cell.cell.budget, dict[str, Any](tokens=tokens, batch=batch, new_tokens=new_tokens, chunk=chunk)
+        slots, number = None if budget is None else budget.resolve(tokens), DTYPES[self.model.dtype].itemsize
+        try:
+            return predict(self.config, number, cell.cell.policy, budget=slots, **shape)
+        except PolicyError:
+            return None
+
+    def refusal(self, cell: PlannedCell, tokens: int) -> str | None:
+        """Why a prompt of that many tokens cannot be asked of the cell; None where it can."""
+        budget = cell.cell.budget
+        if tokens > self.context:
+            return f"the prompt of {tokens} tokens is longer than the model's context of {self.context}"
+        if budget is not None and budget.resolve(tokens) >= tokens:
+            return f"the budget of {budget.resolve(tokens)} is not below the {tokens} tokens of the prompt"
+        return None
+
+
+def probe_spec(cell: PlannedCell, changed: dict[str, Any], **shape: Any) -> ProbeSpec:
+    """A probe of a cell. changed: parameters of methods, `method.parameter` to value. shape: its other fields."""
+    label = cell.method.partition("[")[0]  # what stands in brackets is `changed`
+    name = name_of(label)
+    return ProbeSpec(
+        method=label,
+        set={key.partition(".")[2]: value for key, value in changed.items() if key.partition(".")[0] == name},
+        budget=None if cell.cell.budget is None else str(cell.cell.budget),
+        **shape,
+    )
+
+
+def limit_in_force(prober: Serves | Restarting, limit: int) -> tuple[str, list[str]]:
+    """What holds a probe below a limit, seen on a short one, and what is to be said of it.
+
+    Raises HarnessError for a limit that leaves nothing beside the model, or under which not even that probe runs.
+    """
+    own = prober.model_bytes
+    if limit <= own:
+        raise HarnessError(f"--memory-limit of {limit} bytes is not above the loaded model's own {own}; raise it")
+    short = ProbeSpec(method="fullkv", budget=None, tokens=SHORT, new_tokens=2, warm_up=False)
+    result = prober.ask(short, limit_bytes=limit, timeout_s=SHORT_S)
+    found = prober.limit
+    if found is None:
+        advice = "raise --memory-limit" if result.status == "oom" else "try again"
+        raise HarnessError(f"no probe runs under {limit} bytes: {result.error or result.status}; {advice}")
+    return found.kind, [f"limit by {found.kind}, {found.note}"] if found.note else []
+
+
+def swap_note(swaps: Path = SWAPS) -> list[str]:
+    """A line for a machine with swap, which may take what memory does not hold; none without one."""
+    try:
+        rows = [line.split() for line in swaps.read_text(encoding="utf-8").splitlines()[1:]]
+        areas = [(int(row[2]) * 1024, int(row[3]) * 1024) for row in rows if row]
+    except (OSError, ValueError, IndexError):
+        return []
+    if not areas:
+        return []
+    size, used = (sum(column) / 2**20 for column in zip(*areas, strict=True))
+    return [
+        f"this machine has {size:.0f} MiB of swap, {used:.0f} in use: it may hide that memory ran out and make peaks "
+        "and speed look wrong; turn it off (swapoff -a) for figures to rely on"
+    ]
+
+
+def say(lines: Iterable[str]) -> None:
+    """Lines of progress and notes on standard error."""
+    for line in lines:
+        print(f"harness: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""Whether the bytes of a submitted record follow from its budget, and its kept slots from its bytes.
+
+A cache of T tokens takes F = W + slot x S bytes: S slots over the compressible layers (T per layer and KV head), W for
+sliding-window layers, which no budget touches. Asking for b of T tokens allows A = W + slot x S x b/T. So a sample with
+an uncompressed cell gives slot = (F - A) / (S (1 - b/T)) from each other cell, and the model has only one. What a cell
+holds is at least W + slot x kept slots; the rest is its method's side data. Slots held as codes of b bits take at least
+b over the bits of a plain number of that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from harness.records.record import Record
+from methods.base import Budget
+
+OVER = 1.01  # as the engine marks a cell
+ROUNDING = 1e-6
+MOST = 1 << 48  # bytes or tokens
+Cell = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is kept of a record until the uncompressed cell of its sample is known."""
+
+    where: str
+    sample: tuple[str, str]
+    share: float
+    asked: int
+    held: int
+    kept: int
+    least: float
+
+
+@dataclass(frozen=True)
+class _Full:
+    held: int
+    slots: int
+    even: bool
+
+
+class Budgets:
+    """Takes the `ok` records of a run one by one.
+
+    cells: its cells, with the budget read. least: by method, the least part of a plain slot that one of its takes.
+    """
+
+    def __init__(self, cells: Mapping[Cell, Budget | None], least: Mapping[str, float] | None = None) -> None:
+        self.cells, self.least = cells, least or {}
+        self._asked: list[_Asked] = []
+        self._full: dict[tuple[str, str], _Full] = {}
+        self._same: dict[tuple[int, int, int], int] = {}
+
+    def problems(self, record: Record, where: str) -> Iterator[str]:
+        """What is wrong with a record's bytes by itself. where: as it is named in what `across` finds."""
+        budget = self.cells[record.method, record.budget]
+        tokens, sample = record.compressed_tokens, (record.task, record.sample_id)
+        numbers = (tokens, record.kv_bytes, record.asked_bytes, record.full_bytes)
+        if min(numbers) < 1 or max(*numbers, *record.kept_slots) > MOST or min(record.kept_slots, default=0) < 0:
+            yield f"tokens and bytes of a cache are 1 to {MOST:,}, kept slots none below 0"
+            return
+        resolved = None if budget is None else budget.resolve(tokens)
+        if record.budget_tokens != resolved:
+            yield f"budget {record.budget} of {tokens} tokens is {resolved} slots, not {record.budget_tokens}"
+            return
+        yield from _bytes(record)
+        yield from _needles(record)
+        slots = sum(record.kept_slots)
+        if resolved is None or resolved >= tokens:
+            if record.asked_bytes != record.full_bytes:
+                yield f"{record.asked_bytes} bytes asked for, the whole cache has {record.full_bytes}"
+            if resolved is None and slots:
+                self._full[sample] = _Full(record.full_bytes, slots, len(set(record.kept_slots)) == 1)
+        else:
+            share = resolved / tokens
+            least = self.least.get(record.method, 1.0)
+            self._asked.append(_Asked(where, sample, share, record.asked_bytes, record.kv_bytes, slots, least))
+            same = self._same.setdefault((resolved, tokens, record.full_bytes), record.asked_bytes)
+            if same != record.asked_bytes:
+                yield f"{record.asked_bytes} bytes asked for, another record of the same budget has {same}"
+
+    def across(self) -> Iterator[str]:
+        """What does not fit the bytes of a slot that the records give together; samples without a full cell are out."""
+        slots = {asked: _slot(asked, full) for asked in self._asked if (full := self._full.get(asked.sample))}
+        if not slots:
+            return
+        usual = Counter(round(slot, 3) for slot in slots.values()).most_common(1)[0][0]
+        for asked, slot in slots.items():
+            full = self._full[asked.sample]
+            windows = full.held - usual * full.slots
+            if abs(slot - usual) > ROUNDING * usual + 1e-3:
+                found = f"{slot:.1f} bytes a slot, elsewhere {usual:.1f}"
+                yield f"{asked.where}: {asked.asked} bytes asked for make {found}"
+            elif full.even and asked.held < (windows + usual * asked.kept * asked.least) * (1 - ROUNDING):
+                yield f"{asked.where}: {asked.kept} kept slots of {usual:.1f} bytes do not fit into {asked.held} bytes"
+
+
+def _slot(asked: _Asked, full: _Full) -> float:
+    return (full.held - asked.asked) / (full.slots * (1 - asked.share))
+
+
+def _bytes(record: Record) -> Iterator[str]:
+    over = record.kv_bytes > OVER * record.asked_bytes
+    if over != record.over_budget:
+        told = "over_budget is set" if record.over_budget else "over_budget is not set"
+        yield f"{record.kv_bytes} bytes of {record.asked_bytes} asked for, and {told}"
+    if record.asked_bytes > record.full_bytes:
+        yield f"{record.asked_bytes} bytes asked for, more than the {record.full_bytes} of the whole cache"
+
+
+def _needles(record: Record) -> Iterator[str]:
+    kept = [count for layer in record.needle_kept for count in layer]
+    if kept and not 0 <= min(kept) <= max(kept) <= record.needle_tokens:
+        yield f"{max(kept)} of {record.needle_tokens} needle tokens are said to be kept"

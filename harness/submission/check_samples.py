@@ -1,0 +1,120 @@
+"""Which samples and cells a submitted run holds, and whether the cells of one sample are of one prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from harness.records.record import Record, RunManifest
+from methods.base import Budget
+from tasks import load_tasks
+
+MAY_RUN_OUT = frozenset({"prose"})  # protocols that draw what there is, up to the limit
+Cell = tuple[str, str]
+
+
+@dataclass
+class _Seen:
+    prompt: str
+    length: object
+    cells: set[Cell] = field(default_factory=set)
+    cache: tuple[int, int] | None = None
+    nll_tokens: int | None = None
+
+
+class Samples:
+    """Takes the records of a run one by one. cells: what every sample has to have."""
+
+    def __init__(self, manifest: RunManifest, cells: Mapping[Cell, Budget | None]) -> None:
+        self.manifest, self.cells = manifest, cells
+        self.wanted = manifest.samples * len(cells)
+        self._tasks = {task.name for task in manifest.spec.tasks}
+        self._seen: dict[tuple[str, str], _Seen] = {}
+
+    def problems(self, record: Record) -> Iterator[str]:
+        """What is wrong with a record as one of this run; one with a problem is not counted as there."""
+        found = [*self._foreign(record)]
+        if not found:
+            found = [*self._sample(record)]
+        yield from found
+
+    def _foreign(self, record: Record) -> Iterator[str]:
+        spec = self.manifest.spec
+        wanted = {
+            "run_id": self.manifest.run_id,
+            "model": spec.model.name,
+            "dtype": spec.model.dtype,
+            "query": spec.query,
+            "first_token": spec.first_token,
+            "seed": spec.seed,
+        }
+        for name, value in wanted.items():
+            if (own := getattr(record, name)) != value:
+                yield f"{name} is {ascii(own)[:80]}, the run's is {ascii(value)[:80]}"
+        if record.task not in self._tasks:
+            yield f"task {ascii(record.task)[:80]} is not in the spec"
+        if (record.method, record.budget) not in self.cells:
+            yield f"cell {ascii(f'{record.method} {record.budget}')[:80]} is not in the spec"
+        if spec.max_new_tokens is not None and len(record.token_ids) > spec.max_new_tokens:
+            yield f"{len(record.token_ids)} tokens generated, the spec allows {spec.max_new_tokens}"
+        if record.prediction and not record.token_ids:
+            yield "a prediction without tokens"
+
+    def _sample(self, record: Record) -> Iterator[str]:
+        prompt, cell = _prompt(record), (record.method, record.budget)
+        seen = self._seen.setdefault((record.task, record.sample_id), _Seen(prompt, record.meta.get("length")))
+        if cell in seen.cells:
+            yield f"cell {ascii(' '.join(record.key))[1:-1][:120]} is there twice"
+            return
+        seen.cells.add(cell)
+        if seen.prompt != prompt:
+            yield "prompt, references or meta are not those of the sample's other cells"
+        if record.status != "ok":
+            return
+        cache = (record.compressed_tokens, record.full_bytes)
+        if (seen.cache or cache) != cache:
+            yield f"{cache[0]} tokens in {cache[1]} bytes uncompressed, another cell of the sample has {seen.cache}"
+        if (record.nll_tokens if seen.nll_tokens is None else seen.nll_tokens) != record.nll_tokens:
+            yield f"NLL over {record.nll_tokens} tokens, another cell of the sample has {seen.nll_tokens}"
+        seen.cache, seen.nll_tokens = seen.cache or cache, record.nll_tokens
+
+    def missing(self) -> Iterator[str]:
+        """What the run should hold and does not."""
+        for (task, sample), seen in self._seen.items():
+            lost = [" ".join(cell) for cell in self.cells if cell not in seen.cells]
+            if lost:
+                names = ascii(", ".join(lost))[1:-1][:120]
+                yield f"{task} sample {ascii(sample)[1:-1][:60]} lacks {len(lost)} cells: {names}"
+        if len(self._seen) != self.manifest.samples:
+            yield f"{len(self._seen)} samples, the manifest says {self.manifest.samples}"
+        counts = Counter(task for task, _ in self._seen)
+        for name in sorted(self._tasks):
+            yield from self._drawn(name, counts[name])
+
+    def _drawn(self, name: str, count: int) -> Iterator[str]:
+        """Generated tasks make a known number of samples of each length; others at most the limit."""
+        spec, task = self.manifest.spec, load_tasks()[name]
+        own: dict[object, int] = defaultdict(int)
+        for (other, sample), seen in self._seen.items():
+            if other == name and seen.length in spec.lengths and sample.startswith(f"{seen.length}/"):
+                own[seen.length] += 1
+        if not count:
+            yield f"no sample of {name}"
+        elif sum(own.values()) == count:
+            wanted = task.about.samples if spec.limit is None else spec.limit
+            for length in dict.fromkeys(spec.lengths):
+                few = own[length] < wanted and (not own[length] or task.protocol not in MAY_RUN_OUT)
+                if few or own[length] > wanted:
+                    yield f"{own[length]} samples of {name} at length {length}, {wanted} belong there"
+        elif spec.limit is not None and count > spec.limit:
+            yield f"{count} samples of {name}, the limit is {spec.limit}"
+
+
+def _prompt(record: Record) -> str:
+    """A digest of all that a record takes over from its sample."""
+    facts = [record.prompt_sha256, record.prompt_tokens, record.prompt_tail, record.answers]
+    facts += [record.needle_tokens, record.meta]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

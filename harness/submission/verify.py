@@ -1,0 +1,267 @@
+"""What a submitted run is checked for, from its archive alone: nothing of it is believed that can be computed again.
+
+    manifest    the run id is the hash of the spec; kept manifests are of the same run; the tasks are known here
+    records     every line parses and is of this run; one per key; all cells of a sample had the same prompt, references
+                and cache
+    complete    every sample has every cell of the spec, and there are as many samples as the manifest says and, for
+                generated tasks, as the spec's limit asks for of each length
+    budgets     asked bytes follow from the budget, kept slots from the bytes, and `over_budget` from the two
+    scores      the metrics are what the task gives for the stored prediction, to 1e-9
+    likelihood  finite, none negative, over as many tokens as the spec allows. The values are reported, not recomputed
+    tokens      with a tokenizer alone: the stored tokens say what the prediction says
+
+What this cannot show: that the model gave these predictions, nor the seconds, nor that the references are those of the
+data, beyond their being the same in all cells of a sample. An edit that changes no score, under checksums made anew, is
+seen with a tokenizer alone. A cell that was lost (out of memory, failed) has no score; how many there are is told.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from pydantic import BaseModel, ValidationError
+
+from harness.errors import HarnessError
+from harness.records.record import Record, RunManifest
+from harness.records.spec import SCHEMA_VERSION
+from harness.submission.archive import MANIFEST, RECORDS, Index, Pack, open_pack
+from harness.submission.check_bytes import Budgets
+from harness.submission.check_samples import Samples
+from methods.base import Budget, PolicyError
+from tasks import load_tasks
+from tasks.base import Sample, Task
+
+REASONS = 5  # of each check that are kept
+EXACT = 1e-9
+ROUNDING = 1e-6
+LONGEST = 1 << 32  # tokens of a reference
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass
+class Check:
+    """A kind of check. counted: what it looked at. refused: how much of it. reasons: the first ones."""
+
+    name: str
+    counted: int = 0
+    refused: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def see(self, problems: Iterator[str], where: str = "", *, counted: int = 1) -> bool:
+        """Whether there was no problem; several of one thing count once."""
+        found = [f"{where}: {problem}" if where else problem for problem in problems]
+        self.counted += counted
+        self.refused += bool(found)
+        self.reasons += found[: REASONS - len(self.reasons)] if len(self.reasons) < REASONS else []
+        return not found
+
+
+@dataclass
+class Verdict:
+    """What was found. statuses: records by status. manifest: None where it is damaged."""
+
+    index: Index
+    manifest: RunManifest | None = None
+    checks: list[Check] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ok(self) -> bool:
+        return not any(check.refused for check in self.checks)
+
+    @property
+    def reasons(self) -> list[str]:
+        return [f"{check.name}: {reason}" for check in self.checks for reason in check.reasons]
+
+    def check(self, name: str) -> Check:
+        """A new check of that name."""
+        self.checks.append(Check(name))
+        return self.checks[-1]
+
+
+def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = None) -> Verdict:
+    """Check an archive. partial: missing cells are no fault. decode: of the model's tokenizer, to check tokens too.
+
+    Raises HarnessError for an archive that is not sound; what is wrong with a sound one is in the verdict.
+    """
+    with open_pack(path) as pack:
+        verdict = Verdict(pack.index)
+        archive = verdict.check("archive")
+        without = () if pack.index.references else ("it was packed without references: no score can be recomputed",)
+        archive.see(iter(without), counted=len(pack.index.files))
+        manifest = _manifest(pack, verdict.check("manifest"))
+        verdict.manifest = manifest
+        if manifest is not None and pack.index.references:
+            _records(pack, manifest, verdict, partial=partial, decode=decode)
+        return verdict
+
+
+def _manifest(pack: Pack, check: Check) -> RunManifest | None:
+    """The manifest where it can be worked with."""
+    try:
+        manifest = _parse(RunManifest, pack.read(MANIFEST))
+        kept = [_parse(RunManifest, pack.read(name)) for name in pack.manifests]
+    except HarnessError as error:
+        check.see(iter([str(error)]), MANIFEST)
+        return None
+    given, ids = manifest.spec.run_id, [m.run_id for m in (manifest, *kept)]
+    ids += [m.spec.run_id for m in kept] + [pack.index.run_id]
+    problems = [
+        f"run id {ascii(other)[1:-1][:40]} is not the hash of the spec, {given}" for other in ids if other != given
+    ]
+    if not problems:
+        problems = list(_spec_problems(manifest))
+    return manifest if check.see(iter(problems), MANIFEST, counted=1 + len(kept)) else None
+
+
+def _spec_problems(manifest: RunManifest) -> Iterator[str]:
+    spec, known = manifest.spec, load_tasks()
+    for name, count in Counter(task.name for task in spec.tasks).items():
+        if count > 1:
+            yield f"task {name!a} is there {count} times"
+        if name not in known:
+            yield f"scores of task {ascii(name)[:80]} cannot be recomputed: this version does not know it"
+    for task in spec.tasks:
+        if task.name in known and task.protocol != known[task.name].protocol:
+            yield f"{task.name} has protocol {ascii(task.protocol)[:40]}, here {known[task.name].protocol}"
+    try:
+        cells = cells_of(manifest)
+    except PolicyError as error:
+        yield ascii(str(error))[1:-1][:200]
+        return
+    if manifest.cells != len(cells):
+        yield f"it says {manifest.cells} cells a sample, methods and budgets make {len(cells)}"
+
+
+def cells_of(manifest: RunManifest) -> dict[tuple[str, str], Budget | None]:
+    """(method, budget) of every cell of the spec, with the budget read. Raises PolicyError for one that is none."""
+    spec = manifest.spec
+    budgets = {str(budget): budget for budget in map(Budget.parse, spec.budgets)}
+    cells: dict[tuple[str, str], Budget | None] = {}
+    for method in spec.methods:
+        if method.budgeted:
+            cells |= {(method.label, text): budget for text, budget in budgets.items()}
+        else:
+            cells[method.label, "full"] = None
+    return cells
+
+
+def _parse(kind: type[Any], data: bytes) -> Any:
+    """A model from JSON. Raises HarnessError, in one line, with the schema version where that is the reason."""
+    try:
+        version = _Versioned.model_validate_json(data).schema_version
+        if version != SCHEMA_VERSION:
+            raise HarnessError(f"schema_version {version}, this version reads {SCHEMA_VERSION}")
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise HarnessError(f"damaged: {ascii(where)[1:-1][:80]}: {ascii(first['msg'])[1:-1][:120]}") from None
+
+
+class _Versioned(BaseModel):
+    schema_version: int = SCHEMA_VERSION
+
+
+def _least(manifest: RunManifest) -> dict[str, float]:
+    """The least part of a plain slot that one of each method that holds codes takes."""
+    plain = {"float32": 32}.get(manifest.spec.model.dtype, 16)
+    bits = {spec.label: spec.params["bits"] for spec in manifest.spec.methods if "bits" in spec.params}
+    return {label: count / plain for label, count in bits.items() if isinstance(count, int) and 0 < count < plain}
+
+
+def _records(pack: Pack, manifest: RunManifest, verdict: Verdict, *, partial: bool, decode: Decode | None) -> None:
+    cells, tasks = cells_of(manifest), load_tasks()
+    samples, budgets = Samples(manifest, cells), Budgets(cells, _least(manifest))
+    own, whole, bytes_ = verdict.check("records"), verdict.check("complete"), verdict.check("budgets")
+    scores, likelihood = verdict.check("scores"), verdict.check("likelihood")
+    tokens = verdict.check("tokens") if decode is not None else None
+    for number, line in enumerate(pack.lines(), start=1):
+        where = f"{RECORDS}:{number}"
+        try:
+            record = _parse(Record, line)
+        except HarnessError as error:
+            own.see(iter([str(error)]), where)
+            continue
+        if not own.see(samples.problems(record), where):
+            continue
+        verdict.statuses[record.status] += 1
+        if record.status != "ok":
+            scores.see(_no_score(record), where, counted=0)
+            continue
+        where = f"{where} ({ascii(' '.join(record.key))[1:-1][:120]})"
+        bytes_.see(budgets.problems(record, where), where)
+        scores.see(score_problems(tasks[record.task], record), where)
+        likelihood.see(_likelihood_problems(record, manifest), where, counted=record.nll is not None)
+        if tokens is not None and decode is not None:
+            tokens.see(_token_problems(record, decode), where)
+    for problem in budgets.across():
+        bytes_.see(iter([problem]), counted=0)
+    whole.counted = samples.wanted
+    for problem in samples.missing() if not partial else ():
+        whole.see(iter([problem]), counted=0)
+
+
+def _no_score(record: Record) -> Iterator[str]:
+    if record.metrics or record.prediction or record.nll is not None or record.measured is not None:
+        yield f"status {record.status} goes with no score and no measurement"
+
+
+def score_problems(task: Task, record: Record) -> Iterator[str]:
+    """What the stored metrics have against them; a record that its task cannot score again is refused too."""
+    try:
+        found = dict(task.score(cast(Sample, Stored(record)), record.prediction))
+    except NotRecorded as missing:
+        yield f"cannot be recomputed: {task.name} scores with the sample's {missing}, which no record holds"
+        return
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        told = ascii(f"{type(error).__name__}: {error}")[1:-1][:120]
+        yield f"cannot be recomputed: answers or meta are not what {task.name} scores with ({told})"
+        return
+    if found.keys() != record.metrics.keys():
+        yield f"metrics {ascii(sorted(record.metrics))[:120]}, the task gives {sorted(found)}"
+        return
+    for name, value in found.items():
+        if not abs(value - record.metrics[name]) <= EXACT:
+            yield f"{name} is {value:.9g} for the stored prediction, the record says {record.metrics[name]:.9g}"
+
+
+class NotRecorded(Exception):
+    """A field of a sample that is in no record."""
+
+
+class Stored:
+    """What a record holds of a sample; any other field raises NotRecorded."""
+
+    def __init__(self, record: Record) -> None:
+        self.id, self.answers, self.meta = record.sample_id, record.answers, record.meta
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotRecorded(name)
+
+
+def _likelihood_problems(record: Record, manifest: RunManifest) -> Iterator[str]:
+    mean, first, count, most = record.nll, record.nll_first, record.nll_tokens, manifest.spec.nll_tokens
+    if not 0 <= count <= min(most, LONGEST):
+        yield f"NLL over {ascii(count)[:20]} tokens, the spec allows {ascii(most)[:20]}"
+    elif (mean is None) != (count == 0) or (first is None) != (mean is None):
+        yield f"NLL {mean}, first token {first} and {count} tokens do not go together"
+    elif mean is not None and first is not None:
+        if min(mean, first) < -ROUNDING:
+            yield f"NLL {mean:g} (first token {first:g}) is negative"
+        if first > mean * count * (1 + ROUNDING) + ROUNDING:
+            yield f"the first token's NLL {first:g} is more than all {count} together, {mean * count:g}"
+
+
+def _token_problems(record: Record, decode: Decode) -> Iterator[str]:
+    try:
+        text = decode(record.token_ids)
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        yield f"the tokens cannot be decoded ({type(error).__name__})"
+        return
+    if not text.startswith(record.prediction):  # a stop string ends it earlier
+        yield f"the tokens say {ascii(text)[:60]}, the prediction is {ascii(record.prediction)[:60]}"

@@ -1,0 +1,297 @@
+"""Is tonight worse than the last published night? Same prompts, paired, tested, corrected.
+
+What is compared. Cells (method, budget, task), and of each (method, budget) the mean of its task means, `all tasks`; by
+score and by answer NLL; on the samples of both nights that have the same prompt (its hash, not only its id) and are ok
+in both. A task with a sample whose prompt changed is retired: other prompts are no regression, and no evidence.
+
+Test. Under the hypothesis that nothing changed, the two nights of a prompt could be swapped, so each difference is as
+likely with the other sign (Fisher, The Design of Experiments, 1935). p is the share of sign patterns whose mean is at
+least as bad: exact up to 16 differences that are not 0, else of 65,536 drawn ones. Samples that share a context
+(`meta.group`) flip together. The interval beside it is the paired percentile bootstrap of
+`leaderboards.stats.bootstrap`. It is shown, not tested with: of eight samples that all got a little worse it excludes 0
+at any level, though chance does that once in 256 times, and the correction below would be fed with it.
+
+Correction. Holm (Scandinavian Journal of Statistics 6, 1979) over scores and NLLs of all cells. Comparisons that cannot
+be significant however their signs fall are not counted (Tarone, Biometrics 46, 1990): with k differences that are not 0
+no p is below 2^-k. So a change that touches few cells is found with few samples, and one that touches everything needs
+more than 8 per task or shows in `all tasks`. The tests raise a false alarm in at most `alpha` of the nights.
+
+A regression is significant after correction and worse by more than the floor of its measure. Without a test: a sample
+that was ok and has no score any more, kept bytes that grew, and seconds where a floor asks for it, on the very machine.
+
+Each night is compared with the one before: losses below the floors can add up over many nights unseen.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pydantic import Field, FiniteFloat
+
+from harness.records.spec import Frozen
+from leaderboards.nights.files import KEY, Night
+from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate
+from leaderboards.stats.comparable import budget_order
+
+ALL = "all tasks"
+SIGNS: Mapping[str, float] = {"score": -1.0, "nll": 1.0}
+"""Measure to the sign of a change that is worse."""
+EXACT = 16
+DRAWS = 2**16
+CHUNK = 2**22  # signs drawn at once
+SEED = 0
+
+
+class NightlyOptions(Frozen):
+    """The `[nightly]` table of a TOML file. A change of the version retires every stored night.
+
+    baseline: folder of published nights. alpha: chance of any false alarm by the tests of a night. Floors, above which
+    a change counts: score_points (0-100), nll_nats (per token), bytes_percent, speed_percent (None: never).
+    """
+
+    version: int
+    baseline: str
+    alpha: FiniteFloat = Field(default=0.05, gt=0, lt=1)
+    score_points: FiniteFloat = Field(default=5.0, ge=0)
+    nll_nats: FiniteFloat = Field(default=0.05, ge=0)
+    bytes_percent: FiniteFloat = Field(default=0.1, ge=0)
+    speed_percent: FiniteFloat | None = Field(default=None, ge=0)
+
+    def floor(self, measure: str) -> float:
+        return self.score_points if measure == "score" else self.nll_nats
+
+
+@dataclass(frozen=True)
+class Change:
+    """One comparison. change: now minus before, over `n` samples, of which `moved` clusters differ.
+
+    worse, better: one-sided p, as tested and after correction.
+    """
+
+    budget: str
+    method: str
+    task: str
+    measure: str
+    before: float
+    now: float
+    change: Estimate
+    moved: int
+    least: float
+    """The smallest p that the sizes of the differences allow."""
+    worse: float
+    better: float
+    corrected_worse: float = 1.0
+    corrected_better: float = 1.0
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A change that needs no test, in words."""
+
+    budget: str
+    method: str
+    task: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two nights. facts: regressions without a test. retired: what could not be compared, one line each.
+
+    cells: (method, budget, task) compared. counted: comparisons that the correction for worse ones counts.
+    """
+
+    changes: tuple[Change, ...]
+    regressed: tuple[Change, ...]
+    improved: tuple[Change, ...]
+    facts: tuple[Fact, ...]
+    retired: tuple[str, ...]
+    cells: int
+    counted: int
+
+    @property
+    def regressions(self) -> int:
+        return len(self.regressed) + len(self.facts)
+
+
+def compare(before: Night, now: Night, options: NightlyOptions) -> Comparison:
+    """`now` against `before`, whatever machines they ran on; the order of their lines does not matter."""
+    both, retired = _paired(before.table, now.table)
+    found = list(_changes(both))
+    least = np.array([c.least for c in found])
+    worse, counted = holm(np.array([c.worse for c in found]), least, options.alpha)
+    better, _ = holm(np.array([c.better for c in found]), least, options.alpha)
+    changes = tuple(
+        replace(c, corrected_worse=float(w), corrected_better=float(b))
+        for c, w, b in zip(found, worse, better, strict=True)
+    )
+    loss = [SIGNS[c.measure] * c.change.mean for c in changes]
+    pairs = list(zip(changes, loss, strict=True))
+    return Comparison(
+        changes=changes,
+        regressed=tuple(
+            c for c, lost in pairs if c.corrected_worse <= options.alpha and lost > options.floor(c.measure)
+        ),
+        improved=tuple(
+            c for c, lost in pairs if c.corrected_better <= options.alpha and -lost > options.floor(c.measure)
+        ),
+        facts=(*_lost(both), *_grown(both, options), *_slower(before, now, options)),
+        retired=retired,
+        cells=both.groupby(["method", "budget", "task"]).ngroups,
+        counted=counted,
+    )
+
+
+def flip_p(parts: Array, *, seed: int = SEED) -> tuple[float, float, float]:
+    """How probable a sum as high as that of `parts` [G] is, and one as low, if coins gave the signs; and the least p.
+
+    Exact, or drawn with the sum itself counted as one draw (Phipson and Smyth 2010), so p is never 0; or the bound of
+    Hoeffding (1963), exp(-sum^2 / 2 sum of squares), where that is below what draws can tell.
+    """
+    parts = parts[np.abs(parts) > 0]
+    if not parts.size:
+        return 1.0, 1.0, 1.0
+    if parts.size <= EXACT:
+        sums, extra = np.zeros(1), 0
+        for part in parts:
+            sums = np.concatenate([sums + part, sums - part])
+        bounds = [1.0, 1.0, 1.0]
+    else:
+        sums, extra = _drawn(parts, seed), 1
+        exponent = [max(0.0, float(end)) ** 2 for end in (parts.sum(), -parts.sum(), np.abs(parts).sum())]
+        bounds = [math.exp(-square / 2 / float(parts @ parts)) for square in exponent]
+    total, near = parts.sum(), 1e-9 * np.abs(parts).sum()  # patterns that tie but for rounding are ties
+    high, low = np.count_nonzero(sums >= total - near), np.count_nonzero(sums <= total + near)
+    n = sums.size + extra
+    found = ((int(high) + extra) / n, (int(low) + extra) / n, max(2.0**-parts.size, extra / n))
+    worse, better, least = map(min, found, bounds)
+    return worse, better, least
+
+
+def holm(p: Array, least: Array, alpha: float) -> tuple[Array, int]:
+    """Tarone's and Holm's correction of p [M], and how many are counted; what is not has 1.
+
+    least: [M], the smallest that each p can be.
+    """
+    corrected = np.ones_like(p)
+    bounds = (k for k in range(1, p.size + 1) if np.count_nonzero(least <= alpha / k) <= k)
+    counted = np.flatnonzero(least <= alpha / next(bounds, 1))
+    order = counted[np.argsort(p[counted], kind="stable")]
+    steps = p[order] * (order.size - np.arange(order.size))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected, int(order.size)
+
+
+def _drawn(parts: Array, seed: int) -> Array:
+    """[DRAWS]: sums of `parts` [G] with random signs."""
+    generator = np.random.default_rng([SEED, seed])
+    rows = max(1, CHUNK // parts.size)
+    chunks = [
+        generator.integers(0, 2, size=(min(rows, DRAWS - first), parts.size), dtype=np.int8) @ parts
+        for first in range(0, DRAWS, rows)
+    ]
+    return np.asarray(2 * np.concatenate(chunks) - parts.sum())
+
+
+def _paired(before: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Lines of both nights with equal prompts, sorted, the earlier columns behind `_before`; and what is left out."""
+    retired, kept = [], []
+    prompts = {name: table.groupby(["task", "sample_id"]).prompt.max() for name, table in _named(before, now)}
+    tasks = {name: set(table.task) for name, table in _named(before, now)}
+    for task in sorted(tasks["before"] | tasks["now"]):
+        if task not in tasks["before"] or task not in tasks["now"]:
+            retired.append(f"{task}: {'not run tonight' if task in tasks['before'] else 'new tonight'}")
+            continue
+        old, new = prompts["before"][task].align(prompts["now"][task], join="inner")
+        changed = int(((old != new) | (new == "")).sum())
+        if changed or not len(new):
+            retired.append(f"{task}: {changed} of {len(new)} prompts changed" if len(new) else f"{task}: other samples")
+        else:
+            kept.append(task)
+    both = now.merge(before, on=KEY, suffixes=("", "_before"))
+    both = both[both.task.isin(kept)].sort_values(KEY, ignore_index=True)
+    cells = {name: set(zip(table.method, table.budget, strict=True)) for name, table in _named(before, now)}
+    for method, budget in sorted(cells["before"] ^ cells["now"]):
+        gone = (method, budget) in cells["before"]
+        retired.append(f"{method} at {budget}: {'not run tonight' if gone else 'new tonight'}")
+    return both, tuple(retired)
+
+
+def _named(before: pd.DataFrame, now: pd.DataFrame) -> tuple[tuple[str, pd.DataFrame], ...]:
+    return ("before", before), ("now", now)
+
+
+def _changes(both: pd.DataFrame) -> Iterator[Change]:
+    """Every comparison, by budget, method and task, each task before all tasks."""
+    cells = {(str(budget), str(method)): rows for (budget, method), rows in both.groupby(["budget", "method"])}
+    for budget, method in sorted(cells, key=lambda cell: (budget_order(cell[0]), cell[1])):
+        rows = cells[budget, method]
+        bootstrap = Bootstrap(rows.task.tolist(), groups=[group or None for group in rows.group])
+        for measure in SIGNS:
+            pair = (rows[f"{measure}_before"].to_numpy(np.float64), rows[measure].to_numpy(np.float64))
+            present = ~np.isnan(pair[0] - pair[1])
+            tasks = {task: here[present[here]] for task, here in bootstrap.rows.items() if present[here].any()}
+            wholes = {ALL: tasks} if len(tasks) > 1 else {}
+            for task, of in {**{task: {task: here} for task, here in tasks.items()}, **wholes}.items():
+                yield _change(bootstrap, pair, of, names=(budget, method, task, measure))
+
+
+def _change(
+    bootstrap: Bootstrap, pair: tuple[Array, Array], tasks: Mapping[str, npt.NDArray[np.intp]], *, names: Sequence[str]
+) -> Change:
+    """pair: values before and now, [S]. tasks: task to the indexes of its samples that have both."""
+    budget, method, task, measure = names
+    before, now = (float(np.mean([values[here].mean() for here in tasks.values()])) for values in pair)
+    difference = np.round(pair[1] - pair[0], 9)  # what both nights have in common leaves exactly 0
+    sums = [bootstrap.cluster_sums(difference, here)[0] / here.size for here in tasks.values()]
+    parts = SIGNS[measure] * np.concatenate(sums) / len(tasks)  # [G], each cluster's part of the mean
+    worse, better, least = flip_p(parts, seed=zlib.crc32(" ".join(names).encode()))
+    return Change(
+        budget=budget,
+        method=method,
+        task=task,
+        measure=measure,
+        before=before,
+        now=now,
+        change=bootstrap.estimate(difference, weights=dict.fromkeys(tasks, 1.0)),
+        moved=int(np.count_nonzero(parts)),
+        least=least,
+        worse=worse,
+        better=better,
+    )
+
+
+def _lost(both: pd.DataFrame) -> Iterator[Fact]:
+    """Cells with samples that were ok and are not any more."""
+    lost = both[(both.status_before == "ok") & (both.status != "ok")]
+    for (budget, method, task), rows in lost.groupby(["budget", "method", "task"]):
+        counts = ", ".join(f"{n} {status}" for status, n in sorted(rows.status.value_counts().items()))
+        yield Fact(str(budget), str(method), str(task), f"were ok: {counts}")
+
+
+def _grown(both: pd.DataFrame, options: NightlyOptions) -> Iterator[Fact]:
+    """Cells that keep more bytes on the samples that are ok in both nights."""
+    ok = both[(both.status_before == "ok") & (both.status == "ok")]
+    for (budget, method, task), rows in ok.groupby(["budget", "method", "task"]):
+        before, now = int(rows.kv_bytes_before.sum()), int(rows.kv_bytes.sum())
+        if now > before * (1 + options.bytes_percent / 100):
+            grown = f"+{100 * (now / before - 1):.2f} %" if before else "from none"
+            yield Fact(str(budget), str(method), str(task), f"kept bytes {grown}: {before:,} to {now:,}")
+
+
+def _slower(before: Night, now: Night, options: NightlyOptions) -> Iterator[Fact]:
+    """Phases that take longer than the floor allows, on the very machine for as many samples and cells."""
+    same = before.about.machine_id == now.about.machine_id != "" and len(before.table) == len(now.table)
+    if options.speed_percent is None or not same:
+        return
+    for phase, seconds in now.about.seconds:
+        old = getattr(before.about.seconds, phase)
+        if seconds > old * (1 + options.speed_percent / 100) and old:
+            grown = f"{phase} +{100 * (seconds / old - 1):.1f} %: {old:.4g} to {seconds:.4g} s a sample"
+            yield Fact("-", "all methods", ALL, grown)

@@ -1,0 +1,218 @@
+"""Which published night tonight is judged by, and the report on it.
+
+The newest night of the same board, version, machine class and settings decides. The newest of each other machine class
+is compared too, for information: other kernels give other scores, and nobody's change did that. Seconds of another
+machine are never compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import pandas as pd
+
+from leaderboards.nights.compare import Change, Comparison, Fact, NightlyOptions, compare
+from leaderboards.nights.files import Night
+from leaderboards.text import KEYS, bullets, clean, escape, github, number, plain, wrap
+
+DIGITS = {"score": 1, "nll": 3}
+WORDS = {"score": "score", "nll": "NLL"}
+TERMINAL_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a night. aside: why stored nights were not compared with, one line each."""
+
+    night: Night
+    options: NightlyOptions
+    baseline: Night | None
+    comparison: Comparison | None
+    others: tuple[tuple[Night, Comparison], ...]
+    aside: tuple[str, ...]
+    accepted: bool = False
+
+    @property
+    def regressions(self) -> int:
+        return 0 if self.comparison is None else self.comparison.regressions
+
+    @property
+    def publishable(self) -> bool:
+        """Whether this night becomes what the next one is compared with."""
+        return self.accepted or not self.regressions
+
+
+def judge(night: Night, stored: Sequence[Night], options: NightlyOptions, *, accept: bool = False) -> Verdict:
+    """Tonight against the nights of its board that are kept, the newest first (`nights.read_nights`)."""
+    newest: dict[str, Night] = {}
+    aside = []
+    for old in stored:
+        why = _unlike(old, night)
+        if why:
+            aside.append(f"{old.about.name} of {old.about.finished}: {why}")
+        else:
+            newest.setdefault(old.about.machine_class, old)
+    baseline = newest.pop(night.about.machine_class, None)
+    return Verdict(
+        night=night,
+        options=options,
+        baseline=baseline,
+        comparison=None if baseline is None else compare(baseline, night, options),
+        others=tuple((old, compare(old, night, options)) for _, old in sorted(newest.items())),
+        aside=tuple(aside),
+        accepted=accept,
+    )
+
+
+def _unlike(old: Night, night: Night) -> str:
+    """Why the two share no comparison, if so."""
+    if old.about.version != night.about.version:
+        return f"version {old.about.version} is retired, this is {night.about.version}"
+    theirs, ours = old.about.settings, night.about.settings
+    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    return "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names)
+
+
+def headline(verdict: Verdict) -> str:
+    """One line: what came out."""
+    if verdict.comparison is None:
+        return "no baseline: this night becomes one"
+    many = verdict.regressions
+    if not many:
+        return "no regression"
+    return f"{many} regression{'s' if many > 1 else ''}" + (", accepted" if verdict.accepted else "")
+
+
+def to_markdown(verdict: Verdict) -> str:
+    """The report as a page."""
+    parts = [f"# {escape(_title(verdict))}", bullets(_facts(verdict))]
+    for title, body in _sections(verdict):
+        parts += [f"## {escape(title)}", github(body) if isinstance(body, pd.DataFrame) else bullets(body)]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_terminal(verdict: Verdict, *, width: int = TERMINAL_WIDTH) -> str:
+    """The report as text; lines of words are folded, tables are as wide as they must be."""
+    parts = ["\n".join(wrap(line, width) for line in [_title(verdict), *_facts(verdict)])]
+    for title, body in _sections(verdict):
+        lines = [plain(body)] if isinstance(body, pd.DataFrame) else [wrap(f"- {line}", width) for line in body]
+        parts.append("\n".join([title, *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(verdict: Verdict) -> str:
+    return clean(f"{verdict.night.about.board}: {headline(verdict)}")
+
+
+def _facts(verdict: Verdict) -> list[str]:
+    about, compared, options = verdict.night.about, verdict.comparison, verdict.options
+    lines = [
+        f"tonight: {_told(verdict.night)}, {_duration(about.started, about.finished)}; {about.samples} samples, "
+        f"{len(verdict.night.table)} records",
+        f"machine class: {about.machine_class}; version {about.version}",
+        f"baseline: {'none' if verdict.baseline is None else _told(verdict.baseline)}",
+    ]
+    if compared is not None:
+        moved = sum(change.moved > 0 for change in compared.changes)
+        lines.append(
+            f"compared: {compared.cells} cells (method, budget, task) by score and NLL, with means over tasks "
+            f"{len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the correction"
+        )
+        lines.append(
+            f"a regression: corrected one-sided p <= {options.alpha:g} and worse by more than {options.score_points:g} "
+            f"points or {options.nll_nats:g} nats per token; a lost score; bytes grown by more than "
+            f"{options.bytes_percent:g} %"
+        )
+    return [clean(line, longest=1000) for line in lines]
+
+
+def _told(night: Night) -> str:
+    about = night.about
+    return f"{about.finished}, run {about.run_id}, commit {(about.commit or 'unknown')[:12]}"
+
+
+def _duration(started: str, finished: str) -> str:
+    seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
+    return f"{seconds // 60} min {seconds % 60} s"
+
+
+def _sections(verdict: Verdict) -> list[tuple[str, pd.DataFrame | list[str]]]:
+    """Title and body of what there is to say; a body is a table or a list."""
+    compared = verdict.comparison
+    found: list[tuple[str, pd.DataFrame | list[str]]] = []
+    if compared is not None:
+        found += [
+            ("Regressed", _changes(compared.regressed, worse=True)),
+            ("Regressed, without a test", _listed(compared.facts)),
+            ("Improved", _changes(compared.improved, worse=False)),
+            ("Not compared", [clean(line) for line in compared.retired]),
+        ]
+    found += [
+        ("Seconds", _seconds(verdict)),
+        ("Other machine classes, for information", [_other(*other) for other in verdict.others]),
+        ("Set aside", [clean(line) for line in verdict.aside]),
+    ]
+    if compared is not None and (compared.regressed or compared.improved):
+        found.append(("How to read", list(HOW_TO_READ)))
+    return [(title, body) for title, body in found if len(body)]
+
+
+HOW_TO_READ = (
+    "before, now: mean of task means on the same prompts; change: with its 95 % paired bootstrap interval. Score "
+    "0-100, NLL in nats per token (lower is better).",
+    "p: one-sided sign-flip test of the paired differences; corrected by Holm over all comparisons of the night that "
+    "could be significant (Tarone).",
+)
+
+
+def _changes(changes: Sequence[Change], *, worse: bool) -> pd.DataFrame:
+    rows = []
+    for c in changes:
+        digits = DIGITS[c.measure]
+        mean, low, high = (number(v, digits=digits, sign="+") for v in (c.change.mean, c.change.low, c.change.high))
+        p, corrected = (c.worse, c.corrected_worse) if worse else (c.better, c.corrected_better)
+        rows.append(
+            {
+                **dict(zip(KEYS, (clean(c.budget), clean(c.method)), strict=True)),
+                "task": clean(c.task),
+                "measure": WORDS[c.measure],
+                "before": number(c.before, digits=digits),
+                "now": number(c.now, digits=digits),
+                "change": mean if low == "-" else f"{mean} [{low}, {high}]",
+                "p": f"{p:.2g}",
+                "corrected p": f"{corrected:.2g}",
+                "n": str(c.change.n),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _listed(facts: Sequence[Fact]) -> list[str]:
+    return [clean(f"{fact.method} at {fact.budget}, {fact.task}: {fact.what}") for fact in facts]
+
+
+def _seconds(verdict: Verdict) -> list[str]:
+    """Tonight's, beside those of the baseline, which has the same kind of machine."""
+    lines = []
+    for phase, seconds in verdict.night.about.seconds:
+        line = f"{phase}: {seconds:.4g} s a sample"
+        if verdict.baseline is not None:
+            old = float(getattr(verdict.baseline.about.seconds, phase))
+            line += f", before {old:.4g} s" + (f" ({100 * (seconds / old - 1):+.1f} %)" if old else "")
+        lines.append(line)
+    if verdict.baseline is not None:
+        same = verdict.night.about.machine_id == verdict.baseline.about.machine_id != ""
+        judged = same and verdict.options.speed_percent is not None
+        floor = f"judged above {verdict.options.speed_percent:g} %" if judged else "not judged"
+        lines.append(f"{'the same machine' if same else 'another machine of the class, or several'}; {floor}")
+    return lines
+
+
+def _other(night: Night, compared: Comparison) -> str:
+    worse, better = len(compared.regressed), len(compared.improved)
+    return clean(
+        f"{night.about.machine_class} ({_told(night)}): of {len(compared.changes)} comparisons {worse} worse and "
+        f"{better} better beyond floor and correction"
+    )

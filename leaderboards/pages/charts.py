@@ -1,0 +1,225 @@
+"""The charts of a page: score against bytes and TPOT, and by budget, with intervals and their values as tables.
+
+Drawn by matplotlib, without a script: they are there without one, print well, and their text cannot become markup.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+
+from leaderboards.pages.svg import FRONT, GRID, INK, INKS, SERIES, inline
+from leaderboards.stats.aggregate import Table
+from leaderboards.stats.bootstrap import LEVEL
+from leaderboards.stats.comparable import FULL
+from leaderboards.stats.pareto import WHOLE, is_measured, running_best
+from leaderboards.tables.picture import LINES, MARKERS
+from leaderboards.text import clean, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE = (4.4, 3.3)  # inches: as an SVG about as wide as a phone, so that its text is not scaled down there
+RC: dict[Any, Any] = {"font.size": 9, "axes.linewidth": 0.7, "text.parse_math": False, "text.usetex": False}
+RC |= {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+Row = Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """title and about: words. svg: the element. columns, values: the same as a table of text."""
+
+    title: str
+    about: str
+    svg: str
+    columns: tuple[str, ...]
+    values: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a chart has on its x axis. front: column of the marks of its Pareto front, empty for all fair cells."""
+
+    title: str
+    column: str
+    label: str
+    unit: str
+    scale: float = 1
+    front: str = ""
+
+
+BYTES = Cost("Score against cache bytes", "kv_percent_of_full", "KV bytes, % of the full cache (measured)", "KV %")
+TPOT = Cost("Score against time per token", "tpot_s_mean", "TPOT, ms (measured)", "TPOT ms", 1000, "front_tpot")
+
+
+def methods_of(table: Table) -> list[str]:
+    """Methods with a budget, in the order of their colours."""
+    return sorted(set(table.rows["method"][table.rows["budget"] != FULL]))
+
+
+def charts(table: Table, *, salt: str) -> list[Chart]:
+    """Score against bytes, score by budget, and score against TPOT where something was measured; none without scores.
+
+    salt: begins the ids of these charts on the page.
+    """
+    scored = [row for row in table.rows.to_dict("records") if row["n_ok"]]
+    if not any(row["budget"] != FULL for row in scored):
+        return []
+    with mpl.rc_context(RC):
+        found = [_against(table, scored, BYTES, salt=f"{salt}-bytes"), _by_budget(table, scored, salt=f"{salt}-budget")]
+        if is_measured(table.rows) and any(row["n_measured"] for row in scored):
+            timed = [row for row in scored if row["n_measured"]]
+            found.append(_against(table, timed, TPOT, salt=f"{salt}-tpot"))
+    return found
+
+
+def keys(table: Table) -> str:
+    """The legend as buttons that pick out a method in the charts beside it."""
+    buttons = []
+    for i, method in enumerate(methods_of(table)):
+        color, marker, dash = _style(i)
+        shape = MarkerStyle(marker)
+        path = shape.get_path().transformed(shape.get_transform())
+        corners = " ".join(f"{14 + 8 * x:.1f},{8 - 8 * y:.1f}" for x, y in np.asarray(path.to_polygons()[0]))
+        dashes = {"-": "", ":": ' stroke-dasharray="2 2"', "-.": ' stroke-dasharray="6 2 2 2"'}[dash]
+        buttons.append(
+            f'<li><button type="button" class="key" data-s="{i}" aria-pressed="false">'
+            f'<svg viewBox="0 0 28 16" aria-hidden="true"><path class="stroke-{INKS[color]}" d="M0 8H28"{dashes}/>'
+            f'<polygon class="fill-{INKS[color]}" points="{corners}"/></svg>{escape(clean(method))}</button></li>'
+        )
+    return f'<ul class="keys">{"".join(buttons)}</ul>'
+
+
+def _style(i: int) -> tuple[str, str, str]:
+    """Colour, marker and line of the i-th method."""
+    turn = i // len(SERIES)
+    return SERIES[i % len(SERIES)], MARKERS[(i + turn) % len(MARKERS)], LINES[turn % len(LINES)]
+
+
+def _against(table: Table, rows: Sequence[Row], cost: Cost, *, salt: str) -> Chart:
+    rows = [row for row in rows if not math.isnan(row[cost.column])]
+    figure, axes = _figure()
+    said: dict[str, list[str]] = {}
+    for i, method in enumerate(methods_of(table)):
+        own = sorted((r for r in rows if r["method"] == method and r["budget"] != FULL), key=lambda r: r[cost.column])
+        said |= _series(axes, i, own, [cost.scale * row[cost.column] for row in own], line=cost is BYTES)
+    _full(axes, rows, cost)
+    _front(axes, rows, cost)
+    costs = [cost.scale * row[cost.column] for row in rows if row["budget"] != FULL]
+    if costs and max(costs) - min(costs) < 0.05 * max(costs):  # a range that would look wide and is not
+        axes.set_xlim(left=0)
+    axes.set(xlabel=cost.label, ylabel="score (0-100)")
+    about = (
+        f"One point per method and budget with its {LEVEL:.0%} interval; up and to the left is better. The broad step "
+        "is the Pareto front of the means. The line or dash in the colour of the text is the uncompressed cache."
+    )
+    values = [(*_key(row), number(cost.scale * row[cost.column], digits=2), *_score(row)) for row in rows]
+    svg = inline(figure, salt=salt, title=cost.title, about=about, points=said)
+    return Chart(cost.title, about, svg, ("method", "budget", cost.unit, "score", "low", "high"), values)
+
+
+def _by_budget(table: Table, rows: Sequence[Row], *, salt: str) -> Chart:
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] != FULL))
+    methods = methods_of(table)
+    figure, axes = _figure()
+    said: dict[str, list[str]] = {}
+    for i, method in enumerate(methods):
+        own = [row for row in rows if row["method"] == method and row["budget"] != FULL]
+        aside = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
+        said |= _series(axes, i, own, [budgets.index(row["budget"]) + aside for row in own], line=True)
+    _full(axes, rows, BYTES)
+    axes.set(xlabel="budget as asked: tokens, or a fraction", ylabel="score (0-100)")
+    axes.set_xticks(range(len(budgets)), [clean(budget) for budget in budgets])
+    title, about = (
+        "Score by budget",
+        (
+            f"A line per method with {LEVEL:.0%} intervals, moved a little aside so that none hides another. The "
+            "dashed line is the uncompressed cache."
+        ),
+    )
+    svg = inline(figure, salt=salt, title=title, about=about, points=said)
+    values = [(*_key(row), *_score(row)) for row in rows]
+    return Chart(title, about, svg, ("method", "budget", "score", "low", "high"), values)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, lw=0.5, alpha=0.5)
+    return figure, axes
+
+
+def _series(axes: Axes, i: int, rows: Sequence[Row], x: Sequence[float], *, line: bool) -> dict[str, list[str]]:
+    """Draw a method's points; the gid of its line to the words of each point."""
+    if not rows:
+        return {}
+    color, marker, dash = _style(i)
+    means = [row["score_points_mean"] for row in rows]
+    lows = [row["score_points_mean"] - row["score_points_low"] for row in rows]
+    highs = [row["score_points_high"] - row["score_points_mean"] for row in rows]
+    look: dict[str, Any] = {
+        "color": color,
+        "marker": marker,
+        "ls": dash if line else "",
+        "ms": 4.5,
+        "lw": 1.2,
+        "elinewidth": 0.8,
+    }
+    drawn = axes.errorbar(x, means, yerr=[lows, highs], **look)
+    drawn.lines[0].set_gid(f"series-{i}")
+    for bars in drawn.lines[2]:
+        bars.set_gid(f"series-{i}-bars")
+    return {f"series-{i}": [words(row) for row in rows]}
+
+
+def words(row: Row) -> str:
+    """A cell in words: method, budget, score with its interval, share of the bytes, and TPOT where measured."""
+    mean, low, high = _score(row)
+    spread = "" if low == "-" else f" ({low} to {high})"
+    timed = row.get("tpot_s_mean", math.nan)
+    tpot = "" if math.isnan(timed) else f", TPOT {1000 * timed:.2f} ms"
+    kept = number(row["kv_percent_of_full"])
+    return f"{clean(row['method'])} at {clean(row['budget'])}: score {mean}{spread}, KV {kept} %{tpot}"
+
+
+def _full(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
+    for row in rows:
+        if row["budget"] != FULL:
+            continue
+        if cost is BYTES and row["kv_percent_of_full"] > WHOLE:
+            axes.axhline(row["score_points_mean"], color=INK, lw=1, ls="--")
+        else:
+            axes.plot(cost.scale * row[cost.column], row["score_points_mean"], color=INK, marker="_", ms=10, ls="")
+
+
+def _front(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
+    """The staircase over the cells on the front; without marks, over the complete cells within their bytes."""
+    on = [row for row in rows if (row[cost.front] if cost.front else _fair(row))]
+    best = running_best([(cost.scale * row[cost.column], row["score_points_mean"]) for row in on])
+    if best:
+        x, y = zip(*best, strict=True)
+        axes.step(x, y, where="post", color=FRONT, lw=4, alpha=0.4, zorder=1)
+
+
+def _fair(row: Row) -> bool:
+    if row.get("memory", "physical") != "physical":
+        return False
+    return row["budget"] != FULL and not {"incomplete", "over_budget"} & set(row["flags"].split())
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return clean(row["method"]), clean(row["budget"])
+
+
+def _score(row: Row) -> tuple[str, str, str]:
+    mean, low, high = (number(row[f"score_points_{part}"]) for part in ("mean", "low", "high"))
+    return mean, low, high

@@ -1,0 +1,144 @@
+"""What a page shows of single samples: some answers side by side, and needle heat maps.
+
+Answers and references are untrusted. Here they stay plain data; the page sets them as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from math import isnan
+from typing import Any
+
+import numpy as np
+
+from harness.records.record import Record
+from leaderboards.stats.comparable import budget_order
+from leaderboards.stats.grid import needle_percent
+from leaderboards.stats.summaries import BANDS, NEEDLES
+from leaderboards.text import clean
+
+SAMPLES = 50
+LONGEST = 400  # characters of an answer
+REFERENCES = 5
+
+
+def browsable(groups: Sequence[Sequence[Record]], *, samples: int = SAMPLES) -> list[dict[str, Any]]:
+    """Up to `samples` samples as plain data, taken in turn from every task of every table, spread over each task.
+
+    groups: the records of each table, one per key. Every one has `table` (its index), `task`, `id`, `tail` (of its
+    prompt, empty in older records), `references` and `answers`: method, budget, text, score 0-100, needle (% still
+    cached), kept (see `kept_map`), status, error.
+    """
+    by_task: dict[tuple[int, str], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for table, records in enumerate(groups):
+        for r in records:
+            by_task[table, r.task][r.sample_id].append(r)
+    each = -(-samples // max(1, len(by_task)))
+    turns = [[(table, by_id[s]) for s in _spread(sorted(by_id), each)] for (table, _), by_id in by_task.items()]
+    taken = [found for found in chain.from_iterable(zip_longest(*turns)) if found is not None]
+    return [_sample(table, records) for table, records in taken[:samples]]
+
+
+def _spread(ids: Sequence[str], n: int) -> list[str]:
+    return [ids[i] for i in np.linspace(0, len(ids) - 1, min(n, len(ids))).round().astype(int)]
+
+
+def _sample(table: int, records: Sequence[Record]) -> dict[str, Any]:
+    first = records[0]
+    references = next((r.answers for r in records if r.answers), ())
+    return {
+        "table": table,
+        "task": clean(first.task),
+        "id": clean(first.sample_id),
+        "tail": shown(next((r.prompt_tail for r in records if r.prompt_tail), "")),
+        "references": [shown(answer) for answer in references[:REFERENCES]],
+        "more": max(0, len(references) - REFERENCES),
+        "answers": [_answer(r) for r in sorted(records, key=lambda r: (budget_order(r.budget), r.method))],
+    }
+
+
+def _answer(r: Record) -> dict[str, Any]:
+    score, needle = r.metrics.get("score"), needle_percent(r)
+    return {
+        "method": clean(r.method),
+        "budget": clean(r.budget),
+        "text": shown(r.prediction),
+        "score": None if score is None else round(100 * score, 1),
+        "needle": None if isnan(needle) else round(needle, 1),
+        "kept": "" if isnan(needle) else kept_map(r),
+        "status": r.status,
+        "error": clean(r.error or ""),
+    }
+
+
+def kept_map(r: Record) -> str:
+    """How much of the needle each layer and KV head still holds: a character per head, layers parted by dots.
+
+    `0` is none of its tokens, `a` all of them; `1` to `9` are the tenths between, and reach neither end.
+    """
+    shares = [[kept / r.needle_tokens for kept in layer] for layer in r.needle_kept]
+    return ".".join(
+        "".join("0" if s <= 0 else "a" if s >= 1 else str(min(9, max(1, round(10 * s)))) for s in layer)
+        for layer in shares
+    )
+
+
+def shown(text: str, *, longest: int = LONGEST) -> str:
+    """Text with its lines, without other control characters and direction marks, cut after `longest` characters."""
+    cut = text if len(text) <= longest else text[: longest - 1] + "…"
+    return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else " " for c in cut)
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One heat map. values: [lengths, bands of depth] mean score 0-100, NaN without a sample; counts: its samples."""
+
+    family: str
+    method: str
+    budget: str
+    lengths: tuple[int, ...]
+    values: list[list[float]]
+    counts: list[list[int]]
+
+
+def heat_maps(records: Sequence[Record]) -> list[Heat]:
+    """One per needle family, budget and method: the mean over tasks of the task's mean, by length and depth.
+
+    records: one per key, of one table; those of NIAH and of RULER's needle tasks that have a depth and a length count.
+    """
+    found: dict[tuple[str, str, str], dict[tuple[int, int], dict[str, list[float]]]]
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for r in records:
+        place = _place(r)
+        if place is not None and r.status == "ok" and "score" in r.metrics:
+            found[r.task.partition("/")[0], r.budget, r.method][place][r.task].append(100 * r.metrics["score"])
+    order = sorted(found, key=lambda key: (key[0], budget_order(key[1]), key[2]))
+    lengths = {
+        family: sorted({n for key in found if key[0] == family for n, _ in found[key]}) for family, _, _ in order
+    }
+    return [_heat(key, tuple(lengths[key[0]]), found[key]) for key in order]
+
+
+def _heat(
+    key: tuple[str, str, str], lengths: tuple[int, ...], boxes: dict[tuple[int, int], dict[str, list[float]]]
+) -> Heat:
+    family, budget, method = key
+    places = [[boxes.get((length, band), {}) for band in range(len(BANDS))] for length in lengths]
+    values = [[float(np.mean([np.mean(v) for v in box.values()])) if box else np.nan for box in row] for row in places]
+    counts = [[sum(map(len, box.values())) for box in row] for row in places]
+    return Heat(family, method, budget, lengths, values, counts)
+
+
+def _place(r: Record) -> tuple[int, int] | None:
+    """(length in tokens, index into BANDS) of a needle sample."""
+    family, _, name = r.task.partition("/")
+    depth, length = r.meta.get("depth"), r.meta.get("length")
+    if family != "niah" and not (family == "ruler" and name in NEEDLES):
+        return None
+    if isinstance(depth, bool) or not isinstance(depth, int | float) or not 0 <= depth <= 100:
+        return None
+    return (length, min(int(depth // 20), len(BANDS) - 1)) if isinstance(length, int) else None

@@ -1,0 +1,1 @@
+"""Records to numbers: what may be compared, intervals, ranks, fronts. Others call `aggregate.aggregate`."""

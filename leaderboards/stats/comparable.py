@@ -1,0 +1,113 @@
+"""Which records may share a table, in which order, and which one stands for a cell that several runs hold.
+
+Records that differ in model, dtype, query mode, first_token, seed, or in any setting of their runs that decides numbers
+(model revision, token limits, a task's protocol) never share a table: each combination is its own. So do runs that
+timed their cells on different machines: speed is ranked within one machine only. A run that timed nothing joins those
+of one machine, for its scores do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TypeVar
+
+from harness.errors import HarnessError
+from harness.records.board_record import Brief, briefs
+from harness.records.record import Record, RunManifest
+
+AnyRecord = TypeVar("AnyRecord", Record, Brief)
+STATUSES = ("ok", "skipped", "failed", "oom")
+FULL = "full"
+"""The budget of a method without one."""
+
+
+@dataclass(frozen=True, order=True)
+class Axes:
+    """What all records of a table share. settings: run settings that differ between the runs given, else empty."""
+
+    model: str
+    dtype: str
+    query: str
+    first_token: str
+    seed: int
+    settings: str = ""
+
+
+def split_by_axes(
+    records: Iterable[AnyRecord], *, manifests: Sequence[RunManifest] = ()
+) -> dict[Axes, list[AnyRecord]]:
+    """Records by axes, axes in order. Without the manifests only the axes that are in a record are told apart."""
+    settings = _settings(manifests)
+    of_run = attrgetter("run_id", "model", "dtype", "query", "first_token", "seed")
+    runs: dict[tuple[str, str, str, str, str, int], list[AnyRecord]] = defaultdict(list)
+    for r in records:
+        runs[of_run(r)].append(r)
+    groups: dict[Axes, list[AnyRecord]] = defaultdict(list)
+    for (run_id, model, dtype, query, first_token, seed), some in runs.items():
+        groups[Axes(model, dtype, query, first_token, seed, settings.get(run_id, ""))] += some
+    return {axes: groups[axes] for axes in sorted(groups)}
+
+
+def one_per_key(records: Iterable[AnyRecord]) -> tuple[list[AnyRecord], int]:
+    """One record per key, in key order, and how many keys had several.
+
+    Ok goes first, then physical memory, then a measured one, then the smallest run id.
+    Raises HarnessError when one sample id stands for two prompts.
+    """
+    by_key: dict[tuple[str, str, str, str], AnyRecord] = {}
+    several: dict[tuple[str, str, str, str], list[AnyRecord]] = {}
+    for r in records:
+        key = r.key
+        if key in by_key:
+            several.setdefault(key, [by_key[key]]).append(r)
+        else:
+            by_key[key] = r
+    by_key |= {key: min(found, key=_preference) for key, found in several.items()}
+    chosen = [by_key[key] for key in sorted(by_key)]
+    _check_prompts(chosen)
+    return chosen, len(several)
+
+
+def _preference(record: Record | Brief) -> tuple[int, bool, bool, str, str]:
+    (r,) = briefs([record])
+    return (STATUSES.index(r.status), r.memory != "physical", r.timed is None, r.run_id, repr(r))
+
+
+def budget_order(budget: str) -> tuple[int, float, str]:
+    """Sort key: without a budget first, then tokens, then fractions."""
+    try:
+        return (2 if "." in budget else 1, float(budget), budget)
+    except ValueError:
+        return (0 if budget == FULL else 3, 0.0, budget)
+
+
+def _check_prompts(records: Iterable[Record | Brief]) -> None:
+    prompts: dict[tuple[str, str], Record | Brief] = {}
+    for r in records:
+        if not r.prompt_sha256:
+            continue
+        first = prompts.setdefault((r.task, r.sample_id), r)
+        if first.prompt_sha256 != r.prompt_sha256:
+            raise HarnessError(
+                f"{r.task} sample {r.sample_id} is not the same prompt in runs {first.run_id} and {r.run_id} "
+                "(other data or another truncation); make one board for each"
+            )
+
+
+def _settings(manifests: Sequence[RunManifest]) -> dict[str, str]:
+    """Run id to the number-deciding settings in which the runs differ; a setting all runs agree on is no axis."""
+    runs: dict[str, dict[str, str]] = {}
+    for m in manifests:
+        fixed = {name: str(getattr(m.spec, name)) for name in ("max_tokens", "max_new_tokens", "nll_tokens")}
+        timed = {} if m.spec.measured_on is None else {"measured on": m.spec.measured_on}
+        protocols = {f"{task.name} protocol": task.protocol for task in m.spec.tasks}
+        runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols, **timed}
+    seen: dict[str, set[str]] = defaultdict(set)
+    for values in runs.values():
+        for name, value in values.items():
+            seen[name].add(value)
+    differ = sorted(name for name, values in seen.items() if len(values) > 1)
+    return {run: ", ".join(f"{name} {v[name]}" for name in differ if name in v) for run, v in runs.items()}

@@ -1,0 +1,102 @@
+"""Which cells of a measured table are on a Pareto front: of score against KV bytes, and of score against TPOT.
+
+A cell is off the front when another one surely costs no more and is told better: the interval of their paired
+difference in score lies above 0. It is on the front, `*`, when it is told better than every cell that may cost no
+more; the cheapest one is, whatever its score. Every other cell is `=`: some cell that may cost no more is not told
+apart from it.
+
+Costs are compared on the samples that both cells have. Bytes are exact, so their mean decides. TPOT is a noisy time:
+a cell surely costs no more when the whole interval of the paired difference is at most 0, and may cost no more unless
+the whole interval is above 0. Without an interval nothing is sure.
+
+A cell that lacks samples, or measurements where TPOT counts, puts no other off and is never `*`; one without any has no
+mark. One with simulated memory has none either and puts no other off: no such memory was held. Like the other marks
+these are 95 % per comparison, and `=` is no proof of equality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+
+from leaderboards.stats.grid import Cell, Grid
+from leaderboards.text import number
+
+FRONTS = {"front_bytes": "kv_bytes", "front_tpot": "tpot_s"}
+"""Column of the table to the cost."""
+WHOLE = 99.9
+"""Percent of the full cache above which a method without a budget is a line in a picture of bytes, and else a point."""
+HOW_TO_READ = (
+    "TTFT (time to the first token), TPOT (time per output token), tokens/s, peak MiB (above the model's own memory): "
+    "each cell by itself in a fresh process on the sample's prompt, batch 1, the first token chosen by the prefill as "
+    "when serving, whatever is scored. Means over the n measured samples; cells with another n had other prompts.",
+    "front bytes, front TPOT: the Pareto front of score against KV bytes, and against TPOT, over all budgets. *: on "
+    "it, told better in score than every cell that may cost no more. =: not told apart from one of those, or lacking "
+    "samples. Empty: off it, for a cell that costs no more is told better; or never measured.",
+)
+
+
+def fronts(grid: Grid) -> dict[Cell, dict[str, str]]:
+    """`*`, `=` or nothing for every cell, by the columns of `FRONTS`."""
+    marks = {name: _front(grid, cost) for name, cost in FRONTS.items()}
+    return {cell: {name: own.get(cell, "") for name, own in marks.items()} for cell in grid.cells}
+
+
+def is_measured(rows: pd.DataFrame) -> bool:
+    """Whether the rows of a table have the columns of measured cells."""
+    return "n_measured" in rows
+
+
+def frame(rows: pd.DataFrame) -> pd.DataFrame:
+    """Speed, memory and fronts as text, of the rows of a measured table."""
+    return pd.DataFrame(
+        {
+            "TTFT s": rows["ttft_s_mean"].map(lambda s: number(s, digits=3)),
+            "TPOT ms": rows["tpot_s_mean"].map(lambda s: number(1000 * s, digits=2)),
+            "tokens/s": rows["tokens_per_s_mean"].map(number),
+            "peak MiB": rows["peak_bytes_mean"].map(lambda size: number(size / 2**20)),
+            "n measured": rows["n_measured"].map(str),
+            "front bytes": rows["front_bytes"],
+            "front TPOT": rows["front_tpot"],
+        }
+    )
+
+
+def _front(grid: Grid, cost: str) -> dict[Cell, str]:
+    known = {cell: int((~np.isnan(grid.values(cell, cost))).sum()) for cell in grid.cells}
+    here = [cell for cell in grid.cells if grid.memory(cell) == "physical" and grid.counts(cell)["ok"] and known[cell]]
+    whole = {cell for cell in here if grid.complete(cell) and known[cell] == grid.counts(cell)["ok"]}
+    off: set[Cell] = set()
+    doubtful = set(here) - whole
+    pairs = list(permutations(here, 2))
+    if cost != "kv_bytes":
+        grid.prepare((other, cost, cell) for cell, other in pairs)
+    cheaper = {pair: costs for pair in pairs if (costs := _costs_no_more(grid, pair[1], pair[0], cost))[1]}
+    grid.prepare((a, "score", b) for pair in cheaper for a, b in (pair, pair[::-1]))
+    for (cell, other), (surely, _) in cheaper.items():
+        if surely and other in whole and grid.told_apart(other, cell):
+            off.add(cell)
+        elif not grid.told_apart(cell, other):
+            doubtful.add(cell)
+    return {cell: "=" if cell in doubtful else "*" for cell in here if cell not in off}
+
+
+def _costs_no_more(grid: Grid, cell: Cell, other: Cell, cost: str) -> tuple[bool, bool]:
+    """Whether `cell` surely costs no more than `other`, and whether it may."""
+    if cost == "kv_bytes":
+        mean = grid.bootstrap.mean(grid.values(cell, cost) - grid.values(other, cost))
+        return mean <= 0, not mean > 0  # not: without common samples nothing is known
+    paired = grid.estimate(cell, cost, minus=other)
+    return paired.high <= 0, not paired.low > 0
+
+
+def running_best(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, score) points those that no other one matches at most its cost and at least its score; by cost."""
+    best: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or score > best[-1][1]:
+            best.append((cost, score))
+    return best

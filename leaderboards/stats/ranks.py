@@ -1,0 +1,246 @@
+"""How sure a place in the ranking is: rank intervals, the strongest other method, and intervals over tasks.
+
+Ranks. Per budget and measure, `low` is 1 plus the number of methods that are surely better, `high` the number of
+methods less those that are surely worse (Mogstad, Romano, Shaikh and Wilhelm, "Inference for Ranks with Applications to
+Mobility across Neighbourhoods and Academic Achievement across Countries", Review of Economic Studies 91(1), 2024). So
+methods that are not told apart have intervals that overlap, and equal outputs give equal intervals.
+
+Surely. All ordered pairs of methods of a budget are tested at once: A is better than B, by the paired difference on
+the samples both have, mean of task means. The step-down max-t bootstrap (Romano and Wolf, "Exact and Approximate
+Stepdown Methods for Multiple Hypothesis Testing", JASA 100, 2005) holds the chance of any wrong claim, direction
+included, at 5 % per budget and measure; there is no correction over budgets and measures. The chance that some interval
+of a budget misses its method's true rank is then at most that as well. All pairs see the same redraws of clusters,
+within tasks; the spread of a difference is that of its redraws, times sqrt(g/(g-1)) in a task of g clusters. It rests
+on few clusters, so a difference in units of it is read as Student's t, with the degrees of freedom of Welch and
+Satterthwaite, and turned into the normal deviate of the same probability before it is compared with the redraws.
+
+Who counts. Cells with a budget that are scored and within their bytes. A pair needs `FEW` clusters in all, `LEAST` in
+every task and `FEW` - 1 degrees of freedom to be told apart: with tasks of 2 or 3 clusters beside larger ones, equal
+methods are told apart too often. A cell that lacks samples is surely better than nobody: what it lacks may be what it
+fails.
+
+Best other. The method of another name (before `@`) that is complete and within its bytes and has the best mean at that
+budget, on the samples that the cell has. It is chosen on the samples that it is compared on, which favours it; the
+interval of that difference is that of every paired difference (`leaderboards.stats.aggregate`), per comparison.
+
+Over tasks. A cell's mean with tasks redrawn, and in each drawn task its clusters, anew each time that it is drawn. From
+`MIN_TASKS` tasks on; too narrow with few, by about sqrt(1 - 1/tasks).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import special
+
+from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS, NOTHING, Array
+from leaderboards.stats.comparable import FULL
+from leaderboards.stats.grid import Cell, Grid, Mask
+from leaderboards.stats.joint_bootstrap import Drawn, Redraws, Request
+from leaderboards.stats.subject import SIGNS, bare_name
+from leaderboards.text import clean, number
+
+LEAST = 5
+"""Clusters in a task below which nobody is told apart."""
+MIN_TASKS = 3
+"""Tasks below which nothing is said of other tasks."""
+SUFFIXES: Mapping[str, str] = {"score": "", "nll": "_nll"}
+"""Measure to what follows the column's name."""
+PAIRED: Mapping[str, str] = {"score": "score_points_vs_best", "nll": "nll_nats_vs_best"}
+"""Measure to the columns of the difference to the best other."""
+HOW_TO_READ = (
+    "rank: the places among the methods of its budget that the samples leave possible; methods that are not told apart "
+    f"share places. All pairs of a budget at once, paired, wrong claims held at {1 - LEVEL:.0%} per budget and measure "
+    "(step-down max-t bootstrap); a cell over its bytes has no rank, one that lacks samples is surely above nobody. "
+    f"Nobody is told apart with fewer than {LEAST} contexts in some task, or {FEW} in all.",
+    f"over tasks: {LEVEL:.0%} interval of the score with the tasks redrawn too. best other: the best mean of another "
+    "name at that budget, chosen on the samples it is compared on, which favours it; Δ as above.",
+)
+
+
+def step_down(statistics: Array, draws: Array, *, level: float = LEVEL) -> Mask:
+    """[P]: which one-sided hypotheses are rejected, with the chance of any wrong rejection at most 1 - level.
+
+    statistics: [P], large where the hypothesis looks wrong; draws: [R, P], the same statistics redrawn and centred.
+    """
+    left = np.ones(len(statistics), dtype=bool)
+    while left.any():
+        limit = np.quantile(draws[:, left].max(axis=1), level, method="higher")
+        rejected = left & (statistics > limit)
+        if not rejected.any():
+            break
+        left &= ~rejected
+    return ~left
+
+
+def normal_deviate(mean: float, error: float, *, freedom: float) -> float:
+    """The normal deviate that is as improbable as mean / error is for Student's t; infinite without an error."""
+    if not error:
+        return math.copysign(math.inf, mean) if mean else 0.0
+    tail = special.stdtr(freedom, -abs(mean / error))
+    return round(math.copysign(float(-special.ndtri(tail)), mean), 9)
+
+
+class _Field:
+    """The cells of one budget by one measure. whole: cells that lack no sample that another one has."""
+
+    def __init__(self, grid: Grid, cells: Sequence[Cell], measure: str, *, redraws: Redraws) -> None:
+        self.cells = cells
+        self.sign = SIGNS[measure]
+        values = np.stack([grid.values(cell, measure) for cell in cells], axis=1)  # [S, K]
+        has = ~np.isnan(values)
+        self.scored = [int(i) for i in np.flatnonzero(has.any(axis=0))]
+        self.inside = [i for i in self.scored if not grid.over_budget(cells[i])]
+        every = has.any(axis=1)
+        self.whole = {i for i in self.scored if grid.complete(cells[i]) and has[every, i].all()}
+        self._keys = [has[:, i].tobytes() for i in range(len(cells))]
+        masks: dict[tuple[bytes, ...], Mask] = {}
+        for key in sorted({self._key(i, j) for i in self.scored for j in self.scored}):
+            masks[key] = np.all([np.frombuffer(k, dtype=bool) for k in key], axis=0)
+        requests = {}
+        for key, where in masks.items():
+            members = tuple(i for i in self.scored if where.any() and has[where, i].all())
+            requests[key] = Request(where, members, values[:, members])
+        self._drawn = dict(zip(requests, redraws.means(list(requests.values())), strict=True))
+
+    def _key(self, i: int, j: int) -> tuple[bytes, ...]:
+        """Of the samples that both cells have."""
+        return tuple(sorted({self._keys[i], self._keys[j]}))
+
+    def of(self, i: int, j: int) -> Drawn:
+        """Means over the samples that both cells have; of one cell with itself over its own."""
+        return self._drawn[self._key(i, j)]
+
+    def beats(self) -> Mask:
+        """[K, K]: whether the first is surely better than the second."""
+        pairs: list[tuple[int, int]] = []
+        statistics: list[float] = []
+        draws: list[Array] = []
+        known = {key: d for key, d in self._drawn.items() if d.clusters.sum() >= FEW and d.clusters.min() >= LEAST}
+        spread, freedom = dict[tuple[bytes, ...], Array](), dict[tuple[bytes, ...], Array]()
+        for key, found in known.items():
+            parts = found.deviations()  # [T, R, K]
+            spread[key], freedom[key] = parts.mean(axis=0), found.freedom(parts)
+        for i in sorted(self.whole.intersection(self.inside)):
+            for j in self.inside:
+                key = self._key(i, j)
+                if i == j or key not in known:
+                    continue
+                found, (a, b) = known[key], (known[key].members.index(c) for c in (i, j))
+                if freedom[key][a, b] < FEW - 1:
+                    continue
+                mean = round(self.sign * float(found.observed[:, a].mean() - found.observed[:, b].mean()), 9)
+                drawn = self.sign * (spread[key][:, a] - spread[key][:, b])
+                error = round(float(drawn.std()), 9)
+                pairs.append((i, j))
+                statistics.append(normal_deviate(mean, error, freedom=float(freedom[key][a, b])))
+                draws.append(drawn / error if error else np.zeros_like(drawn))
+        better = np.zeros((len(self.cells), len(self.cells)), dtype=bool)
+        if pairs:
+            for (i, j), sure in zip(pairs, step_down(np.array(statistics), np.stack(draws, axis=1)), strict=True):
+                better[i, j] = sure
+        return better
+
+    def ranks(self) -> dict[Cell, tuple[int, int]]:
+        """(low, high) of the cells that count; none where there are fewer than two."""
+        here = self.inside
+        if len(here) < 2:
+            return {}
+        better = self.beats()
+        return {self.cells[i]: (1 + int(better[:, i].sum()), len(here) - int(better[i].sum())) for i in here}
+
+    def best_other(self, i: int) -> Cell | None:
+        """The strongest other method on the samples of this cell; of equal means the first label."""
+        if i not in self.scored:
+            return None
+        own = self.of(i, i)
+        rivals = [j for j in self.whole.intersection(self.inside) if bare_name(self.cells[j][0]) != self._name(i)]
+        means = {j: self.sign * round(float(own.observed[:, own.members.index(j)].mean()), 9) for j in rivals}
+        return min(((-mean, self.cells[j]) for j, mean in means.items()), default=(0.0, None))[1]
+
+    def _name(self, i: int) -> str:
+        return bare_name(self.cells[i][0])
+
+
+def rank_columns(grid: Grid, *, seed: int, resamples: int) -> dict[Cell, dict[str, Any]]:
+    """Columns of every cell's row.
+
+    `rank_low _high`, `rank_nll_low _high`; `score_task_low _high`, 0-100; `best_other` and `best_other_nll`, labels;
+    `score_points_vs_best` and `nll_nats_vs_best`, each with `_mean _low _high _n`. NaN or empty where there is none.
+    """
+    redraws = Redraws(grid, seed=seed, resamples=resamples)
+    found: dict[Cell, dict[str, Any]] = {}
+    for budget in dict.fromkeys(b for _, b in sorted(grid.cells, key=lambda c: c[1])):
+        cells = sorted(c for c in grid.cells if c[1] == budget)
+        for measure, suffix in SUFFIXES.items():
+            field = _Field(grid, cells, measure, redraws=redraws)
+            ranks = {} if budget == FULL else field.ranks()
+            ends = task_intervals(field, seed=seed) if measure == "score" else {}
+            others = {} if budget == FULL else {i: field.best_other(i) for i in range(len(cells))}
+            grid.prepare((cells[i], measure, best) for i, best in others.items() if best)
+            for i, cell in enumerate(cells):
+                row = found.setdefault(cell, {})
+                row[f"rank{suffix}_low"], row[f"rank{suffix}_high"] = ranks.get(cell, (math.nan, math.nan))
+                if measure == "score":
+                    row["score_task_low"], row["score_task_high"] = ends.get(cell, (math.nan, math.nan))
+                best = others.get(i)
+                paired = grid.estimate(cell, measure, minus=best) if best else NOTHING
+                row[f"best_other{suffix}"] = best[0] if best else ""
+                row |= {f"{PAIRED[measure]}_{part}": value for part, value in asdict(paired).items()}
+    return found
+
+
+def task_intervals(field: _Field, *, seed: int) -> dict[Cell, tuple[float, float]]:
+    """(low, high) of the mean of the cells that have enough tasks and clusters."""
+    edge = (1 - LEVEL) / 2
+    ends = {}
+    for i in field.scored:
+        own = field.of(i, i)
+        tasks, resamples, _ = own.redrawn.shape
+        if tasks < MIN_TASKS or own.clusters.min() < 2 or own.clusters.sum() < MIN_PAIRS:
+            continue
+        means = own.redrawn[:, :, own.members.index(i)]  # [T, R]
+        drawn = np.random.default_rng([seed, tasks]).integers(tasks, size=(resamples, tasks))
+        shift = np.arange(tasks) * max(1, resamples // tasks)  # a task drawn twice has two redraws of its clusters
+        others = (np.arange(resamples)[:, None] + shift) % resamples
+        low, high = np.quantile(np.round(means[drawn, others].mean(axis=1), 9), [edge, 1 - edge])
+        ends[field.cells[i]] = (float(low), float(high))
+    return ends
+
+
+def rank_text(low: float, high: float) -> str:
+    """`1-3`, `2`, or a dash where there is none."""
+    if math.isnan(low):
+        return "-"
+    return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
+
+
+def is_ranked(rows: pd.DataFrame) -> bool:
+    """Whether some cell of a table has a rank."""
+    return bool(rows["rank_low"].notna().any())
+
+
+def frame(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ranks, intervals over tasks and differences to the best other as text: one row per ranked (budget, method)."""
+    return pd.DataFrame([_texts(row) for row in rows.to_dict("records") if row["budget"] != FULL])
+
+
+def _texts(row: Mapping[Any, Any]) -> dict[str, str]:
+    low, high = number(row["score_task_low"]), number(row["score_task_high"])
+    cells = {
+        "budget": clean(row["budget"]),
+        "method": clean(row["method"]),
+        "over tasks": "-" if low == "-" else f"[{low}, {high}]",
+    }
+    for measure, suffix in SUFFIXES.items():
+        digits, words = (1, "") if measure == "score" else (3, " NLL")
+        mean, *ends = (number(row[f"{PAIRED[measure]}_{p}"], digits=digits, sign="+") for p in ("mean", "low", "high"))
+        cells[f"rank{words}"] = rank_text(row[f"rank{suffix}_low"], row[f"rank{suffix}_high"])
+        cells[f"best other{words}"] = clean(row[f"best_other{suffix}"]) or "-"
+        cells[f"Δ{words.strip()} best other"] = mean if ends[0] == "-" else f"{mean} [{', '.join(ends)}]"
+    return cells

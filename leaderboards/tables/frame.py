@@ -1,0 +1,175 @@
+"""Records as a pandas table, one row each, and what is written from it: Parquet and results for a model card.
+
+Columns: the scalar fields of `harness.records.record.Record` under their names; `metrics.NAME` in [0, 1], with `score`
+also by itself; `meta.NAME` where it is a scalar; `measured.NAME` of a timed cell, seconds as medians; `needle_percent`;
+`kept_slots` in total; `notes` joined by "; ". Lists (answers, token ids) stay in the records. From the manifest:
+revision, device, protocol, machine, commit, version, and when the run started.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from pandas.api.types import is_object_dtype
+
+from harness.errors import HarnessError
+from harness.records.measured import Measured
+from harness.records.record import Record, RunManifest
+from harness.records.run_folder import find_runs, load_run, write_text
+
+LISTS = frozenset({"answers", "token_ids", "kept_slots", "needle_kept", "notes", "metrics", "meta", "measured"})
+SCALARS = tuple(name for name in Record.model_fields if name not in LISTS)
+TIMES = ("prefill_s", "observe_s", "compress_s", "ttft_s", "tpot_s")
+PLAIN = ("tokens", "batch", "new_tokens", "tokens_per_s", "model_bytes", "peak_bytes", "predicted_bytes")
+CELL = ("model", "revision", "dtype", "query", "first_token", "protocol", "task", "method", "budget")
+TASK_TYPE = "text-generation"
+
+
+def load(results: str | Path) -> pd.DataFrame:
+    """Every record below a folder of runs, or of one run; several runs may hold the same cell: `run_id` tells.
+
+    Raises HarnessError when there is no run, a file of one is damaged, or none holds a record.
+    """
+    rows: list[dict[str, Any]] = []
+    for folder in find_runs(Path(results)):
+        manifest, records = load_run(folder)
+        rows += _rows(manifest, records)
+    if not rows:
+        raise HarnessError(f"no records in {results}; run a benchmark first")
+    frame = pd.DataFrame(rows)
+    own = [name for name in map(str, frame) if not name.startswith(("metrics.", "meta.", "measured."))]
+    frame = frame[own + sorted(set(map(str, frame)) - set(own))]
+    for name in map(str, frame):
+        if is_object_dtype(frame[name]):
+            frame[name] = _of_one_kind(frame[name])
+    return frame
+
+
+def to_parquet(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table of `load`. Raises HarnessError when the file cannot be written."""
+    try:
+        frame.to_parquet(path, engine="pyarrow", index=False)
+    except OSError as error:
+        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def results_card(frame: pd.DataFrame) -> dict[str, Any]:
+    """A table of `load` as metadata of a Hugging Face model card: its `model-index`, one entry a model and revision.
+
+    Each task is a result; each of its metrics is the mean over the samples of one method and budget, which its name and
+    `args` say, with the number of samples, those without a score, and the mean bytes. Metrics are in [0, 1]; NLL is in
+    nats a token. A cell without any score has no metric. Format: the Hub's model card metadata, field `model-index`.
+
+    Raises HarnessError when two runs hold the same cell: their means would count a sample twice.
+    """
+    keys = [*CELL, "sample_id"]
+    if (twice := frame.duplicated(keys, keep=False)).any():
+        runs = ", ".join(sorted(set(frame.loc[twice, "run_id"])))
+        raise HarnessError(f"runs {runs} hold the same cells; make a card of each, or move one away")
+    index = []
+    for (model, revision), own in frame.groupby(["model", "revision"], sort=True):
+        results = [_result(task, rows) for task, rows in own.groupby("task", sort=True)]
+        args = {"revision": str(revision)}
+        index.append({"name": str(model), "results": [_with_args(result, args) for result in results if result]})
+    return {"model-index": index}
+
+
+def write_card(frame: pd.DataFrame, path: Path) -> int:
+    """Write the card's metadata as JSON (`*.json`) or YAML; returns how many metrics. Raises HarnessError."""
+    card = results_card(frame)
+    if path.suffix == ".json":
+        text = json.dumps(card, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(card, sort_keys=False, allow_unicode=False)
+    write_text(path, text)
+    return sum(len(result["metrics"]) for model in card["model-index"] for result in model["results"])
+
+
+def _rows(manifest: RunManifest, records: list[Record]) -> list[dict[str, Any]]:
+    spec = manifest.spec
+    protocols = {task.name: task.protocol for task in spec.tasks}
+    about = {
+        "revision": spec.model.revision,
+        "device": spec.model.device,
+        "machine": _machine(manifest.machine),
+        "measured_on": spec.measured_on,
+        "commit": manifest.git_commit,
+        "version": manifest.versions.get("kv-policy-harness"),
+        "started": manifest.started,
+        "run_status": manifest.status,
+    }
+    return [{**_flat(record), "protocol": protocols.get(record.task), **about} for record in records]
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    """The accelerators, or else the processor: what seconds depend on most."""
+    return ", ".join(map(str, machine.get("accelerators") or [machine.get("processor") or "unknown"]))
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    kept = [count for layer in record.needle_kept for count in layer]
+    percent = 100 * sum(kept) / (len(kept) * record.needle_tokens) if kept and record.needle_tokens else math.nan
+    row = {name: getattr(record, name) for name in SCALARS}
+    row |= {"score": record.metrics.get("score", math.nan), "needle_percent": percent}
+    row |= {"kept_slots": sum(record.kept_slots), "notes": "; ".join(record.notes)}
+    row |= {f"metrics.{name}": value for name, value in record.metrics.items()}
+    row |= {f"meta.{name}": v for name, v in record.meta.items() if isinstance(v, (str, int, float, bool))}
+    return row | ({} if record.measured is None else _measured(record.measured))
+
+
+def _measured(measured: Measured) -> dict[str, Any]:
+    times = {f"measured.{name}": getattr(measured, name).median for name in TIMES}
+    return times | {f"measured.{name}": getattr(measured, name) for name in PLAIN}
+
+
+def _of_one_kind(column: pd.Series[Any]) -> pd.Series[Any]:
+    """The column, as text where it holds several kinds: Parquet has one kind a column."""
+    there = column.dropna()
+    if len({type(value) for value in there}) < 2:
+        return column
+    return column.map(str, na_action="ignore")
+
+
+def _result(task: Any, rows: pd.DataFrame) -> dict[str, Any] | None:
+    """All cells of a task; None where none has a score."""
+    metrics = []
+    cells = ["method", "budget", "dtype", "query", "first_token"]
+    names = [
+        "score",
+        *(name for name in map(str, rows) if name.startswith("metrics.") and name != "metrics.score"),
+        "nll",
+    ]
+    for cell, own in rows.groupby(cells, sort=True):
+        args = {**dict(zip(cells, map(str, cell), strict=True)), **_counts(own)}
+        metrics += [
+            _metric(name.removeprefix("metrics."), own[name], args) for name in names if own[name].notna().any()
+        ]
+    if not metrics:
+        return None
+    protocol = str(rows["protocol"].iloc[0])
+    dataset = {"name": f"{task} ({protocol})", "type": str(task), "config": protocol}
+    return {"task": {"type": TASK_TYPE, "name": "Text generation"}, "dataset": dataset, "metrics": metrics}
+
+
+def _counts(rows: pd.DataFrame) -> dict[str, Any]:
+    ok = rows["status"] == "ok"
+    share = rows.loc[ok, "kv_bytes"] / rows.loc[ok, "full_bytes"]
+    held = {"kv_bytes": float(rows.loc[ok, "kv_bytes"].mean()), "kept_share": float(share.mean())} if ok.any() else {}
+    return {"samples": int(ok.sum()), "samples_without_score": int((~ok).sum()), **held}
+
+
+def _metric(name: str, values: pd.Series[float], args: dict[str, Any]) -> dict[str, Any]:
+    where = args["method"] if args["budget"] == "full" else f"{args['method']} at {args['budget']}"
+    return {"type": name, "value": float(values.mean()), "name": f"{name}, {where}", "args": args}
+
+
+def _with_args(result: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    for metric in result["metrics"]:
+        metric["args"] = {**args, **metric["args"]}
+    return result

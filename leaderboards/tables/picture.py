@@ -1,0 +1,98 @@
+"""One picture of a board: score and answer loss against measured cache bytes, a line per method, with intervals.
+
+A table with measured cells has the Pareto fronts too, and a panel of score against TPOT.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from harness.errors import HarnessError
+from harness.records.run_folder import write_text
+from leaderboards.stats.aggregate import Table
+from leaderboards.stats.comparable import FULL
+from leaderboards.stats.pareto import WHOLE, is_measured, running_best
+from leaderboards.tables.board import heading
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+MARKERS = "osD^vPX*<>hd"
+COLORS, LINES = 10, ("-", ":", "-.")  # matplotlib has 10 colours; the next 10 methods are told by their lines
+
+
+LOOK = {"ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A column of the table over another one. front: column of its marks. full_line: uncompressed cells as lines."""
+
+    y: str
+    ylabel: str
+    x: str = "kv_percent_of_full"
+    xlabel: str = "KV bytes, % of the full cache (measured)"
+    scale: float = 1
+    front: str = ""
+    full_line: bool = True
+
+
+SCORE = Panel("score_points", "score (0-100), higher is better")
+PANELS = (SCORE, Panel("nll_nats", "answer NLL (nats/token), lower is better"))
+TPOT = replace(SCORE, x="tpot_s_mean", xlabel="TPOT, ms (measured)", scale=1000, front="front_tpot", full_line=False)
+MEASURED_PANELS = (replace(SCORE, front="front_bytes"), *PANELS[1:], TPOT)
+
+
+def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
+    """Write `<name>.svg` of the first table into `out_dir` and return its path.
+
+    The same table gives the same bytes. Raises HarnessError when there is no table or the file cannot be written.
+    """
+    if not tables:
+        raise HarnessError("there is no table to draw; run a benchmark first")
+    table = tables[0]
+    panels = MEASURED_PANELS if is_measured(table.rows) else PANELS
+    figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
+    figure.suptitle(heading(table), fontsize=10)
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        _draw(axes, table.rows, panel)
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    path = Path(out_dir) / f"{name}.svg"
+    write_text(path, text.getvalue())
+    return path
+
+
+def _draw(axes: Axes, rows: DataFrame, panel: Panel) -> None:
+    x, y = rows[panel.x] * panel.scale, rows[f"{panel.y}_mean"]
+    for i, (method, cells) in enumerate(rows[rows["budget"] != FULL].groupby("method")):
+        cells = cells.sort_values(panel.x)
+        mean = cells[f"{panel.y}_mean"]
+        spread = [mean - cells[f"{panel.y}_low"], cells[f"{panel.y}_high"] - mean]
+        turn = i // COLORS
+        style = {"marker": MARKERS[(i + turn) % len(MARKERS)], "ls": LINES[turn % len(LINES)], **LOOK}
+        axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), **style)  # type: ignore[arg-type]
+    full = rows["budget"] == FULL
+    percent = rows["kv_percent_of_full"]
+    for method, cost, score, kept in zip(rows["method"][full], x[full], y[full], percent[full], strict=True):
+        if panel.full_line and kept > WHOLE:
+            axes.axhline(score, color="black", lw=1, ls="--", label=str(method))
+        else:
+            axes.plot(cost, score, color="black", marker="_", ms=9, ls="", label=str(method))
+    if panel.front:
+        on = rows[panel.front] != ""
+        best = pd.DataFrame(running_best(list(zip(x[on], y[on], strict=True))), columns=["cost", "score"])
+        axes.step(best.cost, best.score, where="post", color="0.4", lw=3, alpha=0.35, label="front of the means")

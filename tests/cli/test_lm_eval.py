@@ -1,0 +1,158 @@
+"""`harness lm-eval` and `harness lm-eval-import`: lm-eval's own command line with our model, then our board."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cli.lm_eval import import_parser, lm_eval_parser, register, run_lm_eval, tokenizer_of
+from harness.errors import HarnessError
+from harness.lm_eval.import_results import import_results
+from harness.records.run_folder import load_run
+from leaderboards.stats.aggregate import aggregate
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lm_eval"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four questions of the example under snapkv, by the command line."""
+    where = tmp_path_factory.mktemp("results")
+    task = where / "kv_choices.yaml"
+    rows = str(EXAMPLE / "kv_choices.jsonl")
+    text = (EXAMPLE / "kv_choices.yaml").read_text(encoding="utf-8")
+    task.write_text(text.replace("examples/lm_eval/kv_choices.jsonl", rows), encoding="utf-8")
+    model = "pretrained=tiny,dtype=float32,method=snapkv,budget=64,recent=8"
+    flags = ["--tasks", str(task), "--limit", "4", "--output_path", str(where / "out"), "--log_samples"]
+    before = list(sys.argv)
+    assert run_lm_eval(["--model", "kvpolicy", "--model_args", model, *flags]) == 0
+    assert sys.argv == before
+    return where / "out"
+
+
+def test_the_results_carry_what_was_measured(results: Path) -> None:
+    config = _stored(results)["config"]
+    assert (config["kv_method"]["label"], config["kv_budget"], config["kv_kept_tokens"]) == (
+        "snapkv[recent=8]",
+        "64",
+        64,
+    )
+    assert 0 < config["kv_bytes"] < config["kv_full_bytes"]
+    assert config["kv_prefills"] == 4
+    assert config["device"] == "auto"
+
+
+def test_imported_records_make_a_board(results: Path, tmp_path: Path) -> None:
+    folders = list(import_results(results, root=tmp_path, command=("harness", "lm-eval-import")))
+    assert [count for _, count in folders] == [4]
+    manifest, records = load_run(folders[0][0])
+    samples = [json.loads(line) for line in next(results.rglob("samples_*.jsonl")).read_text().splitlines()]
+    assert [r.metrics["score"] for r in records] == [line["acc"] for line in samples]
+    facts = _stored(results)["config"]["kv_prompts"][samples[0]["prompt_hash"]]
+    assert (records[0].kv_bytes, list(records[0].kept_slots)) == (facts["kv_bytes"], facts["kept_slots"])
+    assert records[0].kept_slots == (128,) * 4  # 64 a head
+    assert (records[0].task, records[0].method, records[0].nll) == ("lm-eval/kv_choices", "snapkv[recent=8]", None)
+    assert records[0].prediction in samples[0]["doc"]["choices"]
+    assert records[0].answers == (samples[0]["doc"]["choices"][samples[0]["doc"]["label"]],)
+    (table,) = aggregate(records, manifests=[manifest])
+    assert table.rows["score_points_mean"].iloc[0] == pytest.approx(100 * sum(line["acc"] for line in samples) / 4)
+    again = list(import_results(results, root=tmp_path, command=("harness", "lm-eval-import")))
+    assert again == folders
+    assert len(load_run(folders[0][0])[1]) == 4
+
+
+def test_an_answer_from_a_cache_has_no_bytes(results: Path, tmp_path: Path) -> None:
+    copy = _changed(results, tmp_path, lambda stored: stored["config"].update(kv_prompts={}))
+    ((folder, _),) = import_results(copy, root=tmp_path / "runs", command=())
+    assert {(r.status, r.kv_bytes) for r in load_run(folder)[1]} == {("skipped", 0)}
+
+
+def test_a_prompt_below_its_budget_is_marked(results: Path, tmp_path: Path) -> None:
+    def mark(stored: dict[str, Any]) -> None:
+        for facts in stored["config"]["kv_prompts"].values():
+            facts["compressed"] = False
+
+    ((folder, _),) = import_results(_changed(results, tmp_path, mark), root=tmp_path / "runs", command=())
+    assert all("scored uncompressed" in r.notes[-1] for r in load_run(folder)[1])
+
+
+def test_refused_results(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match="no results of kvpolicy in .*--log_samples"):
+        list(import_results(tmp_path, root=tmp_path, command=()))
+    with pytest.raises(HarnessError, match=r"has not metric f1 in \[0, 1\].* acc="):
+        list(import_results(results, root=tmp_path, metric="f1", command=()))
+    other = _changed(results, tmp_path, lambda stored: stored["config"].pop("kv_method"))
+    with pytest.raises(HarnessError, match="no results of kvpolicy"):
+        list(import_results(other, root=tmp_path, command=()))
+    for samples in other.rglob("samples_*.jsonl"):
+        samples.unlink()
+    without = _changed(results, tmp_path / "two", lambda stored: None)
+    for samples in without.rglob("samples_*.jsonl"):
+        samples.unlink()
+    with pytest.raises(HarnessError, match="no samples beside it"):
+        list(import_results(without, root=tmp_path, command=()))
+
+
+def test_our_model_joins_lm_evals_own() -> None:
+    register()
+    register()
+    from lm_eval.api.registry import get_model
+
+    from harness.lm_eval.plugin import KVPolicyLM
+
+    assert get_model("kvpolicy") is KVPolicyLM
+    assert get_model("hf") is not KVPolicyLM
+
+
+def test_everything_after_the_verb_is_lm_evals(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Sequence[str]] = []
+    monkeypatch.setattr("harness.cli.lm_eval.run_lm_eval", seen.append)
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers()
+    lm_eval_parser(verbs.add_parser("lm-eval", add_help=False, prefix_chars=chr(0)))
+    import_parser(verbs.add_parser("lm-eval-import"))
+    for typed in (["--model", "kvpolicy", "-t", "a", "--help"], ["ls", "tasks"], ["--metadata={}"], ["-h"], []):
+        args = parser.parse_args(["lm-eval", *typed])
+        args.action(args, ())
+        assert seen[-1] == typed
+
+
+@pytest.mark.parametrize("flags", [["--device", "cpu"], []])
+def test_lm_evals_own_options_inside_model_args_are_refused_first(flags: list[str]) -> None:
+    arguments = ["--model", "kvpolicy", "--model_args", "pretrained=tiny,device=cpu", "--tasks", "x", *flags]
+    with pytest.raises(HarnessError, match="device=cpu does not belong inside --model_args"):
+        run_lm_eval(arguments)
+
+
+def test_a_tokenizer_that_ruler_can_read() -> None:
+    from lm_eval.tasks.ruler.common_utils import get_tokenizer
+
+    assert get_tokenizer(tokenizer=tokenizer_of("tiny"))("ab").input_ids[1:] == get_ids("ab")
+
+
+def get_ids(text: str) -> list[int]:
+    from harness.models.tiny import tiny_tokenizer
+
+    return list(tiny_tokenizer().encode(text, add_special_tokens=False))
+
+
+def _stored(results: Path) -> dict[str, Any]:
+    return dict(json.loads(next(results.rglob("results_*.json")).read_text(encoding="utf-8")))
+
+
+def _changed(results: Path, where: Path, change: Any) -> Path:
+    """A copy of the results with its results file changed."""
+    copy = where / "copy"
+    copy.mkdir(parents=True)
+    for path in results.rglob("*.json*"):
+        (copy / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    stored = _stored(copy)
+    change(stored)
+    next(copy.glob("results_*.json")).write_text(json.dumps(stored), encoding="utf-8")
+    return copy

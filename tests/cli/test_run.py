@@ -1,0 +1,300 @@
+"""The command line on the tiny model: from a run to its board, bad input, interrupts, kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.cli import main
+from harness.engine.engine import Engine, Outcome
+
+ROOT = Path(__file__).parents[2]
+METHODS = ("fullkv", "snapkv@kvcf", "streamingllm@paper")
+TASK = ("--tasks", "stdlib/next_line", "--lengths", "512", "--limit", "3", "--max-new-tokens", "6")
+FAST = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--nll-tokens", "8", "--budgets", "32,0.25", *TASK)
+RUN = ("run", *FAST, "--methods", ",".join(METHODS))
+MANY = 8  # samples of a run that a signal must find unfinished
+CELLS = 5  # of each of 3 samples: fullkv once, two methods at two budgets
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads cost more than they do on a model this small
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(*arguments: str | Path) -> int:
+    """The exit code of a command, run in this process."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run. Only read; see `results`."""
+    root = tmp_path_factory.mktemp("finished")
+    assert call(*RUN, "--out", root) == 0
+    return root
+
+
+@pytest.fixture
+def results(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(finished, tmp_path / "results")
+    return tmp_path / "results"
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def only(root: Path) -> Path:
+    (folder,) = [path for path in root.iterdir() if path.is_dir()]
+    return folder
+
+
+def manifest(root: Path) -> Any:
+    return json.loads((only(root) / "run.json").read_text())
+
+
+TIMES = {"prefill_s", "compress_s", "decode_s", "decode_rows"}
+
+
+def records(root: Path) -> list[dict[str, Any]]:
+    """Every stored line, without how long it took and in what company; likelihoods to three digits."""
+    lines = (only(root) / "records.jsonl").read_text().splitlines()
+    kept = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    return [{key: round(value, 3) if key.startswith("nll") else value for key, value in r.items()} for r in kept]
+
+
+def key(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(record[name] for name in ("task", "sample_id", "method", "budget"))
+
+
+def complained(err: str) -> str:
+    """The one line that a refused command leaves, beside what it says about its progress."""
+    progress = ("loading ", "run ", "samples:")
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line and not line.startswith(progress)]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("harness: ")
+    return lines[0]
+
+
+def test_a_run_leaves_records_a_manifest_and_a_board(finished: Path) -> None:
+    stored = records(finished)
+    assert len({key(record) for record in stored}) == len(stored) == 3 * CELLS
+    for record in stored:
+        assert record["status"] == "ok" and 0 <= record["metrics"]["score"] <= 1
+        assert 0 < record["kv_bytes"] <= record["full_bytes"] and not record["over_budget"]
+        assert record["nll"] > 0 and record["nll_tokens"] == 8
+        assert len(record["token_ids"]) <= 6
+    full = [record for record in stored if record["budget"] == "full"]
+    assert all(record["kv_bytes"] == record["full_bytes"] and record["method"] == "fullkv" for record in full)
+    told = manifest(finished)
+    assert (told["status"], told["samples"], told["cells"]) == ("finished", 3, CELLS)
+    assert tuple(told["command"]) == ("harness", *RUN, "--out", str(finished))
+    assert told["spec"]["model"]["dtype"] == "float32"
+    assert {"run.json", "records.jsonl", "board.md", "board.csv"} <= {path.name for path in only(finished).iterdir()}
+    assert all(method in (only(finished) / "board.md").read_text() for method in METHODS)
+
+
+def test_repeating_a_finished_run_changes_no_record(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (only(results) / "records.jsonl").read_bytes()
+    assert call(*RUN, "--out", results) == 0
+    assert (only(results) / "records.jsonl").read_bytes() == before
+    assert "0 of 3 samples to do" in capsys.readouterr().err
+
+
+def test_board_is_made_from_records_alone(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("board.md", "board.csv"):
+        (only(results) / name).unlink()
+    before = tree(results)
+    assert call("board", only(results), "--out", results / "boards", "--name", "mine") == 0
+    shown = capsys.readouterr().out
+    assert all(method in shown for method in METHODS)
+    assert {"mine.md", "mine.csv"} <= {path.name for path in (results / "boards").iterdir()}
+    assert {name: data for name, data in tree(results).items() if not name.startswith("boards")} == before
+    assert call("board", results) == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("methods", ["compilerkv", "fullkv", "snapkv", "streamingllm"]),
+        ("tasks", ["longbench/qasper", "ruler/vt", "stdlib/next_line"]),
+        ("models", ["smollm2-135m", "tiny"]),
+        ("boards", ["compilerkv", "compilerkv-longbench", "quick"]),
+    ],
+)
+def test_list_names_what_can_be_asked_for(what: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("list", what) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert set(names) <= set(listed)
+
+
+CONFIGS = {
+    "empty.toml": b"",
+    "broken.toml": b"methods = [",
+    "binary.toml": b'methods = ["\xff"]',
+    "unknown.toml": b'methods = ["snapkv"]\ntasks = ["stdlib"]\nbudegts = ["64"]\n',
+    "type.toml": b'methods = ["snapkv"]\ntasks = ["stdlib"]\nseed = "x"\n',
+    "set.toml": b'methods = ["snapkv"]\ntasks = ["stdlib"]\nset = 5\n',
+}
+BAD: list[tuple[Sequence[str], str]] = [
+    (("--methods", "snapvk"), "unknown method 'snapvk'; did you mean 'snapkv'"),
+    (("--methods", "snapkv@papre"), "unknown preset 'papre'"),
+    (("--methods", ","), "no methods asked for"),
+    (("--tasks", "stdlb"), "unknown task 'stdlb'; did you mean 'stdlib'"),
+    (("--tasks", "longbench/qasper", "--data-dir", "."), "qasper.jsonl"),
+    (("--model", "tinny"), "unknown model 'tinny'; did you mean 'tiny'"),
+    (("--dtype", "int3"), "unknown dtype 'int3'"),
+    (("--device", "cuda:77"), "device 'cuda:77' is not available"),
+    (("--budgets", "0"), "budget 0 keeps nothing"),
+    (("--budgets=-64",), "budget -64 keeps nothing"),
+    (("--budgets", "many"), "budget 'many' is not a number"),
+    (("--budgets", "5000"), "budget 5000 is not below any prompt of stdlib/next_line"),
+    (("--lengths", "99999"), "99999"),
+    (("--lengths", "abc"), "'abc' is not whole numbers"),
+    (("--max-tokens", "100"), "100 tokens"),
+    (("--limit", "0"), "--limit 0 is too small"),
+    (("--nll-tokens", "-1"), "--nll-tokens -1 is negative"),
+    (("--set", "snapkv.recnt=4"), "no parameter 'recnt'; did you mean 'recent'"),
+    (("--set", "snapkv.recent=many"), "valid integer"),
+    (("--set", "snapkv.recent"), "has no value"),
+    (("--set", "h2o.mean=true"), "names no method of this run"),
+    (("--config", "absent.toml"), "cannot read absent.toml"),
+    (("--config", "broken.toml"), "broken.toml is not TOML"),
+    (("--config", "binary.toml"), "binary.toml is not TOML"),
+    (("--config", "unknown.toml"), "option budegts"),
+    (("--config", "type.toml"), "option seed"),
+    (("--config", "set.toml"), "option set"),
+    (("--config", "set.toml", "--set", "snapkv.recent=4"), "option set"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD)
+def test_bad_input_is_one_line_and_touches_nothing(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: Sequence[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, data in CONFIGS.items():
+        (tmp_path / name).write_bytes(data)
+    before = tree(finished)
+    assert call("run", *FAST, "--methods", "snapkv", *arguments, "--out", finished) == 2
+    assert says in complained(capsys.readouterr().err)
+    assert tree(finished) == before
+
+
+def test_bad_input_of_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.toml").touch()
+    bad: list[tuple[Sequence[str | Path], str]] = [
+        (("board", tmp_path), "no run in"),
+        (("fetch", "moon"), "unknown asset 'moon'"),
+        (("dance",), "'dance'"),
+        ((), "COMMAND"),
+        (("run", "--config", tmp_path / "empty.toml"), "no methods asked for"),
+        (("run", "--config", "quikc"), "packaged boards: baselines, compilerkv, compilerkv-longbench, longbench-8k"),
+        ((*RUN, "--out", tmp_path / "empty.toml"), "cannot write"),
+    ]
+    for arguments, says in bad:
+        assert call(*arguments) == 2
+        assert says in complained(capsys.readouterr().err)
+
+
+def test_a_damaged_record_is_named_and_nothing_is_changed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = only(results) / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], b'{"half": \n', *lines[5:]]))
+    before = tree(results)
+    for command in (("board", results), (*RUN, "--out", results)):
+        assert call(*command) == 2
+        assert f"{path}:5 is damaged" in complained(capsys.readouterr().err)
+    assert tree(results) == before
+
+
+@pytest.mark.parametrize(("whole", "rest"), [(3 * CELLS - 1, 40), (CELLS + 2, 1), (0, 100), (2 * CELLS, 0)])
+def test_a_run_cut_short_anywhere_resumes_without_loss_or_repeat(results: Path, whole: int, rest: int) -> None:
+    gold = records(results)
+    path = only(results) / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:whole], (lines[whole] if rest else b"")[:rest]]))
+    assert call(*RUN, "--out", results) == 0
+    assert path.read_bytes().splitlines(keepends=True)[:whole] == lines[:whole]
+    assert records(results) == gold
+    assert manifest(results)["status"] == "finished"
+
+
+def start(out: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """The command in a process of its own, at work on its third sample."""
+    command = [sys.executable, "-m", "harness.cli", *arguments, "--out", str(out), "--threads", "1"]
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    signal.signal(signal.SIGINT, handler)
+    deadline = time.monotonic() + 120
+    while not any(path.read_bytes().count(b"\n") > CELLS for path in out.glob("*/records.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_or_killed_run_resumes(tmp_path: Path, how: signal.Signals) -> None:
+    many = [*RUN, "--limit", str(MANY)]
+    process = start(tmp_path, many)
+    process.send_signal(how)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in err
+    assert manifest(tmp_path)["status"] == ("interrupted" if how == signal.SIGINT else "started")
+    path = only(tmp_path) / "records.jsonl"
+    before = path.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    assert CELLS <= whole.count(b"\n") < MANY * CELLS
+    if how == signal.SIGINT:
+        assert before == whole
+        assert [line for line in err.splitlines() if line.startswith("harness: ")][-1].startswith(
+            "harness: interrupted"
+        )
+    assert call(*many, "--out", tmp_path) == 0
+    assert path.read_bytes().startswith(whole)
+    assert len({key(record) for record in records(tmp_path)}) == len(records(tmp_path)) == MANY * CELLS
+    assert manifest(tmp_path)["status"] == "finished"
+
+
+def test_failed_cells_end_with_1_and_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Engine.run_group
+
+    def run(self: Engine, *arguments: Any) -> list[list[Outcome]]:
+        (outcomes,) = real(self, *arguments)
+        outcomes[1].fail("failed", "a test said so")
+        return [outcomes]
+
+    monkeypatch.setattr(Engine, "run_group", run)
+    assert call(*RUN, "--out", tmp_path) == 1
+    assert f"3 of {3 * CELLS} cells failed" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert call(*RUN, "--out", tmp_path) == 0
+    assert len(records(tmp_path)) == 3 * CELLS + 3
+    assert call("board", tmp_path) == 0

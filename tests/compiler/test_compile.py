@@ -1,0 +1,316 @@
+"""`harness compile` on the tiny model: from a corpus to tables that a run can use, resumed and refused as it should."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import harness.compiler.compile as compiling
+from harness.cli import main
+from harness.compiler import estimators, paper_tables
+from harness.compiler.compile import Compiler
+from harness.compiler.paper_check import ARMS, NEUTRAL, arms
+from harness.compiler.rollouts import Rollout
+from harness.compiler.stage import CompileSpec
+from harness.errors import HarnessError
+from harness.records.run_folder import find_runs, load_run
+from methods.compilerkv.form import Form
+from methods.compilerkv.policy import CompilerKV
+from methods.compilerkv.tables import load_tables
+
+FORMS = (Form(window=8, kernel=1, whole=0.0), Form(window=8, kernel=9, whole=0.0), Form(window=4, kernel=9, whole=0.3))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "made"
+    folder.mkdir()
+    draw = random.Random(0)
+    words = ["river", "stone", "cloud", "garden", "window", "paper", "harbour", "lantern", "meadow", "orchard"]
+    lines = []
+    for _ in range(200):
+        sentences = [" ".join(draw.choices(words, k=draw.randint(4, 8))).capitalize() + "." for _ in range(6)]
+        lines.append(" ".join(sentences))
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _few_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "FORMS", FORMS)
+
+
+def spec(corpus: Path, **changes: Any) -> CompileSpec:
+    small = {"prompts": 20, "lengths": (1100, 1400), "answer": 4, "budgets": (64, 128), "steps": 8}
+    fixed = {"model": "tiny", "dtype": "float32", "device": "cpu", "corpora": (str(corpus),)}
+    return CompileSpec.model_validate({**fixed, **small, **changes})
+
+
+@pytest.fixture(scope="module")
+def compiled(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "FORMS", FORMS)
+        Compiler(spec(corpus), folder).compile(("harness", "compile"))
+    return folder
+
+
+def test_an_artefact_says_what_it_is_and_how_sure(compiled: Path, corpus: Path) -> None:
+    tables = load_tables(compiled)
+    manifest = tables.manifest
+    assert (manifest.kind, manifest.model, manifest.budgets, manifest.seed) == ("compiled", "tiny", (64, 128), 0)
+    assert manifest.form in FORMS and manifest.command == ("harness", "compile")
+    assert tables.budget.shape == (2, 4, 2)
+    prompts = Compiler(spec(corpus), compiled).bench.prompts
+    assert len(prompts) == 20 and set(manifest.prompts) == {prompt.sha256 for prompt in prompts}
+    assert {prompt.family for prompt in prompts} == {"continuation", "copy", "needle", "multikey", "tracking"}
+    report = manifest.report
+    assert (report["training_prompts"], report["validation_prompts"]) == (15, 5)
+    assert -1 <= report["halves_spearman"] <= 1
+    for budget, row in zip((64, 128), tables.budget, strict=True):
+        gains = [report["validation"][str(budget)][f"over_{rival}"] for rival in ("uniform", "shuffled")]
+        assert all(gain["low"] <= gain["mean"] <= gain["high"] for gain in gains)
+        left = f"budget {budget}" in manifest.neutral
+        assert left == any(gain["low"] <= 0 for gain in gains) == bool((row == 1).all())
+
+
+def test_the_same_seed_gives_the_same_tables(compiled: Path, corpus: Path, tmp_path: Path) -> None:
+    again = Compiler(spec(corpus), tmp_path).compile(())
+    assert torch.equal(again.budget, load_tables(compiled).budget)
+    assert again.manifest.report == load_tables(compiled).manifest.report
+
+
+class Stop(Exception):
+    """Ends a compilation in the middle."""
+
+
+def test_a_stopped_compilation_goes_on(
+    compiled: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped after every 9 prefills; what is stored is not computed again, and the tables are the same."""
+    real, made = Rollout.prepare.__func__, []  # type: ignore[attr-defined]
+
+    def prepare(cls: type[Rollout], *arguments: Any) -> Rollout:
+        if len(made) % 10 == 9:
+            made.append(None)
+            raise Stop
+        made.append(None)
+        return real(cls, *arguments)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Rollout, "prepare", classmethod(prepare))
+    monkeypatch.setattr(estimators, "KEEP_EVERY", 3)
+    for _ in range(40):
+        try:
+            tables = Compiler(spec(corpus), tmp_path).compile(())
+            break
+        except Stop:
+            continue
+    assert torch.equal(tables.budget, load_tables(compiled).budget)
+    lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    undisturbed = (compiled / "rollouts.jsonl").read_text().splitlines()
+    keys = [[(entry["stage"], entry["prompt"]) for entry in map(json.loads, found)] for found in (lines, undisturbed)]
+    assert len(keys[0]) == len(set(keys[0])) and set(keys[0]) == set(keys[1])
+
+
+def test_a_run_uses_the_tables_but_not_on_their_own_prompts(
+    compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", "--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "compilerkv", "--budgets"]
+    run += ["64", "--tasks", "stdlib/next_line", "--lengths", "512", "--limit", "2", "--max-new-tokens", "4"]
+    run += ["--set", f"compilerkv.tables={compiled}", "--out", str(tmp_path)]
+    assert main(run) == 0
+    (folder,) = find_runs(tmp_path)
+    manifest, records = load_run(folder)
+    assert [record.status for record in records] == ["ok", "ok"]
+    tables = load_tables(compiled)
+    (method,) = manifest.spec.methods
+    assert method.params["tables_sha256"] == tables.manifest.tensors_sha256
+    assert all(sum(record.kept_slots) == 64 * 4 * 2 for record in records)
+    fields = json.loads((compiled / "manifest.json").read_text())
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    (seen / "tables.safetensors").write_bytes((compiled / "tables.safetensors").read_bytes())
+    (seen / "manifest.json").write_text(json.dumps({**fields, "prompts": [records[1].prompt_sha256]}))
+    capsys.readouterr()
+    assert main([*run[:-3], f"compilerkv.tables={seen}", "--out", str(tmp_path / "other")]) == 2
+    assert "was fitted on sample" in capsys.readouterr().err
+    (seen / "manifest.json").write_text(json.dumps({**fields, "model_revision": "another"}))
+    assert main([*run[:-3], f"compilerkv.tables={seen}", "--out", str(tmp_path / "other")]) == 2
+    assert "this model is" in capsys.readouterr().err
+
+
+def test_another_specification_is_refused_in_the_same_folder(compiled: Path, corpus: Path) -> None:
+    with pytest.raises(HarnessError, match="holds another compilation"):
+        Compiler(spec(corpus, seed=1), compiled)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--corpus", "kvj"], "did you mean 'kjv'"),
+        (["--prompts", "3"], "prompts"),
+        (["--lengths", "600"], "lengths"),
+        (["--lengths", "5000,6000"], "exceed"),
+        (["--steps", "0"], "steps"),
+        (["--lengths", "40,80"], "no token before the observation window of 64"),
+        (["--lengths", "1100,1400", "--prompts", "20", "--published"], "15 training prompts do not fill 20 risk bins"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], says: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--corpus", str(corpus)] if "--corpus" not in arguments else []
+    assert main(["compile", "--model", "tiny", "--out", str(tmp_path / "out"), *given, *arguments]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("harness: ") and says in err
+
+
+def test_a_loss_that_is_no_number_stops_the_compilation(
+    compiled: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "compile.json").write_bytes((compiled / "compile.json").read_bytes())
+    nothing = torch.full((3,), float("nan"))
+    monkeypatch.setattr(Rollout, "losses", lambda *_: (nothing, nothing))
+    with pytest.raises(HarnessError, match=r"prompt made/continuation/0 have losses that are no numbers"):
+        Compiler(spec(corpus), tmp_path).compile(())
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+def test_damaged_rollouts_are_named(compiled: Path, corpus: Path, tmp_path: Path) -> None:
+    for file in ("compile.json", "rollouts.jsonl", "all.state"):
+        (tmp_path / file).write_bytes((compiled / file).read_bytes())
+    with (tmp_path / "rollouts.jsonl").open("a") as file:
+        file.write('{"stage": "form", "prom')  # what a kill leaves
+    Compiler(spec(corpus), tmp_path)
+    (tmp_path / "all.state").write_bytes(b"no state")
+    with pytest.raises(HarnessError, match=r"all.state is damaged.*delete it"):
+        Compiler(spec(corpus), tmp_path).compile(())
+    (tmp_path / "rollouts.jsonl").write_text('{"stage": 1}\n')
+    with pytest.raises(HarnessError, match=r"rollouts.jsonl line 1 is damaged"):
+        Compiler(spec(corpus), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def learned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kinds of tables, the budgets by ridge."""
+    folder = tmp_path_factory.mktemp("learned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "FORMS", FORMS)
+        patch.setattr(estimators, "PAIRS", 4)
+        patch.setattr(paper_tables, "PAIRS", 2)
+        patch.setattr(paper_tables, "MOST_ROUNDS", 2)
+        Compiler(spec(corpus, prompts=28, published=True, estimator="ridge"), folder).compile(())
+    return folder
+
+
+def test_published_tables_hold_published_actions(learned: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_tables, "PAIRS", 2)
+    monkeypatch.setattr(paper_tables, "MOST_ROUNDS", 2)
+    compiler = Compiler(spec(corpus, prompts=28, published=True, estimator="ridge"), learned)
+    found, report = compiler._published(compiler._signals())
+    head, gate = torch.linspace(0.8, 1.5, 29), torch.linspace(0.8, 1.0, 21)
+    for name, values in (("head", head), ("head_alone", head), ("gate", gate), ("gate_alone", gate)):
+        table = found[name].flatten()
+        assert bool(((table[:, None] - values).abs().min(dim=1).values < 1e-5).all())
+        assert len(table.unique()) > 3
+    tables = load_tables(learned)
+    agreed = tables.manifest.report["split_half"]
+    assert agreed.keys() == {"64", "128"} and all(-1 <= own["mean"] <= 1 for own in agreed.values())
+    assert "ridge" in tables.manifest.source and "Q-learning" in tables.manifest.source
+    assert report | {"validation": {}} == tables.manifest.report["published"] | {"validation": {}}
+    assert report["rounds"] == len(report["changed"]) <= 2
+    assert report["occupied_risk_bins"] == int((tables.gate_support[0, 0] > 0).sum())
+    assert report["unsupported"]["head"] == 0
+    assert report["unsupported"]["gate"] == int((tables.gate_support == 0).sum())
+    assert bool((found["gate"][tables.gate_support == 0] == 0.8).all())
+    rows = 4 * report["training"]  # 2 mirrored pairs
+    assert set(tables.head_support.unique().tolist()) == {rows}
+
+
+def test_every_record_names_the_table_it_ran_against(learned: Path) -> None:
+    lines = [json.loads(line) for line in (learned / "rollouts.jsonl").read_text().splitlines()]
+    stages = {line["stage"] for line in lines if " against " in line["stage"]}
+    assert len({stage for stage in stages if stage.startswith("head")}) >= 1
+    assert {stage.split()[0] for stage in stages} == {"head", "gate"}
+    neutral_gate = paper_tables.checksum(torch.full((2, 4, 20, 4), 0.8))
+    assert f"head against {neutral_gate[:12]}" in stages
+
+
+def test_rollouts_of_the_published_form_keep_what_its_runtime_keeps(learned: Path, corpus: Path) -> None:
+    bench = Compiler(spec(corpus, prompts=28, published=True, estimator="ridge"), learned).bench
+    tables, rollout = load_tables(learned), bench.rollout(0)
+    seen = paper_tables.Observed.of(rollout)
+    weights, thresholds = tables.lookup(64, entropy=seen.entropy, perplexity=seen.perplexity)
+    found, candidates = seen.lose(weights[None], thresholds[None], 64)
+    kvs = CompilerKV(form="published", tables=str(learned)).compress(rollout.view, 64)
+    expected = rollout.losses(rollout.logprobs(rollout.kept(kvs)))[1]
+    torch.testing.assert_close(found, expected)
+    assert [max(1, min(64, int(n))) for n in candidates[0]] == [int(kv.live[0, 0]) for kv in kvs]
+
+
+def test_a_published_table_stays_only_where_it_beats_its_shuffles(learned: Path) -> None:
+    tables = load_tables(learned)
+    gained, reasons = tables.manifest.report["published"]["validation"], tables.manifest.neutral
+    for name in ARMS:
+        for row, budget in enumerate(tables.manifest.budgets):
+            own = gained[f"{name} {budget}"]
+            earned = all(own[f"over_{rival}"]["low"] > 0 for rival in ("uniform", "shuffled"))
+            value = NEUTRAL[name.removesuffix("_alone")]
+            assert earned or bool((getattr(tables, name)[row] == value).all())
+            assert earned == (f"{name} {budget}" not in reasons)
+
+
+def test_published_arms_differ_from_the_table_in_one_thing_only() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: torch.rand(2, 3, 4, generator=draw) for name in ("head", "head_alone")}
+    tensors |= {name: torch.rand(2, 3, 20, 4, generator=draw) for name in ("gate", "gate_alone")}
+    found = arms(tensors, 1, seed=0)
+    for name in ARMS:
+        kind = int(name.startswith("gate"))
+        plain, own, *shuffled = (pair[kind] for pair in found[name])
+        beside = {id(pair[1 - kind]) for pair in found[name]}
+        assert len(beside) == 1 and torch.equal(own, tensors[name][1])
+        assert set(plain.unique().tolist()) == {torch.tensor(NEUTRAL[name.removesuffix("_alone")]).item()}
+        for other in shuffled:
+            assert not torch.equal(other, own) and torch.equal(other.flatten().sort()[0], own.flatten().sort()[0])
+    assert torch.equal(found["head"][0][1], tensors["gate"][1])
+    assert bool((found["head_alone"][0][1] == 0.8).all())
+
+
+def test_a_compilation_with_published_tables_and_one_without_share_their_folder(
+    learned: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "compile.json").write_bytes((learned / "compile.json").read_bytes())
+    for asked in (True, False):
+        Compiler(spec(corpus, prompts=28, published=asked, estimator="ridge"), tmp_path)
+
+
+def test_a_form_can_be_taken_over_from_other_tables(compiled: Path, corpus: Path, tmp_path: Path) -> None:
+    compiler = Compiler(spec(corpus, form=str(compiled)), tmp_path)
+    assert compiler.choose_form() == (load_tables(compiled).manifest.form, {"form": {"taken_from": str(compiled)}})
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+def test_the_report_says_what_risk_would_gain_and_risk_is_left_alone_without_a_gain(compiled: Path) -> None:
+    tables = load_tables(compiled)
+    for row, budget in enumerate(tables.manifest.budgets):
+        found = tables.manifest.report["risk"][str(budget)]
+        earned = all(found[f"over_{rival}"]["low"] > 0 for rival in ("uniform", "shuffled"))
+        assert tables.risk[row, :, 0].tolist() == (found["slopes"] if earned else [0, 0])
+        assert earned == (f"risk {budget}" not in tables.manifest.neutral)
+
+
+def test_retrieval_budgets_follow_the_attention_on_what_is_asked_for(compiled: Path, corpus: Path) -> None:
+    tables, compiler = load_tables(compiled), Compiler(spec(corpus), compiled)
+    bench = compiler.bench
+    asked = [at for at in bench.training if bench.prompts[at].needle]
+    assert {bench.prompts[at].family for at in asked} == {"copy", "needle", "multikey", "tracking"}
+    importance = bench.found("retrieval", asked).mean(dim=0)
+    for table in tables.retrieval:
+        pools = (table - 1) / (importance / importance.mean() - 1)
+        torch.testing.assert_close(pools, pools[0, 0].expand_as(pools), rtol=1e-2, atol=1e-3)

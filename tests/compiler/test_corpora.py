@@ -1,0 +1,196 @@
+"""Corpora: what becomes a paragraph, order, checksums, sentences from any place, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import harness.compiler.corpora
+from harness.compiler.corpora import Corpus, corpus_of, halves, kjv_paragraphs, load_corpus
+from harness.errors import HarnessError
+from harness.models.assets import asset_folder
+
+MODULE = '''"""Doc."""
+raise RuntimeError("an asset is never run")
+bible = Bible(Version.KING_JAMES, """
+In the beginning [was] the word ( so it is said). And he said, [It is] good.
+GENESIS
+So he died, [being] old and full of days.Blessed [is] the man that walketh.
+ The end of the matter is this.(He [was] wise in all his ways.)
+""", {Book.GENESIS: "short"})
+'''
+
+
+ORDER = ("first", "second", "third", "last")
+
+
+def text(paragraphs: int, name: str = "a") -> str:
+    """Paragraphs of four sentences, 40 words in all."""
+    return "\n\n".join(
+        " ".join(f"Here goes {name} the {p}th part with its {s} sentence." for s in ORDER) for p in range(paragraphs)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files, the first by name packed, each with a heading."""
+    home = tmp_path / "prose"
+    home.mkdir()
+    (home / "b.txt").write_text(f"{text(60, 'b')}\n\nCHAPTER TWO", encoding="utf-8-sig")
+    (home / "a.txt.gz").write_bytes(
+        gzip.compress(f"CHAPTER ONE\r\n\r\nA line\r\nbroken in two.\n\n{text(60)}".encode())
+    )
+    (home / "notes.md").write_text(text(9, "no"))
+    return home
+
+
+def test_a_folder_is_read_by_name_without_headings(folder: Path) -> None:
+    corpus = load_corpus(str(folder))
+    assert corpus.name == "prose"
+    assert corpus.paragraphs[0] == "A line broken in two."
+    assert corpus.paragraphs[1:] == tuple(f"{text(60)}\n\n{text(60, 'b')}".split("\n\n"))
+    assert corpus.sha256 == hashlib.sha256("\n\n".join(corpus.paragraphs).encode()).hexdigest()
+    assert load_corpus(str(folder)) == corpus
+
+
+def test_other_text_has_another_checksum(folder: Path) -> None:
+    before = load_corpus(str(folder))
+    (folder / "b.txt").write_text(text(61, "b"))
+    assert load_corpus(str(folder)).sha256 != before.sha256
+
+
+def test_kjv_loses_markup_and_headings_and_is_not_run() -> None:
+    assert kjv_paragraphs(MODULE) == [
+        "In the beginning was the word (so it is said). And he said, It is good.",
+        "So he died, being old and full of days.",
+        "Blessed is the man that walketh.",
+        "The end of the matter is this. (He was wise in all his ways.)",
+    ]
+
+
+@pytest.mark.parametrize("module", ["bible = (", "bible = 1", "a\0b"])
+def test_damaged_kjv(module: str) -> None:
+    with pytest.raises(HarnessError, match="fetch it again"):
+        kjv_paragraphs(module)
+
+
+def test_kjv_comes_from_the_asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain.py").write_text(f'bible = Bible("""{text(70)}""".replace("a", "b"))', encoding="utf-8")
+    monkeypatch.setattr(harness.compiler.corpora, "fetch", {"kjv": tmp_path}.__getitem__)
+    corpus = load_corpus("kjv")
+    assert (corpus.name, corpus.paragraphs) == ("kjv", tuple(text(70).split("\n\n")))
+
+
+def test_essays_get_their_paragraphs_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.txt").write_text(
+        'May 2010What people do is known.\nIt is in version 1.5 of U.S. law.(So most of them say.)"But why?"'
+        "He asked me again.[2]Nobody knew the answer." + text(70).replace("\n\n", "")
+    )
+    monkeypatch.setattr(harness.compiler.corpora, "fetch", {"essays": tmp_path}.__getitem__)
+    paragraphs = load_corpus("essays").paragraphs
+    assert paragraphs[:4] == (
+        "What people do is known. It is in version 1.5 of U.S. law.",
+        "(So most of them say.)",
+        "He asked me again.[2]",
+        "Nobody knew the answer.",
+    )
+    assert paragraphs[4:] == tuple(text(70).split("\n\n"))
+
+
+def test_help_topics() -> None:
+    corpus = load_corpus("pydoc")
+    assert corpus.name == "pydoc" and len(corpus.paragraphs) > 100
+    assert load_corpus("pydoc") == corpus
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(
+        HarnessError, match="^unknown corpus 'kvj'; did you mean 'kjv'\\? known: kjv, pydoc, essays, or a"
+    ):
+        load_corpus("kvj")
+    with pytest.raises(HarnessError, match=r"^unknown corpus '.*nothing' known:"):
+        load_corpus(str(tmp_path / "nothing"))
+
+
+def test_folders_that_do_not_serve(tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match=r"has no \*\.txt and no"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "a.txt").write_text(text(3))
+    with pytest.raises(HarnessError, match=r"has 120 words of prose, 2000 are needed"):
+        load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "blob"), [("a.txt", b"\xff\xfe"), ("a.txt.gz", b"no"), ("b.txt.gz", gzip.compress(b"x")[:-9])]
+)
+def test_unreadable_files(tmp_path: Path, name: str, blob: bytes) -> None:
+    (tmp_path / name).write_bytes(blob)
+    with pytest.raises(HarnessError, match=f"{name} is not readable UTF-8 text .*repair it"):
+        load_corpus(str(tmp_path))
+
+
+def test_halves_are_disjoint_and_whole(folder: Path) -> None:
+    corpus = load_corpus(str(folder))
+    first, second = halves(corpus)
+    assert first.paragraphs + second.paragraphs == corpus.paragraphs
+    assert abs(first.starts[-1] - second.starts[-1]) < 400
+    assert (first.name, second.name) == ("prose-first", "prose-second")
+    assert len({first.sha256, second.sha256, corpus.sha256}) == 3
+
+
+def test_a_corpus_too_small_to_halve() -> None:
+    corpus = corpus_of("c", text(60).split("\n\n"))
+    with pytest.raises(HarnessError, match="^corpus 'c-first' has"):
+        halves(corpus)
+
+
+@given(place=st.floats(0, 1))
+def test_sentences_go_round_once(place: float) -> None:
+    corpus = corpus_of("c", text(60).split("\n\n"))
+    whole = "\n\n" + "\n\n".join(corpus.paragraphs)
+    pieces = list(corpus.sentences_from(place))
+    assert len(pieces) == 240
+    turned = "".join(pieces)
+    start = (whole + whole).index(turned)
+    assert sorted(pieces) == sorted(corpus.sentences_from(0.0))
+    at = int(place % 1.0 * corpus.starts[-1]) + 2  # in `whole`
+    first = start + len(pieces[0]) - len(pieces[0].lstrip())
+    assert first % len(whole) == 2 or 0 <= first - at < 100
+
+
+def check_real(name: str) -> Corpus:
+    if not asset_folder(name).is_dir():
+        pytest.skip(f"{name} is not in the cache; run `harness fetch {name}`")
+    corpus = load_corpus(name)
+    joined = "\n".join(corpus.paragraphs)
+    assert not set("[]<>{}\t") & set(joined) or name == "essays"
+    assert all(len(paragraph.split()) >= 4 for paragraph in corpus.paragraphs)
+    return corpus
+
+
+def test_real_kjv() -> None:
+    corpus = check_real("kjv")
+    assert len(corpus.paragraphs) == 4609
+    assert corpus.paragraphs[0].startswith("In the beginning God created the heaven and the earth. And the earth")
+    assert "\n".join(corpus.paragraphs).count("full of days.\nBlessed is the man") == 1
+    assert not any(character.isdigit() for paragraph in corpus.paragraphs for character in paragraph)
+
+
+def test_real_essays() -> None:
+    corpus = check_real("essays")
+    assert len(corpus.paragraphs) > 1000
+    glued = sum("." in word.strip('.,;:!?"()')[2:-2] for paragraph in corpus.paragraphs for word in paragraph.split())
+    assert glued < 0.002 * sum(len(paragraph.split()) for paragraph in corpus.paragraphs)
+
+
+def test_real_novels(shared_data: Path) -> None:
+    corpus = load_corpus(os.fspath(shared_data / "prose"))
+    assert len(corpus.paragraphs) > 10_000
+    assert next(islice(corpus.sentences_from(0.0), 0, 1)).startswith("\n\nEmma Woodhouse, handsome, clever, and rich")

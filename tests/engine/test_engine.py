@@ -1,0 +1,336 @@
+"""The engine: a cell alone computes what it computes in company, and what a Llama of plain loops computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.engine.decode import Limits
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import Cell, Outcome, Prompt
+from harness.errors import HarnessError
+from harness.models.load import LoadedModel
+from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs
+from methods.registry import load_methods, make_policy
+
+LAYERS, HEADS, GROUP, DIM, NEW = 4, 2, 2, 16, 7
+SLOT = 2 * DIM * 4  # bytes of one slot of one head
+NO_END = Limits(NEW, frozenset())
+LABELS = [
+    label
+    for name, entry in load_methods().items()
+    if entry.policy.__module__.startswith("methods.")
+    for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
+]
+MODES = [("compressed", "aware"), ("prefill", "aware"), ("compressed", "agnostic")]
+every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: LoadedModel) -> Iterator[AttachedModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads cost more than they do on a model this small
+    yield AttachedModel(copy.deepcopy(tiny.model))
+    torch.set_num_threads(threads)
+
+
+def make_prompt(tokens: int, limits: Limits = NO_END, seed: int = 0) -> Prompt:
+    ids = torch.randint(5, 260, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Prompt(ids, max(1, tokens * 3 // 4), (70, 80, 90, 100), limits)
+
+
+def cell(label: str | KVPolicy, budget: int) -> Cell:
+    policy = make_policy(label) if isinstance(label, str) else label
+    return Cell(policy, Budget(tokens=budget) if policy.budgeted else None)
+
+
+def ok(outcomes: list[Outcome]) -> list[Outcome]:
+    assert [(o.status, o.error) for o in outcomes] == [("ok", None)] * len(outcomes)
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Ragged(LayerPolicy):
+    """Another random set for each layer and head, of another size: none at all up to twice the budget."""
+
+    seed: int = 0
+
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        draw = torch.Generator().manual_seed(self.seed * 100 + view.index)
+        slots = torch.full((1, HEADS, 2 * budget), -1)
+        for head in range(HEADS):
+            size = 0 if (view.index, head) == (1, 0) else int(torch.randint(1, 2 * budget, (1,), generator=draw))
+            slots[0, head, :size] = torch.randperm(view.tokens, generator=draw)[:size]
+        return view.kv.take(slots)
+
+
+Visible = list[list[set[int]]]  # token positions that each layer and head sees, the present one's included
+
+
+def turned(x: Tensor, places: list[int]) -> Tensor:
+    """RoPE of vectors [S, D], each at its own place."""
+    angle = torch.tensor(places)[:, None] / 10000 ** (torch.arange(0, DIM, 2) / DIM)
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+@dataclass
+class Loops:
+    """A Llama that takes a token at a time, with a loop over layers and heads; keys are stored before RoPE.
+
+    in_cache: positions are counted inside what a head sees. sums: attention each token got, per layer and head.
+    """
+
+    llama: Any
+    in_cache: bool = False
+    keys: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    values: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    sums: dict[tuple[int, int, int], float] = field(default_factory=dict)
+
+    def token(self, token: int, position: int, visible: Visible) -> Tensor:
+        """Logits [V] after `token` at `position`."""
+        hidden = self.llama.model.embed_tokens.weight[token]
+        for index, layer in enumerate(self.llama.model.layers):
+            states = layer.input_layernorm(hidden)
+            attention = layer.self_attn
+            for name, store in (("k_proj", self.keys), ("v_proj", self.values)):
+                for head, part in enumerate(getattr(attention, name)(states).split(DIM)):
+                    store[index, head, position] = part
+            parts = attention.q_proj(states).split(DIM)
+            mixed = [self._head(part, index, i // GROUP, visible) for i, part in enumerate(parts)]
+            hidden = hidden + attention.o_proj(torch.cat(mixed))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        logits: Tensor = self.llama.lm_head(self.llama.model.norm(hidden))
+        return logits
+
+    def _head(self, query: Tensor, layer: int, head: int, visible: Visible) -> Tensor:
+        seen = sorted(visible[layer][head])
+        places = list(range(len(seen))) if self.in_cache else seen
+        keys = turned(torch.stack([self.keys[layer, head, at] for at in seen]), places)
+        shares = torch.softmax(keys @ turned(query[None], places[-1:])[0] * DIM**-0.5, dim=0)
+        for at, share in zip(seen, shares.tolist(), strict=True):
+            self.sums[layer, head, at] = self.sums.get((layer, head, at), 0.0) + share
+        return shares @ torch.stack([self.values[layer, head, at] for at in seen])
+
+    def copy(self) -> Loops:
+        return replace(self, keys=dict(self.keys), values=dict(self.values), sums=dict(self.sums))
+
+
+Evict = Callable[[Loops, Visible, int], None]
+Held = tuple[Loops, Visible]
+
+
+def grown(held: Held, token: int, position: int, evict: Evict | None) -> tuple[Tensor, Held]:
+    """One more token on a copy: its logits, and what is then held."""
+    loops, visible = held[0].copy(), [[set(head) | {position} for head in layer] for layer in held[1]]
+    logits = loops.token(token, position, visible)
+    if evict is not None:
+        evict(loops, visible, position)
+    return logits, (loops, visible)
+
+
+def decode_by_loops(held: Held, start: int, prompt: Prompt, first: Tensor | None, evict: Evict | None) -> Outcome:
+    """Feed what is left of the prompt from `start` on, then score the answer and, from the same state, generate."""
+    logits = first
+    for position in range(start, len(prompt.ids)):
+        logits, held = grown(held, prompt.ids[position], position, evict)
+    assert logits is not None
+    nll, tokens, now, branch = [], [], logits, held
+    for i, token in enumerate(prompt.answer):
+        nll.append(-now.log_softmax(-1)[token].item())
+        now, branch = grown(branch, token, len(prompt.ids) + i, evict)
+    for i in range(prompt.limits.max_new_tokens):
+        tokens.append(int(logits.argmax()))
+        logits, held = grown(held, tokens[-1], len(prompt.ids) + i, evict)
+    return Outcome(token_ids=tuple(tokens), nll_per_token=tuple(nll))
+
+
+@cache
+def prefilled(llama: Any, ids: tuple[int, ...]) -> tuple[Loops, Tensor]:
+    """A prompt in loops, and its last logits. Only read; whoever goes on does so on a copy."""
+    loops = Loops(llama)
+    for at, token in enumerate(ids):
+        logits = loops.token(token, at, [[set(range(at + 1))] * HEADS] * LAYERS)
+    return loops, logits
+
+
+def by_loops(
+    model: AttachedModel,
+    asked: Cell,
+    prompt: Prompt,
+    engine: Engine,
+    evict: Evict | None = None,
+    in_cache: bool = False,
+) -> Outcome:
+    """A cell computed by loops: of the policy only the positions it keeps are taken."""
+    border = prompt.context if engine.query == "agnostic" else len(prompt.ids)
+    budget = asked.budget.resolve(border) if asked.budget else border
+    kept = asked.policy.compress(engine.prefill(prompt.ids[:border], asked.policy.needs).view, budget)
+    with torch.no_grad():
+        loops, first = prefilled(model.model, tuple(prompt.ids[:border]))
+        start = border - 1 if (engine.query, engine.first_token) == ("aware", "compressed") else border
+        visible = [[{p for p in head if 0 <= p < start} for head in kv.positions[0].tolist()] for kv in kept]
+        held = (replace(loops, in_cache=in_cache), visible)
+        return decode_by_loops(held, start, prompt, first if start == len(prompt.ids) else None, evict)
+
+
+def same(found: Outcome, gold: Outcome) -> None:
+    assert found.nll_per_token == pytest.approx(gold.nll_per_token, abs=1e-4)
+    assert found.token_ids == gold.token_ids
+
+
+STATIC = ["fullkv", "snapkv@kvcf", "pyramidkv", "h2o", "streamingllm", "random", "compilerkv"]
+
+
+@every_mode
+def test_cells_compute_what_loops_over_kept_tokens_compute(model: AttachedModel, first_token: Any, query: Any) -> None:
+    prompt = make_prompt(40)
+    engine = Engine(model, query=query, first_token=first_token)
+    cells = [*(cell(label, 12) for label in STATIC), cell(Ragged(), 5), cell(Ragged(seed=1), 9)]
+    for asked, found in zip(cells, ok(engine.run(prompt, cells)), strict=True):
+        same(found, by_loops(model, asked, prompt, engine))
+
+
+def oldest(sinks: int, budget: int) -> Evict:
+    def evict(loops: Loops, visible: Visible, position: int) -> None:
+        for seen in (head for layer in visible for head in layer):
+            while len(seen) > budget:
+                seen.remove(min(at for at in seen if at >= sinks))
+
+    return evict
+
+
+def least_attended(slots: int) -> Evict:
+    def evict(loops: Loops, visible: Visible, position: int) -> None:
+        recent = position - (slots - slots // 2)
+        for layer, heads in enumerate(visible):
+            for head, seen in enumerate(heads):
+                if len(seen) > slots:
+                    old = [at for at in seen if at <= recent]
+                    seen.remove(min(old, key=lambda at: loops.sums[layer, head, at]))
+
+    return evict
+
+
+@every_mode
+def test_eviction_while_decoding_is_that_of_loops(model: AttachedModel, first_token: Any, query: Any) -> None:
+    prompt = make_prompt(20, Limits(24, frozenset()), seed=3)
+    engine = Engine(model, query=query, first_token=first_token)
+    sizes = (11, 4, 3)
+    heavy = [cell("h2o@paper", size) for size in sizes]
+    cells = [cell("streamingllm@reassign", 9), cell("streamingllm@paper", 9), *heavy]
+    found = ok(engine.run(prompt, cells))
+    same(found[1], by_loops(model, cells[1], prompt, engine, oldest(4, 9), in_cache=True))
+    same(found[0], by_loops(model, cells[0], prompt, engine, in_cache=True))
+    assert found[1].kv_bytes == found[1].kv_bytes_end == found[1].asked_bytes == 9 * LAYERS * HEADS * SLOT
+    for size, asked, outcome in zip(sizes, heavy, found[2:], strict=True):
+        slots = size * SLOT // (SLOT + 4)
+        same(outcome, by_loops(model, asked, prompt, engine, least_attended(slots)))
+        assert outcome.kv_bytes == slots * LAYERS * HEADS * (SLOT + 4)
+        assert outcome.kv_bytes_end == outcome.kv_bytes
+        assert outcome.kv_bytes_end <= outcome.asked_bytes
+
+
+@pytest.mark.parametrize("eos", [frozenset[int](), frozenset(range(0, 261, 3))])
+@every_mode
+def test_a_cell_alone_computes_what_it_computes_in_company(
+    model: AttachedModel, first_token: Any, query: Any, eos: frozenset[int]
+) -> None:
+    """With a third of all tokens ending a text, rows end at different steps and are taken out of the batch."""
+    engine = Engine(model, query=query, first_token=first_token)
+    prompt = make_prompt(44, Limits(NEW, eos), seed=1)
+    cells = [*(cell(label, 16) for label in LABELS), cell(Ragged(), 8), *(cell("snapkv@kvcf", n) for n in (1, 5, 30))]
+    shared = ok(engine.run(prompt, cells))
+    assert len({outcome.prefill_s for outcome in shared}) == 1
+    assert len({outcome.token_ids for outcome in shared}) > 5
+    for asked, together in zip(cells, shared, strict=True):
+        alone = ok(engine.run(prompt, [asked]))[0]
+        same(alone, together)
+        for name in ("kept_slots", "kv_bytes", "kv_bytes_end", "asked_bytes", "full_bytes", "notes"):
+            assert getattr(alone, name) == getattr(together, name)
+        assert alone.decode_rows == 1
+        if not asked.policy.evicts_while_decoding:
+            fed = len(together.token_ids) - (len(together.token_ids) == NEW)
+            fed += len(prompt.ids) - prompt.context if query == "agnostic" else 0
+            slots = (together.kv_bytes_end - together.kv_bytes) // SLOT - fed * LAYERS * HEADS
+            again = (first_token, query) == ("compressed", "aware")  # a last token that was not kept comes back
+            assert 0 <= slots <= again * LAYERS * HEADS
+            assert slots == 0 or not getattr(asked.policy, "recent", 0)
+
+
+def test_questions_over_one_context_are_answered_as_if_each_were_alone(model: AttachedModel) -> None:
+    engine = Engine(model, query="agnostic")
+    first = make_prompt(40)
+    others = [replace(first, ids=[*first.ids[:30], *range(start, start + size)]) for start, size in ((80, 4), (90, 12))]
+    prompts = [first, *others]
+    cells = [cell(label, 9) for label in LABELS]
+    wanted = [cells, cells[1:], cells[::-1]]
+    together = engine.run_group(prompts, wanted)
+    assert len({outcome.prefill_s for outcomes in together for outcome in outcomes}) == 1
+    for prompt, own, outcomes in zip(prompts, wanted, together, strict=True):
+        for asked, found in zip(own, ok(outcomes), strict=True):
+            alone = ok(engine.run(prompt, [asked]))[0]
+            same(alone, found)
+            assert (alone.kv_bytes, alone.kv_bytes_end) == (found.kv_bytes, found.kv_bytes_end)
+    assert len({outcomes[-1].token_ids for outcomes in (together[0], together[1])}) == 2
+    with pytest.raises(HarnessError, match="2 prompts of one group differ in their first 30 tokens"):
+        engine.run_group([first, make_prompt(40, seed=9)], [cells, cells])
+
+
+@every_mode
+def test_kept_needle_tokens_are_counted_per_layer_and_head(model: AttachedModel, first_token: Any, query: Any) -> None:
+    prompt = replace(make_prompt(40), needle=(0, 3, 17, 29))
+    engine = Engine(model, query=query, first_token=first_token)
+    tokens = 30 if query == "agnostic" else 40
+    found = ok(engine.run(prompt, [cell("fullkv", 1), cell("streamingllm", 16), cell(Ragged(), 9)]))
+    assert found[0].needle_kept == ((4,) * HEADS,) * LAYERS
+    recent = tokens - 12  # 4 sinks and the last 12
+    held = sum(at < 4 or at >= recent for at in prompt.needle)
+    assert found[1].needle_kept == ((held,) * HEADS,) * LAYERS
+    view = engine.prefill(prompt.ids[:tokens], Needs()).view
+    kept = Ragged().compress(view, 9)
+    by_hand = [[len(set(kv.positions[0, h].tolist()) & {0, 3, 17, 29}) for h in range(HEADS)] for kv in kept]
+    assert [list(heads) for heads in found[2].needle_kept] == by_hand
+    assert engine.run(replace(prompt, needle=()), [cell("fullkv", 1)])[0].needle_kept == ()
+
+
+def test_first_token_of_the_prefill_is_the_plain_model_s(model: AttachedModel, tiny: LoadedModel) -> None:
+    prompt = make_prompt(30, seed=2)
+    first = tiny.model(torch.tensor([prompt.ids])).logits[0, -1]
+    outcomes = ok(Engine(model, first_token="prefill").run(prompt, [cell(label, 3) for label in LABELS]))
+    assert {outcome.token_ids[0] for outcome in outcomes} == {int(first.argmax())}
+    nll = -first.log_softmax(-1)[prompt.answer[0]].item()
+    assert [outcome.nll_per_token[0] for outcome in outcomes] == pytest.approx([nll] * len(LABELS), abs=1e-4)
+    assert len({outcome.nll_per_token[1] for outcome in outcomes}) > 3
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 9])
+@every_mode
+def test_prompts_shorter_than_every_window(model: AttachedModel, tokens: int, first_token: Any, query: Any) -> None:
+    engine, prompt = Engine(model, query=query, first_token=first_token), make_prompt(tokens)
+    for label in LABELS:
+        outcome = engine.run(prompt, [cell(label, 1)])[0]
+        short = prompt.context <= 1 and query == "agnostic" and make_policy(label).budgeted
+        assert (outcome.status, outcome.error is None) == (("skipped", False) if short else ("ok", True)), outcome.error
+
+
+def test_log_probabilities_of_the_window(model: AttachedModel, tiny: LoadedModel) -> None:
+    ids = make_prompt(20).ids
+    logprobs = tiny.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    own = torch.tensor([logprobs[at - 1, ids[at]].item() for at in range(1, 20)])
+    for window in (1, 8, 19, 64):
+        found = Engine(model).prefill(ids, Needs(window=window, logprobs=True)).view.logprobs
+        assert found is not None
+        torch.testing.assert_close(found, own[-window:].unsqueeze(0), atol=1e-4, rtol=1e-4)
+    alone = Engine(model).prefill(ids[:1], Needs(window=8, logprobs=True)).view.logprobs
+    assert alone is not None and alone.shape == (1, 0)
+    assert Engine(model).prefill(ids, Needs(window=8)).view.logprobs is None

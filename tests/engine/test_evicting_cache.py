@@ -1,0 +1,177 @@
+"""Rows that evict while decoding: each sees its budget, whatever the company that it is held and evicted with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.engine.evicting_cache import EvictingLayer, EvictingRow, copy_kv, with_room
+from harness.engine.transformers_seam import AttachedModel
+from harness.models.load import LoadedModel
+from harness.speed.one_method import Isolated
+from methods.base import KV, KVPolicy, LayerPolicy, LayerView, PolicyError, StepView
+from methods.fullkv import FullKV
+from methods.registry import make_policy
+from methods.streamingllm import ReassignedKV
+from tests.engine.test_row_cache import HEADS, SLOT, TOKENS, ask, kept, plain, tokens_of
+
+PROMPT, BUDGET = 40, 12
+POLICIES = ["h2o@paper", "streamingllm@paper", "compilerkv@streaming"]
+
+
+@dataclass(frozen=True)
+class Oldest(LayerPolicy):
+    """Frees the oldest slot of every head once there are more than the budget."""
+
+    lazy: bool = False
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return True
+
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        return view.kv.take(view.kv.positions[..., -budget:])
+
+    def after_step(self, step: StepView) -> Tensor:
+        old = step.kv.positions.masked_fill(step.kv.positions < 0, 10**9).argmin(dim=-1)
+        return old.masked_fill((step.kv.live <= step.budget) | torch.tensor(self.lazy), -1)
+
+
+def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, room: int = 1) -> EvictingLayer:
+    slots = [[7, 8, 9], [7, 8, 9]]
+    rows = [EvictingRow(policy, 3, with_room(kept(keys, values, slots), 3 + room)) for _ in range(2)]
+    return EvictingLayer(rows, TOKENS)
+
+
+def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
+    queries, keys, values = tokens_of(TOKENS + 5)
+    cache = evicting(Oldest(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    assert cache.nbytes(0) == 3 * HEADS * SLOT
+    for at in range(TOKENS, TOKENS + 5):
+        out = ask(cache, *(x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+        gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 3, at - 2, at - 1, at]] * HEADS)
+        torch.testing.assert_close(out, gold.expand(2, -1, -1, -1))
+        assert cache.nbytes(1) == 3 * HEADS * SLOT
+    assert cache.position == TOKENS + 5
+
+
+def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
+    queries, keys, values = tokens_of(TOKENS + 2)
+    cache = evicting(Oldest(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    feeds = [[x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11)]
+    state = cache.snapshot()
+    first = [ask(cache, *feed) for feed in feeds]
+    cache.restore(state)
+    assert all(torch.equal(a, ask(cache, *feed)) for a, feed in zip(first, feeds, strict=True))
+    state = cache.snapshot()
+    whole = ask(cache, *feeds[0])
+    cache.restore(state)
+    cache.keep([1])
+    assert torch.equal(ask(cache, *(x[1:] for x in feeds[0])), whole[1:])
+    assert cache.nbytes(0) == 3 * HEADS * SLOT
+    with pytest.raises(IndexError, match="row 1 of 1"):
+        cache.nbytes(1)
+
+
+def test_a_policy_that_frees_nothing_is_told_so() -> None:
+    queries, keys, values = tokens_of(TOKENS + 2)
+    cache = evicting(Oldest(lazy=True), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    ask(cache, *(x[:, :, 10:11].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+    with pytest.raises(PolicyError, match="Oldest left no slot"):
+        ask(cache, *(x[:, :, 11:12].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+
+
+def test_a_sliding_layer_of_an_evicting_row_follows_its_window() -> None:
+    queries, keys, values = tokens_of(TOKENS + 4)
+    cache = evicting(FullKV(), keys[:, :, :TOKENS], values[:, :, :TOKENS], room=4)
+    for at in range(TOKENS, TOKENS + 4):
+        out = ask(cache, *(x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)), window=3)
+        gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 2, at - 1, at]] * HEADS)
+        torch.testing.assert_close(out[:1], gold)
+        assert cache.nbytes(0) == 2 * HEADS * SLOT  # what the next token's window still reaches
+
+
+def compressed(tiny: LoadedModel, names: Sequence[str]) -> list[EvictingRow]:
+    """Rows of the first layer, each of a prompt of its own."""
+    model, rows = AttachedModel(copy.deepcopy(tiny.model)), []
+    for name in names:
+        policy = make_policy(name)
+        kv = Isolated(model, policy, BUDGET).prefill(torch.randint(5, 250, (PROMPT,)).tolist()).kvs[0]
+        rows.append(EvictingRow(policy, BUDGET, with_room(kv, kv.positions.shape[2] + 1)))
+    return rows
+
+
+def layer(rows: Sequence[EvictingRow]) -> EvictingLayer:
+    return EvictingLayer([EvictingRow(row.policy, row.budget, copy_kv(row.kv)) for row in rows], PROMPT)
+
+
+def step(rows: Sequence[EvictingRow]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one token, another for every row."""
+    _, heads, _, dim = rows[0].kv.keys.shape
+    return (
+        torch.randn(len(rows), 2 * heads, 1, dim),
+        torch.randn(len(rows), heads, 1, dim),
+        torch.randn(len(rows), heads, 1, dim),
+    )
+
+
+def check_company(rows: Sequence[EvictingRow], batches: int) -> None:
+    """`rows` compute together, bit for bit, what they compute alone; so do those left when one is dropped."""
+    together, alone = layer(rows), [layer([row]) for row in rows]
+    assert len(together.batches) == batches
+    left = list(range(len(rows)))
+    for at in range(30):
+        feed = step(rows)
+        if at == 15:
+            left = left[1:]
+            together.keep(left)
+        out = ask(together, *(x[left] for x in feed))
+        for i, row in enumerate(left):
+            own = ask(alone[row], *(x[row : row + 1] for x in feed))
+            assert torch.equal(out[i : i + 1], own), (at, row)
+            assert together.nbytes(i) == alone[row].nbytes(0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_of_one_policy_are_one_batch_and_compute_what_each_computes_alone(tiny: LoadedModel, name: str) -> None:
+    check_company(compressed(tiny, [name] * 5), 1)
+
+
+def test_rows_of_several_policies_come_back_in_their_order(tiny: LoadedModel) -> None:
+    check_company(compressed(tiny, [*POLICIES, *POLICIES[::-1], POLICIES[1]]), 3)
+
+
+def test_rows_whose_kvs_are_in_different_states_are_apart(tiny: LoadedModel) -> None:
+    rows = compressed(tiny, ["streamingllm@paper"] * 4)
+    other, fewer = rows[1].kv, rows[2].kv
+    assert isinstance(other, ReassignedKV)
+    rows[1].kv = replace(other, shift=other.shift + 3)
+    rows[2].kv = replace(fewer, positions=fewer.positions.masked_fill(fewer.positions == PROMPT - 1, -1))
+    check_company(rows, 3)
+
+
+def test_side_data_of_no_head_stays_with_its_row(tiny: LoadedModel) -> None:
+    rows = compressed(tiny, ["h2o@paper"] * 3)
+    rows[1].kv.extra["scales"] = torch.ones(5)
+    check_company(rows, 2)
+    assert layer(rows).nbytes(1) == layer(rows).nbytes(0) + 5 * 4
+
+
+@dataclass(frozen=True)
+class Single(Oldest):
+    """A policy that answers for its first row alone."""
+
+    def after_step(self, step: StepView) -> Tensor:
+        return super().after_step(step)[:1]
+
+
+def test_a_policy_that_does_not_answer_for_every_row_is_told_so() -> None:
+    queries, keys, values = tokens_of(TOKENS + 1)
+    cache = evicting(Single(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    with pytest.raises(PolicyError, match=r"Single.after_step returned shape \[1, 2\]; .* \[2, 2\]"):
+        ask(cache, *(x[:, :, 10:11].expand(2, -1, -1, -1) for x in (queries, keys, values)))

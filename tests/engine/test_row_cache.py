@@ -1,0 +1,295 @@
+"""Layer caches: what is appended is what is attended to, whatever the rows kept, rewound or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness.engine.evicting_cache import copy_kv, with_room
+from harness.engine.kernels import causal_attention, slot_attention
+from harness.engine.row_cache import LayerCache, PrefillLayer, RowsLayer, without
+from methods.base import KV, Needs
+
+HEADS, GROUP, DIM, TOKENS = 2, 2, 4, 10
+SLOT = 2 * DIM * 4  # bytes
+
+
+def tokens_of(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `count` tokens, batch 1."""
+    return (
+        torch.randn(1, HEADS * GROUP, count, DIM),
+        torch.randn(1, HEADS, count, DIM),
+        torch.randn(1, HEADS, count, DIM),
+    )
+
+
+def kept(keys: Tensor, values: Tensor, slots: list[list[int]]) -> KV:
+    """A KV of a prompt's keys and values that keeps `slots` of each head; -1 is an empty slot."""
+    whole = KV(keys, values, torch.arange(keys.shape[2]).expand(1, HEADS, keys.shape[2]))
+    return whole.take(torch.tensor([slots]))
+
+
+def plain(query: Tensor, keys: Tensor, values: Tensor, seen: list[list[int]]) -> Tensor:
+    """Attention [1, Hq, 1, D] of one query [1, Hq, 1, D] over the tokens `seen` of each KV head, float32."""
+    out = []
+    for head in range(HEADS * GROUP):
+        at = seen[head // GROUP]
+        k, v = keys[0, head // GROUP, at], values[0, head // GROUP, at]
+        out.append(torch.softmax(query[0, head] @ k.T, dim=-1) @ v)
+    return torch.stack(out).unsqueeze(0)
+
+
+def ask(cache: LayerCache, *feed: Tensor, window: int | None = None) -> Tensor:
+    """Append and attend. feed: queries, keys and values."""
+    query, key, value = feed
+    cache.append(key, value)
+    return cache.attend(query, scaling=1.0, window=window)
+
+
+ROWS = [[[0, 3, 9], [1, 2, 8]], [[-1, 5, 6], [0, 4, 9]], [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], [[7, -1, -1], [-1, -1, 0]]]
+
+
+def rows_layer(keys: Tensor, values: Tensor, room: int = 6) -> RowsLayer:
+    return RowsLayer([kept(keys, values, slots) for slots in ROWS], position=TOKENS, room=room)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("chunks", [[1, 1, 1], [3], [2, 1]])
+def test_rows_see_what_they_kept_and_what_came_after(chunks: list[int], window: int | None) -> None:
+    queries, keys, values = tokens_of(TOKENS + 3)
+    cache, at, outputs = rows_layer(keys[:, :, :TOKENS], values[:, :, :TOKENS]), TOKENS, []
+    for size in chunks:
+        new = slice(at, at + size)
+        feed = (x[:, :, new].expand(len(ROWS), -1, -1, -1) for x in (queries, keys, values))
+        outputs.append(ask(cache, *feed, window=window))
+        at += size
+    out = torch.cat(outputs, dim=2)
+    for row, slots in enumerate(ROWS):
+        for position in range(TOKENS, TOKENS + 3):
+            seen = [[s for s in head if s >= 0] + list(range(TOKENS, position + 1)) for head in slots]
+            if window is not None:
+                seen = [[s for s in head if s > position - window] for head in seen]
+            gold = plain(queries[:, :, position : position + 1], keys, values, seen)
+            torch.testing.assert_close(out[row : row + 1, :, position - TOKENS : position - TOKENS + 1], gold)
+
+
+def test_rewinding_forgets_and_keeping_rows_changes_no_other() -> None:
+    queries, keys, values = tokens_of(TOKENS + 2)
+    cache = rows_layer(keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    first, second = ([x[:, :, at : at + 1].expand(4, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11))
+    ask(cache, *second), ask(cache, *second)
+    cache.rewind(2)
+    assert cache.position == TOKENS
+    before = ask(cache, *first)
+    bytes_before = [cache.nbytes(row) for row in range(4)]
+    cache.rewind(1)
+    cache.keep([1, 2])
+    after = ask(cache, *(x[:2] for x in first))
+    assert torch.equal(after, before[1:3])
+    assert [cache.nbytes(row) for row in range(2)] == bytes_before[1:3]
+    cache.keep([1])
+    alone = ask(cache, *(x[:1] for x in second))
+    seen = [[*slots, 10, 11] for slots in ROWS[2]]
+    torch.testing.assert_close(alone, plain(queries[:, :, 11:], keys, values, seen))
+    with pytest.raises(IndexError):
+        cache.nbytes(1)
+
+
+def test_bytes_of_a_row_are_its_live_slots_and_side_data() -> None:
+    queries, keys, values = tokens_of(TOKENS)
+    kvs = [kept(keys, values, slots) for slots in ROWS]
+    kvs[0].extra["scales"] = torch.zeros(5, dtype=torch.float16)
+    cache = RowsLayer(kvs, position=TOKENS, room=3)
+    live = [sum(s >= 0 for head in slots for s in head) for slots in ROWS]
+    assert [cache.nbytes(row) for row in range(4)] == [n * SLOT + (10 if i == 0 else 0) for i, n in enumerate(live)]
+    for _ in range(2):
+        ask(cache, *(x[:, :, :1].expand(4, -1, -1, -1) for x in (queries, keys, values)))
+    assert cache.nbytes(1) == (live[1] + 2 * HEADS) * SLOT
+    assert cache.nbytes(0) == (live[0] + 2 * HEADS) * SLOT + 10
+
+
+def ragged(counts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[KV]:
+    """One KV a row whose heads hold `counts` slots of 256 tokens, with empty slots anywhere between them."""
+    rows = []
+    for heads in counts:
+        width = max(heads) + 2
+        slots = torch.full((1, HEADS, width), -1)
+        for head, count in enumerate(heads):
+            at, tokens = torch.randperm(width)[:count].sort().values, torch.randperm(256)[:count].sort().values
+            slots[0, head, at] = tokens
+        keys, values = (torch.randn(1, HEADS, 256, DIM).to(dtype) for _ in range(2))
+        rows.append(KV(keys, values, torch.arange(256).expand(1, HEADS, 256)).take(slots))
+    return rows
+
+
+def padded(kvs: Sequence[KV], fed: Sequence[Sequence[Tensor]], window: int | None) -> Tensor:
+    """The last queries' attention [R, Hq, Q, D] over rows padded to one width and masked. fed: as given to `ask`."""
+    width = max(kv.positions.shape[2] for kv in kvs)
+    wide = [with_room(kv, width) for kv in kvs]
+    new = sum(key.shape[2] for _, key, _ in fed)
+    queries = fed[-1][0]
+    keys = torch.cat([torch.cat([kv.keys for kv in wide]), *(key for _, key, _ in fed)], dim=2)
+    values = torch.cat([torch.cat([kv.values for kv in wide]), *(value for *_, value in fed)], dim=2)
+    positions = torch.cat([kv.positions for kv in wide])
+    positions = torch.cat([positions, torch.arange(256, 256 + new).expand(*positions.shape[:2], new)], dim=2)
+    asked = torch.arange(256 + new - queries.shape[2], 256 + new)[:, None]
+    slot = positions.unsqueeze(2)
+    mask = (slot >= 0) & (slot <= asked) & (slot > asked - (window or 10**9))
+    return slot_attention(queries, keys, values, mask=mask, scaling=1.0)
+
+
+def fresh(rows: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `count` tokens, another for every row."""
+    parts = [tokens_of(count) for _ in range(rows)]
+    queries, keys, values = (torch.cat(part).to(dtype) for part in zip(*parts, strict=True))
+    return queries, keys, values
+
+
+def allocated(cache: RowsLayer) -> int:
+    """Slots of one head that a layer holds memory for."""
+    return sum(x.numel() for group in cache.groups for x in (group.keys, group.values)) // (2 * DIM)
+
+
+def test_every_head_takes_memory_for_its_own_slots() -> None:
+    counts, room = [[5, 40], [200, 5], [0, 40]], 7
+    cache = RowsLayer(ragged(counts), position=256, room=room)
+    slots = sum(map(sum, counts))
+    assert allocated(cache) == slots + 6 * room
+    assert [len(group.streams) for group in cache.groups] == [2, 2, 1, 1]
+    assert sum(cache.nbytes(row) for row in range(3)) == slots * SLOT
+    ask(cache, *fresh(3, 2))
+    assert [cache.nbytes(row) for row in range(3)] == [(sum(heads) + 2 * HEADS) * SLOT for heads in counts]
+    cache.keep([0, 2])
+    assert allocated(cache) == 5 + 40 + 40 + 4 * room
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.lists(st.integers(0, 6), min_size=HEADS, max_size=HEADS), min_size=1, max_size=5),
+    chunks=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    window=st.sampled_from([None, 1, 3, 200]),
+    dropped=st.integers(0, 4),
+)
+def test_heads_of_any_counts_compute_what_padded_and_masked_rows_compute(
+    counts: list[list[int]], chunks: list[int], window: int | None, dropped: int
+) -> None:
+    kvs = ragged(counts)
+    cache = RowsLayer(kvs, position=256, room=sum(chunks) + 5)
+    ask(cache, *fresh(len(kvs), 5), window=window)
+    cache.rewind(5)
+    rows = [row for row in range(len(kvs)) if row != dropped] or [0]
+    fed: list[tuple[Tensor, Tensor, Tensor]] = []
+    for i, size in enumerate(chunks):
+        fed.append(fresh(len(kvs), size))
+        if i == len(chunks) - 1:
+            cache.keep(rows)
+            fed, kvs = [(q[rows], k[rows], v[rows]) for q, k, v in fed], [kvs[row] for row in rows]
+        torch.testing.assert_close(ask(cache, *fed[-1], window=window), padded(kvs, fed, window))
+    assert [cache.nbytes(i) for i in range(len(rows))] == [
+        (sum(counts[row]) + HEADS * sum(chunks)) * SLOT for row in rows
+    ]
+
+
+def test_ragged_heads_come_back_to_where_they_were_and_lose_only_dropped_rows() -> None:
+    cache = RowsLayer(ragged([[3, 90], [90, 3], [17, 17], [3, 60]]), position=256, room=4)
+    feeds = [fresh(4, 1) for _ in range(3)]
+    ask(cache, *feeds[0])
+    before = [ask(cache, *feed) for feed in feeds[1:]]
+    sizes = [cache.nbytes(row) for row in range(4)]
+    cache.rewind(2)
+    assert cache.position == 257
+    assert all(torch.equal(ask(cache, *feed), out) for feed, out in zip(feeds[1:], before, strict=True))
+    for kept, left in (([1, 2, 3], [1, 2, 3]), ([0, 2], [1, 3]), ([1], [3])):
+        cache.rewind(2)
+        cache.keep(kept)
+        after = [ask(cache, *(x[left] for x in feed)) for feed in feeds[1:]]
+        assert all(torch.equal(out, whole[left]) for out, whole in zip(after, before, strict=True))
+        assert [cache.nbytes(i) for i in range(len(left))] == [sizes[row] for row in left]
+        assert {stream for group in cache.groups for stream in group.streams} == set(range(HEADS * len(left)))
+
+
+def test_ragged_heads_in_bfloat16_compute_alone_bit_for_bit_what_they_compute_in_company() -> None:
+    counts = [[5, 40], [200, 5], [0, 131], [77, 77], [131, 200], [40, 5], [1, 250], [33, 34]]
+    kvs = ragged(counts, torch.bfloat16)
+    feeds = [fresh(len(kvs), 1, torch.bfloat16) for _ in range(6)]
+    company = RowsLayer(kvs, position=256, room=6)
+    together = [ask(company, *feed) for feed in feeds]
+    assert together[0].dtype == torch.bfloat16
+    for row, kv in enumerate(kvs):
+        alone = RowsLayer([kv], position=256, room=6)
+        for feed, out in zip(feeds, together, strict=True):
+            assert torch.equal(ask(alone, *(x[row : row + 1] for x in feed)), out[row : row + 1])
+
+
+@dataclass
+class Coded(KV):
+    """A KV that stores halves of the values, so that what attention reads is not what is stored."""
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        return self.keys * 2, self.values * 2
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.live.sum()) * 7
+
+
+@pytest.mark.parametrize("drop", [[9, 9], [3, 3], [3, 9]])
+def test_a_kv_that_stores_codes_is_read_through_load(drop: list[int]) -> None:
+    queries, keys, values = tokens_of(TOKENS + 1)
+    whole = kept(keys / 2, values / 2, [[0, 3, 9], [1, 3, 9]])
+    kv = without(Coded(whole.keys, whole.values, whole.positions), drop[0])
+    assert kv.nbytes == 4 * 7
+    cache = RowsLayer([kv], position=TOKENS, room=1)
+    out = ask(cache, *(x[:, :, TOKENS:] for x in (queries, keys, values)))
+    seen = [[s for s in head if s != drop[0]] + [TOKENS] for head in ([0, 3, 9], [1, 3, 9])]
+    torch.testing.assert_close(out, plain(queries[:, :, TOKENS:], keys, values, seen))
+
+
+def test_a_prefill_keeps_what_is_asked_for() -> None:
+    queries, keys, values = tokens_of(TOKENS)
+    layer = PrefillLayer(Needs(window=4, column_sums=True), TOKENS)
+    out = ask(layer, queries, keys, values)
+    torch.testing.assert_close(out, causal_attention(queries, keys, values, scaling=1.0, window=None)[0])
+    assert torch.equal(layer.queries, queries[:, :, -4:])
+    assert layer.sums is not None
+    assert layer.sums.shape == (1, HEADS, GROUP, TOKENS)
+    assert layer.kv().positions.tolist() == [[list(range(TOKENS))] * HEADS]
+    wide = PrefillLayer(Needs(window=50), TOKENS)
+    ask(wide, queries, keys, values)
+    assert torch.equal(wide.queries, queries)
+    assert wide.sums is None
+
+
+@pytest.mark.parametrize(("window", "start"), [(4, 6), (10, 0), (64, 0)])
+def test_a_sliding_layer_leaves_what_its_window_reaches(window: int, start: int) -> None:
+    queries, keys, values = tokens_of(TOKENS)
+    layer = PrefillLayer(Needs(), TOKENS)
+    ask(layer, queries, keys, values, window=window)
+    kv = layer.kv()
+    assert kv.positions[0, 0].tolist() == list(range(start, TOKENS))
+    assert torch.equal(kv.keys, keys[:, :, start:])
+    assert kv.nbytes == (TOKENS - start) * HEADS * SLOT
+
+
+def test_without_and_room_leave_their_argument_alone() -> None:
+    _, keys, values = tokens_of(TOKENS)
+    kv = kept(keys, values, [[0, 8, 9], [7, 8, 9]])
+    kv.extra["sums"] = torch.ones(1, HEADS, 3)
+    before = copy_kv(kv)
+    assert without(kv, 5) is kv
+    assert without(kv, 0).positions.tolist() == [[[-1, 8, 9], [7, 8, 9]]]
+    assert without(kv, 9).positions.tolist() == [[[0, 8, -1], [7, 8, -1]]]
+    plain_kv = KV(kv.keys, kv.values, kv.positions)
+    assert without(plain_kv, 9).positions.tolist() == [[[0, 8], [7, 8]]]
+    roomy = with_room(kv, 3)
+    roomy.keys.zero_(), roomy.positions.fill_(-1), roomy.extra["sums"].zero_()
+    assert with_room(kv, 5).positions.tolist() == [[[0, 8, 9, -1, -1], [7, 8, 9, -1, -1]]]
+    assert with_room(kv, 5).extra["sums"].shape == (1, HEADS, 5)
+    for a, b in ((kv.keys, before.keys), (kv.positions, before.positions), (kv.extra["sums"], before.extra["sums"])):
+        assert torch.equal(a, b)

@@ -1,0 +1,247 @@
+"""The seam to transformers on tiny random models of every checked type: uncompressed, it is the plain model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harness.engine.decode import Limits
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import Cell, Outcome, Prompt
+from harness.errors import HarnessError
+from harness.records.spec import FirstToken, QueryMode
+from methods.base import Budget, KVPolicy, Needs
+from methods.fullkv import FullKV
+from methods.random import RandomEviction
+from methods.streamingllm import StreamingLLM
+
+LAYERS, HEADS, DIM, WINDOW, NEW = 4, 2, 8, 8, 12
+SLOT = 2 * DIM * 4  # bytes of one slot of one head
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": HEADS,
+    "head_dim": DIM,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1],
+    "long_factor": [3.0, 5.0],
+    "original_max_position_embeddings": 16,
+}
+LONG = {"partial_rotary_factor": 0.5, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 16}
+GEMMA = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+ROPES = {"sliding_attention": 100.0, "full_attention": 1e6}
+GEMMA_ROPE = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in ROPES.items()}
+LATE = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
+
+# type, changed sizes, sliding-window layers
+MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "llama": ("llama", {}, 0),
+    "qwen2": ("qwen2", {}, 0),
+    "qwen2-late-windows": ("qwen2", LATE, 2),
+    "qwen3": ("qwen3", {}, 0),
+    "mistral": ("mistral", {"sliding_window": None}, 0),
+    "phi3": ("phi3", {"sliding_window": None}, 0),
+    "phi3-partial-long-rope": ("phi3", LONG, 0),
+    "gemma3": ("gemma3_text", {**GEMMA, "query_pre_attn_scalar": DIM, "rope_parameters": GEMMA_ROPE}, 2),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(kind: str, changes: dict[str, Any]) -> Any:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **changes})).eval()
+
+
+def pair(name: str) -> tuple[Any, AttachedModel]:
+    """The same model twice: as transformers runs it, and attached."""
+    kind, changes, _ = MODELS[name]
+    model = build(kind, changes)
+    return model, AttachedModel(copy.deepcopy(model))
+
+
+def prompt(tokens: int, answer: tuple[int, ...] = ()) -> Prompt:
+    ids = torch.randint(3, 97, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
+    return Prompt(ids, tokens * 2 // 3, answer, Limits(NEW, frozenset()))
+
+
+def run(model: AttachedModel, asked: Prompt, policy: KVPolicy, budget: int | None = None, **options: Any) -> Outcome:
+    cell = Cell(policy, None if budget is None else Budget(tokens=budget))
+    outcome = Engine(model, **options).run(asked, [cell])[0]
+    assert outcome.status == "ok", outcome.error
+    return outcome
+
+
+@pytest.mark.parametrize("tokens", [5, 30])
+@every_model
+def test_the_uncompressed_engine_is_the_plain_model(name: str, tokens: int) -> None:
+    plain, attached = pair(name)
+    asked = prompt(tokens, answer=(5, 6, 7, 8))
+    ids = torch.tensor([asked.ids])
+    gold = plain.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0, tokens:].tolist()
+    with torch.no_grad():
+        logprobs = plain(torch.tensor([[*asked.ids, *asked.answer]])).logits[0].log_softmax(-1)
+    nll = [-logprobs[tokens - 1 + i, token].item() for i, token in enumerate(asked.answer)]
+    ways: list[tuple[FirstToken, QueryMode]] = [
+        ("compressed", "aware"),
+        ("prefill", "aware"),
+        ("compressed", "agnostic"),
+    ]
+    for first_token, query in ways:
+        outcome = run(attached, asked, FullKV(), first_token=first_token, query=query)
+        assert list(outcome.token_ids) == gold
+        assert outcome.nll_per_token == pytest.approx(nll, abs=1e-4)
+    assert len(set(gold)) > 1  # a model that repeats one token would hide a wrong cache
+
+
+@every_model
+def test_sliding_layers_are_left_alone_and_counted(name: str) -> None:
+    sliding = MODELS[name][2]
+    attached = pair(name)[1]
+    full = LAYERS - sliding
+    for tokens in (6, 30):
+        whole = run(attached, prompt(tokens), FullKV())
+        windows = sliding * min(tokens, WINDOW) * HEADS * SLOT
+        assert whole.kv_bytes == whole.full_bytes == whole.asked_bytes == full * tokens * HEADS * SLOT + windows
+        assert whole.kept_slots == (tokens * HEADS,) * full
+        some = run(attached, prompt(tokens), RandomEviction(), 5)
+        assert some.kv_bytes == some.asked_bytes == full * 5 * HEADS * SLOT + windows
+        assert some.full_bytes == whole.full_bytes
+        assert not some.over_budget
+
+
+def test_what_a_sliding_layer_sees_is_no_policy_s_business() -> None:
+    """Evicting everything but the last tokens from the full layers must still answer as a model masked by hand does."""
+    _, attached = pair("gemma3")
+    asked = prompt(30)
+    outcome = run(attached, asked, StreamingLLM(sinks=0, evict=True), 6)
+    kept = run(attached, asked, StreamingLLM(sinks=0), 6)
+    assert outcome.token_ids[:1] == kept.token_ids[:1]
+    sliding = 2 * (WINDOW - 1) * HEADS * SLOT  # what the next token's window still reaches
+    assert outcome.kv_bytes_end == 2 * 6 * HEADS * SLOT + sliding
+
+
+def test_a_model_of_sliding_layers_alone_has_nothing_to_compress() -> None:
+    attached = AttachedModel(build("mistral", {"sliding_window": WINDOW}))
+    with pytest.raises(HarnessError, match="every layer of this model has a sliding window"):
+        Engine(attached).run(prompt(12), [Cell(FullKV(), None)])
+
+
+def at_position(model: Any, keys: Tensor, position: int) -> Tensor:
+    """Keys [1, H, S, D] with the RoPE that the model's own code gives its full-attention layers at one position."""
+    rope = next(m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding"))
+    where = torch.full((1, keys.shape[2]), position)
+    kind = {"layer_type": "full_attention"} if model.config.model_type.startswith("gemma3") else {}
+    cos, sin = rope(keys, where, **kind)
+    apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    turned: Tensor = apply(keys, keys, cos, sin)[1]
+    return turned
+
+
+@every_model
+def test_rotate_is_the_model_s_own_rope_at_the_shifted_position(name: str) -> None:
+    _, attached = pair(name)
+    model, keys = attached.model, torch.randn(1, HEADS, 3, DIM)
+    for start, by in ((0, 1), (30, 7), (3, 150), (60, 0)):
+        if "long-rope" in name and start < 16:
+            continue  # at such a position this rope would fall back to its short set
+        before, after = at_position(model, keys, start), at_position(model, keys, start + by)
+        torch.testing.assert_close(attached.rotate(before, by), after, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(attached.rotate(keys, 7), keys, atol=1e-2)
+
+
+def test_rotate_uses_the_frequencies_of_the_last_forward() -> None:
+    """A rope with a long and a short set must turn the keys of a long prompt by the long one."""
+    _, attached = pair("phi3-partial-long-rope")
+    keys = torch.randn(1, HEADS, 1, DIM)
+    turned = {}
+    for tokens in (10, 30):
+        attached.forward(torch.tensor([prompt(tokens).ids]), _prefill(attached, tokens), position=0)
+        turned[tokens] = attached.rotate(keys, 5)
+    assert not torch.allclose(turned[10], turned[30], atol=1e-3)
+
+
+def _prefill(attached: AttachedModel, tokens: int) -> list[Any]:
+    from harness.engine.row_cache import PrefillLayer
+
+    return [PrefillLayer(Needs(), tokens) for _ in range(attached.layers)]
+
+
+def test_half_precision_keys_are_turned_in_float32() -> None:
+    _, attached = pair("llama")
+    keys = torch.randn(1, HEADS, 3, DIM).bfloat16()
+    turned = attached.rotate(keys, 1000)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, attached.rotate(keys.float(), 1000).bfloat16())
+
+
+UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "softcap": ("gemma2", {"sliding_window": WINDOW}, "softcap"),
+    "sinks": ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW}, "s_aux"),
+    "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "replaced (cache|attention)"),
+    "no attention": ("mamba", {"num_hidden_layers": 2}, "layers (of type linear|with attention of their own)"),
+    "chunks": ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2}, "chunked_attention"),
+    "changed values": ("diffllama", {}, "changes keys or values|attention of their own|replaced cache"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_the_seam_cannot_do_is_refused_before_a_prompt_runs(name: str) -> None:
+    kind, changes, message = UNSUPPORTED[name]
+    with pytest.raises(HarnessError, match=message) as error:
+        AttachedModel(build(kind, changes))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unchecked_rope_is_not_turned() -> None:
+    attached = AttachedModel(build("olmo2", {}))
+    with pytest.raises(HarnessError, match="not checked for model type 'olmo2'"):
+        attached.rotate(torch.zeros(1, 1, 1, DIM), 3)
+    outcomes = Engine(attached).run(
+        prompt(20), [Cell(StreamingLLM(reassign=True), Budget(tokens=8)), Cell(FullKV(), None)]
+    )
+    assert [outcome.status for outcome in outcomes] == ["failed", "ok"]
+    assert "'olmo2'" in (outcomes[0].error or "")
+
+
+def test_logits_are_computed_for_the_last_positions_alone() -> None:
+    plain, attached = pair("llama")
+    ids = torch.tensor([prompt(12).ids])
+    with torch.no_grad():
+        gold = plain(ids).logits
+    for keep, shown in ((0, 12), (1, 1), (5, 5)):
+        found = attached.forward(ids, _prefill(attached, 12), position=0, keep=keep)
+        torch.testing.assert_close(found, gold[:, 12 - shown :], atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_s_cache_dies_with_its_last_reference() -> None:
+    _, attached = pair("llama")
+    engine = Engine(attached)
+    gc.disable()  # what only a collection would free has leaked
+    try:
+        prefilled = engine.prefill(prompt(12).ids, Needs(window=4, column_sums=True))
+        keys = weakref.ref(prefilled.layers[0].keys)
+        del prefilled
+        assert keys() is None
+    finally:
+        gc.enable()

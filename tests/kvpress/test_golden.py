@@ -1,0 +1,100 @@
+"""Our `snapkv@kvpress`, `streamingllm@kvpress` and `pyramidkv@kvpress` beside kvpress, run as its users run it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+kvpress = pytest.importorskip("kvpress")
+
+from transformers import DynamicCache, PreTrainedModel  # noqa: E402
+
+from harness.engine.decode import Limits  # noqa: E402
+from harness.engine.engine import Engine  # noqa: E402
+from harness.engine.transformers_seam import AttachedModel  # noqa: E402
+from harness.engine.types import Cell, Prompt  # noqa: E402
+from harness.kvpress.policy import build  # noqa: E402
+from harness.kvpress.slots import rows  # noqa: E402
+from harness.models.load import load_model  # noqa: E402
+from methods.base import Budget  # noqa: E402
+from methods.registry import make_policy  # noqa: E402
+
+PAIRS = {
+    "snapkv@kvpress": "SnapKVPress",
+    "streamingllm@kvpress": "StreamingLLMPress",
+    "pyramidkv@kvpress": "PyramidKVPress",
+}
+SIZES = [(300, 100), (777, 333), (1000, 128), (1900, 1400), (1900, 1283)]  # the last two are no flat pyramids
+
+
+@pytest.fixture(scope="module")
+def ours() -> Engine:
+    return Engine(AttachedModel(load_model("tiny", dtype="float32", device="cpu").model), first_token="prefill")
+
+
+@pytest.fixture(scope="module")
+def theirs() -> PreTrainedModel:
+    return load_model("tiny", dtype="float32", device="cpu").model
+
+
+def text(tokens: int) -> list[int]:
+    return torch.randint(5, 200, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
+
+
+def ratio(tokens: int, budget: int) -> float:
+    """The ratio at which kvpress, which rounds down, keeps `budget` of `tokens`."""
+    exact = 1 - budget / tokens
+    return exact if int(tokens * (1 - exact)) == budget else 1 - (budget + 1e-6) / tokens
+
+
+@torch.inference_mode()
+def kept_by_kvpress(model: PreTrainedModel, press: object, ids: list[int]) -> list[torch.Tensor]:
+    """Tokens that each layer of its cache holds, ascending: [H, S] each, told by the bits of their keys."""
+    whole, cache = DynamicCache(), DynamicCache()
+    model(input_ids=torch.tensor([ids]), past_key_values=whole)
+    with press(model):  # type: ignore[operator]
+        model(input_ids=torch.tensor([ids]), past_key_values=cache)
+    found = [rows(some.keys, full.keys) for some, full in zip(cache.layers, whole.layers, strict=True)]
+    return [layer[0].sort(dim=-1).values for layer in found if layer is not None]
+
+
+def kept_by_us(engine: Engine, label: str, ids: list[int], budget: int) -> list[torch.Tensor]:
+    policy = make_policy(label)
+    with torch.inference_mode():
+        kvs = policy.compress(engine.prefill(ids, policy.needs).view, budget)
+    return [kv.positions[0].sort(dim=-1).values for kv in kvs]
+
+
+@pytest.mark.parametrize(("tokens", "budget"), SIZES)
+@pytest.mark.parametrize("label", PAIRS)
+def test_our_preset_keeps_the_tokens_that_kvpress_keeps(
+    ours: Engine, theirs: PreTrainedModel, label: str, tokens: int, budget: int
+) -> None:
+    ids = text(tokens)
+    press = getattr(kvpress, PAIRS[label])(compression_ratio=ratio(tokens, budget))
+    gold = kept_by_kvpress(theirs, press, ids)
+    assert len(gold) == ours.model.layers
+    assert len({len(layer[0]) for layer in gold}) == (4 if "pyramid" in label and budget >= 1280 else 1)
+    for by in (label, f"kvpress:{PAIRS[label]}"):
+        found = kept_by_us(ours, by, ids, budget)
+        assert [layer.tolist() for layer in found] == [layer.tolist() for layer in gold]
+
+
+@pytest.mark.parametrize("press", ["KnormPress()", "AdaKVPress(SnapKVPress())", "CriticalAdaKVPress(SnapKVPress())"])
+def test_generation_is_that_of_kvpress_masked_or_dropped(ours: Engine, theirs: PreTrainedModel, press: str) -> None:
+    """AdaKV's masked keys have no weight there, and are absent here."""
+    tokens, budget, new = 400, 80, 12
+    ids = text(tokens)
+    prompt = Prompt(ids, tokens, (), Limits(max_new_tokens=new, eos_ids=frozenset()))
+    outcome = ours.run(prompt, [Cell(make_policy(f"kvpress:{press}"), Budget(tokens=budget))])[0]
+    made = build(press)
+    made.compression_ratio = ratio(tokens, budget)
+    cache, answer = DynamicCache(), []
+    with torch.inference_mode(), made(theirs):
+        logits = theirs(input_ids=torch.tensor([ids]), past_key_values=cache).logits
+        for step in range(new):
+            answer.append(int(logits[0, -1].argmax()))
+            at = torch.tensor([[tokens + step]])
+            given = {"input_ids": torch.tensor([answer[-1:]]), "position_ids": at, "cache_position": at[0]}
+            logits = theirs(**given, past_key_values=cache).logits
+    assert list(outcome.token_ids) == answer and len(set(answer)) > 3

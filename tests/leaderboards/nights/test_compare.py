@@ -1,0 +1,259 @@
+"""Nights compared with nights: what is flagged, what is not, and what is never compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import permutation_test
+
+from harness.records.record import Record, RunManifest
+from leaderboards.nights.compare import ALL, Comparison, NightlyOptions, compare, flip_p, holm
+from leaderboards.nights.files import Night, night_of
+from tests.pretend import manifest, record
+
+CELLS = (("fullkv", "full"), ("snapkv", "64"), ("h2o", "64"))
+TASKS = ("niah/kamradt", "ruler/vt")
+OPTIONS = NightlyOptions(version=1, baseline="published")
+BARE = NightlyOptions(version=1, baseline="published", score_points=0, nll_nats=0, bytes_percent=0)
+Edit = Callable[[Record], Mapping[str, Any]]
+
+
+def sha(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def records(*, n: int = 8, tasks: Sequence[str] = TASKS, edit: Edit = lambda r: {}) -> list[Record]:
+    """Three cells on every task; scores and NLLs that differ by sample, changed by `edit`."""
+    made = [
+        record(
+            *(method, budget, str(i), (1 + i % 3) / 4),
+            task=task,
+            nll=1.0 + i / 7,
+            prompt_sha256=sha(task, i),
+            prefill_s=0.5,
+            decode_s=3.0,
+            decode_rows=3,
+        )
+        for method, budget in CELLS
+        for task in tasks
+        for i in range(n)
+    ]
+    return [r.model_copy(update=dict(edit(r))) for r in made]
+
+
+def told(*, torch: str = "2.13.0+cpu", finished: str = "2026-01-02T03:10:00+00:00", **changes: Any) -> RunManifest:
+    machine = {"processor": "Xeon", "cores": 2, "accelerators": [], **changes.pop("machine", {})}
+    update = {"machine": machine, "versions": {"torch": torch}, "finished": finished, "git_commit": "c0ffee"}
+    return manifest(**changes).model_copy(update={**update, "started": "2026-01-02T03:00:00+00:00"})
+
+
+def night(stored: Sequence[Record], *, version: int = 1, machine_id: str = "m1", **changes: Any) -> Night:
+    return night_of(stored, told(**changes), board="nightly", version=version, machine_id=machine_id)
+
+
+def against(edit: Edit, *, options: NightlyOptions = OPTIONS, **size: Any) -> Comparison:
+    """A night changed by `edit` against the same one unchanged."""
+    return compare(night(records(**size)), night(records(**size, edit=edit)), options)
+
+
+def scored(r: Record, by: float) -> dict[str, Any]:
+    return {"metrics": {"score": r.metrics["score"] + by}}
+
+
+def longer(r: Record, by: float) -> dict[str, Any]:
+    assert r.nll is not None
+    return {"nll": r.nll + by}
+
+
+def named(changes: Sequence[Any]) -> set[tuple[str, str, str]]:
+    return {(c.method, c.task, c.measure) for c in changes}
+
+
+def noisy(seed: int, *, n: int = 8) -> list[Record]:
+    generator = np.random.default_rng(seed)
+
+    def edit(r: Record) -> dict[str, Any]:
+        return scored(r, generator.choice([-0.25, 0, 0.25])) | longer(r, generator.normal(0, 0.3))
+
+    return records(edit=edit, n=n)
+
+
+def test_equal_nights_differ_by_exactly_nothing() -> None:
+    found = against(lambda r: {}, options=BARE)
+    assert found.regressions == found.counted == 0
+    assert found.improved == found.retired == ()
+    assert found.cells == len(CELLS) * len(TASKS)
+    assert len(found.changes) == len(CELLS) * (len(TASKS) + 1) * 2
+    for change in found.changes:
+        assert (change.change.mean, change.change.low, change.change.high) == (0, 0, 0)
+        assert (change.worse, change.corrected_worse, change.moved) == (1, 1, 0)
+
+
+def test_a_method_that_got_worse_is_caught_and_no_other() -> None:
+    found = against(lambda r: scored(r, -0.25) | longer(r, 0.2) if r.method == "snapkv" else {})
+    assert named(found.regressed) == {("snapkv", t, measure) for t in (*TASKS, ALL) for measure in ("score", "nll")}
+    assert found.improved == found.facts == ()
+    assert found.counted == 6
+    whole = next(c for c in found.regressed if c.task == ALL and c.measure == "score")
+    assert (whole.change.mean, whole.change.high, whole.change.n) == (-25, -25, 16)
+    assert whole.before - whole.now == pytest.approx(25)
+    assert (whole.worse, whole.corrected_worse) == (2.0**-16, 6 * 2.0**-16)
+    one = next(c for c in found.regressed if c.task == TASKS[0])
+    assert (one.worse, one.corrected_worse) == (2.0**-8, 4 * 2.0**-8)
+
+
+def test_a_method_that_got_better_is_reported_and_no_regression() -> None:
+    found = against(lambda r: scored(r, 0.25) if r.method == "h2o" else {})
+    assert found.regressions == 0
+    assert named(found.improved) == {("h2o", task, "score") for task in (*TASKS, ALL)}
+
+
+def test_a_loss_in_one_task_alone_is_found_with_eight_prompts() -> None:
+    found = against(lambda r: longer(r, 0.5) if (r.method, r.task) == ("snapkv", "ruler/vt") else {})
+    assert named(found.regressed) == {("snapkv", "ruler/vt", "nll"), ("snapkv", ALL, "nll")}
+
+
+def test_a_significant_change_below_the_floor_is_none() -> None:
+    def edit(r: Record) -> dict[str, Any]:
+        return scored(r, -0.04) | longer(r, 0.04)
+
+    found = against(edit, n=20)
+    assert found.regressions == 0
+    assert max(c.corrected_worse for c in found.changes) < 0.01
+    assert len(against(edit, n=20, options=BARE).regressed) == len(found.changes)
+
+
+def test_a_large_change_of_few_prompts_is_no_evidence() -> None:
+    found = against(lambda r: scored(r, -0.25) if r.method == "snapkv" and r.sample_id in "01" else {})
+    assert min(c.change.mean for c in found.changes) == -6.25 < -OPTIONS.score_points
+    assert found.regressions == found.counted == 0  # the least p of four differences is 2^-4
+
+
+def test_noise_raises_no_more_alarms_than_alpha() -> None:
+    flagged = [compare(night(noisy(2 * i)), night(noisy(2 * i + 1)), BARE).regressions > 0 for i in range(60)]
+    assert sum(flagged) <= 8  # at most 3 are expected; more than 8 would have a chance below 0.003
+
+
+def test_a_loss_is_found_among_noise_by_all_tasks() -> None:
+    worse = [r.model_copy(update=longer(r, 1) if r.method == "snapkv" else {}) for r in noisy(1)]
+    found = named(compare(night(noisy(0)), night(worse), OPTIONS).regressed)
+    assert ("snapkv", ALL, "nll") in found
+    assert {method for method, _, _ in found} == {"snapkv"}
+
+
+def test_samples_of_one_context_flip_together() -> None:
+    def edit(r: Record) -> dict[str, Any]:
+        return {"meta": {"group": "a" if int(r.sample_id) < 4 else "b"}, **longer(r, 0.5)}
+
+    found = [c for c in against(edit).changes if c.measure == "nll"]
+    assert {(c.moved, c.worse) for c in found} == {(2, 2.0**-2), (4, 2.0**-4)}
+
+
+@pytest.mark.parametrize("status", ["failed", "oom", "skipped"])
+def test_what_was_ok_and_has_no_score_is_flagged(status: str) -> None:
+    def edit(r: Record) -> dict[str, Any]:
+        lost = (r.method, r.task) == ("h2o", "ruler/vt") and r.sample_id in "12"
+        return {"status": status, "metrics": {}, "nll": None} if lost else {}
+
+    found = against(edit)
+    (fact,) = found.facts
+    assert (fact.method, fact.budget, fact.task, fact.what) == ("h2o", "64", "ruler/vt", f"were ok: 2 {status}")
+    assert found.regressions == 1
+    broken = night(records(edit=edit))
+    assert compare(broken, broken, OPTIONS).regressions == 0
+    assert compare(broken, night(records()), OPTIONS).regressions == 0
+
+
+@pytest.mark.parametrize(("grown", "flagged"), [(0, False), (1, False), (2, True), (-9, False)])
+def test_kept_bytes_may_grow_by_the_floor(grown: int, flagged: bool) -> None:
+    def edit(r: Record) -> dict[str, Any]:
+        mine = (r.method, r.task, r.sample_id) == ("snapkv", TASKS[0], "0")
+        return {"kv_bytes": r.kv_bytes + grown} if mine else {}
+
+    facts = against(edit, options=OPTIONS.model_copy(update={"bytes_percent": 0.2})).facts  # 1.6 of 8 x 100 bytes
+    assert [(f.method, f.task) for f in facts] == ([("snapkv", TASKS[0])] if flagged else [])
+
+
+def test_changed_prompts_retire_their_task() -> None:
+    def edit(r: Record) -> dict[str, Any]:
+        changed = {"prompt_sha256": sha("new")} if r.sample_id == "3" else {}
+        return longer(r, 9) | changed if r.task == "ruler/vt" else {}
+
+    found = against(edit)
+    assert found.retired == ("ruler/vt: 1 of 8 prompts changed",)
+    assert found.regressions == 0
+    assert {c.task for c in found.changes} == {"niah/kamradt"}
+    unknown = against(lambda r: {"prompt_sha256": ""})
+    assert unknown.retired == ("niah/kamradt: 8 of 8 prompts changed", "ruler/vt: 8 of 8 prompts changed")
+
+
+def test_what_only_one_night_has_is_named_and_not_compared() -> None:
+    old = [r for r in records(tasks=("a/x", "b/y")) if r.method != "h2o"]
+    new = [r for r in records(tasks=("b/y", "c/z"), n=6) if r.method != "snapkv"]
+    found = compare(night(old), night(new), OPTIONS)
+    lines = ("a/x: not run tonight", "c/z: new tonight", "h2o at 64: new tonight", "snapkv at 64: not run tonight")
+    assert found.retired == lines
+    assert {(c.method, c.task, c.change.n) for c in found.changes} == {("fullkv", "b/y", 6)}
+    nothing = compare(night(records(tasks=("a/x",))), night(records(tasks=("b/y",))), OPTIONS)
+    assert (nothing.changes, nothing.regressions, nothing.cells) == ((), 0, 0)
+
+
+@pytest.mark.parametrize(("other", "floor", "flagged"), [("m1", 10, 2), ("m2", 10, 0), ("m1", None, 0), ("m1", 60, 0)])
+def test_seconds_are_judged_on_the_very_machine_above_a_floor(other: str, floor: float | None, flagged: int) -> None:
+    slow = night(records(edit=lambda r: {"prefill_s": 0.75, "decode_s": 4.5}))
+    options = OPTIONS.model_copy(update={"speed_percent": floor})
+    found = compare(night(records(), machine_id=other), slow, options)
+    assert [fact.what.split(":")[0] for fact in found.facts] == ["prefill +50.0 %", "decode +50.0 %"][:flagged]
+    clusters = [night(records(), machine_id=""), night(records(edit=lambda r: {"decode_s": 9.0}), machine_id="")]
+    assert compare(*clusters, OPTIONS.model_copy(update={"speed_percent": 1.0})).facts == ()
+
+
+def test_sign_flips_are_those_of_scipy() -> None:
+    for seed in range(5):
+        parts = np.round(np.random.default_rng(seed).normal(0.4, 1, 9), 1)
+        found = flip_p(parts)
+        for p, side in zip(found, ("greater", "less"), strict=False):
+            exact = permutation_test((parts,), np.sum, permutation_type="samples", alternative=side, vectorized=True)
+            assert p == pytest.approx(exact.pvalue)
+        assert found[2] == 2.0 ** -np.count_nonzero(parts)
+    assert flip_p(np.zeros(3)) == (1, 1, 1)
+    assert flip_p(np.array([1.0, 2.0, 0.0])) == (0.25, 1, 0.25)
+
+
+def test_drawn_sign_flips_are_near_the_exact_ones() -> None:
+    parts = np.random.default_rng(3).normal(0.3, 1, 18)
+    sums = np.zeros(1)
+    for part in parts:
+        sums = np.concatenate([sums + part, sums - part])
+    high, low, least = flip_p(parts)
+    assert high == pytest.approx(np.mean(sums >= parts.sum() - 1e-9), abs=0.006)
+    assert low == pytest.approx(np.mean(sums <= parts.sum() + 1e-9), abs=0.006)
+    assert 0 < least < 2e-5 < min(high, low)
+    many, none, least = flip_p(np.ones(64))
+    assert (many, none) == (pytest.approx(np.exp(-32)), 1) and least == many
+    assert holm(np.full(5000, many), np.full(5000, least), 0.05)[0].max() < 1e-9  # draws alone could tell none of them
+
+
+def test_correction_by_hand() -> None:
+    corrected, counted = holm(np.array([0.01, 0.04, 0.03]), np.zeros(3), 0.05)
+    assert (corrected.tolist(), counted) == (pytest.approx([0.03, 0.06, 0.06]), 3)
+    corrected, counted = holm(np.array([0.5, 0.01, 1.0]), np.array([0.5, 0.01, 0.25]), 0.05)
+    assert (corrected.tolist(), counted) == ([1, 0.01, 1], 1)
+    assert holm(np.array([]), np.array([]), 0.05)[1] == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**20))
+def test_worse_one_way_is_better_the_other(seed: int) -> None:
+    a, b = night(noisy(seed)), night(noisy(seed + 1))
+    there, back = compare(a, b, BARE), compare(b, a, BARE)
+    for one, other in zip(there.changes, back.changes, strict=True):
+        assert (one.worse, one.corrected_worse) == (other.better, other.corrected_better)
+        assert one.change.mean == pytest.approx(-other.change.mean)
+    assert named(there.regressed) == named(back.improved)

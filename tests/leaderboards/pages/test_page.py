@@ -1,0 +1,255 @@
+"""The HTML page: what it says, what it lets through, and that untrusted text stays text. No browser here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.errors import HarnessError
+from harness.records.record import Record, RunManifest
+from leaderboards.pages.html import data
+from leaderboards.pages.page import script_hash, to_html, write_page
+from leaderboards.pages.samples import browsable, heat_maps, shown
+from leaderboards.stats.aggregate import aggregate
+from tests.pretend import manifest, record
+
+EVIL = "<img src=x onerror=alert(1)><script>window.hit=1</script>\"'&</style></script>$x^2$<!--"
+VOID = {"meta", "input", "br", "img", "link"}
+
+
+class Reader(HTMLParser):
+    """Elements in order with their attributes, and whether all were closed in their order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def pretend(methods: Sequence[str] = ("snapkv", "h2o"), *, n: int = 12, **changes: Any) -> list[Record]:
+    """Fullkv and each method at two budgets, 20 points apart, on two tasks with needles."""
+    cells = [("fullkv", "full"), *((method, budget) for budget in ("64", "128") for method in methods)]
+    return [
+        record(
+            *(method, budget, str(s), 1 - 0.2 * (methods.index(method) + 1 if method in methods else 0) - s % 3 / 20),
+            task=task,
+            **{
+                "prediction": f"answer {s}",
+                "answers": ("right",),
+                "needle_tokens": 4,
+                "needle_kept": ((2, 1),),
+                "meta": {"depth": 10 * (s % 11), "length": 1024 * (1 + s % 2)},
+                "prompt_tail": f"and what is the key of {s}?",
+                "kv_bytes": 400 if budget == "full" else int(budget),
+                **changes,
+            },
+        )
+        for method, budget in cells
+        for task in ("niah/passkey", "niah/kamradt")
+        for s in range(n)
+    ]
+
+
+def crossed(records: list[Record]) -> list[Record]:
+    """The same with snapkv 30 points worse on one task, where h2o then beats it; not in the mean."""
+    return [
+        r.model_copy(update={"metrics": {"score": r.metrics["score"] - 0.3}})
+        if (r.method, r.task) == ("snapkv", "niah/kamradt")
+        else r
+        for r in records
+    ]
+
+
+def run(**changes: Any) -> RunManifest:
+    """The manifest of `run1`."""
+    return manifest().model_copy(update={"run_id": "run1", **changes})
+
+
+def page(records: Sequence[Record], manifests: Sequence[RunManifest] = (), title: str = "board") -> str:
+    return to_html(aggregate(records, manifests=manifests), records, title=title, manifests=manifests)
+
+
+def block(html: str, name: str) -> Any:
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', html, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def words(html: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html))
+
+
+def test_the_verdict_names_the_winner_told_apart() -> None:
+    text = words(page(pretend()))
+    assert "Budget 64snapkv is best, 75.0 ± " in text
+    assert "told apart from the other method." in text
+    assert "fullkv without compression: 95.0 ± " in text
+
+
+def test_a_tie_is_called_not_told_apart() -> None:
+    records = [r for r in pretend(("a", "b", "c")) if r.method != "b"]
+    records += [r.model_copy(update={"method": "b"}) for r in records if r.method == "a"]
+    text = words(page(records))
+    assert "Budget 64Not told apart: a 75.0, b 75.0. The other method is surely not first." in text
+
+
+def test_one_method_is_compared_with_nothing() -> None:
+    assert "Nothing to compare" in page(pretend(("snapkv",)))
+
+
+def test_the_policy_allows_only_the_pages_own_script_and_style() -> None:
+    html = page(pretend())
+    metas = [values for tag, values in Reader(html).found if tag == "meta"]
+    policy = next(values["content"] for values in metas if values.get("http-equiv") == "Content-Security-Policy")
+    assert policy and policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    style = re.search(r"<style>(.*?)</style>", html, re.S)
+    script = re.search(r"<script>(.*?)</script>", html, re.S)
+    assert style and script_hash(style[1]) in policy
+    assert script and script_hash(script[1]) in policy
+
+
+def test_nothing_is_loaded_and_no_style_or_handler_is_inline() -> None:
+    for tag, values in Reader(page(pretend())).found:
+        assert tag not in ("link", "img", "iframe", "object", "base", "image")
+        for name, value in values.items():
+            assert name not in ("src", "style", "action") and not name.startswith("on")
+            assert name not in ("href", "xlink:href") or (value or "").startswith("#")
+
+
+def test_elements_are_closed_and_ids_are_unique() -> None:
+    reader = Reader(page(pretend()))
+    assert reader.open == []
+    ids = [values["id"] for _, values in reader.found if "id" in values]
+    assert len(ids) == len(set(ids))
+    refs = {(v.get("href") or "#")[1:] for _, v in reader.found} - {""}
+    assert refs <= set(ids)
+
+
+def planted() -> tuple[list[Record], list[RunManifest]]:
+    """Markup in every text that comes from outside."""
+    records = pretend((EVIL, "h2o"), prediction=EVIL, answers=(EVIL,), notes=(EVIL,), prompt_tail=EVIL)
+    records = [r.model_copy(update={"sample_id": f"{r.sample_id}{EVIL}", "task": f"niah/{EVIL}"}) for r in records]
+    failed = record("h2o", "32", f"0{EVIL}", None, task=f"niah/{EVIL}", error=EVIL)
+    return [*records, failed], [run(git_commit=EVIL, command=("harness", EVIL), versions={EVIL: EVIL}, error=EVIL)]
+
+
+def test_planted_markup_stays_text() -> None:
+    records, manifests = planted()
+    plain, evil = page(pretend()), page(records, manifests, title=EVIL)
+    assert "<img" not in evil and "<script>window" not in evil
+    assert evil.count("<script") == plain.count("<script") == evil.count("</script")
+    assert evil.count("</style") == 1
+    tags = {tag for tag, _ in Reader(evil).found}
+    assert tags <= {tag for tag, _ in Reader(plain).found} | {"dl", "dt", "dd", "h4", "ul", "li"}
+    assert block(evil, "samples")["samples"][0]["answers"][0]["text"] == EVIL
+
+
+@given(st.text(max_size=80))
+def test_json_never_ends_its_element(value: str) -> None:
+    dumped = data("x", {"a": value})
+    assert dumped.count("<") == 2 and dumped.count(">") == 2
+    assert block(dumped, "x") == {"a": value}
+    dumped.encode()
+
+
+@given(st.text(max_size=80))
+def test_answers_keep_their_lines_and_lose_control_characters(value: str) -> None:
+    found = shown(value)
+    assert found.count("\n") == value.count("\n") and len(found) == len(value)
+    assert not set(found) & set("\x00\x1b\u202e\ud800")
+
+
+def test_rows_lead_to_their_run() -> None:
+    made = run(git_commit="abc123def", command=("harness", "run", "--limit", "1 2"))
+    html = page(pretend(), [made])
+    assert html.count('href="#run-0"') == 5
+    assert "harness run --limit &#x27;1 2&#x27;" in html and "abc123def" in html
+
+
+def test_a_row_of_several_runs_leads_to_each() -> None:
+    records = [r.model_copy(update={"run_id": "run2"}) if r.sample_id == "0" else r for r in pretend()]
+    html = page(records)
+    assert html.count('href="#run-0"') == html.count('href="#run-1"') == 5
+
+
+def test_task_means_follow_the_rows() -> None:
+    records = pretend()
+    table = aggregate(records)[0]
+    found = block(page(records), "tasks")
+    assert len(found) == len(table.rows)
+    assert found[0]["niah/passkey"] == [95.0, 12, 12]
+
+
+def test_settings_that_differ_become_filters_and_columns() -> None:
+    records = [*pretend(), *pretend(query="agnostic")]
+    html = page(records)
+    assert 'id="f-query"' in html and 'id="f-model"' not in html
+    assert "<button type=button>Query mode</button>" in html and 'id="chart-1-bytes-t"' in html
+
+
+def test_heat_maps_average_tasks_by_length_and_depth() -> None:
+    found = heat_maps([r for r in pretend() if r.method == "fullkv"])
+    assert [(h.family, h.method, h.lengths) for h in found] == [("niah", "fullkv", (1024, 2048))]
+    # depth 0 and 110 % 110 = 0 fall on samples 0 and 11, depth 10 on sample 1; even samples have 1024 tokens
+    assert found[0].counts[0][0] == 2 and found[0].values[0][0] == pytest.approx(100)
+    assert found[0].counts[1][0] == 4 and found[0].values[1][0] == pytest.approx((95 + 90) / 2)
+
+
+def test_a_sample_without_depth_is_in_no_heat_map() -> None:
+    assert heat_maps(pretend(meta={"length": 1024})) == []
+    assert heat_maps(pretend(meta={"depth": True, "length": 1024})) == []
+
+
+def test_samples_come_from_every_task_and_are_capped() -> None:
+    found = browsable([pretend(n=40)], samples=6)
+    assert len(found) == 6
+    assert {s["task"] for s in found} == {"niah/passkey", "niah/kamradt"}
+    assert found[0]["answers"][0]["needle"] == 37.5
+    assert [a["budget"] for a in found[0]["answers"]] == ["full", "64", "64", "128", "128"]
+
+
+def test_the_same_records_give_the_same_bytes() -> None:
+    records = pretend()
+    assert page(records) == page(records[::-1])
+
+
+def test_a_board_of_failures_is_a_page_too() -> None:
+    records = [record("snapkv", "64", "0", None, error="out of luck")]
+    html = page(records)
+    assert "out of luck" in html and "<svg" not in html
+
+
+def test_wrong_names_and_tables_are_refused(tmp_path: Path) -> None:
+    records = pretend()
+    tables = aggregate(records)
+    with pytest.raises(HarnessError, match="is no file name"):
+        write_page(tables, records, tmp_path, "../x", manifests=())
+    with pytest.raises(HarnessError, match="aggregate's own tables"):
+        to_html(tables, [*records, *pretend(query="agnostic")], title="x")
+    assert write_page(tables, records, tmp_path / "new", "b", manifests=()).read_text(encoding="utf-8")
+
+
+def test_two_hundred_rows_stay_small() -> None:
+    html = page(pretend([f"method{i}" for i in range(100)], n=2))
+    assert html.count("data-method=") > 200
+    assert len(html.encode()) < 8_000_000

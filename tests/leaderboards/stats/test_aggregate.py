@@ -1,0 +1,276 @@
+"""Averages, paired intervals and marks against hand-computed values and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from harness.errors import HarnessError
+from leaderboards.stats.aggregate import Table, aggregate
+from tests.pretend import cell, only, record, row
+
+ROOT = Path(__file__).parents[3]
+
+
+def marks(table: Table) -> dict[str, str]:
+    return dict(zip(table.rows.method, table.rows["mark"], strict=True))
+
+
+def test_mean_is_the_unweighted_mean_of_task_means() -> None:
+    records = cell("snapkv", "128", [1.0, 0.0, 0.5, 0.5]) + cell("snapkv", "128", [1.0], task="ruler/vt")
+    found = row(only(records), "snapkv", "128")
+    assert found["score_points_mean"] == pytest.approx((50 + 100) / 2)
+    assert found["score_points_n"] == found["n_ok"] == 5
+    table = only(records).tasks.set_index("task")
+    assert table.loc["niah", "score_points_mean"] == 50
+    assert table.loc["ruler/vt", "score_points_mean"] == 100
+
+
+def test_differences_are_paired_on_common_samples() -> None:
+    records = [
+        *cell("fullkv", "full", [1.0, 1.0, 1.0, None], nll=1.0),
+        *cell("snapkv", "128", [0.5, None, 0.0, 1.0], nll=1.5),
+        *cell("h2o", "128", [1.0, 1.0, 1.0, 1.0], nll=2.5),
+    ]
+    table = only(records)
+    h2o, snapkv, full = row(table, "h2o", "128"), row(table, "snapkv", "128"), row(table, "fullkv", "full")
+    assert snapkv["score_points_vs_fullkv_mean"] == pytest.approx((-50 - 100) / 2)
+    assert snapkv["score_points_vs_fullkv_n"] == 2
+    assert h2o["score_points_vs_snapkv_mean"] == pytest.approx((50 + 100 + 0) / 3)
+    assert h2o["nll_nats_vs_snapkv_mean"] == pytest.approx(1.0)
+    assert h2o["nll_nats_vs_snapkv_n"] == 3
+    assert h2o["nll_nats_vs_fullkv_mean"] == pytest.approx(1.5)
+    assert math.isnan(snapkv["score_points_vs_snapkv_mean"])
+    assert math.isnan(full["score_points_vs_fullkv_mean"])
+    assert full["score_points_mean"] == 100
+    assert full["n_failed"] == 1
+
+
+def test_snapkv_is_the_baseline_at_the_same_budget_only() -> None:
+    records = [*cell("snapkv", "64", [1.0] * 8), *cell("h2o", "64", [0.0] * 8), *cell("h2o", "128", [0.0] * 8)]
+    table = only(records)
+    assert row(table, "h2o", "64")["score_points_vs_snapkv_mean"] == -100
+    assert math.isnan(row(table, "h2o", "128")["score_points_vs_snapkv_mean"])
+    assert row(table, "h2o", "128")["score_points_vs_fullkv_n"] == 0
+
+
+def test_baseline_may_be_the_only_preset() -> None:
+    h2o, paper, kvcf = (cell(m, "64", [s] * 8) for m, s in (("h2o", 0.0), ("snapkv@paper", 1.0), ("snapkv@kvcf", 0.5)))
+    assert only(h2o + paper).baselines == {"fullkv": None, "snapkv": "snapkv@paper"}
+    assert row(only(h2o + paper), "h2o", "64")["score_points_vs_snapkv_mean"] == -100
+    assert only(h2o + paper + kvcf).baselines["snapkv"] is None
+    assert only(h2o + paper + cell("snapkv", "64", [1.0] * 8)).baselines["snapkv"] == "snapkv"
+
+
+def test_bytes_and_counts() -> None:
+    records = [
+        record("snapkv", "0.25", "0", 1.0, kv_bytes=90, full_bytes=400, asked_bytes=100),
+        record("snapkv", "0.25", "1", 1.0, kv_bytes=60, full_bytes=200, asked_bytes=50, over_budget=True),
+        record("snapkv", "0.25", "2", None, kv_bytes=7, full_bytes=7),
+        record("snapkv", "0.25", "3", None, status="oom"),
+        record("snapkv", "0.25", "4", None, status="skipped"),
+    ]
+    found = row(only(records), "snapkv", "0.25")
+    assert found["kv_bytes_mean"] == 75
+    assert found["full_bytes_mean"] == 300
+    assert found["asked_bytes_mean"] == 75
+    assert found["kv_percent_of_full"] == pytest.approx(25)
+    assert [found[f"n_{s}"] for s in ("ok", "skipped", "failed", "oom", "over_budget")] == [2, 1, 1, 1, 1]
+    assert found["flags"] == "incomplete skipped failed oom over_budget few"
+    assert found["n_expected"] == 4
+
+
+def test_a_failure_is_no_zero_and_makes_the_cell_incomplete() -> None:
+    table = only(cell("a", "64", [1.0, 1.0, None]) + cell("b", "64", [1.0, 1.0, 0.0]))
+    a, b = row(table, "a", "64"), row(table, "b", "64")
+    assert a["score_points_mean"] == 100
+    assert a["n_ok"] == 2
+    assert a["n_expected"] == 3
+    assert "incomplete" in a["flags"]
+    assert "incomplete" not in b["flags"]
+
+
+def test_a_sample_skipped_by_all_is_not_missing_but_counted() -> None:
+    records = [*cell("fullkv", "full", [1.0] * 3)]
+    for method in ("a", "b"):
+        records += [*cell(method, "64", [1.0, 1.0]), record(method, "64", "2", None, status="skipped")]
+    table = only(records)
+    assert row(table, "a", "64")["flags"] == "skipped few"
+    assert row(table, "a", "64")["n_expected"] == 2
+    assert row(table, "fullkv", "full")["n_expected"] == 3
+
+
+def test_a_cell_without_any_score_is_empty() -> None:
+    found = row(only(cell("a", "64", [None, None]) + cell("b", "64", [1.0, 1.0])), "a", "64")
+    assert math.isnan(found["score_points_mean"])
+    assert math.isnan(found["kv_percent_of_full"])
+    assert found["mark"] == ""
+    assert found["flags"] == "incomplete failed"
+
+
+def test_nll_counts_only_where_it_was_measured() -> None:
+    records = [record("a", "64", "0", 1.0, nll=2.0), record("a", "64", "1", 1.0, nll=None)]
+    records += [record("a", "64", "0", 1.0, task="trec", nll=None)]
+    found = row(only(records), "a", "64")
+    assert found["nll_nats_mean"] == 2.0
+    assert found["nll_nats_n"] == 1
+    assert found["score_points_n"] == 3
+
+
+def test_unusable_input_is_refused() -> None:
+    with pytest.raises(HarnessError, match="no records"):
+        aggregate([])
+    with pytest.raises(HarnessError, match="has no score"):
+        aggregate([record("a", "64", "0", 1.0, metrics={"f1": 1.0})])
+    with pytest.raises(ValidationError, match="finite"):
+        record("a", "64", "0", float("nan"))
+
+
+def test_constant_difference_has_an_interval_of_no_width() -> None:
+    records = cell("snapkv", "64", [0.25] * 8) + cell("h2o", "64", [0.75] * 8)
+    found = row(only(records), "h2o", "64")
+    assert found["score_points_vs_snapkv_low"] == found["score_points_vs_snapkv_high"] == 50
+
+
+def test_no_interval_with_too_few_samples() -> None:
+    for scores in ([0.0, 1.0, 0.0, 1.0, 0.0], [0.5]):
+        found = row(only(cell("a", "64", scores)), "a", "64")
+        assert math.isnan(found["score_points_low"])
+        assert math.isnan(found["score_points_high"])
+    lonely = cell("a", "64", [0.0, 1.0] * 8) + cell("a", "64", [1.0], task="trec")
+    assert math.isnan(row(only(lonely), "a", "64")["score_points_low"])
+    assert row(only(cell("a", "64", [0.0, 1.0] * 3)), "a", "64")["score_points_high"] > 50
+
+
+def test_mark_separates_only_what_the_interval_separates() -> None:
+    spread = [0.0, 1.0] * 20
+    close = [*spread[:-1], 0.0]
+    table = only(cell("a", "64", spread) + cell("b", "64", close) + cell("c", "64", [0.0] * 40))
+    assert marks(table) == {"a": "=", "b": "=", "c": ""}
+    table = only(cell("a", "64", [0.9] * 40) + cell("b", "64", [0.8] * 40))
+    assert marks(table) == {"a": "*", "b": ""}
+    assert marks(only(cell("a", "64", [0.9] * 40))) == {"a": ""}
+
+
+def test_noise_declares_no_winner_often() -> None:
+    """Two equal methods: `*` should appear in about 5 % of worlds, of 200."""
+    generator = np.random.default_rng(7)
+    wins = 0
+    for _ in range(200):
+        scores = generator.integers(0, 2, (2, 40)).astype(float).tolist()
+        table = only(cell("a", "64", scores[0]) + cell("b", "64", scores[1]), resamples=400)
+        wins += "*" in set(table.rows["mark"])
+    assert wins <= 0.12 * 200
+
+
+def test_few_pairs_and_incomplete_or_overspending_cells_never_win() -> None:
+    assert marks(only(cell("a", "64", [1.0] * 5) + cell("b", "64", [0.0] * 5))) == {"a": "=", "b": "="}
+    nine = cell("a", "64", [1.0] * 9) + cell("b", "64", [0.0] * 9)  # an interval, but of too few samples
+    assert marks(only(nine)) == {"a": "=", "b": "="}
+    table = only(cell("a", "64", [1.0] * 39 + [None]) + cell("b", "64", [0.5] * 40) + cell("c", "64", [0.1] * 40))
+    assert marks(table) == {"a": "=", "b": "=", "c": ""}
+    table = only(
+        cell("a", "64", [1.0] * 40, over_budget=True) + cell("b", "64", [0.5] * 40) + cell("c", "64", [0.1] * 40)
+    )
+    assert marks(table) == {"a": "", "b": "*", "c": ""}
+
+
+def test_few_counts_contexts_and_pairs_need_them() -> None:
+    """Forty questions over eight contexts: an interval, but of too few contexts for a winner."""
+    grouped = [
+        [record(m, "64", str(i), s, meta={"group": i % 8}) for i in range(40)] for m, s in (("a", 1.0), ("b", 0.0))
+    ]
+    table = only(grouped[0] + grouped[1])
+    assert row(table, "a", "64")["flags"] == "few"
+    assert row(table, "a", "64")["score_points_n"] == 40
+    assert row(table, "a", "64")["score_points_low"] == 100
+    assert marks(table) == {"a": "=", "b": "="}
+
+
+def test_a_failed_record_keeps_the_sample_in_its_cluster() -> None:
+    """The group is a field of the sample, whichever record of it says so."""
+    ok = [record("a", "64", str(i), float(i % 2), meta={"group": i // 2}) for i in range(20)]
+    bare = [record("b", "64", str(i), float(i % 2)) for i in range(20)]
+    found = row(only(ok + bare), "b", "64")
+    assert found["score_points_low"] == found["score_points_high"] == 50  # every cluster holds a 0 and a 1
+    assert row(only(bare), "b", "64")["score_points_low"] < 50
+
+
+def test_needle_share_is_the_mean_over_layers_and_heads() -> None:
+    records = [
+        record("a", "64", "0", 1.0, needle_tokens=8, needle_kept=((8, 4), (0, 0))),  # (100 + 50 + 0 + 0) / 4
+        record("a", "64", "1", 1.0, needle_tokens=4, needle_kept=((4, 4), (4, 4))),
+        record("a", "64", "2", 1.0),
+        record("a", "64", "3", 1.0, needle_tokens=4),
+        record("a", "64", "4", None, needle_tokens=4, needle_kept=((0, 0), (0, 0))),
+        record("a", "64", "0", 1.0, task="vt", needle_tokens=10, needle_kept=((1, 0), (0, 1))),
+    ]
+    table = only(records)
+    assert row(table, "a", "64")["needle_percent_mean"] == pytest.approx(((37.5 + 100) / 2 + 5) / 2)
+    assert row(table, "a", "64")["needle_percent_n"] == 3
+    assert table.tasks.set_index("task")["needle_percent_mean"].to_dict() == {"niah": 68.75, "vt": 5}
+
+
+def test_rows_are_sorted_by_budget_then_score() -> None:
+    records = [r for m, b, s in _cells() for r in cell(m, b, [s] * 6)]
+    table = only(records)
+    assert list(zip(table.rows.budget, table.rows.method, strict=True)) == [
+        ("full", "fullkv"), ("64", "b"), ("64", "a"), ("128", "a"), ("1024", "b"), ("0.1", "a"), ("0.25", "a")
+    ]  # fmt: skip
+    assert table.rows.attrs == {"seed": 0, "resamples": 2000, "level": 0.95}
+
+
+def _cells() -> list[tuple[str, str, float]]:
+    small = [("a", "64", 0.1), ("b", "64", 0.2), ("a", "0.25", 0.0), ("a", "0.1", 0.0)]
+    return [("a", "128", 0.3), *small, ("b", "1024", 1.0), ("fullkv", "full", 0.0)]
+
+
+def test_notes_and_errors_are_counted() -> None:
+    records = [
+        *cell("pyramidkv", "128", [1.0, 1.0], notes=("flat pyramid",)),
+        *cell("pyramidkv", "64", [1.0, 1.0], notes=("flat pyramid",)),
+        record("h2o", "64", "1", None, error="second"),
+        record("h2o", "64", "0", None, error="first"),
+    ]
+    found = [(n.method, n.budgets, n.what, n.count, n.error) for n in only(records).notes]
+    assert found == [("h2o", ("64",), "failed", 2, "first"), ("pyramidkv", ("64", "128"), "flat pyramid", 4, "")]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shuffle=st.integers(0, 2**31),
+    scores=st.lists(st.one_of(st.none(), st.sampled_from([0.0, 0.5, 1.0])), min_size=24, max_size=24),
+)
+def test_order_of_records_does_not_matter_and_bounds_hold(shuffle: int, scores: list[float | None]) -> None:
+    names = itertools.product(("fullkv", "snapkv"), ("niah", "trec"), range(6))
+    records = [
+        record(m, "full" if m == "fullkv" else "64", str(i), s, task=t, nll=s)
+        for (m, t, i), s in zip(names, scores, strict=True)
+    ]
+    mixed = list(records)
+    Random(shuffle).shuffle(mixed)
+    one, two = only(records), only(mixed)
+    pd.testing.assert_frame_equal(one.rows, two.rows)
+    pd.testing.assert_frame_equal(one.tasks, two.tasks)
+    assert one.notes == two.notes
+    for found in one.rows.to_dict("records"):
+        low, mean, high = (found[f"score_points_{part}"] for part in ("low", "mean", "high"))
+        assert math.isnan(low) or 0 <= low <= mean + 1e-9 <= high + 2e-9 <= 100 + 3e-9
+
+
+def test_no_torch_and_no_ray() -> None:
+    names = "{'torch', 'ray', 'transformers', 'methods'}"
+    code = f"import sys, leaderboards.stats.aggregate; print({names} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

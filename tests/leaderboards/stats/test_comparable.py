@@ -1,0 +1,64 @@
+"""Which records share a table, and which one of several stands for a cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness.errors import HarnessError
+from harness.records.spec import MethodSpec, ModelSpec, TaskSpec
+from leaderboards.stats.aggregate import aggregate
+from tests.pretend import cell, manifest, only, row
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "big"}, {"dtype": "bfloat16"}, {"query": "agnostic"}, {"first_token": "prefill"}, {"seed": 1}],
+)
+def test_axes_are_never_mixed(change: dict[str, Any]) -> None:
+    tables = aggregate(cell("a", "64", [1.0] * 8) + cell("a", "64", [0.0] * 8, run_id="run2", **change))
+    assert sorted(t.rows.score_points_mean[0] for t in tables) == [0, 100]
+    assert [t.axes for t in tables] == sorted(t.axes for t in tables)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tasks": (TaskSpec(name="niah", protocol="classical"),)}, "niah protocol classical"),
+        ({"max_tokens": 512}, "max_tokens 512"),
+        ({"nll_tokens": 8}, "nll_tokens 8"),
+        ({"model": ModelSpec(name="tiny", revision="r1", dtype="float32", device="cpu")}, "tiny revision r1"),
+    ],
+)
+def test_settings_of_the_runs_are_axes_where_they_differ(change: dict[str, Any], says: str) -> None:
+    runs = [manifest(), manifest(**change)]
+    records = [r for m, s in zip(runs, (1.0, 0.0), strict=True) for r in cell("a", "64", [s] * 8, run_id=m.run_id)]
+    tables = aggregate(records, manifests=runs)
+    assert len(tables) == 2
+    assert any(says in t.axes.settings for t in tables)
+
+
+def test_runs_that_add_methods_budgets_or_tasks_share_a_table() -> None:
+    runs = [
+        manifest(),
+        manifest(methods=(MethodSpec(label="b", name="b"),)),
+        manifest(tasks=(TaskSpec(name="ruler/vt", protocol="own"),)),
+    ]
+    records = [r for m, name in zip(runs, "abc", strict=True) for r in cell(name, "64", [1.0] * 8, run_id=m.run_id)]
+    assert len(aggregate(records, manifests=runs)) == 1
+
+
+def test_one_sample_id_with_two_prompts_is_refused() -> None:
+    records = cell("a", "64", [1.0], prompt_sha256="x") + cell("b", "64", [1.0], prompt_sha256="y", run_id="run2")
+    with pytest.raises(HarnessError, match="not the same prompt in runs run1 and run2"):
+        aggregate(records)
+
+
+def test_a_cell_of_two_runs_is_used_once_and_ok_goes_first() -> None:
+    table = only(cell("a", "64", [None, 1.0]) + cell("a", "64", [0.5, 0.0], run_id="run2"))
+    found = row(table, "a", "64")
+    assert found["n_ok"] == 2
+    assert found["score_points_mean"] == 75  # 0.5 of run2, 1.0 of run1
+    assert table.duplicates == 2
+    assert table.run_ids == ("run1", "run2")

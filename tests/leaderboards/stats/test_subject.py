@@ -1,0 +1,290 @@
+"""A subject against the strongest other method of each task family: by hand, by an independent bootstrap, by CLI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness.errors import HarnessError
+from harness.records.record import Record
+from leaderboards.stats.aggregate import Table, aggregate
+from leaderboards.stats.subject import ALL, COLUMNS, bare_name, family_of
+from tasks import load_tasks
+from tests.pretend import only, record
+
+SINGLE, KAMRADT, VT = "ruler/niah_single_1", "niah/kamradt", "ruler/vt"
+FAST = "--model tiny --dtype float32 --device cpu --nll-tokens 8 --budgets 32 --tasks stdlib/next_line --lengths 512"
+
+
+def scored(
+    method: str,
+    task: str,
+    nlls: Sequence[float | None],
+    *,
+    scores: Sequence[float] = (),
+    budget: str = "64",
+    **more: Any,
+) -> list[Record]:
+    """One record per NLL; its score is 0.5 unless given."""
+    budget = "full" if method == "fullkv" else budget
+    given = scores or [0.5] * len(nlls)
+    return [
+        record(method, budget, str(i), score, task=task, nll=nll, **more)
+        for i, (nll, score) in enumerate(zip(nlls, given, strict=True))
+    ]
+
+
+def found(table: Table, family: str, *, measure: str = "nll", budget: str = "64") -> Mapping[str, Any]:
+    rows = table.rivals
+    (row,) = rows[(rows.family == family) & (rows.measure == measure) & (rows.budget == budget)].to_dict("records")
+    return {str(name): value for name, value in row.items()}
+
+
+def small() -> list[Record]:
+    """Two families, two rivals; `near` is the better one on needles, `far` on tracking, by NLL; by score `far`."""
+    return [
+        *scored("fullkv", SINGLE, [0.0, 1.0]),
+        *scored("fullkv", KAMRADT, [0.5]),
+        *scored("fullkv", VT, [1.0, 1.0]),
+        *scored("mine", SINGLE, [1.0, 2.0], scores=[1.0, 0.0]),
+        *scored("mine", KAMRADT, [0.5], scores=[1.0]),
+        *scored("mine", VT, [3.0, 2.0]),
+        *scored("near", SINGLE, [2.0, 2.0], scores=[0.0, 0.0]),
+        *scored("near", KAMRADT, [1.5], scores=[0.0]),
+        *scored("near", VT, [9.0, 9.0]),
+        *scored("far@p", SINGLE, [0.0, 0.0], scores=[0.0, 1.0]),
+        *scored("far@p", KAMRADT, [9.0], scores=[0.0]),
+        *scored("far@p", VT, [2.0, 2.0], scores=[1.0, 0.5]),
+    ]
+
+
+def test_means_rival_and_ratio_by_hand() -> None:
+    table = only(small(), subject="mine")
+    assert list(table.rivals) == COLUMNS
+    needles, tracking, every = (found(table, family) for family in ("needles", "tracking", ALL))
+    assert (needles["rival"], needles["tasks"], needles["n"]) == ("near", 2, 3)
+    assert needles["subject_mean"] == pytest.approx((1.5 + 0.5) / 2)
+    assert needles["rival_mean"] == pytest.approx((2.0 + 1.5) / 2)
+    assert needles["gain"] == pytest.approx((0.5 + 1.0) / 2)
+    assert needles["subject_loss"] == pytest.approx((1.0 + 0.0) / 2)
+    assert needles["rival_loss"] == pytest.approx(((2.0 + 1.0) / 2 + 1.0) / 2)
+    assert needles["loss_ratio"] == pytest.approx(0.5 / 1.25)
+    assert (tracking["rival"], tracking["gain"]) == ("far@p", pytest.approx(-0.5))
+    assert tracking["loss_ratio"] == pytest.approx(1.5 / 1.0)
+    assert every["gain"] == pytest.approx((0.75 - 0.5) / 2)
+    assert every["loss_ratio"] == pytest.approx((0.5 + 1.5) / (1.25 + 1.0))
+    assert (every["tasks"], every["n"], every["verdict"]) == (3, 5, "not told apart")
+    assert all(math.isnan(row[end]) for row in (needles, tracking, every) for end in ("low", "high"))
+
+
+def test_the_score_has_its_own_rival_in_points() -> None:
+    table = only(small(), subject="mine")
+    needles, tracking = (found(table, family, measure="score") for family in ("needles", "tracking"))
+    assert (needles["rival"], needles["gain"]) == ("far@p", pytest.approx((50 + 100) / 2 - 25))
+    assert (tracking["rival"], tracking["gain"]) == ("far@p", pytest.approx(50 - 75))
+    assert math.isnan(needles["loss_ratio"])
+    assert found(table, ALL, measure="score")["gain"] == pytest.approx((50 - 25) / 2)
+
+
+def test_only_samples_that_both_have_are_paired() -> None:
+    """The subject lacks one sample, which the rival was good at; it is incomplete and not judged."""
+    records = scored("mine", VT, [2.0] * 8) + scored("other", VT, [3.0] * 8 + [-90.0])
+    records += [record("mine", "64", "8", None, task=VT)]
+    row = found(only(records, subject="mine"), "tracking")
+    assert (row["n"], row["rival_mean"], row["gain"], row["low"]) == (8, 3.0, 1.0, 1.0)
+    assert row["verdict"] == "incomplete"
+
+
+def test_verdicts_say_what_the_interval_says() -> None:
+    spread = [0.0, 1.0] * 10
+
+    def verdict(shift: float, **more: Any) -> str:
+        mine = scored("mine", VT, [v + shift for v in spread], **more)
+        return str(found(only(mine + scored("other", VT, spread[::-1]), subject="mine"), "tracking")["verdict"])
+
+    assert [verdict(s) for s in (-5.0, 0.0, 5.0)] == ["better", "not told apart", "worse"]
+    assert verdict(-5.0, over_budget=True) == "over budget"
+    same = only(scored("mine", VT, spread) + scored("other", VT, spread), subject="mine")
+    assert found(same, "tracking")["verdict"] == "not told apart"
+    assert found(same, "tracking")["low"] == found(same, "tracking")["high"] == 0
+
+
+def test_presets_of_the_subject_are_no_rivals() -> None:
+    others = ("mine@window", "mine@window[beta=2]", "mine[beta=2]", "mine")
+    records = [r for i, m in enumerate(others) for r in scored(m, VT, [float(i)] * 6)]
+    records += scored("miner", VT, [50.0] * 6)
+    for subject in others:
+        assert found(only(records, subject=subject), "tracking")["rival"] == "miner"
+    alone = only([r for r in records if r.method != "miner"], subject="mine").rivals
+    assert set(alone["verdict"]) == {"no rival"}
+    assert set(alone["family"]) == {"tracking"}
+    assert alone["gain"].isna().all()
+    assert bare_name("a@b[c=d@e]") == bare_name("a[c=d@e]") == "a"
+
+
+def test_incomplete_overspending_and_unbudgeted_methods_are_no_rivals() -> None:
+    records = scored("mine", VT, [5.0] * 6) + scored("fair", VT, [6.0] * 6) + scored("fullkv", VT, [0.0] * 6)
+    records += [*scored("fat", VT, [1.0] * 6)[:-1], record("fat", "64", "5", 0.5, task=VT, nll=1.0, over_budget=True)]
+    records += [*scored("broken", VT, [1.0] * 6)[:-1], record("broken", "64", "5", None, task=VT)]
+    records += scored("short", VT, [1.0] * 5)
+    records += scored("elsewhere", VT, [1.0] * 6, budget="128")
+    table = only(records, subject="mine")
+    assert found(table, "tracking")["rival"] == "fair"
+    assert set(table.rivals["budget"]) == {"64"}
+    assert found(table, "tracking")["subject_loss"] == 5
+
+
+def test_a_rival_incomplete_in_another_family_is_no_rival_anywhere() -> None:
+    records = [r for m, n in (("mine", 5.0), ("fair", 6.0), ("part", 1.0)) for r in scored(m, VT, [n] * 6)]
+    records += scored("mine", SINGLE, [5.0] * 6) + scored("fair", SINGLE, [6.0] * 6)
+    assert found(only(records, subject="mine"), "tracking")["rival"] == "fair"
+
+
+def test_unknown_subjects_are_refused_and_none_gives_nothing() -> None:
+    with pytest.raises(HarnessError, match=r"no method 'mien' with a budget .* with one: far@p, mine, near$"):
+        aggregate(small(), subject="mien")
+    with pytest.raises(HarnessError, match="'fullkv' with a budget"):
+        aggregate(small(), subject="fullkv")
+    table = only(small())
+    assert table.rivals.empty
+    assert list(table.rivals) == COLUMNS
+    two = aggregate([*small(), *(r.model_copy(update={"seed": 7, "method": "x"}) for r in small())], subject="mine")
+    assert sorted(t.rivals.empty for t in two) == [False, True]
+
+
+def test_families() -> None:
+    families = {name: family_of(name) for name in load_tasks()}
+    assert families["niah/passkey"] == families["ruler/niah_single_3"] == "needles"
+    assert {n for n, f in families.items() if f == "multi-key"} == {
+        *(f"ruler/niah_multikey_{i}" for i in (1, 2, 3)), "ruler/niah_multivalue", "ruler/niah_multiquery"
+    }  # fmt: skip
+    assert {n for n, f in families.items() if f == "tracking"} == {VT}
+    assert families["ruler/cwe"] == "ruler"
+    assert families["longbench/qasper"] == "longbench"
+    assert families["longbench/kvpress/qasper"] == "longbench/kvpress"
+    assert (family_of("prose/novels"), family_of("prose")) == ("prose", "prose")
+
+
+Samples = dict[str, list[tuple[float, str | None]]]
+
+
+def naive(families: Sequence[Samples], resamples: int) -> np.ndarray:
+    """[resamples]: mean over families of the mean over redrawn tasks of the mean over redrawn groups; loops alone."""
+    generator = np.random.default_rng(12345)
+    clusters: list[list[list[list[float]]]] = []
+    for samples in families:
+        clusters.append([])
+        for values in samples.values():
+            groups: dict[Any, list[float]] = {}
+            for i, (value, group) in enumerate(values):
+                groups.setdefault(i if group is None else group, []).append(value)
+            clusters[-1].append(list(groups.values()))
+    draws = []
+    for _ in range(resamples):
+        means = []
+        for tasks in clusters:
+            drawn = [tasks[i] for i in generator.integers(len(tasks), size=len(tasks))]
+            picked = [np.concatenate([g[i] for i in generator.integers(len(g), size=len(g))]) for g in drawn]
+            means.append(np.mean([p.mean() for p in picked]))
+        draws.append(np.mean(means))
+    return np.array(draws)
+
+
+def test_intervals_agree_with_a_plain_hierarchical_bootstrap() -> None:
+    """Three tasks of unequal size and spread, groups of unequal size in one; another family of one task."""
+    generator = np.random.default_rng(5)
+    needles: Samples = {
+        SINGLE: [(float(v), None) for v in generator.normal(0.5, 1.0, 20)],
+        KAMRADT: [(float(v), f"g{i % 7 if i < 20 else 0}") for i, v in enumerate(generator.normal(1.5, 2.0, 26))],
+        "niah/passkey": [(float(v), None) for v in generator.normal(-0.5, 0.3, 8)],
+    }
+    tracking: Samples = {VT: [(float(v), None) for v in generator.normal(1.0, 1.0, 12)]}
+    records = []
+    for task, values in (needles | tracking).items():
+        for i, (value, group) in enumerate(values):
+            meta = {} if group is None else {"group": group}
+            records += [
+                record(method, "64", str(i), 0.5, task=task, nll=nll, meta=meta)
+                for method, nll in (("mine", 3.0 - value), ("other", 3.0))
+            ]
+    table = only(records, subject="mine", resamples=6000)
+    for family, parts in (("needles", [needles]), ("tracking", [tracking]), (ALL, [needles, tracking])):
+        row = found(table, family)
+        draws = naive(parts, 6000)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        assert [row["low"], row["high"]] == pytest.approx([low, high], abs=0.05 * (high - low)), family
+        plain = np.mean([np.mean([v for v, _ in vs]) for p in parts for vs in p.values()]) if len(parts) == 1 else None
+        assert plain is None or row["gain"] == pytest.approx(plain)
+    # redrawing tasks must matter here: the samples alone give a much narrower interval
+    samples = only(records, resamples=2000, baselines=("other",))
+    rows = samples.rows[samples.rows.method == "mine"].to_dict("records")
+    alone = rows[0]["nll_nats_vs_other_high"] - rows[0]["nll_nats_vs_other_low"]
+    row = found(table, "needles")
+    assert row["high"] - row["low"] > 1.5 * alone
+
+
+def test_no_interval_where_it_would_mean_nothing() -> None:
+    def interval(*sizes: int, group: Callable[[int], str | None] = lambda i: None) -> tuple[float, float]:
+        records = [
+            record(method, "64", str(i), 0.5, task=f"niah/{t}", nll=nll + i, meta={"group": group(i)})
+            for t, size in enumerate(sizes)
+            for i in range(size)
+            for method, nll in (("mine", 1.0), ("other", 2.0))
+        ]
+        row = found(only(records, subject="mine"), "needles")
+        assert row["gain"] == 1
+        return row["low"], row["high"]
+
+    assert interval(6) == interval(3, 3) == (1.0, 1.0)
+    assert interval(12, group=lambda i: "a" if i < 6 else None) == (1.0, 1.0)  # by the samples drawn, not by all
+    for nothing in (interval(5), interval(8, 1), interval(2, 3), interval(12, group=lambda i: str(i % 5))):
+        assert all(map(math.isnan, nothing))
+
+
+def test_families_are_drawn_independently() -> None:
+    nlls = np.random.default_rng(2).normal(size=30).tolist()
+    records = [
+        r for t in (VT, "a/x", "b/x", "c/x") for r in scored("mine", t, nlls) + scored("other", t, [0.0] * len(nlls))
+    ]
+    table = only(records, subject="mine")
+    one, every = (found(table, family) for family in ("a", ALL))
+    assert every["gain"] == pytest.approx(one["gain"])
+    assert every["high"] - every["low"] == pytest.approx((one["high"] - one["low"]) / 2, rel=0.15)
+
+
+def test_all_families_need_an_interval_in_each() -> None:
+    records = [r for m, n in (("mine", 1.0), ("other", 2.0)) for r in scored(m, VT, [n] * 20)]
+    table = only(records, subject="mine")
+    assert found(table, ALL)["low"] == 1
+    records += [r for m, n in (("mine", 1.0), ("other", 2.0)) for r in scored(m, SINGLE, [n] * 5)]
+    table = only(records, subject="mine")
+    assert found(table, "tracking")["low"] == 1
+    assert math.isnan(found(table, ALL)["low"])
+    assert found(table, ALL)["verdict"] == "not told apart"
+
+
+def test_tasks_without_nll_have_a_score_alone() -> None:
+    records = [r for m in ("mine", "other") for r in scored(m, VT, [None] * 6)]
+    rivals = only(records, subject="mine").rivals
+    assert set(rivals["measure"]) == {"score"}
+
+
+def test_budgets_and_families_are_in_order_and_seeded() -> None:
+    generator = np.random.default_rng(1)
+    records = [
+        r
+        for budget in ("128", "64", "0.25")
+        for task in ("longbench/qasper", VT, "a/b", SINGLE)
+        for m in ("mine", "other")
+        for r in scored(m, task, generator.random(8).tolist(), budget=budget)
+    ]
+    rivals = only(records, subject="mine").rivals
+    assert list(dict.fromkeys(rivals["budget"])) == ["64", "128", "0.25"]
+    assert list(dict.fromkeys(rivals["family"])) == ["needles", "tracking", "a", "longbench", ALL]
+    pd.testing.assert_frame_equal(rivals, only(records[::-1], subject="mine").rivals)
+    assert not rivals["low"].equals(only(records, subject="mine", seed=1).rivals["low"])

@@ -1,0 +1,153 @@
+"""The section on a subject's strongest rivals as it is written: page, terminal, CSV, and the command line."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.cli import main
+from harness.records.run_folder import RunStore
+from leaderboards.stats.aggregate import aggregate
+from leaderboards.stats.subject import ALL, COLUMNS
+from leaderboards.tables.board import rivals_to_csv, sections, to_csv, to_markdown, to_terminal, write_board
+from tests.leaderboards.stats.test_subject import scored, small
+from tests.pretend import manifest, only
+
+SINGLE, KAMRADT, VT = "ruler/niah_single_1", "niah/kamradt", "ruler/vt"
+FAST = "--model tiny --dtype float32 --device cpu --nll-tokens 8 --budgets 32 --tasks stdlib/next_line --lengths 512"
+
+
+def test_page_terminal_and_csv_have_the_section(tmp_path: Path) -> None:
+    records = [r for m, n in (("mine", 1.0), ("other", 2.25)) for r in scored(m, VT, [n] * 6)]
+    records += scored("fullkv", VT, [0.5] * 6)
+    table = only(records, subject="mine")
+    nll, score = list(sections(table))[:2]
+    assert nll == "mine against the strongest other method of each family: NLL, nats per token"
+    (row, every) = sections(table)[nll].to_dict("records")
+    assert row == {
+        "budget": "64", "family": "tracking", "tasks": "1", "n": "6", "subject": "1.000", "rival": "other",
+        "rival's": "2.250", "gain": "+1.250 [+1.250, +1.250]", "verdict": "better", "loss": "0.500",
+        "rival's loss": "1.750", "loss ratio": "0.29",
+    }  # fmt: skip
+    assert every["family"] == ALL
+    assert "loss" not in sections(table)[score]
+    pages = write_board(aggregate(records, subject="mine"), tmp_path, "b")
+    assert [p.name for p in pages] == ["b.md", "b.csv", "b.tasks.csv", "b.summary.csv", "b.rivals.csv"]
+    assert f"### {nll}\n\n| budget " in pages[0].read_text()
+    assert "favours it" in pages[0].read_text()
+    frame = pd.read_csv(pages[-1])
+    assert list(frame)[-len(COLUMNS) :] == COLUMNS
+    assert frame[frame.measure == "nll"].loss_ratio.tolist() == pytest.approx([0.5 / 1.75] * 2)
+    text = to_terminal([table])
+    assert f"{nll}\nbudget" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert all(str(column) in text for column in sections(table)[nll])
+
+
+def test_without_a_subject_nothing_changes(tmp_path: Path) -> None:
+    pages = write_board(aggregate(small()), tmp_path, "b")
+    assert [p.name for p in pages] == ["b.md", "b.csv", "b.tasks.csv", "b.summary.csv"]
+    page, asked = pages[0].read_text(), to_markdown(aggregate(small(), subject="mine"), title="b")
+    assert "against" not in page
+    kept = [part for part in asked.split("\n### ") if not part.startswith("mine against")]
+    lines = [
+        line for line in "\n### ".join(kept).splitlines() if not line.startswith(("- against", "- gain", "- verd"))
+    ]
+    assert "\n".join(lines) + "\n" == page
+    assert to_csv(aggregate(small())) == to_csv(aggregate(small(), subject="mine"))
+
+
+NASTY = st.text(st.sampled_from("a|\\\n\r\t`*<>[]\u2028\x1b\u202e=é@"), max_size=12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(subject=NASTY, rival=NASTY, task=NASTY)
+def test_text_from_outside_breaks_no_table(subject: str, rival: str, task: str) -> None:
+    records = scored(f"m{subject}", f"t{task}/x", [1.0] * 2) + scored(f"r{rival}", f"t{task}/x", [2.0] * 2)
+    tables = aggregate(records, subject=f"m{subject}")
+    page = to_markdown(tables, title="b")
+    blocks = [b.splitlines() for b in page.split("\n\n") if b.startswith("|")]
+    assert len(blocks) == 6  # the ranking, two of rivals, the tasks, the ranks, the tails
+    for block in blocks:
+        assert len(block) == 4
+        assert len({line.replace("\\\\", "").replace("\\|", "").count("|") for line in block}) == 1
+    for text in (page, to_terminal(tables), rivals_to_csv(tables)):
+        assert not set(text) & set("\r\t\u2028\x1b\u202e")
+    assert len(pd.read_csv(io.StringIO(rivals_to_csv(tables)), keep_default_na=False)) == 4
+
+
+def test_the_board_command_takes_a_subject(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = manifest().model_copy(update={"status": "started"})
+    with RunStore.open(tmp_path / "runs", told) as store:
+        store.append([r.model_copy(update={"run_id": told.run_id}) for r in small()])
+        store.finish("finished", finished="2025-01-01")
+    command = ["board", str(tmp_path / "runs"), "--out", str(tmp_path), "--name", "b"]
+    assert main(command) == 0
+    assert "strongest" not in capsys.readouterr().out
+    assert not (tmp_path / "b.rivals.csv").exists()
+    assert main([*command, "--subject", "mine"]) == 0
+    assert "mine against the strongest other method of each family: NLL" in capsys.readouterr().out
+    assert "### mine against" in (tmp_path / "b.md").read_text()
+    assert "far@p" in (tmp_path / "b.rivals.csv").read_text()
+    assert main([*command, "--subject", "mien"]) == 2
+    assert capsys.readouterr().err == (
+        "harness: no method 'mien' with a budget in these records; methods with one: far@p, mine, near\n"
+    )
+
+
+CONFIG = 'methods = ["fullkv", "streamingllm@paper", "snapkv@kvcf"]\n'
+
+
+def test_a_config_names_the_subject_without_changing_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, asked = tmp_path / "plain.toml", tmp_path / "asked.toml"
+    plain.write_text(CONFIG)
+    asked.write_text(CONFIG + '[board]\nsubject = "streamingllm@paper"\n')
+    out = tmp_path / "out"
+    rest = ["--limit", "2", "--max-new-tokens", "4", "--out", str(out), *FAST.split()]
+    assert main(["run", "--config", str(plain), *rest]) == 0
+    (folder,) = [path for path in out.iterdir() if path.is_dir()]
+    assert not (folder / "board.rivals.csv").exists()
+    before, spec = (folder / "records.jsonl").read_bytes(), (folder / "run.json").read_text().split('"spec"')[1]
+    capsys.readouterr()
+    assert main(["run", "--config", str(asked), *rest]) == 0
+    assert "0 of 2 samples to do" in capsys.readouterr().err
+    assert (folder / "records.jsonl").read_bytes() == before
+    assert '"subject"' not in spec
+    assert "### streamingllm@paper against" in (folder / "board.md").read_text()
+    assert set(pd.read_csv(folder / "board.rivals.csv").rival) == {"snapkv@kvcf", "strongest of each"}
+    changed = ["--config", str(asked), *rest, "--out", str(tmp_path / "changed"), "--set", "streamingllm.sinks=2"]
+    assert main(["run", *changed]) == 0
+    assert "against the strongest" in capsys.readouterr().out
+    (board,) = (tmp_path / "changed").glob("*/board.rivals.csv")
+    assert set(pd.read_csv(board).subject) == {"streamingllm@paper[sinks=2]"}
+    assert main(["run", "--config", str(asked), *rest, "--methods", "fullkv,snapkv@kvcf"]) == 0
+    assert "against the strongest" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ('[board]\nsubject = "snapvk"', "board.subject 'snapvk' is no method with a budget of this run: streamingllm"),
+        ('[board]\nsubject = "fullkv"', "board.subject 'fullkv' is no method with a budget"),
+        ('[board]\nsubjct = "snapkv"', "option board.subjct"),
+        ("[board]\nsubject = 5", "option board.subject"),
+        ("board = 5", "option board:"),
+        ('subject = "snapkv@kvcf"', "option subject"),
+    ],
+)
+def test_bad_board_tables_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str, says: str
+) -> None:
+    path = tmp_path / "b.toml"
+    path.write_text(f"{CONFIG}{table}\n")
+    assert main(["run", "--config", str(path), "--out", str(tmp_path / "out"), *FAST.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not (tmp_path / "out").exists()

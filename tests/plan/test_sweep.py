@@ -1,0 +1,269 @@
+"""What a sweep is turned into, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from harness.errors import HarnessError
+from harness.models.load import LoadedModel
+from harness.models.prompt import TaskTokenizer
+from harness.plan.sweep import (
+    NO_TEMPLATE,
+    check_budgets,
+    contexts,
+    plan_cells,
+    plan_methods,
+    plan_samples,
+    plan_tasks,
+    run_spec,
+)
+from harness.records.spec import Sweep
+from methods.snapkv import SnapKV
+from tasks.base import TASKS, About, Sample, Task, TaskError, TaskOptions
+
+
+def sweep(**options: Any) -> Sweep:
+    return Sweep.model_validate({"methods": ("snapkv",), "tasks": ("stdlib",), "model": "tiny", **options})
+
+
+@dataclass
+class Fixed(Task):
+    """Samples as given."""
+
+    given: list[Sample] = field(default_factory=list)
+    trouble: str = ""
+    name = "fixed"
+    about = About("made here", "", "none", "exact", 2)
+
+    def samples(self, options: TaskOptions) -> Iterator[Sample]:
+        if self.trouble:
+            raise TaskError(self.trouble)
+        yield from self.given[: options.limit]
+
+    def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
+        return {"score": float(prediction in sample.answers)}
+
+    def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
+        return {"seed": options.seed, "lengths": list(options.lengths)}
+
+
+SAMPLE = Sample(id="0", context="c" * 40, question="q" * 10, answers=("gold",), max_new_tokens=20, chat=False)
+
+
+def test_methods_carry_their_parameters_and_overrides_their_names() -> None:
+    asked = sweep(methods=("snapkv@kvcf", "fullkv", "snapkv@kvcf"), set={"snapkv.kernel": 5})
+    planned = plan_methods(asked)
+    assert [spec.label for spec, _ in planned] == ["snapkv@kvcf[kernel=5]", "fullkv"]
+    spec, policy = planned[0]
+    assert policy == SnapKV(recent=8, kernel=5, pool="max")
+    assert spec.params == {"recent": 8, "kernel": 5, "pool": "max"}
+    assert (spec.name, spec.budgeted, planned[1][0].budgeted) == ("snapkv", True, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"methods": ()}, "no method asked for"),
+        ({"methods": ("snapvk",)}, "unknown method 'snapvk'; did you mean 'snapkv'"),
+        ({"methods": ("snapkv@papre",)}, "unknown preset 'papre' of snapkv; did you mean 'paper'"),
+        ({"set": {"h2o.recent": 4}}, "'h2o.recent' names no method of this run"),
+        ({"set": {"snapkv": {"recent": 4}}}, "'snapkv' names no method of this run"),
+        ({"set": {"snapkv.recnt": 4}}, "snapkv has no parameter 'recnt'; did you mean 'recent'"),
+        ({"set": {"snapkv.recent": "many"}}, "recent='many': Input should be a valid integer"),
+        ({"set": {"snapkv.recent": 1.5}}, "recent=1.5: Input should be a valid integer"),
+        ({"set": {"snapkv.recent": True}}, "recent=True: Input should be a valid integer"),
+        ({"set": {"snapkv.recent": [1]}}, "valid integer"),
+        ({"set": {"snapkv.pool": "median"}}, "pool='median': Input should be 'max' or 'avg'"),
+        ({"methods": ("h2o",), "set": {"h2o.evict": 1}}, "evict=1: Input should be a valid boolean"),
+        ({"methods": ("compilerkv",), "set": {"compilerkv.tables": "absent-folder"}}, "absent-folder"),
+    ],
+)
+def test_unusable_methods_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(HarnessError) as error:
+        plan_methods(sweep(**options))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_cells_are_every_method_at_every_budget_once() -> None:
+    cells = plan_cells(plan_methods(sweep(methods=("fullkv", "snapkv", "random"))), ("64", "0.25", "25%", "64"))
+    names = [("fullkv", "full"), ("snapkv", "64"), ("snapkv", "0.25"), ("random", "64"), ("random", "0.25")]
+    assert [(cell.method, cell.budget) for cell in cells] == names
+    assert cells[0].cell.budget is None
+    assert plan_cells(plan_methods(sweep(methods=("fullkv",))), ())[0].budget == "full"
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "1.5", "0.0", "many", "", "150%"])
+def test_unusable_budgets_are_refused(budget: str) -> None:
+    with pytest.raises(HarnessError, match="budget"):
+        plan_cells(plan_methods(sweep()), ("64", budget))
+
+
+def test_no_budget_is_refused() -> None:
+    with pytest.raises(HarnessError, match="no budget asked for"):
+        plan_cells(plan_methods(sweep()), ())
+
+
+def test_tasks_are_found_by_name_and_family() -> None:
+    assert [task.name for task in plan_tasks(sweep(tasks=("stdlib/next_line",)))] == ["stdlib/next_line"]
+    assert len(plan_tasks(sweep(tasks=("stdlib", "stdlib/next_line")))) == 2
+    for tasks, says in ((("stdlb",), "unknown task 'stdlb'; did you mean 'stdlib'"), ((), "no task asked for")):
+        with pytest.raises(HarnessError, match=says):
+            plan_tasks(sweep(tasks=tasks))
+
+
+@dataclass
+class Hidden(Fixed):
+    """Made for questions that come after the compression."""
+
+    name = "hidden"
+    query = "agnostic"
+
+
+def test_a_task_for_hidden_questions_is_not_run_with_shown_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "hidden", Hidden())
+    assert [task.name for task in plan_tasks(sweep(tasks=("hidden",), query="agnostic"))] == ["hidden"]
+    with pytest.raises(HarnessError, match="task hidden is made for --query agnostic, this run is aware; change one"):
+        plan_tasks(sweep(tasks=("hidden",)))
+
+
+def test_neighbours_with_one_context_are_prefilled_together(tiny: LoadedModel) -> None:
+    given = [replace(SAMPLE, id="a"), replace(SAMPLE, id="b", question="other"), replace(SAMPLE, id="c", context="d")]
+    planned = plan_samples(sweep(), [Fixed([*given, replace(given[0], id="e")])], tiny)[0]
+    assert [[one.sample.id for one in group] for group in contexts(planned, "agnostic")] == [["a", "b"], ["c"], ["e"]]
+    assert [[one.sample.id for one in group] for group in contexts(planned, "aware")] == [["a"], ["b"], ["c"], ["e"]]
+
+
+def test_a_model_without_a_chat_template_is_noted(tiny: LoadedModel) -> None:
+    chat = replace(SAMPLE, chat=True)
+    bare = copy.deepcopy(tiny.tokenizer)
+    bare.chat_template = None
+    for tokenizer, sample, notes in ((tiny.tokenizer, chat, ()), (bare, SAMPLE, ()), (bare, chat, (NO_TEMPLATE,))):
+        planned = plan_samples(sweep(), [Fixed([sample])], replace(tiny, tokenizer=tokenizer))[0]
+        assert planned[0].notes == notes
+
+
+def test_more_tokens_than_the_model_has_are_refused(tiny: LoadedModel) -> None:
+    with pytest.raises(HarnessError, match="--max-tokens 5000 exceeds the model's context of 4096; lower it"):
+        plan_samples(sweep(max_tokens=5000), [Fixed([SAMPLE])], tiny)
+
+
+def test_samples_become_token_ids_with_a_border_and_an_answer(tiny: LoadedModel) -> None:
+    task = Fixed([SAMPLE, replace(SAMPLE, id="1", answers=(), answer_prefix=" so")])
+    planned, specs, limit = plan_samples(sweep(lengths=(64,)), [task], tiny)
+    assert limit == tiny.context
+    assert specs[0].model_dump() == {
+        "name": "fixed",
+        "protocol": "official",
+        "provenance": {
+            **{"source": "made here", "revision": "", "licence": "none", "metric": "exact", "samples": 2},
+            **{"seed": 42, "lengths": [64]},
+        },
+    }
+    encode = TaskTokenizer(tiny.tokenizer).encode
+    first, second = planned
+    assert first.ids.tolist() == [tiny.tokenizer.bos_token_id, *encode("c" * 40 + "q" * 10)]
+    assert first.context == 1 + 40
+    assert first.answer == tuple(encode(" gold"))  # a word does not glue to the one before it
+    assert second.answer == ()
+    assert second.ids.tolist()[-3:] == encode(" so")
+    assert first.sha256 != second.sha256
+    assert plan_samples(sweep(limit=1), [task], tiny)[0] == planned[:1]
+    assert plan_samples(sweep(nll_tokens=2), [task], tiny)[0][0].answer == tuple(encode(" g"))
+    assert plan_samples(sweep(nll_tokens=0), [task], tiny)[0][0].answer == ()
+
+
+@pytest.mark.parametrize(
+    ("question", "reference", "read"),
+    [("q ", "gold", "gold"), ("q", " gold", " gold"), ("q", "金", "金"), ("q\n", "gold", "gold"), ("q", "7", " 7")],
+)
+def test_an_answer_is_read_as_text_that_goes_on(tiny: LoadedModel, question: str, reference: str, read: str) -> None:
+    sample = replace(SAMPLE, question=question, answers=(reference,))
+    answer = plan_samples(sweep(), [Fixed([sample])], tiny)[0][0].answer
+    assert TaskTokenizer(tiny.tokenizer).decode(answer) == read
+
+
+def test_limits_are_the_sample_s_own_with_the_sweep_s_cap(tiny: LoadedModel) -> None:
+    sample = replace(SAMPLE, stop=("\n", "END"), min_new_tokens=1)
+    planned = plan_samples(sweep(), [Fixed([sample])], tiny)[0][0]
+    tokenizer = TaskTokenizer(tiny.tokenizer)
+    for cap, new in ((None, 20), (8, 8), (99, 20)):
+        prompt = planned.prompt(tokenizer, tiny, cap)
+        assert prompt.limits.max_new_tokens == new
+    newline = tokenizer.encode("\n")
+    assert len(newline) == 1
+    assert prompt.limits.eos_ids == tiny.eos_ids | set(newline)  # a stop of one token is an end, barred at first
+    assert (prompt.limits.min_new_tokens, prompt.limits.stop) == (1, ("\n", "END"))
+    assert prompt.limits.ends(tokenizer.encode("abcEND"))
+    assert (list(prompt.ids), prompt.context, prompt.answer) == (planned.ids.tolist(), 41, planned.answer)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "says"),
+    [
+        (Fixed([]), {}, "task fixed has no samples"),
+        (Fixed(trouble="no such file"), {}, "task fixed: no such file"),
+        (
+            Fixed([replace(SAMPLE, context="c" * 4100)]),
+            {},
+            "sample 0: a prompt of 4111 tokens and 20 generated ones exceed",
+        ),
+        (Fixed([SAMPLE]), {"max_tokens": 70}, "a prompt of 51 tokens and 20 generated ones exceed 70"),
+    ],
+)
+def test_samples_that_cannot_run_are_refused(
+    tiny: LoadedModel, task: Fixed, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(HarnessError, match=says):
+        plan_samples(sweep(**options), [task], tiny)
+
+
+def test_a_prompt_that_just_fits_is_taken(tiny: LoadedModel) -> None:
+    assert plan_samples(sweep(max_tokens=71), [Fixed([SAMPLE])], tiny)[2] == 71
+    assert plan_samples(sweep(max_tokens=61, max_new_tokens=10), [Fixed([SAMPLE])], tiny)[2] == 61
+
+
+def test_a_budget_above_every_prompt_of_a_task_is_refused(tiny: LoadedModel) -> None:
+    planned = plan_samples(sweep(), [Fixed([SAMPLE, replace(SAMPLE, id="1", context="c" * 20)])], tiny)[0]
+    methods = plan_methods(sweep(methods=("fullkv", "snapkv")))
+    check_budgets(planned, plan_cells(methods, ("50", "0.9")), "aware")  # below the longest: single ones are skipped
+    for budget, query, longest in (("51", "aware", 51), ("41", "agnostic", 41), ("100%", "aware", 51)):
+        with pytest.raises(HarnessError, match=f"not below any prompt of fixed, the longest has {longest} tokens"):
+            check_budgets(planned, plan_cells(methods, ("8", budget)), query)  # type: ignore[arg-type]
+    check_budgets(planned, plan_cells(methods, ("41",)), "aware")
+    check_budgets(planned, plan_cells(plan_methods(sweep(methods=("fullkv",))), ()), "aware")
+
+
+def test_the_run_id_depends_on_what_decides_the_numbers(tiny: LoadedModel) -> None:
+    def run_id(**options: Any) -> str:
+        asked = sweep(**options)
+        methods = tuple(spec for spec, _ in plan_methods(asked))
+        tasks = plan_samples(asked, [Fixed([SAMPLE])], tiny)[1]
+        return run_spec(asked, tiny, methods=methods, tasks=tasks, max_tokens=100).run_id
+
+    base = run_id()
+    assert base == run_id() == run_id(budgets=("128", "256", "512")) == run_id(device="cpu", data_dir="elsewhere")
+    changes: list[dict[str, Any]] = [
+        {"seed": 7},
+        {"limit": 3},
+        {"budgets": ("64",)},
+        {"methods": ("snapkv@kvcf",)},
+        {"set": {"snapkv.kernel": 3}},
+        {"first_token": "prefill"},
+        {"query": "agnostic"},
+        {"nll_tokens": 3},
+        {"max_new_tokens": 5},
+        {"lengths": (64,)},
+    ]
+    assert len({base, *(run_id(**change) for change in changes)}) == len(changes) + 1
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        sweep(budegts=("64",))

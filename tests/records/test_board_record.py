@@ -1,0 +1,153 @@
+"""Records in brief: the same boards, the same refusals, and only what boards need."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from harness.errors import HarnessError
+from harness.records.board_record import Brief, briefs
+from harness.records.record import Record
+from harness.records.run_folder import RunStore, load_brief, load_run
+from leaderboards.stats.aggregate import Table, aggregate
+from tests.pretend import cell, only, record, row
+from tests.records.test_run_folder import manifest, records_file
+from tests.records.test_run_folder import record as stored
+
+FULL = [*cell("fullkv", "full", [1.0] * 12, nll=1.0, meta={"group": "g", "depth": 5, "needles": ["x"]})]
+MADE = [
+    *FULL,
+    *cell("a", "64", [0.5, None, *[1.0] * 10], nll=1.5, needle_tokens=4, needle_kept=((1, 2), (3, 4)), notes=("n",)),
+    *cell("b", "64", [0.25] * 12, nll=0.1 + 0.2, over_budget=True),
+]
+
+
+def same(ours: Table, theirs: Table) -> None:
+    for field in fields(Table):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(mine, pd.DataFrame):
+            pd.testing.assert_frame_equal(mine, other, check_exact=True)
+        else:
+            assert mine == other
+
+
+def store(root: Path, *lines: str) -> Path:
+    with RunStore.open(root, manifest()) as run:
+        run.append([stored(str(i), nll=i / 3, meta={"depth": i, "needles": ["x"]}) for i in range(3)])
+    with records_file(root).open("a") as file:
+        file.writelines(lines)
+    return run.folder
+
+
+def test_a_board_of_briefs_is_that_of_the_records() -> None:
+    short = list(briefs(MADE))
+    assert all(isinstance(r, Brief) for r in short)
+    same(only(short), only(MADE))  # type: ignore[arg-type]
+
+
+def test_what_is_loaded_in_brief_is_what_was_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    again = json.dumps(stored("1", nll=9.0).model_dump(mode="json"), separators=(",", ":")) + "\n"
+    folder = store(tmp_path, again, '{"schema_version":2,"run')
+    with caplog.at_level(logging.WARNING, logger="harness"):
+        told, short = load_brief(folder)
+        warned = caplog.messages.copy()
+        caplog.clear()
+        manifest_, records = load_run(folder)
+    assert warned == caplog.messages and "unfinished last line (24 bytes)" in warned[0]
+    assert told == manifest_
+    assert repr(short) == repr(list(briefs(records)))
+    assert [r.nll for r in short] == [0.0, 9.0, 2 / 3]
+    assert short[0].meta == {"depth": 0} and short[0].known
+
+
+def test_texts_that_records_share_are_held_once() -> None:
+    one, two = briefs([Record.model_validate_json(r.model_dump_json()) for r in FULL[:2]])
+    for name in ("run_id", "model", "task", "method", "meta", "notes", "score"):
+        assert getattr(one, name) is getattr(two, name)
+
+
+def damage(change: Callable[[dict[str, Any]], Any]) -> str:
+    line = change(stored("9").model_dump(mode="json"))
+    return (line if isinstance(line, str) else json.dumps(line, separators=(",", ":"))) + "\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: json.dumps(r)[:-5],
+        lambda r: "",
+        lambda r: [1],
+        lambda r: {**r, "schema_version": 99},
+        lambda r: {**r, "schema_version": "2"},
+        lambda r: {k: v for k, v in r.items() if k != "schema_version"},
+        lambda r: {**r, "surprise": 1},
+        lambda r: {**r, "run_id": "elsewhere"},
+        lambda r: {**r, "nll": math.nan},
+        lambda r: {**r, "metrics": {"score": math.inf}},
+        lambda r: {**r, "token_ids": ["x"]},
+        lambda r: {**r, "kept_slots": None},
+    ],
+)
+def test_damage_is_refused_in_the_same_words(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    folder = store(tmp_path, damage(change), damage(lambda r: r))
+    words = []
+    for load in (load_run, load_brief):
+        with pytest.raises(HarnessError) as refused:
+            load(folder)
+        words.append(str(refused.value))
+    assert words[0] == words[1] and "records.jsonl:4" in words[0]
+
+
+def test_lines_of_another_writer_are_read_as_ever(tmp_path: Path) -> None:
+    backwards = damage(lambda r: dict(reversed(list(r.items()))))
+    surrogate = damage(lambda r: {**r, "sample_id": "10", "prediction": "\ud800"})
+    folder = store(tmp_path, backwards, surrogate)
+    assert repr(load_brief(folder)[1]) == repr(list(briefs(load_run(folder)[1])))
+    assert len(load_brief(folder)[1]) == 5
+
+
+def test_simulated_memory_is_scored_and_ranked_but_on_no_front() -> None:
+    scores = {"fullkv": 1.0, "a": 0.8, "b": 0.6}
+
+    def board(**memory: Any) -> Table:
+        return only(
+            [
+                record(
+                    m, "full" if m == "fullkv" else "64", str(i), s, kv_bytes=100 - i, **(memory if m == "a" else {})
+                )
+                for m, s in scores.items()
+                for i in range(12)
+            ]
+        )
+
+    real, pretend = board(), board(memory="simulated")
+    assert "memory" not in real.rows
+    assert dict(zip(pretend.rows.method, pretend.rows.memory, strict=True)) == {
+        "fullkv": "physical", "a": "simulated", "b": "physical"
+    }  # fmt: skip
+    same(real, Table(**{**vars(pretend), "rows": pretend.rows.drop(columns="memory")}))
+
+
+def test_simulated_cells_put_none_off_a_front_and_physical_records_go_first() -> None:
+    from tests.leaderboards.stats.test_pareto import measured  # its measured records
+
+    made = [
+        record(m, "64", str(i), s, kv_bytes=size, memory=kind, measured=measured(0.02))
+        for m, s, size, kind in (("real", 0.2, 90, "physical"), ("pretend", 0.9, 10, "simulated"))
+        for i in range(12)
+    ]
+    table = only(made)
+    assert (row(table, "real", "64")["front_bytes"], row(table, "pretend", "64")["front_bytes"]) == ("*", "")
+    assert (row(table, "real", "64")["front_tpot"], row(table, "pretend", "64")["front_tpot"]) == ("*", "")
+    assert row(table, "pretend", "64")["rank_low"] == 1
+    twice = [*made, *[r.model_copy(update={"memory": "physical", "run_id": "run2"}) for r in made[12:]]]
+    assert "memory" not in only(twice).rows
+    assert len(aggregate(twice)) == 1

@@ -1,0 +1,244 @@
+"""What the stores of runs, benches and boundaries share: crash, resume, two writers, full disk, damaged files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from harness.errors import HarnessError
+from harness.records.atomic_files import write_text
+from harness.records.bench_folder import BENCHES, BenchManifest, BenchSpec, BenchStore
+from harness.records.log_folder import Layout
+from harness.records.memory_folder import SEARCHES, BoundaryStore
+from harness.records.run_folder import RUNS, RunStore
+from tests.leaderboards.tables import test_memory, test_speed
+from tests.records import test_run_folder
+
+ROOT = Path(__file__).parents[2]
+SPEC = BenchSpec(
+    **{"kind": "bench", "model": "m", "model_revision": "r", "dtype": "float32", "device": "cpu", "kernel": "sdpa"},
+    **{"methods": (), "budgets": (), "lengths": (8,), "batch": 1, "new_tokens": 2, "chunk": None, "rounds": 1},
+    **{"warm_up": True, "limit_bytes": None, "threads": 1},  # type: ignore[arg-type]
+)
+BENCH = BenchManifest(
+    bench_id=SPEC.bench_id({}), status="started", command=(), spec=SPEC, started="2026-01-01", model_bytes=1
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the stores. record: by a name that is the key. add: how a record is stored."""
+
+    layout: Layout[Any, Any]
+    start: Callable[[Path, Any], Any]
+    manifest: Any
+    record: Callable[[str], Any]
+    add: Callable[[Any, Any], None]
+
+    def open(self, root: Path, **changes: Any) -> Any:
+        return self.start(root, self.manifest.model_copy(update=changes))
+
+    def three(self, root: Path) -> Path:
+        """The log of a folder with three records."""
+        with self.open(root) as store:
+            for name in ("a", "b", "c"):
+                self.add(store, self.record(name))
+        return Path(store.folder) / self.layout.records_file
+
+    def names(self, folder: Path) -> list[str]:
+        keys = [record.key for record in self.layout.load(folder)[1]]
+        return [next(name for name in key if name in ("a", "b", "c")) for key in keys]
+
+
+KINDS = {
+    "run": Kind(RUNS, RunStore.open, test_run_folder.manifest(), test_run_folder.record, lambda s, r: s.append([r])),
+    "bench": Kind(
+        BENCHES,
+        BenchStore,
+        BENCH,
+        lambda name: test_speed.record(name, bench_id=BENCH.bench_id),
+        lambda store, record: store.append(record),
+    ),
+    "boundary": Kind(
+        SEARCHES,
+        BoundaryStore.open,
+        test_memory.MANIFEST,
+        lambda name: test_memory.record(name, "128", 1024),
+        lambda store, record: store.put(record),
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_was_stored_is_what_is_loaded(kind: Kind, tmp_path: Path) -> None:
+    path = kind.three(tmp_path / "here")
+    manifest, records = kind.layout.load(path.parent)
+    assert manifest.model_dump_json() == kind.manifest.model_dump_json()
+    assert records == [kind.record(name) for name in ("a", "b", "c")]
+    assert kind.layout.find(path.parent) == [path.parent] == kind.layout.find(path.parent.parent)
+    before = files(path.parent)
+    with kind.open(tmp_path / "here") as store:
+        assert files(path.parent) == before | {".lock": str(os.getpid()).encode()}
+        kind.add(store, kind.record("a"))
+    assert kind.names(path.parent) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("keep", [1, 20, -1])
+def test_unfinished_last_line(kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture, keep: int) -> None:
+    path = kind.three(tmp_path)
+    *first, last = path.read_bytes().splitlines(keepends=True)
+    torn = b"".join(first) + last[:keep]
+    path.write_bytes(torn)
+    with caplog.at_level(logging.WARNING, logger="harness"):
+        assert kind.names(path.parent) == ["a", "b"]
+        assert "ignored an unfinished last line" in caplog.messages[0]
+        assert path.read_bytes() == torn  # a reader changes nothing
+        caplog.clear()
+        with kind.open(tmp_path) as store:
+            assert "cut off an unfinished last line" in caplog.messages[0] and len(caplog.messages) == 1
+            assert path.read_bytes() == b"".join(first)
+            kind.add(store, kind.record("c"))
+    assert path.read_bytes() == b"".join([*first, last])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: json.dumps(raw)[:-5], "not JSON"),
+        (lambda raw: "", "not JSON"),
+        (lambda raw: json.dumps({**raw, "schema_version": 99}), "schema_version 99"),
+        (lambda raw: json.dumps({**raw, "surprise": 1}), "surprise"),
+    ],
+)
+@pytest.mark.parametrize("part", ["log", "manifest"])
+def test_damage_is_named_and_nothing_is_changed(
+    kind: Kind, tmp_path: Path, part: str, change: Callable[[dict[str, Any]], str], says: str
+) -> None:
+    path = kind.three(tmp_path)
+    if part == "log":
+        lines, where = path.read_text().splitlines(), f"{path}:2 "
+        lines[1] = change(json.loads(lines[1]))
+        path.write_text("\n".join([*lines, "torn"]))
+    else:
+        where = str(path.parent / kind.layout.manifest_file)
+        Path(where).write_text(change(json.loads(Path(where).read_text())))
+    before = files(path.parent)
+    for action in (lambda: kind.layout.load(path.parent), lambda: kind.open(tmp_path, git_commit="another")):
+        with pytest.raises(HarnessError) as error:
+            action()
+        assert where in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+    assert files(path.parent) == before
+
+
+def test_records_without_manifest_are_refused(kind: Kind, tmp_path: Path) -> None:
+    path = kind.three(tmp_path)
+    (path.parent / kind.layout.manifest_file).unlink()
+    with pytest.raises(HarnessError, match=r"jsonl has records but .*\.json is missing"):
+        kind.open(tmp_path)
+    with pytest.raises(HarnessError, match=f"is this a {kind.layout.kind} folder"):
+        kind.layout.load(path.parent)
+    with pytest.raises(HarnessError, match=f"run `harness {kind.layout.kind}` first"):
+        kind.layout.find(path.parent)
+
+
+def test_a_changed_environment_keeps_every_earlier_manifest(
+    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for commit in ("aaa", "aaa", "bbb", "ccc"):
+        with kind.open(tmp_path, git_commit=commit) as store:
+            pass
+    stem = kind.layout.manifest_file.removesuffix(".json")
+    kept = sorted(store.folder.glob(f"{stem}.*.json"))
+    assert [json.loads(path.read_text())["git_commit"] for path in kept] == ["aaa", "bbb"]
+    kept[0].unlink()
+    kind.open(tmp_path, git_commit="ddd").close()
+    commits = {json.loads(path.read_text())["git_commit"] for path in store.folder.glob(f"{stem}.*.json")}
+    assert commits == {"bbb", "ccc"} and kind.layout.load(store.folder)[0].git_commit == "ddd"
+    assert sum("another commit" in message and "git_commit" in message for message in caplog.messages) == 3
+
+
+def test_a_second_writer_is_refused_until_the_first_ends(kind: Kind, tmp_path: Path) -> None:
+    folder = kind.three(tmp_path).parent
+    code = "import sys; from pathlib import Path; from harness.records.atomic_files import lock_folder\n"
+    code += "lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(HarnessError, match=f"^{folder} is being written by process {other.pid}; wait"):
+            kind.open(tmp_path)
+        other.kill()
+        other.wait()
+    with kind.open(tmp_path) as store, pytest.raises(HarnessError, match=f"process {os.getpid()}"):
+        kind.open(tmp_path)
+    store.close()
+    with FileLock(folder / ".lock"), pytest.raises(HarnessError, match="by another process"):  # which tells no number
+        kind.open(tmp_path)
+    kind.open(tmp_path).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_write_that_fails_half_way_leaves_the_log_as_it_was(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path, real, calls = kind.three(tmp_path), os.write, list[int]()
+
+    def half_then_fail(descriptor: int, data: bytes) -> int:
+        calls.append(len(data))
+        if len(calls) > 1:
+            raise OSError(number, os.strerror(number))
+        return real(descriptor, data[: len(data) // 2])
+
+    before = path.read_bytes()
+    with kind.open(tmp_path) as store:
+        monkeypatch.setattr(os, "write", half_then_fail)
+        with pytest.raises(HarnessError, match="repeat the command") as error:
+            kind.add(store, kind.record("a"))
+        monkeypatch.undo()
+        assert path.read_bytes() == before
+        kind.add(store, kind.record("b"))
+    assert kind.names(path.parent) == ["a", "b", "c"]
+    assert ("disk full" in str(error.value)) == (number == errno.ENOSPC) and "\n" not in str(error.value)
+
+
+def test_replacing_a_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    real = os.write
+
+    def fail(descriptor: int, data: bytes) -> int:
+        real(descriptor, data[:1])
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(HarnessError, match="disk full"):
+        write_text(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_import_is_cheap() -> None:
+    code = (
+        "import sys, harness.records.run_folder, harness.records.bench_folder, harness.records.memory_folder\n"
+        "print({'torch', 'pandas', 'numpy', 'transformers', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

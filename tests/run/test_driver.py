@@ -1,0 +1,301 @@
+"""`harness run --ray` on the tiny model: equal to the run without Ray, through kills, refusals and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+
+from harness.errors import HarnessError
+from harness.machine import versions
+from harness.records.atomic_files import lock_folder, unlock_folder
+from harness.records.run_folder import RunStore, load_run
+from harness.records.spec import ModelSpec, Sweep
+from harness.run import driver
+from harness.run.driver import FanOut, MakeRunner, WorkerLogs
+from harness.run.progress import PROGRESS_FILE, Progress, Snapshot
+from harness.run.ray_pool import WorkerShape
+from harness.run.schedule import Item
+from harness.run.sequential import prepare
+from methods.base import KV, PromptView
+from methods.fullkv import FullKV
+from methods.registry import METHODS, Method
+from tests.cli import test_run
+from tests.cli.test_run import CELLS, FAST, RUN, call, key, manifest, only, tree
+from tests.records import test_run_folder
+
+OWN = frozenset({"prefill_s", "compress_s", "decode_s", "accelerator"})
+"""Fields of a record that say how it was made, not what came out."""
+
+
+@dataclass(frozen=True)
+class Poison(FullKV):
+    """Keeps every token, and kills its process at a prompt of `tokens` tokens."""
+
+    tokens: int = 0
+
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        if view.tokens == self.tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [layer.kv for layer in view.layers]
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """In the place of MakeRunner: a worker on a node that has other things."""
+
+    model: ModelSpec
+    versions: Mapping[str, str]
+
+    def __call__(self) -> tuple[Any, Mapping[str, Any]]:
+        here = {"accelerators": [], "processor": "p"}
+        return (lambda groups, careful: []), {"model": self.model, "versions": self.versions, "machine": here}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _by_value() -> Iterator[None]:
+    """Workers need not find the tests."""
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)
+    yield
+    cloudpickle.unregister_pickle_by_value(here)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster with two CPU slots."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})
+    yield str(found.address)
+    found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the finished run without Ray. Only read."""
+    root = tmp_path_factory.mktemp("sequential")
+    assert call(*RUN, "--out", root) == 0
+    return root
+
+
+@pytest.fixture
+def results(sequential: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(sequential, tmp_path / "results")
+    return tmp_path / "results"
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    """Every stored line without what is its own, by key."""
+    lines = map(json.loads, (only(root) / "records.jsonl").read_text().splitlines())
+    return sorted(({k: v for k, v in line.items() if k not in OWN} for line in lines), key=key)
+
+
+def board(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in only(root).glob("board.*")}
+
+
+def complained(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused command leaves."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("harness: ")]
+    return line
+
+
+def test_a_run_on_ray_equals_the_run_without(sequential: Path, tmp_path: Path) -> None:
+    assert call(*RUN, "--ray", "local", "--workers", "1", "--out", tmp_path) == 0
+    assert only(tmp_path).name == only(sequential).name
+    assert rows(tmp_path) == rows(sequential) and len(rows(tmp_path)) == 3 * CELLS
+    assert board(tmp_path) == board(sequential) and len(board(tmp_path)) >= 3
+    ours, theirs = manifest(tmp_path), manifest(sequential)
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"command", "started", "finished"}
+    told = Snapshot.model_validate_json((only(tmp_path) / PROGRESS_FILE).read_text())
+    assert (told.cells, told.total, told.samples_left) == ({"ok": 3 * CELLS}, 3 * CELLS, 0) and told.tokens > 1000
+    assert "'torch': " in (only(tmp_path) / "logs" / "worker-0.log").read_text()
+
+
+def test_ray_finishes_what_was_begun_without(cluster: str, sequential: Path, results: Path) -> None:
+    path = only(results) / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: CELLS + 2]) + lines[CELLS + 2][:40])
+    assert call(*RUN, "--ray", cluster, "--workers", "1", "--out", results) == 0
+    assert path.read_bytes().splitlines(keepends=True)[: CELLS + 2] == lines[: CELLS + 2]
+    assert sorted(test_run.records(results), key=key) == sorted(test_run.records(sequential), key=key)
+    assert manifest(results)["status"] == "finished"
+
+
+def test_a_sample_that_kills_its_workers_costs_its_own_cells_alone(
+    cluster: str,
+    sequential: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(METHODS, "poison", Method("poison", Poison, "", {}))
+    lengths = {row["sample_id"]: row["prompt_tokens"] for row in rows(sequential)}
+    deadly, tokens = next((name, own) for name, own in lengths.items() if list(lengths.values()).count(own) == 1)
+    command = ("run", *FAST, "--methods", "fullkv,poison", "--set", f"poison.tokens={tokens}", "--out", tmp_path)
+    assert call(*command, "--ray", cluster, "--workers", "1", "--tries", "2") == 1
+    assert f"2 of {2 * len(lengths)} cells failed" in complained(capsys)
+    stored = rows(tmp_path)
+    assert {row["sample_id"]: row["status"] for row in stored} == dict.fromkeys(lengths, "ok") | {deadly: "failed"}
+    assert len(stored) == 2 * len(lengths)
+    (why,) = {row["error"] for row in stored if row["status"] == "failed"}
+    assert why.startswith("given up after 2 tries: ActorDiedError: The actor is dead because its worker process")
+    assert manifest(tmp_path)["status"] == "finished"
+    assert sum("lost: " in path.read_text() for path in only(tmp_path).glob("logs/worker-*.log")) == 2
+
+
+def test_a_worker_with_another_model_ends_the_run(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def elsewhere(sweep: Sweep, spec: Any, *_: object) -> Elsewhere:
+        return Elsewhere(spec.model.model_copy(update={"revision": "another"}), versions())
+
+    monkeypatch.setattr(driver, "MakeRunner", elsewhere)
+    assert call(*RUN, "--ray", cluster, "--workers", "1", "--out", tmp_path) == 2
+    line = complained(capsys)
+    assert line.startswith("harness: model tiny on ") and "is another, on the driver " in line
+    assert manifest(tmp_path)["status"] == "failed" and rows(tmp_path) == []
+
+
+def test_a_second_driver_is_refused(cluster: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = only(results)
+    held = lock_folder(folder)
+    before = tree(results)
+    assert call(*RUN, "--ray", cluster, "--out", results) == 2
+    assert complained(capsys).startswith(f"harness: {folder} is being written by process {os.getpid()}; wait")
+    assert tree(results) == before
+    unlock_folder(held)
+
+
+REFUSED: list[tuple[Sequence[str], str]] = [
+    (("--ray", "@", "--workers", "99"), "99 workers of 1 CPU do not fit into the cluster, which has 2 CPU"),
+    (("--ray", "@", "--gpus-per-worker", "1"), "1 workers of 1 CPU, 1 GPU do not fit into the cluster, which has"),
+    (("--ray", "127.0.0.1:1"), "no Ray cluster at '127.0.0.1:1'"),
+    (("--ray", "moon"), "--ray 'moon' is no address"),
+    (("--ray", "local", "--measure"), "--measure times one cell alone on a machine, --ray fills it"),
+    (("--ray", "local", "--device", "cuda:1"), "--device 'cuda:1' is of this machine; give auto, cpu, cuda"),
+    (("--ray", "local", "--threads", "2"), "--threads 2 is of this process; give --cpus-per-worker"),
+    (("--ray", "local", "--workers", "0"), "--workers 0 is out of range"),
+    (("--ray", "local", "--tries", "0"), "--tries 0 is out of range"),
+    (("--ray", "local", "--item-timeout", "nan"), "--item-timeout nan is out of range"),
+    (("--ray", "local", "--gpus-per-worker", "-1"), "--gpus-per-worker -1 is out of range"),
+    (("--ray", "local", "--gpus-per-worker", "1.5"), "--gpus-per-worker 1.5 is out of range"),
+    *(
+        ((name, *value), f"{name} is for runs on a Ray cluster; add --ray")
+        for name, *value in (("--workers", "2"), ("--tries", "2"), ("--autoscale",), ("--gpus-per-worker", "0"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), REFUSED)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: Sequence[str], says: str
+) -> None:
+    assert call(*RUN, *(cluster if own == "@" else own for own in options), "--out", tmp_path) == 2
+    assert says in complained(capsys) and not list(tmp_path.iterdir())
+
+
+def test_without_ray_its_option_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("harness.run.driver", "harness.run.ray_pool"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert call(*RUN, "--ray", "--out", tmp_path) == 2
+    assert "--ray needs Ray; install it with" in complained(capsys)
+
+
+SWEEP = Sweep(
+    **{"model": "tiny", "methods": ("fullkv", "snapkv"), "tasks": ("stdlib/next_line",), "budgets": ("32",)},
+    **{"lengths": (512,), "limit": 1, "max_new_tokens": 4, "nll_tokens": 4, "dtype": "float32"},  # type: ignore[arg-type]
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "fan", "resources", "expected"),
+    [
+        ("auto", {}, {"CPU": 8, "GPU": 2}, (WorkerShape(1, 1), 2)),
+        ("cpu", {}, {"CPU": 8, "GPU": 2}, (WorkerShape(1, 0), 8)),
+        ("auto", {}, {"CPU": 3}, (WorkerShape(1, 0), 3)),
+        ("cuda", {"gpus": 4}, {"CPU": 9, "GPU": 9}, (WorkerShape(1, 4), 2)),
+        ("auto", {"cpus": 3, "workers": 2}, {"CPU": 8}, (WorkerShape(3, 0), 2)),
+        ("auto", {"workers": 5, "autoscale": True}, {"CPU": 1}, (WorkerShape(1, 0), 5)),
+        ("cuda", {}, {"CPU": 8}, None),
+        ("auto", {"autoscale": True}, {}, None),
+    ],
+)
+def test_what_a_worker_takes_and_how_many_fit(device: str, fan: Any, resources: Any, expected: Any) -> None:
+    sweep = SWEEP.model_copy(update={"device": device})
+    if expected is None:
+        with pytest.raises(HarnessError, match="do not fit into the cluster.*lower --workers"):
+            driver._shape(sweep, FanOut(**fan), resources)
+    else:
+        assert driver._shape(sweep, FanOut(**fan), resources) == expected
+
+
+def test_other_packages_and_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ModelSpec(name="m", revision="r" * 40, dtype="float32", device="cpu")
+    accept = driver._accept(model, WorkerLogs(tmp_path))
+    machine = {"accelerators": ["a GPU"], "processor": "p"}
+    about = {"host": "h", "node": "n", "time": time.time(), "versions": versions(), "machine": machine, "model": model}
+    accept(0, about)
+    assert "on h, node n: ['a GPU'], {'python'" in (tmp_path / "worker-0.log").read_text()
+    for other in ({"torch": "1.0"}, {"tokenizers": None}, {"flash-attn": "2"}):
+        with pytest.raises(HarnessError, match=f"^worker on h has {next(iter(other))} .*install the same versions"):
+            accept(1, about | {"versions": versions() | other})
+    accept(2, about | {"versions": versions() | {"wonderwords": "0"}})  # data are the driver's
+    with pytest.raises(HarnessError, match="^model m on h is ssssssssssss, on the driver rrrrrrrrrrrr; give every"):
+        accept(3, about | {"model": model.model_copy(update={"revision": "s" * 40})})
+    assert capsys.readouterr().err == ""
+    accept(4, about | {"time": time.time() - 3600})
+    assert "note: the clock of h is off by -3600 s" in capsys.readouterr().err
+
+
+def test_care_decodes_one_row_at_a_time() -> None:
+    prepared = prepare(SWEEP, lambda sweep: driver._described(sweep, "cpu"), command=())
+    spec, work = prepared.manifest.spec, prepared.missing(frozenset())
+    handle, about = MakeRunner(SWEEP, spec, prepared.policies, prepared.samples[0].ids, WorkerShape())()
+    assert about["model"] == spec.model
+    (plain,), (careful,) = handle(work, False), handle(work, True)
+    assert [record.decode_rows for record in plain] == [2, 2] and [record.decode_rows for record in careful] == [1, 1]
+    assert [record.token_ids for record in plain] == [record.token_ids for record in careful]
+
+
+class Script:
+    """A schedule that says what it is told to, one record at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.monkeypatch, self.folder = monkeypatch, folder
+
+    def run(self) -> Iterator[list[tuple[Item[Any], Any]]]:
+        self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
+        yield [(Item(0, None), [test_run_folder.record("0")])]
+        assert load_run(self.folder)[1] == []
+        self.monkeypatch.setattr(driver, "STORE_S", 0.0)
+        yield []  # nothing came, but what came before has waited long enough
+        assert len(load_run(self.folder)[1]) == 1
+        self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
+        yield [(Item(1, None), [test_run_folder.record("1")])]
+        raise HarnessError("no worker is left")
+
+
+def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunStore.open(tmp_path, test_run_folder.manifest()) as store:
+        progress = Progress(store.folder, samples=2, total=2, done=0, workers=lambda: 1)
+        with pytest.raises(HarnessError, match="no worker is left"):
+            driver.store_all(store, Script(monkeypatch, store.folder), progress)  # type: ignore[arg-type]
+        assert [record.sample_id for record in load_run(store.folder)[1]] == ["0", "1"]
+        (store.folder / "logs").touch()
+        with pytest.raises(HarnessError, match="^cannot write .*worker-0.log"):
+            WorkerLogs(store.folder / "logs").tell(0, "no folder")

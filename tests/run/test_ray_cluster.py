@@ -1,0 +1,286 @@
+"""`ray_cluster.yaml`: what Ray makes of it and of its on-premise half, and that its recipes can be typed as they stand.
+
+No cloud is asked: Ray's schema, defaults and parsers need none.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("ray")
+
+import click
+from jsonschema import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import cli as ray_command
+
+from harness.cli.parser import command_line
+from harness.cli.ray import fan_out
+from harness.plan.options import sweep_of
+from harness.plan.sweep import plan_methods
+from harness.records.run_folder import find_runs, load_run
+from harness.run.driver import FanOut
+from tasks import load_tasks
+from tasks.base import find_tasks
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "ray_cluster.yaml"
+TEXT = FILE.read_text(encoding="utf-8")
+COMMANDS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+Config = dict[str, Any]
+
+
+def recipes() -> list[list[str]]:
+    """The commands in the comments, in words, without what they are redirected to."""
+    lines = re.findall(r"^# {5}(\S.*|  .*)$", TEXT, re.MULTILINE)
+    text = "\n".join(lines).replace("\\\n", " ")
+    return [shlex.split(line.partition(" > ")[0]) for line in text.splitlines()]
+
+
+def recipe(*start: str) -> list[str]:
+    (found,) = [words for words in recipes() if tuple(words[: len(start)]) == start]
+    return found
+
+
+@pytest.fixture(scope="module")
+def aws() -> Config:
+    """As it stands."""
+    found: Config = yaml.safe_load(TEXT)
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_premise() -> Config:
+    """As its own recipe makes it."""
+    done = subprocess.run(recipe("sed"), cwd=ROOT, check=True, capture_output=True, text=True)
+    found: Config = yaml.safe_load(done.stdout)
+    return found
+
+
+@pytest.fixture(params=["aws", "on_premise"])
+def either(request: pytest.FixtureRequest) -> Config:
+    found: Config = request.getfixturevalue(request.param)
+    return copy.deepcopy(found)
+
+
+def resolved(config: Config) -> Config:
+    """What the launcher makes of it before it talks to a provider. Raises what Ray raises."""
+    found: Config = prepare_config(copy.deepcopy(config))
+    validate_config(found)
+    return found
+
+
+def shell_lines(config: Config) -> Iterator[str]:
+    for name in COMMANDS:
+        yield from config.get(name, [])
+
+
+def test_ray_takes_both(either: Config) -> None:
+    found = resolved(either)
+    for name in COMMANDS:
+        if name in either:  # the launcher puts the common set-up before that of head and workers
+            assert found[name][-len(either[name]) :] == either[name]
+    assert found["head_setup_commands"][: len(either["setup_commands"])] == either["setup_commands"]
+    assert found["max_workers"] >= 1 and found["idle_timeout_minutes"] > 0 and found["upscaling_speed"] > 0
+
+
+def _misspelt(config: Config) -> None:
+    config["idle_timeout_minute"] = 5
+
+
+def _fraction(config: Config) -> None:
+    config["available_node_types"]["gpu_worker"]["resources"]["GPU"] = 0.5
+
+
+def _no_resources(config: Config) -> None:
+    del config["available_node_types"]["head"]["resources"]
+
+
+def _one_line(config: Config) -> None:
+    config["initialization_commands"] = "apt-get update"
+
+
+def _too_many(config: Config) -> None:
+    config["available_node_types"]["gpu_worker"]["min_workers"] = config["max_workers"] + 1
+
+
+def _no_head(config: Config) -> None:
+    config["head_node_type"] = "none"
+
+
+@pytest.mark.parametrize("spoil", [_misspelt, _fraction, _no_resources, _one_line, _too_many, _no_head])
+def test_ray_would_refuse_a_slip(aws: Config, spoil: Callable[[Config], None]) -> None:
+    config = copy.deepcopy(aws)
+    spoil(config)
+    with pytest.raises((ValidationError, ValueError)):
+        resolved(config)
+
+
+def test_both_halves_share_what_they_do(aws: Config, on_premise: Config) -> None:
+    shared = ("cluster_name", "file_mounts", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    assert {name: aws[name] for name in shared} == {name: on_premise[name] for name in shared}
+    assert (aws["provider"]["type"], on_premise["provider"]["type"]) == ("aws", "local")
+
+
+def test_on_premise_keeps_the_machines_it_names(on_premise: Config) -> None:
+    assert on_premise["provider"]["head_ip"]
+    found = resolved(on_premise)
+    (node,) = found["available_node_types"].values()
+    assert node["min_workers"] == node["max_workers"] == len(on_premise["provider"]["worker_ips"]) >= 1
+
+
+def test_head_without_gpu_and_workers_from_none_to_many(aws: Config) -> None:
+    found = resolved(aws)
+    types = dict(found["available_node_types"])
+    head = types.pop(found["head_node_type"])
+    assert head["max_workers"] == 0
+    assert head["resources"].get("GPU") == 0 and head["resources"].get("CPU") == 0
+    assert not re.match(r"(g|p)\d", head["node_config"]["InstanceType"])
+    for worker in types.values():
+        assert worker["min_workers"] == 0 < worker["max_workers"] <= found["max_workers"]
+        assert worker["resources"]["GPU"] >= 1 and re.match(r"(g|p)\d", worker["node_config"]["InstanceType"])
+        assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert worker["node_config"]["ImageId"] == head["node_config"]["ImageId"]
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert found["provider"]["cache_stopped_nodes"] is False  # a spot instance cannot be stopped
+
+
+def test_the_autoscaler_reads_the_same_limits(aws: Config) -> None:
+    config = pytest.importorskip("ray.autoscaler.v2.instance_manager.config")
+    read = config.AutoscalingConfig(copy.deepcopy(aws), skip_content_hash=True)
+    types = read.get_node_type_configs()
+    assert {name: (one.min_worker_nodes, one.max_worker_nodes) for name, one in types.items()} == {
+        "head": (0, 1),
+        "gpu_worker": (0, aws["max_workers"]),
+    }
+    assert read.get_head_node_type() == "head" and read.get_idle_timeout_s() == 60 * aws["idle_timeout_minutes"]
+
+
+def test_set_up_installs_this_project(either: Config) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = set(project["project"]["optional-dependencies"])
+    asked = [set(found.split(",")) for found in re.findall(r"-e '\.\[([^\]]*)\]'", " ".join(either["setup_commands"]))]
+    assert asked and all(names <= extras for names in asked)
+    assert set[str]().union(*asked) >= {"ray", "cuda"}
+    ((remote, local),) = either["file_mounts"].items()
+    installs = [line for line in either["setup_commands"] if " -c " in line]
+    assert local == "." and all(line.startswith(f"cd {remote} && ") for line in installs)
+    assert all((ROOT / file).is_file() for line in installs for file in re.findall(r"-c (\S+)", line))
+    assert all((ROOT / file).is_file() for file in either["rsync_filter"])
+
+
+def test_the_shell_takes_every_command(either: Config) -> None:
+    for line in shell_lines(either):
+        subprocess.run(["bash", "-n", "-c", line], check=True, capture_output=True)
+
+
+def test_what_the_set_up_runs_of_the_harness(either: Config) -> None:
+    found = [shlex.split(line)[1:] for line in shell_lines(either) if line.startswith("harness ")]
+    assert found
+    for words in found:
+        command_line().parse_args(words)
+
+
+def test_ray_starts_with_room_for_files_and_models_in_the_node_s_cache(either: Config) -> None:
+    found = resolved(either)
+    assert any("HF_HOME=" in line for line in found["setup_commands"])
+    for role in ("head", "worker"):
+        stop, start = found[f"{role}_start_ray_commands"]
+        assert stop == "ray stop"
+        limit, _, words = start.partition("; ")
+        assert limit == "ulimit -n 65536"
+        given = parsed_by_ray(shlex.split(words))
+        if role == "head":
+            assert given["head"] and given["autoscaling_config"] and given["num_gpus"] == given["num_cpus"] == 0
+            assert given["dashboard_host"] == "127.0.0.1"
+        else:
+            assert given["address"] == f"$RAY_HEAD_IP:{parsed_port(found)}"
+
+
+def parsed_port(config: Config) -> int:
+    start = config["head_start_ray_commands"][-1].partition("; ")[2]
+    port: int = parsed_by_ray(shlex.split(start))["port"]
+    return port
+
+
+def parsed_by_ray(words: list[str]) -> dict[str, Any]:
+    """Options of a `ray ...` command as Ray understands them. Fails on one that it doesn't know."""
+    command: click.Command = ray_command
+    assert words[0] == "ray"
+    rest = words[1:]
+    while isinstance(command, click.Group):
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command.make_context(command.name, rest).params
+
+
+def test_every_recipe_is_one_that_ray_knows() -> None:
+    verbs = [words[1] for words in recipes() if words[0] == "ray"]
+    assert {"up", "job", "dashboard", "attach", "rsync-down", "down"} <= set(verbs)
+    for words in recipes():
+        if words[0] == "ray" and words[1] in ray_command.commands:  # `ray job` only with ray[default]
+            given = parsed_by_ray(words)
+            file = given.get("cluster_config_file")
+            assert file in (None, FILE.name, "on_premise.yaml")
+
+
+def test_the_job_s_run_fits_the_cluster(aws: Config) -> None:
+    submit = recipe("ray", "job", "submit")
+    shell, flag, line = submit[submit.index("--") + 1 :]
+    assert (shell, flag) == ("bash", "-c")
+    words = shlex.split(line)
+    args = command_line().parse_args(words[1:])
+    fan = fan_out(args)
+    assert fan == FanOut(workers=8, cpus=4, gpus=1, autoscale=True, start_s=3600)
+    node = aws["available_node_types"]["gpu_worker"]["resources"]
+    each = min(node["GPU"] // fan.gpus, node["CPU"] // fan.cpus)
+    assert fan.workers <= each * aws["max_workers"]
+    sweep = sweep_of(args, {})
+    load_tasks()
+    assert plan_methods(sweep) and find_tasks(sweep.tasks)
+    assert f"{args.out}/" in recipe("ray", "rsync-down")
+
+
+def test_nothing_in_it_is_of_one_machine() -> None:
+    urls = re.findall(r"\w+://[^\s'\"]+", TEXT)
+    assert urls and all(url.startswith("http://127.0.0.1:") for url in urls)
+    assert not re.search(r"/(home|root|work|tmp|Users|mnt|opt)/", TEXT)
+    assert not re.search(r"--(extra-)?index-url|--find-links|--trusted-host| -i ", TEXT)
+    assert set(re.findall(r"\b\d+\.\d+\.\d+\.\d+\b", TEXT)) == {"127.0.0.1"}
+    assert not re.search(r"\bami-[0-9a-f]{8,}|AKIA", TEXT)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(sys.platform != "linux", reason="sessions of processes are looked up in /proc")
+def test_nodes_come_for_a_run_and_go_after_it(tmp_path: Path) -> None:
+    script = ROOT / "tests" / "ray_autoscale.py"
+    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=os.environ | own, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[float(word) for word in line.split()] for line in done.stdout.splitlines() if line[:1] == " "]
+    nodes, waiting = ([row[column] for row in rows] for column in (1, 4))
+    assert nodes[0] == 0 and max(nodes) == 2 and nodes[-1] == 0
+    assert any(wait and not there for there, wait in zip(nodes, waiting, strict=True))  # asked for before there is any
+    (folder,) = find_runs(tmp_path / "results")
+    manifest, records = load_run(folder)
+    assert [record.status for record in records] == ["ok"] * (manifest.samples * manifest.cells)

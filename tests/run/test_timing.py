@@ -1,0 +1,237 @@
+"""`run --measure` on the tiny model with a pretend prober: what is asked of it and what comes of its answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from harness.cli import main
+from harness.errors import HarnessError
+from harness.records.measured import Measured, ProbeResult, ProbeSpec, Spread
+from harness.records.record import Record, RunManifest
+from harness.records.run_folder import load_run
+from harness.records.spec import ModelSpec, Sweep
+from harness.run.timing import check_measure, measured_on
+
+METHODS = "fullkv,snapkv@kvcf,streamingllm"
+TASK = ("--tasks", "stdlib/next_line", "--lengths", "512", "--limit", "2", "--max-new-tokens", "6")
+FAST = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--nll-tokens", "8", "--budgets", "32", *TASK)
+RUN = ("run", *FAST, "--methods", METHODS, "--set", "streamingllm.sinks=2")
+CELLS = {("fullkv", "full"), ("snapkv@kvcf", "32"), ("streamingllm[sinks=2]", "32")}
+
+
+def answer(spec: ProbeSpec) -> Measured:
+    """A measurement whose TPOT tells how long the prompt was."""
+    one = Spread(median=0.25, low=0.125, high=0.5)
+    return Measured(
+        tokens=spec.tokens,
+        batch=spec.batch,
+        new_tokens=spec.new_tokens,
+        rounds=spec.rounds,
+        prefill_s=one,
+        observe_s=one,
+        compress_s=one,
+        ttft_s=one,
+        tpot_s=Spread(median=len(spec.ids) / 1e5, low=0.001, high=0.5),
+        tokens_per_s=99.5,
+        kv_bytes=(10, 20),
+        model_bytes=1000,
+        peak_bytes=2**21,
+        predicted_bytes=2**21,
+        memory="resident set",
+    )
+
+
+class FakeProber:
+    """Answers every question, but those for the methods in `trouble`."""
+
+    trouble: ClassVar[dict[str, ProbeResult | BaseException]] = {}
+    opened: ClassVar[list[dict[str, Any]]] = []
+    asked: ClassVar[list[ProbeSpec]] = []
+    entered: ClassVar[list[bool]] = []
+    left: ClassVar[list[bool]] = []
+
+    def __init__(self, *, model: str, dtype: str, device: str, threads: int | None) -> None:
+        self.opened.append({"model": model, "dtype": dtype, "device": device, "threads": threads})
+
+    def __enter__(self) -> FakeProber:
+        self.entered.append(True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.left.append(True)
+
+    def ask(self, spec: ProbeSpec, limit_bytes: int | None = None, *, timeout_s: float) -> ProbeResult:
+        assert limit_bytes is None
+        assert timeout_s > 0
+        self.asked.append(spec)
+        end = self.trouble.get(spec.method, ProbeResult(status="ok", measured=answer(spec)))
+        if isinstance(end, BaseException):
+            raise end
+        return end
+
+
+@pytest.fixture(autouse=True)
+def _prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "harness.speed.client", SimpleNamespace(Prober=FakeProber))
+    yield
+    for kept in (FakeProber.trouble, FakeProber.opened, FakeProber.asked, FakeProber.entered, FakeProber.left):
+        kept.clear()  # type: ignore[attr-defined]
+
+
+def call(*arguments: str | Path) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def runs(root: Path) -> list[tuple[RunManifest, list[Record]]]:
+    return [load_run(path) for path in sorted(root.iterdir()) if path.is_dir()]
+
+
+def scores(records: list[Record]) -> dict[tuple[str, ...], tuple[Any, ...]]:
+    """What measuring must not change."""
+    return {r.key: (r.status, r.token_ids, r.metrics, round(r.nll or 0, 4), r.kv_bytes) for r in records}
+
+
+def test_every_cell_is_measured_on_its_own_prompt(tmp_path: Path) -> None:
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    ((manifest, records),) = runs(tmp_path)
+    assert len(records) == len(FakeProber.asked) == 6
+    (opened,) = FakeProber.opened
+    assert (opened["model"], opened["dtype"], opened["device"]) == ("tiny", "float32", "cpu")
+    assert opened["threads"] == manifest.machine["torch_threads"]
+    for record, spec in zip(records, FakeProber.asked, strict=True):
+        assert record.measured == answer(spec)
+        assert spec.tokens == len(spec.ids) == record.prompt_tokens
+        assert (spec.batch, spec.rounds, spec.warm_up, spec.chunk) == (1, 1, True, None)
+        assert spec.new_tokens == max(2, len(record.token_ids)) <= 6
+    assert {(r.method, r.budget) for r in records} == CELLS
+    asked = {(s.method, s.budget, *s.set.items()) for s in FakeProber.asked}
+    assert asked == {("fullkv", None), ("snapkv@kvcf", "32"), ("streamingllm", "32", ("sinks", 2))}
+    assert len({s.ids for s in FakeProber.asked}) == 2
+    board = next(path for path in tmp_path.rglob("*.md")).read_text()
+    for column in ("TTFT s", "TPOT ms", "tokens/s", "peak MiB", "front bytes", "front TPOT", "measured on: cpu, "):
+        assert column in board
+    assert FakeProber.left == [True]
+
+
+def test_measuring_changes_no_score_and_is_a_run_of_its_own(tmp_path: Path) -> None:
+    assert call(*RUN, "--out", tmp_path / "plain") == 0
+    assert FakeProber.opened == []
+    assert call(*RUN, "--measure", "--out", tmp_path / "timed") == 0
+    ((plain, without),) = runs(tmp_path / "plain")
+    ((timed, with_it),) = runs(tmp_path / "timed")
+    assert scores(without) == scores(with_it)
+    assert all(r.measured is None for r in without)
+    assert plain.spec.measured_on is None
+    assert timed.spec.measured_on == measured_on(timed.machine, timed.spec.model)
+    assert plain.run_id != timed.run_id
+    assert plain.spec == timed.spec.model_copy(update={"measured_on": None})
+
+
+def test_a_run_cut_short_resumes_without_measuring_twice(tmp_path: Path) -> None:
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "records.jsonl").write_bytes(b"".join(lines[:4]))
+    FakeProber.asked.clear()
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    assert len(FakeProber.asked) == 2
+    assert len(FakeProber.entered) == 2
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    assert len(FakeProber.entered) == 2  # nothing to do: no probe server was started
+    ((_, records),) = runs(tmp_path)
+    assert len(records) == 6
+    assert all(r.measured is not None for r in records)
+
+
+def test_an_interrupted_probe_leaves_whole_samples(tmp_path: Path) -> None:
+    FakeProber.trouble["snapkv@kvcf"] = KeyboardInterrupt()
+    assert call(*RUN, "--measure", "--out", tmp_path) == 130
+    ((manifest, records),) = runs(tmp_path)
+    assert manifest.status == "interrupted"
+    assert records == []
+    assert FakeProber.left == [True]
+    FakeProber.trouble.clear()
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    ((manifest, records),) = runs(tmp_path)
+    assert (manifest.status, len(records)) == ("finished", 6)
+
+
+def test_a_probe_that_ends_badly_costs_no_score(tmp_path: Path) -> None:
+    ends = {"fullkv": "oom", "snapkv@kvcf": "timeout", "streamingllm": "failed"}
+    for method, status in ends.items():
+        FakeProber.trouble[method] = ProbeResult(status=status, error="needs | more\nthan *1 GiB*")  # type: ignore[arg-type]
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    ((_, records),) = runs(tmp_path)
+    assert len(records) == 6
+    for record in records:
+        status = ends[record.method.partition("[")[0]]
+        assert record.status == "ok"
+        assert "score" in record.metrics
+        assert record.measured is None
+        assert record.notes[-1] == f"measure: {status} (needs | more than *1 GiB*)"
+    board = next(path for path in tmp_path.rglob("*.md")).read_text()
+    assert "- snapkv@kvcf at 32: measure: timeout (needs \\| more than \\*1 GiB\\*) (2 records)" in board
+    assert "TPOT" not in board
+    FakeProber.asked.clear()
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    assert FakeProber.asked == []  # a score is done, whatever its probe did
+
+
+def test_a_prober_that_goes_down_costs_one_measurement_and_no_score(tmp_path: Path) -> None:
+    FakeProber.trouble["snapkv@kvcf"] = HarnessError("the probe server of tiny ended (-9); try again")
+    assert call(*RUN, "--measure", "--out", tmp_path) == 0
+    ((manifest, records),) = runs(tmp_path)
+    assert (manifest.status, len(records)) == ("finished", 6)
+    lost = {r.method: r.notes[-1] for r in records if r.measured is None}
+    assert lost == {"snapkv@kvcf": "measure: failed (the probe server of tiny ended (-9); try again)"}
+    assert len(FakeProber.entered) == len(FakeProber.left) == 3
+
+
+def test_a_cell_without_a_score_is_not_measured(tmp_path: Path) -> None:
+    assert call(*RUN, "--budgets", "32,400", "--lengths", "256,512", "--measure", "--out", tmp_path) in (0, 1)
+    ((_, records),) = runs(tmp_path)
+    skipped = [r for r in records if r.status == "skipped"]
+    assert skipped
+    assert all(r.measured is None and not any("measure" in note for note in r.notes) for r in skipped)
+    assert len(FakeProber.asked) == len(records) - len(skipped)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--query", "agnostic"), "--measure with --query agnostic"),
+        (("--trust-remote-code",), "load plain models only"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], says: str
+) -> None:
+    assert call(*RUN, *option, "--measure", "--out", tmp_path) == 2
+    told = capsys.readouterr()
+    assert says in told.err
+    assert told.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    sweep = Sweep(methods=("fullkv",), tasks=("niah",), query="agnostic", trust_remote_code=True)
+    check_measure(sweep)
+    with pytest.raises(HarnessError, match="leave one"):
+        check_measure(sweep.model_copy(update={"measure": True}))
+
+
+def test_the_machine_in_words_names_what_speed_depends_on() -> None:
+    here = {"processor": "Xeon", "cores": 8, "accelerators": ["H100", "H100"], "torch_threads": 4}
+    model = ModelSpec(name="tiny", revision="r0", dtype="float32", device="cpu")
+    assert measured_on(here, model) == "cpu, Xeon, 4 threads"
+    cuda = model.model_copy(update={"device": "cuda:0"})
+    assert measured_on(here, cuda) == "cuda:0, H100, H100, Xeon, 4 threads"
+    assert measured_on({**here, "torch_threads": 1}, model) != measured_on(here, model)
+    with pytest.raises(HarnessError, match="'mps' cannot be measured; give --device cpu or cuda"):
+        measured_on(here, model.model_copy(update={"device": "mps"}))

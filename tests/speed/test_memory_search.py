@@ -1,0 +1,265 @@
+"""The search for a boundary against probers with known bytes, and its folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.errors import HarnessError
+from harness.records.measured import Measured, ProbeResult, ProbeSpec, Spread, Status
+from harness.records.memory_folder import RECORDS_FILE, BoundaryManifest, BoundaryRecord, BoundaryStore, load_boundaries
+from harness.records.spec import ModelSpec
+from harness.speed.memory_search import Boundaries, Search, first_guess, largest
+
+LIMIT = 1000
+GRID = {"least": 256, "most": 8192, "step": 256}
+
+
+def measured(spec: ProbeSpec, *, peak: int) -> Measured:
+    """What a probe brings back; all seconds are 1, 7 bytes were predicted."""
+    seconds = {
+        f"{name}_s": Spread(median=1, low=1, high=1) for name in ("prefill", "observe", "compress", "ttft", "tpot")
+    }
+    return Measured(
+        tokens=spec.tokens,
+        batch=spec.batch,
+        new_tokens=spec.new_tokens,
+        rounds=1,
+        tokens_per_s=1.0,
+        kv_bytes=(1,),
+        model_bytes=100,
+        peak_bytes=peak,
+        predicted_bytes=7,
+        memory="resident set",
+        **seconds,
+    )
+
+
+class Known:
+    """A prober of known bytes: tokens * batch * rate. ends: what other sizes (tokens, batch) end with."""
+
+    def __init__(self, rate: float, ends: dict[tuple[int, int], Status | BaseException] | None = None) -> None:
+        self.rate, self.ends = rate, ends or {}
+        self.asked: list[tuple[int, int]] = []
+
+    def ask(self, spec: ProbeSpec, *, limit_bytes: int | None = None, timeout_s: float = 1.0) -> ProbeResult:
+        assert limit_bytes == LIMIT and timeout_s == 7.0 and spec.method == "snapkv" and spec.new_tokens == 32
+        size = (spec.tokens, spec.batch)
+        self.asked.append(size)
+        need = math.ceil(spec.tokens * spec.batch * self.rate)
+        end = self.ends.get(size, "ok" if need <= LIMIT else "oom")
+        if isinstance(end, BaseException):
+            raise end
+        found = measured(spec, peak=need) if end == "ok" else None
+        return ProbeResult(status=end, measured=found, error=None if end == "ok" else f"it\nwas {end}")
+
+
+def manifest(**changes: Any) -> BoundaryManifest:
+    values: dict[str, Any] = {
+        "command": ("harness", "boundary"),
+        "created": "2026-01-01T00:00:00+00:00",
+        "model": ModelSpec(name="tiny", revision="r", dtype="float32", device="cpu"),
+        "context": 8192,
+        "limit_bytes": LIMIT,
+        "limit_kind": "address space",
+        "model_bytes": 100,
+        "threads": 1,
+        "chunk": None,
+        "new_tokens": 32,
+        "timeout_s": 7.0,
+    }
+    return BoundaryManifest(**{**values, **changes})
+
+
+def search(kind: str = "context", first: int = 1024, **changes: Any) -> Search:
+    spec = ProbeSpec(method="snapkv", budget="128", tokens=1024, warm_up=False)
+    values: dict[str, Any] = {"spec": spec, "method": "snapkv", "kind": kind, "first": first, **GRID}
+    if kind == "batch":
+        values |= {"least": 1, "most": 64, "step": 1, "at_context": 1024}
+    return Search(**{**values, **changes})
+
+
+def found(folder: Path, prober: Known, *searches: Search, say: Callable[[str], None] = print) -> list[BoundaryRecord]:
+    with BoundaryStore.open(folder, manifest()) as store:
+        boundaries = Boundaries(prober, store, limit_bytes=LIMIT, timeout_s=7.0, say=say)
+        return [boundaries.run(each) for each in searches]
+
+
+@given(
+    threshold=st.integers(-1, 300),
+    first=st.integers(-50, 400),
+    least=st.integers(1, 40),
+    count=st.integers(1, 200),
+    step=st.integers(1, 7),
+)
+def test_the_largest_size_is_exact_from_any_guess_in_few_probes(
+    threshold: int, first: int, least: int, count: int, step: int
+) -> None:
+    most, asked = least + count * step - 1, []
+
+    def fits(size: int) -> ProbeResult:
+        asked.append(size)
+        return ProbeResult(status="ok" if size <= threshold else "oom")
+
+    result = largest(fits, first=first, least=least, most=most, step=step)
+    sizes = range(least, most + 1, step)
+    fitting = [size for size in sizes if size <= threshold]
+    assert result.answer == (fitting[-1] if fitting else 0)
+    assert result.whole == (len(fitting) == len(sizes))
+    larger = next((size for size in sizes if size > threshold), None)
+    assert (result.next_size, result.next_status) == (larger, "oom" if larger else None)
+    assert len(set(asked)) == len(asked) and set(asked) <= set(sizes)
+    far = abs(len(fitting) - min(max((first - least) // step, 0), count - 1)) + 1
+    assert len(asked) <= 2 * math.log2(far) + 3
+
+
+def test_a_good_guess_takes_two_probes() -> None:
+    asked = []
+
+    def fits(size: int) -> ProbeResult:
+        asked.append(size)
+        return ProbeResult(status="ok" if size <= 3000 else "oom")
+
+    assert largest(fits, first=2816, **GRID).answer == 2816
+    assert asked == [2816, 3072]
+
+
+def test_no_size_at_all_is_refused() -> None:
+    with pytest.raises(HarnessError, match="least size, 512, is above the most, 256"):
+        largest(lambda size: ProbeResult(status="ok"), first=1, least=512, most=256, step=256)
+
+
+@given(rate=st.integers(1, 50), room=st.integers(0, 20_000), count=st.integers(1, 60))
+def test_the_guess_is_the_largest_predicted_to_fit(rate: int, room: int, count: int) -> None:
+    sizes = range(3, 3 + 2 * count, 2)
+    guess = first_guess(lambda size: rate * size, room=room, least=3, most=sizes[-1], step=2)
+    assert guess == max((size for size in sizes if rate * size <= room), default=3)
+
+
+@pytest.mark.parametrize("first", [0, 256, 1024, 1792, 2048, 5000, 8192, 10**6])
+def test_both_boundaries_of_a_known_model(tmp_path: Path, first: int) -> None:
+    context, batch = found(tmp_path, Known(0.5), search(first=first), search("batch", first=first // 256))
+    assert context.found is not None and batch.found is not None
+    assert (context.found.answer, context.found.next_size, context.found.next_status) == (1792, 2048, "oom")
+    assert (batch.found.answer, batch.found.next_size, batch.at_context) == (1, 2, 1024)
+    edge, past = context.probe(1792), context.probe(2048)
+    assert edge is not None and past is not None
+    assert (edge.status, edge.peak_bytes, edge.predicted_bytes) == ("ok", 896, 7)
+    assert (past.status, past.peak_bytes, past.error) == ("oom", None, "it was oom")
+
+
+def test_everything_fits_and_nothing_fits(tmp_path: Path) -> None:
+    (whole,) = found(tmp_path / "a", Known(0.0), search())
+    assert whole.found is not None
+    assert (whole.found.answer, whole.found.whole, whole.found.next_size) == (8192, True, None)
+    (none,) = found(tmp_path / "b", Known(100.0), search())
+    assert none.found is not None
+    assert (none.found.answer, none.found.whole, none.found.next_size, none.found.next_status) == (0, False, 256, "oom")
+
+
+@pytest.mark.parametrize("end", ["timeout", "failed"])
+def test_a_hang_or_a_failure_counts_as_not_fitting_and_says_so(tmp_path: Path, end: Status) -> None:
+    prober = Known(0.5, {(1536, 1): end})
+    (record,) = found(tmp_path, prober, search(first=1280))
+    assert record.found is not None
+    assert (record.found.answer, record.found.next_size, record.found.next_status) == (1280, 1536, end)
+    assert [p.status for p in record.probes] == ["ok", end]
+
+
+def test_a_prober_that_breaks_never_ends_the_search(tmp_path: Path) -> None:
+    lines: list[str] = []
+    prober = Known(0.5, {(1024, 1): OSError("pipe\nbroke"), (768, 1): MemoryError()})
+    (record,) = found(tmp_path, prober, search(first=1024), say=lines.append)
+    assert record.found is not None and (record.found.answer, record.found.next_status) == (512, "failed")
+    assert [p.error for p in record.probes if p.status == "failed"] == ["OSError: pipe broke", "MemoryError:"]
+    assert len(lines) == len(record.probes) and "1024 tokens x 1: failed" in lines[0] and "pipe broke" in lines[0]
+
+
+def test_an_unusable_machine_ends_the_search(tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match="no limit can be set"):
+        found(tmp_path, Known(0.5, {(1024, 1): HarnessError("no limit can be set")}), search())
+
+
+@pytest.mark.parametrize("killed", [256 * n for n in range(1, 12)])
+def test_after_a_kill_no_probe_is_repeated(tmp_path: Path, killed: int) -> None:
+    todo = [search(first=512), search("batch", first=30)]
+    straight = Known(0.3)
+    wanted = found(tmp_path / "straight", straight, *todo)
+    first = Known(0.3, {(killed, 1): KeyboardInterrupt()})
+    if (killed, 1) in straight.asked:
+        with pytest.raises(KeyboardInterrupt):
+            found(tmp_path / "killed", first, *todo)
+        first.asked.pop()
+    second = Known(0.3)
+    got = found(tmp_path / "killed", second, *todo)
+    assert first.asked + second.asked == straight.asked
+    assert [(r.key, r.found) for r in got] == [(r.key, r.found) for r in wanted]
+    third = Known(0.3)
+    assert found(tmp_path / "killed", third, *todo) == got and third.asked == []
+
+
+def test_a_probe_serves_both_searches_and_a_wider_one(tmp_path: Path) -> None:
+    prober = Known(0.5)
+    found(tmp_path, prober, search(first=1024, most=1024), search("batch", first=1))
+    assert prober.asked.count((1024, 1)) == 1
+    (wider,) = found(tmp_path, prober, search(first=1024))
+    assert prober.asked.count((1024, 1)) == 1 and wider.found is not None and wider.found.answer == 1792
+    stored = load_boundaries(tmp_path)[1]
+    assert [r.kind for r in stored] == ["context", "batch"] and stored[0] == wider
+
+
+def test_another_parameter_is_searched_again(tmp_path: Path) -> None:
+    prober = Known(0.5)
+    found(tmp_path, prober, search(params={"window": 32, "path": Path("a")}))
+    asked = len(prober.asked)
+    found(tmp_path, prober, search(params={"window": 32, "path": Path("a")}))
+    assert len(prober.asked) == asked
+    found(tmp_path, prober, search(params={"window": 64, "path": Path("a")}))
+    assert len(prober.asked) == 2 * asked
+
+
+def test_a_truncated_last_line_is_repaired(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    todo = [search(), search("batch", first=1)]
+    wanted = found(tmp_path, Known(0.5), *todo)
+    path = tmp_path / RECORDS_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    prober = Known(0.5)
+    with caplog.at_level(logging.WARNING):
+        again = found(tmp_path, prober, *todo)
+    assert "unfinished last line" in caplog.text
+    assert {batch for _, batch in prober.asked} == {2}  # batch 1 is known from the contexts
+    assert [r.found for r in again] == [r.found for r in wanted]
+    assert path.read_bytes().count(b"\n") == 2 and path.read_bytes().endswith(b"\n")
+
+
+def test_a_damaged_line_another_limit_and_a_second_writer_are_refused(tmp_path: Path) -> None:
+    found(tmp_path, Known(0.5), search())
+    with pytest.raises(HarnessError, match="was searched with limit_bytes 1000, not 2000; choose another --out"):
+        BoundaryStore.open(tmp_path, manifest(limit_bytes=2000))
+    BoundaryStore.open(tmp_path, manifest(model_bytes=101)).close()
+    with FileLock(tmp_path / ".lock"), pytest.raises(HarnessError, match="is being written by"):
+        BoundaryStore.open(tmp_path, manifest())
+    path = tmp_path / RECORDS_FILE
+    path.write_text("{}\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(HarnessError, match=r"boundary.jsonl:1 is damaged: method: Field required"):
+        load_boundaries(tmp_path)
+    with pytest.raises(HarnessError, match="cannot read"):
+        load_boundaries(tmp_path / "nowhere")
+
+
+def test_another_commit_is_said_and_the_earlier_manifest_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    BoundaryStore.open(tmp_path, manifest(git_commit="a")).close()
+    BoundaryStore.open(tmp_path, manifest(git_commit="b")).close()
+    assert "another commit" in caplog.text
+    kept = json.loads((tmp_path / "boundary.1.json").read_text(encoding="utf-8"))
+    assert kept["git_commit"] == "a" and load_boundaries(tmp_path)[0].git_commit == "b"

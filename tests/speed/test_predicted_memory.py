@@ -1,0 +1,154 @@
+"""Predicted memory: its cache parts are the measured live bytes, and more work never takes less."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harness.engine.row_cache import RowsLayer
+from harness.engine.transformers_seam import AttachedModel
+from harness.models.load import LoadedModel
+from harness.speed import predicted_memory
+from harness.speed.one_method import Isolated
+from harness.speed.predicted_memory import Dims, Work
+from methods.base import Needs
+from methods.registry import load_methods, make_policy
+
+TOKENS, BUDGET, NEW = 90, 20, 6
+
+
+@pytest.fixture(scope="module")
+def model(tiny: LoadedModel) -> AttachedModel:
+    return AttachedModel(copy.deepcopy(tiny.model))
+
+
+def ids() -> list[int]:
+    found: list[int] = torch.randint(5, 260, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+    return found
+
+
+def work(label: str, **changed: object) -> Work:
+    policy = make_policy(label)
+    slots = BUDGET if policy.budgeted else TOKENS
+    plain = Work(policy.needs, True, not policy.budgeted, TOKENS, slots, batch=1, new_tokens=NEW, chunk=None)
+    return replace(plain, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("label", ["fullkv", "snapkv", "h2o", "random"])
+def test_the_kept_part_is_what_lives(model: AttachedModel, label: str) -> None:
+    policy = make_policy(label)
+    kvs = Isolated(model, policy, BUDGET if policy.budgeted else None).prefill(ids()).kvs
+    dims = Dims.of(model.config, 4)
+    positions = 0 if not policy.budgeted else sum(kv.positions.nbytes for kv in kvs)
+    assert predicted_memory.kept(dims, work(label)) == sum(kv.nbytes for kv in kvs) + positions
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("label", ["fullkv", "snapkv"])
+def test_the_rows_part_is_what_a_batch_allocates(model: AttachedModel, label: str, batch: int) -> None:
+    policy = make_policy(label)
+    runner = Isolated(model, policy, BUDGET if policy.budgeted else None)
+    prompts = [runner.prefill(ids()) for _ in range(batch)]
+    session = runner._session(prompts, NEW - 1)
+    held = sum(
+        tensor.nbytes
+        for cache in session.caches
+        if isinstance(cache, RowsLayer)
+        for group in cache.groups
+        for tensor in (group.keys, group.values, group.positions)
+    )
+    assert predicted_memory.rows(Dims.of(model.config, 4), work(label, batch=batch)) == held
+
+
+def test_what_is_observed_is_what_a_layer_holds(model: AttachedModel) -> None:
+    from harness.engine.row_cache import PrefillLayer
+
+    layer = PrefillLayer(Needs(window=8, column_sums=True), TOKENS)
+    layers = [layer, *(PrefillLayer(Needs(), TOKENS) for _ in range(model.layers - 1))]
+    model.forward(torch.tensor([ids()]), layers, position=0, keep=1)
+    assert layer.sums is not None
+    both = work("snapkv", needs=Needs(window=8, column_sums=True))
+    assert predicted_memory.observed(Dims.of(model.config, 4), both) == layer.queries.nbytes + layer.sums.nbytes
+    assert predicted_memory.full_layer(Dims.of(model.config, 4), both) == layer.keys.nbytes + layer.values.nbytes
+
+
+@pytest.mark.parametrize("label", [name for name in load_methods() if name != "compilerkv"])
+@pytest.mark.parametrize("chunk", [None, 32])
+def test_more_work_never_takes_less(model: AttachedModel, label: str, chunk: int | None) -> None:
+    policy = make_policy(label)
+
+    def bytes_of(tokens: int = 200, budget: int = BUDGET, batch: int = 2, new_tokens: int = 8, number: int = 4) -> int:
+        own = budget if policy.budgeted else None
+        shape = {"tokens": tokens, "batch": batch, "new_tokens": new_tokens, "chunk": chunk}
+        return predicted_memory.predict(model.config, number, policy, budget=own, **shape)
+
+    least = bytes_of()
+    assert bytes_of(tokens=400) > least
+    assert bytes_of(budget=40) >= least
+    assert bytes_of(batch=3) > least
+    assert bytes_of(batch=64, new_tokens=800) > bytes_of(batch=64)
+    assert bytes_of(number=2) < least
+
+
+def test_what_saves_memory(model: AttachedModel) -> None:
+    shape = {"tokens": 4000, "batch": 4}
+    full = predicted_memory.predict(model.config, 4, make_policy("fullkv"), budget=None, **shape)
+    small = predicted_memory.predict(model.config, 4, make_policy("snapkv"), budget=64, **shape)
+    chunked = predicted_memory.predict(model.config, 4, make_policy("snapkv"), budget=64, chunk=128, **shape)
+    assert small < full / 2
+    dims = Dims.of(model.config, 4)
+    assert chunked >= 4 * 4000 * dims.slot  # in chunks, every layer is whole until the last chunk
+    assert predicted_memory.activations(dims, work("snapkv", tokens=4000, chunk=128)) < predicted_memory.activations(
+        dims, work("snapkv", tokens=4000)
+    )
+
+
+def test_shapes_by_hand() -> None:
+    """Two layers, one of them sliding over 10 tokens: 2 KV heads of 8 numbers of 2 bytes."""
+    dims = Dims((None, 10), heads=4, kv_heads=2, head_dim=8, hidden=32, intermediate=64, vocab=100, number=2)
+    own = work("snapkv", tokens=50, slots=20, new_tokens=6)
+    assert dims.slot == 2 * 2 * 8 * 2 == 64
+    assert predicted_memory.kept_layer(dims, own) == 20 * (64 + 16)
+    assert predicted_memory.kept(dims, own) == 20 * (64 + 16) + 50 * 64
+    assert predicted_memory.rows(dims, own) == (20 + 10 + 2 * 5) * (64 + 16)
+    assert predicted_memory.logits(dims, own) == 100 * (2 + 4)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_column_sums_cost_no_more_than_a_layers_mlp(number: int) -> None:
+    """SmolLM2-135M's shapes: what is observed on the way is below what the layer takes anyway, at any length."""
+    shapes = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "intermediate": 1536, "vocab": 49152}
+    dims = Dims((None,) * 30, **shapes, number=number)
+    for tokens in (512, 2048, 8192, 32768):
+        plain, summed = (
+            work("snapkv", tokens=tokens, needs=Needs(window=8, column_sums=sums)) for sums in (False, True)
+        )
+        assert predicted_memory.activations(dims, plain) == predicted_memory.activations(dims, summed)
+
+
+@pytest.mark.parametrize("chunk", [None, 24])
+def test_column_sums_are_the_tensors_that_are_made(chunk: int | None) -> None:
+    """Every tensor of the function alive at once, as PyTorch's own profiler of memory sees it, kernel buffers apart."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from harness.engine.kernels import causal_attention, column_sums
+
+    tokens, new = 192, chunk or 192
+    dims = Dims((None,), heads=6, kv_heads=2, head_dim=32, hidden=192, intermediate=384, vocab=100, number=4)
+    drawn = torch.Generator().manual_seed(0)
+    queries = torch.randn(1, 6, new, 32, generator=drawn)
+    keys, values = (torch.randn(1, 2, tokens, 32, generator=drawn) for _ in range(2))
+    lse = causal_attention(queries, keys, values, scaling=0.2, window=None)[1]
+    assert lse is not None
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        column_sums(queries, keys, lse, scaling=0.2)
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    expected = predicted_memory.column_sums(dims, work("h2o", tokens=tokens, chunk=chunk))
+    assert most == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,204 @@
+"""Verifying a submission: what is true passes, and every kind of tampering is caught although the checksums fit."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cli.submit import submit_parser, verify_parser
+from harness.errors import HarnessError
+from harness.submission.archive import MANIFEST, RECORDS, pack_run
+from harness.submission.verify import verify_pack
+from tests.submitted import METHODS, forged, manifest, members_of, record, records, repacked, stored
+
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Path:
+    pack_run(stored(tmp_path / "results"), tmp_path / "pack.zip")
+    return tmp_path / "pack.zip"
+
+
+def command(make: Callable[[argparse.ArgumentParser], None], *words: object) -> int:
+    parser = argparse.ArgumentParser()
+    make(parser)
+    args = parser.parse_args([str(word) for word in words])
+    return int(args.action(args, ("harness",)))
+
+
+def test_a_true_run_passes_and_every_record_is_looked_at(pack: Path) -> None:
+    verdict = verify_pack(pack)
+    assert verdict.reasons == []
+    assert verdict.ok
+    counted = {check.name: check.counted for check in verdict.checks}
+    every = {"records": 15, "complete": 15, "budgets": 15, "scores": 15, "likelihood": 15}
+    assert counted == {"archive": 2, "manifest": 1, **every}
+    assert {r.metrics["score"] for r in records()} == {0.0, 1.0}
+
+
+def changed(at: int, **fields: Any) -> Callable[[Lines], None]:
+    return lambda lines: lines[at].update(fields)
+
+
+def lost_sample(lines: Lines) -> None:
+    lines[:] = [line for line in lines if "depth1" not in line["sample_id"]]
+
+
+def right_by_its_own_answer(lines: Lines) -> None:
+    """Another reference for one cell, which its prediction does contain."""
+    wrong = next(line for line in lines if line["metrics"]["score"] == 0.0)
+    wrong.update(answers=["tell"], metrics={"score": 1.0})
+
+
+FORGERIES: dict[str, tuple[Callable[[Lines], None], str, str]] = {
+    "an edited prediction": (changed(5, prediction="the key is 7777"), "scores", "score is 0 for"),
+    "a changed score": (changed(1, metrics={"score": 0.5}), "scores", "the record says 0.5"),
+    "a slightly changed score": (changed(1, metrics={"score": 2e-9}), "scores", "score is"),
+    "another metric": (changed(1, metrics={"score": 0.0, "extra": 1.0}), "scores", "metrics"),
+    "another reference": (right_by_its_own_answer, "records", "references"),
+    "a missing sample": (lost_sample, "complete", "2 samples"),
+    "a missing cell": (lambda lines: lines.__delitem__(3), "complete", "lacks 1 cells: h2o 16"),
+    "a cell twice": (lambda lines: lines.append(lines[3]), "records", "is there twice"),
+    "fewer bytes": (changed(1, kv_bytes=9000), "budgets", "do not fit into 9000 bytes"),
+    "more bytes": (changed(1, kv_bytes=17000), "budgets", "over_budget is not set"),
+    "fewer slots asked": (changed(1, budget_tokens=8), "budgets", "is 16 slots, not 8"),
+    "more bytes asked for": (changed(1, asked_bytes=20000), "budgets", "asked for"),
+    "a huge number": (changed(1, kv_bytes=10**400, over_budget=True), "budgets", "1 to"),
+    "another run": (changed(2, run_id="0" * 12), "records", "run_id"),
+    "another model": (changed(2, model="huge"), "records", "model"),
+    "an unknown cell": (changed(2, method="mine"), "records", "cell"),
+    "no number": (changed(2, nll=float("nan")), "records", "nll"),
+    "a negative NLL": (changed(2, nll=-1.0, nll_first=-2.0), "likelihood", "negative"),
+    "NLL over too many tokens": (changed(0, nll_tokens=65), "likelihood", "the spec allows 64"),
+    "a first NLL above all": (changed(2, nll=0.5), "likelihood", "first token"),
+    "a field of its own": (changed(2, note="x"), "records", "note"),
+    "another schema": (changed(2, schema_version=1), "records", "schema_version 1"),
+    "a score without a run": (changed(2, status="oom"), "scores", "status oom"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_tampering_is_caught(pack: Path, name: str) -> None:
+    change, check, reason = FORGERIES[name]
+    verdict = verify_pack(forged(pack, change))
+    assert not verdict.ok
+    assert any(told.startswith(f"{check}: ") and reason in told for told in verdict.reasons), verdict.reasons
+
+
+def test_bytes_raised_in_every_record_of_a_budget_are_caught_by_the_other_budget(pack: Path) -> None:
+    def raise_all(lines: Lines) -> None:
+        for line in lines:
+            if line["budget"] == "16":
+                line.update(asked_bytes=2 * line["asked_bytes"], kv_bytes=2 * line["kv_bytes"])
+
+    reasons = verify_pack(forged(pack, raise_all)).reasons
+    assert any("bytes a slot" in reason for reason in reasons)
+
+
+def test_a_sample_cannot_be_dropped_by_changing_the_manifest_too(pack: Path) -> None:
+    members = members_of(forged(pack, lost_sample))
+    members[MANIFEST] = manifest(samples=2).model_dump_json().encode()
+    assert any("2 samples of niah/passkey" in reason for reason in verify_pack(repacked(pack, members)).reasons)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (manifest(seed=43), "run_id"),
+        (manifest().model_copy(update={"run_id": manifest(seed=43).run_id}), "hash of the spec"),
+        (manifest(cells=4), "methods and budgets make 5"),
+        (manifest().model_copy(update={"spec": manifest(methods=METHODS[:2]).spec}), "hash of the spec"),
+    ],
+)
+def test_a_manifest_of_another_run_is_caught(pack: Path, other: Any, reason: str) -> None:
+    members = members_of(pack) | {MANIFEST: other.model_dump_json().encode()}
+    verdict = verify_pack(repacked(pack, members, run_id=other.run_id))
+    assert any(reason in told for told in verdict.reasons), verdict.reasons
+
+
+def test_a_kept_manifest_of_another_run_is_caught(pack: Path) -> None:
+    members = members_of(pack) | {"run.1.json": manifest(seed=43).model_dump_json().encode()}
+    assert "hash of the spec" in verify_pack(repacked(pack, members)).reasons[0]
+
+
+def test_a_score_that_needs_what_no_record_holds_is_refused(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import load_tasks
+
+    task = load_tasks()["niah/passkey"]
+    monkeypatch.setattr(type(task), "score", lambda self, sample, prediction: {"score": float(sample.question == "")})
+    assert "cannot be recomputed" in verify_pack(pack).reasons[0]
+
+
+@pytest.mark.parametrize("line", [b'{"a":' * 100_000, b"{}", b'{"schema_version": 2', b"[1]"])
+def test_damaged_records_are_refused_in_one_line(pack: Path, line: bytes) -> None:
+    members = members_of(pack)
+    members[RECORDS] += line + b"\n"
+    reasons = verify_pack(repacked(pack, members)).reasons
+    assert len(reasons) == 1
+    assert reasons[0].startswith("records: records.jsonl:16: damaged")
+    assert "\n" not in reasons[0]
+
+
+def test_an_edit_that_leaves_the_score_alone_needs_the_checksum_or_the_tokenizer(pack: Path) -> None:
+    """Both are wrong, so the score says nothing of which one the model gave."""
+    told = {r.token_ids: r.prediction for r in records()}
+    members = members_of(forged(pack, changed(0, prediction="the key is 7777", token_ids=[9])))
+    told[9,] = "I cannot tell"
+    verdict = verify_pack(repacked(pack, members), decode=lambda ids: told[tuple(ids)])
+    assert any("tokens: records.jsonl:1" in reason for reason in verdict.reasons)
+    assert verify_pack(pack).ok
+
+
+def test_tokens_are_checked_with_a_tokenizer(pack: Path) -> None:
+    verdict = verify_pack(pack, decode=lambda ids: "the key is 7001 and more")
+    tokens = verdict.checks[-1]
+    assert (tokens.name, tokens.counted) == ("tokens", 15)
+    assert tokens.refused == sum(r.prediction != "the key is 7001" for r in records())
+
+
+def test_a_partial_run_is_packed_and_passed_only_when_asked_for(tmp_path: Path) -> None:
+    folder, out = stored(tmp_path, manifest(status="interrupted"), records()[:7]), tmp_path / "pack.zip"
+    with pytest.raises(HarnessError, match="interrupted with 7 of 15 cells"):
+        pack_run(folder, out)
+    pack_run(folder, out, partial=True)
+    assert not verify_pack(out).ok
+    assert verify_pack(out, partial=True).ok
+
+
+def test_a_lost_cell_is_told_and_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = {"status": "oom", "prediction": "", "token_ids": (), "nll": None, "nll_first": None, "nll_tokens": 0}
+    own = [*records()[:-1], record(2, "h2o", "0.5", **lost, metrics={})]
+    pack_run(stored(tmp_path / "results", own=own), tmp_path / "pack.zip")
+    assert command(verify_parser, tmp_path / "pack.zip") == 0
+    assert "without a score: 1 oom" in capsys.readouterr().out
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(tmp_path / "results")
+    out = tmp_path / "pack.zip"
+    assert command(submit_parser, tmp_path / "results", "--out", out) == 0
+    assert command(verify_parser, out) == 0
+    told = capsys.readouterr().out
+    assert "values reported, not recomputed" in told
+    assert told.splitlines()[-1].startswith("OK: the scores follow")
+    assert command(verify_parser, forged(out, changed(5, prediction="\x1b[2J"))) == 1
+    told = capsys.readouterr().out
+    assert "REFUSED\n  scores: records.jsonl:6 (" in told
+    assert "\x1b" not in told
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m\n", "\u202e", "a" * 5000])
+def test_what_a_reason_quotes_is_escaped_and_short(pack: Path, text: str) -> None:
+    fakes = [verify_pack(forged(pack, changed(0, **{name: text}))) for name in ("sample_id", "method", "task")]
+    members = members_of(pack)
+    fakes += [verify_pack(repacked(pack, members, run_id=text))]
+    members[MANIFEST] = manifest(budgets=("16", text)).model_dump_json().encode()
+    fakes += [verify_pack(repacked(pack, members, run_id=manifest(budgets=("16", text)).run_id))]
+    for verdict in fakes:
+        assert verdict.reasons
+        assert all(reason.isascii() and reason.isprintable() and len(reason) < 600 for reason in verdict.reasons)

@@ -1,0 +1,87 @@
+"""The same seed gives the same bytes on every machine: digests of samples, taken once and written down here.
+
+A digest changes when a template, a draw, wonderwords' lists or punkt's parameters change. Then results made before and
+after are of different data: bump what the record says of it, and the digest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.models.assets import asset_folder
+from tasks import load_tasks
+from tests.task_data import RULER, Options, digest, draw_samples, small_options
+from tests.tasks.test_prose import write_prose
+
+SMALL = {
+    "niah/snapkv": "e9a97a1a63aed9e09a3aefa3045aabfe2821dd2303492cbd3872f654820c53fb",
+    "niah/kamradt": "891ac173b39c398c6ce45e019132cbb2b78d3ce6e224dd9d070d45c69f88d9f0",
+    "niah/passkey": "df98c528493e57759693b36b79944038deb9efbafc0a66bc97d6ae87d3cf2b2a",
+    "ruler/niah_single_1": "894d84750996df65ec28c45116c26e14d6efeeff1a194fd1b746e08d56d8084b",
+    "ruler/niah_single_2": "3d2407064202fa893466a3e1063f8f68d58fc26f63b947b8bd6d79ff8ceb20ec",
+    "ruler/niah_single_3": "f4a6ccdbebf62a28223ce092cd5b2165e43a674df5ffd02a1546a5b9fb8386a4",
+    "ruler/niah_multikey_1": "3269bb54d54b807b23a65d3423220f387207211797a737df29020ff75c1a72db",
+    "ruler/niah_multikey_2": "a9b900600e96d9a9d187aac6fbad18bc266ca8522685d8b58d014486ee136a24",
+    "ruler/niah_multikey_3": "c65ad2008ba93148ef64a2728cb24a5ee05bf5d1842196e1735f3dd222b291eb",
+    "ruler/niah_multivalue": "ff955102466beae02cdfeb74701afd8fb833eb339bb4bdb0633e094da146005f",
+    "ruler/niah_multiquery": "f806c9d7393043fb7d46f112e3873452d5d10d9497cc08fd7d846e5b3f1814b6",
+    "ruler/vt": "f28eea5aa61951561576bf9a998b49fcb502a854c899de423c03c2dff5f953e2",
+    "ruler/cwe": "f2f12f2beb59c3ada5558835bf049e20cb6c50805f28b5558630f80e0b6bfe78",
+    "ruler/fwe": "33fb753c1b06643e4d7d000ff7de879b17c53e188d30079f89effc29f68a0eea",
+    "ruler/qa_1": "c7239acec4dac0a4bed3f619f0d24b4918790bfa290e28975cbc76bdb828c94b",
+    "ruler/qa_2": "c3a0db43e4f48a9b5aa8fb68675f7f1d0e366c653b93ecf0a142bdf4190f05ff",
+}
+PROSE = {
+    "prose/continuation": "c29938fb95b7fef950b9e32fc768e2c4ac12053c1fbcba78210823763f5cbc15",
+    "prose/long": "5716c10192ca89d4e6b59098250786ce8975705376d9f2357f289738046e5ced",
+}
+REAL = {
+    "niah/snapkv": "1469db3482211ef4aa39d94b5ba7d62cc66318676bb2db8c1a2aa43aa6343d1e",
+    "niah/kamradt": "63aea5b11fe61d5983113328d98a65b67bea188a1f0016145921670f699cc493",
+    "niah/passkey": "4e43dabf597dccabbab4573d4278372525141d05abcf814697158c6c45122bf4",
+    "ruler/niah_single_2": "32a2730841de5c0592b2a7931a93058bdedb33d85b5e05c49a00bc2c9b1f60ba",
+    "ruler/niah_single_3": "8f1a18e286a652c8fd0c3fc1daa8b83d1a5b121b37bd53d42ec18e9c6ea981d4",
+    "ruler/niah_multikey_1": "4d1f03593f5247678e1a9778ae8e9150c88dc80a349b32c4c256a43d56b35b18",
+    "ruler/niah_multivalue": "f1a75400a73a4c1f9a618c6844afc05983dd535a6aa24066ef96d8260a62fe3d",
+    "ruler/niah_multiquery": "8d39c4484cbadc9c5fb450f102cc4919590e5cdee802a6da3903a5d0af82fd7d",
+    "prose/continuation": "77b1ee870e4ce0964fe1289e5fdcad0a9427c66e253cf24b114e4d8f87a492dd",
+    "prose/long": "5d08604b4e58a060fae2256babe600293308746f77c78c195c83dab8a9874941",
+}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    return small_options(tmp_path_factory.mktemp("data"))
+
+
+def test_every_generated_task_has_a_digest() -> None:
+    made = {name for name in load_tasks() if name.startswith(("ruler/", "niah/", "prose/"))}
+    assert SMALL.keys() | PROSE.keys() == made
+    assert (len(SMALL), len(PROSE)) == (len(RULER) + 3, 2)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_samples_over_small_essays(name: str, options: Options) -> None:
+    samples = draw_samples(name, options(lengths=(1024, 4096), limit=3))
+    assert len(samples) == 6
+    assert digest(samples) == SMALL[name]
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_samples_over_longer_essays(name: str, options: Options, tmp_path: Path) -> None:
+    """A continuation is of one essay, and the small ones have no 1024 tokens."""
+    write_prose(tmp_path / "prose")
+    samples = draw_samples(name, options(fetch=lambda _: tmp_path / "prose", lengths=(1024, 4096), limit=3))
+    assert len(samples) == 6
+    assert digest(samples) == PROSE[name]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_samples_over_the_real_essays(name: str, options: Options) -> None:
+    folder = asset_folder("essays")
+    if not folder.is_dir():
+        pytest.skip("essays is not in the cache; run `harness fetch essays`")
+    samples = draw_samples(name, options(fetch=lambda _: folder, lengths=(4096,), limit=3))
+    assert digest(samples) == REAL[name]

@@ -1,0 +1,257 @@
+"""Continuations of essays: spans that fit, references that follow them, places that take turns, and refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.models.assets import asset_folder
+from harness.models.load import LoadedModel
+from harness.models.prompt import TaskTokenizer, answer_tokens, wrap
+from tasks.base import TASKS, Sample, TaskError, TaskOptions, find_tasks
+from tasks.prose import open_essays
+from tests.task_data import Options, Words, draw_samples, small_options
+
+CONTINUATION, LONG = NAMES = ("prose/continuation", "prose/long")
+GENERATION = {CONTINUATION: 64, LONG: 512}
+SENTENCES = {"brief": 30, "short": 120, "middle": 250, "long": 400, "saga": 600}
+REAL_LENGTHS = (1024, 4096)
+each_task = pytest.mark.parametrize("name", NAMES)
+
+
+class Merging(Words):
+    """Every text begins with a token of its own, and `, ` followed by a short word is one: counts do not add up."""
+
+    def encode(self, text: str) -> list[int]:
+        found = re.findall(r",\s\w{1,5}\b|\s*(?:\d+\.|\w+|[^\w\s])|\s+", text)
+        return [self._ids.setdefault(word, len(self._ids)) for word in ["", *found]]
+
+
+def write_prose(folder: Path) -> None:
+    """Five essays of 30 to 600 sentences, no two alike, with line breaks, footnotes and an abbreviation."""
+    draw = random.Random(1)
+    folder.mkdir(parents=True)
+    for name, count in SENTENCES.items():
+        lines = []
+        for i in range(count):
+            words = draw.choices(["river", "stone,", "cloud", "gardens", "Dr. No", "paper"], k=draw.randint(4, 18))
+            note = f".[{i}]" if i % 9 == 4 else "."
+            lines.append(f"The {name}{i} {' '.join(words)} end{note}{draw.choice([' ', '  ', chr(10)])}")
+        (folder / f"{name}.txt").write_text("".join(lines).replace(" cloud ", "\ncloud "), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """Options over five generated essays, twelve samples a length."""
+    make = small_options(tmp_path_factory.mktemp("data"))
+    folder = tmp_path_factory.mktemp("prose")
+    write_prose(folder / "PaulGrahamEssays")
+    return lambda **changes: make(**{"limit": 12, "fetch": {"essays": folder}.__getitem__, **changes})
+
+
+@pytest.fixture(scope="module")
+def real(options: Options) -> Options:
+    """Options over the 49 essays; skips when they were never fetched."""
+    folder = asset_folder("essays")
+    if not folder.is_dir():
+        pytest.skip("essays is not in the cache; run `harness fetch essays`")
+    return lambda **changes: options(**{"lengths": REAL_LENGTHS, "fetch": lambda _: folder, **changes})
+
+
+def prompt(sample: Sample) -> str:
+    return sample.context + sample.question + sample.answer_prefix
+
+
+def check(name: str, samples: Sequence[Sample], chosen: TaskOptions) -> None:
+    """What every sample is, whatever the length, the essays and the tokenizer."""
+    essays = {essay.name: essay for essay in open_essays(chosen)}
+    for sample in samples:
+        essay, end = essays[sample.meta["essay"]], len(prompt(sample)) - 1
+        used = 1 + len(chosen.tokenizer.encode(prompt(sample))) + sample.max_new_tokens
+        assert used <= sample.meta["length"]
+        assert used - 1 >= 0.9 * sample.meta["length"]
+        assert sample.meta["prompt_tokens"] == used - 1 - GENERATION[name]
+        text = f"{prompt(sample)} {sample.answers[0]} "
+        assert essay.text.count(text) == 1
+        begin = essay.text.index(text)
+        first = essay.borders.index(begin)  # a whole sentence begins, and one ends before the last blank
+        assert first == sample.meta["sentence"]
+        last = essay.borders.index(begin + end + 2)
+        assert sample.question == " " + essay.span(last - 2, last)
+        assert last - first > 2
+        if first:
+            assert (
+                1 + len(chosen.tokenizer.encode(essay.span(first - 1, last))) + GENERATION[name] > sample.meta["length"]
+            )
+        rest = essay.text[begin + len(text) :].split(" ", 1)[0]
+        assert len(chosen.tokenizer.encode(f" {sample.answers[0]}")) <= GENERATION[name]
+        assert len(chosen.tokenizer.encode(f" {sample.answers[0]} {rest}")) > GENERATION[name]
+
+
+def test_the_family_is_two_tasks_of_our_own() -> None:
+    tasks = find_tasks(["prose"])
+    assert [task.name for task in tasks] == [*NAMES]
+    assert all(task.protocol == "prose" and task.about.source.startswith("own") for task in tasks)
+    assert all((task.about.samples, task.about.metric) == (100, "rouge_l") for task in tasks)
+
+
+@each_task
+def test_raw_prompts_and_a_long_generation_that_cannot_end_early(name: str, options: Options) -> None:
+    for sample in draw_samples(name, options(lengths=(1200,))):
+        assert (sample.chat, sample.stop, sample.answer_prefix) == (False, (), "")
+        assert sample.max_new_tokens == GENERATION[name]
+        assert sample.min_new_tokens == (512 if name == LONG else 0)
+
+
+@pytest.mark.parametrize("tokenizer", [Words(), Words(template_tokens=300), Merging()])
+@each_task
+def test_whole_sentences_fill_the_length_and_the_reference_follows(
+    name: str, tokenizer: Words, options: Options
+) -> None:
+    asked = options(tokenizer=tokenizer, lengths=(1200, 2000))
+    samples = draw_samples(name, asked)
+    assert [sample.id for sample in samples] == [f"{length}/{i}" for length in (1200, 2000) for i in range(12)]
+    check(name, samples, asked)
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(700, 4000), seed=st.integers(0, 3))
+def test_any_length_fits(length: int, seed: int, options: Options) -> None:
+    for name in NAMES:
+        asked = options(lengths=(length,), seed=seed, limit=2)
+        samples = draw_samples(name, asked)
+        assert len(samples) == 2
+        check(name, samples, asked)
+
+
+@each_task
+def test_gold_scores_one_and_nothing_scores_zero(name: str, options: Options) -> None:
+    task = TASKS[name]
+    for sample in draw_samples(name, options(lengths=(1200,))):
+        gold = task.reference(sample)
+        assert gold == sample.answers[0]
+        assert task.score(sample, f" {gold}")["score"] == pytest.approx(1)
+        assert task.score(sample, "")["score"] == 0
+        assert 0.3 < task.score(sample, gold[: len(gold) // 3])["score"] < 0.97
+        assert task.score(sample, "Nothing of that kind is said.")["score"] == 0
+
+
+@each_task
+def test_samples_depend_on_the_seed_and_their_id_alone(name: str, options: Options) -> None:
+    many = draw_samples(name, options(lengths=(1200, 2000), limit=23))
+    assert many == draw_samples(name, options(lengths=(1200, 2000), limit=23, tokenizer=Words()))
+    assert draw_samples(name, options(lengths=(2000, 1200, 2000), limit=9)) == many[23:32] + many[:9]
+    other = draw_samples(name, options(lengths=(2000,), limit=9, seed=7))
+    assert all(one.context != two.context for one, two in zip(other, many[23:32], strict=True))
+
+
+@each_task
+def test_essays_take_turns_and_places_are_used_once(name: str, options: Options) -> None:
+    samples = draw_samples(name, options(lengths=(1200,), limit=None))
+    assert len(samples) == 100
+    assert len({prompt(sample) for sample in samples}) == 100
+    groups = [sample.meta["group"] for sample in samples]
+    assert groups == [sample.meta["essay"] for sample in samples]
+    used = set(groups)
+    assert used == {"short.txt", "middle.txt", "long.txt", "saga.txt"}  # the brief one is shorter than that
+    assert set(groups[: len(used)]) == used
+    counts = Counter(groups)
+    shares = [counts[f"{essay}.txt"] for essay in ("short", "middle", "long", "saga")]
+    assert shares == sorted(shares)  # the more room, the more turns
+    if name == LONG:  # a short one has room for three references of 512 tokens
+        assert shares[-1] > 3 * shares[0]
+
+
+@each_task
+def test_the_first_references_of_an_essay_are_apart(name: str, options: Options) -> None:
+    (saga,) = (essay for essay in open_essays(options()) if essay.name == "saga.txt")
+    samples = [s for s in draw_samples(name, options(lengths=(1200,), limit=16)) if s.meta["group"] == "saga.txt"]
+    spans = sorted((saga.text.index(f" {s.answers[0]} "), len(s.answers[0])) for s in samples)
+    assert len(spans) == 4
+    assert all(a + size < b for (a, size), (b, _) in pairwise(spans))
+
+
+def test_fewer_places_than_asked_for_are_fewer_samples(options: Options) -> None:
+    samples = draw_samples(CONTINUATION, options(lengths=(10_000,), limit=1000))
+    assert 1 < len(samples) < 1000
+    assert {sample.meta["essay"] for sample in samples} == {"saga.txt"}
+
+
+@each_task
+def test_a_length_beyond_every_essay_names_the_longest(name: str, options: Options) -> None:
+    with pytest.raises(TaskError, match=f"{name}: no essay has 50000 tokens.*longest length available is") as error:
+        TASKS[name].samples(options(lengths=(1200, 50_000)))
+    assert "\n" not in str(error.value)
+    longest = int(str(error.value).rsplit(" ", 1)[1])
+    (sample,) = draw_samples(name, options(lengths=(longest,), limit=1))
+    assert sample.meta["sentence"] == 0
+    assert sample.meta["prompt_tokens"] + GENERATION[name] + 1 == longest
+    with pytest.raises(TaskError, match=f"no essay has {longest + 1} tokens"):
+        TASKS[name].samples(options(lengths=(longest + 1,)))
+
+
+@each_task
+def test_lengths_that_are_too_small_or_beyond_the_run_and_missing_essays(
+    name: str, options: Options, tmp_path: Path
+) -> None:
+    with pytest.raises(TaskError, match=f"fill 90 % of 64 tokens, of which the generation takes {GENERATION[name]}"):
+        TASKS[name].samples(options(lengths=(64,)))
+    with pytest.raises(TaskError, match="length 2048 exceeds the 2000 tokens of the run; lower it"):
+        TASKS[name].samples(options(lengths=(2048,), max_tokens=2000))
+    with pytest.raises(TaskError, match=f"no essays in {re.escape(str(tmp_path))}"):
+        TASKS[name].samples(options(fetch=lambda _: tmp_path))
+    with pytest.raises(TaskError, match="asset 'essays' is needed"):
+        TASKS[name].samples(options(fetch=None))
+
+
+def test_an_essay_is_one_line_and_footnotes_stay_with_their_sentence(tmp_path: Path, options: Options) -> None:
+    (tmp_path / "b.txt").write_text("Mr. Mo  is\ngood.[2] So is he.\n\n  He said so!", encoding="utf-8")
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
+    (essay,) = open_essays(options(fetch=lambda _: tmp_path))
+    assert essay.name == "b.txt"
+    assert essay.text == "Mr. Mo is good.[2] So is he. He said so!"
+    assert [essay.span(i, i + 1) for i in range(2)] == ["Mr. Mo is good.[2] So is he.", "He said so!"]
+    assert essay.span(0, 2) == essay.text
+
+
+@each_task
+def test_provenance_is_json_and_says_that_essays_are_not_joined(name: str, options: Options) -> None:
+    said = TASKS[name].provenance(options())
+    assert json.loads(json.dumps(said)) == said
+    assert said["essays"] == "5 Paul Graham essays, each by itself, with single spaces"
+    assert re.fullmatch("[0-9a-f]{64}", said["essays_sha256"])
+
+
+@each_task
+def test_the_real_essays(name: str, real: Options) -> None:
+    asked = real(limit=20)
+    start = time.perf_counter()
+    samples = draw_samples(name, asked)
+    assert time.perf_counter() - start < 20
+    assert len(samples) == 40
+    check(name, samples, asked)
+    assert [len({s.meta["group"] for s in part}) for part in (samples[:20], samples[20:])] > [19, 9]
+
+
+@each_task
+def test_the_model_sees_the_reference_as_it_follows(name: str, smollm2: LoadedModel, real: Options) -> None:
+    """Prompt and reference are the tokens of the text in one piece, and the question is no part of the context."""
+    raw = smollm2.tokenizer
+    for sample in draw_samples(name, real(limit=3, tokenizer=TaskTokenizer(raw))):
+        wrapped = wrap(raw, sample)
+        answer = answer_tokens(raw, wrapped, sample.answers[0], limit=1000)
+        assert 0.9 * sample.meta["length"] <= len(wrapped.ids) + GENERATION[name] < sample.meta["length"]
+        assert GENERATION[name] - 12 <= len(answer) <= GENERATION[name]
+        assert raw.decode(wrapped.ids[: wrapped.context]) == sample.context
+        together = raw(f"{prompt(sample)} {sample.answers[0]}", add_special_tokens=False)["input_ids"]
+        assert wrapped.ids + answer == together
