@@ -19,7 +19,8 @@ from torch import Tensor
 
 from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView
-from methods.registry import METHODS, make_policy, name_of
+from methods.label import MethodLabel
+from methods.registry import METHODS, make_policy
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
 PLAIN = 2 * DIM * 4  # bytes of a slot
@@ -228,7 +229,7 @@ def layer_budgets_fit(label: str) -> None:
 @clause
 def a_method_says_what_it_is(label: str) -> None:
     """The class has a docstring whose first line is a sentence; `paper` is an address or `control, no paper`."""
-    entry = METHODS.get(name_of(label))
+    entry = METHODS.get(MethodLabel.parse(label).name)
     if entry is None:
         return  # a label with a prefix: made by a resolver, not registered
     good = entry.summary.endswith(".")

@@ -8,7 +8,12 @@ class HarnessError(ValueError):
 
 
 def one_line(error: ValidationError) -> HarnessError:
-    """The first thing that a specification refuses, as an error for the user."""
+    """The first thing that a specification refuses, as an error for the user.
+
+    A rule of ours says all of it already: what is wrong, the value seen and what to do.
+    """
     first = error.errors()[0]
+    if first["type"] == "value_error":
+        return HarnessError(str(first["ctx"]["error"]))
     where = ".".join(map(str, first["loc"]))
     return HarnessError(f"option {where}: {first['msg']}, got {first['input']!r}")

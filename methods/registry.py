@@ -1,4 +1,7 @@
-"""METHODS: every known method by name, with its presets. A file of this folder registers itself with `@method`."""
+"""METHODS: every known method by name, with its presets. A file of this folder registers itself with `@method`.
+
+Importing this module imports neither torch nor a method; `load_methods` and `make_policy` do.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,20 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import methods
-from methods.base import KVPolicy, PolicyError
+from methods.budget import PolicyError
+from methods.catalogue import Described, catalogue, check_label
+from methods.label import MethodLabel, nearest
+
+if TYPE_CHECKING:
+    from methods.base import KVPolicy
 
 ENTRY_POINT_GROUP = "kv_policy_harness.methods"
 
-P = TypeVar("P", bound=type[KVPolicy])
+P = TypeVar("P", bound="type[KVPolicy]")
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,18 @@ class Method:
 
     @property
     def summary(self) -> str:
+        """First line of the class's docstring."""
         return (self.policy.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that can be given, in the order of the class."""
+        return tuple(field.name for field in fields(self.policy) if field.init)  # type: ignore[arg-type]
 
 
 METHODS: dict[str, Method] = {}
 
-Resolver = Callable[[str, Mapping[str, Any]], KVPolicy]
+Resolver = Callable[[str, Mapping[str, Any]], "KVPolicy"]
 PREFIXES: dict[str, Resolver] = {}
 
 
@@ -56,11 +69,6 @@ def register_prefix(prefix: str, resolver: Resolver) -> None:
     PREFIXES[prefix] = resolver
 
 
-def name_of(label: str) -> str:
-    """The method of a label: without its preset, or behind a prefix without its parameters."""
-    return label.partition("(" if ":" in label else "@")[0]
-
-
 def load_methods() -> Mapping[str, Method]:
     """Import every module of this folder and every plugin of the entry-point group, and return METHODS."""
     for module in pkgutil.iter_modules(methods.__path__):
@@ -70,34 +78,34 @@ def load_methods() -> Mapping[str, Method]:
     return METHODS
 
 
-def make_policy(label: str, overrides: Mapping[str, Any] | None = None) -> KVPolicy:
+def known_methods() -> Mapping[str, Described]:
+    """Every method, imported only where its file does not tell: where a plugin brings methods, or computes presets."""
+    found = catalogue()
+    if not found.whole or entry_points(group=ENTRY_POINT_GROUP):
+        return load_methods()
+    return {**found.entries, **METHODS}
+
+
+def check_method(label: MethodLabel, changed: Mapping[str, Any]) -> None:
+    """Raise PolicyError for an unknown name, prefix, preset or parameter, with the nearest known one.
+
+    It imports nothing for a method of this folder; an unknown name may be a plugin's, so these are imported first.
+    """
+    if label.prefix is None:
+        known: Mapping[str, Described] = {**catalogue().entries, **METHODS}
+        check_label(label, changed, known if label.name in known else known_methods())
+    elif label.prefix not in PREFIXES:
+        raise PolicyError(f"unknown prefix {label.prefix!r}{nearest(label.prefix, PREFIXES)}")
+
+
+def make_policy(label: str | MethodLabel, overrides: Mapping[str, Any] | None = None) -> KVPolicy:
     """The policy of `name`, `name@preset` or `prefix:rest`, with single parameters overridden.
 
     Raises PolicyError for an unknown name, preset or parameter, with the nearest known one.
     """
-    prefix, colon, rest = label.partition(":")
-    if colon:
-        if prefix not in PREFIXES:
-            raise PolicyError(f"unknown prefix {prefix!r}{nearest(prefix, PREFIXES)}")
-        return PREFIXES[prefix](rest, overrides or {})
-    known = load_methods()
-    name, _, preset = label.partition("@")
-    if name not in known:
-        raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
-    entry = known[name]
-    if preset and preset not in entry.presets:
-        raise PolicyError(f"unknown preset {preset!r} of {name}{nearest(preset, entry.presets)}")
-    params = {**entry.presets.get(preset, {}), **(overrides or {})}
-    allowed = {f.name for f in fields(entry.policy)}  # type: ignore[arg-type]
-    for key in params:
-        if key not in allowed:
-            raise PolicyError(f"{name} has no parameter {key!r}{nearest(key, allowed)}")
-    return entry.policy(**params)
-
-
-def nearest(word: str, known: Any) -> str:
-    """`; did you mean 'x'? known: a, b` for an error line."""
-    names = sorted(known)
-    close = get_close_matches(word, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} known: {', '.join(names) or 'none'}"
+    asked, changed = MethodLabel.parse(label) if isinstance(label, str) else label, overrides or {}
+    check_method(asked, changed)
+    if asked.prefix is not None:
+        return PREFIXES[asked.prefix](str(asked).partition(":")[2], changed)
+    entry = load_methods()[asked.name]
+    return entry.policy(**{**entry.presets.get(asked.preset, {}), **changed})

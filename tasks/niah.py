@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import Any
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import TYPE_CHECKING, Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, rng, spread_order, task
 from tasks.essays import Essays, read_essays
 from tasks.scoring import keyword_recall, string_match_all
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 TEN_DEPTHS = tuple(round(100 * i / 9) for i in range(10))
 """Percent of the haystack's tokens before the needle: the rounded points of linspace(0, 100)."""
@@ -187,6 +188,8 @@ def _full_stops(tokenizer: Tokenizer) -> set[int]:
 
 @cache
 def _rouge() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # seconds, for nltk: not to list or refuse names
+
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
 
 

@@ -25,6 +25,7 @@ from harness.records.record import Record, RunManifest
 from harness.records.run_folder import RUNS, find_runs, load_brief, load_run
 from harness.records.spec import Frozen, Sweep
 from harness.submission.archive import MANIFEST, RECORDS, open_pack
+from methods.label import MethodLabel
 
 BOARDS = Path(leaderboards.__file__).resolve().parent / "boards"
 PUBLISHED = Path(leaderboards.__file__).resolve().parent / "published"
@@ -136,12 +137,12 @@ def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
 
     board: the `[board]` table. typed: whether the methods come from the command line, which may leave the subject out.
     """
-    from harness.plan.sweep import plan_methods
+    from harness.plan.methods import plan_methods
 
     wanted = board_options(board).subject
     if wanted is None:
         return None
-    labels = {spec.label.partition("[")[0]: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
+    labels = {MethodLabel.parse(spec.label).asked: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
     if wanted not in labels and not typed:
         raise HarnessError(f"board.subject {wanted!r} is no method with a budget of this run: {', '.join(labels)}")
     return labels.get(wanted)

@@ -1,8 +1,21 @@
-"""What the verbs of the command line share: lists in one argument."""
+"""What the commands share: a parser that complains in one line, lists in one argument."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import NoReturn
+
+RESULTS = Path("results")
+"""Folder of run folders, where none is named."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one line and exit code 2 for arguments that it cannot take."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and where help is."""
+        self.exit(2, f"harness: {message}; see `{self.prog} --help`\n")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -18,6 +31,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers, by commas. Raises ArgumentTypeError for anything else."""
     try:
         return tuple(int(part) for part in names(text))
     except ValueError:

@@ -1,4 +1,4 @@
-"""`harness bench` and `harness serve-bench` on the command line."""
+"""`harness bench`: speed and memory of methods, each by itself."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from harness.cli.arguments import names, numbers
-from harness.errors import HarnessError
+from harness.errors import HarnessError, one_line
 from harness.plan.options import assignment
 
 BENCHES = Path("benches")
@@ -18,25 +19,16 @@ BENCHES = Path("benches")
 
 def bench_parser(parser: argparse.ArgumentParser) -> None:
     """Options of `harness bench`."""
-    _shared(parser)
+    bench_options(parser)
     add = parser.add_argument
     add("--lengths", type=numbers, help="prompt lengths in tokens (2048,8192)")
     add("--batch", type=int, help="prompts decoded together (1)")
     add("--rounds", type=int, help="passes over all methods; medians and spread are over them (3)")
-    parser.set_defaults(action=_action, kind="bench")
+    parser.set_defaults(action=run)
 
 
-def serve_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness serve-bench`."""
-    _shared(parser)
-    add = parser.add_argument
-    add("--length", type=int, default=8192, help="prompt length in tokens (8192)")
-    add("--batch", type=int, default=16, help="prompts, prefilled one at a time and decoded together (16)")
-    add("--rounds", type=int, default=1, help="passes over all methods (1)")
-    parser.set_defaults(action=_action, kind="serve-bench")
-
-
-def _shared(parser: argparse.ArgumentParser) -> None:
+def bench_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both kinds of bench."""
     add = parser.add_argument
     add("--methods", type=names, required=True, help="comma-separated, `name` or `name@preset`; add fullkv for ratios")
     add("--budgets", type=names, help="tokens per layer and KV head, or kept fractions")
@@ -53,19 +45,15 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=BENCHES, help="folder of bench folders (default: benches)")
 
 
-def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+def run(args: argparse.Namespace, command: Sequence[str], **fixed: Any) -> int:
+    """Run a bench and print its table. fixed: options that the command sets itself."""
     from harness.records.bench_folder import load_bench
     from harness.speed.bench import BenchAsk, run_bench
     from harness.speed.client import Prober
-    from harness.speed.memory_limit import parse_bytes
     from leaderboards.tables.speed import to_terminal, write_speed
 
     given = {name: getattr(args, name, None) for name in BenchAsk.model_fields}
-    if args.kind == "serve-bench":
-        given |= {"lengths": (args.length,), "budgets": args.budgets or ("128",)}
-    if args.limit_bytes is not None:
-        given["limit_bytes"] = parse_bytes(args.limit_bytes)
-    given["set"] = dict(map(assignment, args.set or ()))
+    given |= {"set": dict(map(assignment, args.set or ())), **fixed}
     try:
         ask = BenchAsk.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
@@ -87,5 +75,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
 def _refusal(error: ValidationError) -> HarnessError:
     """The first option that is out of range, as it is typed."""
     first = error.errors()[0]
-    name = "-".join(map(str, first["loc"])).removesuffix("_s").replace("limit_bytes", "memory_limit")
+    if first["type"] == "value_error":
+        return one_line(error)
+    name = "-".join(map(str, first["loc"])).removesuffix("_s")
     return HarnessError(f"--{name.replace('_', '-')} {first['input']}: {first['msg'].lower()}")

@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cli.arguments import Parser
 from harness.errors import HarnessError
 
 
 def data_parser(data: argparse.ArgumentParser) -> None:
-    verbs = data.add_subparsers(required=True, metavar="VERB", parser_class=type(data))
+    """Verbs of `harness data`."""
+    verbs = data.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     fetching = verbs.add_parser("fetch", help="download data sets by pinned revision; runs find them in the cache")
     fetching.add_argument("names", nargs="+", metavar="NAME", help="longbench, squad, hotpotqa")
     fetching.add_argument("--to", type=Path, metavar="DIR", help="put them in DIR/NAME, for --data-dir DIR")

@@ -1,124 +1,18 @@
-"""`harness lm-eval ...` and `harness lm-eval-import` on the command line.
-
-`lm-eval` is lm-eval's own command line with one model more, `kvpolicy`; everything after the verb is its.
-"""
+"""`harness lm-eval ...`: lm-eval's own command line with one model more, `kvpolicy`; what follows the verb is its."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from harness.errors import HarnessError
-
-ALIAS = "kvpolicy"
-CLASS = "harness.lm_eval.plugin:KVPolicyLM"
 
 
 def lm_eval_parser(parser: argparse.ArgumentParser) -> None:
     """Takes everything after the verb as it is, `--help` too. Make `parser` with add_help=False."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(action=lambda args, command: run_lm_eval(args.arguments))
+    parser.set_defaults(action=_action)
 
 
-def import_parser(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `harness lm-eval-import`."""
-    parser.add_argument(
-        "results", type=Path, metavar="RESULTS_DIR", help="the --output_path of runs with --log_samples"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of run folders (default: results)")
-    parser.add_argument("--metric", help="metric that is the score (default: of each sample the first in [0, 1])")
-    parser.set_defaults(action=_import)
+def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.lm_eval.command_line import run_lm_eval
 
-
-def register() -> None:
-    """Make `kvpolicy` known to lm-eval in this process; imports neither torch nor the model.
-
-    lm-eval fills its registry only while that is empty: its own models go first.
-    """
-    import lm_eval.models  # noqa: F401
-    from lm_eval.api.registry import model_registry
-
-    if ALIAS not in model_registry:
-        model_registry.register(ALIAS, target=CLASS)
-
-
-def run_lm_eval(arguments: Sequence[str]) -> int:
-    """lm-eval's own command line with our model in it. Raises HarnessError for what our model refuses."""
-    if not arguments:
-        arguments = ["--help"]
-    register()
-    from lm_eval._cli import HarnessCLI
-    from lm_eval.utils import setup_logging
-
-    setup_logging()
-    before, sys.argv = sys.argv, ["lm-eval", *arguments]  # its parser reads them there
-    try:
-        parser = HarnessCLI()
-        args = parser.parse_args()
-        if getattr(args, "command", None) == "run":
-            _complete(args)
-        parser.execute(args)
-    finally:
-        sys.argv = before
-    return 0
-
-
-def _complete(args: argparse.Namespace) -> None:
-    """For our model: a device that is here, and a tokenizer that tasks which size their prompts can read."""
-    from harness.lm_eval.requests import check_own_options
-
-    config = _config(args.config)
-    if (args.model or config.get("model")) != ALIAS:
-        return
-    given = _arguments(config.get("model_args")) | _arguments(args.model_args)
-    check_own_options(given)
-    if args.device is None and not config.get("device"):
-        args.device = "auto"
-    name = given.get("pretrained", "smollm2-135m")
-    metadata = _arguments(config.get("metadata")) | _arguments(args.metadata)
-    if "tokenizer" not in given | metadata and not readable(name):
-        args.metadata = {"tokenizer": tokenizer_of(name), **metadata}
-
-
-def readable(name: str) -> bool:
-    """Whether transformers finds the tokenizer of that model by the same name."""
-    from harness.models.load import resolve_model
-
-    return resolve_model(name).kind in {"hub", "folder"}
-
-
-def tokenizer_of(name: str) -> str:
-    """A folder with the tokenizer of that model, in a form that transformers reads."""
-    from harness.lm_eval.requests import tokenizer_folder
-    from harness.models.load import describe_model
-
-    return tokenizer_folder(describe_model(name, dtype="float32", device="cpu"))
-
-
-def _config(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
-    try:
-        return dict(EvaluatorConfig.load_yaml_config(path))
-    except (OSError, ValueError, TypeError) as error:
-        raise HarnessError(f"--config {path}: {' '.join(str(error).split())}") from None
-
-
-def _arguments(given: Any) -> dict[str, Any]:
-    """`a=1,b=2`, or a mapping; empty for nothing."""
-    from lm_eval.utils import simple_parse_args_string
-
-    return dict(simple_parse_args_string(given) if isinstance(given, str) else given or {})
-
-
-def _import(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.lm_eval.import_results import import_results
-
-    for folder, records in import_results(args.results, root=args.out, metric=args.metric, command=command):
-        print(f"wrote {folder}: {records} records; show them with `harness board {folder}`")
-    return 0
+    return run_lm_eval(args.arguments)

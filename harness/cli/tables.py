@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.arguments import Parser
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
     from methods.compilerkv.tables import Tables
 
 
-def tables_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def tables_parser(parser: argparse.ArgumentParser) -> None:
     """Verbs of `harness tables`. Tables are a folder, or the name of packaged ones."""
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     show = verbs.add_parser("show", help="what tables hold, with heat maps as PNG and HTML")
     show.add_argument("tables", metavar="TABLES")
     show.add_argument("--out", type=Path, help="folder for tables.png and tables.html (default: the tables' own)")

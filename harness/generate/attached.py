@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,10 +19,9 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.generate.forward import CacheReport, Compressor, Handle
-from harness.plan.sweep import plan_methods
-from harness.records.spec import FirstToken, Sweep
-from methods.base import Budget, KVPolicy, PolicyError
-from methods.registry import name_of
+from harness.plan.methods import plan_budget, plan_method
+from harness.records.spec import FirstToken
+from methods.base import Budget, KVPolicy
 
 TAKEN = "kv_policy_method"  # attribute of a model in such a context: by which method
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -91,7 +90,8 @@ def attached(
     taken = vars(model).get(TAKEN)
     if taken is not None:
         raise HarnessError(f"this model is attached to {taken} already; leave that context before another")
-    label, policy = _policy(method, params, revision)
+    spec, policy = plan_method(method, params, revision=revision)
+    label = spec.label
     compressor = Compressor(label, policy, _budget(label, policy, budget), first_token)
     with _replaced_attention(model) as whole:
         Engine(whole).check([policy], [0] * 8)
@@ -109,26 +109,12 @@ def attached(
         yield compressor.report
 
 
-def _policy(method: str, params: Mapping[str, Any] | None, revision: str) -> tuple[str, KVPolicy]:
-    """The method by its name, as `harness run` resolves it."""
-    name = name_of(method)
-    changed = {f"{name}.{key}": value for key, value in (params or {}).items()}
-    [(spec, policy)] = plan_methods(Sweep(methods=(method,), tasks=(), set=changed))
-    try:
-        return spec.label, cast(KVPolicy, policy.for_model(revision))
-    except PolicyError as error:
-        raise HarnessError(f"method {spec.label}: {error}") from None
-
-
 def _budget(label: str, policy: KVPolicy, budget: int | float | str | None) -> Budget | None:
     if not policy.budgeted:
         return None
     if budget is None or isinstance(budget, bool):
         raise HarnessError(f"method {label} needs a budget, got {budget}; give tokens (512) or a fraction (0.25)")
-    try:
-        return Budget.parse(str(budget))
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
+    return plan_budget(budget)
 
 
 def _refuse(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from methods.base import PolicyError
+from methods.budget import PolicyError
 
 ADVICE = "write kvpress:NAME or kvpress:NAME(parameter=literal, ...)"
 

@@ -26,7 +26,7 @@ import torch
 from harness.kvpress.label import PressCall, parse_press
 from harness.kvpress.slots import Tracked
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView
-from methods.registry import nearest, register_prefix
+from methods.label import nearest
 from methods.views import LayerSource
 
 ADVICE = "in an environment of its own: pip install kvpress==0.5.5 'transformers>=5.2,<5.3'"
@@ -88,9 +88,6 @@ def make_press(text: str, overrides: Mapping[str, Any]) -> Press:
         if type(own).__call__ is not _kvpress().BasePress.__call__ or getattr(own, "decoding", False):
             raise PolicyError(f"{type(own).__name__} {OUTSIDE}, which is not supported; choose a press that scores")
     return Press(str(call))
-
-
-register_prefix("kvpress", make_press)
 
 
 def build(text: str) -> Any:

@@ -15,9 +15,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
-from harness.plan.sweep import PlannedCell, fit_methods, plan_cells, plan_methods
-from harness.records.spec import MethodSpec, Sweep
-from methods.registry import make_policy
+from harness.plan.methods import plan_budget, plan_method
+from harness.plan.sweep import PlannedCell, plan_cells
+from harness.records.spec import MethodSpec
 
 log = logging.getLogger("harness")
 
@@ -64,20 +64,17 @@ def method_cells(
     """The method with its changed parameters, and its cell. Raises HarnessError, with the nearest known name."""
     if "," in method:
         raise HarnessError(f"method {method!r} is more than one; run lm-eval once for each")
-    name = method.partition("@")[0]
-    changed = {f"{name}.{key}": value for key, value in params.items()}
-    planned = fit_methods(plan_methods(Sweep(methods=(method,), tasks=(), set=changed)), loaded)
-    spec = planned[0][0]
+    planned = plan_method(method, params, revision=loaded.spec.revision)
+    spec = planned.spec
     if spec.budgeted and budget is None:
         raise HarnessError(f"method {spec.label} needs a budget; add budget=512 (tokens) or budget=0.25 (a fraction)")
-    budgets = ("1.0",) if budget is None else (str(budget),)
-    return spec, plan_cells(planned, budgets)[0]
+    budgets = [] if budget is None else [plan_budget(budget)]
+    return spec, plan_cells([planned], budgets)[0]
 
 
 def full_cell() -> PlannedCell:
     """For a prompt that is no longer than its budget."""
-    spec = MethodSpec(label="fullkv", name="fullkv", budgeted=False)
-    return plan_cells([(spec, make_policy("fullkv"))], ("1.0",))[0]
+    return plan_cells([plan_method("fullkv")], ())[0]
 
 
 def check_batch(batch_size: object) -> None:

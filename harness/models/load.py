@@ -10,10 +10,8 @@ org/name          a model of the Hugging Face hub
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,11 @@ from transformers.utils import logging as transformers_logging
 from harness.errors import HarnessError
 from harness.models.assets import cache_dir
 from harness.models.prompt import template_tokens
-from harness.models.readers import ModelSource, Parts, need, read_pretrained, read_tiny
+from harness.models.readers import Parts, need, read_pretrained, read_tiny
+from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, resolve_model
 from harness.records.spec import ModelSpec
 
-PACKAGED = ("smollm2-135m",)
-KNOWN = (*PACKAGED, "tiny")
-AUTO_MAP = "auto-map"  # the device that stands for `device_map="auto"`
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -49,26 +44,6 @@ class LoadedModel:
     context: int
     eos_ids: frozenset[int]
     template_tokens: int
-
-
-def resolve_model(name: str) -> ModelSource:
-    """What `name` stands for; touches no network. Raises HarnessError, with the nearest known name, for nothing."""
-    if name == "tiny":
-        return ModelSource(name, "tiny")
-    if name in PACKAGED:
-        return ModelSource(name, "packaged")
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return ModelSource(name, "folder", path)
-    if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(name, "gguf", path)
-    if path.is_file():
-        raise HarnessError(f"model {name!r} is a file but not a .gguf; give the folder that holds config and weights")
-    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
-        return ModelSource(name, "hub")
-    close = get_close_matches(name, KNOWN, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    raise HarnessError(f"unknown model {name!r}{hint} give {', '.join(KNOWN)}, a folder, a .gguf file or org/name")
 
 
 def load_model(
@@ -187,9 +162,8 @@ def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
     auto is bfloat16 where the processor multiplies it natively, else float16 on a GPU and float32 on a CPU.
     Raises HarnessError for an unknown name.
     """
+    check_dtype(dtype)
     if dtype != "auto":
-        if dtype not in DTYPES:
-            raise HarnessError(f"unknown dtype {dtype!r}; give auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
     if place.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

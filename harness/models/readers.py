@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import sys
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from gguf import GGUFReader
@@ -31,37 +29,14 @@ from transformers import (
 
 from harness.errors import HarnessError
 from harness.models.assets import ASSETS, cache_dir, content_sha256, fetch, fill_once
+from harness.models.source import ModelSource
 from harness.models.tiny import tiny_model, tiny_tokenizer
 
 CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
-ADAPTER = "adapter_config.json"
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from. path: folder or GGUF file of a local one."""
-
-    name: str
-    kind: Literal["packaged", "tiny", "folder", "gguf", "hub"]
-    path: Path | None = None
-
-    @property
-    def adapted(self) -> str | None:
-        """The model that a folder of a peft adapter was made for, None for anything else. Raises HarnessError."""
-        if self.kind != "folder" or self.path is None or not (self.path / ADAPTER).is_file():
-            return None
-        try:
-            base = json.loads((self.path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError):
-            base = None
-        if not isinstance(base, str) or (self.path / "config.json").is_file():
-            why = "and a config.json of a whole model" if isinstance(base, str) else "that names no base model"
-            raise HarnessError(f"{self.name!r} has an {ADAPTER} {why}; keep the one or the other")
-        return base
 
 
 def read_tiny(kind: torch.dtype) -> Parts:

@@ -1,28 +1,28 @@
-"""From a sweep to what is run: policies and cells by name, prompts by sample. What can be refused is refused here."""
+"""From a sweep to what is run: methods and tasks by name, cells, prompts by sample, each once. Refusals are here.
+
+Sweep -> plan_names -> NamedSweep -> (the model) -> plan_sweep -> Plan
+"""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-import harness.kvpress.policy  # noqa: F401 - `kvpress:` labels
 from harness.engine.decode import Limits
 from harness.engine.types import Cell, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
 from harness.plan.datasets import find_asset
-from harness.records.spec import MethodSpec, QueryMode, RunSpec, Sweep, TaskSpec
-from methods.base import Budget, KVPolicy, PolicyError
-from methods.registry import make_policy, name_of
-from tasks import load_tasks
-from tasks.base import Sample, Task, TaskError, TaskOptions, find_tasks
+from harness.plan.methods import PlannedMethod, plan_methods
+from harness.plan.names import check_sweep
+from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
+from methods.base import Budget
+from tasks.base import Sample, Task, TaskError, TaskOptions
 
 NO_TEMPLATE = "the model has no chat template: raw prompts"
 
@@ -70,46 +70,56 @@ Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]
 """Samples of one context, with the cells wanted of each."""
 
 
-def plan_methods(sweep: Sweep) -> list[tuple[MethodSpec, Any]]:
-    """Every method asked for with its policy, once each. Raises HarnessError for unknown names and parameters."""
-    if not sweep.methods:
-        raise HarnessError("no method asked for; name some with --methods, see `harness list methods`")
-    names = {name_of(label) for label in sweep.methods}
-    for key in sweep.set:
-        if "." not in key or key.partition(".")[0] not in names:
-            raise HarnessError(f"--set {key!r} names no method of this run; write method.parameter=value")
-    planned = {}
-    for label in sweep.methods:
-        name = name_of(label)
-        changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
-        try:
-            policy = make_policy(label, changed)
-            _check_types(policy, changed)
-            provenance = policy.provenance()
-        except PolicyError as error:
-            raise HarnessError(str(error)) from None
-        except (TypeError, ValueError) as error:
-            raise HarnessError(f"method {label!r} refuses its parameters: {error}") from None
-        full = label + ("[" + ",".join(f"{k}={v}" for k, v in sorted(changed.items())) + "]" if changed else "")
-        params = asdict(policy) | provenance  # type: ignore[call-overload]
-        planned[full] = (MethodSpec(label=full, name=name, params=params, budgeted=policy.budgeted), policy)
-    return list(planned.values())
+@dataclass(frozen=True)
+class NamedSweep:
+    """A sweep whose names all stand for something: what can be had before its model loads."""
+
+    sweep: Sweep
+    tasks: Sequence[Task]
+    methods: Sequence[PlannedMethod]
 
 
-def fit_methods(planned: Sequence[tuple[MethodSpec, Any]], loaded: LoadedModel) -> list[tuple[MethodSpec, Any]]:
-    """Methods as they run on the loaded model. Raises HarnessError for one that was made for another model."""
-    fitted = []
-    for spec, policy in planned:
-        try:
-            own = policy.for_model(loaded.spec.revision)
-            params = asdict(own) | own.provenance()
-        except PolicyError as error:
-            raise HarnessError(f"method {spec.label}: {error}") from None
-        fitted.append((spec.model_copy(update={"params": params}), own))
-    return fitted
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run is. samples: with their prompts as tokens. cells: wanted of every sample."""
+
+    spec: RunSpec
+    samples: Sequence[PlannedSample]
+    cells: Sequence[PlannedCell]
 
 
-def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[tuple[MethodSpec, Any]]) -> None:
+def plan_names(sweep: Sweep) -> NamedSweep:
+    """Tasks and methods of a sweep. Raises HarnessError for what can be refused without the model."""
+    tasks = check_sweep(sweep)
+    methods = plan_methods(sweep)
+    plan_cells(methods, sweep.parsed_budgets.values())  # refuses a sweep without a cell
+    return NamedSweep(sweep, tasks, methods)
+
+
+def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | None) -> Plan:
+    """What is run of a sweep on a model.
+
+    Args:
+        named: the sweep with its names resolved.
+        loaded: the model, or what is known of it without its weights.
+        measured_on: see `RunSpec`.
+
+    Raises:
+        HarnessError: a method made for another model or fitted on one of the prompts, missing or damaged data, a
+            prompt that does not fit, a budget that is below no prompt.
+    """
+    sweep = named.sweep
+    methods = [method.on(loaded.spec.revision) for method in named.methods]
+    cells = plan_cells(methods, sweep.parsed_budgets.values())
+    samples, tasks, max_tokens = plan_samples(sweep, named.tasks, loaded)
+    check_unseen(samples, methods)
+    check_budgets(samples, cells, sweep.query)
+    specs = tuple(spec for spec, _ in methods)
+    spec = run_spec(sweep, loaded, methods=specs, tasks=tasks, max_tokens=max_tokens, measured_on=measured_on)
+    return Plan(spec, samples, cells)
+
+
+def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[PlannedMethod]) -> None:
     """Raises HarnessError when a method was fitted on one of the prompts that it would be scored on."""
     for spec, policy in methods:
         seen = policy.fitted_on()
@@ -121,38 +131,17 @@ def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[tuple[Metho
             )
 
 
-def plan_cells(methods: Sequence[tuple[MethodSpec, Any]], budgets: Sequence[str]) -> list[PlannedCell]:
-    """Every method at every budget; a method without a budget once. Raises HarnessError for a bad budget."""
-    try:
-        parsed = {str(budget): budget for budget in map(Budget.parse, budgets)}
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
-    cells = []
+def plan_cells(methods: Sequence[PlannedMethod], budgets: Iterable[Budget]) -> list[PlannedCell]:
+    """Every method at every budget; a method without a budget once. Raises HarnessError when that is no cell."""
+    named, cells = {str(budget): budget for budget in budgets}, []
     for spec, policy in methods:
         if spec.budgeted:
-            cells += [PlannedCell(spec.label, text, Cell(policy, budget)) for text, budget in parsed.items()]
+            cells += [PlannedCell(spec.label, text, Cell(policy, budget)) for text, budget in named.items()]
         else:
             cells.append(PlannedCell(spec.label, "full", Cell(policy, None)))
     if not cells:
         raise HarnessError("no budget asked for; name some with --budgets, such as 128,512 or 0.25")
     return cells
-
-
-def plan_tasks(sweep: Sweep) -> list[Task]:
-    """Tasks by name or family. Raises HarnessError, with the nearest known name."""
-    load_tasks()
-    if not sweep.tasks:
-        raise HarnessError("no task asked for; name some with --tasks, see `harness list tasks`")
-    try:
-        tasks = find_tasks(sweep.tasks)
-    except TaskError as error:
-        raise HarnessError(str(error)) from None
-    other = next((task for task in tasks if task.query not in (None, sweep.query)), None)
-    if other is not None:
-        raise HarnessError(
-            f"task {other.name} is made for --query {other.query}, this run is {sweep.query}; change one"
-        )
-    return tasks
 
 
 def plan_samples(
@@ -220,7 +209,7 @@ def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
     """The resolved spec. resolved: methods, tasks and max_tokens as planned."""
     return RunSpec(
         model=loaded.spec,
-        budgets=tuple(str(Budget.parse(budget)) for budget in sweep.budgets),
+        budgets=tuple(sweep.parsed_budgets),
         lengths=sweep.lengths,
         limit=sweep.limit,
         seed=sweep.seed,
@@ -231,16 +220,6 @@ def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
         whole=sweep.whole,
         **resolved,
     )
-
-
-def _check_types(policy: KVPolicy, changed: Mapping[str, Any]) -> None:
-    """Raises PolicyError when a changed parameter is not of the type that the policy declares."""
-    hints = get_type_hints(type(policy))
-    for key, value in changed.items():
-        try:
-            TypeAdapter(hints[key]).validate_python(value, strict=True)
-        except ValidationError as error:
-            raise PolicyError(f"{type(policy).__name__}.{key}={value!r}: {error.errors()[0]['msg']}") from None
 
 
 def _stop_ids(stop: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:

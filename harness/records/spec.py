@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from methods.budget import Budget
 
 SCHEMA_VERSION = 2
 
@@ -23,19 +27,65 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Sweep(Frozen):
-    """What a person asked for, by command line or TOML file; names are checked before a model loads.
+def check_least(given: Any, least: float, field: ValidationInfo) -> Any:
+    """The value of an option, or each of several, when it is None or at least `least`; a field ending in _s is seconds.
 
-    lengths: context lengths in tokens for generated tasks. limit: samples per task, or per task and length.
-    max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the tasks' own.
-    nll_tokens: reference tokens that are scored at most. set: parameters of methods, `method.parameter` to value.
-    measure: time every cell by itself too, and its memory. whole: only rows of data sets that need no cut.
+    Raises ValueError, with the option as it is typed.
     """
+    for number in given if isinstance(given, tuple) else (given,):
+        if number is not None and not number >= least:  # nan too
+            option = str(field.field_name).removesuffix("_s").replace("_", "-")
+            raise ValueError(f"--{option} {number} is too small; give at least {least}")
+    return given
+
+
+class Asked(Frozen):
+    """What every command that runs methods on a model is asked for. Names are checked by `harness.plan`.
+
+    model: as `harness run --model` takes it. methods: labels. budgets: as typed, see `parsed_budgets`; a method that
+    keeps everything needs none. set: changed parameters of methods, `method.parameter` to value.
+    """
+
+    OTHER_WAY: ClassVar[str] = ""
+    """Of naming methods, for an error line."""
 
     model: str = "smollm2-135m"
     methods: tuple[str, ...]
-    tasks: tuple[str, ...]
     budgets: tuple[str, ...] = ("128", "256", "512")
+    dtype: str = "auto"
+    device: str = "auto"
+    set: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("methods")
+    @classmethod
+    def _some_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        if not methods:
+            raise ValueError(f"no methods asked for; add --methods compilerkv,snapkv{cls.OTHER_WAY}")
+        return methods
+
+    @model_validator(mode="after")
+    def _budgets_parse(self) -> Self:
+        assert self.parsed_budgets is not None  # parsed now, so that a bad one is refused here
+        return self
+
+    @cached_property
+    def parsed_budgets(self) -> Mapping[str, Budget]:
+        """Every budget once, by its canonical text, in the order asked."""
+        return {str(budget): budget for budget in map(Budget.parse, self.budgets)}
+
+
+class Sweep(Asked):
+    """What a person asked for, by command line, TOML file or Python. An illegal one cannot be made.
+
+    tasks: names or families. lengths: context lengths in tokens for generated tasks. limit: samples per task, or per
+    task and length. max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the
+    tasks' own. nll_tokens: reference tokens that are scored at most. measure: time every cell by itself too, and its
+    memory. whole: only rows of data sets that need no cut.
+    """
+
+    OTHER_WAY = " or --config quick"
+
+    tasks: tuple[str, ...]
     lengths: tuple[int, ...] = (1024,)
     limit: int | None = None
     seed: int = 42
@@ -44,13 +94,48 @@ class Sweep(Frozen):
     first_token: FirstToken = "compressed"
     query: QueryMode = "aware"
     nll_tokens: int = 64
-    dtype: str = "auto"
-    device: str = "auto"
     trust_remote_code: bool = False
     data_dir: str | None = None
     measure: bool = False
     whole: bool = False
-    set: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if not tasks:
+            raise ValueError(f"no tasks asked for; add --tasks niah,stdlib{cls.OTHER_WAY}")
+        return tasks
+
+    @field_validator("lengths")
+    @classmethod
+    def _some_lengths(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        if not lengths:
+            raise ValueError("no lengths asked for; give some with --lengths 1024,4096")
+        return lengths
+
+    @field_validator("lengths", "limit", "max_tokens", "max_new_tokens")
+    @classmethod
+    def _at_least_one(cls, given: Any, field: ValidationInfo) -> Any:
+        return check_least(given, 1, field)
+
+    @field_validator("nll_tokens")
+    @classmethod
+    def _not_negative(cls, tokens: int) -> int:
+        if tokens < 0:
+            raise ValueError(f"--nll-tokens {tokens} is negative; give 0 to turn it off")
+        return tokens
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        """Whether its cells can be measured one by one."""
+        if self.measure and self.query == "agnostic":
+            raise ValueError(
+                "--measure with --query agnostic: questions share a compressed context there, which no cell has by "
+                "itself; leave one of the two out"
+            )
+        if self.measure and self.trust_remote_code:
+            raise ValueError("--measure with --trust-remote-code: probes load plain models only; leave one of them out")
+        return self
 
 
 class MethodSpec(Frozen):

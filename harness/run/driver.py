@@ -20,7 +20,7 @@ from harness.engine.types import Outcome
 from harness.errors import HarnessError
 from harness.machine import machine, versions
 from harness.models.load import LoadedModel, describe_model, load_model
-from harness.plan.sweep import Group, plan_cells, plan_methods, plan_tasks
+from harness.plan.sweep import Group, plan_names
 from harness.records.atomic_files import write_error
 from harness.records.record import Record
 from harness.records.run_folder import RunStore
@@ -99,12 +99,11 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
         raise HarnessError("--measure times one cell alone on a machine, --ray fills it; leave one of the two out")
     if sweep.device not in DEVICES:
         raise HarnessError(f"--device {sweep.device!r} is of this machine; give {', '.join(DEVICES)} with --ray")
-    plan_tasks(sweep)
-    plan_cells(plan_methods(sweep), sweep.budgets)  # names and budgets are refused before a cluster is asked
+    named = plan_names(sweep)  # names and budgets are refused before a cluster is asked
     with connected(fan.address) as cluster:
         shape, size = _shape(sweep, fan, cluster.resources)
         device = sweep.device if sweep.device != "auto" else ("cuda" if shape.gpus else "cpu")
-        prepared = prepare(sweep, lambda asked: _described(asked, device), command=command)
+        prepared = prepare(named, _described(sweep, device), command=command)
         spec = prepared.manifest.spec
         make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
         with RunStore.open(root, prepared.manifest) as store, ending(store):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,22 +20,17 @@ from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
 from harness.plan.sweep import (
     Group,
+    NamedSweep,
     PlannedCell,
     PlannedSample,
-    check_budgets,
-    check_unseen,
     contexts,
-    fit_methods,
-    plan_cells,
-    plan_methods,
-    plan_samples,
-    plan_tasks,
-    run_spec,
+    plan_names,
+    plan_sweep,
 )
 from harness.records.record import PROMPT_TAIL, Record, RunManifest
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
-from harness.run.timing import check_measure, measured_on, measuring
+from harness.run.timing import measured_on, measuring
 from methods.base import KVPolicy
 
 log = logging.getLogger("harness")
@@ -146,36 +141,27 @@ class Prepared:
         return work
 
 
-def prepare(sweep: Sweep, load: Callable[[Sweep], LoadedModel], *, command: Sequence[str]) -> Prepared:
-    """Plan a sweep. load: the model, or what is known of it without its weights; called once names are checked.
+def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -> Prepared:
+    """Plan a sweep on a model. loaded: the model, or what is known of it without its weights.
 
     Raises HarnessError for bad input.
     """
-    check_measure(sweep)
-    named, tasks = plan_methods(sweep), plan_tasks(sweep)
-    plan_cells(named, sweep.budgets)  # refuses a bad budget before the model loads
-    loaded = load(sweep)
-    methods = fit_methods(named, loaded)
-    cells = plan_cells(methods, sweep.budgets)
-    samples, task_specs, max_tokens = plan_samples(sweep, tasks, loaded)
-    check_unseen(samples, methods)
-    check_budgets(samples, cells, sweep.query)
-    method_specs, here = tuple(spec for spec, _ in methods), machine()
-    place = measured_on(here, loaded.spec) if sweep.measure else None
-    spec = run_spec(sweep, loaded, methods=method_specs, tasks=task_specs, max_tokens=max_tokens, measured_on=place)
+    here = machine()
+    place = measured_on(here, loaded.spec) if named.sweep.measure else None
+    plan = plan_sweep(named, loaded, measured_on=place)
     manifest = RunManifest(
-        run_id=spec.run_id,
+        run_id=plan.spec.run_id,
         status="started",
         command=tuple(command),
-        spec=spec,
+        spec=plan.spec,
         started=now(),
-        samples=len(samples),
-        cells=len(cells),
+        samples=len(plan.samples),
+        cells=len(plan.cells),
         git_commit=git_commit(),
         versions=versions(),
         machine=here,
     )
-    return Prepared(manifest, samples, cells)
+    return Prepared(manifest, plan.samples, plan.cells)
 
 
 def load(sweep: Sweep) -> LoadedModel:
@@ -193,16 +179,12 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         HarnessError: bad input, or a folder that cannot be written.
         KeyboardInterrupt: after the manifest says so.
     """
-    models: list[LoadedModel] = []
-
-    def loaded(sweep: Sweep) -> LoadedModel:
-        models.append(load(sweep))
-        return models[0]
-
-    prepared = prepare(sweep, loaded, command=command)
-    runner = Runner(prepared.manifest.spec, models[0])  # before the folder is made: it refuses models it cannot run
+    named = plan_names(sweep)
+    loaded = load(sweep)
+    prepared = prepare(named, loaded, command=command)
+    runner = Runner(prepared.manifest.spec, loaded)  # before the folder is made: it refuses models it cannot run
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
-    with RunStore.open(root, prepared.manifest) as store, measuring(sweep, models[0].spec) as finish:
+    with RunStore.open(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
         work = prepared.missing(store.done)
         todo = sum(map(len, work))
         print(

@@ -24,8 +24,7 @@ from harness.plan.sweep import Group, PlannedSample
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.record import Record
 from harness.records.spec import ModelSpec, Sweep
-from harness.speed.target import Restarting
-from methods.registry import name_of
+from harness.speed.target import Restarting, probe_spec
 
 TIMEOUT_S = 1800.0
 """A probe that takes longer has hung."""
@@ -41,17 +40,6 @@ class Probing(Protocol):
     def ask(self, spec: ProbeSpec, *, timeout_s: float) -> ProbeResult:
         """How one cell by itself went; an unhappy end is a result, not an exception."""
         ...
-
-
-def check_measure(sweep: Sweep) -> None:
-    """Raises HarnessError for a sweep whose cells cannot be measured one by one."""
-    if sweep.measure and sweep.query == "agnostic":
-        raise HarnessError(
-            "--measure with --query agnostic: questions share a compressed context there, which no cell has by itself; "
-            "leave one of the two out"
-        )
-    if sweep.measure and sweep.trust_remote_code:
-        raise HarnessError("--measure with --trust-remote-code: probes load plain models only; leave one of them out")
 
 
 def measured_on(machine: Mapping[str, Any], model: ModelSpec) -> str:
@@ -101,24 +89,10 @@ def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, probe
     if record.status != "ok":
         return record
     torch.cuda.empty_cache()  # what this process caches is memory the probe would lack
-    result = prober.ask(probe_spec(record, planned, sweep), timeout_s=TIMEOUT_S)
+    shape = {"tokens": len(planned.ids), "new_tokens": max(2, len(record.token_ids)), "seed": record.seed}
+    spec = probe_spec(record.method, record.budget, sweep.set, **shape, ids=tuple(planned.ids))
+    result = prober.ask(spec, timeout_s=TIMEOUT_S)
     if result.status == "ok" and result.measured is not None:
         return record.model_copy(update={"measured": result.measured})
     why = " ".join((result.error or "no measurement came back").split())[:LONGEST]
     return record.model_copy(update={"notes": (*record.notes, f"measure: {result.status} ({why})")})
-
-
-def probe_spec(record: Record, planned: PlannedSample, sweep: Sweep) -> ProbeSpec:
-    """The record's cell as a probe runs it."""
-    label = record.method.partition("[")[0]  # what stands in brackets is `set`
-    name = name_of(label)
-    changed = {key.partition(".")[2]: value for key, value in sweep.set.items() if key.partition(".")[0] == name}
-    return ProbeSpec(
-        method=label,
-        set=changed,
-        budget=None if record.budget == "full" else record.budget,
-        tokens=len(planned.ids),
-        new_tokens=max(2, len(record.token_ids)),
-        seed=record.seed,
-        ids=tuple(planned.ids),
-    )

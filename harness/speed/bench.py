@@ -25,21 +25,20 @@ from harness.models.load import DTYPES
 from harness.plan.sweep import PlannedCell
 from harness.records.bench_folder import BenchManifest, BenchRecord, BenchSpec, BenchStore, Kind, machine_id
 from harness.records.measured import ProbeResult
-from harness.records.spec import Frozen, Sweep
+from harness.records.spec import Asked
+from harness.speed.memory_limit import Size
 from harness.speed.target import Restarting, Serves, Target, limit_in_force, probe_spec, say, swap_note
 
 MIB = 2**20
 
 
-class BenchAsk(Frozen):
+class BenchAsk(Asked):
     """What a person asked for, by command line.
 
-    set: parameters of methods, `method.parameter` to value. limit_bytes: of a probe, the model's own included.
+    limit_bytes: of a probe, the model's own included.
     """
 
     kind: Kind = "bench"
-    model: str = "smollm2-135m"
-    methods: tuple[str, ...]
     budgets: tuple[str, ...] = ("128", "512")
     lengths: tuple[int, ...] = (2048, 8192)
     batch: int = Field(default=1, ge=1)
@@ -47,12 +46,9 @@ class BenchAsk(Frozen):
     chunk: int | None = Field(default=None, ge=1)
     rounds: int = Field(default=3, ge=1)
     warm_up: bool = True
-    dtype: str = "auto"
-    device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     timeout_s: float = Field(default=1800, gt=0, le=1e6)
-    limit_bytes: int | None = Field(default=None, ge=1)
-    set: dict[str, Any] = Field(default_factory=dict)
+    limit_bytes: Size | None = None
 
 
 MakeProber = Callable[..., AbstractContextManager[Serves]]
@@ -67,8 +63,7 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: Make
         KeyboardInterrupt: after the manifest says so.
     """
     _check_lengths(ask)
-    sweep = Sweep(**ask.model_dump(include={"model", "methods", "budgets", "dtype", "device", "set"}), tasks=())
-    target = Target.load(sweep, ask.threads)
+    target = Target.load(ask, ask.threads)
     spec = resolve(ask, target)
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
     start = partial(prober, model=spec.model, dtype=spec.dtype, device=spec.device, threads=spec.threads)
@@ -168,7 +163,7 @@ class _Bench:
 
     def _probed(self, blank: BenchRecord, cell: PlannedCell) -> BenchRecord:
         shape = blank.model_dump(include={"tokens", "batch", "new_tokens", "chunk", "warm_up"})
-        spec = probe_spec(cell, self.ask.set, **shape, rounds=1)
+        spec = probe_spec(cell.method, cell.budget, self.ask.set, **shape, rounds=1)
         result = self.asker.ask(spec, limit_bytes=blank.limit_bytes, timeout_s=self.ask.timeout_s)
         if result.status == "ok" and result.measured is None:
             raise ValueError(f"a probe of {cell.method} ended well and measured nothing")

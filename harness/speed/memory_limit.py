@@ -14,7 +14,9 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from harness.errors import HarnessError
 
@@ -45,6 +47,10 @@ def parse_bytes(size: str | int) -> int:
     if wanted < 1:
         raise HarnessError(f"a size of {size} leaves no memory; give at least one byte")
     return wanted
+
+
+Size = Annotated[int, BeforeValidator(parse_bytes)]
+"""A number of bytes in an option model, written as `parse_bytes` takes it."""
 
 
 def status_bytes(field: str) -> int:

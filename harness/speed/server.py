@@ -31,14 +31,12 @@ from harness.engine.row_cache import PrefillLayer
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel, load_model, resolve_device
-from harness.plan.sweep import fit_methods, plan_methods
-from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.spec import Sweep
+from harness.plan.methods import plan_method
+from harness.records.measured import ProbeResult
 from harness.speed import memory_limit
 from harness.speed.client import LOAD_S, Job, Reply, last_line, measure
 from harness.speed.memory_limit import Limit
-from methods.base import KVPolicy, Needs
-from methods.registry import name_of
+from methods.base import Needs
 
 OUT_OF_MEMORY = (
     *("allocate memory", "defaultcpuallocator", "not enough memory", "out of memory", "bad_alloc"),
@@ -80,7 +78,7 @@ class Ready:
             return Reply(model_bytes=self.held_bytes())
         limit = None
         try:
-            policy = policy_of(job.spec, self.loaded)
+            policy = plan_method(job.spec.method, job.spec.set, revision=self.loaded.spec.revision).policy
             self._touch()
             if job.limit_bytes is not None:
                 limit = set_limit(self.model.device, job.limit_bytes)
@@ -96,15 +94,6 @@ class Ready:
         self.model.forward(
             torch.arange(32, device=self.model.device).unsqueeze(0) % self.model.vocab, layers, position=0
         )
-
-
-def policy_of(spec: ProbeSpec, loaded: LoadedModel) -> KVPolicy:
-    """The policy of a probe as it runs on the model. Raises HarnessError."""
-    name = name_of(spec.method)
-    changed = {f"{name}.{key}": value for key, value in spec.set.items()}
-    planned = plan_methods(Sweep(methods=(spec.method,), tasks=(), set=changed))
-    policy: KVPolicy = fit_methods(planned, loaded)[0][1]
-    return policy
 
 
 def set_limit(device: torch.device, limit_bytes: int) -> Limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,16 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.models.load import DTYPES, load_model, resolve_device, resolve_dtype
-from harness.plan.sweep import PlannedCell, fit_methods, plan_cells, plan_methods
+from harness.plan.methods import plan_methods
+from harness.plan.names import check_asked
+from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.spec import MethodSpec, ModelSpec, Sweep
+from harness.records.spec import Asked, MethodSpec, ModelSpec
 from harness.speed.memory_limit import Limit
 from harness.speed.memory_search import Asks
 from harness.speed.predicted_memory import predict
 from methods.base import PolicyError
-from methods.registry import name_of
+from methods.label import MethodLabel
 
 SHORT = 16
 """Tokens of the probe that shows which limit holds."""
@@ -86,21 +88,22 @@ class Target:
     cells: list[PlannedCell]
 
     @classmethod
-    def load(cls, sweep: Sweep, threads: int | None) -> Target:
+    def load(cls, asked: Asked, threads: int | None) -> Target:
         """Refuse what can be refused, loading the model once on the CPU; it is let go before the first probe.
 
-        Raises HarnessError: unknown names, bad budgets, a missing device, a model that cannot be loaded, and methods
-        made for another model.
+        Raises HarnessError: unknown names, a missing device, a model that cannot be loaded, and methods made for
+        another model.
         """
-        planned = plan_methods(sweep)
-        plan_cells(planned, sweep.budgets)  # before the model loads
-        place = resolve_device(sweep.device)
+        check_asked(asked)
+        planned, budgets = plan_methods(asked), asked.parsed_budgets.values()
+        plan_cells(planned, budgets)  # refuses a request without a cell before the model loads
+        place = resolve_device(asked.device)
         if place.type not in ("cpu", "cuda"):
-            raise HarnessError(f"memory on device {sweep.device!r} cannot be measured; give --device cpu or cuda")
-        dtype = str(resolve_dtype(sweep.dtype, place)).removeprefix("torch.")
-        print(f"loading {sweep.model}", file=sys.stderr, flush=True)
-        loaded = load_model(sweep.model, dtype=dtype, device="cpu")
-        fitted = fit_methods(planned, loaded)
+            raise HarnessError(f"memory on device {asked.device!r} cannot be measured; give --device cpu or cuda")
+        dtype = str(resolve_dtype(asked.dtype, place)).removeprefix("torch.")
+        print(f"loading {asked.model}", file=sys.stderr, flush=True)
+        loaded = load_model(asked.model, dtype=dtype, device="cpu")
+        fitted = [method.on(loaded.spec.revision) for method in planned]
         Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
         return cls(
             model=loaded.spec.model_copy(update={"device": str(place)}),
@@ -108,7 +111,7 @@ class Target:
             context=loaded.context,
             threads=threads or torch.get_num_threads(),
             methods={spec.label: spec for spec, _ in fitted},
-            cells=plan_cells(fitted, sweep.budgets),
+            cells=plan_cells(fitted, budgets),
         )
 
     def predict(self, cell: PlannedCell, *, tokens: int, batch: int, new_tokens: int, chunk: int | None) -> int | None:
@@ -130,16 +133,18 @@ class Target:
         return None
 
 
-def probe_spec(cell: PlannedCell, changed: dict[str, Any], **shape: Any) -> ProbeSpec:
-    """A probe of a cell. changed: parameters of methods, `method.parameter` to value. shape: its other fields."""
-    label = cell.method.partition("[")[0]  # what stands in brackets is `changed`
-    name = name_of(label)
-    return ProbeSpec(
-        method=label,
-        set={key.partition(".")[2]: value for key, value in changed.items() if key.partition(".")[0] == name},
-        budget=None if cell.cell.budget is None else str(cell.cell.budget),
-        **shape,
-    )
+def probe_spec(method: str, budget: str, changed: Mapping[str, Any], **shape: Any) -> ProbeSpec:
+    """A probe of a cell.
+
+    Args:
+        method: the cell's label.
+        budget: as its records say, `full` for a method that keeps everything.
+        changed: parameters of methods, `method.parameter` to value, as the run was asked for.
+        shape: the other fields of the probe.
+    """
+    label = MethodLabel.parse(method)
+    kept = None if budget == "full" else budget
+    return ProbeSpec(method=label.asked, set=label.own(changed), budget=kept, **shape)
 
 
 def limit_in_force(prober: Serves | Restarting, limit: int) -> tuple[str, list[str]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import bench
+from harness.cli.bench import bench_parser
+from harness.cli.serve_bench import serve_bench_parser
 from harness.errors import HarnessError
 from harness.records.bench_folder import BENCHES
 from harness.records.measured import ProbeResult, ProbeSpec
@@ -26,7 +27,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     def call(verb: str, *words: str, prober: FakeProber | None = None) -> int:
         module.Prober = prober or FakeProber()  # type: ignore[attr-defined]
         parser = argparse.ArgumentParser()
-        {"bench": bench.bench_parser, "serve-bench": bench.serve_parser}[verb](parser)
+        {"bench": bench_parser, "serve-bench": serve_bench_parser}[verb](parser)
         shared = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--out", str(tmp_path))
         args = parser.parse_args([*shared, *words])
         code: int = args.action(args, ("harness", verb, *words))

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from harness.cli.lm_eval import import_parser, lm_eval_parser, register, run_lm_eval, tokenizer_of
+from harness.cli.lm_eval import lm_eval_parser
+from harness.cli.lm_eval_import import lm_eval_import_parser
 from harness.errors import HarnessError
+from harness.lm_eval.command_line import register, run_lm_eval, tokenizer_of
 from harness.lm_eval.import_results import import_results
 from harness.records.run_folder import load_run
 from leaderboards.stats.aggregate import aggregate
@@ -112,11 +114,11 @@ def test_our_model_joins_lm_evals_own() -> None:
 
 def test_everything_after_the_verb_is_lm_evals(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sequence[str]] = []
-    monkeypatch.setattr("harness.cli.lm_eval.run_lm_eval", seen.append)
+    monkeypatch.setattr("harness.lm_eval.command_line.run_lm_eval", seen.append)
     parser = argparse.ArgumentParser()
     verbs = parser.add_subparsers()
     lm_eval_parser(verbs.add_parser("lm-eval", add_help=False, prefix_chars=chr(0)))
-    import_parser(verbs.add_parser("lm-eval-import"))
+    lm_eval_import_parser(verbs.add_parser("lm-eval-import"))
     for typed in (["--model", "kvpolicy", "-t", "a", "--help"], ["ls", "tasks"], ["--metadata={}"], ["-h"], []):
         args = parser.parse_args(["lm-eval", *typed])
         args.action(args, ())

@@ -21,7 +21,8 @@ from harness.models.load import LoadedModel, load_model
 from harness.plan.sweep import plan_methods
 from harness.records.spec import Sweep
 from methods.base import KV, Budget, Needs, PolicyError
-from methods.registry import make_policy, name_of
+from methods.label import MethodLabel
+from methods.registry import make_policy
 
 TOKENS, BUDGET, LAYERS, HEADS = 600, 128, 4, 2
 needs_kvpress = pytest.mark.skipif(find_spec("kvpress") is None, reason="kvpress is not installed")
@@ -219,7 +220,7 @@ def test_a_label_is_names_and_literals() -> None:
     assert call.keywords == (("alpha_safeguard", -0.1), ("names", ["a", None]))
     assert str(call) == text and parse_press(str(call)) == call
     assert str(parse_press("KnormPress()")) == "KnormPress"
-    assert name_of(f"kvpress:{text}") == "kvpress:AdaKVPress" and name_of("snapkv@kvcf") == "snapkv"
+    assert MethodLabel.parse(f"kvpress:{text}").name == "kvpress:AdaKVPress"
 
 
 @pytest.mark.parametrize(

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, one_line
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer
+from harness.plan.methods import PlannedMethod, plan_method, plan_methods
+from harness.plan.names import plan_tasks
 from harness.plan.sweep import (
     NO_TEMPLATE,
+    PlannedCell,
     check_budgets,
     contexts,
     plan_cells,
-    plan_methods,
     plan_samples,
-    plan_tasks,
     run_spec,
 )
 from harness.records.spec import Sweep
+from methods.base import Budget
 from methods.snapkv import SnapKV
 from tasks.base import TASKS, About, Sample, Task, TaskError, TaskOptions
 
 
 def sweep(**options: Any) -> Sweep:
     return Sweep.model_validate({"methods": ("snapkv",), "tasks": ("stdlib",), "model": "tiny", **options})
+
+
+def cells_of(methods: Sequence[PlannedMethod], *budgets: str) -> list[PlannedCell]:
+    return plan_cells(methods, map(Budget.parse, budgets))
 
 
 @dataclass
@@ -69,7 +75,6 @@ def test_methods_carry_their_parameters_and_overrides_their_names() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"methods": ()}, "no method asked for"),
         ({"methods": ("snapvk",)}, "unknown method 'snapvk'; did you mean 'snapkv'"),
         ({"methods": ("snapkv@papre",)}, "unknown preset 'papre' of snapkv; did you mean 'paper'"),
         ({"set": {"h2o.recent": 4}}, "'h2o.recent' names no method of this run"),
@@ -92,30 +97,47 @@ def test_unusable_methods_are_refused(options: dict[str, Any], says: str) -> Non
 
 
 def test_cells_are_every_method_at_every_budget_once() -> None:
-    cells = plan_cells(plan_methods(sweep(methods=("fullkv", "snapkv", "random"))), ("64", "0.25", "25%", "64"))
+    asked = sweep(methods=("fullkv", "snapkv", "random"), budgets=("64", "0.25", "25%", "64"))
+    cells = plan_cells(plan_methods(asked), asked.parsed_budgets.values())
     names = [("fullkv", "full"), ("snapkv", "64"), ("snapkv", "0.25"), ("random", "64"), ("random", "0.25")]
     assert [(cell.method, cell.budget) for cell in cells] == names
     assert cells[0].cell.budget is None
-    assert plan_cells(plan_methods(sweep(methods=("fullkv",))), ())[0].budget == "full"
+    assert cells_of([plan_method("fullkv")])[0].budget == "full"
 
 
-@pytest.mark.parametrize("budget", ["0", "-1", "1.5", "0.0", "many", "", "150%"])
-def test_unusable_budgets_are_refused(budget: str) -> None:
-    with pytest.raises(HarnessError, match="budget"):
-        plan_cells(plan_methods(sweep()), ("64", budget))
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        *(({"budgets": ("64", budget)}, "budget ") for budget in ("0", "-1", "1.5", "0.0", "many", "", "150%")),
+        ({"methods": ()}, "no methods asked for; add --methods"),
+        ({"tasks": ()}, "no tasks asked for; add --tasks"),
+        ({"lengths": ()}, "no lengths asked for"),
+        ({"lengths": (64, 0)}, "--lengths 0 is too small; give at least 1"),
+        ({"limit": 0}, "--limit 0 is too small; give at least 1"),
+        ({"max_tokens": -1}, "--max-tokens -1 is too small"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0 is too small"),
+        ({"nll_tokens": -1}, "--nll-tokens -1 is negative; give 0 to turn it off"),
+        ({"measure": True, "query": "agnostic"}, "--measure with --query agnostic"),
+        ({"measure": True, "trust_remote_code": True}, "--measure with --trust-remote-code"),
+    ],
+)
+def test_an_illegal_sweep_cannot_be_made(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        sweep(**options)
+    line = str(one_line(refused.value))
+    assert line.startswith(says) and "\n" not in line
 
 
 def test_no_budget_is_refused() -> None:
     with pytest.raises(HarnessError, match="no budget asked for"):
-        plan_cells(plan_methods(sweep()), ())
+        cells_of(plan_methods(sweep()))
 
 
 def test_tasks_are_found_by_name_and_family() -> None:
     assert [task.name for task in plan_tasks(sweep(tasks=("stdlib/next_line",)))] == ["stdlib/next_line"]
     assert len(plan_tasks(sweep(tasks=("stdlib", "stdlib/next_line")))) == 2
-    for tasks, says in ((("stdlb",), "unknown task 'stdlb'; did you mean 'stdlib'"), ((), "no task asked for")):
-        with pytest.raises(HarnessError, match=says):
-            plan_tasks(sweep(tasks=tasks))
+    with pytest.raises(HarnessError, match="unknown task 'stdlb'; did you mean 'stdlib'"):
+        plan_tasks(sweep(tasks=("stdlb",)))
 
 
 @dataclass
@@ -232,12 +254,12 @@ def test_a_prompt_that_just_fits_is_taken(tiny: LoadedModel) -> None:
 def test_a_budget_above_every_prompt_of_a_task_is_refused(tiny: LoadedModel) -> None:
     planned = plan_samples(sweep(), [Fixed([SAMPLE, replace(SAMPLE, id="1", context="c" * 20)])], tiny)[0]
     methods = plan_methods(sweep(methods=("fullkv", "snapkv")))
-    check_budgets(planned, plan_cells(methods, ("50", "0.9")), "aware")  # below the longest: single ones are skipped
+    check_budgets(planned, cells_of(methods, "50", "0.9"), "aware")  # below the longest: single ones are skipped
     for budget, query, longest in (("51", "aware", 51), ("41", "agnostic", 41), ("100%", "aware", 51)):
         with pytest.raises(HarnessError, match=f"not below any prompt of fixed, the longest has {longest} tokens"):
-            check_budgets(planned, plan_cells(methods, ("8", budget)), query)  # type: ignore[arg-type]
-    check_budgets(planned, plan_cells(methods, ("41",)), "aware")
-    check_budgets(planned, plan_cells(plan_methods(sweep(methods=("fullkv",))), ()), "aware")
+            check_budgets(planned, cells_of(methods, "8", budget), query)  # type: ignore[arg-type]
+    check_budgets(planned, cells_of(methods, "41"), "aware")
+    check_budgets(planned, cells_of([plan_method("fullkv")]), "aware")
 
 
 def test_the_run_id_depends_on_what_decides_the_numbers(tiny: LoadedModel) -> None:

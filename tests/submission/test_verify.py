@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from harness.cli.submit import submit_parser, verify_parser
+from harness.cli.submit import submit_parser
+from harness.cli.verify import verify_parser
 from harness.errors import HarnessError
 from harness.submission.archive import MANIFEST, RECORDS, pack_run
 from harness.submission.verify import verify_pack

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 import leaderboards
-from harness.cli.submit import export_parser
+from harness.cli.export import export_parser
 from harness.errors import HarnessError
 from leaderboards.tables.frame import results_card, to_parquet
 from tests.leaderboards.tables.test_speed import measured

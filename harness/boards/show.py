@@ -1,0 +1,67 @@
+"""The board of some records, written beside them and printed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from harness.boards.sources import Sources
+from harness.errors import HarnessError
+from harness.records.record import Record
+
+
+def show(sources: Sources, *, out: Path, name: str, subject: str | None, html: bool, quiet: bool = False) -> int:
+    """Write the board of some records, and print it unless `quiet`; returns 1 when a cell failed.
+
+    Raises HarnessError when there is no record, and as the writers do.
+    """
+    records, manifests = sources.records, sources.manifests
+    if not records and not sources.benches and not sources.boundaries:
+        raise HarnessError(f"no records for {name}; run a benchmark first")
+    pages = _scores(sources, out=out, name=name, subject=subject, html=html, quiet=quiet) if manifests else []
+    if not manifests:
+        pages += _speed(sources, out=out, name=name, quiet=quiet)
+    for path in pages:
+        print(f"wrote {path}", file=sys.stderr)
+    failed = sum(record.status == "failed" for record in records)
+    if failed:
+        advice = "repeat the command to try them again"
+        print(f"harness: {failed} of {len(records)} cells failed; {advice}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html: bool, quiet: bool) -> list[Path]:
+    from leaderboards.stats.aggregate import aggregate
+    from leaderboards.tables.board import to_terminal, write_board
+    from leaderboards.tables.picture import write_picture
+
+    records, manifests = sources.records, sources.manifests
+    tables = aggregate(records, manifests=manifests, subject=subject)
+    if not quiet:
+        print(to_terminal(tables, manifests=manifests))
+    pages = write_board(tables, out, name, manifests=manifests)
+    pages.append(write_picture(tables, out, name))
+    if html:
+        from harness.boards.compiled_tables import table_maps_of
+        from leaderboards.pages.memory import find_searches
+        from leaderboards.pages.page import Extras, write_page
+
+        extras = Extras(find_searches(sources.boundaries), *table_maps_of(manifests))
+        full = [record for record in records if isinstance(record, Record)]  # all are: they were collected whole
+        pages.append(write_page(tables, full, out, name, manifests=manifests, extras=extras))
+    return pages
+
+
+def _speed(sources: Sources, *, out: Path, name: str, quiet: bool) -> list[Path]:
+    from leaderboards.tables import memory, speed
+
+    pages: list[Path] = []
+    if sources.benches:
+        manifests = [manifest for manifest, _ in sources.benches]
+        records = [record for _, stored in sources.benches for record in stored]
+        if not quiet:
+            print(speed.to_terminal(records, manifests=manifests))
+        pages += speed.write_speed(records, out, name, manifests=manifests)
+    for number, folder in enumerate(sources.boundaries):
+        pages += memory.write_frontier(folder, out, f"{name}.frontier{number or ''}")
+    return pages

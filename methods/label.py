@@ -1,0 +1,87 @@
+"""What a method is called wherever one is named: on the command line, in records and on boards. No torch.
+
+    snapkv                  the method with its default parameters
+    snapkv@kvcf             a preset of it
+    snapkv@kvcf[kernel=5]   with parameters changed, as records name it
+    kvpress:KnormPress()    what a prefix resolves; the rest is the prefix's own grammar
+
+A preset and changed parameters belong to a method of the registry alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from methods.budget import PolicyError
+
+PREFIXED = re.compile(r"(\w*):")
+PARAMETER = re.compile(r"(?:^|,)(\w+)=")
+
+
+@dataclass(frozen=True)
+class MethodLabel:
+    """A label taken apart; `str` puts it together again.
+
+    name: of the method, or `prefix:NAME`. preset: its name, empty without one. arguments: what follows the name of a
+    prefixed label, parentheses included. params: changed parameters with their values as text, in order.
+    """
+
+    name: str
+    preset: str = ""
+    arguments: str = ""
+    params: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> MethodLabel:
+        """The parts of a label. Raises PolicyError for brackets that hold no `parameter=value`."""
+        if PREFIXED.match(text):
+            name, parenthesis, arguments = text.partition("(")
+            return cls(name, arguments=parenthesis + arguments)
+        bare, bracket, inside = text.partition("[")
+        name, _, preset = bare.partition("@")
+        return cls(name, preset, params=_parameters(text, inside) if bracket else ())
+
+    def __str__(self) -> str:
+        preset = f"@{self.preset}" if self.preset else ""
+        params = ",".join(f"{key}={value}" for key, value in self.params)
+        return f"{self.name}{preset}{self.arguments}" + (f"[{params}]" if params else "")
+
+    @property
+    def prefix(self) -> str | None:
+        """What stands before the colon; None for a method of the registry."""
+        found = PREFIXED.match(self.name)
+        return None if found is None else found[1]
+
+    @property
+    def asked(self) -> str:
+        """The label without its changed parameters, as it is asked for."""
+        return str(replace(self, params=()))
+
+    def changed(self, params: Mapping[str, Any]) -> MethodLabel:
+        """The label with changed parameters spelled out, by name."""
+        return replace(self, params=tuple((key, str(value)) for key, value in sorted(params.items())))
+
+    def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters among `options`, `method.parameter` to value, that are this method's."""
+        split = ((*key.partition("."), value) for key, value in options.items())
+        return {parameter: value for method, dot, parameter, value in split if dot and method == self.name}
+
+
+def _parameters(text: str, inside: str) -> tuple[tuple[str, str], ...]:
+    """What stands in a label's brackets. A value reaches to the next `,parameter=`: it may hold commas itself."""
+    pieces = PARAMETER.split(inside.removesuffix("]"))
+    if pieces[0] or len(pieces) < 3 or not inside.endswith("]"):
+        raise PolicyError(f"method {text!r} cannot be read; write name, name@preset or name@preset[parameter=value]")
+    return tuple(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'? known: a, b` for an error line."""
+    names = sorted(known)
+    close = get_close_matches(word, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} known: {', '.join(names) or 'none'}"
