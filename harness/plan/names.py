@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
 from harness.errors import HarnessError
 from harness.models.source import check_device, check_dtype, check_model
+from harness.plan.datasets import find_asset
 from harness.records.spec import Asked, Sweep
 from methods.budget import PolicyError
 from methods.label import MethodLabel
 from methods.registry import check_method
 from tasks import load_tasks
-from tasks.base import Task, TaskError, find_tasks
+from tasks.base import DataOptions, Task, TaskError, find_tasks
 
 
 def check_sweep(sweep: Sweep) -> list[Task]:
-    """The tasks of a sweep, once everything it names is known. Raises HarnessError, with the nearest known name."""
+    """The tasks of a sweep, once everything that it names is known and the tasks' data is there.
+
+    Raises HarnessError, with the nearest known name, or the command that fetches the data.
+    """
     check_asked(sweep)
-    return plan_tasks(sweep)
+    tasks = plan_tasks(sweep)
+    places = DataOptions(data_dir=None if sweep.data_dir is None else Path(sweep.data_dir), fetch=find_asset)
+    for task in tasks:
+        try:
+            task.find_data(places)
+        except TaskError as error:
+            raise HarnessError(f"task {task.name}: {error}") from None
+    return tasks
 
 
 def check_asked(asked: Asked) -> None:

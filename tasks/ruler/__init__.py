@@ -7,6 +7,7 @@ mean of the 13.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from tasks.base import TaskOptions, task
@@ -65,7 +66,8 @@ def _register() -> None:
                 "questions whose own documents exceed the length are passed over",
                 "a limit takes questions spread over the first 500 of the file, not the first ones",
             ),
-            facts=lambda options, source=source: qa.provenance(options, source),  # type: ignore[misc]
+            facts=partial(qa.provenance, source=source),
+            find=partial(qa.find_file, source=source),
         )
         task(RulerTask(name, _documents(source), metric=string_match_part, any_of=True, origin=origin))
 

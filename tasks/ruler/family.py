@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
-from tasks.base import About, Sample, Task, TaskError, TaskOptions, point, rng, spread_order
+from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, point, rng, spread_order
 from tasks.ruler.fit import LARGEST_LENGTH, OFFICIAL_SAMPLES, Generator, Slot, room, shrink, tokens
 
 PROBES = 16
@@ -31,10 +31,15 @@ Metric = Callable[[str, Sequence[str]], float]
 
 @dataclass(frozen=True)
 class Origin:
-    """What a record says of the data. facts: computed from the options; deviations from NVIDIA's generator."""
+    """What a record says of the data.
+
+    facts: computed from the options. find: the data file, for a task that reads one. deviations: from NVIDIA's
+    generator.
+    """
 
     deviations: tuple[str, ...] = ()
     facts: Callable[[TaskOptions], Mapping[str, Any]] | None = None
+    find: Callable[[DataOptions], object] | None = None
 
 
 class RulerTask(Task):
@@ -69,6 +74,10 @@ class RulerTask(Task):
 
     def reference(self, sample: Sample) -> str | None:
         return sample.answers[0] if self._any_of else ", ".join(sample.answers)
+
+    def find_data(self, options: DataOptions) -> None:
+        if self._origin.find is not None:
+            self._origin.find(options)
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         facts = self._origin.facts(options) if self._origin.facts else {}

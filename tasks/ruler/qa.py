@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from tasks import datafile
-from tasks.base import TaskError, TaskOptions
+from tasks.base import DataOptions, TaskError, TaskOptions
 from tasks.ruler.fit import Generator, Prompt, Slot
 
 ORDER = (
@@ -98,7 +98,7 @@ class Documents(Generator):
         return own + related + fill[: more - len(related)]
 
 
-def find_file(options: TaskOptions, source: Source) -> Path:
+def find_file(options: DataOptions, source: Source) -> Path:
     """The data file; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
     return datafile.find_file(options, source.asset, *source.patterns, also=("ruler",))
 

@@ -94,7 +94,7 @@ THEIRS: dict[str, Callable[[Any], list[dict[str, Any]]]] = {
 @pytest.mark.parametrize("name", THEIRS)
 def test_generation(race: Callable[..., Any], tokenizer: Any, name: str) -> None:
     task = load_tasks()[f"ruler/{name}"]
-    options = TaskOptions(TaskTokenizer(tokenizer), max_tokens=LENGTH, lengths=(LENGTH,), limit=SAMPLES)
+    options = TaskOptions(tokenizer=TaskTokenizer(tokenizer), max_tokens=LENGTH, lengths=(LENGTH,), limit=SAMPLES)
 
     def ours() -> list[Sample]:
         return list(task.samples(options))
