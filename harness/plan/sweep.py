@@ -92,7 +92,7 @@ def plan_names(sweep: Sweep) -> NamedSweep:
     """Tasks and methods of a sweep. Raises HarnessError for what can be refused without the model."""
     tasks = check_sweep(sweep)
     methods = plan_methods(sweep)
-    plan_cells(methods, sweep.parsed_budgets.values())  # refuses a sweep without a cell
+    plan_cells(methods, sweep.parsed_budgets)  # refuses a sweep without a cell
     return NamedSweep(sweep, tasks, methods)
 
 
@@ -110,7 +110,7 @@ def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | Non
     """
     sweep = named.sweep
     methods = [method.on(loaded.spec.revision) for method in named.methods]
-    cells = plan_cells(methods, sweep.parsed_budgets.values())
+    cells = plan_cells(methods, sweep.parsed_budgets)
     samples, tasks, max_tokens = plan_samples(sweep, named.tasks, loaded)
     check_unseen(samples, methods)
     check_budgets(samples, cells, sweep.query)
@@ -209,7 +209,7 @@ def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
     """The resolved spec. resolved: methods, tasks and max_tokens as planned."""
     return RunSpec(
         model=loaded.spec,
-        budgets=tuple(sweep.parsed_budgets),
+        budgets=tuple(map(str, sweep.parsed_budgets)),
         lengths=sweep.lengths,
         limit=sweep.limit,
         seed=sweep.seed,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
@@ -69,9 +68,9 @@ class Asked(Frozen):
         return self
 
     @cached_property
-    def parsed_budgets(self) -> Mapping[str, Budget]:
-        """Every budget once, by its canonical text, in the order asked."""
-        return {str(budget): budget for budget in map(Budget.parse, self.budgets)}
+    def parsed_budgets(self) -> tuple[Budget, ...]:
+        """The budgets in the order asked; one that is asked for twice is there twice, as a run's spec has it."""
+        return tuple(map(Budget.parse, self.budgets))
 
 
 class Sweep(Asked):

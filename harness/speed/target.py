@@ -95,7 +95,7 @@ class Target:
         another model.
         """
         check_asked(asked)
-        planned, budgets = plan_methods(asked), asked.parsed_budgets.values()
+        planned, budgets = plan_methods(asked), asked.parsed_budgets
         plan_cells(planned, budgets)  # refuses a request without a cell before the model loads
         place = resolve_device(asked.device)
         if place.type not in ("cpu", "cuda"):

@@ -11,6 +11,8 @@ import pytest
 
 from harness.errors import HarnessError
 from harness.models.source import check_device, check_model
+from harness.plan.names import check_sweep
+from harness.records.spec import Sweep
 from methods.budget import PolicyError
 from methods.catalogue import Entry, catalogue
 from methods.label import MethodLabel
@@ -112,6 +114,22 @@ def test_a_word_that_is_no_device_is_refused(device: str) -> None:
         check_device(device)
     for known in ("auto", "auto-map", "cpu", "cuda", "cuda:1", "mps"):
         check_device(known)
+
+
+def test_data_that_is_not_here_is_refused_before_a_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVH_CACHE", str(tmp_path / "cache"))
+    sweep = Sweep(methods=("snapkv",), tasks=("niah", "stdlib", "ruler/vt"), model="tiny")
+    assert {task.name.partition("/")[0] for task in check_sweep(sweep)} == {"niah", "stdlib", "ruler"}  # fetched, made
+    for task, query in (("longbench/lcc", "aware"), ("ruler/qa_2", "aware"), ("longbench/kvpress", "agnostic")):
+        asked = sweep.model_copy(update={"tasks": (task,), "query": query})
+        with pytest.raises(HarnessError, match="is not here; run `harness data fetch"):
+            check_sweep(asked)
+        with pytest.raises(HarnessError, match="put it there, or run `harness data fetch"):
+            check_sweep(asked.model_copy(update={"data_dir": str(tmp_path)}))
+    for name in ("qa_1", "qa_2", "longbench"):
+        asked = sweep.model_copy(update={"tasks": (f"multiquery/{name}",), "query": "agnostic"})
+        with pytest.raises(HarnessError, match=f"task multiquery/{name}: .* is not here"):
+            check_sweep(asked)
 
 
 def imported(arguments: Sequence[str]) -> tuple[int, str, set[str]]:

@@ -98,7 +98,7 @@ def test_unusable_methods_are_refused(options: dict[str, Any], says: str) -> Non
 
 def test_cells_are_every_method_at_every_budget_once() -> None:
     asked = sweep(methods=("fullkv", "snapkv", "random"), budgets=("64", "0.25", "25%", "64"))
-    cells = plan_cells(plan_methods(asked), asked.parsed_budgets.values())
+    cells = plan_cells(plan_methods(asked), asked.parsed_budgets)
     names = [("fullkv", "full"), ("snapkv", "64"), ("snapkv", "0.25"), ("random", "64"), ("random", "0.25")]
     assert [(cell.method, cell.budget) for cell in cells] == names
     assert cells[0].cell.budget is None

@@ -202,7 +202,7 @@ def test_clocks_and_threads_are_no_identity() -> None:
     ("changes", "message"),
     [
         ({"methods": ("snapkw",)}, "snapkw"),
-        ({"methods": ()}, "no method asked for"),
+        ({"methods": ()}, "no methods asked for"),
         ({"budgets": ("many",)}, "'many' is not a number"),
         ({"budgets": ("0",)}, "keeps nothing"),
         ({"lengths": ()}, "no length asked for"),
