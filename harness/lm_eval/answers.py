@@ -9,9 +9,8 @@ from itertools import groupby
 
 from lm_eval.models.utils import postprocess_generated_text, truncate_tokens
 
-from harness.engine.decode import Limits
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Outcome, Prompt
+from harness.engine.types import Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.lm_eval.kept_facts import Ledger
 from harness.lm_eval.requests import Generation, full_cell
@@ -52,7 +51,6 @@ class Answerer:
         self.fitted_on = planned.cell.policy.fitted_on()
         self.engine = ScoringEngine(AttachedModel(loaded.model))
         self.engine.check([planned.cell.policy], list(range(8)))
-        self.engine.prefills = 0
         self.ledger = Ledger(heads=self.engine.model.sizes(8).kv_heads, budget=planned.budget)
 
     def generate(self, task: str, text: str, whole: Sequence[int], asked: Generation) -> str:

@@ -12,8 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 import harness.kvpress.policy  # noqa: F401 - `kvpress:` labels
-from harness.engine.decode import Limits
-from harness.engine.types import Cell, Prompt
+from harness.engine.types import Cell, Limits, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap

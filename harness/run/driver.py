@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.engine.engine import ROWS_AT_ONCE
+from harness.engine.decode import CPU_ROWS_AT_ONCE
 from harness.engine.types import Outcome
 from harness.errors import HarnessError
 from harness.machine import machine, versions
@@ -82,7 +82,7 @@ class MakeRunner:
         runner.engine.check(self.policies, self.ids)
 
         def handle(groups: Sequence[Group], carefully: bool) -> list[list[Record]]:
-            runner.engine.rows = 1 if carefully else ROWS_AT_ONCE
+            runner.engine.rows = 1 if carefully else CPU_ROWS_AT_ONCE
             return [runner.records(group) for group in groups]
 
         return handle, {"model": loaded.spec, "versions": versions(), "machine": machine()}
@@ -230,6 +230,6 @@ def _given_up(spec: RunSpec, item: Item[Group], outcome: GivenUp) -> list[Record
     for planned, cells in item.work:
         for cell in cells:
             lost = Outcome()
-            lost.fail(outcome.status, outcome.why)
+            lost.fail(outcome.why, outcome.status)
             records.append(record_of(spec, planned, cell, lost))
     return records

@@ -73,14 +73,15 @@ class Runner:
 
 
 def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, *, text: str = "") -> Record:
-    """What is stored of a cell. text: of its tokens."""
-    sample, nll = planned.sample, outcome.nll_per_token
+    """What is stored of a cell. text: what its tokens say."""
+    sample = planned.sample
     prediction, metrics = "", {}
     if outcome.status == "ok":
         prediction = text
         for stop in sample.stop:
             prediction = prediction.split(stop)[0]
         metrics = dict(planned.task.score(sample, prediction))
+    stored = outcome.stored()
     return Record(
         run_id=spec.run_id,
         model=spec.model.name,
@@ -92,35 +93,17 @@ def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome:
         query=spec.query,
         first_token=spec.first_token,
         seed=spec.seed,
-        status=outcome.status,
-        error=outcome.error,
         memory=cell.cell.policy.memory,
-        over_budget=outcome.over_budget,
-        notes=(*planned.notes, *outcome.notes),
+        notes=(*planned.notes, *stored.pop("notes")),
         prompt_tokens=len(planned.ids),
-        compressed_tokens=outcome.compressed_tokens,
         prompt_sha256=planned.sha256,
         prompt_tail=f"{sample.context[-PROMPT_TAIL:]}{sample.question}{sample.answer_prefix}"[-PROMPT_TAIL:],
-        budget_tokens=outcome.budget_tokens,
-        kept_slots=outcome.kept_slots,
-        kv_bytes=outcome.kv_bytes,
-        kv_bytes_end=outcome.kv_bytes_end,
-        asked_bytes=outcome.asked_bytes,
-        full_bytes=outcome.full_bytes,
         needle_tokens=len(planned.needle),
-        needle_kept=outcome.needle_kept,
         answers=sample.answers,
         prediction=prediction,
-        token_ids=outcome.token_ids,
         metrics=metrics,
-        nll=sum(nll) / len(nll) if nll else None,
-        nll_tokens=len(nll),
-        nll_first=nll[0] if nll else None,
         meta=dict(sample.meta),
-        prefill_s=outcome.prefill_s,
-        compress_s=outcome.compress_s,
-        decode_s=outcome.decode_s,
-        decode_rows=outcome.decode_rows,
+        **stored,
     )
 
 

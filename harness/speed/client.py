@@ -19,13 +19,14 @@ from typing import Any, Self
 
 import torch
 
+from harness.engine.compress import Compressed
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeResult, ProbeSpec, Spread
 from harness.records.spec import Frozen
 from harness.speed import memory_limit, predicted_memory
 from harness.speed.memory_limit import Limit
-from harness.speed.one_method import Compressed, Isolated
+from harness.speed.one_method import Isolated
 from harness.speed.peak_memory import Meter
 from methods.base import Budget, KVPolicy, PolicyError
 

@@ -27,7 +27,7 @@ from typing import IO
 import torch
 from pydantic import ValidationError
 
-from harness.engine.row_cache import PrefillLayer
+from harness.engine.prefill import PrefillLayer
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel, load_model, resolve_device

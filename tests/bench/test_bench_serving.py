@@ -17,9 +17,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from harness.engine.compress import Compressed
 from harness.models.assets import asset_folder
 from harness.records.measured import Measured, ProbeSpec
-from harness.speed.one_method import Compressed, Isolated
+from harness.speed.one_method import Isolated
 from methods.base import KV
 from methods.registry import make_policy
 

@@ -41,7 +41,8 @@ def in_child(act: Callable[[], bool]) -> bool:
 
 def test_an_extra_allocation_is_seen(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 MiB that live inside one prefill are in the peak, even where a warm-up held as much before."""
-    from harness.speed.one_method import Compressed, Isolated
+    from harness.engine.compress import Compressed
+    from harness.speed.one_method import Isolated
 
     plain = Isolated.prefill
 
