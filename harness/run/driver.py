@@ -22,13 +22,14 @@ from harness.machine import machine, versions
 from harness.models.load import LoadedModel, describe_model, load_model
 from harness.plan.sweep import Group, plan_cells, plan_methods, plan_tasks
 from harness.records.atomic_files import write_error
+from harness.records.log_folder import now
 from harness.records.record import Record
 from harness.records.run_folder import RunStore
 from harness.records.spec import Frozen, ModelSpec, RunSpec, Sweep
 from harness.run.progress import Progress
 from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
 from harness.run.schedule import GivenUp, Item, Schedule
-from harness.run.sequential import Runner, ending, now, prepare, record_of
+from harness.run.sequential import SampleRunner, prepare, record_of
 from methods.base import KVPolicy
 
 STORE_S = 0.5  # records are written at least this often
@@ -78,7 +79,7 @@ class MakeRunner:
             trust_remote_code=wanted.trust_remote_code,
             device_map="auto" if self.shape.gpus > 1 and wanted.device == "cuda" else None,
         )
-        runner = Runner(self.spec, loaded)
+        runner = SampleRunner(self.spec, loaded)
         runner.engine.check(self.policies, self.ids)
 
         def handle(groups: Sequence[Group], carefully: bool) -> list[list[Record]]:
@@ -107,7 +108,7 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
         prepared = prepare(sweep, lambda asked: _described(asked, device), command=command)
         spec = prepared.manifest.spec
         make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
-        with RunStore.open(root, prepared.manifest) as store, ending(store):
+        with RunStore.open(root, prepared.manifest) as store, store.ending():
             work = prepared.missing(store.done)
             work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end
             logs = WorkerLogs(store.folder / "logs")

@@ -31,7 +31,7 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.errors import HarnessError
-from harness.run.schedule import Done, Event, Lost, Raised, Ready, Refused
+from harness.run.schedule import Done, Event, Lost, Raised, Refused, WorkerReady
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -251,7 +251,7 @@ class RayPool(Generic[W, R]):
             self._end(worker)
             return Refused(worker, str(error))
         self._members[worker].ready, self._died_starting = True, 0
-        return Ready(worker)
+        return WorkerReady(worker)
 
     def _raised(self, worker: int, error: RayTaskError) -> Event[R]:
         """An exception of our code in the actor, which lives on."""

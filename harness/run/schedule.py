@@ -43,7 +43,7 @@ class Item(Generic[W]):
 
 
 @dataclass(frozen=True)
-class Ready:
+class WorkerReady:
     """A worker that can be given work."""
 
     worker: int
@@ -85,7 +85,7 @@ class Refused:
     why: str
 
 
-Event = Ready | Done[R] | Raised | Lost | Refused
+Event = WorkerReady | Done[R] | Raised | Lost | Refused
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Schedule(Generic[W, R]):
 
     def _handle(self, event: Event[R]) -> Iterator[tuple[Item[W], R | GivenUp]]:
         match event:
-            case Ready(worker):
+            case WorkerReady(worker):
                 self._held[worker] = _Held(ready=self.clock())
             case Done(worker, results, seconds):
                 bundle = self._take_first(worker)

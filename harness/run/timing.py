@@ -29,7 +29,7 @@ from methods.registry import name_of
 
 TIMEOUT_S = 1800.0
 """A probe that takes longer has hung."""
-LONGEST = 200  # characters of a probe's error in a note
+ERROR_CHARS = 200  # characters of a probe's error in a note
 
 
 Finish = Callable[[list[Record], Group], list[Record]]
@@ -104,7 +104,7 @@ def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, probe
     result = prober.ask(probe_spec(record, planned, sweep), timeout_s=TIMEOUT_S)
     if result.status == "ok" and result.measured is not None:
         return record.model_copy(update={"measured": result.measured})
-    why = " ".join((result.error or "no measurement came back").split())[:LONGEST]
+    why = " ".join((result.error or "no measurement came back").split())[:ERROR_CHARS]
     return record.model_copy(update={"notes": (*record.notes, f"measure: {result.status} ({why})")})
 
 

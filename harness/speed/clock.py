@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Clock:
+class PhaseClock:
     """Adds up seconds by the name of a part. On CUDA nothing waits until `seconds` is asked for."""
 
     def __init__(self, device: torch.device) -> None:

@@ -18,14 +18,14 @@ from harness.engine.decode import Session
 from harness.engine.evicting_cache import EvictingLayer, EvictingRow, with_room
 from harness.engine.row_cache import LayerCache, PrefillLayer, RowsLayer
 from harness.engine.transformers_seam import AttachedModel
-from harness.speed.clock import Clock
+from harness.speed.clock import PhaseClock
 from methods.base import KV, KVPolicy, LayerView, Needs, PromptView
 
 
 class IsolatedLayer(PrefillLayer):
     """A layer that is compressed as soon as the whole prompt has passed it. compress: None to keep everything."""
 
-    def __init__(self, needs: Needs, tokens: int, *, index: int, model: AttachedModel, clock: Clock) -> None:
+    def __init__(self, needs: Needs, tokens: int, *, index: int, model: AttachedModel, clock: PhaseClock) -> None:
         super().__init__(needs, tokens)
         self.index, self.model, self.clock = index, model, clock
         self.compress: Callable[[LayerView], KV] | None = None
@@ -88,7 +88,7 @@ class Isolated:
 
     def prefill(self, ids: Sequence[int]) -> Compressed:
         """Prefill and compress one prompt. Raises what the policy raises."""
-        clock, tokens = Clock(self.model.device), len(ids)
+        clock, tokens = PhaseClock(self.model.device), len(ids)
         budget = tokens if self.budget is None else self.budget
         with clock.part("all"), torch.inference_mode():
             layers = [

@@ -93,7 +93,7 @@ class Dims:
 
 
 @dataclass(frozen=True)
-class Work:
+class ProbeShape:
     """What is run. slots: kept of each compressible layer and KV head, on average. chunk: of the prefill.
 
     coding: how slots become codes, None where they stay as they are.
@@ -144,27 +144,29 @@ def predict(
     coding = policy.coding if isinstance(policy, Quant) else None
     if isinstance(policy, Quant) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
-    work = Work(policy.needs, alone, budget is None and not coding, tokens, slots, batch, new_tokens, chunk, coding)
+    work = ProbeShape(
+        policy.needs, alone, budget is None and not coding, tokens, slots, batch, new_tokens, chunk, coding
+    )
     return max(prefill(dims, work), batching(dims, work), decoding(dims, work))
 
 
-def full_layer(dims: Dims, work: Work) -> int:
+def full_layer(dims: Dims, work: ProbeShape) -> int:
     """One layer's cache of the whole prompt."""
     return work.tokens * dims.slot
 
 
-def observed(dims: Dims, work: Work) -> int:
+def observed(dims: Dims, work: ProbeShape) -> int:
     """Window queries and column sums that one layer holds until it is compressed."""
     window = min(work.needs.window, work.tokens) * dims.heads * dims.head_dim * dims.number
     return window + (work.tokens * dims.heads * FLOAT32 if work.needs.column_sums else 0)
 
 
-def kept_layer(dims: Dims, work: Work) -> int:
+def kept_layer(dims: Dims, work: ProbeShape) -> int:
     """One compressible layer of one prompt after compression."""
     return slot_bytes(dims, work) + (0 if work.keeps_all else work.slots * POSITION * dims.kv_heads)
 
 
-def slot_bytes(dims: Dims, work: Work) -> int:
+def slot_bytes(dims: Dims, work: ProbeShape) -> int:
     """Keys and values of one compressible layer of one prompt after compression, without positions."""
     if work.coding is None:
         return work.slots * dims.slot
@@ -173,12 +175,12 @@ def slot_bytes(dims: Dims, work: Work) -> int:
     return min(work.slots * dims.slot, codes + (work.slots - older) * dims.slot)
 
 
-def kept(dims: Dims, work: Work) -> int:
+def kept(dims: Dims, work: ProbeShape) -> int:
     """All layers of one prompt after compression; sliding-window layers are cut when the batch is made."""
     return dims.seen * kept_layer(dims, work) + (len(dims.windows) - dims.seen) * full_layer(dims, work)
 
 
-def prefill(dims: Dims, work: Work) -> int:
+def prefill(dims: Dims, work: ProbeShape) -> int:
     """Most that is held while the last prompt is prefilled and compressed."""
     earlier = (work.batch - 1) * (kept(dims, work) + dims.vocab * FLOAT32)
     layers, full, seen = len(dims.windows), full_layer(dims, work), observed(dims, work)
@@ -195,7 +197,7 @@ def prefill(dims: Dims, work: Work) -> int:
     return earlier + max(held, now + logits(dims, work))
 
 
-def activations(dims: Dims, work: Work) -> int:
+def activations(dims: Dims, work: ProbeShape) -> int:
     """Most that a layer's forward over a chunk takes, its cache apart."""
     q, e = work.step, dims.number
     rotary_tables = 2 * q * dims.head_dim * e
@@ -206,7 +208,7 @@ def activations(dims: Dims, work: Work) -> int:
     return rotary_tables + max(norm, mlp, rotary, attention(dims, work), observing)
 
 
-def attention(dims: Dims, work: Work) -> int:
+def attention(dims: Dims, work: ProbeShape) -> int:
     """Most that is held when a layer has attended; a chunk attends to the past and to itself, and mixes them."""
     if work.step == work.tokens:
         return _attended(dims, work)
@@ -215,7 +217,7 @@ def attention(dims: Dims, work: Work) -> int:
     return _attended(dims, work) + max(mixed, mask)
 
 
-def column_sums(dims: Dims, work: Work) -> int:
+def column_sums(dims: Dims, work: ProbeShape) -> int:
     """Temporaries of `kernels.column_sums`, its result included: query heads of a group one after another."""
     q, s, h = work.step, work.tokens, dims.kv_heads
     packed = 2 if dims.up else 0  # the kernel lays keys and values out anew for half-precision products
@@ -223,18 +225,18 @@ def column_sums(dims: Dims, work: Work) -> int:
     return copies + (dims.heads * (q + s) + 2 * h * s) * FLOAT32
 
 
-def _attended(dims: Dims, work: Work) -> int:
+def _attended(dims: Dims, work: ProbeShape) -> int:
     """Hidden states, queries, keys, values, the output and every query's softmax denominator."""
     return _asked(dims, work) + work.step * dims.heads * (dims.head_dim * dims.number + FLOAT32)
 
 
-def _asked(dims: Dims, work: Work) -> int:
+def _asked(dims: Dims, work: ProbeShape) -> int:
     """Embeddings, the layer's input, its normed copy; queries, keys and values of the chunk."""
     projected = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
     return work.step * (3 * dims.hidden + projected) * dims.number
 
 
-def score_bytes(dims: Dims, work: Work) -> int:
+def score_bytes(dims: Dims, work: ProbeShape) -> int:
     """Temporaries of a layer's scores (weights of the window queries, ordering keys of every token) or of its codes."""
     if work.keeps_all:
         return 0
@@ -244,13 +246,13 @@ def score_bytes(dims: Dims, work: Work) -> int:
     return max(window, 4 * dims.kv_heads * work.tokens * POSITION, coded)
 
 
-def logits(dims: Dims, work: Work) -> int:
+def logits(dims: Dims, work: ProbeShape) -> int:
     """Logits of a prefill, in the model's numbers and as float32, and what log-probabilities take."""
     wanted = min(work.needs.window + 1, work.step) if work.needs.logprobs else 1
     return dims.vocab * wanted * (dims.number + dims.up + (FLOAT32 if work.needs.logprobs else 0))
 
 
-def rows(dims: Dims, work: Work) -> int:
+def rows(dims: Dims, work: ProbeShape) -> int:
     """All layers of all prompts while decoding, with room for the tokens to come, positions included."""
     own = [work.slots if window is None else min(window, work.tokens) for window in dims.windows]
     slots = sum(own) + len(own) * (work.new_tokens - 1)
@@ -258,7 +260,7 @@ def rows(dims: Dims, work: Work) -> int:
     return work.batch * (slots * (dims.slot + POSITION * dims.kv_heads) - smaller)
 
 
-def batching(dims: Dims, work: Work) -> int:
+def batching(dims: Dims, work: ProbeShape) -> int:
     """Most that is held while the prompts' caches are copied into a batch, layer by layer."""
     before = work.batch * kept(dims, work)
     one = rows(dims, work) // len(dims.windows)
@@ -266,7 +268,7 @@ def batching(dims: Dims, work: Work) -> int:
     return max(before + one, rows(dims, work) + last) + work.batch * dims.vocab * FLOAT32
 
 
-def decoding(dims: Dims, work: Work) -> int:
+def decoding(dims: Dims, work: ProbeShape) -> int:
     """Most that is held in a decode step."""
     step = dims.vocab * (dims.number + dims.up) + (4 * dims.hidden + 3 * dims.intermediate) * dims.number
     weights = dims.heads * (work.slots + work.new_tokens) * FLOAT32 * 2 if work.needs.decode_attention else 0

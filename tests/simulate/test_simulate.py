@@ -18,7 +18,7 @@ from harness.records.record import Record
 from harness.records.run_folder import RunStore
 from harness.run.schedule import Schedule
 from harness.simulate import simulate, workload
-from harness.simulate.pool import Clock, Cluster, Costs, SimulatedPool
+from harness.simulate.pool import Cluster, Costs, SimulatedClock, SimulatedPool
 from harness.simulate.workload import Shape, Work
 from tests.pretend import manifest, record
 
@@ -30,7 +30,7 @@ def work(*seconds: float) -> list[Work]:
     return [Work(s, tokens=100, order=round(1000 * s), records=2, nbytes=500.0) for s in seconds]
 
 
-def run(seconds: Sequence[float], *, costs: Costs = FREE, **cluster: Any) -> simulate.Outcome:
+def run(seconds: Sequence[float], *, costs: Costs = FREE, **cluster: Any) -> simulate.SimulatedRun:
     return simulate.simulate(work(*seconds), Cluster(**cluster), costs)
 
 
@@ -109,7 +109,7 @@ def test_lost_nodes_cost_time_and_no_item() -> None:
 
 
 def test_every_item_comes_back_once_although_nodes_are_lost() -> None:
-    clock, cluster = Clock(), Cluster(nodes=3, gpus=2, mtbf_s=20.0, start_s=1.0, seed=3)
+    clock, cluster = SimulatedClock(), Cluster(nodes=3, gpus=2, mtbf_s=20.0, start_s=1.0, seed=3)
     pool = SimulatedPool(cluster, FREE, clock, size=6)
     items = work(*[0.02] * 2000, *[3.0] * 40)
     schedule = Schedule[Work, None](items, pool, timeout_s=math.inf, start_s=math.inf, clock=clock)
