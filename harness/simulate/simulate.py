@@ -17,11 +17,10 @@ from tabulate import tabulate
 
 from harness.errors import HarnessError
 from harness.run.progress import duration
-from harness.run.schedule import GivenUp, Item, Schedule
+from harness.run.schedule import STORE_S, GivenUp, Item, Schedule
 from harness.simulate.pool import Cluster, Costs, Share, SimulatedClock, SimulatedPool
 from harness.simulate.workload import Work
 
-STORE_S = 0.5  # as harness.run.driver, which cannot be imported without Ray
 WINDOW_S = 10.0  # of the peak rates
 SATURATED = 0.9  # utilisation below which a size is called too large
 

@@ -35,7 +35,8 @@ from harness.plan.sweep import fit_methods, plan_methods
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import Sweep
 from harness.speed import memory_limit
-from harness.speed.client import LOAD_S, Job, Reply, last_line, measure
+from harness.speed.client import LOAD_S, Job, Reply, last_line
+from harness.speed.measure import measure
 from harness.speed.memory_limit import Limit
 from methods.base import KVPolicy, Needs
 from methods.registry import name_of

@@ -36,8 +36,8 @@ def finish(pool: Workers, count: int, **options: Any) -> Ended:
     ended: Ended = {}
     schedule = Schedule(range(count), pool, **{"timeout_s": 5.0, **options}, clock=lambda: pool.now)
     for item, outcome in chain.from_iterable(schedule.run()):
-        assert item.index == item.work and item.index not in ended
-        ended[item.index] = item, outcome
+        assert item.work not in ended
+        ended[item.work] = item, outcome
     assert set(ended) == set(range(count))
     return ended
 
@@ -257,7 +257,7 @@ def test_refusals_end_a_run_when_no_worker_is_left() -> None:
     ended = list[Any]()
     with pytest.raises(HarnessError, match="^model m is not here$"):
         ended.extend(chain.from_iterable(Schedule(range(3), pool, timeout_s=5.0, clock=lambda: pool.now).run()))
-    assert [item.index for item, _ in ended] == [0]
+    assert [item.work for item, _ in ended] == [0]
     with pytest.raises(HarnessError, match="^of no use$"):
         finish(Workers(done, size=3, start=lambda worker: Refused(worker, "of no use")), 2)
 

@@ -18,7 +18,8 @@ from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed import memory_limit, server
-from harness.speed.client import Job, Prober, Reply, draw_prompts, measure
+from harness.speed.client import Job, Prober, Reply
+from harness.speed.measure import Round, draw_prompts, measure
 from harness.speed.server import Forked, Fresh, ProbeRunner, ServerReady
 from methods.registry import make_policy
 
@@ -77,16 +78,14 @@ def test_a_measurement(ready: ServerReady) -> None:
 def test_a_warm_up_is_a_round_more_whose_seconds_are_dropped(
     ready: ServerReady, monkeypatch: pytest.MonkeyPatch, warm_up: bool, rounds: int, expected: int
 ) -> None:
-    from harness.speed import client
-
     ran: list[int] = []
 
-    def fake(*args: object) -> client._Round:
+    def fake(*args: object) -> Round:
         ran.append(len(ran))
         seconds = float(len(ran))
-        return client._Round([(seconds, 0.0, 0.0, seconds)], [seconds], (1,))
+        return Round([(seconds, 0.0, 0.0, seconds)], [seconds], (1,))
 
-    monkeypatch.setattr(client, "_run", fake)
+    monkeypatch.setattr("harness.speed.measure.run_round", fake)
     spec = SPEC.model_copy(update={"warm_up": warm_up, "rounds": rounds})
     found = measure(ready.model, make_policy("snapkv"), spec)
     assert len(ran) == expected
