@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from harness.cli.arguments import names
 from harness.errors import HarnessError
 from harness.plan.options import assignment
-from harness.records.memory_folder import BoundaryManifest, BoundaryRecord, BoundaryStore
-from harness.speed.memory_search import Boundaries, Search, first_guess
+from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, BoundaryStore
+from harness.speed.boundary import BoundarySearches, Search, first_guess
 
 if TYPE_CHECKING:
     from harness.plan.sweep import PlannedCell
@@ -73,7 +73,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
         given: dict[str, Any] = {"limit_bytes": limit, "limit_kind": kind, "model_bytes": own, "notes": tuple(notes)}
         manifest = _manifest(args, target, command, **given)
         with BoundaryStore.open(args.out, manifest) as store:
-            searches = Boundaries(
+            searches = BoundarySearches(
                 prober, store, limit_bytes=limit, timeout_s=args.timeout, say=lambda line: say([line])
             )
             records: list[BoundaryRecord] = []

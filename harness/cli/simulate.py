@@ -18,7 +18,7 @@ from harness.plan.options import assignment
 if TYPE_CHECKING:
     from harness.records.record import RunManifest
     from harness.simulate.pool import Costs
-    from harness.simulate.simulate import Outcome
+    from harness.simulate.simulate import SimulatedRun
     from harness.simulate.workload import Work
 
 KINDS = ("longbench", "ruler", "recorded")
@@ -205,7 +205,7 @@ def _cluster_lines(args: argparse.Namespace, costs: Costs) -> list[str]:
     ]
 
 
-def _warnings(outcomes: Sequence[Outcome]) -> list[str]:
+def _warnings(outcomes: Sequence[SimulatedRun]) -> list[str]:
     longest, lines = outcomes[-1].longest_s, []
     if longest > ITEM_TIMEOUT_S:
         lines.append(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
-    from harness.submission.verify import Decode, Verdict
+    from harness.submission.verify import Decode, Verification
 
 RESULTS = Path("results")
 
@@ -79,7 +79,7 @@ def _decoder(model: str | None) -> Decode | None:
     return TaskTokenizer(describe_model(model, dtype="float32", device="cpu").tokenizer).decode
 
 
-def told(verdict: Verdict) -> list[str]:
+def told(verdict: Verification) -> list[str]:
     """The verdict in lines: what it is of, a table of checks, what was not recomputed, OK or REFUSED with reasons."""
     lines = []
     if verdict.manifest is not None:

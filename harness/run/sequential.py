@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,6 +30,7 @@ from harness.plan.sweep import (
     plan_tasks,
     run_spec,
 )
+from harness.records.log_folder import now
 from harness.records.record import PROMPT_TAIL, Record, RunManifest
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
@@ -42,7 +41,7 @@ log = logging.getLogger("harness")
 
 
 @dataclass
-class Runner:
+class SampleRunner:
     """Turns samples into records with one loaded model; holds no files, so any process can be one.
 
     Args:
@@ -183,7 +182,9 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         return models[0]
 
     prepared = prepare(sweep, loaded, command=command)
-    runner = Runner(prepared.manifest.spec, models[0])  # before the folder is made: it refuses models it cannot run
+    runner = SampleRunner(
+        prepared.manifest.spec, models[0]
+    )  # before the folder is made: it refuses models it cannot run
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
     with RunStore.open(root, prepared.manifest) as store, measuring(sweep, models[0].spec) as finish:
         work = prepared.missing(store.done)
@@ -194,7 +195,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         )
         slow = 0.5 if sys.stderr.isatty() else 30.0
         with (
-            ending(store),
+            store.ending(),
             tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True) as bar,
         ):
             for group in work:
@@ -203,23 +204,5 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         return store.folder
 
 
-@contextmanager
-def ending(store: RunStore) -> Iterator[None]:
-    """The manifest says how the run ended, whatever ended it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        store.finish("interrupted", finished=now())
-        raise
-    except Exception as error:  # raised again: what ended the run only has to be told
-        store.finish("failed", finished=now(), error=" ".join(str(error).split())[:500])
-        raise
-    store.finish("finished", finished=now())
-
-
 def _key(planned: PlannedSample, cell: PlannedCell) -> tuple[str, str, str, str]:
     return (planned.task.name, planned.sample.id, cell.method, cell.budget)
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -18,8 +18,8 @@ from harness.models.load import DTYPES, load_model, resolve_device, resolve_dtyp
 from harness.plan.sweep import PlannedCell, fit_methods, plan_cells, plan_methods
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import MethodSpec, ModelSpec, Sweep
+from harness.speed.boundary import Asks
 from harness.speed.memory_limit import Limit
-from harness.speed.memory_search import Asks
 from harness.speed.predicted_memory import predict
 from methods.base import PolicyError
 from methods.registry import name_of

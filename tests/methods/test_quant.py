@@ -20,7 +20,7 @@ from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.models.load import LoadedModel
 from harness.speed import predicted_memory
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import Dims, Work
+from harness.speed.predicted_memory import Dims, ProbeShape
 from methods.base import KV, Budget, KVPolicy, LayerView, PolicyError, PromptView
 from methods.codes import CodedKV, Codes, Coding, encode
 from methods.quant import Quant
@@ -254,7 +254,7 @@ def test_a_layer_is_coded_as_soon_as_it_is_prefilled(model: AttachedModel) -> No
         assert [kv.positions.tolist() for kv in found.kvs] == [kv.positions.tolist() for kv in expected]
         assert found.layer_bytes == [kv.nbytes for kv in expected]
         slots, dims = max(map(int, found.kvs[0].live[0])), Dims.of(model.config, 4)
-        work = Work(policy.needs, True, False, 200, slots, 1, 4, None, policy.coding)  # type: ignore[attr-defined]
+        work = ProbeShape(policy.needs, True, False, 200, slots, 1, 4, None, policy.coding)  # type: ignore[attr-defined]
         assert found.layer_bytes == [predicted_memory.slot_bytes(dims, work)] * model.layers
         assert held(Decoding.of(model, [found], room=3)) == predicted_memory.rows(dims, work)
 

@@ -14,7 +14,7 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import LoadedModel
 from harness.speed import predicted_memory
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import Dims, Work
+from harness.speed.predicted_memory import Dims, ProbeShape
 from methods.base import Needs
 from methods.registry import load_methods, make_policy
 
@@ -31,10 +31,10 @@ def ids() -> list[int]:
     return found
 
 
-def work(label: str, **changed: object) -> Work:
+def work(label: str, **changed: object) -> ProbeShape:
     policy = make_policy(label)
     slots = BUDGET if policy.budgeted else TOKENS
-    plain = Work(policy.needs, True, not policy.budgeted, TOKENS, slots, batch=1, new_tokens=NEW, chunk=None)
+    plain = ProbeShape(policy.needs, True, not policy.budgeted, TOKENS, slots, batch=1, new_tokens=NEW, chunk=None)
     return replace(plain, **changed)  # type: ignore[arg-type]
 
 

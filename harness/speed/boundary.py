@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from harness.errors import HarnessError
+from harness.records.boundary_folder import BoundaryRecord, BoundaryStore, Found, SizeKind, Tried
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.memory_folder import BoundaryRecord, BoundaryStore, Found, Kind, Tried
 
 
 class Asks(Protocol):
@@ -75,7 +75,7 @@ class Search:
 
     spec: ProbeSpec
     method: str
-    kind: Kind
+    kind: SizeKind
     first: int
     least: int
     most: int
@@ -106,7 +106,7 @@ class Search:
         )
 
 
-class Boundaries:
+class BoundarySearches:
     """Runs searches one after another. say: takes a line of progress for each probe."""
 
     def __init__(
