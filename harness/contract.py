@@ -93,7 +93,7 @@ def _hold(label: str, name: str, kept: bool, seen: str) -> None:
 @clause
 def one_kv_a_layer(label: str) -> None:
     """`compress` returns one KV per layer, with keys, values and positions of one shape."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         where = f"{view.tokens} tokens, budget {budget}"
         _hold(label, "one_kv_a_layer", len(kvs) == LAYERS, f"{len(kvs)} KVs for {LAYERS} layers ({where})")
         for kv in kvs:
@@ -105,7 +105,7 @@ def one_kv_a_layer(label: str) -> None:
 @clause
 def the_budget_is_kept(label: str) -> None:
     """Slots and bytes stay within the budget, on average over layers and heads; a method without one keeps all."""
-    for policy, view, budget, kvs in cells(label):
+    for policy, view, budget, kvs in tried(label):
         live, held = sum(int(kv.live.sum()) for kv in kvs), sum(kv.nbytes for kv in kvs)
         asked = (budget if policy.budgeted else view.tokens) * LAYERS * HEADS
         side = budget == 1 and any(kv.extra for kv in kvs)  # one slot always stays, whatever its side data
@@ -119,7 +119,7 @@ def the_budget_is_kept(label: str) -> None:
 @clause
 def bytes_are_those_of_live_slots(label: str) -> None:
     """`KV.nbytes` is what the live slots and their side data take; that of a subclass, which may code them, no more."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         for kv in kvs:
             expected = int((kv.positions >= 0).sum()) * PLAIN
             expected += sum(x.numel() * x.element_size() for x in kv.extra.values())
@@ -131,7 +131,7 @@ def bytes_are_those_of_live_slots(label: str) -> None:
 @clause
 def positions_ascend(label: str) -> None:
     """Every slot names a token of the prompt, each at most once, in order; -1 is an empty slot."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         for kept in (head for kv in kvs for head in kv.positions[0].tolist()):
             own = [p for p in kept if p >= 0]
             right = own == sorted(set(own)) and set(kept) <= set(range(-1, view.tokens))
@@ -141,7 +141,7 @@ def positions_ascend(label: str) -> None:
 @clause
 def values_are_the_prompts(label: str) -> None:
     """A slot loads the value of the token that it names."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         for layer, kv in zip(view.layers, kvs, strict=True):
             wrong = _differing(kv, kv.load()[1], layer.kv.values)
             seen = f"positions whose value differs: {wrong} ({view.tokens} tokens, budget {budget})"
@@ -151,7 +151,7 @@ def values_are_the_prompts(label: str) -> None:
 @clause
 def keys_are_the_prompts(label: str) -> None:
     """A slot loads the key of the token that it names."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         for layer, kv in zip(view.layers, kvs, strict=True):
             wrong = _differing(kv, kv.load()[0], layer.kv.keys)
             seen = f"positions whose key differs: {wrong} ({view.tokens} tokens, budget {budget})"
@@ -238,7 +238,7 @@ def a_method_says_what_it_is(label: str) -> None:
 
 
 @cache
-def cells(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
+def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
     """The method on prompts of several lengths, at every budget below the length. Clauses only read them."""
     policy = make_policy(label)
     views = [make_view(tokens, policy.needs) for tokens in LENGTHS]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.compiler.estimators import ESTIMATORS, cell, ridge_reliability
+from harness.compiler.estimators import ESTIMATORS, candidate, ridge_reliability
 from harness.compiler.paper_check import check_published, no_gain
 from harness.compiler.paper_tables import Observed, Published
 from harness.compiler.retrieval_heads import by_retrieval
@@ -92,7 +92,7 @@ class Compiler:
             signals=signals[bench.training],
             shapes=bench.shapes,
             budgets=self.spec.budgets,
-            ledger=bench.ledger,
+            saved=bench.saved,
             seed=self.spec.seed,
         )
 
@@ -139,7 +139,7 @@ class Compiler:
             return neutral(bench.shapes, budgets).risk, {"neutral": {str(budgets[0]): "one budget shows no slope"}}
         for at in bench.missing("curves", bench.training):
             rows = zip(budgets, shares, strict=True)
-            bench.add("curves", at, [bench.divergences(at, [cell(form, own)], budget)[0] for budget, own in rows])
+            bench.add("curves", at, [bench.divergences(at, [candidate(form, own)], budget)[0] for budget, own in rows])
         risk = fit_risk(bench.found("curves", bench.training), signals[bench.training], budgets)
         checked = bench.found("check", bench.validation)[:, :, 1]
         report = risk_gain(checked, signals[bench.validation], budgets, risk=risk, seed=self.spec.seed)
@@ -160,8 +160,8 @@ class Compiler:
             found = []
             for budget, table in zip(self.spec.budgets, shares, strict=True):
                 shuffled = [table.flatten()[order].view(table.shape) for order in orders]
-                cells = [(form, ()), *(cell(form, own) for own in (table, *shuffled))]
-                found.append(self.bench.divergences(at, cells, budget))
+                candidates = [(form, ()), *(candidate(form, own) for own in (table, *shuffled))]
+                found.append(self.bench.divergences(at, candidates, budget))
             self.bench.add("check", at, found)
         losses = self.bench.found("check", self.bench.validation)
         return {str(budget): gains(losses[:, i], seed=self.spec.seed) for i, budget in enumerate(self.spec.budgets)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.compiler.gradient import Descent, descend
-from harness.compiler.stage import Cell, Workbench
+from harness.compiler.stage import Candidate, Workbench
 from methods.compilerkv.designs import foldovers, multipliers, ridge, split_half
 from methods.compilerkv.form import Form
 
@@ -37,13 +37,13 @@ def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int])
     order = order[: bench.spec.steps]
     size = {"layers": bench.shapes.layers, "heads": bench.shapes.kv_heads}
     fresh = Descent.start(form, bench.spec.budgets, steps=len(order), **size)
-    descent = bench.ledger.restore(name, fresh)
+    descent = bench.saved.restore(name, fresh)
     with bench.bar(f"budgets ({name})", len(order), len(descent.losses)) as bar:
 
         def seen(state: Descent) -> None:
             bar.update()
             if len(state.losses) % KEEP_EVERY == 0 or len(state.losses) == len(order):
-                bench.ledger.keep(name, state)
+                bench.saved.keep(name, state)
 
         return descend(descent, order, bench.rollout, seen=seen)
 
@@ -56,8 +56,8 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
     stage = f"ridge {name}"
     for at in bench.missing(stage, prompts):
         rows = multipliers(designs[place[at]], strength=SWING).view(-1, layers, heads)
-        cells = [cell(form, row) for row in rows]
-        losses = [bench.divergences(at, cells, budget) for budget in bench.spec.budgets]
+        candidates = [candidate(form, row) for row in rows]
+        losses = [bench.divergences(at, candidates, budget) for budget in bench.spec.budgets]
         bench.add(stage, at, losses)
     found = bench.found(stage, prompts)  # [P, N, R]
     tables = []
@@ -67,7 +67,7 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
         stage = f"ridge {name} strength at {budget}"
         tried = prompts[:STRENGTH_PROMPTS]
         for at in bench.missing(stage, tried):
-            tries = bench.divergences(at, [cell(form, table) for table in own], budget)
+            tries = bench.divergences(at, [candidate(form, table) for table in own], budget)
             bench.add(stage, at, tries)
         mean = bench.found(stage, tried).mean(dim=0)
         tables.append(own[int(mean.argmin())])
@@ -88,7 +88,7 @@ def _designs(bench: Workbench, prompts: Sequence[int]) -> Tensor:
     return foldovers(len(prompts), bench.shapes.layers * bench.shapes.kv_heads, PAIRS, bench.spec.seed)
 
 
-def cell(form: Form, table: Tensor) -> Cell:
+def candidate(form: Form, table: Tensor) -> Candidate:
     """A form with a table [L, H] of slot multiples."""
     return form, tuple(map(tuple, table.tolist()))
 

@@ -22,11 +22,11 @@ SHUFFLES = 4
 ARMS = ("head", "gate", "head_alone", "gate_alone")
 NEUTRAL = {"head": UNSUPPORTED_HEAD, "gate": UNSUPPORTED_GATE}
 
-Pair = tuple[Tensor, Tensor]
+TablePair = tuple[Tensor, Tensor]
 """Head weights [L, Hq] and thresholds [L, 20, 4] of one budget."""
 
 
-def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, list[Pair]]:
+def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, list[TablePair]]:
     """For each table what is compared at a budget: the neutral one, the table, and shuffles of it."""
     draws = torch.Generator().manual_seed(seed)
     plain = {name: torch.full_like(tensors[name][row], value) for name, value in NEUTRAL.items()}

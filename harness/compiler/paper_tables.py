@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.compiler.rollouts import Rollout
-from harness.compiler.saved_state import Ledger
+from harness.compiler.saved_state import SavedState
 from methods.compilerkv.alternation import COLUMNS, Alternation, Records, alternate, checksum
 from methods.compilerkv.cql import (
     Fitted,
@@ -60,18 +60,18 @@ class Observed:
         return cls(rollout, alpha, [value_norms(layer) for layer in rollout.view.layers], entropy, perplexity)
 
     def lose(self, weights: Tensor, thresholds: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        """Answer NLL [R] and candidates [R, L] of rows. weights: [R, L, Hq]. thresholds: [R, L]."""
-        biases, candidates = [], []
+        """Answer NLL [R] and passing [R, L] of rows. weights: [R, L, Hq]. thresholds: [R, L]."""
+        biases, passing = [], []
         for i, rho in enumerate(self.rho):
             largest = weights[:, i].view(len(weights), rho.shape[0], -1).amax(dim=-1)  # [R, H]
             scores = (largest[:, :, None] * rho).amax(dim=1) * self.alpha  # [R, T]
-            passing = scores >= thresholds[:, i, None]
-            candidates.append(passing.sum(dim=1))
+            passes = scores >= thresholds[:, i, None]
+            passing.append(passes.sum(dim=1))
             rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            kept = (passing & (rank < budget)) | (rank == 0)
+            kept = (passes & (rank < budget)) | (rank == 0)
             bias = torch.zeros_like(scores).masked_fill(~kept, float("-inf"))
             biases.append(bias[:, None].expand(-1, rho.shape[0], -1))
-        return self.rollout.losses(self.rollout.logprobs(biases))[1], torch.stack(candidates, dim=1)
+        return self.rollout.losses(self.rollout.logprobs(biases))[1], torch.stack(passing, dim=1)
 
 
 class Published:
@@ -89,14 +89,14 @@ class Published:
         signals: Tensor,
         shapes: Shapes,
         budgets: Sequence[int],
-        ledger: Ledger,
+        saved: SavedState,
         seed: int,
     ) -> None:
-        self.prompts, self.prepare, self.budgets, self.ledger, self.seed = prompts, prepare, budgets, ledger, seed
+        self.prompts, self.prepare, self.budgets, self.saved, self.seed = prompts, prepare, budgets, saved, seed
         self.shapes = shapes
         entropy, perplexity = signals.unbind(dim=1)
         self.edges = bin_edges(entropy, perplexity)
-        self.cells = bins(self.edges, entropy, perplexity)
+        self.risk_bins = bins(self.edges, entropy, perplexity)
         self.head = head_space(len(budgets), shapes.layers, shapes.query_heads)
         self.gate = gate_space(len(budgets), shapes.layers)
 
@@ -124,10 +124,10 @@ class Published:
         digest = checksum(opposite)
         stage = f"{kind} against {digest[:12]}"
         for at in self.walk(stage):
-            self.ledger.add(stage, self.prompts[at], self._roll(kind, at, space, opposite))
+            self.saved.add(stage, self.prompts[at], self._roll(kind, at, space, opposite))
         found = []
         for at, name in enumerate(self.prompts):
-            for row, rewards in enumerate(self.ledger.get(stage, name)):
+            for row, rewards in enumerate(self.saved.get(stage, name)):
                 actions, states = self._levels(kind, at, row, space), self._states(kind, at, row)
                 found.append(Records.of(actions, torch.tensor(rewards), states=states, opposite=digest))
         return found
@@ -135,7 +135,7 @@ class Published:
     def _roll(self, kind: str, at: int, space: Space, opposite: Tensor) -> list[Any]:
         """Rewards of every roll-out of a prompt at each budget: [N][R] for heads, [N][R][L] for thresholds."""
         seen, layers = Observed.of(self.prepare(at)), self.shapes.layers
-        high, wide = divmod(int(self.cells[at]), PERPLEXITY_BINS)
+        high, wide = divmod(int(self.risk_bins[at]), PERPLEXITY_BINS)
         found = []
         for row, budget in enumerate(self.budgets):
             drawn = space.values[self._levels(kind, at, row, space)]  # [R, F]
@@ -144,12 +144,12 @@ class Published:
                 thresholds = opposite[row, :, high, wide].expand(len(drawn), -1)
             else:
                 weights, thresholds = opposite[row].expand(len(drawn), -1, -1), drawn
-            nll, candidates = seen.lose(weights, thresholds, budget)
+            nll, passing = seen.lose(weights, thresholds, budget)
             level = nll.mean()  # stands for the full cache's loss: one constant a prompt and budget
             rewards = reward(nll, level)
             if kind == "gate":
                 tokens = seen.rollout.view.tokens
-                rewards = gate_reward(nll[:, None], level, candidates=candidates, budget=budget, tokens=tokens)
+                rewards = gate_reward(nll[:, None], level, passing=passing, budget=budget, tokens=tokens)
             found.append(rewards.tolist())
         return found
 
@@ -164,7 +164,7 @@ class Published:
         entries = torch.arange(self.head.states if kind == "head" else self.gate.states).view(shape)[row]
         if kind == "head":
             return entries.flatten()
-        high, wide = divmod(int(self.cells[at]), PERPLEXITY_BINS)
+        high, wide = divmod(int(self.risk_bins[at]), PERPLEXITY_BINS)
         return entries[:, high, wide]
 
     def _alone(self, records: Callable[[Tensor], list[Records]], space: Space, other: Space) -> Fitted:
@@ -192,7 +192,7 @@ class Published:
             "rounds": coupled.rounds,
             "converged": coupled.converged,
             "changed": [list(pair) for pair in coupled.changed],
-            "occupied_risk_bins": occupied(self.cells),
+            "occupied_risk_bins": occupied(self.risk_bins),
             "unsupported": {"head": coupled.head.unsupported, "gate": coupled.gate.unsupported},
             "untried": {"head": coupled.head.untried, "gate": coupled.gate.untried},
             "reach": coupled.head.reach,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.compiler.estimators import STRENGTH_PROMPTS, cell
+from harness.compiler.estimators import STRENGTH_PROMPTS, candidate
 from harness.compiler.stage import Workbench
 from methods.compilerkv.form import Form
 
@@ -29,7 +29,7 @@ def by_retrieval(bench: Workbench, form: Form, prompts: Sequence[int]) -> Tensor
     tables = [1 - pool + pool * importance for pool in POOLS]
     tried = prompts[:STRENGTH_PROMPTS]
     for at in bench.missing("retrieval pool", tried):
-        cells = [cell(form, table) for table in tables]
-        bench.add("retrieval pool", at, [bench.divergences(at, cells, budget) for budget in bench.spec.budgets])
+        candidates = [candidate(form, table) for table in tables]
+        bench.add("retrieval pool", at, [bench.divergences(at, candidates, budget) for budget in bench.spec.budgets])
     losses = bench.found("retrieval pool", tried).mean(dim=0)  # [N, pools]
     return torch.stack([tables[int(row.argmin())] for row in losses])

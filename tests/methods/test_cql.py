@@ -172,7 +172,7 @@ def test_every_state_with_records_is_drawn_equally_often(counts: list[int], seed
 def test_rewards_by_hand() -> None:
     compressed, full = torch.tensor([2.0, 1.0]), torch.tensor([1.5, 1.25])
     assert reward(compressed, full).tolist() == [-0.5, 0.25]
-    found = gate_reward(compressed, full, candidates=torch.tensor([150, 90]), budget=100, tokens=200)
+    found = gate_reward(compressed, full, passing=torch.tensor([150, 90]), budget=100, tokens=200)
     assert found.tolist() == [-0.75, 0.25]
 
 
