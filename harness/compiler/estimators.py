@@ -8,6 +8,7 @@ row with its mirror image; the strength of the table is chosen on training promp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,24 +54,20 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
     layers, heads = bench.shapes.layers, bench.shapes.kv_heads
     designs = _designs(bench, prompts)
     place = {at: i for i, at in enumerate(prompts)}
-    stage = f"ridge {name}"
-    for at in bench.missing(stage, prompts):
+
+    def roll(at: int) -> list[list[float]]:
         rows = multipliers(designs[place[at]], strength=SWING).view(-1, layers, heads)
         candidates = [candidate(form, row) for row in rows]
-        losses = [bench.divergences(at, candidates, budget) for budget in bench.spec.budgets]
-        bench.add(stage, at, losses)
-    found = bench.found(stage, prompts)  # [P, N, R]
+        return [bench.divergences(at, candidates, budget) for budget in bench.spec.budgets]
+
+    found = bench.measure(f"ridge {name}", prompts, roll)  # [P, N, R]
     tables = []
     for i, budget in enumerate(bench.spec.budgets):
         effects = ridge(designs, found[:, i], seed=bench.spec.seed).values
         own = [multipliers(effects, strength=strength).view(layers, heads) for strength in STRENGTHS]
-        stage = f"ridge {name} strength at {budget}"
-        tried = prompts[:STRENGTH_PROMPTS]
-        for at in bench.missing(stage, tried):
-            tries = bench.divergences(at, [candidate(form, table) for table in own], budget)
-            bench.add(stage, at, tries)
-        mean = bench.found(stage, tried).mean(dim=0)
-        tables.append(own[int(mean.argmin())])
+        tried = partial(bench.divergences, candidates=[candidate(form, table) for table in own], budget=budget)
+        losses = bench.measure(f"ridge {name} strength at {budget}", prompts[:STRENGTH_PROMPTS], tried)
+        tables.append(own[int(losses.mean(dim=0).argmin())])
     return torch.stack(tables).float()
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import accumulate, islice, pairwise
 from math import ceil
 from random import Random
@@ -28,7 +27,7 @@ from typing import Any
 
 from harness.compiler.corpora import Corpus
 from harness.compiler.wordings import ASIDES, COPIES, FACTS, INTROS, TRAILS, invented
-from harness.errors import HarnessError
+from harness.errors import HarnessError, did_you_mean
 from tasks.base import Sample, Tokenizer, point, rng
 
 FAMILIES = ("continuation", "copy", "needle", "multikey", "tracking")
@@ -88,8 +87,7 @@ def calibration_samples(
 def _check(count: int, lengths: tuple[int, int], families: Sequence[str]) -> None:
     for name in families:
         if name not in FAMILIES:
-            close = get_close_matches(name, FAMILIES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, FAMILIES)
             raise HarnessError(f"unknown calibration family {name!r}{hint} known: {', '.join(FAMILIES)}")
     if not families or len(set(families)) < len(families):
         raise HarnessError(f"calibration families {', '.join(families) or '(none)'}: name at least one, and each once")
@@ -251,11 +249,11 @@ def _tracking(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tok
     trail, hops = draws.choice(TRAILS), draws.randint(1, 3)
     *keys, other = draws.sample(trail.owners, hops + 2)
     value, decoy = _values(trail.words, 2, draws=draws, prose=pieces[:size])
-    chain = [trail.starts.format(key=keys[0], value=value)]
+    chain = [trail.says.format(key=keys[0], value=value)]
     chain += [trail.passes.format(key=key, source=source) for source, key in pairwise(keys)]
     first = 0.75 * plan.depth
     depths = sorted([first, *(draws.uniform(first, 1.0) for _ in range(hops))])
-    told = [*zip(depths, chain, strict=True), (draws.random(), trail.starts.format(key=other, value=decoy))]
+    told = [*zip(depths, chain, strict=True), (draws.random(), trail.says.format(key=other, value=decoy))]
     return _finish(
         plan,
         tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,9 +138,20 @@ class Workbench:
             name = self.prompts[at].id
             raise HarnessError(f"the roll-outs of prompt {name} have losses that are no numbers; try --dtype float32")
 
-    def add(self, stage: str, at: int, values: Any) -> None:
-        """Store what a stage found on a prompt."""
-        self.saved.add(stage, self.prompts[at].id, values)
+    def measure(self, stage: str, prompts: Sequence[int], roll: Callable[[int], Any]) -> Tensor:
+        """What `roll` finds on each of the prompts: [P, ...] float32. It runs, and is stored, where nothing is yet.
+
+        roll: takes a prompt's place in `prompts` of the bench and returns numbers or nested lists of them.
+        """
+        for at in self.missing(stage, prompts):
+            self.saved.add(stage, self.prompts[at].id, roll(at))
+        return self.found(stage, prompts)
+
+    def compare(
+        self, stage: str, prompts: Sequence[int], compared: Sequence[tuple[int, Sequence[Candidate]]]
+    ) -> Tensor:
+        """Divergence of each of C candidates at N budgets: [P, N, C] float32, nats a token. compared: N of them."""
+        return self.measure(stage, prompts, lambda at: [self.divergences(at, own, budget) for budget, own in compared])
 
     def found(self, stage: str, prompts: Sequence[int]) -> Tensor:
         """What a stage found on some prompts: [P, ...] float32."""

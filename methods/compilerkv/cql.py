@@ -231,8 +231,3 @@ def bins(edges: Edges, entropy: Tensor, perplexity: Tensor) -> Tensor:
     high = torch.bucketize(entropy.double().cpu(), edges.entropy.double(), right=True)
     wide = torch.bucketize(perplexity.double().cpu(), edges.perplexity.double(), right=True)
     return high * PERPLEXITY_BINS + wide
-
-
-def occupied(risk_bins: Tensor) -> int:
-    """How many of the 80 risk bins hold a prompt. risk_bins: [P] from `bins`."""
-    return int(torch.unique(risk_bins).numel())
