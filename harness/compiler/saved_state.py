@@ -20,7 +20,7 @@ from harness.records.atomic_files import append, cut, whole_lines, write_text
 ROLLOUTS, IDENTITY = "rollouts.jsonl", "compile.json"
 
 
-class Ledger:
+class SavedState:
     """The folder of one compilation. identity: everything that decides the numbers, JSON values."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:

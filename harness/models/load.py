@@ -13,7 +13,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, did_you_mean
 from harness.models.assets import cache_dir
 from harness.models.prompt import template_tokens
 from harness.models.readers import ModelSource, Parts, need, read_pretrained, read_tiny
@@ -66,8 +65,7 @@ def resolve_model(name: str) -> ModelSource:
         raise HarnessError(f"model {name!r} is a file but not a .gguf; give the folder that holds config and weights")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelSource(name, "hub")
-    close = get_close_matches(name, KNOWN, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    hint = did_you_mean(name, KNOWN) or ";"
     raise HarnessError(f"unknown model {name!r}{hint} give {', '.join(KNOWN)}, a folder, a .gguf file or org/name")
 
 
