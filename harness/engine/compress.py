@@ -30,13 +30,13 @@ class Compressed:
     compressible: list[int]
     logits: Tensor
     tokens: int
-    kept_slots: tuple[int, ...]
-    layer_bytes: list[int]
-    asked_bytes: int
-    full_bytes: int
-    prefill_s: float
-    observe_s: float
-    compress_s: float
+    kept_slots: tuple[int, ...] = ()
+    layer_bytes: Sequence[int] = ()
+    asked_bytes: int = 0
+    full_bytes: int = 0
+    prefill_s: float = 0.0
+    observe_s: float = 0.0
+    compress_s: float = 0.0
 
     @property
     def kv_bytes(self) -> int:
