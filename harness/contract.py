@@ -10,7 +10,7 @@ Every clause is tried on random prompts of several lengths at budgets below and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import FrozenInstanceError, fields
 from functools import cache
 
@@ -27,8 +27,8 @@ PLAIN = 2 * DIM * 4  # bytes of a slot
 LENGTHS = (2, 17, 50, 90)
 BUDGETS = (1, 2, 3, 5, 9, 20, 33, 64)
 
-Clause = Callable[[str], None]
-CLAUSES: dict[str, Clause] = {}
+CLAUSES: dict[str, Callable[[str], None]] = {}
+"""Every clause by name: a function of a method's label that raises BrokenContract."""
 
 
 class BrokenContract(HarnessError):
@@ -55,15 +55,9 @@ def check_method(label: str, *, without: Collection[str] = ()) -> None:
     unknown = sorted(set(without) - set(CLAUSES))
     if unknown:
         raise HarnessError(f"unknown clause {unknown[0]!r}; known: {', '.join(CLAUSES)}")
-    for name, clause in CLAUSES.items():
-        if name in without:
-            continue
-        try:
-            clause(label)
-        except BrokenContract:
-            raise
-        except Exception as error:  # a method is foreign code: whatever it raises breaks the clause
-            raise BrokenContract(label, name, f"raised {type(error).__name__}: {error}") from error
+    for name, hold in CLAUSES.items():
+        if name not in without:
+            hold(label)
 
 
 def make_view(tokens: int, needs: Needs) -> PromptView:
@@ -80,87 +74,84 @@ def make_view(tokens: int, needs: Needs) -> PromptView:
     return PromptView(layers, own if needs.logprobs else None)
 
 
-def clause(check: Clause) -> Clause:
-    """Add a clause under its function's name, in the order of this file."""
-    CLAUSES[check.__name__] = check
-    return check
+def clause(flaws: Callable[[str], Iterator[str]]) -> Callable[[str], Iterator[str]]:
+    """Add a clause under its function's name, in the order of this file. flaws: what is wrong with a method, if any."""
+    name = flaws.__name__
 
+    def hold(label: str) -> None:
+        try:
+            seen = next(flaws(label), None)
+        except Exception as error:  # a method is foreign code: whatever it raises breaks the clause
+            raise BrokenContract(label, name, f"raised {type(error).__name__}: {error}") from error
+        if seen is not None:
+            raise BrokenContract(label, name, seen)
 
-def _hold(label: str, name: str, kept: bool, seen: str) -> None:
-    if not kept:
-        raise BrokenContract(label, name, seen)
+    CLAUSES[name] = hold
+    return flaws
 
 
 @clause
-def one_kv_a_layer(label: str) -> None:
+def one_kv_a_layer(label: str) -> Iterator[str]:
     """`compress` returns one KV per layer, with keys, values and positions of one shape."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         where = f"{view.tokens} tokens, budget {budget}"
-        _hold(label, "one_kv_a_layer", len(kvs) == LAYERS, f"{len(kvs)} KVs for {LAYERS} layers ({where})")
+        if len(kvs) != LAYERS:
+            yield f"{len(kvs)} KVs for {LAYERS} layers ({where})"
         for kv in kvs:
             shapes = [list(x.shape[:3]) for x in (*kv.load(), kv.positions)]
-            same = shapes[0] == shapes[1] == shapes[2] and kv.positions.dtype == torch.int64
-            _hold(label, "one_kv_a_layer", same, f"keys, values, int64 positions of {shapes} ({where})")
+            if not (shapes[0] == shapes[1] == shapes[2] and kv.positions.dtype == torch.int64):
+                yield f"keys, values, int64 positions of {shapes} ({where})"
 
 
 @clause
-def the_budget_is_kept(label: str) -> None:
+def the_budget_is_kept(label: str) -> Iterator[str]:
     """Slots and bytes stay within the budget, on average over layers and heads; a method without one keeps all."""
-    for policy, view, budget, kvs in cells(label):
+    for policy, view, budget, kvs in tried(label):
         live, held = sum(int(kv.live.sum()) for kv in kvs), sum(kv.nbytes for kv in kvs)
         asked = (budget if policy.budgeted else view.tokens) * LAYERS * HEADS
         side = budget == 1 and any(kv.extra for kv in kvs)  # one slot always stays, whatever its side data
         coded = any(type(kv) is not KV for kv in kvs)  # more slots may fit into the same bytes
         kept = live > 0 and (live <= asked or coded) and (held <= asked * PLAIN or side)
-        kept = kept and (policy.budgeted or live == asked)
-        seen = f"{live} slots, {held} bytes where {asked} slots of {PLAIN} bytes were asked"
-        _hold(label, "the_budget_is_kept", kept, f"{seen} ({view.tokens} tokens, budget {budget})")
+        if not (kept and (policy.budgeted or live == asked)):
+            seen = f"{live} slots, {held} bytes where {asked} slots of {PLAIN} bytes were asked"
+            yield f"{seen} ({view.tokens} tokens, budget {budget})"
 
 
 @clause
-def bytes_are_those_of_live_slots(label: str) -> None:
+def bytes_are_those_of_live_slots(label: str) -> Iterator[str]:
     """`KV.nbytes` is what the live slots and their side data take; that of a subclass, which may code them, no more."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         for kv in kvs:
             expected = int((kv.positions >= 0).sum()) * PLAIN
             expected += sum(x.numel() * x.element_size() for x in kv.extra.values())
-            right = kv.nbytes == expected if type(kv) is KV else 0 < kv.nbytes <= expected
-            seen = f"nbytes {kv.nbytes}, {expected} counted ({view.tokens} tokens, budget {budget})"
-            _hold(label, "bytes_are_those_of_live_slots", right, seen)
+            if not (kv.nbytes == expected if type(kv) is KV else 0 < kv.nbytes <= expected):
+                yield f"nbytes {kv.nbytes}, {expected} counted ({view.tokens} tokens, budget {budget})"
 
 
 @clause
-def positions_ascend(label: str) -> None:
+def positions_ascend(label: str) -> Iterator[str]:
     """Every slot names a token of the prompt, each at most once, in order; -1 is an empty slot."""
-    for _, view, budget, kvs in cells(label):
+    for _, view, budget, kvs in tried(label):
         for kept in (head for kv in kvs for head in kv.positions[0].tolist()):
             own = [p for p in kept if p >= 0]
-            right = own == sorted(set(own)) and set(kept) <= set(range(-1, view.tokens))
-            _hold(label, "positions_ascend", right, f"positions {kept} of {view.tokens} tokens, budget {budget}")
+            if own != sorted(set(own)) or not set(kept) <= set(range(-1, view.tokens)):
+                yield f"positions {kept} of {view.tokens} tokens, budget {budget}"
 
 
 @clause
-def values_are_the_prompts(label: str) -> None:
+def values_are_the_prompts(label: str) -> Iterator[str]:
     """A slot loads the value of the token that it names."""
-    for _, view, budget, kvs in cells(label):
-        for layer, kv in zip(view.layers, kvs, strict=True):
-            wrong = _differing(kv, kv.load()[1], layer.kv.values)
-            seen = f"positions whose value differs: {wrong} ({view.tokens} tokens, budget {budget})"
-            _hold(label, "values_are_the_prompts", not wrong, seen)
+    yield from _differing(label, 1, "value")
 
 
 @clause
-def keys_are_the_prompts(label: str) -> None:
+def keys_are_the_prompts(label: str) -> Iterator[str]:
     """A slot loads the key of the token that it names."""
-    for _, view, budget, kvs in cells(label):
-        for layer, kv in zip(view.layers, kvs, strict=True):
-            wrong = _differing(kv, kv.load()[0], layer.kv.keys)
-            seen = f"positions whose key differs: {wrong} ({view.tokens} tokens, budget {budget})"
-            _hold(label, "keys_are_the_prompts", not wrong, seen)
+    yield from _differing(label, 0, "key")
 
 
 @clause
-def compression_is_repeatable(label: str) -> None:
+def compression_is_repeatable(label: str) -> Iterator[str]:
     """The same prompt and budget give the same, whatever other budgets were asked for before."""
     policy = make_policy(label)
     for tokens in (17, 70):
@@ -168,13 +159,13 @@ def compression_is_repeatable(label: str) -> None:
         for budget in (16, 1, 16):
             alone = policy.compress(make_view(tokens, policy.needs), budget)
             for a, b in zip(policy.compress(view, budget), alone, strict=True):
-                same = all(map(torch.equal, _tensors(a), _tensors(b))) and a.extra.keys() == b.extra.keys()
-                seen = f"two answers to {tokens} tokens at budget {budget}: {a.positions.tolist()}"
-                _hold(label, "compression_is_repeatable", same, f"{seen}, {b.positions.tolist()}")
+                if a.extra.keys() != b.extra.keys() or not all(map(torch.equal, _tensors(a), _tensors(b))):
+                    seen = f"two answers to {tokens} tokens at budget {budget}"
+                    yield f"{seen}: {a.positions.tolist()}, {b.positions.tolist()}"
 
 
 @clause
-def the_prompt_is_left_alone(label: str) -> None:
+def the_prompt_is_left_alone(label: str) -> Iterator[str]:
     """Neither compressing nor writing into what it returned changes the view."""
     policy = make_policy(label)
     for tokens in (17, 70):
@@ -184,62 +175,63 @@ def the_prompt_is_left_alone(label: str) -> None:
         if policy.budgeted:
             for kv in kept:
                 kv.keys.zero_(), kv.values.zero_(), kv.positions.fill_(-1)
-        same = all(map(torch.equal, before, _shown(view)))
-        _hold(label, "the_prompt_is_left_alone", same, f"a view of {tokens} tokens changed; return copies (`kv.take`)")
+        if not all(map(torch.equal, before, _shown(view))):
+            yield f"a view of {tokens} tokens changed; return copies (`kv.take`)"
 
 
 @clause
-def a_whole_prompt_is_kept(label: str) -> None:
+def a_whole_prompt_is_kept(label: str) -> Iterator[str]:
     """A budget of the whole prompt, or more, loses nothing."""
     policy = make_policy(label)
     view = make_view(12, policy.needs)
     for budget in (12, 40):
-        for kv in policy.compress(view, budget):
-            live = kv.live.tolist()
-            _hold(label, "a_whole_prompt_is_kept", live == [[12] * HEADS], f"{live} of 12 slots at budget {budget}")
+        for live in (kv.live.tolist() for kv in policy.compress(view, budget)):
+            if live != [[12] * HEADS]:
+                yield f"{live} of 12 slots at budget {budget}"
 
 
 @clause
-def policies_are_frozen_values(label: str) -> None:
+def policies_are_frozen_values(label: str) -> Iterator[str]:
     """A policy is a frozen, hashable dataclass: two made alike are equal."""
-    policy = make_policy(label)
-    name, other = "policies_are_frozen_values", make_policy(label)
-    _hold(label, name, policy == other and hash(policy) == hash(other), f"{policy} and {other} are not equal")
+    policy, other = make_policy(label), make_policy(label)
+    if policy != other or hash(policy) != hash(other):
+        yield f"{policy} and {other} are not equal"
     for field in fields(policy):  # type: ignore[arg-type]
         try:
             setattr(policy, field.name, getattr(policy, field.name))
         except FrozenInstanceError:
             continue
-        _hold(label, name, False, f"{field.name} can be set; add @dataclass(frozen=True)")
+        yield f"{field.name} can be set; add @dataclass(frozen=True)"
 
 
 @clause
-def layer_budgets_fit(label: str) -> None:
+def layer_budgets_fit(label: str) -> Iterator[str]:
     """Budgets of single layers sum to at most the budget of all, and notes are text."""
     policy = make_policy(label)
     for budget, tokens in ((16, 100), (3, 9)):
         notes = policy.notes(budget, tokens, LAYERS)
-        _hold(label, "layer_budgets_fit", all(isinstance(note, str) for note in notes), f"notes {notes}")
+        if not all(isinstance(note, str) for note in notes):
+            yield f"notes {notes}"
         if policy.budgeted and isinstance(policy, LayerPolicy):
             own = policy.layer_budgets(budget, tokens, LAYERS)
-            kept = len(own) == LAYERS and sum(own) <= budget * LAYERS
-            _hold(label, "layer_budgets_fit", kept, f"layer budgets {own} at a budget of {budget}")
+            if len(own) != LAYERS or sum(own) > budget * LAYERS:
+                yield f"layer budgets {own} at a budget of {budget}"
 
 
 @clause
-def a_method_says_what_it_is(label: str) -> None:
+def a_method_says_what_it_is(label: str) -> Iterator[str]:
     """The class has a docstring whose first line is a sentence; `paper` is an address or `control, no paper`."""
     entry = METHODS.get(MethodLabel.parse(label).name)
     if entry is None:
         return  # a label with a prefix: made by a resolver, not registered
-    good = entry.summary.endswith(".")
-    _hold(label, "a_method_says_what_it_is", good, f"first line of the docstring {entry.summary!r}; end it with '.'")
-    known = entry.paper.startswith("https://") or entry.paper == "control, no paper"
-    _hold(label, "a_method_says_what_it_is", known, f"paper {entry.paper!r}; give its address or 'control, no paper'")
+    if not entry.summary.endswith("."):
+        yield f"first line of the docstring {entry.summary!r}; end it with '.'"
+    if not entry.paper.startswith("https://") and entry.paper != "control, no paper":
+        yield f"paper {entry.paper!r}; give its address or 'control, no paper'"
 
 
 @cache
-def cells(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
+def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
     """The method on prompts of several lengths, at every budget below the length. Clauses only read them."""
     policy = make_policy(label)
     views = [make_view(tokens, policy.needs) for tokens in LENGTHS]
@@ -247,14 +239,19 @@ def cells(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
     return [(policy, view, budget, policy.compress(view, budget)) for view, budget in asked]
 
 
-def _differing(kv: KV, own: Tensor, prompt: Tensor) -> list[int]:
-    """Positions whose slot does not hold what the prompt has there. own: [1, H, S, D]; prompt: [1, H, T, D]."""
-    source = prompt.gather(2, kv.positions.clamp(min=0).unsqueeze(-1).expand(own.shape))
-    wrong = (own != source).any(dim=-1) & (kv.positions >= 0)
-    return sorted(set(kv.positions[wrong].tolist()))
+def _differing(label: str, part: int, what: str) -> Iterator[str]:
+    """Where a slot does not hold what the prompt has there. part: 0 for keys, 1 for values, as `KV.load` gives them."""
+    for _, view, budget, kvs in tried(label):
+        for layer, kv in zip(view.layers, kvs, strict=True):
+            own, prompt = kv.load()[part], layer.kv.load()[part]  # [1, H, S, D] and [1, H, T, D]
+            source = prompt.gather(2, kv.positions.clamp(min=0).unsqueeze(-1).expand(own.shape))
+            wrong = sorted(set(kv.positions[(own != source).any(dim=-1) & (kv.positions >= 0)].tolist()))
+            if wrong:
+                yield f"positions whose {what} differs: {wrong} ({view.tokens} tokens, budget {budget})"
 
 
 def _tensors(kv: KV) -> list[Tensor]:
+    """Everything that a KV holds: positions, keys and values as attention reads them, and side data by name."""
     return [kv.positions, *kv.load(), *(kv.extra[name] for name in sorted(kv.extra))]
 
 

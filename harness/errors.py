@@ -1,5 +1,8 @@
 """Errors that end a command with one line and exit code 2."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from pydantic import ValidationError
 
 
@@ -17,3 +20,8 @@ def one_line(error: ValidationError) -> HarnessError:
         return HarnessError(str(first["ctx"]["error"]))
     where = ".".join(map(str, first["loc"]))
     return HarnessError(f"option {where}: {first['msg']}, got {first['input']!r}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the known word nearest to `word`, for a refusal of it; empty where none is near."""
+    return "".join(f"; did you mean {close!r}?" for close in get_close_matches(word, list(known), n=1))

@@ -9,15 +9,15 @@ instead, counted with the window, and masks keys where this frees them.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods.base import KV, LayerPolicy, LayerView, Needs, PolicyError, at_least, best, spread
+from methods.base import KV, LayerView, PolicyError, at_least, best, spread
 from methods.compilerkv.form import best_slots
 from methods.registry import method
-from methods.snapkv import SnapKV, check_kernel
+from methods.snapkv import SnapKV, plain_scores
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recent": 32, "kernel": 7, "pool": "max", "safeguard": 0.2},
@@ -28,29 +28,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @method("adakv", paper="https://arxiv.org/abs/2407.11550", presets=PRESETS)
 @dataclass(frozen=True)
-class AdaKV(LayerPolicy):
+class AdaKV(SnapKV):
     """SnapKV with a layer's slots shared out between its KV heads by their scores."""
 
-    recent: int = 32
-    kernel: int = 7
-    pool: Literal["max", "avg"] = "max"
     safeguard: float = 0.2
     floor: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "recent")
+        super().__post_init__()
         at_least(self, 0, "safeguard")
-        check_kernel(self.kernel)
         if isinstance(self.safeguard, int | float) and self.safeguard > 1:
             raise PolicyError(f"AdaKV.safeguard={self.safeguard} is more than a whole share; give 0 to 1")
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(window=self.recent)
-
     def compress_layer(self, view: LayerView, budget: int) -> KV:
-        plain = SnapKV(recent=self.recent, kernel=self.kernel, pool=self.pool)
-        scores = view.memo((SnapKV, plain), plain.score)
+        scores = plain_scores(view, self.recent, self.kernel, self.pool)
         return view.kv.take(best_slots(scores, self.counts(scores, budget), recent=self.recent))
 
     def counts(self, scores: Tensor, budget: int) -> list[int]:

@@ -113,11 +113,16 @@ class EvictionPolicy(LayerPolicy):
     """Keeps the top slots by score; the last `recent` and the first `sinks` tokens are always kept.
 
     A budget smaller than `recent` keeps the last `budget` tokens; one smaller than `sinks + recent` gives up sinks
-    first.
+    first. evict: it goes on evicting while decoding. A subclass declares those of the three as fields that it takes.
     """
 
     recent: int = 0
     sinks: int = 0
+    evict: bool = False
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.evict
 
     def __post_init__(self) -> None:
         at_least(self, 0, "recent", "sinks")

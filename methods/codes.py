@@ -38,19 +38,19 @@ class Coding:
         """Channels of a value's scale: the most that divide `dim`, at most a group."""
         return next(width for width in range(min(self.group, dim), 0, -1) if dim % width == 0)
 
-    def slot_bytes(self, key_dim: int, value_dim: int) -> int:
-        """Of a coded slot without its key's scales, which its group shares."""
+    def coded_slot_bytes(self, key_dim: int, value_dim: int) -> int:
+        """Bytes of a coded slot without its key's scales, which its group shares."""
         codes = (key_dim + value_dim) * self.bits // 8
         return codes + 2 * HALF_BYTES * (value_dim // self.channels(value_dim))
 
     def nbytes(self, slots: int, key_dim: int, value_dim: int) -> int:
-        """Of `slots` coded slots of a head; a last group that is not full has scales of its own."""
-        return slots * self.slot_bytes(key_dim, value_dim) + -(-slots // self.group) * 2 * HALF_BYTES * key_dim
+        """Bytes of `slots` coded slots of a head; a last group that is not full has scales of its own."""
+        return slots * self.coded_slot_bytes(key_dim, value_dim) + -(-slots // self.group) * 2 * HALF_BYTES * key_dim
 
     def coded(self, slots: int, kv: KV) -> int:
         """How many of a head's `slots` become codes: all before the residual, if their codes are smaller."""
         dims, older = (kv.keys.shape[-1], kv.values.shape[-1]), max(0, slots - self.residual)
-        return older if self.nbytes(older, *dims) < older * plain_bytes(kv) else 0
+        return older if self.nbytes(older, *dims) < older * kv.slot_bytes else 0
 
 
 @dataclass
@@ -168,7 +168,7 @@ class CodedKV(KV):
         coded = sum(codes.nbytes for _, codes in self.parts)
         first = torch.tensor(self.counts, device=self.positions.device).unsqueeze(1)  # [H, 1]
         own = torch.arange(self.positions.shape[2], device=first.device) >= first
-        return coded + int((own & (self.positions[0] >= 0)).sum()) * plain_bytes(self)
+        return coded + int((own & (self.positions[0] >= 0)).sum()) * self.slot_bytes
 
 
 def encode(kv: KV, coding: Coding) -> CodedKV:
@@ -190,11 +190,6 @@ def encode(kv: KV, coding: Coding) -> CodedKV:
             parts.append((tuple(heads), Codes.of(coding, kv.keys[0][at], kv.values[0][at])))
     positions = kv.positions.gather(2, order)
     return CodedKV(keys, values, positions, counts=counts, parts=tuple(parts))
-
-
-def plain_bytes(kv: KV) -> int:
-    """Of a slot of one head that is no code."""
-    return kv.keys.shape[-1] * kv.keys.element_size() + kv.values.shape[-1] * kv.values.element_size()
 
 
 def _coded(x: Tensor, coding: Coding, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:

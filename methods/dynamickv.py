@@ -17,7 +17,7 @@ import torch
 
 from methods.base import KV, KVPolicy, Needs, PromptView, at_least, best, spread
 from methods.registry import method
-from methods.snapkv import SnapKV, check_kernel
+from methods.snapkv import SnapKV, check_kernel, plain_scores
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recent": 8, "kernel": 7, "pool": "max", "ratio": 10.0},
@@ -46,7 +46,8 @@ class DynamicKV(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         budgets = self.budgets(view, budget)
-        return [self._plain.compress_layer(layer, own) for layer, own in zip(view.layers, budgets, strict=True)]
+        plain = SnapKV(self.recent, self.kernel, self.pool)
+        return [plain.compress_layer(layer, own) for layer, own in zip(view.layers, budgets, strict=True)]
 
     def budgets(self, view: PromptView, budget: int) -> list[int]:
         """Slots per KV head of each layer; they sum to L * min(budget, T)."""
@@ -54,8 +55,8 @@ class DynamicKV(KVPolicy):
         mean = min(budget, view.tokens) - self.recent  # slots outside the window, on average over the layers
         if mean <= 0 or before <= 0:
             return [min(budget, view.tokens)] * layers
-        scores = [layer.memo((SnapKV, self._plain), self._plain.score)[0, :, :before] for layer in view.layers]
-        pooled = torch.stack(scores)  # [L, H, T - W]
+        scores = [plain_scores(layer, self.recent, self.kernel, self.pool) for layer in view.layers]
+        pooled = torch.cat(scores)[..., :before]  # [L, H, T - W]
         owner = best(pooled.flatten(), mean * layers * pooled.shape[1]) // pooled[0].numel()
         found = torch.bincount(owner, minlength=layers).tolist()
         weights = [max(float(count), LEAST) for count in found]
@@ -63,7 +64,3 @@ class DynamicKV(KVPolicy):
 
     def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
         return () if budget > self.recent else ("layers share evenly at this budget: it holds the window alone",)
-
-    @property
-    def _plain(self) -> SnapKV:
-        return SnapKV(recent=self.recent, kernel=self.kernel, pool=self.pool)

@@ -64,9 +64,7 @@ class ExpectedAttention(EvictionPolicy):
         if view.rotate is None:
             raise PolicyError("expected_attention needs rotary embeddings, which this model has not")
         window = min(self.window, view.tokens - first)
-        if view.queries.shape[2] < window:
-            raise PolicyError(f"{window} window queries wanted, {view.queries.shape[2]} observed; declare it in needs")
-        queries = view.queries[:, :, view.queries.shape[2] - window :].float().clone()
+        queries = view.last_queries(window).float().clone()
         steps = torch.arange(window, 0, -1, device=queries.device)  # from each query to the end of the prompt
         for bit in range(window.bit_length()):
             moved = (steps >> bit) % 2 == 1

@@ -44,10 +44,6 @@ class H2O(EvictionPolicy):
     def needs(self) -> Needs:
         return Needs(column_sums=True, decode_attention=self.evict)
 
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return self.evict
-
     def recent_slots(self, budget: int) -> int:
         return min(budget, max(self.recent, budget - int(budget * (1 - self.recent_share))))
 
@@ -81,5 +77,4 @@ class H2O(EvictionPolicy):
 
 def _slots(kv: KV, budget: int) -> int:
     """Slots that fit `budget` plain slots' bytes when each carries a running sum."""
-    slot = 2 * kv.keys.shape[-1] * kv.keys.element_size()
-    return max(1, budget * slot // (slot + SUM_BYTES))
+    return max(1, budget * kv.slot_bytes // (kv.slot_bytes + SUM_BYTES))

@@ -16,7 +16,7 @@ from methods.base import KV, KVPolicy, LayerView, Needs, PromptView, Sizes, at_l
 from methods.compilerkv.form import best_slots, slot_counts
 from methods.compilerkv.policy import AUTO, CompilerKV
 from methods.registry import method
-from methods.snapkv import SnapKV, check_kernel
+from methods.snapkv import check_kernel, plain_scores
 
 
 @method("headkv", paper="https://arxiv.org/abs/2410.19258")
@@ -59,7 +59,7 @@ class HeadKV(KVPolicy):
         return [partial(self._kept, own) for own in counts]
 
     def _kept(self, counts: list[int], layer: LayerView) -> KV:
-        scores = layer.memo(("headkv", self), SnapKV(recent=self.recent, kernel=self.kernel).score)
+        scores = plain_scores(layer, self.recent, self.kernel)
         return layer.kv.take(best_slots(scores, counts, recent=self.recent))
 
     def _lookup(self) -> CompilerKV:

@@ -7,13 +7,10 @@ whenever its smallest layer would be smaller than the window.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import Tensor
-
-from methods.base import EvictionPolicy, LayerView, Needs, at_least, spread
+from methods.base import at_least, spread
 from methods.registry import method
-from methods.snapkv import check_kernel, pool, votes
+from methods.snapkv import SnapKV
 
 PRESETS = {
     "paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 20},
@@ -24,25 +21,16 @@ PRESETS = {
 
 @method("pyramidkv", paper="https://arxiv.org/abs/2406.02069", presets=PRESETS)
 @dataclass(frozen=True)
-class PyramidKV(EvictionPolicy):
+class PyramidKV(SnapKV):
     """SnapKV with a budget that falls linearly from the first layer to the last."""
 
     recent: int = 8
-    kernel: int = 7
-    pool: Literal["max", "avg"] = "max"
     beta: int = 20
     window_on_top: bool = True
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "recent", "beta")
-        check_kernel(self.kernel)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(window=self.recent)
-
-    def score(self, view: LayerView) -> Tensor:
-        return pool(votes(view, self.recent), self.kernel, self.pool, self.recent)
+        super().__post_init__()
+        at_least(self, 1, "beta")
 
     def layer_budgets(self, budget: int, tokens: int, layers: int) -> list[int]:
         base = self.recent if self.window_on_top else 0

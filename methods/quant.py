@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any, Literal
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
-from methods.codes import HALF_BYTES, CodedKV, Coding, encode, plain_bytes
+from methods.codes import HALF_BYTES, CodedKV, Coding, encode
 from methods.registry import make_policy, method
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -102,14 +102,14 @@ class Quant(KVPolicy):
         However they are spread: a head's bytes are concave in its slots, but for the scales of a group that is not
         full, which are set aside. Raises PolicyError for numbers that codes of this kind cannot hold or make smaller.
         """
-        return self.fitting(budget, kv.keys.shape[-1], kv.values.shape[-1], plain_bytes(kv))
+        return self.fitting(budget, kv.keys.shape[-1], kv.values.shape[-1], kv.slot_bytes)
 
     def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:
         """`slots` of heads of so many key and value numbers, `plain` bytes a slot."""
         if self.bits == 4 and (keys % 2 or values % 2):
             raise PolicyError(f"int4 codes share bytes in pairs; heads of {keys} and {values} numbers need bits=8")
         scales = 2 * HALF_BYTES * keys  # of a key group
-        own = self.coding.slot_bytes(keys, values)
+        own = self.coding.coded_slot_bytes(keys, values)
         if own * self.group + scales >= plain * self.group:
             raise PolicyError(f"quant.group={self.group}: codes and scales are no smaller than the cache; raise it")
         spare = (budget - self.residual) * plain * self.group - scales * (self.group - 1)

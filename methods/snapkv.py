@@ -43,6 +43,12 @@ class SnapKV(EvictionPolicy):
         return pool(votes(view, self.recent), self.kernel, self.pool, self.recent)
 
 
+def plain_scores(view: LayerView, recent: int, kernel: int, pooling: Literal["max", "avg"] = "max") -> Tensor:
+    """Scores of plain SnapKV, [B, H, T] float32; computed once for all methods that choose by them."""
+    plain = SnapKV(recent, kernel, pooling)
+    return view.memo((SnapKV, plain), plain.score)
+
+
 def votes(view: LayerView, window: int) -> Tensor:
     """Attention of the last `window` tokens, averaged over them and the query group: [B, H, T]. Computed once."""
     return view.memo(("votes", window), lambda layer: layer.attention(window).mean(dim=(2, 3)))

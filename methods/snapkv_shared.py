@@ -5,31 +5,18 @@ Scores after https://arxiv.org/abs/2404.14469.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from methods.base import EvictionPolicy, LayerView, Needs, at_least
+from methods.base import LayerView
 from methods.registry import method
-from methods.snapkv import PRESETS, check_kernel, pool, votes
+from methods.snapkv import PRESETS, SnapKV, pool, votes
 
 
 @method("snapkv_shared", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)
 @dataclass(frozen=True)
-class SnapKVShared(EvictionPolicy):
+class SnapKVShared(SnapKV):
     """SnapKV with one kept set per layer, its heads averaged."""
-
-    recent: int = 32
-    kernel: int = 7
-    pool: Literal["max", "avg"] = "max"
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "recent")
-        check_kernel(self.kernel)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(window=self.recent)
 
     def score(self, view: LayerView) -> Tensor:
         attention = votes(view, self.recent).mean(dim=1, keepdim=True)  # [B, 1, T]

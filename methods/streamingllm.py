@@ -33,10 +33,6 @@ class StreamingLLM(EvictionPolicy):
     reassign: bool = False
     evict: bool = False
 
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return self.evict
-
     def score(self, view: LayerView) -> Tensor:
         return view.kv.positions.float()
 

@@ -33,10 +33,6 @@ class TOVA(EvictionPolicy):
     def needs(self) -> Needs:
         return Needs(window=1, decode_attention=self.evict)
 
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return self.evict
-
     def score(self, view: LayerView) -> Tensor:
         mean = view.attention(1).mean(dim=(1, 2, 3))  # [B, T]
         return mean.unsqueeze(1).expand(-1, view.kv.keys.shape[1], -1)

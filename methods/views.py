@@ -73,15 +73,19 @@ class KV:
         return (self.positions >= 0).sum(dim=-1)
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of one head, key and value as they are, without side data."""
+        return sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))
+
+    @property
     def nbytes(self) -> int:
         """Measured cache bytes: live slots only, side data included. Positions are the harness's own books."""
-        slot = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
         live, slots = int(self.live.sum()), self.positions.shape
         side = sum(
             (live * x[0, 0, 0].numel() if x.shape[:3] == slots else x.numel()) * x.element_size()
             for x in self.extra.values()
         )
-        return live * slot + side
+        return live * self.slot_bytes + side
 
 
 def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -128,17 +132,21 @@ class LayerView:
     def tokens(self) -> int:
         return int(self.kv.keys.shape[2])
 
+    def last_queries(self, window: int) -> Tensor:
+        """Queries of the last `window` tokens: [B, Hq, window, D]. Raises PolicyError when fewer were observed."""
+        observed = self.queries.shape[2]
+        if window > observed:
+            raise PolicyError(f"{window} window queries wanted, {observed} observed; declare it in needs")
+        return self.queries[:, :, observed - window :]
+
     def attention(self, window: int) -> Tensor:
         """Causal softmax attention of the last `window` tokens over the whole prompt: [B, H, G, W, T] float32.
 
         W is `window`, or T when the prompt is shorter. Raises PolicyError when fewer queries were observed.
         """
         window = min(window, self.tokens)
-        if window > self.queries.shape[2]:
-            raise PolicyError(f"{window} window queries wanted, {self.queries.shape[2]} observed; declare it in needs")
-        keys = self.kv.keys
+        queries, keys = self.last_queries(window), self.kv.keys
         batch, heads, tokens, dim = keys.shape
-        queries = self.queries[:, :, self.queries.shape[2] - window :]
         grouped = queries.reshape(batch, heads, -1, dim) * self.scaling  # [B, H, G * W, D]
         logits = (grouped @ keys.transpose(2, 3)).float()
         logits = logits.view(batch, heads, -1, window, tokens)

@@ -23,7 +23,7 @@ from tasks.essays import read_essays
 from tasks.longbench import DATASETS, SINGLE, LongBench, cut_middle, official_template
 from tasks.ruler import qa
 from tasks.ruler.family import Metric, Origin, RulerTask
-from tasks.ruler.fit import Generator, Prompt, Slot
+from tasks.ruler.fit import FittedPrompt, Generator, SamplePlan
 from tasks.ruler.niah import ANSWER_PREFIX, QUESTION, ROWS, NeedleGenerator, Wording
 from tasks.scoring import string_match_all, string_match_part
 
@@ -32,7 +32,7 @@ QUESTIONS = 4
 CONTEXTS = 125
 """Contexts of each length when no limit is given."""
 
-Row = tuple[LongBench, Mapping[str, Any]]
+DataRow = tuple[LongBench, Mapping[str, Any]]
 """A dataset and one of its rows."""
 
 
@@ -49,8 +49,8 @@ class Asked:
 class KeyByKey(NeedleGenerator):
     """The niah_multiquery haystack, fitted to the question for all its keys and asked for one key at a time."""
 
-    def build(self, units: int, slot: Slot) -> Prompt:
-        prompt = super().build(units, slot)
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        prompt = super().build(units, plan)
         asked = []
         for needle, answer in zip(prompt.meta["needles"], prompt.answers, strict=True):
             key = needle.partition(" for ")[2].partition(" is: ")[0]
@@ -69,12 +69,12 @@ class QuestionByQuestion(qa.Documents):
     def least(self, length: int, index: int) -> int:
         return len(self._together(index).own)
 
-    def build(self, units: int, slot: Slot) -> Prompt:
-        asked = [Asked(qa.QUESTION.format(query=i.query), qa.ANSWER_PREFIX, i.answers) for i in self._items(slot.index)]
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        asked = [Asked(qa.QUESTION.format(query=i.query), qa.ANSWER_PREFIX, i.answers) for i in self._items(plan.index)]
         longest = max(asked, key=lambda one: len(one.question))
-        chosen = self._choose(self._together(slot.index), units, slot.draw)
-        slot.draw.shuffle(chosen)
-        return Prompt(
+        chosen = self._choose(self._together(plan.index), units, plan.draw)
+        plan.draw.shuffle(chosen)
+        return FittedPrompt(
             context=qa.TEMPLATE.format(context=self.listed(chosen)),
             question=longest.question,
             answer_prefix=longest.answer_prefix,
@@ -143,9 +143,9 @@ class SharedDocuments(Task):
         self.about = About("THUDM/LongBench", "2e00731", "MIT", "f1, f1_zh", rows)
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
-        shared: list[list[Row]] = []
+        shared: list[list[DataRow]] = []
         for source in self._tasks.values():
-            documents: dict[str, list[Row]] = defaultdict(list)
+            documents: dict[str, list[DataRow]] = defaultdict(list)
             for row in source.data(options).rows:
                 documents[row["context"]].append((source, row))
             shared += [rows for rows in documents.values() if len(rows) > 1]
@@ -165,7 +165,7 @@ class SharedDocuments(Task):
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         return {name: dict(source.provenance(options)) for name, source in self._tasks.items()}
 
-    def _document(self, rows: Sequence[Row], options: TaskOptions) -> Iterator[Sample]:
+    def _document(self, rows: Sequence[DataRow], options: TaskOptions) -> Iterator[Sample]:
         source = rows[0][0]
         head, tail = official_template(source.dataset).split("{context}")
         questions = [tail.replace("{input}", row["input"]) for _, row in rows]

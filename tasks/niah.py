@@ -46,7 +46,7 @@ MAGIC = "\nThe special magic number is: {number}.\n"
 
 
 @dataclass(frozen=True)
-class Layout:
+class NeedleLayout:
     """A prompt around the haystack: `before`, haystack, `after`, then what is asked. depths in percent."""
 
     before: str
@@ -70,7 +70,7 @@ class Planted:
 class NeedleTask(Task):
     """One layout over lengths x depths x haystacks. Ids are `{length}/depth{percent}/{haystack}`."""
 
-    def __init__(self, name: str, *, layout: Layout, about: About, deviations: Sequence[str]) -> None:
+    def __init__(self, name: str, *, layout: NeedleLayout, about: About, deviations: Sequence[str]) -> None:
         self.name = f"niah/{name}"
         self.protocol = name
         self.layout = layout
@@ -211,7 +211,7 @@ def _fill(text: str, start: int, tokens: int, tokenizer: Tokenizer) -> list[int]
         size *= 2
 
 
-SNAPKV = Layout(
+SNAPKV = NeedleLayout(
     before="<|im_start|> This is a very long story book: <book> ",
     after=" </book>.\n",
     question=" Based on the content of the book, Question: The best thing to do in San Francisco is: ",
@@ -220,7 +220,7 @@ SNAPKV = Layout(
     generation=30,
     stop=("\n",),
 )
-KAMRADT = Layout(
+KAMRADT = NeedleLayout(
     before="You are a helpful AI bot that answers questions for a user. Keep your response short and direct\n\n",
     after="\n\n",
     question="What is the best thing to do in San Francisco? "
@@ -230,7 +230,7 @@ KAMRADT = Layout(
     generation=50,
     depths=ALL_DEPTHS,
 )
-PASSKEY = Layout(
+PASSKEY = NeedleLayout(
     before="A special magic number is hidden within the following text. Make sure to memorize it.\n",
     after="\n",
     question="What is the special magic number mentioned in the provided text?",

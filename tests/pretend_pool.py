@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from harness.run.schedule import BUNDLE_ITEMS, DEPTH, Done, Event, Lost, Ready
+from harness.run.schedule import BUNDLE_ITEMS, DEPTH, Done, Event, Lost, WorkerReady
 
 Fate = Callable[[int, list[int], bool], Event[str] | None]
 """What happens to a worker that runs this bundle, carefully or not; None: nothing, for as long as it is let."""
@@ -24,7 +24,7 @@ class Workers:
     bad: every bad end of a bundle, with what ran; None is a hang.
     """
 
-    def __init__(self, fate: Fate, *, size: int = 1, start: Callable[[int], Event[str] | None] = Ready) -> None:
+    def __init__(self, fate: Fate, *, size: int = 1, start: Callable[[int], Event[str] | None] = WorkerReady) -> None:
         self.fate, self.size, self.start = fate, size, start
         self.now, self.made = 0.0, 0
         self.unready = list[int]()
@@ -75,7 +75,7 @@ class Workers:
         event = self.start(worker)
         if event is not None:
             self.unready.remove(worker)
-        if isinstance(event, Ready):
+        if isinstance(event, WorkerReady):
             self.held[worker] = deque()
         return event
 

@@ -18,11 +18,11 @@ from pydantic import TypeAdapter, ValidationError
 import leaderboards
 from harness.errors import HarnessError, one_line
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchRecord, load_bench
-from harness.records.board_record import Brief
-from harness.records.log_folder import Layout
-from harness.records.memory_folder import SEARCHES
+from harness.records.board_record import BoardRecord
+from harness.records.boundary_folder import BOUNDARIES
+from harness.records.log_folder import LogLayout
 from harness.records.record import Record, RunManifest
-from harness.records.run_folder import RUNS, find_runs, load_brief, load_run
+from harness.records.run_folder import RUNS, find_runs, load_board_records, load_run
 from harness.records.spec import Frozen, Sweep
 from harness.submission.archive import MANIFEST, RECORDS, open_pack
 from methods.label import MethodLabel
@@ -31,7 +31,7 @@ BOARDS = Path(leaderboards.__file__).resolve().parent / "boards"
 PUBLISHED = Path(leaderboards.__file__).resolve().parent / "published"
 KEPT = PUBLISHED / "records"
 
-Run = tuple[RunManifest, Sequence[Record | Brief]]
+Run = tuple[RunManifest, Sequence[Record | BoardRecord]]
 Bench = tuple[BenchManifest, list[BenchRecord]]
 
 
@@ -58,7 +58,7 @@ class Sources:
         return [manifest for manifest, _ in self.runs]
 
     @property
-    def records(self) -> list[Record | Brief]:
+    def records(self) -> list[Record | BoardRecord]:
         return [record for _, stored in self.runs for record in stored]
 
 
@@ -107,12 +107,12 @@ def collect(places: Iterable[Path], *, whole: bool = True) -> Sources:
         if place.is_file():
             runs.append(load_pack(place))
             continue
-        packs, edges, timed = sorted(place.glob("*.zip")), _with(place, SEARCHES), _with(place, BENCHES)
+        packs, edges, timed = sorted(place.glob("*.zip")), _with(place, BOUNDARIES), _with(place, BENCHES)
         runs += map(load_pack, packs)
         boundaries += edges
         benches += map(load_bench, timed)
         if _with(place, RUNS) or not (packs or edges or timed):
-            runs += map(load_run if whole else load_brief, find_runs(place))
+            runs += map(load_run if whole else load_board_records, find_runs(place))
     return Sources(runs, benches, boundaries)
 
 
@@ -123,10 +123,10 @@ def load_pack(path: Path) -> Run:
             manifest = RunManifest.model_validate_json(pack.read(MANIFEST))
         except ValidationError as error:
             raise HarnessError(f"{path.name}: {MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
-        return manifest, list(RUNS.parse(path / RECORDS, list(pack.lines()), owner=manifest.run_id))
+        return manifest, list(RUNS.parse(path / RECORDS, pack.lines(), owner=manifest.run_id))
 
 
-def _with(place: Path, layout: Layout[Any, Any]) -> list[Path]:
+def _with(place: Path, layout: LogLayout[Any, Any]) -> list[Path]:
     """Folders at or right below `place` of that layout, in name order."""
     patterns = (layout.manifest_file, f"*/{layout.manifest_file}")
     return sorted(path.parent for pattern in patterns for path in place.glob(pattern))

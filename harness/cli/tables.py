@@ -69,17 +69,15 @@ def _compare(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _transfer(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.engine.engine import Engine
     from harness.engine.transformers_seam import AttachedModel
     from harness.models.load import load_model
-    from methods.base import Needs, PolicyError
+    from methods.base import PolicyError
     from methods.compilerkv.manifest import Shapes
     from methods.compilerkv.tables import save_tables, transfer
 
     tables = _load(args.tables)
-    view = Engine(AttachedModel(load_model(args.model).model)).prefill([0, 1, 2, 3], Needs(window=1)).view
-    queries, keys = view.layers[0].queries, view.layers[0].kv.keys
-    shapes = Shapes(layers=len(view.layers), query_heads=queries.shape[1], kv_heads=keys.shape[1])
+    sizes = AttachedModel(load_model(args.model).model).sizes(1)
+    shapes = Shapes(layers=sizes.layers, query_heads=sizes.query_heads, kv_heads=sizes.kv_heads)
     try:
         moved = save_tables(transfer(tables, shapes, heads=args.heads), args.out)
     except PolicyError as error:

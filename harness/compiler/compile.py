@@ -17,7 +17,7 @@ tokens, in nats a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.compiler.estimators import ESTIMATORS, cell, ridge_reliability
+from harness.compiler.estimators import ESTIMATORS, candidate, ridge_reliability
 from harness.compiler.paper_check import check_published, no_gain
 from harness.compiler.paper_tables import Observed, Published
 from harness.compiler.retrieval_heads import by_retrieval
-from harness.compiler.stage import CompileSpec, Workbench
+from harness.compiler.stage import Candidate, CompileSpec, Workbench
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from methods.compilerkv.form import Form
@@ -72,34 +72,17 @@ class Compiler:
             if why:
                 tensors["budget"][row] = 1.0
                 reasons[f"budget {budget}"] = why
-        signals = self._signals()
+        signals = self.signals()
         tensors["risk"], report["risk"] = self.move_by_risk(form, shares, signals)
         reasons |= {f"risk {budget}": why for budget, why in report["risk"].pop("neutral").items()}
         if self.spec.published:
-            found, report["published"] = self._published(signals)
+            found, report["published"] = Published(self.bench, signals).compile()
             found, unearned, gained = check_published(self.bench, found, self.bench.validation)
             report["published"]["validation"] = gained
             tensors, reasons = tensors | found, reasons | unearned
         else:
             reasons |= {"head": "not compiled", "gate": "not compiled"}
         return self._write(form, tensors, reasons, report, command)
-
-    def _published(self, signals: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        bench = self.bench
-        published = Published(
-            [bench.prompts[at].id for at in bench.training],
-            lambda at: bench.rollout(bench.training[at]),
-            signals=signals[bench.training],
-            shapes=bench.shapes,
-            budgets=self.spec.budgets,
-            ledger=bench.ledger,
-            seed=self.spec.seed,
-        )
-
-        def walk(stage: str) -> Iterator[int]:
-            return (bench.training.index(at) for at in bench.missing(stage, bench.training))
-
-        return published.compile(walk)
 
     def choose_form(self) -> tuple[Form, dict[str, Any]]:
         """The score with the least divergence at uniform budgets, and what the others had; or the one asked for."""
@@ -116,31 +99,32 @@ class Compiler:
     def _best(self, stage: str, forms: Sequence[Form]) -> tuple[Form, dict[str, Any]]:
         names = [form.model_dump_json(exclude_defaults=True) for form in forms]
         asked = self.bench.training[:FORM_PROMPTS]
-        for at in self.bench.missing(stage, asked):
-            found = [self.bench.divergences(at, [(form, ()) for form in forms], budget) for budget in self._tight()]
-            self.bench.add(stage, at, found)
-        best, report = choose(self.bench.found(stage, asked), [self.bench.prompts[at].family for at in asked])
+        uniform: list[Candidate] = [(form, ()) for form in forms]
+        losses = self.bench.compare(stage, asked, [(budget, uniform) for budget in self._tight()])
+        best, report = choose(losses, [self.bench.prompts[at].family for at in asked])
         ranked = sorted(range(len(forms)), key=lambda i: report["scores"][i])[:5]
         summary = {name: report[name] for name in ("left_out_ratio", "often")}
         return forms[best], summary | {"best": {names[i]: report["scores"][i] for i in ranked}}
 
-    def _signals(self) -> Tensor:
+    def signals(self) -> Tensor:
         """Entropy in nats and perplexity of every prompt: [P, 2]."""
-        every = range(len(self.bench.prompts))
-        for at in self.bench.missing("risk", every):
+
+        def roll(at: int) -> list[float]:
             seen = Observed.of(self.bench.rollout(at))
-            self.bench.add("risk", at, [seen.entropy, seen.perplexity])
-        return self.bench.found("risk", every)
+            return [seen.entropy, seen.perplexity]
+
+        return self.bench.measure("risk", range(len(self.bench.prompts)), roll)
 
     def move_by_risk(self, form: Form, shares: Tensor, signals: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Slopes [N, 2, 3] fitted on training prompts, 0 where validation prompts do not confirm them, and gains."""
         bench, budgets = self.bench, self.spec.budgets
         if len(budgets) == 1:
             return neutral(bench.shapes, budgets).risk, {"neutral": {str(budgets[0]): "one budget shows no slope"}}
-        for at in bench.missing("curves", bench.training):
-            rows = zip(budgets, shares, strict=True)
-            bench.add("curves", at, [bench.divergences(at, [cell(form, own)], budget)[0] for budget, own in rows])
-        risk = fit_risk(bench.found("curves", bench.training), signals[bench.training], budgets)
+        tables = [(budget, candidate(form, own)) for budget, own in zip(budgets, shares, strict=True)]
+        curves = bench.measure(
+            "curves", bench.training, lambda at: [bench.divergences(at, [own], budget)[0] for budget, own in tables]
+        )
+        risk = fit_risk(curves, signals[bench.training], budgets)
         checked = bench.found("check", bench.validation)[:, :, 1]
         report = risk_gain(checked, signals[bench.validation], budgets, risk=risk, seed=self.spec.seed)
         still = "training prompts lost least with slopes of 0"
@@ -156,14 +140,11 @@ class Compiler:
         """Gains of the tables on validation prompts, for each budget."""
         draws = torch.Generator().manual_seed(self.spec.seed)
         orders = [torch.randperm(shares[0].numel(), generator=draws) for _ in range(SHUFFLES)]
-        for at in self.bench.missing("check", self.bench.validation):
-            found = []
-            for budget, table in zip(self.spec.budgets, shares, strict=True):
-                shuffled = [table.flatten()[order].view(table.shape) for order in orders]
-                cells = [(form, ()), *(cell(form, own) for own in (table, *shuffled))]
-                found.append(self.bench.divergences(at, cells, budget))
-            self.bench.add("check", at, found)
-        losses = self.bench.found("check", self.bench.validation)
+        compared = list[tuple[int, list[Candidate]]]()
+        for budget, table in zip(self.spec.budgets, shares, strict=True):
+            shuffled = [table.flatten()[order].view(table.shape) for order in orders]
+            compared.append((budget, [(form, ()), *(candidate(form, own) for own in (table, *shuffled))]))
+        losses = self.bench.compare("check", self.bench.validation, compared)
         return {str(budget): gains(losses[:, i], seed=self.spec.seed) for i, budget in enumerate(self.spec.budgets)}
 
     def _tight(self) -> tuple[int, ...]:

@@ -18,14 +18,13 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 import punkt
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, did_you_mean
 from harness.models.assets import fetch
 from tasks.base import TaskError
 from tasks.stdlib import paragraphs as help_paragraphs
@@ -94,22 +93,8 @@ def load_corpus(name: str) -> Corpus:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return corpus_of(folder.resolve().name, _folder(folder))
-    close = get_close_matches(name, CORPORA, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise HarnessError(f"unknown corpus {name!r}{hint} known: {', '.join(CORPORA)}, or a folder with *.txt or *.txt.gz")
-
-
-def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """Two corpora of equal size about: the paragraphs before the middle of the text, and those after it.
-
-    Raises HarnessError when a half is too small to be a corpus.
-    """
-    middle = corpus.starts[-1] / 2
-    cut = min(range(len(corpus.starts)), key=lambda index: abs(corpus.starts[index] - middle))
-    return (
-        corpus_of(f"{corpus.name}-first", corpus.paragraphs[:cut]),
-        corpus_of(f"{corpus.name}-second", corpus.paragraphs[cut:]),
-    )
+    hint, known = did_you_mean(name, CORPORA), ", ".join(CORPORA)
+    raise HarnessError(f"unknown corpus {name!r}{hint} known: {known}, or a folder with *.txt or *.txt.gz")
 
 
 @lru_cache(maxsize=4096)

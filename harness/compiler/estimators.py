@@ -8,12 +8,13 @@ row with its mirror image; the strength of the table is chosen on training promp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from harness.compiler.gradient import Descent, descend
-from harness.compiler.stage import Cell, Workbench
+from harness.compiler.stage import Candidate, Workbench
 from methods.compilerkv.designs import foldovers, multipliers, ridge, split_half
 from methods.compilerkv.form import Form
 
@@ -37,13 +38,13 @@ def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int])
     order = order[: bench.spec.steps]
     size = {"layers": bench.shapes.layers, "heads": bench.shapes.kv_heads}
     fresh = Descent.start(form, bench.spec.budgets, steps=len(order), **size)
-    descent = bench.ledger.restore(name, fresh)
+    descent = bench.saved.restore(name, fresh)
     with bench.bar(f"budgets ({name})", len(order), len(descent.losses)) as bar:
 
         def seen(state: Descent) -> None:
             bar.update()
             if len(state.losses) % KEEP_EVERY == 0 or len(state.losses) == len(order):
-                bench.ledger.keep(name, state)
+                bench.saved.keep(name, state)
 
         return descend(descent, order, bench.rollout, seen=seen)
 
@@ -53,24 +54,20 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
     layers, heads = bench.shapes.layers, bench.shapes.kv_heads
     designs = _designs(bench, prompts)
     place = {at: i for i, at in enumerate(prompts)}
-    stage = f"ridge {name}"
-    for at in bench.missing(stage, prompts):
+
+    def roll(at: int) -> list[list[float]]:
         rows = multipliers(designs[place[at]], strength=SWING).view(-1, layers, heads)
-        cells = [cell(form, row) for row in rows]
-        losses = [bench.divergences(at, cells, budget) for budget in bench.spec.budgets]
-        bench.add(stage, at, losses)
-    found = bench.found(stage, prompts)  # [P, N, R]
+        candidates = [candidate(form, row) for row in rows]
+        return [bench.divergences(at, candidates, budget) for budget in bench.spec.budgets]
+
+    found = bench.measure(f"ridge {name}", prompts, roll)  # [P, N, R]
     tables = []
     for i, budget in enumerate(bench.spec.budgets):
         effects = ridge(designs, found[:, i], seed=bench.spec.seed).values
         own = [multipliers(effects, strength=strength).view(layers, heads) for strength in STRENGTHS]
-        stage = f"ridge {name} strength at {budget}"
-        tried = prompts[:STRENGTH_PROMPTS]
-        for at in bench.missing(stage, tried):
-            tries = bench.divergences(at, [cell(form, table) for table in own], budget)
-            bench.add(stage, at, tries)
-        mean = bench.found(stage, tried).mean(dim=0)
-        tables.append(own[int(mean.argmin())])
+        tried = partial(bench.divergences, candidates=[candidate(form, table) for table in own], budget=budget)
+        losses = bench.measure(f"ridge {name} strength at {budget}", prompts[:STRENGTH_PROMPTS], tried)
+        tables.append(own[int(losses.mean(dim=0).argmin())])
     return torch.stack(tables).float()
 
 
@@ -88,7 +85,7 @@ def _designs(bench: Workbench, prompts: Sequence[int]) -> Tensor:
     return foldovers(len(prompts), bench.shapes.layers * bench.shapes.kv_heads, PAIRS, bench.spec.seed)
 
 
-def cell(form: Form, table: Tensor) -> Cell:
+def candidate(form: Form, table: Tensor) -> Candidate:
     """A form with a table [L, H] of slot multiples."""
     return form, tuple(map(tuple, table.tolist()))
 

@@ -22,11 +22,11 @@ SHUFFLES = 4
 ARMS = ("head", "gate", "head_alone", "gate_alone")
 NEUTRAL = {"head": UNSUPPORTED_HEAD, "gate": UNSUPPORTED_GATE}
 
-Pair = tuple[Tensor, Tensor]
+TablePair = tuple[Tensor, Tensor]
 """Head weights [L, Hq] and thresholds [L, 20, 4] of one budget."""
 
 
-def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, list[Pair]]:
+def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, list[TablePair]]:
     """For each table what is compared at a budget: the neutral one, the table, and shuffles of it."""
     draws = torch.Generator().manual_seed(seed)
     plain = {name: torch.full_like(tensors[name][row], value) for name, value in NEUTRAL.items()}
@@ -47,7 +47,8 @@ def check_published(
     """The tensors with neutral values where a table gained nothing, the reasons by table and budget, and all gains."""
     budgets, edges = bench.spec.budgets, Edges(tensors["entropy_edges"], tensors["perplexity_edges"])
     compared = [arms(tensors, row, seed=bench.spec.seed + row) for row in range(len(budgets))]
-    for at in bench.missing("check published", prompts):
+
+    def roll(at: int) -> list[Any]:
         seen = Observed.of(bench.rollout(at))
         place = bins(edges, torch.tensor([seen.entropy]), torch.tensor([seen.perplexity]))
         high, wide = divmod(int(place), PERPLEXITY_BINS)
@@ -57,8 +58,9 @@ def check_published(
             weights = torch.stack([head for head, _ in pairs])
             thresholds = torch.stack([gate[:, high, wide] for _, gate in pairs])
             found.append(seen.lose(weights, thresholds, budget)[0].view(len(ARMS), -1).tolist())
-        bench.add("check published", at, found)
-    losses = bench.found("check published", prompts)  # [P, N, arms, 2 + shuffles]
+        return found
+
+    losses = bench.measure("check published", prompts, roll)  # [P, N, arms, 2 + shuffles]
     kept, reasons, report = {name: tensors[name].clone() for name in ARMS}, dict[str, str](), dict[str, Any]()
     for arm, name in enumerate(ARMS):
         for row, budget in enumerate(budgets):

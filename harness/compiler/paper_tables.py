@@ -9,31 +9,28 @@ less their prompt's mean at a budget, because Q cannot travel to a common level 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.compiler.rollouts import Rollout
-from harness.compiler.saved_state import Ledger
-from methods.compilerkv.alternation import COLUMNS, Alternation, Records, alternate, checksum
+from harness.compiler.stage import Workbench
+from methods.compilerkv.alternation import Alternation, Records, alternate, checksum, fit_records
 from methods.compilerkv.cql import (
     Fitted,
     Space,
     bin_edges,
     bins,
-    fit,
     gate_reward,
     gate_space,
     head_space,
-    occupied,
     reward,
 )
 from methods.compilerkv.designs import foldover_levels
-from methods.compilerkv.manifest import PERPLEXITY_BINS, Shapes
+from methods.compilerkv.manifest import PERPLEXITY_BINS
 from methods.compilerkv.paper import prompt_risk, prompt_utility, value_norms
 from tasks.base import rng
 
@@ -60,49 +57,36 @@ class Observed:
         return cls(rollout, alpha, [value_norms(layer) for layer in rollout.view.layers], entropy, perplexity)
 
     def lose(self, weights: Tensor, thresholds: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        """Answer NLL [R] and candidates [R, L] of rows. weights: [R, L, Hq]. thresholds: [R, L]."""
-        biases, candidates = [], []
+        """Answer NLL [R] and passing [R, L] of rows. weights: [R, L, Hq]. thresholds: [R, L]."""
+        biases, passing = [], []
         for i, rho in enumerate(self.rho):
             largest = weights[:, i].view(len(weights), rho.shape[0], -1).amax(dim=-1)  # [R, H]
             scores = (largest[:, :, None] * rho).amax(dim=1) * self.alpha  # [R, T]
-            passing = scores >= thresholds[:, i, None]
-            candidates.append(passing.sum(dim=1))
+            passes = scores >= thresholds[:, i, None]
+            passing.append(passes.sum(dim=1))
             rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            kept = (passing & (rank < budget)) | (rank == 0)
+            kept = (passes & (rank < budget)) | (rank == 0)
             bias = torch.zeros_like(scores).masked_fill(~kept, float("-inf"))
             biases.append(bias[:, None].expand(-1, rho.shape[0], -1))
-        return self.rollout.losses(self.rollout.logprobs(biases))[1], torch.stack(candidates, dim=1)
+        return self.rollout.losses(self.rollout.logprobs(biases))[1], torch.stack(passing, dim=1)
 
 
 class Published:
-    """Compiles both tables.
+    """Compiles both tables from the training prompts of a workbench.
 
-    prompts: names of the training prompts. prepare: their roll-outs, by place in it. signals: [P, 2], their entropy in
-    nats and perplexity.
+    signals: [P, 2] of all its prompts, their entropy in nats and perplexity.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        prepare: Callable[[int], Rollout],
-        *,
-        signals: Tensor,
-        shapes: Shapes,
-        budgets: Sequence[int],
-        ledger: Ledger,
-        seed: int,
-    ) -> None:
-        self.prompts, self.prepare, self.budgets, self.ledger, self.seed = prompts, prepare, budgets, ledger, seed
-        self.shapes = shapes
-        entropy, perplexity = signals.unbind(dim=1)
+    def __init__(self, bench: Workbench, signals: Tensor) -> None:
+        self.bench, self.budgets, self.seed = bench, bench.spec.budgets, bench.spec.seed
+        entropy, perplexity = signals[bench.training].unbind(dim=1)
         self.edges = bin_edges(entropy, perplexity)
-        self.cells = bins(self.edges, entropy, perplexity)
-        self.head = head_space(len(budgets), shapes.layers, shapes.query_heads)
-        self.gate = gate_space(len(budgets), shapes.layers)
+        self.risk_bins = dict(zip(bench.training, bins(self.edges, entropy, perplexity).tolist(), strict=True))
+        self.head = head_space(len(self.budgets), bench.shapes.layers, bench.shapes.query_heads)
+        self.gate = gate_space(len(self.budgets), bench.shapes.layers)
 
-    def compile(self, walk: Callable[[str], Iterable[int]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors of the artefact by name, and the report. walk: the prompts that a stage still lacks, by place."""
-        self.walk = walk
+    def compile(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors of the artefact by name, and the report. Raises PolicyError as `alternation.alternate` does."""
         coupled = alternate(
             self.head_records, self.gate_records, head=self.head, gate=self.gate, seed=self.seed, max_rounds=MOST_ROUNDS
         )
@@ -123,19 +107,19 @@ class Published:
     def _records(self, kind: str, space: Space, opposite: Tensor) -> list[Records]:
         digest = checksum(opposite)
         stage = f"{kind} against {digest[:12]}"
-        for at in self.walk(stage):
-            self.ledger.add(stage, self.prompts[at], self._roll(kind, at, space, opposite))
+        training = self.bench.training
+        stored = self.bench.measure(stage, training, lambda at: self._roll(kind, at, space, opposite))
         found = []
-        for at, name in enumerate(self.prompts):
-            for row, rewards in enumerate(self.ledger.get(stage, name)):
+        for at, rows in zip(training, stored, strict=True):
+            for row, rewards in enumerate(rows):
                 actions, states = self._levels(kind, at, row, space), self._states(kind, at, row)
-                found.append(Records.of(actions, torch.tensor(rewards), states=states, opposite=digest))
+                found.append(Records.of(actions, rewards, states=states, opposite=digest))
         return found
 
     def _roll(self, kind: str, at: int, space: Space, opposite: Tensor) -> list[Any]:
         """Rewards of every roll-out of a prompt at each budget: [N][R] for heads, [N][R][L] for thresholds."""
-        seen, layers = Observed.of(self.prepare(at)), self.shapes.layers
-        high, wide = divmod(int(self.cells[at]), PERPLEXITY_BINS)
+        seen, layers = Observed.of(self.bench.rollout(at)), self.bench.shapes.layers
+        high, wide = divmod(self.risk_bins[at], PERPLEXITY_BINS)
         found = []
         for row, budget in enumerate(self.budgets):
             drawn = space.values[self._levels(kind, at, row, space)]  # [R, F]
@@ -144,35 +128,32 @@ class Published:
                 thresholds = opposite[row, :, high, wide].expand(len(drawn), -1)
             else:
                 weights, thresholds = opposite[row].expand(len(drawn), -1, -1), drawn
-            nll, candidates = seen.lose(weights, thresholds, budget)
+            nll, passing = seen.lose(weights, thresholds, budget)
             level = nll.mean()  # stands for the full cache's loss: one constant a prompt and budget
             rewards = reward(nll, level)
             if kind == "gate":
                 tokens = seen.rollout.view.tokens
-                rewards = gate_reward(nll[:, None], level, candidates=candidates, budget=budget, tokens=tokens)
+                rewards = gate_reward(nll[:, None], level, passing=passing, budget=budget, tokens=tokens)
             found.append(rewards.tolist())
         return found
 
     def _levels(self, kind: str, at: int, row: int, space: Space) -> Tensor:
-        factors = self.shapes.layers * (self.shapes.query_heads if kind == "head" else 1)
-        draw = rng(self.seed, kind, self.prompts[at], self.budgets[row])
+        factors = self.bench.shapes.layers * (self.bench.shapes.query_heads if kind == "head" else 1)
+        draw = rng(self.seed, kind, self.bench.prompts[at].id, self.budgets[row])
         return foldover_levels(factors, PAIRS, space.count, seed=draw.randrange(2**31))
 
     def _states(self, kind: str, at: int, row: int) -> Tensor:
         """Entries that a roll-out set: [F]."""
-        shape = (self.head if kind == "head" else self.gate).shape
-        entries = torch.arange(self.head.states if kind == "head" else self.gate.states).view(shape)[row]
+        space = self.head if kind == "head" else self.gate
+        entries = torch.arange(space.states).view(space.shape)[row]
         if kind == "head":
             return entries.flatten()
-        high, wide = divmod(int(self.cells[at]), PERPLEXITY_BINS)
+        high, wide = divmod(self.risk_bins[at], PERPLEXITY_BINS)
         return entries[:, high, wide]
 
     def _alone(self, records: Callable[[Tensor], list[Records]], space: Space, other: Space) -> Fitted:
         """A table compiled against the neutral one, without alternation."""
-        found = records(torch.full(other.shape, other.neutral))
-        states, actions, rewards = (torch.cat([getattr(x, name) for x in found]) for name in COLUMNS)
-        sized = partial(fit, n_states=space.states, n_actions=space.count, fallback=space.fallback)
-        return sized(states, actions, rewards, seed=self.seed)
+        return fit_records(records(torch.full(other.shape, other.neutral)), space, seed=self.seed)
 
     def _tensors(self, coupled: Alternation, alone: Sequence[Fitted]) -> dict[str, Tensor]:
         return {
@@ -188,11 +169,11 @@ class Published:
 
     def _report(self, coupled: Alternation) -> dict[str, Any]:
         return {
-            "training": len(self.prompts),
+            "training": len(self.bench.training),
             "rounds": coupled.rounds,
             "converged": coupled.converged,
             "changed": [list(pair) for pair in coupled.changed],
-            "occupied_risk_bins": occupied(self.cells),
+            "occupied_risk_bins": len(set(self.risk_bins.values())),
             "unsupported": {"head": coupled.head.unsupported, "gate": coupled.gate.unsupported},
             "untried": {"head": coupled.head.untried, "gate": coupled.gate.untried},
             "reach": coupled.head.reach,

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import accumulate, islice, pairwise
 from math import ceil
 from random import Random
@@ -28,7 +27,7 @@ from typing import Any
 
 from harness.compiler.corpora import Corpus
 from harness.compiler.wordings import ASIDES, COPIES, FACTS, INTROS, TRAILS, invented
-from harness.errors import HarnessError
+from harness.errors import HarnessError, did_you_mean
 from tasks.base import Sample, Tokenizer, point, rng
 
 FAMILIES = ("continuation", "copy", "needle", "multikey", "tracking")
@@ -44,7 +43,7 @@ DEPTH_STEP = 0.5698402909980532
 
 
 @dataclass(frozen=True)
-class Slot:
+class PromptPlan:
     """Where one sample stands. length: tokens of its prompt at most. depth: in [0, 1], of what is asked for."""
 
     family: str
@@ -80,7 +79,7 @@ def calibration_samples(
     """
     _check(count, lengths, families)
     return [
-        _sample(_slot(corpus, families[n % len(families)], n // len(families), seed=seed, lengths=lengths), tokenizer)
+        _sample(_plan(corpus, families[n % len(families)], n // len(families), seed=seed, lengths=lengths), tokenizer)
         for n in range(count)
     ]
 
@@ -88,8 +87,7 @@ def calibration_samples(
 def _check(count: int, lengths: tuple[int, int], families: Sequence[str]) -> None:
     for name in families:
         if name not in FAMILIES:
-            close = get_close_matches(name, FAMILIES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, FAMILIES)
             raise HarnessError(f"unknown calibration family {name!r}{hint} known: {', '.join(FAMILIES)}")
     if not families or len(set(families)) < len(families):
         raise HarnessError(f"calibration families {', '.join(families) or '(none)'}: name at least one, and each once")
@@ -99,56 +97,56 @@ def _check(count: int, lengths: tuple[int, int], families: Sequence[str]) -> Non
         raise HarnessError(f"calibration lengths {lengths[0]} to {lengths[1]}: give the least and the most tokens")
 
 
-def _slot(corpus: Corpus, family: str, index: int, *, seed: int, lengths: tuple[int, int]) -> Slot:
+def _plan(corpus: Corpus, family: str, index: int, *, seed: int, lengths: tuple[int, int]) -> PromptPlan:
     shifts = rng(seed, corpus.sha256, family, "shifts")
     size = (shifts.random() + index * LENGTH_STEP) % 1.0
     depth = (shifts.random() + index * DEPTH_STEP) % 1.0
     least = min(lengths[1], ceil(lengths[0] / LEAST_FILL))
-    return Slot(family, index, seed, corpus, least + int(size * (lengths[1] - least + 1)), depth)
+    return PromptPlan(family, index, seed, corpus, least + int(size * (lengths[1] - least + 1)), depth)
 
 
-def _sample(slot: Slot, tokenizer: Tokenizer) -> Sample:
+def _sample(plan: PromptPlan, tokenizer: Tokenizer) -> Sample:
     """The sample with as many sentences as fit, from the first place that serves."""
-    number = slot.index * len(FAMILIES) + FAMILIES.index(slot.family)
-    place = point(number, slot.seed, slot.corpus.sha256, "place")
+    number = plan.index * len(FAMILIES) + FAMILIES.index(plan.family)
+    place = point(number, plan.seed, plan.corpus.sha256, "place")
     for attempt in range(ATTEMPTS):
-        pieces, most = _window(slot, tokenizer, place=place, skip=attempt)
-        found = _longest(slot, pieces, most, tokenizer)
+        pieces, most = _window(plan, tokenizer, place=place, skip=attempt)
+        found = _longest(plan, pieces, most, tokenizer)
         if found is not None:
             return found
     raise HarnessError(
-        f"corpus {slot.corpus.name!r}: no {slot.family} prompt of {slot.length} tokens can be made of whole "
+        f"corpus {plan.corpus.name!r}: no {plan.family} prompt of {plan.length} tokens can be made of whole "
         f"sentences, {LEAST_SENTENCES} at least; ask for longer prompts, or take another corpus"
     )
 
 
-def _longest(slot: Slot, pieces: Sequence[str], most: int, tokenizer: Tokenizer) -> Sample | None:
+def _longest(plan: PromptPlan, pieces: Sequence[str], most: int, tokenizer: Tokenizer) -> Sample | None:
     """The sample with the most of these sentences that fits, or None when it is too short or cannot be made."""
     for size in range(most, LEAST_SENTENCES - 1, -1):
-        found = BUILDERS[slot.family](slot, pieces, size, tokenizer)
+        found = BUILDERS[plan.family](plan, pieces, size, tokenizer)
         if found is None:
             return None
         tokens = _tokens(found, tokenizer)
-        if tokens <= slot.length:
-            return found if tokens >= LEAST_FILL * slot.length else None
+        if tokens <= plan.length:
+            return found if tokens >= LEAST_FILL * plan.length else None
     return None
 
 
-def _window(slot: Slot, tokenizer: Tokenizer, *, place: float, skip: int) -> tuple[list[str], int]:
-    """Sentences with the white space before them, and how many of them alone have at most the slot's length.
+def _window(plan: PromptPlan, tokenizer: Tokenizer, *, place: float, skip: int) -> tuple[list[str], int]:
+    """Sentences with the white space before them, and how many of them alone have at most the plan's length.
 
     The others, at least one and a half continuations of tokens, are what a continuation is taken from.
     """
     pieces: list[str] = []
     total, most = 0, 0
-    for piece in islice(slot.corpus.sentences_from(place), skip, None):
+    for piece in islice(plan.corpus.sentences_from(place), skip, None):
         pieces.append(piece)
         total += len(tokenizer.encode(piece))
-        most += total <= slot.length
-        if total > slot.length + 1.5 * CONTINUATION:
+        most += total <= plan.length
+        if total > plan.length + 1.5 * CONTINUATION:
             return pieces, most
     raise HarnessError(
-        f"corpus {slot.corpus.name!r} has about {total} tokens, a prompt of {slot.length} and what follows it "
+        f"corpus {plan.corpus.name!r} has about {total} tokens, a prompt of {plan.length} and what follows it "
         "need more; give it more text, or ask for shorter prompts"
     )
 
@@ -159,7 +157,7 @@ def _tokens(sample: Sample, tokenizer: Tokenizer) -> int:
 
 
 def _finish(
-    slot: Slot,
+    plan: PromptPlan,
     tokenizer: Tokenizer,
     *,
     context: str,
@@ -169,11 +167,11 @@ def _finish(
     needles: Sequence[str] = (),
     chat: bool = True,
 ) -> Sample:
-    meta: dict[str, Any] = {"family": slot.family, "corpus": slot.corpus.name, "length": slot.length}
+    meta: dict[str, Any] = {"family": plan.family, "corpus": plan.corpus.name, "length": plan.length}
     if needles:
         meta |= {"depth": round(100 * context.index(needles[0]) / len(context)), "needles": [*needles]}
     return Sample(
-        id=f"{slot.corpus.name}/{slot.family}/{slot.index}",
+        id=f"{plan.corpus.name}/{plan.family}/{plan.index}",
         context=context,
         question=question,
         answers=(answer,),
@@ -184,23 +182,23 @@ def _finish(
     )
 
 
-def _continuation(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
-    asked = slot.draws().randint(2, 3)
+def _continuation(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
+    asked = plan.draws().randint(2, 3)
     answer = "".join(pieces[size:])
     while len(tokenizer.encode(answer)) > CONTINUATION:
         answer = answer.rpartition(" ")[0]
     if not answer.strip():
         return None
     context, question = "".join(pieces[: size - asked]).lstrip(), "".join(pieces[size - asked : size])
-    return _finish(slot, tokenizer, context=context, question=question, answer=answer, chat=False)
+    return _finish(plan, tokenizer, context=context, question=question, answer=answer, chat=False)
 
 
-def _copy(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
-    draws = slot.draws()
+def _copy(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
+    draws = plan.draws()
     wording, opening_words = draws.choice(COPIES), draws.randint(4, 6)
     text = "".join(pieces[:size]).strip()
     starts = [0, *accumulate(map(len, pieces[:size]))]
-    for at in sorted(range(size), key=lambda i: abs(starts[i] - slot.depth * starts[-1])):
+    for at in sorted(range(size), key=lambda i: abs(starts[i] - plan.depth * starts[-1])):
         sentence = pieces[at].strip()
         words = sentence.split(" ")
         opening = " ".join(words[:opening_words])
@@ -209,7 +207,7 @@ def _copy(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) ->
     else:
         return None
     return _finish(
-        slot,
+        plan,
         tokenizer,
         context=draws.choice(INTROS) + text,
         question="\n\n" + wording.question.format(opening=opening),
@@ -219,23 +217,23 @@ def _copy(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) ->
     )
 
 
-def _needle(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
-    return _facts(slot, pieces[:size], tokenizer, count=1)
+def _needle(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
+    return _facts(plan, pieces[:size], tokenizer, count=1)
 
 
-def _multikey(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
-    return _facts(slot, pieces[:size], tokenizer, count=slot.draws().randint(3, 5))
+def _multikey(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
+    return _facts(plan, pieces[:size], tokenizer, count=plan.draws().randint(3, 5))
 
 
-def _facts(slot: Slot, pieces: Sequence[str], tokenizer: Tokenizer, *, count: int) -> Sample:
-    """The first fact is asked for, at the slot's depth; the others are anywhere."""
-    draws = slot.draws()
+def _facts(plan: PromptPlan, pieces: Sequence[str], tokenizer: Tokenizer, *, count: int) -> Sample:
+    """The first fact is asked for, at the plan's depth; the others are anywhere."""
+    draws = plan.draws()
     fact = draws.choice(FACTS)
     keys, values = draws.sample(fact.owners, count), _values(fact.words, count, draws=draws, prose=pieces)
     told = [fact.says.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
-    depths = [slot.depth, *(draws.random() for _ in told[1:])]
+    depths = [plan.depth, *(draws.random() for _ in told[1:])]
     return _finish(
-        slot,
+        plan,
         tokenizer,
         context=draws.choice(INTROS) + _hide(pieces, sorted(zip(depths, told, strict=True))),
         question="\n\n" + draws.choice(ASIDES) + fact.question.format(key=keys[0]),
@@ -245,19 +243,19 @@ def _facts(slot: Slot, pieces: Sequence[str], tokenizer: Tokenizer, *, count: in
     )
 
 
-def _tracking(slot: Slot, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
+def _tracking(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
     """One to three hand-overs after the first owner, who is named in the first three quarters of the prose."""
-    draws = slot.draws()
+    draws = plan.draws()
     trail, hops = draws.choice(TRAILS), draws.randint(1, 3)
     *keys, other = draws.sample(trail.owners, hops + 2)
     value, decoy = _values(trail.words, 2, draws=draws, prose=pieces[:size])
-    chain = [trail.starts.format(key=keys[0], value=value)]
+    chain = [trail.says.format(key=keys[0], value=value)]
     chain += [trail.passes.format(key=key, source=source) for source, key in pairwise(keys)]
-    first = 0.75 * slot.depth
+    first = 0.75 * plan.depth
     depths = sorted([first, *(draws.uniform(first, 1.0) for _ in range(hops))])
-    told = [*zip(depths, chain, strict=True), (draws.random(), trail.starts.format(key=other, value=decoy))]
+    told = [*zip(depths, chain, strict=True), (draws.random(), trail.says.format(key=other, value=decoy))]
     return _finish(
-        slot,
+        plan,
         tokenizer,
         context=draws.choice(INTROS) + _hide(pieces[:size], sorted(told, key=lambda item: item[0])),
         question="\n\n" + draws.choice(ASIDES) + trail.question.format(key=keys[-1]),
@@ -288,7 +286,7 @@ def _hide(pieces: Sequence[str], told: Sequence[tuple[float, str]]) -> str:
     return text.strip()
 
 
-BUILDERS: dict[str, Callable[[Slot, Sequence[str], int, Tokenizer], Sample | None]] = {
+BUILDERS: dict[str, Callable[[PromptPlan, Sequence[str], int, Tokenizer], Sample | None]] = {
     "continuation": _continuation,
     "copy": _copy,
     "needle": _needle,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.compiler.estimators import STRENGTH_PROMPTS, cell
+from harness.compiler.estimators import STRENGTH_PROMPTS, candidate
 from harness.compiler.stage import Workbench
 from methods.compilerkv.form import Form
 
@@ -22,14 +22,13 @@ POOLS = (0.05, 0.2, 0.5, 0.8)
 def by_retrieval(bench: Workbench, form: Form, prompts: Sequence[int]) -> Tensor:
     """Slot multiples [N, L, H], mean 1, from the prompts whose answer stands in them."""
     asked = [at for at in prompts if bench.prompts[at].needle]
-    for at in bench.missing("retrieval", asked):
-        bench.add("retrieval", at, bench.rollout(at).attention_on(bench.prompts[at].needle).tolist())
-    importance = bench.found("retrieval", asked).mean(dim=0)  # [L, H]
+    found = bench.measure(
+        "retrieval", asked, lambda at: bench.rollout(at).attention_on(bench.prompts[at].needle).tolist()
+    )
+    importance = found.mean(dim=0)  # [L, H]
     importance = importance / importance.mean()
     tables = [1 - pool + pool * importance for pool in POOLS]
-    tried = prompts[:STRENGTH_PROMPTS]
-    for at in bench.missing("retrieval pool", tried):
-        cells = [cell(form, table) for table in tables]
-        bench.add("retrieval pool", at, [bench.divergences(at, cells, budget) for budget in bench.spec.budgets])
-    losses = bench.found("retrieval pool", tried).mean(dim=0)  # [N, pools]
+    candidates = [candidate(form, table) for table in tables]
+    compared = [(budget, candidates) for budget in bench.spec.budgets]
+    losses = bench.compare("retrieval pool", prompts[:STRENGTH_PROMPTS], compared).mean(dim=0)  # [N, pools]
     return torch.stack([tables[int(row.argmin())] for row in losses])

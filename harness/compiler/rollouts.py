@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.engine.engine import Engine
-from harness.engine.row_cache import LayerCache
+from harness.engine.layer_cache import LayerCache
 from methods.base import KV, Needs, PromptView
 
 
@@ -77,7 +77,7 @@ class Rollout:
         for layer in prefilled.layers:
             kv = layer.kv()  # cloned: tensors made in inference mode cannot take part in a gradient
             kvs.append(KV(kv.keys.clone(), kv.values.clone(), kv.positions.clone()))
-        compressible = [i for i, layer in enumerate(prefilled.layers) if layer.window is None]
+        compressible = prefilled.compressible
         for seen, i in zip(prefilled.view.layers, compressible, strict=True):
             seen.kv = kvs[i]  # the prefill's own tensors die here
         feed = [int(ids[-1]), *answer[:-1]]

@@ -20,7 +20,7 @@ from harness.records.atomic_files import append, cut, whole_lines, write_text
 ROLLOUTS, IDENTITY = "rollouts.jsonl", "compile.json"
 
 
-class Ledger:
+class SavedState:
     """The folder of one compilation. identity: everything that decides the numbers, JSON values."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -73,8 +73,7 @@ class Ledger:
 
     def _read(self) -> None:
         path = self.folder / ROLLOUTS
-        lines, unfinished = whole_lines(path)
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(whole_lines(path, quiet=True), start=1):
             try:
                 entry = json.loads(line)
                 self._found[entry["stage"], entry["prompt"]] = entry["values"]
@@ -82,4 +81,4 @@ class Ledger:
                 raise HarnessError(
                     f"{path} line {number} is damaged; delete that line and repeat the command"
                 ) from None
-        cut(path, unfinished)
+        cut(path)

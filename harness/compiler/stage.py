@@ -1,10 +1,10 @@
-"""What every stage of a compilation works with: the model, its calibration prompts, their roll-outs, the ledger."""
+"""What every stage of a compilation works with: the model, its calibration prompts, their roll-outs, the saved."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from harness.compiler.corpora import Corpus, load_corpus
 from harness.compiler.prompts import FAMILIES, calibration_samples
 from harness.compiler.rollouts import Rollout
-from harness.compiler.saved_state import Ledger
+from harness.compiler.saved_state import SavedState
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
@@ -35,7 +35,7 @@ HELD_BYTES = 6 * 2**30
 NEEDS = Needs(window=64, column_sums=True, logprobs=True)
 """What a prefill observes for any stage, so that one serves all."""
 
-Cell = tuple[Form, tuple[tuple[float, ...], ...]]
+Candidate = tuple[Form, tuple[tuple[float, ...], ...]]
 """A form and its slot shares; () is uniform."""
 
 
@@ -93,7 +93,7 @@ class Workbench:
         self.corpora = {corpus.name: corpus.sha256 for corpus in corpora}
         decided = spec.model_dump(mode="json", exclude={"published"})  # which adds stages and changes none
         identity = {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora}
-        self.ledger = Ledger(folder, identity)
+        self.saved = SavedState(folder, identity)
         self._held: dict[int, Rollout] = {}
         probe = self.engine.prefill(self.prompts[0].ids[:8], Needs(window=1)).view
         queries, keys = probe.layers[0].queries, probe.layers[0].kv.keys
@@ -120,13 +120,13 @@ class Workbench:
             self._held[at] = made
         return self._held[at]
 
-    def divergences(self, at: int, cells: Sequence[Cell], budget: int) -> list[float]:
-        """Divergence from the full cache of each cell at a budget, on one prompt, nats a token."""
+    def divergences(self, at: int, candidates: Sequence[Candidate], budget: int) -> list[float]:
+        """Divergence from the full cache of each candidate at a budget, on one prompt, nats a token."""
         rollout, found = self.rollout(at), list[float]()
-        for start in range(0, len(cells), ROWS):
+        for start in range(0, len(candidates), ROWS):
             kept = [
                 rollout.kept(FormPolicy(form, shares).compress(rollout.view, budget))
-                for form, shares in cells[start : start + ROWS]
+                for form, shares in candidates[start : start + ROWS]
             ]
             biases = [torch.cat(rows) for rows in zip(*kept, strict=True)]
             found += rollout.losses(rollout.logprobs(biases))[0].tolist()
@@ -138,17 +138,28 @@ class Workbench:
             name = self.prompts[at].id
             raise HarnessError(f"the roll-outs of prompt {name} have losses that are no numbers; try --dtype float32")
 
-    def add(self, stage: str, at: int, values: Any) -> None:
-        """Store what a stage found on a prompt."""
-        self.ledger.add(stage, self.prompts[at].id, values)
+    def measure(self, stage: str, prompts: Sequence[int], roll: Callable[[int], Any]) -> Tensor:
+        """What `roll` finds on each of the prompts: [P, ...] float32. It runs, and is stored, where nothing is yet.
+
+        roll: takes a prompt's place in `prompts` of the bench and returns numbers or nested lists of them.
+        """
+        for at in self.missing(stage, prompts):
+            self.saved.add(stage, self.prompts[at].id, roll(at))
+        return self.found(stage, prompts)
+
+    def compare(
+        self, stage: str, prompts: Sequence[int], compared: Sequence[tuple[int, Sequence[Candidate]]]
+    ) -> Tensor:
+        """Divergence of each of C candidates at N budgets: [P, N, C] float32, nats a token. compared: N of them."""
+        return self.measure(stage, prompts, lambda at: [self.divergences(at, own, budget) for budget, own in compared])
 
     def found(self, stage: str, prompts: Sequence[int]) -> Tensor:
         """What a stage found on some prompts: [P, ...] float32."""
-        return torch.tensor([self.ledger.get(stage, self.prompts[at].id) for at in prompts])
+        return torch.tensor([self.saved.get(stage, self.prompts[at].id) for at in prompts])
 
     def missing(self, stage: str, prompts: Sequence[int]) -> Iterator[int]:
         """Places of the prompts that a stage has no roll-out of, with a progress bar."""
-        left = [at for at in prompts if not self.ledger.has(stage, self.prompts[at].id)]
+        left = [at for at in prompts if not self.saved.has(stage, self.prompts[at].id)]
         with self.bar(stage, len(prompts), len(prompts) - len(left)) as bar:
             for at in left:
                 yield at

@@ -21,16 +21,7 @@ NAMES = (
     *("Rosalind", "Ulric"),
 )
 PLACES = (
-    "boathouse",
-    "bakery",
-    "tollgate",
-    "granary",
-    "tannery",
-    "lighthouse",
-    "ropewalk",
-    "dairy",
-    "smithy",
-    "quarry",
+    *("boathouse", "bakery", "tollgate", "granary", "tannery", "lighthouse", "ropewalk", "dairy", "smithy", "quarry"),
 )
 COLOURS = ("red", "blue", "green", "yellow", "brown", "grey", "white", "black", "purple", "orange")
 
@@ -64,16 +55,11 @@ class Fact:
     words: bool
 
 
-@dataclass(frozen=True)
-class Trail:
-    """A value and how it passes from owner to owner; fields as in `Fact`."""
+@dataclass(frozen=True, kw_only=True)
+class Trail(Fact):
+    """A value and how it passes from owner to owner. passes: says so of each later owner."""
 
-    starts: str
     passes: str
-    question: str
-    prefix: str
-    owners: tuple[str, ...]
-    words: bool
 
 
 COPIES = (
@@ -124,34 +110,34 @@ FACTS = (
 TRAILS = (
     Trail(
         "Somebody counted {value} beads into the {key} jar.",
-        "Just as many beads as the {source} jar holds went into the {key} jar.",
         "How many beads does the {key} jar hold?",
         "The {key} jar holds",
         COLOURS,
         words=False,
+        passes="Just as many beads as the {source} jar holds went into the {key} jar.",
     ),
     Trail(
         "{key} was promised a pension of {value} florins.",
-        "{key} was promised the same pension as {source}.",
         "What pension was {key} promised, in florins?",
         "{key} was promised",
         NAMES,
         words=False,
+        passes="{key} was promised the same pension as {source}.",
     ),
     Trail(
         "The watchman of the {key} uses the signal {value}.",
-        "The watchman of the {key} has taken over the signal of the {source}.",
         "Which signal does the watchman of the {key} use?",
         "The signal is",
         PLACES,
         words=True,
+        passes="The watchman of the {key} has taken over the signal of the {source}.",
     ),
     Trail(
         "{key} named the new boat {value}.",
-        "{key} liked the name that {source} had given, and took it for another boat.",
         "What is the name of the boat that belongs to {key}?",
         "Its name is",
         NAMES,
         words=True,
+        passes="{key} liked the name that {source} had given, and took it for another boat.",
     ),
 )

@@ -1,4 +1,4 @@
-"""Decoding many compressed rows of one prompt together: feed tokens, score a reference, generate greedily.
+"""Decode: many compressed rows of one prompt together. Feed tokens, score a continuation, generate greedily.
 
 One model forward serves every row; rows differ only in what their layer caches hold. Rows that evict while decoding
 take one token at a time, so they live in a session of their own.
@@ -6,40 +6,22 @@ take one token at a time, so they live in a session of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.engine.evicting_cache import EvictingLayer
-from harness.engine.row_cache import RowsLayer
+from harness.engine.compress import Compressed
+from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
+from harness.engine.layer_cache import DecodingLayer
+from harness.engine.row_cache import GrowingRows, without
 from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import Limits
 
+ROOM = 64  # tokens that a cache can take before it grows, where nobody knows how many will come
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
-CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Session._chunks`
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a generation ends. stop: strings; text: token ids to text, asked only when there are stop strings."""
-
-    max_new_tokens: int
-    eos_ids: frozenset[int]
-    min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    text: Callable[[Sequence[int]], str] | None = None
-
-    def ends(self, tokens: Sequence[int]) -> bool:
-        """Whether the generation is complete, judged by its tokens so far (end-of-text never among them)."""
-        if len(tokens) >= self.max_new_tokens:
-            return True
-        if not self.stop or self.text is None or len(tokens) <= self.min_new_tokens:
-            return False
-        longest = max(len(stop.encode()) for stop in self.stop)  # a token is a byte at least
-        tail = self.text(tokens[-longest - 8 :])
-        return any(stop in tail for stop in self.stop)
+CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Decoding._chunks`
 
 
 @dataclass
@@ -51,22 +33,71 @@ class Generated:
     done: bool = False
 
 
-class Session:
-    """R rows at the same position of the same prompt. caches: one layer cache per model layer."""
+class Decoding:
+    """R rows at the same position of prompts of one length. caches: one per model layer.
 
-    def __init__(self, model: AttachedModel, caches: Sequence[RowsLayer | EvictingLayer], rows: int) -> None:
-        self.model, self.caches, self.rows = model, caches, rows
+    first: [R, V] float32, logits after the prompts' last tokens, from the full cache.
+    """
+
+    def __init__(
+        self, model: AttachedModel, caches: Sequence[DecodingLayer], rows: int, first: Tensor | None = None
+    ) -> None:
+        self.model, self.caches, self.rows, self.first = model, caches, rows, first
+
+    @classmethod
+    def of(
+        cls,
+        model: AttachedModel,
+        rows: Sequence[Compressed],
+        *,
+        again: bool = False,
+        room: int | None = None,
+        release: bool = False,
+    ) -> Decoding:
+        """Decoding of compressed prompts, which either all evict while they decode or all grow.
+
+        Args:
+            model: that they were prefilled by.
+            rows: prompts of one length.
+            again: the prompts' last token is to be fed again, so its slot is given up.
+            room: tokens to come, all rows alike; None when that is not known.
+            release: take the rows' own KVs, layer by layer, so that they need not be held twice.
+
+        Raises:
+            ValueError: prompts of several lengths.
+        """
+        lengths = {row.tokens for row in rows}
+        if len(lengths) > 1:
+            raise ValueError(f"prompts of {sorted(lengths)} tokens; a batch has one length")
+        position = rows[0].tokens - again
+        evicts = rows[0].policy.evicts_while_decoding
+        caches: list[DecodingLayer] = []
+        for i, window in enumerate(model.windows):
+            kvs = [row.kvs.pop(0) if release else row.kvs[i] for row in rows]
+            if evicts:
+                evicting = []
+                for row, kv in zip(rows, kvs, strict=True):
+                    width = kv.positions.shape[2] + _free_slots(row, window, room)
+                    evicting.append(EvictingRow(row.policy, row.budget, with_room(without(kv, position), width)))
+                caches.append(EvictingRows(evicting, position))
+            else:
+                held = [without(kv, position) for kv in kvs]
+                caches.append(GrowingRows(held, position=position, room=ROOM if room is None else room))
+        return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]))
 
     @property
     def position(self) -> int:
+        """Of the next token."""
         return self.caches[0].position
 
-    @property
-    def single_step(self) -> bool:
-        return isinstance(self.caches[0], EvictingLayer)
+    def nbytes(self, row: int) -> int:
+        """Measured bytes of a row's cache."""
+        return sum(cache.nbytes(row) for cache in self.caches)
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Append the same tokens to every row; logits after the last one, [R, V] float32."""
+        """Append the same tokens to every row; logits after the last one, [R, V] float32; `first` after none."""
+        if not tokens and self.first is not None:
+            return self.first
         logits = torch.empty(0)
         for chunk in self._chunks(tokens):
             logits = self._forward(torch.tensor([chunk] * self.rows), keep=1)
@@ -76,20 +107,26 @@ class Session:
         """Append one token to each row; next logits [R, V] float32."""
         return self._forward(torch.tensor(tokens).unsqueeze(1), keep=1)[:, -1].float()
 
-    def answer_nll(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
-        """Negative log-likelihood of every answer token, teacher-forced: [R, len(answer)] float32, nats.
+    def forced(
+        self, logits: Tensor, tokens: Sequence[int], *, alone: bool = False
+    ) -> Iterator[tuple[Tensor, Sequence[int]]]:
+        """Teacher-forced: logits [R, Q, V] and the Q tokens that they should tell, in pieces of some length.
 
-        logits: [R, V], the distribution of the first answer token. The rows are left as they were.
+        The rows are afterwards as they were. logits: [R, V], the distribution of the first token. alone: no other
+        company will be compared with, so a CPU may take many tokens at once (see `_chunks`).
         """
-        mark = self._mark()
-        parts = [_nll(logits.unsqueeze(1), answer[:1])]
+        marks = [cache.mark() for cache in self.caches]
+        yield logits.unsqueeze(1), tokens[:1]
         at = 1
-        for chunk in self._chunks(answer[:-1]):
-            out = self._forward(torch.tensor([chunk] * self.rows), keep=0)
-            parts.append(_nll(out, answer[at : at + len(chunk)]))
+        for chunk in self._chunks(tokens[:-1], alone=alone):
+            yield self._forward(torch.tensor([chunk] * self.rows), keep=0), tokens[at : at + len(chunk)]
             at += len(chunk)
-        self._rewind(mark)
-        return torch.cat(parts, dim=1)
+        for cache, mark in zip(self.caches, marks, strict=True):
+            cache.rewind(mark)
+
+    def answer_nll(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
+        """Negative log-likelihood of every answer token: [R, len(answer)] float32, nats. logits: as in `forced`."""
+        return torch.cat([_nll(own, tokens) for own, tokens in self.forced(logits, answer)], dim=1)
 
     def greedy(self, logits: Tensor, limits: Limits) -> list[Generated]:
         """Greedy generation of every row from its first logits [R, V]; a row stops on its own."""
@@ -120,16 +157,16 @@ class Session:
             result.tokens.append(token)
             result.done = limits.ends(result.tokens)
         if result.done:
-            result.kv_bytes_end = sum(cache.nbytes(row) for cache in self.caches)
+            result.kv_bytes_end = self.nbytes(row)
 
-    def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:
+    def _chunks(self, tokens: Sequence[int], *, alone: bool = False) -> list[list[int]]:
         """Tokens cut into forwards.
 
-        On a CPU every token goes alone, so that a cell computes the same in any company: wider products pick another
-        kernel, which rounds differently.
+        On a CPU every token goes by itself, so that a cell computes the same in any company: wider products pick
+        another kernel, which rounds differently.
         """
-        alone = self.single_step or self.model.device.type == "cpu"
-        size = 1 if alone else max(1, LOGITS_AT_ONCE // (self.rows * self.model.vocab))
+        one = self.caches[0].single_step or (self.model.device.type == "cpu" and not alone)
+        size = 1 if one else max(1, LOGITS_AT_ONCE // (self.rows * self.model.vocab))
         return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
     def _forward(self, ids: Tensor, *, keep: int) -> Tensor:
@@ -140,15 +177,16 @@ class Session:
             cache.keep(rows)
         self.rows = len(rows)
 
-    def _mark(self) -> Any:
-        return [cache.snapshot() if isinstance(cache, EvictingLayer) else cache.position for cache in self.caches]
 
-    def _rewind(self, marks: Any) -> None:
-        for cache, mark in zip(self.caches, marks, strict=True):
-            if isinstance(cache, EvictingLayer):
-                cache.restore(mark)
-            else:
-                cache.rewind(cache.position - mark)
+def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:
+    """Slots more than its policy left that a row needs, for it evicts while it decodes.
+
+    One for the next token, and as many as a prompt within its budget may still grow by. In a layer with a sliding
+    window tokens leave as the window passes them: its own width, or what will come.
+    """
+    if window is None:
+        return max(1, row.budget + 1 - row.tokens)
+    return window if room is None else min(room, window)
 
 
 def _nll(logits: Tensor, tokens: Sequence[int]) -> Tensor:

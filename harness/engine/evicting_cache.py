@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.engine.kernels import slot_attention, slot_weights
-from harness.engine.row_cache import LayerCache, visible
+from harness.engine.layer_cache import DecodingLayer, Parts, visible
 from methods.base import KV, KVPolicy, PolicyError, StepView
 
 
@@ -33,7 +33,7 @@ class _Batch:
     kv: KV  # B = len(rows)
 
 
-class EvictingLayer(LayerCache):
+class EvictingRows(DecodingLayer):
     """Rows that stay at their budget while they grow; one token at a time (Q = 1).
 
     In a sliding-window layer, which no policy sees, tokens leave as the window passes them.
@@ -42,6 +42,8 @@ class EvictingLayer(LayerCache):
         rows: what each row kept, every KV of batch 1. It is the layer's from then on.
         position: position of the next token, the same for all rows.
     """
+
+    single_step = True
 
     def __init__(self, rows: Sequence[EvictingRow], position: int) -> None:
         self.position = position
@@ -52,10 +54,10 @@ class EvictingLayer(LayerCache):
         for own in alike.values():
             first = rows[own[0]]
             batches.append(_Batch(own, first.policy, first.budget, _merged([rows[i].kv for i in own])))
-        self._arrange(batches)
+        self._hold(batches)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        for batch, k, v in zip(self.batches, self._split(keys), self._split(values), strict=True):
+        for batch, k, v in zip(self.batches, self._parts.split(keys), self._parts.split(values), strict=True):
             kv = batch.kv
             lowest, free = kv.positions.min(dim=-1, keepdim=True)  # [B, H, 1], an empty slot
             if int(lowest.max()) >= 0:
@@ -71,7 +73,7 @@ class EvictingLayer(LayerCache):
         last = self.position - 1
         asked = torch.tensor([last], device=queries.device)
         outputs = []
-        for batch, query in zip(self.batches, self._split(queries), strict=True):
+        for batch, query in zip(self.batches, self._parts.split(queries), strict=True):
             mask = visible(batch.kv.positions, asked, window)
             keys, values = batch.kv.load()
             outputs.append(slot_attention(query, keys, values, mask=mask, scaling=scaling))
@@ -80,20 +82,17 @@ class EvictingLayer(LayerCache):
             else:
                 wanted = batch.policy.needs.decode_attention
                 _evict(batch, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None, position=last)
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return out if self._back is None else out.index_select(0, self._back)
+        return self._parts.join(outputs)
 
-    def snapshot(self) -> Any:
-        """State to come back to with `restore`, a copy."""
+    def mark(self) -> Any:
         return self.position, [copy_kv(batch.kv) for batch in self.batches]
 
-    def restore(self, state: Any) -> None:
-        self.position, kvs = state
+    def rewind(self, mark: Any) -> None:
+        self.position, kvs = mark
         for batch, kv in zip(self.batches, kvs, strict=True):
             batch.kv = kv
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop every row that is not in `rows` (ascending); the kept ones are renumbered from 0."""
         place = {row: new for new, row in enumerate(rows)}
         kept = []
         for batch in self.batches:
@@ -101,30 +100,17 @@ class EvictingLayer(LayerCache):
             if members:
                 kv = batch.kv if len(members) == len(batch.rows) else _merged([_row(batch.kv, i) for i in members])
                 kept.append(replace(batch, rows=[place[batch.rows[i]] for i in members], kv=kv))
-        self._arrange(kept)
+        self._hold(kept)
 
     def nbytes(self, row: int) -> int:
-        """Measured bytes of a row, side data included."""
         batch = next((batch for batch in self.batches if row in batch.rows), None)
         if batch is None:
             raise IndexError(f"row {row} of {sum(len(batch.rows) for batch in self.batches)}")
         return (batch.kv if len(batch.rows) == 1 else _row(batch.kv, batch.rows.index(row))).nbytes
 
-    def _arrange(self, batches: list[_Batch]) -> None:
+    def _hold(self, batches: list[_Batch]) -> None:
         self.batches = batches
-        self._counts = [len(batch.rows) for batch in batches]
-        self._order: Tensor | None = None  # [R], batch after batch; None when rows stand so already
-        self._back: Tensor | None = None
-        order = [row for batch in batches for row in batch.rows]
-        if order != sorted(order):
-            self._order = torch.tensor(order, device=batches[0].kv.positions.device)
-            self._back = self._order.argsort()
-
-    def _split(self, x: Tensor) -> Sequence[Tensor]:
-        """The rows of x [R, ...] by batch."""
-        if len(self._counts) == 1:
-            return (x,)
-        return (x if self._order is None else x.index_select(0, self._order)).split_with_sizes(self._counts)
+        self._parts = Parts([batch.rows for batch in batches], batches[0].kv.positions.device)
 
 
 def _alike(row: EvictingRow, alone: int) -> Hashable:

@@ -1,12 +1,7 @@
-"""Layer caches of the engine: one that observes a prefill, and one that holds many compressed rows.
-
-A layer cache takes new keys and values (`append`) and answers the queries of the same tokens (`attend`). All rows of a
-batch are at the same token position, because they continue the same prompt; what differs is which slots they kept.
-"""
+"""The layer cache of rows that grow by every token: whatever a policy left, every head at its own number of slots."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -14,77 +9,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from harness.engine.kernels import causal_attention, column_sums, slot_attention
-from methods.base import KV, Needs
+from harness.engine.kernels import slot_attention
+from harness.engine.layer_cache import DecodingLayer, Parts, visible
+from methods.base import KV
 from methods.codes import CodedKV, Codes, Coding
-
-
-class LayerCache(ABC):
-    """One layer of a batch of R rows. Keys and values [R, H, Q, D], queries [R, Hq, Q, D], RoPE applied."""
-
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Store the new tokens' keys and values."""
-
-    @abstractmethod
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        """Attention output [R, Hq, Q, D] of the tokens just appended. window: the layer's sliding window, if any."""
-
-
-class PrefillLayer(LayerCache):
-    """Keeps the whole prompt (R = 1) and what `needs` asks for: window queries, streamed column sums.
-
-    tokens: of the whole prompt, which may come in several chunks.
-    """
-
-    def __init__(self, needs: Needs, tokens: int) -> None:
-        self.needs, self.tokens = needs, tokens
-        self.seen = 0
-        self.whole: list[Tensor] = []  # keys and values of a prompt in chunks, allocated once
-        self.keys: Tensor
-        self.values: Tensor
-        self.queries: Tensor
-        self.scaling = 1.0
-        self.window: int | None = None
-        self.sums: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        first, self.seen = self.seen, self.seen + keys.shape[2]
-        if keys.shape[2] == self.tokens:
-            self.keys, self.values = keys.contiguous(), values.contiguous()  # heads first: policies take rows of slots
-            return
-        if not first:
-            self.whole = [x.new_empty(*x.shape[:2], self.tokens, x.shape[3]) for x in (keys, values)]
-        for whole, x in zip(self.whole, (keys, values), strict=True):
-            whole[:, :, first : self.seen] = x
-        self.keys, self.values = (whole[:, :, : self.seen] for whole in self.whole)
-
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        self.scaling, self.window = scaling, window
-        out, lse = causal_attention(queries, self.keys, self.values, scaling=scaling, window=window)
-        if window is None:
-            self.observe(queries, lse)
-        return out
-
-    def observe(self, queries: Tensor, lse: Tensor | None) -> None:
-        """Gather what `needs` asks for from the queries of the tokens just appended. lse: as of `causal_attention`."""
-        before = [] if self.seen == queries.shape[2] else [self.queries]
-        last = queries[:, :, max(0, queries.shape[2] - self.needs.window) :]
-        self.queries = torch.cat([*before, last], dim=2)
-        self.queries = self.queries[:, :, max(0, self.queries.shape[2] - self.needs.window) :]
-        if self.needs.column_sums:
-            sums = column_sums(queries, self.keys, lse, scaling=self.scaling)
-            if self.sums is not None:
-                sums[..., : self.sums.shape[-1]] += self.sums
-            self.sums = sums
-
-    def kv(self) -> KV:
-        """The full cache; of a sliding-window layer, what later tokens can still see."""
-        tokens = self.keys.shape[2]
-        start = 0 if self.window is None else max(0, tokens - self.window)
-        positions = torch.arange(start, tokens, device=self.keys.device)
-        shape = (*self.keys.shape[:2], tokens - start)
-        return KV(self.keys[:, :, start:], self.values[:, :, start:], positions.expand(shape))
 
 
 @dataclass
@@ -120,23 +48,26 @@ class _Group:
         return keys, values
 
 
-class RowsLayer(LayerCache):
+class GrowingRows(DecodingLayer):
     """R compressed rows that grow by every token. Every KV head of every row holds a number of slots of its own.
 
     Args:
         rows: what each row kept, every KV of batch 1.
         position: position of the next token, the same for all rows.
-        room: tokens that can be appended.
+        room: tokens that can be appended before memory is allocated anew.
     """
 
     def __init__(self, rows: Sequence[KV], *, position: int, room: int) -> None:
         self.start = self.position = position
+        self.room = room
         self.heads = rows[0].positions.shape[1]
         self.kept_bytes = [kv.nbytes for kv in rows]
-        self._arrange(_groups(rows, position=position, room=room))
+        self._hold(_groups(rows, position=position, room=room))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         grown, new = self.position - self.start, keys.shape[2]
+        if grown + new > self.room:
+            self._widen(max(grown + new, 2 * self.room))
         for group, k, v in zip(self.groups, self._split(keys), self._split(values), strict=True):
             group.keys.narrow(2, group.plain + grown, new).copy_(k)
             group.values.narrow(2, group.plain + grown, new).copy_(v)
@@ -152,17 +83,16 @@ class RowsLayer(LayerCache):
             mask = None if asked is None else visible(group.positions[:, :, : group.size + grown], asked, window)
             keys, values = group.load(grown)
             outputs.append(slot_attention(own, keys, values, mask=mask, scaling=scaling))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [R * H, G, Q, D], group after group
-        if self._back is not None:
-            out = out.index_select(0, self._back)
+        out = self._parts.join(outputs)  # [R * H, G, Q, D]
         return out.reshape(queries.shape[0], -1, *out.shape[2:])
 
-    def rewind(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens of every row."""
-        self.position -= tokens
+    def mark(self) -> int:
+        return self.position
+
+    def rewind(self, mark: int) -> None:
+        self.position = mark
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop every row that is not in `rows` (ascending); the kept ones are renumbered from 0."""
         place = {row: new for new, row in enumerate(rows)}
         self.kept_bytes = [self.kept_bytes[row] for row in rows]
         kept = []
@@ -177,31 +107,31 @@ class RowsLayer(LayerCache):
                 codes = None if codes is None else codes.take(index)
             old = [divmod(group.streams[i], self.heads) for i in members]
             kept.append(_Group([place[row] * self.heads + head for row, head in old], *tensors, group.size, codes))
-        self._arrange(kept)
+        self._hold(kept)
 
     def nbytes(self, row: int) -> int:
-        """Measured bytes of a row: what its policy left, and what every head appended since."""
+        """What the row's policy left, and what every head appended since."""
         k, v = self.groups[0].keys, self.groups[0].values
         slot = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
         return self.kept_bytes[row] + (self.position - self.start) * self.heads * slot
 
-    def _arrange(self, groups: list[_Group]) -> None:
-        """Take `groups`; streams are put in their order by one index per step, whatever the number of groups."""
+    def _hold(self, groups: list[_Group]) -> None:
         self.groups = groups
-        self._counts = [len(group.streams) for group in groups]
-        self._order: Tensor | None = None  # [R * H], group after group; None when streams stand so already
-        self._back: Tensor | None = None
-        streams = [stream for group in groups for stream in group.streams]
-        if streams != sorted(streams):
-            self._order = torch.tensor(streams, device=groups[0].keys.device)
-            self._back = self._order.argsort()
+        self._parts = Parts([group.streams for group in groups], groups[0].keys.device)
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         """The streams' parts of x [R, H * k, Q, D], by group: [n, k, Q, D]."""
-        x = x.reshape(-1, x.shape[1] // self.heads, *x.shape[2:])
-        if len(self._counts) == 1:
-            return (x,)
-        return (x if self._order is None else x.index_select(0, self._order)).split_with_sizes(self._counts)
+        return self._parts.split(x.reshape(-1, x.shape[1] // self.heads, *x.shape[2:]))
+
+    def _widen(self, room: int) -> None:
+        for group in self.groups:
+            more = room - self.room
+            later = torch.arange(self.start + self.room, self.start + room, device=group.keys.device)
+            group.keys, group.values = (
+                torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], dim=2) for x in (group.keys, group.values)
+            )
+            group.positions = torch.cat([group.positions, later.expand(*group.positions.shape[:2], -1)], dim=2)
+        self.room = room
 
 
 def without(kv: KV, position: int) -> KV:
@@ -286,10 +216,3 @@ def _fill_coded(group: _Group, first: int, kv: CodedKV, *, shape: _Shape, heads:
     group.keys[own, 0, : shape.plain] = kv.keys[0, heads, : shape.plain]
     group.values[own, 0, : shape.plain] = kv.values[0, heads, : shape.plain]
     group.positions[own, 0, : shape.size] = kv.positions[0, heads, : shape.size]
-
-
-def visible(positions: Tensor, asked: Tensor, window: int | None) -> Tensor:
-    """[R, H, Q, S] bool: slots that hold a token at or before each asked position, inside the sliding window."""
-    slot, query = positions.unsqueeze(2), asked[:, None]
-    mask = (slot >= 0) & (slot <= query)
-    return mask if window is None else mask & (slot > query - window)

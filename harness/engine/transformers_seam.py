@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from harness.engine.row_cache import LayerCache
+from harness.engine.layer_cache import LayerCache
 from harness.errors import HarnessError
 from methods.base import Sizes
 from methods.views import LayerSource
@@ -91,14 +91,16 @@ class _Layer(CacheLayerMixin):
 
 
 class _Probe(LayerCache):
-    """Answers a single token, which sees itself alone, and notes which module asked."""
+    """Answers a single token, which sees itself alone, and notes which module asked and how far back it looks."""
 
     module: torch.nn.Module | None = None
+    window: int | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.values = values
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
+        self.window = window
         return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
 
 
@@ -141,8 +143,7 @@ class AttachedModel:
     @property
     def compressible(self) -> list[int]:
         """Layers that policies see, in depth order; the others have a sliding window."""
-        types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.layers
-        return [i for i, kind in enumerate(types) if kind != "sliding_attention"]
+        return [i for i, window in enumerate(self.windows) if window is None]
 
     def sizes(self, tokens: int) -> Sizes:
         """Of a prompt in this model."""
@@ -226,6 +227,7 @@ class AttachedModel:
         except Exception as error:  # what a model that knows other caches trips over is its own affair
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
+        self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
         self.attention = [probe.module for probe in probes if probe.module is not None]
         if len(self.attention) < self.layers:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from harness.engine.decode import Limits
 from harness.errors import HarnessError
 from harness.records.record import Status
-from methods.base import Budget, KVPolicy, PolicyError
+from methods.budget import Budget, PolicyError
+
+if TYPE_CHECKING:
+    from methods.base import KVPolicy
 
 
 class SkippedCell(Exception):
     """A cell that cannot be run as asked on this prompt."""
 
 
-SPEAKING = (str, RuntimeError, PolicyError, HarnessError, SkippedCell)  # whose text alone says what happened
+SPEAKING = (RuntimeError, PolicyError, HarnessError, SkippedCell)  # whose text alone says what happened
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,27 @@ class Cell:
 
     policy: KVPolicy
     budget: Budget | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a generation ends. stop: strings; text: token ids to text, asked only when there are stop strings."""
+
+    max_new_tokens: int
+    eos_ids: frozenset[int]
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    text: Callable[[Sequence[int]], str] | None = None
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Whether the generation is complete, judged by its tokens so far (end-of-text never among them)."""
+        if len(tokens) >= self.max_new_tokens:
+            return True
+        if not self.stop or self.text is None or len(tokens) <= self.min_new_tokens:
+            return False
+        longest = max(len(stop.encode()) for stop in self.stop)  # a token is a byte at least
+        tail = self.text(tokens[-longest - 8 :])
+        return any(stop in tail for stop in self.stop)
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,11 @@ class Prompt:
 
 @dataclass
 class Outcome:
-    """What one cell produced for one prompt; fields as in `harness.records.record.Record`."""
+    """What one cell produced for one prompt.
+
+    Its fields are those of `harness.records.record.Record` of the same name, which say what they hold and in which
+    unit; `nll_per_token` is stored as its mean, its length and its first number.
+    """
 
     status: Status = "ok"
     error: str | None = None
@@ -63,6 +91,25 @@ class Outcome:
     decode_s: float = 0.0
     decode_rows: int = 0
 
-    def fail(self, status: Status, error: BaseException | str) -> None:
-        text = str(error) if isinstance(error, SPEAKING) else f"{type(error).__name__}: {error}"
-        self.status, self.error = status, " ".join(text.split())[:500]
+    def fail(self, error: BaseException | str, status: Status | None = None) -> None:
+        """Mark the cell: by default `skipped`, `oom` or `failed`, as the error says."""
+        text = str(error) if isinstance(error, (str, *SPEAKING)) else f"{type(error).__name__}: {error}"
+        self.status, self.error = status or status_of(error), " ".join(text.split())[:500]
+
+    def stored(self) -> dict[str, Any]:
+        """The fields of a record that the engine fills in, under their names."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        nll = own.pop("nll_per_token")
+        return own | {
+            "nll": sum(nll) / len(nll) if nll else None,
+            "nll_tokens": len(nll),
+            "nll_first": nll[0] if nll else None,
+        }
+
+
+def status_of(error: BaseException | str) -> Status:
+    """`skipped`; `oom` for the ways in which Python, the CPU allocator and CUDA say so; else `failed`."""
+    if isinstance(error, SkippedCell):
+        return "skipped"
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return "oom" if memory or "can't allocate memory" in str(error) else "failed"

@@ -15,16 +15,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from harness.engine.decode import Session
-from harness.engine.engine import Engine, Prefilled
-from harness.engine.evicting_cache import EvictingLayer, EvictingRow, with_room
-from harness.engine.row_cache import RowsLayer, without
+from harness.engine.compress import compress
+from harness.engine.decode import Decoding
+from harness.engine.prefill import prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.records.spec import FirstToken
-from methods.base import KV, Budget, KVPolicy, PolicyError
+from methods.base import Budget, KVPolicy
+from methods.fullkv import FullKV
 
-ROOM = 64  # tokens that a fresh cache can take before it grows
 TEXT = {"input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "token_type_ids"}
 
 
@@ -66,7 +65,7 @@ class Handle(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.sessions: list[Session] = []
+        self.rows: list[Decoding] = []
         self.columns = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -77,25 +76,6 @@ class Handle(Cache):
 
     def crop(self, max_length: int, *args: Any) -> None:
         raise HarnessError("a compressed cache cannot be cut back; generate without an assistant")
-
-
-class GrowingLayer(RowsLayer):
-    """A layer of one row that grows as long as tokens come."""
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        wanted = self.position - self.start + keys.shape[2]
-        room = self.groups[0].keys.shape[2] - self.groups[0].plain
-        if wanted > room:
-            self._grow(room, max(wanted, 2 * room))
-        super().append(keys, values)
-
-    def _grow(self, room: int, wider: int) -> None:
-        for group in self.groups:
-            streams, dim, value_dim = group.keys.shape[0], group.keys.shape[-1], group.values.shape[-1]
-            later = torch.arange(self.start + room, self.start + wider, device=group.keys.device)
-            group.keys = torch.cat([group.keys, group.keys.new_empty(streams, 1, wider - room, dim)], dim=2)
-            group.values = torch.cat([group.values, group.values.new_empty(streams, 1, wider - room, value_dim)], dim=2)
-            group.positions = torch.cat([group.positions, later.expand(streams, 1, -1)], dim=2)
 
 
 class Compressor:
@@ -127,52 +107,25 @@ class Compressor:
 
     def _step(self, whole: AttachedModel, handle: Handle, rows: Sequence[list[int]]) -> Tensor:
         """Logits [R, V] float32 after the new tokens of each row."""
-        if handle.sessions:
-            return torch.cat([session.feed(row) for session, row in zip(handle.sessions, rows, strict=True)])
+        if handle.rows:
+            return torch.cat([decoding.feed(row) for decoding, row in zip(handle.rows, rows, strict=True)])
         started = [self._start(whole, row) for row in rows]
-        handle.sessions = [session for session, _, _ in started]
+        handle.rows = [decoding for decoding, _, _ in started]
         self.report.rows = tuple(report for _, _, report in started)
         return torch.cat([logits for _, logits, _ in started])
 
-    def _start(self, whole: AttachedModel, ids: list[int]) -> tuple[Session, Tensor, RowReport]:
-        """Prefill one prompt and compress it."""
-        prefilled, tokens = Engine(whole).prefill(ids, self.policy.needs), len(ids)
+    def _start(self, whole: AttachedModel, ids: list[int]) -> tuple[Decoding, Tensor, RowReport]:
+        """Prefill one prompt and compress it; one within its budget is kept whole, unless its books begin with it."""
+        prefilled, tokens, policy = prefill(whole, ids, self.policy.needs), len(ids), self.policy
         asked = None if self.budget is None else self.budget.resolve(tokens)
-        kept = self._kept(prefilled, asked)
-        compressed = iter(kept)
-        kvs = [layer.kv() if layer.window is not None else next(compressed) for layer in prefilled.layers]
-        slots = tuple(int(kv.live.sum()) for kv in kept)
-        notes = () if asked is None else self.policy.notes(asked, tokens, len(kept))
-        report = RowReport(tokens, asked, slots, sum(kv.nbytes for kv in kvs), prefilled.full_bytes, notes)
+        if asked is not None and asked >= tokens and not policy.evicts_while_decoding:
+            policy = FullKV()
+        left = compress(prefilled, policy, tokens if asked is None else asked)
+        notes = () if asked is None else self.policy.notes(asked, tokens, len(left.compressible))
+        report = RowReport(tokens, asked, left.kept_slots, left.kv_bytes, left.full_bytes, notes)
         again = self.first_token == "compressed"
-        caches = self._caches(prefilled, kvs, position=tokens - again, budget=asked)
-        session = Session(whole, caches, 1)
-        return session, session.feed(ids[-1:]) if again else prefilled.logits, report
-
-    def _kept(self, prefilled: Prefilled, asked: int | None) -> list[KV]:
-        """One KV a compressible layer; all of a prompt within its budget, unless its books begin with it."""
-        view = prefilled.view
-        if asked is not None and asked >= view.tokens and not self.policy.evicts_while_decoding:
-            return [layer.kv for layer in view.layers]
-        kept = self.policy.compress(view, asked or view.tokens)
-        if len(kept) != len(view.layers):
-            name, layers = self.report.method, len(view.layers)
-            raise PolicyError(f"{name} left {len(kept)} layers of {layers}; return one KV a layer")
-        return kept
-
-    def _caches(
-        self, prefilled: Prefilled, kvs: Sequence[KV], *, position: int, budget: int | None
-    ) -> Sequence[RowsLayer | EvictingLayer]:
-        held = [without(kv, position) for kv in kvs]
-        if not self.policy.evicts_while_decoding:
-            return [GrowingLayer([kv], position=position, room=ROOM) for kv in held]
-        evicting = []
-        for layer, kv, before in zip(prefilled.layers, held, kvs, strict=True):
-            slots = before.positions.shape[2]
-            own = budget or slots
-            free = max(1, own + 1 - slots) if layer.window is None else layer.window
-            evicting.append(EvictingLayer([EvictingRow(self.policy, own, with_room(kv, slots + free))], position))
-        return evicting
+        decoding = Decoding.of(whole, [left], again=again, release=True)
+        return decoding, decoding.feed(ids[-1:] if again else []), report
 
 
 def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:

@@ -9,11 +9,10 @@ from itertools import groupby
 
 from lm_eval.models.utils import postprocess_generated_text, truncate_tokens
 
-from harness.engine.decode import Limits
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Outcome, Prompt
+from harness.engine.types import Limits, Outcome, Prompt
 from harness.errors import HarnessError
-from harness.lm_eval.kept_facts import Ledger
+from harness.lm_eval.kept_facts import KeptFacts
 from harness.lm_eval.requests import Generation, full_cell
 from harness.lm_eval.scoring import ScoringEngine, border
 from harness.models.load import LoadedModel
@@ -24,7 +23,7 @@ SIDES = ("left", "middle", "right")
 
 
 @dataclass(frozen=True)
-class Pair:
+class ScoredPair:
     """A continuation to score after a context of at least one token. text: the context as lm-eval gave it."""
 
     index: int
@@ -52,8 +51,7 @@ class Answerer:
         self.fitted_on = planned.cell.policy.fitted_on()
         self.engine = ScoringEngine(AttachedModel(loaded.model))
         self.engine.check([planned.cell.policy], list(range(8)))
-        self.engine.prefills = 0
-        self.ledger = Ledger(heads=self.engine.model.sizes(8).kv_heads, budget=planned.budget)
+        self.facts = KeptFacts(heads=self.engine.model.sizes(8).kv_heads, budget=planned.budget)
 
     def generate(self, task: str, text: str, whole: Sequence[int], asked: Generation) -> str:
         """Greedy text after the prompt `whole`, cut at the first stop string."""
@@ -75,7 +73,7 @@ class Answerer:
         generated = str(tokenizer.decode(list(outcome.token_ids), skip_special_tokens=True))
         return str(postprocess_generated_text(generated, list(asked.until), None))
 
-    def score(self, pairs: Iterable[Pair]) -> Iterator[list[tuple[Pair, float, bool]]]:
+    def score(self, pairs: Iterable[ScoredPair]) -> Iterator[list[tuple[ScoredPair, float, bool]]]:
         """Log-probability, and whether greedy decoding gives it, of all continuations of a context at a time.
 
         Contexts come in order of their tokens, each once.
@@ -119,12 +117,12 @@ class Answerer:
         if outcome.status != "ok":
             why = f"lm-eval task {task}: a prompt of {len(ids)} tokens: {outcome.status}: {outcome.error}"
             raise HarnessError(f"{why}; with --use_cache what is answered is not lost")
-        self.ledger.add(task, text, ids, outcome, compressed=cell is self.planned, truncated=truncated)
+        self.facts.add(task, text, ids, outcome, compressed=cell is self.planned, truncated=truncated)
 
     def _cut(self, ids: Sequence[int], room: int) -> list[int]:
         return list(ids) if len(ids) <= room else list(truncate_tokens(list(ids), room, self.side))
 
-    def _fitted(self, pair: Pair) -> Pair:
+    def _fitted(self, pair: ScoredPair) -> ScoredPair:
         """With room for the continuation but its last token, which is never fed."""
         room = self.max_length + 1 - len(pair.continuation)
         if room < 1:
@@ -134,7 +132,7 @@ class Answerer:
             )
         ids = tuple(self._cut(pair.context, room))
         cut = len(ids) < len(pair.context)
-        return Pair(pair.index, pair.task, pair.text, ids, pair.continuation, truncated=cut)
+        return ScoredPair(pair.index, pair.task, pair.text, ids, pair.continuation, truncated=cut)
 
 
 @contextmanager

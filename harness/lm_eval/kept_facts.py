@@ -34,7 +34,7 @@ class TaskFacts:
     notes: dict[str, None] = field(default_factory=dict)  # an ordered set
 
 
-class Ledger:
+class KeptFacts:
     """Facts of a run. heads: KV heads of a layer. budget: as asked, for messages."""
 
     def __init__(self, *, heads: int, budget: str) -> None:

@@ -33,7 +33,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from harness.errors import HarnessError
-from harness.lm_eval.answers import Answerer, Pair
+from harness.lm_eval.answers import Answerer, ScoredPair
 from harness.lm_eval.requests import (
     check_alone,
     check_batch,
@@ -207,7 +207,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         for index, request in enumerate(requests):
             context, continuation = request.args
             ids, following = self._encoded(context, continuation)
-            pairs.append(Pair(index, _task(request), context, tuple(ids), tuple(following)))
+            pairs.append(ScoredPair(index, _task(request), context, tuple(ids), tuple(following)))
         texts = [request.args for request in requests]
         return self._scores(pairs, texts, disable_tqdm=disable_tqdm)
 
@@ -215,12 +215,14 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [
-            Pair(index, "", (text or ("",))[0], tuple(ids), tuple(following))
+            ScoredPair(index, "", (text or ("",))[0], tuple(ids), tuple(following))
             for index, (text, ids, following) in enumerate(requests)
         ]
         return self._scores(pairs, [text for text, _, _ in requests], disable_tqdm=disable_tqdm)
 
-    def _scores(self, pairs: Sequence[Pair], texts: Sequence[Any], *, disable_tqdm: bool) -> list[tuple[float, bool]]:
+    def _scores(
+        self, pairs: Sequence[ScoredPair], texts: Sequence[Any], *, disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for group in self.answers.score(pairs):
@@ -266,11 +268,11 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             "kv_budget": answers.planned.budget,
             "kv_memory": answers.planned.cell.policy.memory,
             "kv_max_length": self.max_length,
-            **answers.ledger.means(),
+            **answers.facts.means(),
             "kv_prefills": answers.engine.prefills,
             "kv_notes": list(self.notes),
-            "kv_tasks": answers.ledger.by_task(),
-            "kv_prompts": answers.ledger.prompts,
+            "kv_tasks": answers.facts.by_task(),
+            "kv_prompts": answers.facts.prompts,
         }
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

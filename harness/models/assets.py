@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -27,7 +26,7 @@ from zipfile import BadZipFile, ZipFile
 from filelock import FileLock
 from tqdm import tqdm
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ def cache_dir() -> Path:
 def asset_folder(name: str) -> Path:
     """Where the files of an asset are or will be. Raises HarnessError for an unknown name."""
     if name not in ASSETS:
-        close = get_close_matches(name, ASSETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise HarnessError(f"unknown asset {name!r}{hint} known: {', '.join(sorted(ASSETS))}")
+        raise HarnessError(f"unknown asset {name!r}{did_you_mean(name, ASSETS)} known: {', '.join(sorted(ASSETS))}")
     return cache_dir() / "assets" / f"{name}-{ASSETS[name].sha256[:12]}"
 
 

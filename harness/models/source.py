@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, did_you_mean
 
 PACKAGED = ("smollm2-135m",)
 KNOWN = (*PACKAGED, "tiny")
@@ -59,8 +58,7 @@ def resolve_model(name: str) -> ModelSource:
         raise HarnessError(f"model {name!r} is a file but not a .gguf; give the folder that holds config and weights")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelSource(name, "hub")
-    close = get_close_matches(name, KNOWN, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    hint = did_you_mean(name, KNOWN) or ";"
     raise HarnessError(f"unknown model {name!r}{hint} give {', '.join(KNOWN)}, a folder, a .gguf file or org/name")
 
 

@@ -15,7 +15,7 @@ from harness.new_method.templates import CHANGE, METHOD, PROJECT, README, TEST
 from methods.registry import load_methods
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-LONGEST = 40
+NAME_CHARS = 40
 INTERNAL = ("base", "budget", "codes", "registry", "views")
 
 
@@ -46,8 +46,8 @@ def new_method(name: str, *, where: Path) -> list[Path]:
 
 
 def _check_name(name: str) -> None:
-    if not NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > LONGEST:
-        advice = f"give an identifier in lower case of at most {LONGEST} letters, such as key_norm"
+    if not NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > NAME_CHARS:
+        advice = f"give an identifier in lower case of at most {NAME_CHARS} letters, such as key_norm"
         raise HarnessError(f"{name!r} is no name for a method; {advice}")
     known = load_methods()
     if name in known or name in INTERNAL:

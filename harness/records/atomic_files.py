@@ -1,4 +1,8 @@
-"""Writes that survive a crash: a file replaced in one step, lines added to a log, a folder held by one process."""
+"""Writes that survive a crash: a file replaced in one step, lines added to a log, a folder held by one process.
+
+The lock is `flock` itself and not `filelock`'s, since whoever is refused is told the number of the process that holds
+the folder, which that process writes into the lock file.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import errno
 import fcntl
 import logging
 import os
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +23,7 @@ log = logging.getLogger("harness")
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """Replace a file by UTF-8 text, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
@@ -41,7 +47,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 def append(path: Path, data: bytes, *, intact: int | None = None) -> None:
     """Add whole lines to a log, which is made where it is missing; on return they are on the disk.
 
-    Raises HarnessError when they cannot be written; the log is then as before. intact: its records, for the message.
+    Raises HarnessError when they cannot be written; the log is then as before. The message then says that `intact`
+    records are, where that is given.
     """
     try:
         new = not path.exists()
@@ -63,29 +70,42 @@ def append(path: Path, data: bytes, *, intact: int | None = None) -> None:
         raise write_error(path, error, intact=intact) from None
 
 
-def whole_lines(path: Path) -> tuple[list[bytes], int]:
-    """Whole lines of a log, and the bytes after the last of them. A missing file is empty."""
+def whole_lines(path: Path, *, quiet: bool = False) -> Iterator[bytes]:
+    """Read the whole lines of a log one by one, without their ends; a missing file has none.
+
+    An unfinished last line is left out, with a warning unless `quiet`. Raises HarnessError when the log cannot be read.
+    """
     try:
-        *lines, rest = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield line[:-1]
+                elif not quiet:
+                    log.warning("%s: ignored an unfinished last line (%d bytes)", path, len(line))
     except FileNotFoundError:
-        return [], 0
+        return
     except OSError as error:
         raise HarnessError(f"cannot read {path}: {error.strerror}") from None
-    return lines, len(rest)
 
 
-def cut(path: Path, unfinished: int) -> None:
-    """Take an unfinished last line of that many bytes off a log, with a warning. Raises HarnessError when it cannot."""
-    if unfinished:
-        log.warning("%s: cut off an unfinished last line (%d bytes); what it held is run again", path, unfinished)
-        try:
-            os.truncate(path, path.stat().st_size - unfinished)
-        except OSError as error:
-            raise write_error(path, error) from None
+def cut(path: Path) -> None:
+    """Take an unfinished last line off a log, with a warning. Raises HarnessError when it cannot be done."""
+    try:
+        with path.open("rb+") as file:
+            line = (deque(file, maxlen=1) or [b"\n"])[0]
+            if not line.endswith(b"\n"):
+                log.warning(
+                    "%s: cut off an unfinished last line (%d bytes); what it held is run again", path, len(line)
+                )
+                file.truncate(file.tell() - len(line))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise write_error(path, error) from None
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """One write; the rest of it where the system took only a part. Then to the disk."""
+    """Write all of `data`, in one write where the system takes it in one, and flush it to the disk."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -101,9 +121,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Descriptor of the held lock file; `unlock_folder`, or the end of the process, releases the folder.
+    """Hold a folder and return the descriptor of its lock file; `unlock_folder` or the process's end releases it.
 
-    Raises HarnessError, with the process if known, when another one holds it.
+    Raises HarnessError, which names the process if it is known, when another one holds the folder.
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -122,12 +142,14 @@ def lock_folder(folder: Path) -> int:
 
 
 def unlock_folder(descriptor: int) -> None:
+    """Release a folder that `lock_folder` holds."""
     with suppress(OSError):
         os.ftruncate(descriptor, 0)  # the next holder may not write its number
     os.close(descriptor)
 
 
 def write_error(path: Path, error: OSError, *, intact: int | None = None) -> HarnessError:
+    """Say in one line why `path` could not be written, what to do, and that `intact` records are safe."""
     kept = "" if intact is None else f"; {intact} records are intact"
     if error.errno in FULL:
         return HarnessError(f"disk full while writing {path}{kept}; free space and repeat the command")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness.records.log_folder import Journal, Layout
+from harness.records.log_folder import LogFolder, LogLayout
 from harness.records.measured import Measured
 from harness.records.spec import Frozen, MethodSpec
 
@@ -25,14 +25,14 @@ IDENTITY = ("processor", "cores", "memory_gib", "accelerators", "system")
 DONE = frozenset({"ok", "oom", "skipped"})
 
 BenchStatus = Literal["ok", "oom", "timeout", "failed", "skipped"]
-Kind = Literal["bench", "serve-bench"]
+BenchKind = Literal["bench", "serve-bench"]
 
 
 class BenchSpec(Frozen):
     """Everything that decides the numbers of a bench but the machine, resolved. Two equal ones share a folder."""
 
     schema_version: int = BENCH_SCHEMA
-    kind: Kind
+    kind: BenchKind
     model: str
     model_revision: str
     """Content hash or commit, as in runs."""
@@ -64,7 +64,7 @@ class BenchRecord(Frozen):
 
     schema_version: int = BENCH_SCHEMA
     bench_id: str
-    kind: Kind
+    kind: BenchKind
     machine: str
     """`machine_id`: speed is compared only within one."""
     model: str
@@ -129,7 +129,7 @@ def machine_id(machine: Mapping[str, Any]) -> str:
     return _digest({name: machine.get(name) for name in IDENTITY})[:8]
 
 
-BENCHES = Layout(
+BENCHES = LogLayout(
     kind="bench",
     manifest_file=BENCH_FILE,
     records_file=LINES_FILE,
@@ -141,29 +141,21 @@ BENCHES = Layout(
 
 
 def load_bench(folder: Path) -> tuple[BenchManifest, list[BenchRecord]]:
-    """A bench as stored, the last record of each key. Raises HarnessError when a file is missing or damaged."""
+    """Read a bench as stored, the last record of each key. Raises HarnessError when a file is missing or damaged."""
     return BENCHES.load(folder)
 
 
-class BenchStore(Journal[BenchManifest, BenchRecord]):
+class BenchStore(LogFolder[BenchManifest, BenchRecord]):
     """The one writer of a bench's folder; use it as a context."""
 
     def __init__(self, root: Path, manifest: BenchManifest) -> None:
-        """Create or resume `root/bench_id`; raises HarnessError as `Journal` does."""
+        """Create or resume `root/bench_id`. Raises HarnessError as `LogFolder` does."""
         self.stored: dict[tuple[str, str, int, int], BenchRecord] = {}
         super().__init__(BENCHES, root / manifest.bench_id, manifest)
 
     def done(self, key: tuple[str, str, int, int]) -> bool:
-        """Whether a probe's result is stored; what failed or ran out of time is tried again."""
+        """Say whether a probe's result is stored; what failed or ran out of time is tried again."""
         return key in self.stored and self.stored[key].status in DONE
-
-    def append(self, record: BenchRecord) -> None:
-        """Store a record; on return it is on the disk. Raises HarnessError when it cannot be written."""
-        self._append([record])
-
-    def finish(self, status: str, *, finished: str) -> None:
-        """Rewrite bench.json with how the bench ended."""
-        self._amend(status=status, finished=finished)
 
     def _note(self, record: BenchRecord) -> None:
         self.stored[record.key] = record

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from sys import intern
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-from harness.records.record import Memory, Record, Status
+from harness.records.measured import Measured
+from harness.records.record import Key, Memory, Record, Status
 
 META = ("group", "depth", "length", "length_bin")
 """Fields of a sample that boards group and split by."""
+NO_META: dict[str, Any] = {}
 
 
 class Timed(NamedTuple):
-    """Of `Record.measured`; seconds are medians."""
+    """What boards need of `Record.measured`; seconds are medians."""
 
     ttft_s: float
     tpot_s: float
     tokens_per_s: float
     peak_bytes: int
 
+    @classmethod
+    def of(cls, measured: Measured) -> Timed:
+        """Take it from a measurement."""
+        return cls(measured.ttft_s.median, measured.tpot_s.median, measured.tokens_per_s, measured.peak_bytes)
 
-class Brief(NamedTuple):
-    """A record in brief; fields of `Record` under their names. It compares as a tuple."""
+
+class BoardRecord(NamedTuple):
+    """A record in short. Fields up to `full_bytes` are those of `Record`, by name; it compares as a tuple."""
 
     run_id: str
     model: str
@@ -59,62 +66,44 @@ class Brief(NamedTuple):
     timed: Timed | None
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> Key:
         """As `Record.key`."""
         return (self.task, self.sample_id, self.method, self.budget)
 
 
-class Briefs:
-    """Makes briefs of records that share their texts."""
+SAME = BoardRecord._fields[: BoardRecord._fields.index("score")]
+"""Fields that are taken over from `Record` as they are."""
+_same = attrgetter(*SAME)
+
+
+class Shortener:
+    """Makes board records that share their texts, notes, scores and meta."""
 
     def __init__(self) -> None:
         self._metas: dict[str, dict[str, Any]] = {}
-        self._notes: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._texts: dict[Any, Any] = {}
         self._scores: dict[float, float] = {}
 
-    def __call__(self, r: Record) -> Brief:
-        """The brief of one record."""
-        meta = {name: r.meta[name] for name in META if name in r.meta}
-        score = r.metrics.get("score")
-        measured = r.measured
-        return Brief(
-            intern(r.run_id),
-            intern(r.model),
-            intern(r.dtype),
-            intern(r.task),
-            intern(r.sample_id),
-            intern(r.method),
-            intern(r.budget),
-            r.query,
-            r.first_token,
-            r.seed,
-            r.status,
-            r.error,
-            r.over_budget,
-            r.memory,
-            self._notes.setdefault(r.notes, r.notes),
-            intern(r.prompt_sha256),
-            r.kv_bytes,
-            r.asked_bytes,
-            r.full_bytes,
+    def __call__(self, record: Record) -> BoardRecord:
+        """Shorten one record."""
+        texts, score = self._texts, record.metrics.get("score")
+        same = [texts.setdefault(x, x) if type(x) in (str, tuple) else x for x in _same(record)]
+        meta = {name: record.meta[name] for name in META if name in record.meta}
+        own = (
             score if score is None else self._scores.setdefault(score, score),
-            r.nll,
-            needle_percent(r),
+            record.nll,
+            needle_percent(record),
             self._metas.setdefault(repr(meta), meta) if meta else NO_META,
-            bool(r.meta),
-            None
-            if measured is None
-            else Timed(measured.ttft_s.median, measured.tpot_s.median, measured.tokens_per_s, measured.peak_bytes),
+            bool(record.meta),
+            None if record.measured is None else Timed.of(record.measured),
         )
+        return BoardRecord._make((*same, *own))
 
 
-NO_META: dict[str, Any] = {}
-
-
-def briefs(records: Iterable[Record | Brief]) -> Iterator[Brief]:
-    """Every record in brief; those that are stay as they are."""
-    brief = Briefs()
-    return (r if isinstance(r, Brief) else brief(r) for r in records)
+def board_records(records: Iterable[Record | BoardRecord]) -> Iterator[BoardRecord]:
+    """Shorten every record; those that are short stay as they are."""
+    shorten = Shortener()
+    return (r if isinstance(r, BoardRecord) else shorten(r) for r in records)
 
 
 def needle_percent(record: Record) -> float:

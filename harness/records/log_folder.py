@@ -13,8 +13,9 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -39,28 +40,35 @@ AnyFrozen = TypeVar("AnyFrozen", bound=Frozen)
 M = TypeVar("M", bound=Frozen)
 R = TypeVar("R", bound=Frozen)
 key_of: Callable[[Frozen], Hashable] = attrgetter("key")
+version_of: Callable[[Frozen], int] = attrgetter("schema_version")
+END_CHARS = 500
+"""Characters of the error in a manifest."""
 log = logging.getLogger("harness")
 
 
 @dataclass(frozen=True)
-class Layout(Generic[M, R]):
-    """What a folder of one kind holds. kind: as in `harness KIND`; a record also has a `key`.
-
-    ids: the id that a manifest states, and the one that its contents give. owner: the id a record states. environment:
-    manifest fields that may differ when a folder is resumed; the earlier manifest is then kept beside the new one.
-    """
+class LogLayout(Generic[M, R]):
+    """What a folder of one kind holds."""
 
     kind: str
+    """The command that writes it is `harness KIND`."""
     manifest_file: str
     records_file: str
     manifest: type[M]
     record: type[R]
+    """Has a property `key`; of several records with one key the last counts."""
     ids: Callable[[M], tuple[str, str]] = lambda _: ("", "")
+    """The id that a manifest states, and the one that its contents give."""
     owner: Callable[[R], str] = lambda _: ""
+    """The id that a record states."""
     environment: tuple[str, ...] = ("git_commit", "versions")
+    """Manifest fields that may differ when a folder is resumed; the earlier manifest is then kept beside the new."""
 
     def find(self, root: Path) -> list[Path]:
-        """Folders below `root` in name order, or `root` itself when it is one. Raises HarnessError when none is."""
+        """Find the folders below `root` in name order, or `root` itself when it is one.
+
+        Raises HarnessError when none is.
+        """
         if (root / self.manifest_file).is_file():
             return [root]
         found = sorted(path.parent for path in root.glob(f"*/{self.manifest_file}"))
@@ -70,19 +78,15 @@ class Layout(Generic[M, R]):
         return found
 
     def load(self, folder: Path) -> tuple[M, list[R]]:
-        """A folder as stored: of each key the last record, in order of first appearance.
+        """Read a folder as stored: of each key the last record, in order of first appearance.
 
         An unfinished last line is ignored with a warning. Raises HarnessError for a missing manifest and other damage.
         """
-        manifest, path = self.read_manifest(folder), folder / self.records_file
-        lines, unfinished = whole_lines(path)
-        if unfinished:
-            log.warning("%s: ignored an unfinished last line (%d bytes)", path, unfinished)
-        records = self.parse(path, lines, owner=self.ids(manifest)[0])
-        return manifest, list({key_of(record): record for record in records}.values())
+        manifest = self.read_manifest(folder)
+        return manifest, list({key_of(record): record for record in self.records(folder, manifest)}.values())
 
     def read_manifest(self, folder: Path) -> M:
-        """Raises HarnessError when it is missing, damaged or was edited."""
+        """Read the manifest of a folder. Raises HarnessError when it is missing, damaged or was edited."""
         path = folder / self.manifest_file
         try:
             data = path.read_bytes()
@@ -95,22 +99,29 @@ class Layout(Generic[M, R]):
             raise HarnessError(f"{path} was edited: its id is {stated}, but its contents give {given}")
         return manifest
 
+    def records(self, folder: Path, manifest: M) -> Iterator[R]:
+        """Read the records of a folder one by one, all that there are of a key. Raises HarnessError as `parse` does."""
+        path = folder / self.records_file
+        return self.parse(path, whole_lines(path), owner=self.ids(manifest)[0])
+
     def parse(self, path: Path, lines: Iterable[bytes], *, owner: str) -> Iterator[R]:
-        """The records of `lines`. Raises HarnessError for a damaged one, or one of another folder than `owner`."""
+        """Read the records of `lines`. Raises HarnessError for a damaged one, or one of another folder than `owner`."""
+        current = b'{"schema_version":%d,' % _version(self.record)
         for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            record = _validate(self.record, line, where=where, remedy="remove that line to run it again")
-            if self.owner(record) != owner:
-                raise HarnessError(
-                    f"{where} belongs to {self.kind} {self.owner(record)}, not {owner}; remove that line"
+            record = _quick(self.record, line) if line.startswith(current) else None
+            if record is None:  # the slow way says why, or reads what another writer wrote
+                record = _validate(
+                    self.record, line, where=f"{path}:{number}", remedy="remove that line to run it again"
                 )
+            if (stated := self.owner(record)) != owner:
+                raise HarnessError(f"{path}:{number} belongs to {self.kind} {stated}, not {owner}; remove that line")
             yield record
 
 
-class Journal(ABC, Generic[M, R]):
+class LogFolder(ABC, Generic[M, R]):
     """The one writer of a folder; close it or use it as a context."""
 
-    def __init__(self, layout: Layout[M, R], folder: Path, manifest: M) -> None:
+    def __init__(self, layout: LogLayout[M, R], folder: Path, manifest: M) -> None:
         """Create or resume `folder`.
 
         Raises HarnessError when the folder cannot be written, another process writes to it, it holds something else,
@@ -135,7 +146,7 @@ class Journal(ABC, Generic[M, R]):
     def _note(self, record: R) -> None:
         """Remember a stored record; called in the order of the log."""
 
-    def _append(self, records: Sequence[R]) -> None:
+    def append(self, records: Sequence[R]) -> None:
         """Store records in one write; on return they are on the disk.
 
         Raises HarnessError when a record belongs to another folder, and when the disk is full or fails: the log is then
@@ -151,10 +162,31 @@ class Journal(ABC, Generic[M, R]):
         write_bytes(self._path, self._lines(records))
         self._intact = len(records)
 
-    def _amend(self, **changes: object) -> None:
-        """Rewrite the manifest with other values."""
-        self.manifest = type(self.manifest).model_validate({**self.manifest.model_dump(), **changes})
+    def finish(self, status: str, *, finished: str, **more: object) -> None:
+        """Rewrite a manifest that has a status with how the work ended, and with `more` of its fields.
+
+        Args:
+            status: one of the manifest's.
+            finished: UTC, ISO 8601.
+            more: such as `error`.
+        """
+        ended = {**self.manifest.model_dump(), "status": status, "finished": finished, **more}
+        self.manifest = type(self.manifest).model_validate(ended)
         self._write_manifest()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Let the manifest say how the work inside ended, whatever ended it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.finish("interrupted", finished=now())
+            raise
+        except BaseException as error:  # raised again: what ended the work only has to be told
+            told = {"error": " ".join(str(error).split())[:END_CHARS]}
+            self.finish("failed", finished=now(), **(told if "error" in self.layout.manifest.model_fields else {}))
+            raise
+        self.finish("finished", finished=now())
 
     def close(self) -> None:
         """Release the folder. Closing twice is fine."""
@@ -175,21 +207,21 @@ class Journal(ABC, Generic[M, R]):
             raise HarnessError(f"{self.folder} holds a {kind} of another spec; move it away or choose another folder")
 
     def _resume(self) -> None:
-        lines, unfinished = whole_lines(self._path)
         earlier = None
         if (self.folder / self.layout.manifest_file).exists():
             earlier = self.layout.read_manifest(self.folder)
             self._check_same(earlier)
-        elif lines:
+        elif next(whole_lines(self._path, quiet=True), None) is not None:
             missing = f"{self._path} has records but {self.layout.manifest_file} is missing"
             raise HarnessError(f"{missing}; restore it or move the folder away")
-        for record in self.layout.parse(self._path, lines, owner=self.layout.ids(self.manifest)[0]):
+        lines, own = whole_lines(self._path, quiet=True), self.layout.ids(self.manifest)[0]
+        for record in self.layout.parse(self._path, lines, owner=own):
             self._note(record)
-        self._intact = len(lines)
+            self._intact += 1
         if earlier is not None:
             self._keep(earlier)
         self._write_manifest()
-        cut(self._path, unfinished)
+        cut(self._path)
         append(self._path, b"", intact=self._intact)  # a log that cannot be written is refused before any work
 
     def _keep(self, earlier: M) -> None:
@@ -207,7 +239,7 @@ class Journal(ABC, Generic[M, R]):
     def _write_manifest(self) -> None:
         write_text(self.folder / self.layout.manifest_file, self.manifest.model_dump_json(indent=2) + "\n")
 
-    def _lines(self, records: Iterable[R]) -> bytes:
+    def _lines(self, records: Sequence[R]) -> bytes:
         own, lines = self.layout.ids(self.manifest)[0], []
         for record in records:
             if (other := self.layout.owner(record)) != own:
@@ -217,8 +249,27 @@ class Journal(ABC, Generic[M, R]):
         return "".join(f"{line}\n" for line in lines).encode()  # ASCII: no line break but the last
 
 
+def now() -> str:
+    """Return the time as manifests hold it: UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _quick(kind: type[AnyFrozen], line: bytes) -> AnyFrozen | None:
+    """Parse a line that begins as this version writes it; None for a damaged one."""
+    try:
+        record = kind.model_validate_json(line)
+    except ValidationError:
+        return None
+    return record if version_of(record) == _version(kind) else None
+
+
+def _version(kind: type[Frozen]) -> int:
+    version: int = kind.model_fields["schema_version"].default
+    return version
+
+
 def _validate(kind: type[AnyFrozen], data: bytes, *, where: str, remedy: str) -> AnyFrozen:
-    current = kind.model_fields["schema_version"].default
+    current = _version(kind)
     try:
         raw: Any = json.loads(data)
     except ValueError:

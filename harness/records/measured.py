@@ -10,7 +10,7 @@ from pydantic import Field
 
 from harness.records.spec import Frozen
 
-Status = Literal["ok", "oom", "timeout", "failed"]
+ProbeStatus = Literal["ok", "oom", "timeout", "failed"]
 
 
 class Spread(Frozen):
@@ -84,6 +84,6 @@ class ProbeSpec(Frozen):
 class ProbeResult(Frozen):
     """How a probe ended. error: one line, where the status is not ok."""
 
-    status: Status
+    status: ProbeStatus
     measured: Measured | None = None
     error: str | None = None

@@ -10,8 +10,12 @@ from harness.records.measured import Measured
 from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
-PROMPT_TAIL = 240
 Memory = Literal["physical", "simulated"]
+Key = tuple[str, str, str, str]
+"""Task, sample, method and budget: what a run holds at most one record of."""
+CellKey = tuple[str, str]
+"""Method label and budget as they stand in a record."""
+PROMPT_TAIL = 240
 
 
 class Record(Frozen):
@@ -99,8 +103,8 @@ class Record(Frozen):
     """Seconds and memory of this cell by itself on the same prompt; None where nothing was measured."""
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        """(task, sample, method, budget): a run holds at most one record of each."""
+    def key(self) -> Key:
+        """A run holds at most one record of each."""
         return (self.task, self.sample_id, self.method, self.budget)
 
 

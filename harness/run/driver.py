@@ -15,23 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.engine.engine import ROWS_AT_ONCE
+from harness.engine.decode import CPU_ROWS_AT_ONCE
 from harness.engine.types import Outcome
 from harness.errors import HarnessError
 from harness.machine import machine, versions
 from harness.models.load import LoadedModel, describe_model, load_model
 from harness.plan.sweep import Group, plan_names
 from harness.records.atomic_files import write_error
+from harness.records.log_folder import now
 from harness.records.record import Record
 from harness.records.run_folder import RunStore
 from harness.records.spec import Frozen, ModelSpec, RunSpec, Sweep
 from harness.run.progress import Progress
 from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
-from harness.run.schedule import GivenUp, Item, Schedule
-from harness.run.sequential import Runner, ending, now, prepare, record_of
+from harness.run.schedule import STORE_S, GivenUp, Item, Schedule
+from harness.run.sequential import SampleRunner, prepare, record_of
 from methods.base import KVPolicy
 
-STORE_S = 0.5  # records are written at least this often
 SKEW_S = 30.0
 DEVICES = ("auto", "cpu", "cuda")  # a worker sees its own GPUs alone
 DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")
@@ -39,34 +39,39 @@ DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-a
 
 
 class FanOut(Frozen):
-    """How a run is fanned out; no part of what the run is. address: auto, local, or that of a cluster's head.
-
-    workers: None for as many as fit into the cluster now. autoscale: `workers` may be more than that, nodes will come.
-    timeout_s: of one sample with all its cells. tries: until a sample that kills its workers is given up.
-    """
+    """How a run is fanned out, which is no part of what the run is."""
 
     address: str = "auto"
+    """`auto`, `local`, or that of a cluster's head."""
     workers: int | None = None
+    """None for as many as fit into the cluster now."""
     cpus: float = 1.0
     gpus: float | None = None
+    """Of a worker; None for one where the cluster has some."""
     autoscale: bool = False
+    """`workers` may be more than fit now: nodes will come."""
     timeout_s: float = 3600.0
+    """Of one sample with all its cells."""
     tries: int = 3
+    """Until a sample that kills its workers is given up."""
     start_s: float = 900.0
+    """Without any worker, until the run is given up."""
 
 
 @dataclass(frozen=True)
 class MakeRunner:
-    """Makes what a worker works with, there. policies: checked against the model, with ids of a prompt."""
+    """Makes what a worker works with, on the worker."""
 
     sweep: Sweep
     spec: RunSpec
     policies: Sequence[KVPolicy]
+    """Checked against the model there, with `ids`."""
     ids: Sequence[int]
+    """Of a prompt."""
     shape: WorkerShape
 
     def __call__(self) -> tuple[Handler[Group, list[Record]], Mapping[str, Any]]:
-        """Raises HarnessError when the model is not here, or is another one."""
+        """Load the model. Raises HarnessError when it is not here, or cannot run the policies."""
         import torch
 
         torch.set_num_threads(max(1, int(self.shape.cpus)))
@@ -78,11 +83,11 @@ class MakeRunner:
             trust_remote_code=wanted.trust_remote_code,
             device_map="auto" if self.shape.gpus > 1 and wanted.device == "cuda" else None,
         )
-        runner = Runner(self.spec, loaded)
+        runner = SampleRunner(self.spec, loaded)
         runner.engine.check(self.policies, self.ids)
 
         def handle(groups: Sequence[Group], carefully: bool) -> list[list[Record]]:
-            runner.engine.rows = 1 if carefully else ROWS_AT_ONCE
+            runner.engine.rows = 1 if carefully else CPU_ROWS_AT_ONCE
             return [runner.records(group) for group in groups]
 
         return handle, {"model": loaded.spec, "versions": versions(), "machine": machine()}
@@ -106,7 +111,7 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
         prepared = prepare(named, _described(sweep, device), command=command)
         spec = prepared.manifest.spec
         make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
-        with RunStore.open(root, prepared.manifest) as store, ending(store):
+        with RunStore.open(root, prepared.manifest) as store, store.ending():
             work = prepared.missing(store.done)
             work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end
             logs = WorkerLogs(store.folder / "logs")
@@ -131,6 +136,7 @@ class WorkerLogs:
         self.folder = folder
 
     def tell(self, worker: int, line: str) -> None:
+        """Add a line to a worker's file. Raises HarnessError when it cannot be written."""
         path = self.folder / f"worker-{worker}.log"
         try:
             self.folder.mkdir(exist_ok=True)
@@ -207,7 +213,7 @@ def _progress(store: RunStore, work: Sequence[Group], schedule: Schedule[Group, 
 
 
 def store_all(store: RunStore, schedule: Schedule[Group, list[Record]], progress: Progress) -> None:
-    """Write records as they come in, at most every `STORE_S`, so that the disk is no bottleneck."""
+    """Write records as they come in, at most once in `STORE_S`, so that the disk is no bottleneck."""
     held: list[Record] = []
     last = time.monotonic()
     try:
@@ -229,6 +235,6 @@ def _given_up(spec: RunSpec, item: Item[Group], outcome: GivenUp) -> list[Record
     for planned, cells in item.work:
         for cell in cells:
             lost = Outcome()
-            lost.fail(outcome.status, outcome.why)
+            lost.fail(outcome.why, outcome.status)
             records.append(record_of(spec, planned, cell, lost))
     return records

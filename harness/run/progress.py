@@ -19,27 +19,31 @@ EVERY_S = {True: 1.0, False: 30.0}  # on a terminal, elsewhere
 
 
 class Snapshot(Frozen):
-    """The state of a fanned-out run at a moment. cells: of this and earlier sessions, by status.
-
-    tokens: of prompts and generations in this session; left_s: None before anything is done. worker_s: seconds that
-    workers were ready for work, over all of them; busy_s: those that items took of them.
-    """
+    """The state of a fanned-out run at a moment."""
 
     cells: dict[str, int]
+    """Of this and earlier sessions, by status."""
     total: int
+    """Cells of the whole run."""
     samples: int
+    """That this session has to do, or did."""
     samples_left: int
     tokens: int
+    """Of prompts and generations in this session."""
     seconds: float
+    """Of this session."""
     workers: int
     worker_s: float = 0.0
+    """That workers were ready for work, over all of them."""
     busy_s: float = 0.0
+    """Those that items took of them."""
     left_s: float | None
+    """None before anything is done."""
     at: float
     """Seconds since the epoch, by the driver's clock."""
 
     def line(self) -> str:
-        """For people."""
+        """Say it in a line for people."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.cells.items()))
         rate = self.tokens / self.seconds if self.seconds else 0.0
         left = "" if self.left_s is None else f", {duration(self.left_s)} left"
@@ -49,7 +53,7 @@ class Snapshot(Frozen):
 
 
 def duration(seconds: float) -> str:
-    """Such as 1 h 02 min, 3 min 20 s, 12 s."""
+    """Write seconds as 1 h 02 min, 3 min 20 s or 12 s."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
@@ -94,7 +98,7 @@ class Progress:
             self.say()
 
     def snapshot(self) -> Snapshot:
-        """The state now. The time left is that of as many samples at the pace so far."""
+        """Take the state now. The time left is that of as many samples at the pace so far."""
         seconds, ended = time.monotonic() - self.start, self.samples - self.left
         worker_s, busy_s = self.spent()
         return Snapshot(
@@ -112,6 +116,7 @@ class Progress:
         )
 
     def say(self) -> None:
+        """Say how it stands on standard error and in the folder."""
         now = self.snapshot()
         end = "\r" if sys.stderr.isatty() else "\n"
         print(f"{now.line():<110}", file=sys.stderr, end=end, flush=True)

@@ -31,7 +31,7 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.errors import HarnessError
-from harness.run.schedule import Done, Event, Lost, Raised, Ready, Refused
+from harness.run.schedule import Done, Event, Lost, Raised, Refused, WorkerReady
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -58,20 +58,23 @@ class WorkerShape:
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """What the driver is connected to. resources: CPU, GPU and others, over all nodes that are there now."""
+    """What the driver is connected to."""
 
     resources: Mapping[str, float]
+    """CPU, GPU and others, over all nodes that are there now."""
     dashboard: str
 
 
 @contextmanager
 def connected(address: str) -> Iterator[ClusterInfo]:
-    """A connection to Ray, ended at the end.
+    """Connect to Ray for as long as the context lasts.
 
-    address: `auto` for a cluster that runs on this machine (or RAY_ADDRESS), else one of our own; `local` for one of
-        our own; otherwise that of a cluster's head, `host:port` or `ray://host:port`.
+    Args:
+        address: `auto` for a cluster that runs on this machine (or RAY_ADDRESS), else one of our own; `local` for one
+            of our own; otherwise that of a cluster's head, `host:port` or `ray://host:port`.
 
-    Raises HarnessError when it cannot be had.
+    Raises:
+        HarnessError: the connection cannot be had.
     """
     if address not in ("auto", "local"):
         _check_reachable(address)
@@ -127,14 +130,14 @@ class Worker:
         self.lines: list[str] = []
 
     def start(self) -> dict[str, Any]:
-        """What the driver should know of this worker, once it can work."""
+        """Make what it works with, and tell what the driver should know of this worker."""
         logging.getLogger("harness").addHandler(_Lines(self.lines))
         self.handler, about = self.make()
         context = ray.get_runtime_context()
         return {**about, "node": context.get_node_id()[:12], "host": socket.gethostname(), "time": time.time()}
 
     def do(self, work: Sequence[Any], careful: bool) -> tuple[Sequence[Any], float, list[str]]:
-        """Results, seconds, and what was logged."""
+        """Do a bundle; return its results, its seconds, and what was logged."""
         start = time.perf_counter()
         results = self.handler(work, careful)
         lines = self.lines.copy()
@@ -251,7 +254,7 @@ class RayPool(Generic[W, R]):
             self._end(worker)
             return Refused(worker, str(error))
         self._members[worker].ready, self._died_starting = True, 0
-        return Ready(worker)
+        return WorkerReady(worker)
 
     def _raised(self, worker: int, error: RayTaskError) -> Event[R]:
         """An exception of our code in the actor, which lives on."""

@@ -24,26 +24,27 @@ W_contra = TypeVar("W_contra", contravariant=True)
 DEPTH = 2  # bundles that a worker holds
 BUNDLE_S = 1.0
 BUNDLE_ITEMS = 256
+STORE_S = 0.5  # a driver writes what came in at least this often
 NODES_LOST = 20  # that often an item may be on a node when it goes
 
 
 @dataclass
 class Item(Generic[W]):
-    """A piece of work that is done as a whole.
+    """A piece of work that is done as a whole."""
 
-    tries: charged so far. alone: it goes out by itself. careful: it is to be done in the smallest steps.
-    """
-
-    index: int
     work: W
     tries: int = 0
+    """Charged so far."""
     nodes_lost: int = 0
+    """How often it was on a node that went."""
     alone: bool = False
+    """It goes out by itself."""
     careful: bool = False
+    """It is to be done in the smallest steps."""
 
 
 @dataclass(frozen=True)
-class Ready:
+class WorkerReady:
     """A worker that can be given work."""
 
     worker: int
@@ -60,21 +61,24 @@ class Done(Generic[R]):
 
 @dataclass(frozen=True)
 class Raised:
-    """A worker's first bundle ended in an exception; the worker lives. memory: it says that it ran out of it."""
+    """A worker's first bundle ended in an exception; the worker lives."""
 
     worker: int
     why: str
     memory: bool = False
+    """It says that it ran out of it."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker that is gone, with all it held. node: its node went, which is no fault of what it ran."""
+    """A worker that is gone, with all it held."""
 
     worker: int
     why: str
     node: bool = False
+    """Its node went, which is no fault of what it ran."""
     memory: bool = False
+    """It ran out of it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Refused:
     why: str
 
 
-Event = Ready | Done[R] | Raised | Lost | Refused
+Event = WorkerReady | Done[R] | Raised | Lost | Refused
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Pool(Protocol[W_contra, R]):
         """Give a ready worker a bundle, behind those it has."""
 
     def wait(self, seconds: float) -> list[Event[R]]:
-        """What happened, as soon as something did; at the latest after `seconds`. Starts what is to be started."""
+        """Return what happened, as soon as something did; at the latest after `seconds`."""
 
     def replace(self, worker: int) -> None:
         """Put an end to a worker, if it has none yet, and start another one in its place."""
@@ -145,7 +149,7 @@ class Schedule(Generic[W, R]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool, self.timeout_s, self.tries, self.start_s, self.clock = pool, timeout_s, tries, start_s, clock
-        self._queue = deque(Item(index, work) for index, work in enumerate(items))
+        self._queue = deque(map(Item[W], items))
         self._held: dict[int, _Held[W]] = {}
         self._each_s = 0.0  # seconds of an item, the latest counting most; 0 before the first
         self._refusals: list[str] = []
@@ -156,7 +160,7 @@ class Schedule(Generic[W, R]):
 
     @property
     def workers(self) -> int:
-        """That are ready or at work."""
+        """How many workers are ready or at work."""
         return len(self._held)
 
     @property
@@ -166,7 +170,7 @@ class Schedule(Generic[W, R]):
         return self._past_s + sum(now - held.ready for held in self._held.values())
 
     def run(self) -> Iterator[list[tuple[Item[W], R | GivenUp]]]:
-        """What becomes of the items, in order of completion; an empty list when nothing came for a second.
+        """Yield what becomes of the items, in order of completion; an empty list when nothing came for a second.
 
         Raises HarnessError when no worker can be had; what was yielded before stands.
         """
@@ -209,7 +213,7 @@ class Schedule(Generic[W, R]):
 
     def _handle(self, event: Event[R]) -> Iterator[tuple[Item[W], R | GivenUp]]:
         match event:
-            case Ready(worker):
+            case WorkerReady(worker):
                 self._held[worker] = _Held(ready=self.clock())
             case Done(worker, results, seconds):
                 bundle = self._take_first(worker)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +25,7 @@ from harness.plan.sweep import (
     plan_names,
     plan_sweep,
 )
+from harness.records.log_folder import now
 from harness.records.record import PROMPT_TAIL, Record, RunManifest
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
@@ -37,7 +36,7 @@ log = logging.getLogger("harness")
 
 
 @dataclass
-class Runner:
+class SampleRunner:
     """Turns samples into records with one loaded model; holds no files, so any process can be one.
 
     Args:
@@ -68,14 +67,15 @@ class Runner:
 
 
 def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, *, text: str = "") -> Record:
-    """What is stored of a cell. text: of its tokens."""
-    sample, nll = planned.sample, outcome.nll_per_token
+    """What is stored of a cell. text: what its tokens say."""
+    sample = planned.sample
     prediction, metrics = "", {}
     if outcome.status == "ok":
         prediction = text
         for stop in sample.stop:
             prediction = prediction.split(stop)[0]
         metrics = dict(planned.task.score(sample, prediction))
+    stored = outcome.stored()
     return Record(
         run_id=spec.run_id,
         model=spec.model.name,
@@ -87,35 +87,17 @@ def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome:
         query=spec.query,
         first_token=spec.first_token,
         seed=spec.seed,
-        status=outcome.status,
-        error=outcome.error,
         memory=cell.cell.policy.memory,
-        over_budget=outcome.over_budget,
-        notes=(*planned.notes, *outcome.notes),
+        notes=(*planned.notes, *stored.pop("notes")),
         prompt_tokens=len(planned.ids),
-        compressed_tokens=outcome.compressed_tokens,
         prompt_sha256=planned.sha256,
         prompt_tail=f"{sample.context[-PROMPT_TAIL:]}{sample.question}{sample.answer_prefix}"[-PROMPT_TAIL:],
-        budget_tokens=outcome.budget_tokens,
-        kept_slots=outcome.kept_slots,
-        kv_bytes=outcome.kv_bytes,
-        kv_bytes_end=outcome.kv_bytes_end,
-        asked_bytes=outcome.asked_bytes,
-        full_bytes=outcome.full_bytes,
         needle_tokens=len(planned.needle),
-        needle_kept=outcome.needle_kept,
         answers=sample.answers,
         prediction=prediction,
-        token_ids=outcome.token_ids,
         metrics=metrics,
-        nll=sum(nll) / len(nll) if nll else None,
-        nll_tokens=len(nll),
-        nll_first=nll[0] if nll else None,
         meta=dict(sample.meta),
-        prefill_s=outcome.prefill_s,
-        compress_s=outcome.compress_s,
-        decode_s=outcome.decode_s,
-        decode_rows=outcome.decode_rows,
+        **stored,
     )
 
 
@@ -182,7 +164,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
     named = plan_names(sweep)
     loaded = load(sweep)
     prepared = prepare(named, loaded, command=command)
-    runner = Runner(prepared.manifest.spec, loaded)  # before the folder is made: it refuses models it cannot run
+    runner = SampleRunner(prepared.manifest.spec, loaded)  # before the folder is made: it refuses models it cannot run
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
     with RunStore.open(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
         work = prepared.missing(store.done)
@@ -193,7 +175,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         )
         slow = 0.5 if sys.stderr.isatty() else 30.0
         with (
-            ending(store),
+            store.ending(),
             tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True) as bar,
         ):
             for group in work:
@@ -202,23 +184,5 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
         return store.folder
 
 
-@contextmanager
-def ending(store: RunStore) -> Iterator[None]:
-    """The manifest says how the run ended, whatever ended it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        store.finish("interrupted", finished=now())
-        raise
-    except Exception as error:  # raised again: what ended the run only has to be told
-        store.finish("failed", finished=now(), error=" ".join(str(error).split())[:500])
-        raise
-    store.finish("finished", finished=now())
-
-
 def _key(planned: PlannedSample, cell: PlannedCell) -> tuple[str, str, str, str]:
     return (planned.task.name, planned.sample.id, cell.method, cell.budget)
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

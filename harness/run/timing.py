@@ -15,35 +15,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from harness.errors import HarnessError
 from harness.plan.sweep import Group, PlannedSample
-from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.record import Record
 from harness.records.spec import ModelSpec, Sweep
+from harness.speed.boundary import Asks
 from harness.speed.target import Restarting, probe_spec
 
 TIMEOUT_S = 1800.0
 """A probe that takes longer has hung."""
-LONGEST = 200  # characters of a probe's error in a note
-
+ERROR_CHARS = 200
+"""Characters of a probe's error in a note."""
 
 Finish = Callable[[list[Record], Group], list[Record]]
-
-
-class Probing(Protocol):
-    """What measures: `harness.speed.client.Prober`, open."""
-
-    def ask(self, spec: ProbeSpec, *, timeout_s: float) -> ProbeResult:
-        """How one cell by itself went; an unhappy end is a result, not an exception."""
-        ...
+"""Adds measurements to the records of a group."""
 
 
 def measured_on(machine: Mapping[str, Any], model: ModelSpec) -> str:
-    """What speed depends on, in one line: device, accelerators where one is used, processor, CPU threads.
+    """Say in one line what speed depends on: device, accelerators where one is used, processor, CPU threads.
 
     machine: as `harness.machine.machine` gives it. Raises HarnessError for a device whose memory nothing tells.
     """
@@ -57,7 +50,7 @@ def measured_on(machine: Mapping[str, Any], model: ModelSpec) -> str:
 
 @contextmanager
 def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
-    """What adds measurements to the records of a group; with a sweep that asks for none it changes nothing.
+    """Provide what adds measurements to the records of a group; for a sweep that asks for none it changes nothing.
 
     model: as loaded for the scores; the probes load the same.
     """
@@ -69,7 +62,7 @@ def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
     threads = torch.get_num_threads()
     start = partial(Prober, model=sweep.model, dtype=model.dtype, device=model.device, threads=threads)
     with ExitStack() as stack:
-        opened: list[Probing] = []
+        opened: list[Asks] = []
 
         def finish(records: list[Record], group: Group) -> list[Record]:
             if not opened:  # a run with nothing left to do starts no server
@@ -81,8 +74,8 @@ def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
         yield finish
 
 
-def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prober: Probing) -> Record:
-    """The record with what its cell takes by itself, or with a note on why that is not known.
+def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prober: Asks) -> Record:
+    """Return the record with what its cell takes by itself, or with a note on why that is not known.
 
     planned: the record's sample. A record without a score stays as it is.
     """
@@ -94,5 +87,5 @@ def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, probe
     result = prober.ask(spec, timeout_s=TIMEOUT_S)
     if result.status == "ok" and result.measured is not None:
         return record.model_copy(update={"measured": result.measured})
-    why = " ".join((result.error or "no measurement came back").split())[:LONGEST]
+    why = " ".join((result.error or "no measurement came back").split())[:ERROR_CHARS]
     return record.model_copy(update={"notes": (*record.notes, f"measure: {result.status} ({why})")})

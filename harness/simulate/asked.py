@@ -16,7 +16,7 @@ from harness.records.record import RunManifest
 from harness.records.run_folder import RUNS, load_run
 from harness.records.spec import Frozen
 from harness.simulate.pool import Cluster, Costs
-from harness.simulate.simulate import Outcome, simulate, sizes
+from harness.simulate.simulate import SimulatedRun, simulate, sizes
 from harness.simulate.workload import (
     CUT,
     ID_BYTES,
@@ -88,7 +88,7 @@ class PlannedWork:
     lines: Sequence[str]
 
 
-def outcomes_of(ask: SimulationAsk, work: Sequence[Work], costs: Costs) -> list[Outcome]:
+def outcomes_of(ask: SimulationAsk, work: Sequence[Work], costs: Costs) -> list[SimulatedRun]:
     """How the work goes on clusters of growing size, up to the one asked for."""
     mtbf_s = None if ask.mtbf_hours is None else ask.mtbf_hours * 3600
     cluster = Cluster(start_s=ask.start_seconds, mtbf_s=mtbf_s, node_s=ask.node_seconds, seed=ask.seed)
@@ -191,7 +191,7 @@ def cluster_lines(ask: SimulationAsk, costs: Costs) -> list[str]:
     ]
 
 
-def warnings(outcomes: Sequence[Outcome]) -> list[str]:
+def warnings(outcomes: Sequence[SimulatedRun]) -> list[str]:
     """What a reader of the table must know of the largest cluster's run."""
     longest, lines = outcomes[-1].longest_s, []
     if longest > ITEM_TIMEOUT_S:

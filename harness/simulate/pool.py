@@ -12,7 +12,7 @@ from random import Random
 from typing import Literal
 
 from harness.errors import HarnessError
-from harness.run.schedule import Done, Event, Lost, Ready
+from harness.run.schedule import Done, Event, Lost, WorkerReady
 from harness.simulate.workload import Work
 
 HOPELESS = 1000  # so many nodes in a row are lost with nothing done in between
@@ -66,7 +66,7 @@ class Cluster:
 
 
 @dataclass
-class Clock:
+class SimulatedClock:
     """The driver's time. busy: that it was not waiting."""
 
     now: float = 0.0
@@ -104,7 +104,7 @@ class SimulatedPool:
     doze: nothing would come of returning from `wait` before something happened.
     """
 
-    def __init__(self, cluster: Cluster, costs: Costs, clock: Clock, *, size: int) -> None:
+    def __init__(self, cluster: Cluster, costs: Costs, clock: SimulatedClock, *, size: int) -> None:
         self.cluster, self.costs, self.clock = cluster, costs, clock
         self.shares: dict[Share, float] = defaultdict(float)
         self.doze = True
@@ -189,7 +189,7 @@ class SimulatedPool:
         if kind == "ready":
             self.shares[own.kind] += at - own.began
             own.ready, own.idle, own.free = True, at, at
-            return Ready(number)
+            return WorkerReady(number)
         start, end, items = own.bundles.popleft()
         self.shares["driver"] += start - own.idle
         self.shares["work"] += end - start

@@ -17,17 +17,16 @@ from tabulate import tabulate
 
 from harness.errors import HarnessError
 from harness.run.progress import duration
-from harness.run.schedule import GivenUp, Item, Schedule
-from harness.simulate.pool import Clock, Cluster, Costs, Share, SimulatedPool
+from harness.run.schedule import STORE_S, GivenUp, Item, Schedule
+from harness.simulate.pool import Cluster, Costs, Share, SimulatedClock, SimulatedPool
 from harness.simulate.workload import Work
 
-STORE_S = 0.5  # as harness.run.driver, which cannot be imported without Ray
 WINDOW_S = 10.0  # of the peak rates
 SATURATED = 0.9  # utilisation below which a size is called too large
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulatedRun:
     """What came of a simulated run.
 
     shares: worker-seconds by what they went into; their sum is workers times makespan. driver_s: busy, planning not
@@ -72,7 +71,7 @@ class Outcome:
 class _Log:
     """The driver's writing: records are held and appended as in `harness.run.driver`."""
 
-    def __init__(self, costs: Costs, clock: Clock) -> None:
+    def __init__(self, costs: Costs, clock: SimulatedClock) -> None:
         self.costs, self.clock = costs, clock
         self.held: list[Work] = []
         self.items = self.given_up = 0
@@ -105,11 +104,11 @@ class _Log:
         return found[0], found[1]
 
 
-def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> Outcome:
+def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedRun:
     """Run `work` on a cluster. Raises HarnessError when it takes no time, or no node lasts until an item is done."""
     if not any(item.seconds > 0 for item in work):
         raise HarnessError("no items with seconds to simulate; give a run with records")
-    clock = Clock()
+    clock = SimulatedClock()
     clock.spend(costs.plan_token_s * sum(item.tokens for item in work))
     plan_s = clock.now
     pool = SimulatedPool(cluster, costs, clock, size=min(cluster.workers, len(work)))
@@ -122,7 +121,7 @@ def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> Outcome:
     pool.stop()
     pool.shares["tail"] += (cluster.workers - min(cluster.workers, len(work))) * clock.now
     records, nbytes = log.rates()
-    return Outcome(
+    return SimulatedRun(
         cluster=cluster,
         makespan_s=clock.now,
         plan_s=plan_s,
@@ -146,7 +145,7 @@ def _doubled(most: int) -> list[int]:
     return [*(2**i for i in range((most - 1).bit_length())), most]
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[SimulatedRun]) -> str:
     """One line for each size of the cluster."""
     lines = [_line(outcome) for outcome in outcomes]
     if not any(outcome.nodes_lost for outcome in outcomes):
@@ -154,7 +153,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return tabulate(lines, headers="keys", stralign="right", disable_numparse=True)
 
 
-def _line(outcome: Outcome) -> dict[str, str]:
+def _line(outcome: SimulatedRun) -> dict[str, str]:
     megabytes = [rate / 1e6 for rate in outcome.nbytes]
     return {
         "nodes x GPUs": f"{outcome.cluster.nodes} x {outcome.cluster.gpus}",
@@ -173,7 +172,7 @@ def _line(outcome: Outcome) -> dict[str, str]:
     }
 
 
-def saturation(outcomes: Sequence[Outcome]) -> str:
+def saturation(outcomes: Sequence[SimulatedRun]) -> str:
     """Where more workers stop to pay, and why, in one line. outcomes: by size, the smallest first."""
     last = outcomes[-1]
     over = next((outcome for outcome in outcomes if outcome.utilisation < SATURATED), last)
@@ -188,7 +187,7 @@ def saturation(outcomes: Sequence[Outcome]) -> str:
     return f"{begin} {_why(over)}{end}{_why(last) if end else ''}"
 
 
-def _why(outcome: Outcome) -> str:
+def _why(outcome: SimulatedRun) -> str:
     share = _percent(outcome.share(outcome.limit))
     match outcome.limit:
         case "start":

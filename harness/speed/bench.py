@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,7 +22,8 @@ from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.models.load import DTYPES
 from harness.plan.sweep import PlannedCell
-from harness.records.bench_folder import BenchManifest, BenchRecord, BenchSpec, BenchStore, Kind, machine_id
+from harness.records.bench_folder import BenchKind, BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
+from harness.records.log_folder import now
 from harness.records.measured import ProbeResult
 from harness.records.spec import Asked
 from harness.speed.memory_limit import Size
@@ -38,7 +38,7 @@ class BenchAsk(Asked):
     limit_bytes: of a probe, the model's own included.
     """
 
-    kind: Kind = "bench"
+    kind: BenchKind = "bench"
     budgets: tuple[str, ...] = ("128", "512")
     lengths: tuple[int, ...] = (2048, 8192)
     batch: int = Field(default=1, ge=1)
@@ -74,19 +74,15 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: Make
             status="started",
             command=tuple(command),
             spec=spec,
-            started=_now(),
+            started=now(),
             model_bytes=asker.model_bytes,
             git_commit=git_commit(),
             versions=versions(),
             machine=found | held,
         )
         with BenchStore(root, manifest) as store:
-            try:
+            with store.ending():
                 _Bench(store, target, asker, ask).run()
-            except BaseException as error:  # the manifest must say how the bench ended, whatever ended it
-                store.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", finished=_now())
-                raise
-            store.finish("finished", finished=_now())
             return store.folder
 
 
@@ -154,10 +150,10 @@ class _Bench:
                 why = self.target.refusal(cell, tokens)
                 if why is not None:
                     say([f"{name}: skipped: {why}"])
-                    self.store.append(blank.model_copy(update={"status": "skipped", "error": why}))
+                    self.store.append([blank.model_copy(update={"status": "skipped", "error": why})])
                 else:
                     say([f"{name}, pass {round_ + 1}"])
-                    self.store.append(self._probed(blank, cell))
+                    self.store.append([self._probed(blank, cell)])
             if place not in lost and stored[key].status != "ok":
                 lost.add(place)
 
@@ -192,7 +188,7 @@ class _Bench:
             round=round_,
             status="failed",
             clock_mhz=clocks_mhz().get("median"),
-            at=_now(),
+            at=now(),
         )
 
 
@@ -200,7 +196,3 @@ def _passes(places: Sequence[tuple[PlannedCell, int]], rounds: int) -> Iterator[
     for round_ in range(rounds):
         for cell, tokens in places[::-1] if round_ % 2 else places:
             yield cell, tokens, round_
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

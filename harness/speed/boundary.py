@@ -1,195 +1,175 @@
-"""The largest context and the largest batch of each method that fit a memory limit, searched with probes.
+"""Where a method runs out of memory: the largest context at batch 1, the largest batch at a context.
 
-Source of the searches: `harness.speed.memory_search`. Every probe is a process of its own under the limit.
+A size fits when its probe ends `ok`; `oom`, `timeout` and `failed` do not fit, and the record says which it was.
+Memory is taken to grow with the size. A model of bytes gives the first size; every probe is recorded.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationInfo, field_validator
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from harness.errors import HarnessError
-from harness.machine import git_commit, machine, versions
-from harness.plan.sweep import PlannedCell
-from harness.records.memory_folder import BoundaryManifest, BoundaryRecord, BoundaryStore
-from harness.records.spec import Asked, check_least
-from harness.speed.bench import MakeProber
-from harness.speed.memory_limit import Size
-from harness.speed.memory_search import Boundaries, Search, first_guess
-from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say, swap_note
-
-NEW_TOKENS = 32
-STEP = 256
-"""Contexts are multiples of it."""
-LONGEST_TIMEOUT_S = 1e6
-CONTEXT = 8192
-"""Tokens of each prompt of the batch search, or the most there can be where that is less."""
+from harness.records.boundary_folder import BoundaryRecord, BoundaryStore, Found, SizeKind, Tried
+from harness.records.measured import ProbeResult, ProbeSpec
 
 
-class BoundaryAsk(Asked):
-    """What a person asked for, by command line.
+class Asks(Protocol):
+    """What a search needs of a prober."""
 
-    limit_bytes: of a probe, the model's own included. context: tokens of each prompt of the batch search, None for
-    `CONTEXT`. max_tokens: longest context to try, None for the model's. chunk: tokens of a prefill forward, None for
-    the whole prompt at once. timeout_s: of one probe, in seconds.
+    def ask(self, spec: ProbeSpec, *, limit_bytes: int | None = None, timeout_s: float = ...) -> ProbeResult:
+        """Run one probe in a process of its own."""
+
+
+def largest(fits: Callable[[int], ProbeResult], *, first: int, least: int, most: int, step: int) -> Found:
+    """The largest of `least`, `least + step`, ... up to `most` that fits, by galloping away from `first`, then halving.
+
+    Asks about 2 log2(d) sizes for an answer d steps from `first`, none twice. Raises HarnessError without a size.
     """
-
-    budgets: tuple[str, ...] = ("128",)
-    limit_bytes: Size
-    context: int | None = None
-    max_tokens: int | None = None
-    max_batch: int = 64
-    chunk: int | None = None
-    timeout_s: float = 600.0
-    threads: int | None = None
-
-    @field_validator("max_batch", "chunk", "threads", "timeout_s")
-    @classmethod
-    def _at_least_one(cls, given: Any, field: ValidationInfo) -> Any:
-        return check_least(given, 1, field)
-
-    @field_validator("context", "max_tokens")
-    @classmethod
-    def _at_least_two(cls, given: Any, field: ValidationInfo) -> Any:
-        return check_least(given, 2, field)
-
-    @field_validator("timeout_s")
-    @classmethod
-    def _ends(cls, seconds: float) -> float:
-        if seconds > LONGEST_TIMEOUT_S:
-            raise ValueError(f"--timeout {seconds:g} is too long; give at most {LONGEST_TIMEOUT_S:g} seconds")
-        return seconds
+    if least > most:
+        raise HarnessError(f"the least size, {least}, is above the most, {most}; raise the most")
+    count = (most - least) // step + 1
+    low, high, status = -1, count, None  # the last that fits, the first that does not; both may lie outside
+    at, pace = min(max((first - least) // step, 0), count - 1), 1
+    while high - low > 1:
+        result = fits(least + at * step)
+        if result.status == "ok":
+            low = at
+        else:
+            high, status = at, result.status
+        if low < 0:
+            at = max(high - pace, 0)
+        elif high == count:
+            at = min(low + pace, count - 1)
+        else:
+            at = (low + high) // 2
+        pace *= 2
+    answer = least + low * step if low >= 0 else 0
+    if high == count:
+        return Found(answer=answer, whole=True)
+    return Found(answer=answer, next_size=least + high * step, next_status=status)
 
 
-def run_boundary(
-    ask: BoundaryAsk, *, out: Path, command: Sequence[str], prober: MakeProber
-) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
-    """Search what is not yet recorded in `out`; the manifest, and the context and the batch of every cell.
-
-    Raises:
-        HarnessError: bad input, before a probe is spent on it; a limit that leaves nothing beside the model; a folder
-            that cannot be written, or that holds other searches.
-    """
-    target = Target.load(ask, ask.threads)
-    sizes = _sizes(ask, target.context)
-    least = [_least(cell, sizes) for cell in target.cells]  # refuses a budget before the first probe
-    model = target.model
-    start = partial(prober, model=model.name, dtype=model.dtype, device=model.device, threads=target.threads)
-    with Restarting(start) as asker:
-        kind, notes = limit_in_force(asker, ask.limit_bytes)
-        notes += [] if any("swap" in note for note in notes) else swap_note()
-        say(f"note: {note}" for note in notes)
-        own = asker.model_bytes
-        manifest = _manifest(ask, target, command, limit_kind=kind, model_bytes=own, notes=tuple(notes))
-        with BoundaryStore.open(out, manifest) as store:
-            searches = Boundaries(
-                asker, store, limit_bytes=ask.limit_bytes, timeout_s=ask.timeout_s, say=lambda line: say([line])
-            )
-            records: list[BoundaryRecord] = []
-            for cell, shortest in zip(target.cells, least, strict=True):
-                pair = _Searches(ask, cell, target, sizes).both(shortest, room=ask.limit_bytes - own)
-                records += [searches.run(search) for search in pair]
-    return manifest, records
+def first_guess(predict: Callable[[int], int], *, room: int, least: int, most: int, step: int) -> int:
+    """The largest size that `predict`, bytes by size, puts within `room`; `least` where it puts none there."""
+    low, high = 0, max((most - least) // step, 0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predict(least + middle * step) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return least + low * step
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Prompts that are tried. longest: of the context search, a multiple of `STEP`. context: of the batch search."""
+class Search:
+    """What is searched. spec: a probe with the method and its budget; its tokens and batch are replaced.
 
-    longest: int
-    context: int
+    method, params: label with the changed parameters, and all parameters, as they go into the record. first: a guess.
+    predict: bytes above the model by size, for the record of a probe that brings none back.
+    """
 
+    spec: ProbeSpec
+    method: str
+    kind: SizeKind
+    first: int
+    least: int
+    most: int
+    step: int
+    at_context: int | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    model_revision: str = ""
+    predict: Callable[[int], int | None] = lambda size: None
 
-def _sizes(ask: BoundaryAsk, model_context: int) -> Sizes:
-    """Neither is beyond the model's context. Raises HarnessError."""
-    most = ask.max_tokens or model_context
-    if most > model_context:
-        raise HarnessError(f"--max-tokens {most} exceeds the model's context of {model_context}; lower it")
-    longest = most // STEP * STEP
-    if longest < STEP:
-        raise HarnessError(f"a longest context of {most} is below {STEP}; raise it")
-    context = min(CONTEXT, longest) if ask.context is None else ask.context
-    if context > most:
-        raise HarnessError(f"--context {context} exceeds {most}, the model's context or --max-tokens; lower it")
-    return Sizes(longest, context)
+    def probe(self, size: int) -> ProbeSpec:
+        """The probe of that size."""
+        tokens, batch = (size, 1) if self.at_context is None else (self.at_context, size)
+        return self.spec.model_copy(update={"tokens": tokens, "batch": batch})
 
-
-def _least(cell: PlannedCell, sizes: Sizes) -> int:
-    """The shortest context that is above the cell's budget. Raises HarnessError without one."""
-    budget, longest = cell.cell.budget, sizes.longest
-    if budget is None:
-        return STEP
-    if budget.resolve(sizes.context) >= sizes.context:
-        raise HarnessError(
-            f"budget {cell.budget} is not below the --context of {sizes.context} tokens; lower --budgets"
-        )
-    fitting = (tokens for tokens in range(STEP, longest + 1, STEP) if budget.resolve(tokens) < tokens)
-    least = next(fitting, None)
-    if least is None:
-        raise HarnessError(f"budget {cell.budget} is not below the longest context, {longest} tokens; lower --budgets")
-    return least
-
-
-@dataclass(frozen=True)
-class _Searches:
-    """The two searches of one method at one budget."""
-
-    ask: BoundaryAsk
-    cell: PlannedCell
-    target: Target
-    sizes: Sizes
-
-    def both(self, least: int, *, room: int) -> tuple[Search, Search]:
-        """The context and the batch. least: shortest context. room: bytes beside the model."""
-        context = self.sizes.context
-        shape: dict[str, Any] = {"tokens": context, "new_tokens": NEW_TOKENS, "chunk": self.ask.chunk, "warm_up": False}
-        spec = probe_spec(self.cell.method, self.cell.budget, self.ask.set, **shape)
-        params, revision = self.target.methods[self.cell.method].params, self.target.model.revision
-        shared: dict[str, Any] = {"spec": spec, "method": self.cell.method, "params": params}
-        shared |= {"model_revision": revision}
-        contexts: dict[str, Any] = {"least": least, "most": self.sizes.longest, "step": STEP}
-        batches: dict[str, Any] = {"least": 1, "most": self.ask.max_batch, "step": 1}
-
-        def longer(size: int) -> int | None:
-            return self._needs(size, 1)
-
-        def wider(size: int) -> int | None:
-            return self._needs(context, size)
-
-        def first(predict: Callable[[int], int | None], grid: dict[str, Any]) -> int:
-            return first_guess(lambda size: predict(size) or sys.maxsize, room=room, **grid)
-
-        return (
-            Search(**shared, kind="context", first=first(longer, contexts), predict=longer, **contexts),
-            Search(**shared, kind="batch", at_context=context, first=first(wider, batches), predict=wider, **batches),
+    def record(self, limit_bytes: int) -> BoundaryRecord:
+        """The record before the first probe."""
+        return BoundaryRecord(
+            model_revision=self.model_revision,
+            method=self.method,
+            params=json.loads(json.dumps(self.params, default=str)),  # as a file gives them back
+            budget=self.spec.budget or "full",
+            kind=self.kind,
+            at_context=self.at_context,
+            limit_bytes=limit_bytes,
+            least=self.least,
+            most=self.most,
+            step=self.step,
         )
 
-    def _needs(self, tokens: int, batch: int) -> int | None:
-        """Bytes above the model's own, predicted; None where the method refuses."""
-        return self.target.predict(self.cell, tokens=tokens, batch=batch, new_tokens=NEW_TOKENS, chunk=self.ask.chunk)
 
+class BoundarySearches:
+    """Runs searches one after another. say: takes a line of progress for each probe."""
 
-def _manifest(ask: BoundaryAsk, target: Target, command: Sequence[str], **found: Any) -> BoundaryManifest:
-    """found: what the first probe showed of the limit and the model."""
-    return BoundaryManifest(
-        command=tuple(command),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=target.model,
-        context=target.context,
-        threads=target.threads,
-        chunk=ask.chunk,
-        new_tokens=NEW_TOKENS,
-        timeout_s=ask.timeout_s,
-        git_commit=git_commit(),
-        versions=versions(),
-        machine=machine(),
-        limit_bytes=ask.limit_bytes,
-        **found,
-    )
+    def __init__(
+        self, prober: Asks, store: BoundaryStore, *, limit_bytes: int, timeout_s: float, say: Callable[[str], None]
+    ) -> None:
+        self.prober, self.store, self.say = prober, store, say
+        self.limit_bytes, self.timeout_s = limit_bytes, timeout_s
+
+    def run(self, search: Search) -> BoundaryRecord:
+        """Finish a search; one that is stored as finished is returned as it is. A probe that fails never ends it."""
+        record, old = search.record(self.limit_bytes), None
+        stored = self.store.records.get(record.key)
+        if stored is not None and stored.params == record.params:
+            old = stored
+            if stored == record.model_copy(update={"found": stored.found, "probes": stored.probes}) and stored.found:
+                return stored
+        record = record.model_copy(update={"probes": old.probes if old else ()})
+
+        def fits(size: int) -> ProbeResult:
+            nonlocal record
+            spec = search.probe(size)
+            tried = record.probe(size) or self._known(record, spec)
+            if tried is None:
+                tried = self._try(record, spec, search.predict(size))
+            if tried not in record.probes:
+                record = record.model_copy(update={"probes": (*record.probes, tried)})
+                self.store.put(record)
+            return ProbeResult(status=tried.status, error=tried.error)
+
+        found = largest(fits, first=search.first, least=search.least, most=search.most, step=search.step)
+        record = record.model_copy(update={"found": found})
+        self.store.put(record)
+        return record
+
+    def _known(self, record: BoundaryRecord, spec: ProbeSpec) -> Tried | None:
+        """The same probe in another search of the same method."""
+        same = (r for r in self.store.records.values() if (r.method, r.budget) == (record.method, record.budget))
+        probes = (tried for r in same if r.params == record.params for tried in r.probes)
+        return next((p for p in probes if (p.tokens, p.batch) == (spec.tokens, spec.batch)), None)
+
+    def _try(self, record: BoundaryRecord, spec: ProbeSpec, predicted: int | None) -> Tried:
+        start = time.perf_counter()
+        try:
+            result = self.prober.ask(spec, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
+        except HarnessError:
+            raise  # nothing can be probed here
+        except Exception as error:  # a search outlives whatever a probe does
+            result = ProbeResult(status="failed", error=f"{type(error).__name__}: {error}")
+        seconds, measured = time.perf_counter() - start, result.measured
+        line = None if result.error is None else " ".join(result.error.split())
+        tried = Tried(
+            tokens=spec.tokens,
+            batch=spec.batch,
+            status=result.status,
+            seconds=round(seconds, 3),
+            peak_bytes=None if measured is None else measured.peak_bytes,
+            predicted_bytes=predicted if measured is None else measured.predicted_bytes,
+            error=line,
+        )
+        peak = f", peak {tried.peak_bytes / 2**20:.1f} MiB" if tried.peak_bytes is not None else ""
+        if tried.status == "oom" and predicted is not None:
+            peak = f", {predicted / 2**20:.1f} MiB were predicted"
+        why = f": {line}" if line and result.status == "failed" else ""
+        size = f"{spec.tokens} tokens x {spec.batch}"
+        self.say(f"{record.method} {record.budget}: {size}: {tried.status} in {seconds:.1f} s{peak}{why}")
+        return tried

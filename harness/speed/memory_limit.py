@@ -30,11 +30,12 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit in force. note: why it is not of the better kind, and what may soften it; empty for nothing."""
+    """A limit in force."""
 
     kind: Literal["cgroup", "address space", "allocator fraction"]
     bytes: int
     note: str = ""
+    """Why it is not of the better kind, and what may soften it; empty where there is nothing to say."""
 
 
 def parse_bytes(size: str | int) -> int:
@@ -54,7 +55,7 @@ Size = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS (resident), VmHWM (its peak), VmSize (mapped), VmSwap."""
+    """Read a field of /proc/self/status in bytes: VmRSS (resident), VmHWM (its peak), VmSize (mapped), VmSwap."""
     lines = (PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
@@ -69,7 +70,7 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int:
-    """The most that was resident since `reset_peak`; where that was refused, since the process began."""
+    """Return the most bytes that were resident since `reset_peak`; where that was refused, since the start."""
     try:
         return status_bytes("VmHWM")
     except (OSError, StopIteration):
@@ -94,23 +95,9 @@ def map_from(size: int) -> None:
 
 
 class _Heap(ctypes.Structure):
-    """mallinfo2 of glibc. arena: bytes of the heap."""
+    """What glibc's mallinfo2 returns. arena: bytes of the heap."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "top",
-        )
-    )
+    _fields_ = (("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9))
 
 
 def fill_holes() -> int:
@@ -173,7 +160,7 @@ def apply(limit_bytes: int) -> Limit:
 
 
 def limit_address_space(limit_bytes: int, resident: int) -> None:
-    """RLIMIT_AS of what is mapped but not resident, plus the limit. Raises HarnessError where that is refused."""
+    """Set RLIMIT_AS to what is mapped but not resident, plus the limit. Raises HarnessError where it is refused."""
     wanted = status_bytes("VmSize") - resident + limit_bytes
     try:
         resource.setrlimit(resource.RLIMIT_AS, (wanted, wanted))
@@ -182,7 +169,9 @@ def limit_address_space(limit_bytes: int, resident: int) -> None:
 
 
 def join_cgroup(room: int) -> str:
-    """Move this process into a cgroup v2 of its own with `room` bytes and no swap; why not, or an empty string.
+    """Move this process into a cgroup v2 of its own with `room` bytes and no swap.
+
+    Returns why that is not possible, or an empty string.
 
     What was allocated before stays with the old cgroup, so `room` is of new memory alone.
     """
@@ -212,7 +201,7 @@ def leave_cgroup(pid: int) -> None:
 
 
 def swap_used() -> int:
-    """Bytes of swap in use on this machine."""
+    """Return the bytes of swap that are in use on this machine."""
     try:
         pairs = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):

@@ -39,7 +39,7 @@ class Meter:
             raise HarnessError(f"memory on device {str(device)!r} cannot be measured; give cpu or cuda")
 
     def peak(self) -> int:
-        """Most bytes that were held above the start. Ask once, when what was measured is over."""
+        """Return the most bytes that were held above the start. Ask once, when what was measured is over."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         highest = memory_limit.peak_bytes()
@@ -51,7 +51,7 @@ class Meter:
 
 
 def tensor_bytes() -> int:
-    """Bytes of the CPU tensors that this process holds, those frozen by `gc.freeze` apart."""
+    """Count the bytes of the CPU tensors that this process holds, those frozen by `gc.freeze` apart."""
     storages = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout is torch.strided:

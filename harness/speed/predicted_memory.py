@@ -47,9 +47,10 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Dims:
-    """Shapes of a model. windows: sliding window of each layer, None where attention is full. number: its bytes."""
+    """The shapes of a model."""
 
     windows: tuple[int | None, ...]
+    """Sliding window of each layer, None where attention is full."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -57,10 +58,11 @@ class Dims:
     intermediate: int
     vocab: int
     number: int
+    """Bytes of a number."""
 
     @classmethod
     def of(cls, config: Any, dtype_bytes: int) -> Dims:
-        """Of a transformers text config; a field that a config leaves out has the value that models take for it."""
+        """Read a transformers text config; a field that it leaves out has the value that models take for it."""
         heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
         layers = int(config.num_hidden_layers)
         types = getattr(config, "layer_types", None) or ["full_attention"] * layers
@@ -93,21 +95,23 @@ class Dims:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is run. slots: kept of each compressible layer and KV head, on average. chunk: of the prefill.
-
-    coding: how slots become codes, None where they stay as they are.
-    """
+class ProbeShape:
+    """What is run."""
 
     needs: Needs
     per_layer: bool
+    """Whether a layer is compressed without the others."""
     keeps_all: bool
     tokens: int
+    """Of each prompt."""
     slots: int
+    """Kept of each compressible layer and KV head, on average."""
     batch: int
     new_tokens: int
     chunk: int | None
+    """Tokens of a prefill forward, None for all at once."""
     coding: Coding | None = None
+    """How slots become codes, None where they stay as they are."""
 
     @property
     def step(self) -> int:
@@ -126,7 +130,7 @@ def predict(
     new_tokens: int = 32,
     chunk: int | None = None,
 ) -> int:
-    """Peak bytes above the model of `batch` prompts of `tokens` under `policy`; see the head of this module.
+    """Predict the peak bytes above the model of a probe under `policy`, as the head of this module says.
 
     Args:
         config: the model's text config.
@@ -144,131 +148,133 @@ def predict(
     coding = policy.coding if isinstance(policy, Quant) else None
     if isinstance(policy, Quant) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
-    work = Work(policy.needs, alone, budget is None and not coding, tokens, slots, batch, new_tokens, chunk, coding)
-    return max(prefill(dims, work), batching(dims, work), decoding(dims, work))
+    shape = ProbeShape(
+        policy.needs, alone, budget is None and not coding, tokens, slots, batch, new_tokens, chunk, coding
+    )
+    return max(prefill(dims, shape), batching(dims, shape), decoding(dims, shape))
 
 
-def full_layer(dims: Dims, work: Work) -> int:
-    """One layer's cache of the whole prompt."""
-    return work.tokens * dims.slot
+def full_layer(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of one layer's cache of the whole prompt."""
+    return shape.tokens * dims.slot
 
 
-def observed(dims: Dims, work: Work) -> int:
-    """Window queries and column sums that one layer holds until it is compressed."""
-    window = min(work.needs.window, work.tokens) * dims.heads * dims.head_dim * dims.number
-    return window + (work.tokens * dims.heads * FLOAT32 if work.needs.column_sums else 0)
+def observed(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of the window queries and column sums that one layer holds until it is compressed."""
+    window = min(shape.needs.window, shape.tokens) * dims.heads * dims.head_dim * dims.number
+    return window + (shape.tokens * dims.heads * FLOAT32 if shape.needs.column_sums else 0)
 
 
-def kept_layer(dims: Dims, work: Work) -> int:
-    """One compressible layer of one prompt after compression."""
-    return slot_bytes(dims, work) + (0 if work.keeps_all else work.slots * POSITION * dims.kv_heads)
+def kept_layer(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of one compressible layer of one prompt after compression."""
+    return slot_bytes(dims, shape) + (0 if shape.keeps_all else shape.slots * POSITION * dims.kv_heads)
 
 
-def slot_bytes(dims: Dims, work: Work) -> int:
-    """Keys and values of one compressible layer of one prompt after compression, without positions."""
-    if work.coding is None:
-        return work.slots * dims.slot
-    older = max(0, work.slots - work.coding.residual)
-    codes = dims.kv_heads * work.coding.nbytes(older, dims.head_dim, dims.head_dim)
-    return min(work.slots * dims.slot, codes + (work.slots - older) * dims.slot)
+def slot_bytes(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of the keys and values of such a layer, without positions."""
+    if shape.coding is None:
+        return shape.slots * dims.slot
+    older = max(0, shape.slots - shape.coding.residual)
+    codes = dims.kv_heads * shape.coding.nbytes(older, dims.head_dim, dims.head_dim)
+    return min(shape.slots * dims.slot, codes + (shape.slots - older) * dims.slot)
 
 
-def kept(dims: Dims, work: Work) -> int:
-    """All layers of one prompt after compression; sliding-window layers are cut when the batch is made."""
-    return dims.seen * kept_layer(dims, work) + (len(dims.windows) - dims.seen) * full_layer(dims, work)
+def kept(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of all layers of one prompt after compression; sliding-window layers are cut when the batch is made."""
+    return dims.seen * kept_layer(dims, shape) + (len(dims.windows) - dims.seen) * full_layer(dims, shape)
 
 
-def prefill(dims: Dims, work: Work) -> int:
-    """Most that is held while the last prompt is prefilled and compressed."""
-    earlier = (work.batch - 1) * (kept(dims, work) + dims.vocab * FLOAT32)
-    layers, full, seen = len(dims.windows), full_layer(dims, work), observed(dims, work)
-    scores, new = score_bytes(dims, work), 0 if work.keeps_all else kept_layer(dims, work)
-    if work.per_layer and work.step == work.tokens and not work.keeps_all:
+def prefill(dims: Dims, shape: ProbeShape) -> int:
+    """Most bytes that are held while the last prompt is prefilled and compressed."""
+    earlier = (shape.batch - 1) * (kept(dims, shape) + dims.vocab * FLOAT32)
+    layers, full, seen = len(dims.windows), full_layer(dims, shape), observed(dims, shape)
+    scores, new = score_bytes(dims, shape), 0 if shape.keeps_all else kept_layer(dims, shape)
+    if shape.per_layer and shape.step == shape.tokens and not shape.keeps_all:
         now = (dims.seen - 1) * new + (layers - dims.seen + 1) * full
-        held = now + max(activations(dims, work), attention(dims, work) + seen + new + scores)
-        now = kept(dims, work)  # when the logits come
+        held = now + max(activations(dims, shape), attention(dims, shape) + seen + new + scores)
+        now = kept(dims, shape)  # when the logits come
     else:
         now = layers * full + dims.seen * seen
-        at_once = 0 if not work.per_layer else attention(dims, work)
-        copies = new * (1 if work.per_layer else dims.seen)
-        held = now + max(activations(dims, work), at_once + copies + scores)
-    return earlier + max(held, now + logits(dims, work))
+        at_once = 0 if not shape.per_layer else attention(dims, shape)
+        copies = new * (1 if shape.per_layer else dims.seen)
+        held = now + max(activations(dims, shape), at_once + copies + scores)
+    return earlier + max(held, now + logits(dims, shape))
 
 
-def activations(dims: Dims, work: Work) -> int:
-    """Most that a layer's forward over a chunk takes, its cache apart."""
-    q, e = work.step, dims.number
+def activations(dims: Dims, shape: ProbeShape) -> int:
+    """Most bytes that a layer's forward over a chunk takes, its cache apart."""
+    q, e = shape.step, dims.number
     rotary_tables = 2 * q * dims.head_dim * e
     norm = q * dims.hidden * (4 * e + 2 * dims.up)
     mlp = q * (4 * dims.hidden + 3 * dims.intermediate) * e
     rotary = q * e * (3 * dims.hidden + (4 * dims.heads + 2 * dims.kv_heads) * dims.head_dim)
-    observing = _attended(dims, work) + (column_sums(dims, work) if work.needs.column_sums else 0)
-    return rotary_tables + max(norm, mlp, rotary, attention(dims, work), observing)
+    observing = _attended(dims, shape) + (column_sums(dims, shape) if shape.needs.column_sums else 0)
+    return rotary_tables + max(norm, mlp, rotary, attention(dims, shape), observing)
 
 
-def attention(dims: Dims, work: Work) -> int:
-    """Most that is held when a layer has attended; a chunk attends to the past and to itself, and mixes them."""
-    if work.step == work.tokens:
-        return _attended(dims, work)
-    mixed = work.step * dims.heads * dims.head_dim * (dims.number + 3 * FLOAT32)
-    mask = work.step * work.tokens * (1 + dims.number) if dims.seen < len(dims.windows) else 0
-    return _attended(dims, work) + max(mixed, mask)
+def attention(dims: Dims, shape: ProbeShape) -> int:
+    """Most bytes that are held when a layer has attended; a chunk attends to the past and to itself, and mixes them."""
+    if shape.step == shape.tokens:
+        return _attended(dims, shape)
+    mixed = shape.step * dims.heads * dims.head_dim * (dims.number + 3 * FLOAT32)
+    mask = shape.step * shape.tokens * (1 + dims.number) if dims.seen < len(dims.windows) else 0
+    return _attended(dims, shape) + max(mixed, mask)
 
 
-def column_sums(dims: Dims, work: Work) -> int:
-    """Temporaries of `kernels.column_sums`, its result included: query heads of a group one after another."""
-    q, s, h = work.step, work.tokens, dims.kv_heads
+def column_sums(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of what `kernels.column_sums` makes, its result included: query heads of a group one after another."""
+    q, s, h = shape.step, shape.tokens, dims.kv_heads
     packed = 2 if dims.up else 0  # the kernel lays keys and values out anew for half-precision products
     copies = h * (s + max(3 * q, (1 + packed) * q + s)) * (dims.head_dim + PAD) * dims.number
     return copies + (dims.heads * (q + s) + 2 * h * s) * FLOAT32
 
 
-def _attended(dims: Dims, work: Work) -> int:
-    """Hidden states, queries, keys, values, the output and every query's softmax denominator."""
-    return _asked(dims, work) + work.step * dims.heads * (dims.head_dim * dims.number + FLOAT32)
+def _attended(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of hidden states, queries, keys, values, the output and every query's softmax denominator."""
+    return _asked(dims, shape) + shape.step * dims.heads * (dims.head_dim * dims.number + FLOAT32)
 
 
-def _asked(dims: Dims, work: Work) -> int:
-    """Embeddings, the layer's input, its normed copy; queries, keys and values of the chunk."""
+def _asked(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of embeddings, the layer's input, its normed copy; queries, keys and values of the chunk."""
     projected = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
-    return work.step * (3 * dims.hidden + projected) * dims.number
+    return shape.step * (3 * dims.hidden + projected) * dims.number
 
 
-def score_bytes(dims: Dims, work: Work) -> int:
-    """Temporaries of a layer's scores (weights of the window queries, ordering keys of every token) or of its codes."""
-    if work.keeps_all:
+def score_bytes(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of a layer's scores (weights of the window queries, ordering keys of every token) or of its codes."""
+    if shape.keeps_all:
         return 0
-    coded = 0 if work.coding is None else work.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + 13)
+    coded = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + 13)
     half = dims.number if dims.up else 0
-    window = dims.heads * min(work.needs.window, work.tokens) * work.tokens * (FLOAT32 + half)
-    return max(window, 4 * dims.kv_heads * work.tokens * POSITION, coded)
+    window = dims.heads * min(shape.needs.window, shape.tokens) * shape.tokens * (FLOAT32 + half)
+    return max(window, 4 * dims.kv_heads * shape.tokens * POSITION, coded)
 
 
-def logits(dims: Dims, work: Work) -> int:
-    """Logits of a prefill, in the model's numbers and as float32, and what log-probabilities take."""
-    wanted = min(work.needs.window + 1, work.step) if work.needs.logprobs else 1
-    return dims.vocab * wanted * (dims.number + dims.up + (FLOAT32 if work.needs.logprobs else 0))
+def logits(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of a prefill's logits, in the model's numbers and as float32, and of what log-probabilities take."""
+    wanted = min(shape.needs.window + 1, shape.step) if shape.needs.logprobs else 1
+    return dims.vocab * wanted * (dims.number + dims.up + (FLOAT32 if shape.needs.logprobs else 0))
 
 
-def rows(dims: Dims, work: Work) -> int:
-    """All layers of all prompts while decoding, with room for the tokens to come, positions included."""
-    own = [work.slots if window is None else min(window, work.tokens) for window in dims.windows]
-    slots = sum(own) + len(own) * (work.new_tokens - 1)
-    smaller = dims.seen * (work.slots * dims.slot - slot_bytes(dims, work))  # 0 where slots are no codes
-    return work.batch * (slots * (dims.slot + POSITION * dims.kv_heads) - smaller)
+def rows(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of all layers of all prompts while decoding, with room for the tokens to come, positions included."""
+    own = [shape.slots if window is None else min(window, shape.tokens) for window in dims.windows]
+    slots = sum(own) + len(own) * (shape.new_tokens - 1)
+    smaller = dims.seen * (shape.slots * dims.slot - slot_bytes(dims, shape))  # 0 where slots are no codes
+    return shape.batch * (slots * (dims.slot + POSITION * dims.kv_heads) - smaller)
 
 
-def batching(dims: Dims, work: Work) -> int:
-    """Most that is held while the prompts' caches are copied into a batch, layer by layer."""
-    before = work.batch * kept(dims, work)
-    one = rows(dims, work) // len(dims.windows)
-    last = work.batch * max(kept_layer(dims, work), full_layer(dims, work) if dims.seen < len(dims.windows) else 0)
-    return max(before + one, rows(dims, work) + last) + work.batch * dims.vocab * FLOAT32
+def batching(dims: Dims, shape: ProbeShape) -> int:
+    """Most bytes that are held while the prompts' caches are copied into a batch, layer by layer."""
+    before = shape.batch * kept(dims, shape)
+    one = rows(dims, shape) // len(dims.windows)
+    last = shape.batch * max(kept_layer(dims, shape), full_layer(dims, shape) if dims.seen < len(dims.windows) else 0)
+    return max(before + one, rows(dims, shape) + last) + shape.batch * dims.vocab * FLOAT32
 
 
-def decoding(dims: Dims, work: Work) -> int:
-    """Most that is held in a decode step."""
+def decoding(dims: Dims, shape: ProbeShape) -> int:
+    """Most bytes that are held in a decode step."""
     step = dims.vocab * (dims.number + dims.up) + (4 * dims.hidden + 3 * dims.intermediate) * dims.number
-    weights = dims.heads * (work.slots + work.new_tokens) * FLOAT32 * 2 if work.needs.decode_attention else 0
-    each = 0 if work.coding is None else work.slots * dims.kv_heads * dims.head_dim * (3 * dims.number + 1)
-    return rows(dims, work) + work.batch * (step + dims.vocab * FLOAT32 + each) + weights
+    weights = dims.heads * (shape.slots + shape.new_tokens) * FLOAT32 * 2 if shape.needs.decode_attention else 0
+    each = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (3 * dims.number + 1)
+    return rows(dims, shape) + shape.batch * (step + dims.vocab * FLOAT32 + each) + weights

@@ -27,14 +27,15 @@ from typing import IO
 import torch
 from pydantic import ValidationError
 
-from harness.engine.row_cache import PrefillLayer
+from harness.engine.prefill import PrefillLayer
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel, load_model, resolve_device
 from harness.plan.methods import plan_method
 from harness.records.measured import ProbeResult
 from harness.speed import memory_limit
-from harness.speed.client import LOAD_S, Job, Reply, last_line, measure
+from harness.speed.client import LOAD_S, Job, Reply, last_line
+from harness.speed.measure import measure
 from harness.speed.memory_limit import Limit
 from methods.base import Needs
 
@@ -46,7 +47,7 @@ LOOK_S = 0.5  # between two looks whether the client is still there
 
 
 @dataclass
-class Ready:
+class ServerReady:
     """A model in this process, attached, with the token ids that prompts are drawn from."""
 
     loaded: LoadedModel
@@ -54,7 +55,7 @@ class Ready:
     vocabulary: list[int]
 
     @classmethod
-    def load(cls, name: str, *, dtype: str, device: str) -> Ready:
+    def load(cls, name: str, *, dtype: str, device: str) -> ServerReady:
         """Raises HarnessError for a model that cannot be loaded."""
         loaded = load_model(name, dtype=dtype, device=device)
         model = AttachedModel(loaded.model)
@@ -131,7 +132,7 @@ def ended(status: int, said: str) -> ProbeResult:
     return ProbeResult(status="oom" if empty else "failed", error=f"the probe ended without a result, {how}{tail}")
 
 
-class Runner(ABC):
+class ProbeRunner(ABC):
     """Runs jobs in processes of their own."""
 
     @abstractmethod
@@ -161,10 +162,10 @@ class Runner(ABC):
             return Reply(result=ended(status, said))
 
 
-class Forked(Runner):
+class Forked(ProbeRunner):
     """Children share the loaded model with this process."""
 
-    def __init__(self, ready: Ready, threads: int) -> None:
+    def __init__(self, ready: ServerReady, threads: int) -> None:
         self.ready, self.threads = ready, threads
 
     def start(self, job: Job | None, reply: int, errors: IO[bytes]) -> int:
@@ -184,7 +185,7 @@ class Forked(Runner):
             os._exit(0)  # nothing of the server's is flushed or ended twice
 
 
-class Fresh(Runner):
+class Fresh(ProbeRunner):
     """Children load the model themselves. options: of the command line, model first."""
 
     def __init__(self, options: Sequence[str]) -> None:
@@ -227,7 +228,7 @@ def once(options: argparse.Namespace, reply: int) -> int:
     memory_limit.die_with_parent(os.getppid())
     torch.set_num_threads(options.threads)
     try:
-        ready = Ready.load(options.model, dtype=options.dtype, device=options.device)
+        ready = ServerReady.load(options.model, dtype=options.dtype, device=options.device)
         text = sys.stdin.read()
         _send(reply, ready.answer(Job.model_validate_json(text) if text else None))
     except HarnessError as error:
@@ -240,11 +241,11 @@ def serve(options: argparse.Namespace, reply: int) -> int:
     torch.set_num_threads(1)
     try:
         if resolve_device(options.device).type == "cpu":
-            ready = Ready.load(options.model, dtype=options.dtype, device="cpu")
+            ready = ServerReady.load(options.model, dtype=options.dtype, device="cpu")
             gc.collect()
             gc.freeze()
             memory_limit.give_back()
-            runner: Runner = Forked(ready, options.threads)
+            runner: ProbeRunner = Forked(ready, options.threads)
         else:
             given = ("--dtype", options.dtype, "--device", options.device, "--threads", str(options.threads))
             runner = Fresh((options.model, *given))

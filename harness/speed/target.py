@@ -20,8 +20,8 @@ from harness.plan.names import check_asked
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import Asked, MethodSpec, ModelSpec
+from harness.speed.boundary import Asks
 from harness.speed.memory_limit import Limit
-from harness.speed.memory_search import Asks
 from harness.speed.predicted_memory import predict
 from methods.base import PolicyError
 from methods.label import MethodLabel

@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from harness.records.record import Record
+from harness.records.record import CellKey, Record
 from methods.base import Budget
 
 OVER = 1.01  # as the engine marks a cell
 ROUNDING = 1e-6
 MOST = 1 << 48  # bytes or tokens
-Cell = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Budgets:
     cells: its cells, with the budget read. least: by method, the least part of a plain slot that one of its takes.
     """
 
-    def __init__(self, cells: Mapping[Cell, Budget | None], least: Mapping[str, float] | None = None) -> None:
+    def __init__(self, cells: Mapping[CellKey, Budget | None], least: Mapping[str, float] | None = None) -> None:
         self.cells, self.least = cells, least or {}
         self._asked: list[_Asked] = []
         self._full: dict[tuple[str, str], _Full] = {}

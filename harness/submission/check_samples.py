@@ -8,19 +8,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from harness.records.record import Record, RunManifest
+from harness.records.record import CellKey, Record, RunManifest
 from methods.base import Budget
 from tasks import load_tasks
 
 MAY_RUN_OUT = frozenset({"prose"})  # protocols that draw what there is, up to the limit
-Cell = tuple[str, str]
 
 
 @dataclass
 class _Seen:
     prompt: str
     length: object
-    cells: set[Cell] = field(default_factory=set)
+    cells: set[CellKey] = field(default_factory=set)
     cache: tuple[int, int] | None = None
     nll_tokens: int | None = None
 
@@ -28,7 +27,7 @@ class _Seen:
 class Samples:
     """Takes the records of a run one by one. cells: what every sample has to have."""
 
-    def __init__(self, manifest: RunManifest, cells: Mapping[Cell, Budget | None]) -> None:
+    def __init__(self, manifest: RunManifest, cells: Mapping[CellKey, Budget | None]) -> None:
         self.manifest, self.cells = manifest, cells
         self.wanted = manifest.samples * len(cells)
         self._tasks = {task.name for task in manifest.spec.tasks}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from harness.submission.verify import Verdict
+from harness.submission.verify import Verification
 
 
-def told(verdict: Verdict) -> list[str]:
+def told(verdict: Verification) -> list[str]:
     """The verdict in lines: what it is of, a table of checks, what was not recomputed, OK or REFUSED with reasons."""
     lines = []
     if verdict.manifest is not None:

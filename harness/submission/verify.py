@@ -26,7 +26,7 @@ from typing import Any, NoReturn, cast
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import HarnessError
-from harness.records.record import Record, RunManifest
+from harness.records.record import CellKey, Record, RunManifest
 from harness.records.spec import SCHEMA_VERSION
 from harness.submission.archive import MANIFEST, RECORDS, Index, Pack, open_pack
 from harness.submission.check_bytes import Budgets
@@ -38,7 +38,7 @@ from tasks.base import Sample, Task
 REASONS = 5  # of each check that are kept
 EXACT = 1e-9
 ROUNDING = 1e-6
-LONGEST = 1 << 32  # tokens of a reference
+REFERENCE_TOKENS = 1 << 32  # tokens of a reference
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -61,7 +61,7 @@ class Check:
 
 
 @dataclass
-class Verdict:
+class Verification:
     """What was found. statuses: records by status. manifest: None where it is damaged."""
 
     index: Index
@@ -83,13 +83,13 @@ class Verdict:
         return self.checks[-1]
 
 
-def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = None) -> Verdict:
+def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = None) -> Verification:
     """Check an archive. partial: missing cells are no fault. decode: of the model's tokenizer, to check tokens too.
 
     Raises HarnessError for an archive that is not sound; what is wrong with a sound one is in the verdict.
     """
     with open_pack(path) as pack:
-        verdict = Verdict(pack.index)
+        verdict = Verification(pack.index)
         archive = verdict.check("archive")
         without = () if pack.index.references else ("it was packed without references: no score can be recomputed",)
         archive.see(iter(without), counted=len(pack.index.files))
@@ -137,11 +137,11 @@ def _spec_problems(manifest: RunManifest) -> Iterator[str]:
         yield f"it says {manifest.cells} cells a sample, methods and budgets make {len(cells)}"
 
 
-def cells_of(manifest: RunManifest) -> dict[tuple[str, str], Budget | None]:
+def cells_of(manifest: RunManifest) -> dict[CellKey, Budget | None]:
     """(method, budget) of every cell of the spec, with the budget read. Raises PolicyError for one that is none."""
     spec = manifest.spec
     budgets = {str(budget): budget for budget in map(Budget.parse, spec.budgets)}
-    cells: dict[tuple[str, str], Budget | None] = {}
+    cells: dict[CellKey, Budget | None] = {}
     for method in spec.methods:
         if method.budgeted:
             cells |= {(method.label, text): budget for text, budget in budgets.items()}
@@ -174,7 +174,7 @@ def _least(manifest: RunManifest) -> dict[str, float]:
     return {label: count / plain for label, count in bits.items() if isinstance(count, int) and 0 < count < plain}
 
 
-def _records(pack: Pack, manifest: RunManifest, verdict: Verdict, *, partial: bool, decode: Decode | None) -> None:
+def _records(pack: Pack, manifest: RunManifest, verdict: Verification, *, partial: bool, decode: Decode | None) -> None:
     cells, tasks = cells_of(manifest), load_tasks()
     samples, budgets = Samples(manifest, cells), Budgets(cells, _least(manifest))
     own, whole, bytes_ = verdict.check("records"), verdict.check("complete"), verdict.check("budgets")
@@ -246,7 +246,7 @@ class Stored:
 
 def _likelihood_problems(record: Record, manifest: RunManifest) -> Iterator[str]:
     mean, first, count, most = record.nll, record.nll_first, record.nll_tokens, manifest.spec.nll_tokens
-    if not 0 <= count <= min(most, LONGEST):
+    if not 0 <= count <= min(most, REFERENCE_TOKENS):
         yield f"NLL over {ascii(count)[:20]} tokens, the spec allows {ascii(most)[:20]}"
     elif (mean is None) != (count == 0) or (first is None) != (mean is None):
         yield f"NLL {mean}, first token {first} and {count} tokens do not go together"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.records.memory_folder import MANIFEST_FILE, BoundaryManifest, BoundaryRecord, load_boundaries
+from harness.records.boundary_folder import MANIFEST_FILE, BoundaryManifest, BoundaryRecord, load_boundaries
 from leaderboards.pages.html import element, frame_table, text
 from leaderboards.pages.svg import adopted
 from leaderboards.tables import memory

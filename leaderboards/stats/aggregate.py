@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 
 from harness.errors import HarnessError
-from harness.records.board_record import Brief, briefs
+from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Estimate
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
@@ -83,7 +83,7 @@ class Table:
 
 
 def aggregate(
-    records: Iterable[Record | Brief],
+    records: Iterable[Record | BoardRecord],
     *,
     manifests: Sequence[RunManifest] = (),
     baselines: Sequence[str] = ("fullkv", "snapkv"),
@@ -100,7 +100,7 @@ def aggregate(
     Raises HarnessError when there is no record, an ok record has no score, one sample id stands for two prompts, or no
     table has the subject.
     """
-    groups = split_by_axes(briefs(records), manifests=manifests)
+    groups = split_by_axes(board_records(records), manifests=manifests)
     if not groups:
         raise HarnessError("no records to make a board of; run a benchmark first")
     labels = {r.method for group in groups.values() for r in group if r.budget != FULL}
@@ -118,7 +118,7 @@ def aggregate(
 
 
 def _table(
-    axes: Axes, records: list[Brief], *, baselines: Sequence[str], subject: str | None, seed: int, resamples: int
+    axes: Axes, records: list[BoardRecord], *, baselines: Sequence[str], subject: str | None, seed: int, resamples: int
 ) -> Table:
     chosen, duplicates = one_per_key(records)
     grid = Grid.of(chosen, seed=seed, resamples=resamples)
@@ -234,9 +234,9 @@ def _task_rows(grid: Grid, cell: Cell) -> list[dict[str, Any]]:
     return rows
 
 
-def _notes(records: Sequence[Brief]) -> tuple[Note, ...]:
+def _notes(records: Sequence[BoardRecord]) -> tuple[Note, ...]:
     """One per method and note, and one per method and status that is not ok, with the first error in key order."""
-    found: dict[tuple[str, str], list[Brief]] = defaultdict(list)
+    found: dict[tuple[str, str], list[BoardRecord]] = defaultdict(list)
     for r in records:
         if r.status == "ok" and not (r.notes or r.over_budget):
             continue

@@ -15,10 +15,10 @@ from operator import attrgetter
 from typing import TypeVar
 
 from harness.errors import HarnessError
-from harness.records.board_record import Brief, briefs
+from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import Record, RunManifest
 
-AnyRecord = TypeVar("AnyRecord", Record, Brief)
+AnyRecord = TypeVar("AnyRecord", Record, BoardRecord)
 STATUSES = ("ok", "skipped", "failed", "oom")
 FULL = "full"
 """The budget of a method without one."""
@@ -71,8 +71,8 @@ def one_per_key(records: Iterable[AnyRecord]) -> tuple[list[AnyRecord], int]:
     return chosen, len(several)
 
 
-def _preference(record: Record | Brief) -> tuple[int, bool, bool, str, str]:
-    (r,) = briefs([record])
+def _preference(record: Record | BoardRecord) -> tuple[int, bool, bool, str, str]:
+    (r,) = board_records([record])
     return (STATUSES.index(r.status), r.memory != "physical", r.timed is None, r.run_id, repr(r))
 
 
@@ -84,8 +84,8 @@ def budget_order(budget: str) -> tuple[int, float, str]:
         return (0 if budget == FULL else 3, 0.0, budget)
 
 
-def _check_prompts(records: Iterable[Record | Brief]) -> None:
-    prompts: dict[tuple[str, str], Record | Brief] = {}
+def _check_prompts(records: Iterable[Record | BoardRecord]) -> None:
+    prompts: dict[tuple[str, str], Record | BoardRecord] = {}
     for r in records:
         if not r.prompt_sha256:
             continue

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import HarnessError
-from harness.records.board_record import Brief, briefs
+from harness.records.board_record import BoardRecord, board_records
 from harness.records.board_record import needle_percent as needle_percent
 from harness.records.record import Memory, Record
 from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate
@@ -39,7 +39,7 @@ class Grid:
 
     samples: list[tuple[str, str]]
     metas: list[Mapping[str, Any]]
-    cells: dict[Cell, list[Brief | None]]
+    cells: dict[Cell, list[BoardRecord | None]]
     bootstrap: Bootstrap
     _values: dict[tuple[Cell, str], Array] = field(default_factory=dict)
     _estimates: dict[Wanted, Estimate] = field(default_factory=dict)
@@ -48,17 +48,17 @@ class Grid:
     _expected: dict[str, Mask] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: Iterable[Record | Brief], *, seed: int, resamples: int) -> Grid:
+    def of(cls, records: Iterable[Record | BoardRecord], *, seed: int, resamples: int) -> Grid:
         """records: one per key (`axes.one_per_key`), of one table."""
-        found = list(briefs(records))
-        metas: dict[tuple[str, str], Brief] = {}
+        found = list(board_records(records))
+        metas: dict[tuple[str, str], BoardRecord] = {}
         for r in found:
             known = metas.setdefault((r.task, r.sample_id), r)
             if known is not r and (r.known, r.status == "ok") > (known.known, known.status == "ok"):
                 metas[r.task, r.sample_id] = r
         samples = sorted(metas)
         places = {sample: i for i, sample in enumerate(samples)}
-        cells: dict[Cell, list[Brief | None]] = {}
+        cells: dict[Cell, list[BoardRecord | None]] = {}
         for r in found:
             cell = (r.method, r.budget)
             if cell not in cells:
@@ -155,14 +155,14 @@ class Grid:
         return self._states[cell]
 
 
-def _reader(what: str) -> Callable[[Brief], float | None]:
+def _reader(what: str) -> Callable[[BoardRecord], float | None]:
     if what == "score":
         return _score
     field = attrgetter(what)
     return (lambda r: None if r.timed is None else field(r.timed)) if what in MEASURED else field
 
 
-def _score(r: Brief) -> float:
+def _score(r: BoardRecord) -> float:
     if r.score is None:
         where = f"{r.task} sample {r.sample_id} {r.method} at {r.budget}"
         raise HarnessError(f"run {r.run_id}: {where} is ok but has no score; run that task again")

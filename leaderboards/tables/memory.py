@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.errors import HarnessError
-from harness.records.memory_folder import BoundaryManifest, BoundaryRecord, load_boundaries
+from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, load_boundaries
 from harness.records.run_folder import write_bytes, write_text
 from leaderboards.stats.comparable import budget_order
 from leaderboards.text import bullets, clean, escape, fold, github, number, plain, wrap

@@ -18,8 +18,6 @@ from torch import Tensor
 from methods.base import PolicyError
 from methods.compilerkv.cql import PUBLISHED, Fitted, Settings, Space, fit
 
-COLUMNS = ("states", "actions", "rewards")
-
 
 def checksum(table: Tensor) -> str:
     """sha256 of a table's float32 bytes, row by row."""
@@ -102,6 +100,7 @@ def alternate(
 
 
 def _fit_round(rollouts: Rollouts, opposite: Tensor, space: Space, *, seed: int, settings: Settings) -> Fitted:
+    """A table fitted to roll-outs against `opposite`. Raises PolicyError for a record of another opposite table."""
     wanted, found = checksum(opposite), rollouts(opposite)
     for number, records in enumerate(found):
         if records.opposite != wanted:
@@ -109,8 +108,15 @@ def _fit_round(rollouts: Rollouts, opposite: Tensor, space: Space, *, seed: int,
                 f"record {number} was rolled out against table {records.opposite[:12] or 'none'}, the current one is "
                 f"{wanted[:12]}; roll it out again"
             )
+    return fit_records(found, space, seed=seed, settings=settings)
+
+
+def fit_records(found: Sequence[Records], space: Space, *, seed: int, settings: Settings = PUBLISHED) -> Fitted:
+    """A table fitted to all these records together. Raises PolicyError for none, and what `fit` raises."""
     if not found:
         raise PolicyError("no records to learn from; roll out at least one prompt")
-    states, actions, rewards = (torch.cat([getattr(x, name) for x in found]) for name in COLUMNS)
+    states, actions, rewards = (
+        torch.cat([getattr(x, name) for x in found]) for name in ("states", "actions", "rewards")
+    )
     size = {"n_states": space.states, "n_actions": space.count}
     return fit(states, actions, rewards, **size, seed=seed, fallback=space.fallback, settings=settings)

@@ -143,8 +143,8 @@ def fit(
             optimizer.step()
             steps += 1
     best = q.detach().argmax(dim=1)
-    cells = torch.bincount(states * n_actions + actions, minlength=n_states * n_actions)
-    support = cells.view(n_states, n_actions)
+    counted = torch.bincount(states * n_actions + actions, minlength=n_states * n_actions)
+    support = counted.view(n_states, n_actions)
     best[support.sum(dim=1) == 0] = fallback
     return Fitted(q.detach(), support, best, steps * settings.lr)
 
@@ -191,13 +191,13 @@ def reward(compressed: Tensor, full: Tensor) -> Tensor:
 
 
 def gate_reward(
-    compressed: Tensor, full: Tensor, *, candidates: Tensor, budget: Tensor | int, tokens: Tensor | int
+    compressed: Tensor, full: Tensor, *, passing: Tensor, budget: Tensor | int, tokens: Tensor | int
 ) -> Tensor:
-    """Gate reward: `reward` minus the share of the prompt by which the candidates exceed the budget.
+    """Gate reward: `reward` minus the share of the prompt by which the passing exceed the budget.
 
-    candidates: tokens that reach the threshold. tokens: prompt tokens T. All broadcast.
+    passing: tokens that reach the threshold. tokens: prompt tokens T. All broadcast.
     """
-    return reward(compressed, full) - (candidates - budget).clamp(min=0) / tokens
+    return reward(compressed, full) - (passing - budget).clamp(min=0) / tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,12 +227,7 @@ def bin_edges(entropy: Tensor, perplexity: Tensor) -> Edges:
 
 
 def bins(edges: Edges, entropy: Tensor, perplexity: Tensor) -> Tensor:
-    """Risk cell of each prompt, [P] int64 = entropy bin * 4 + perplexity bin; a value on an edge goes up."""
+    """Risk bin of each prompt, [P] int64 = entropy bin * 4 + perplexity bin; a value on an edge goes up."""
     high = torch.bucketize(entropy.double().cpu(), edges.entropy.double(), right=True)
     wide = torch.bucketize(perplexity.double().cpu(), edges.perplexity.double(), right=True)
     return high * PERPLEXITY_BINS + wide
-
-
-def occupied(cells: Tensor) -> int:
-    """How many of the 80 risk cells hold a prompt. cells: [P] from `bins`."""
-    return int(torch.unique(cells).numel())

@@ -23,8 +23,7 @@ SIDE_BYTES, HEAD_BYTES = 8, 4
 
 def affordable(kv: KV, budget: int) -> int:
     """Slots that fit `budget` plain slots' bytes when each carries its side data."""
-    slot = (kv.keys.shape[-1] + kv.values.shape[-1]) * kv.keys.element_size()
-    return max(1, (budget * slot - HEAD_BYTES) // (slot + SIDE_BYTES))
+    return max(1, (budget * kv.slot_bytes - HEAD_BYTES) // (kv.slot_bytes + SIDE_BYTES))
 
 
 def start(kv: KV, scores: Tensor) -> KV:

@@ -1,6 +1,6 @@
 """Compiled tables of CompilerKV: a folder of `tables.safetensors` and `manifest.json`, checked whenever it is read.
 
-Source: https://arxiv.org/abs/2602.08686 (head weights on [0.8, 1.5], thresholds on [0.8, 1.0], 20 x 4 risk bins; a cell
+Source: https://arxiv.org/abs/2602.08686 (head weights on [0.8, 1.5], thresholds on [0.8, 1.0], 20 x 4 risk bins; a bin
 without calibration support takes 1.0 and 0.8). Deliberate differences: tables whose source is a simulator are refused,
 and a hash ties the tensors to the manifest that says where they came from.
 
@@ -50,7 +50,7 @@ class Tables:
     retrieval: like budget, from how much answers look at the sentences that hold them (`methods.headkv`).
     risk: [N, 2, 3] float32, see `methods.compilerkv.risk`; slopes of 0 move nothing.
     head: [N, L, Hq] float32, weight of each query head.
-    gate: [N, L, 20, 4] float32, score threshold of each risk cell.
+    gate: [N, L, 20, 4] float32, score threshold of each risk bin.
     entropy_edges, perplexity_edges: [19] and [3] float32, ascending; a value on an edge belongs to the upper bin.
     head_alone, gate_alone: like head and gate, compiled against the neutral other one instead of in turns.
     head_support, gate_support: like head and gate, int64, calibration samples behind each entry.
@@ -124,7 +124,7 @@ class Tables:
 
 
 def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:
-    """Tables that know nothing: every head weighs 1.0 and every threshold is 0.8, the values of unsupported cells."""
+    """Tables that know nothing: every head weighs 1.0 and every threshold is 0.8, the values of unsupported bins."""
     manifest = Manifest(
         kind="neutral", shapes=shapes, budgets=tuple(budgets), source="unsupported-cell values", corpus="none", seed=0
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from random import Random
 
 from tasks.ruler.corpus import all_words, draw_word
-from tasks.ruler.fit import SMALL, Generator, Prompt, Slot
+from tasks.ruler.fit import SMALL, FittedPrompt, Generator, SamplePlan
 
 TEMPLATE = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -29,12 +29,12 @@ class CommonWords(Generator):
     def least(self, length: int, index: int) -> int:
         return 2 * COMMON
 
-    def build(self, units: int, slot: Slot) -> Prompt:
-        small, draw = slot.length < SMALL, slot.draw
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        small, draw = plan.length < SMALL, plan.draw
         shown, shown_answers, _ = _list(20 if small else 40, repeats=(3, 1) if small else (10, 3), draw=draw)
         asked, answers, pairs = _list(units, repeats=(6, 1) if small else (30, 3), draw=draw)
         shot = TEMPLATE.format(context=shown) + QUESTION + ANSWER_PREFIX + " " + _numbered(shown_answers)
-        return Prompt(
+        return FittedPrompt(
             context=f"{shot}\n{TEMPLATE.format(context=asked)}",
             question=QUESTION,
             answer_prefix=ANSWER_PREFIX,

@@ -11,7 +11,7 @@ from itertools import chain, count
 from typing import Any
 
 from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, point, rng, spread_order
-from tasks.ruler.fit import LARGEST_LENGTH, OFFICIAL_SAMPLES, Generator, Slot, room, shrink, tokens
+from tasks.ruler.fit import LARGEST_LENGTH, OFFICIAL_SAMPLES, Generator, SamplePlan, room, shrink, tokens
 
 PROBES = 16
 """Samples that are tried before a length is accepted."""
@@ -66,8 +66,8 @@ class RulerTask(Task):
         `max_tokens`.
         """
         generator = self._open(options)
-        plan = {length: self._units(generator, length, options) for length in dict.fromkeys(options.lengths)}
-        return self._draw(generator, plan, options)
+        sizes = {length: self._units(generator, length, options) for length in dict.fromkeys(options.lengths)}
+        return self._draw(generator, sizes, options)
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
         return {"score": self._metric(prediction, sample.answers)}
@@ -83,14 +83,14 @@ class RulerTask(Task):
         facts = self._origin.facts(options) if self._origin.facts else {}
         return {"deviations": [*GENERAL, *self._origin.deviations], **facts}
 
-    def _draw(self, generator: Generator, plan: Mapping[int, int], options: TaskOptions) -> Iterator[Sample]:
+    def _draw(self, generator: Generator, sizes: Mapping[int, int], options: TaskOptions) -> Iterator[Sample]:
         wanted = OFFICIAL_SAMPLES if options.limit is None else options.limit
-        for length, units in plan.items():
+        for length, units in sizes.items():
             made = 0
             for rank, index in enumerate(self._order(generator, length, options.seed)):
                 if made == wanted:
                     break
-                sample = self._fitted(generator, units, slot=self._slot(length, index, rank, options), options=options)
+                sample = self._fitted(generator, units, plan=self._plan(length, index, rank, options), options=options)
                 if sample is not None:
                     yield sample
                     made += 1
@@ -104,17 +104,17 @@ class RulerTask(Task):
         first = min(OFFICIAL_SAMPLES, generator.available)
         return chain(spread_order(first, seed, self.name, length), range(first, generator.available))
 
-    def _slot(self, length: int, index: int, rank: int, options: TaskOptions) -> Callable[[], Slot]:
+    def _plan(self, length: int, index: int, rank: int, options: TaskOptions) -> Callable[[], SamplePlan]:
         at = point(rank, options.seed, self.name, length)
-        return lambda: Slot(length, index, rng(options.seed, self.name, length, index), at)
+        return lambda: SamplePlan(length, index, rng(options.seed, self.name, length, index), at)
 
     def _fitted(
-        self, generator: Generator, units: int, *, slot: Callable[[], Slot], options: TaskOptions
+        self, generator: Generator, units: int, *, plan: Callable[[], SamplePlan], options: TaskOptions
     ) -> Sample | None:
-        """The sample of a slot with at most `units` units, or None when its least haystack is too long."""
-        place = slot()
+        """The sample of a plan with at most `units` units, or None when its least haystack is too long."""
+        place = plan()
         fitted = shrink(
-            lambda size: generator.build(size, slot()),
+            lambda size: generator.build(size, plan()),
             lambda prompt: tokens(prompt, options.tokenizer),
             room=room(place.length, generator.generation, options.tokenizer),
             units=units,
@@ -154,8 +154,8 @@ class RulerTask(Task):
         available = room(length, generator.generation, options.tokenizer)
 
         def spare(units: int) -> int:
-            slot = Slot(length, index, rng(options.seed, self.name, length, "fit"), at=0.5)
-            return available - tokens(generator.build(units, slot), options.tokenizer)
+            plan = SamplePlan(length, index, rng(options.seed, self.name, length, "fit"), at=0.5)
+            return available - tokens(generator.build(units, plan), options.tokenizer)
 
         return generator.search(spare, length=length, least=generator.least(length, index))
 
@@ -165,8 +165,8 @@ class RulerTask(Task):
         probed = range(PROBES if generator.available is None else min(PROBES, generator.available))
 
         def fits(index: int) -> bool:
-            slot = Slot(length, index, rng(options.seed, self.name, length, index), at=0.5)
-            return tokens(generator.build(generator.least(length, index), slot), options.tokenizer) <= available
+            plan = SamplePlan(length, index, rng(options.seed, self.name, length, index), at=0.5)
+            return tokens(generator.build(generator.least(length, index), plan), options.tokenizer) <= available
 
         fitting = [index for index in probed if fits(index)]
         enough = len(probed) if generator.available is None else -(-len(probed) // 2)

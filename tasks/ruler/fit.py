@@ -23,7 +23,7 @@ SMALL = 4096
 
 
 @dataclass(frozen=True)
-class Prompt:
+class FittedPrompt:
     """A drawn sample. context ends where the question begins; context + question is the user's message."""
 
     context: str
@@ -34,7 +34,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Slot:
+class SamplePlan:
     """What one sample is drawn from.
 
     index: which sample. draw: every random choice comes from it. at: point of an evenly spread sequence in [0, 1), the
@@ -61,15 +61,15 @@ class Generator(ABC):
         """The fewest units of sample `index` at this length."""
 
     @abstractmethod
-    def build(self, units: int, slot: Slot) -> Prompt:
-        """The sample of a slot with a haystack of `units`."""
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        """The sample of a plan with a haystack of `units`."""
 
     def search(self, spare: Callable[[int], int], *, length: int, least: int) -> int:
         """Units for a length. spare: units -> tokens left over, negative when too long; `least` is known to fit."""
         return largest(spare, least)
 
 
-def tokens(prompt: Prompt, tokenizer: Tokenizer) -> int:
+def tokens(prompt: FittedPrompt, tokenizer: Tokenizer) -> int:
     """Tokens of the user's message and of the answer prefix, without what the chat template adds."""
     message = len(tokenizer.encode(prompt.context + prompt.question))
     return message + len(tokenizer.encode(prompt.answer_prefix))
@@ -102,8 +102,8 @@ def largest(spare: Callable[[int], int], least: int) -> int:
 
 
 def shrink(
-    build: Callable[[int], Prompt], used: Callable[[Prompt], int], *, room: int, units: int, least: int
-) -> tuple[Prompt, int] | None:
+    build: Callable[[int], FittedPrompt], used: Callable[[FittedPrompt], int], *, room: int, units: int, least: int
+) -> tuple[FittedPrompt, int] | None:
     """The prompt of at most `units` that fits `room` tokens, and how many it has; None when `least` units do not fit.
 
     A prompt that is too long loses its overshoot's share of the units.

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import pairwise
 
 from tasks.ruler.corpus import letters
-from tasks.ruler.fit import Generator, Prompt, Slot
+from tasks.ruler.fit import FittedPrompt, Generator, SamplePlan
 
 TEMPLATE = (
     "Read the following coded text and track the frequency of each coded word. "
@@ -42,13 +42,13 @@ class CodedWords(Generator):
             units += 1
         return units
 
-    def build(self, units: int, slot: Slot) -> Prompt:
-        draw = slot.draw
-        size = max(ASKED + 2, slot.length // 50)
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        draw = plan.draw
+        size = max(ASKED + 2, plan.length // 50)
         vocabulary = [DOTS, *letters(size - 1, alphabet=string.ascii_lowercase, size=LETTERS, draw=draw)]
         text = [word for word, count in zip(vocabulary, counts(units, size), strict=True) for _ in range(count)]
         draw.shuffle(text)
-        return Prompt(
+        return FittedPrompt(
             context=TEMPLATE.format(context=" ".join(text)),
             question=QUESTION,
             answer_prefix=ANSWER_PREFIX,

@@ -12,7 +12,7 @@ from random import Random
 
 from tasks.essays import Essays
 from tasks.ruler.corpus import DRAWS, NOISE, distinct
-from tasks.ruler.fit import SMALL, Generator, Prompt, Slot
+from tasks.ruler.fit import SMALL, FittedPrompt, Generator, SamplePlan
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 TEMPLATE = (
@@ -62,22 +62,22 @@ class NeedleGenerator(Generator):
     def least(self, length: int, index: int) -> int:
         return 20 if self.row.haystack == "essay" else self.row.k * self.row.v
 
-    def build(self, units: int, slot: Slot) -> Prompt:
-        row, draw = self.row, slot.draw
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        row, draw = self.row, plan.draw
         keys = distinct(row.keys, row.k, draw)
         values = distinct(row.values, row.k * row.v, draw)
         owned = {key: values[i * row.v : (i + 1) * row.v] for i, key in enumerate(keys)}
         asked = draw.sample(keys, row.q)
         wanted = [self._needle(key, value) for key in asked for value in owned[key]]
         others = [self._needle(key, value) for key in keys if key not in asked for value in owned[key]]
-        haystack = self._hide(wanted, others, self._lines(units, keys, draw), slot)
+        haystack = self._hide(wanted, others, self._lines(units, keys, draw), plan)
         meta: dict[str, object] = {"needles": wanted}
         if len(wanted) == 1:
             meta["depth"] = round(100 * haystack.index(wanted[0]) / max(1, len(haystack) - len(wanted[0])))
         fill = self._wording(asked)
         answers = tuple(value for key in asked for value in owned[key])
         context, question, prefix = (fill(part, haystack) for part in (TEMPLATE, QUESTION, ANSWER_PREFIX))
-        return Prompt(context=context, question=question, answer_prefix=prefix, answers=answers, meta=meta)
+        return FittedPrompt(context=context, question=question, answer_prefix=prefix, answers=answers, meta=meta)
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(type_needle_v=self.row.values, key=key, value=value)
@@ -92,15 +92,15 @@ class NeedleGenerator(Generator):
             return self.essays.head(units)
         return [NOISE] * units if self.row.haystack == "noise" else self._distractors(units, set(keys), draw)
 
-    def _hide(self, wanted: list[str], others: list[str], lines: list[str], slot: Slot) -> str:
-        """The haystack with its needles. A single wanted one stands where the slot says, the others at random."""
+    def _hide(self, wanted: list[str], others: list[str], lines: list[str], plan: SamplePlan) -> str:
+        """The haystack with its needles. A single wanted one stands where the plan says, the others at random."""
         if self.essays is not None:
             places = [int(len(lines) * (depth / 100)) for depth in DEPTHS]
         else:
-            places = list(range(len(lines) + (slot.length < SMALL)))
-        single = [places.pop(int(slot.at * len(places)))] if len(wanted) == 1 else []
+            places = list(range(len(lines) + (plan.length < SMALL)))
+        single = [places.pop(int(plan.at * len(places)))] if len(wanted) == 1 else []
         needles = [*wanted, *others]
-        chosen = [*single, *slot.draw.sample(places, len(needles) - len(single))]
+        chosen = [*single, *plan.draw.sample(places, len(needles) - len(single))]
         parts, last = [], 0
         for place, needle in sorted(zip(chosen, needles, strict=True)):
             parts += [lines[last:place], [needle]]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tasks import datafile
 from tasks.base import DataOptions, TaskError, TaskOptions
-from tasks.ruler.fit import Generator, Prompt, Slot
+from tasks.ruler.fit import FittedPrompt, Generator, SamplePlan
 
 ORDER = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
@@ -65,16 +65,16 @@ class Documents(Generator):
     def least(self, length: int, index: int) -> int:
         return len(self.items[index].own)
 
-    def build(self, units: int, slot: Slot) -> Prompt:
-        item = self.items[slot.index]
-        chosen = self._choose(item, units, slot.draw)
-        slot.draw.shuffle(chosen)
-        meta: dict[str, object] = {"documents": len(chosen), "item": slot.index}
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        item = self.items[plan.index]
+        chosen = self._choose(item, units, plan.draw)
+        plan.draw.shuffle(chosen)
+        meta: dict[str, object] = {"documents": len(chosen), "item": plan.index}
         if len(item.own) == 1:
             chosen.remove(item.own[0])
-            chosen.insert(int(slot.at * (len(chosen) + 1)), item.own[0])
+            chosen.insert(int(plan.at * (len(chosen) + 1)), item.own[0])
             meta["depth"] = round(100 * chosen.index(item.own[0]) / max(1, len(chosen) - 1))
-        return Prompt(
+        return FittedPrompt(
             context=TEMPLATE.format(context=self.listed(chosen)),
             question=QUESTION.format(query=item.query),
             answer_prefix=ANSWER_PREFIX,

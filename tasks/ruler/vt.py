@@ -14,7 +14,7 @@ from random import Random
 
 from tasks.base import Tokenizer
 from tasks.ruler.corpus import NOISE, letters
-from tasks.ruler.fit import SMALL, Generator, Prompt, Slot, largest, tokens
+from tasks.ruler.fit import SMALL, FittedPrompt, Generator, SamplePlan, largest, tokens
 
 TEMPLATE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
 QUESTION = "Question: Find all variables that are assigned the value {query} in the text above."
@@ -38,16 +38,16 @@ class ChainGenerator(Generator):
     def least(self, length: int, index: int) -> int:
         return 1
 
-    def build(self, units: int, slot: Slot) -> Prompt:
-        draw = slot.draw
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        draw = plan.draw
         value = str(draw.randint(10_000, 99_999))
         shown = value
         while shown == value:
             shown = str(draw.randint(10_000, 99_999))
-        example = _prompt(self._example_lines(slot.length), value=shown, size=3, draw=draw)
+        example = _prompt(self._example_lines(plan.length), value=shown, size=3, draw=draw)
         asked = _prompt(units, value=value, size=5, draw=draw)
         shot = f"{example.context}{example.question}{example.answer_prefix} {' '.join(example.answers)}\n"
-        return Prompt(
+        return FittedPrompt(
             context=f"{shot}\n{asked.context}",
             question=asked.question,
             answer_prefix=asked.answer_prefix,
@@ -66,7 +66,7 @@ class ChainGenerator(Generator):
         return self._examples[length]
 
 
-def _prompt(lines: int, *, value: str, size: int, draw: Random) -> Prompt:
+def _prompt(lines: int, *, value: str, size: int, draw: Random) -> FittedPrompt:
     """A chain of variables of `size` letters in `lines` noise lines, without an example."""
     names = letters(HOPS + 1, alphabet=string.ascii_uppercase, size=size, draw=draw)
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
@@ -76,7 +76,7 @@ def _prompt(lines: int, *, value: str, size: int, draw: Random) -> Prompt:
     places = sorted(draw.sample(range(len(haystack)), len(chain)))
     for already, (place, assignment) in enumerate(zip(places, chain, strict=True)):
         haystack.insert(place + already, assignment)
-    return Prompt(
+    return FittedPrompt(
         context=TEMPLATE.format(context="\n".join(haystack)),
         question=QUESTION.format(query=value),
         answer_prefix=ANSWER_PREFIX.format(num_v=len(names), query=value),

@@ -17,10 +17,9 @@ import kvpress
 import torch
 from transformers import DynamicCache
 
-from harness.engine.decode import Limits
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.models.assets import fetch
 from harness.models.load import LoadedModel, load_model
 from harness.records.spec import FirstToken, QueryMode

@@ -37,10 +37,10 @@ LAYERS, HEADS = 30, 3
 MEASURE = """
 import resource, sys, time
 from pathlib import Path
-from harness.records.run_folder import find_runs, load_brief
+from harness.records.run_folder import find_runs, load_board_records
 from leaderboards.stats.aggregate import aggregate
 begin = time.perf_counter()
-runs = [load_brief(folder) for folder in find_runs(Path(sys.argv[1]))]
+runs = [load_board_records(folder) for folder in find_runs(Path(sys.argv[1]))]
 loaded = time.perf_counter()
 tables = aggregate([r for _, stored in runs for r in stored], manifests=[m for m, _ in runs], subject="compilerkv")
 end = time.perf_counter()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from harness.engine.decode import Session
+from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
 from harness.engine.kernels import causal_attention, column_sums
-from harness.engine.row_cache import RowsLayer
+from harness.engine.row_cache import GrowingRows
 from methods.base import Needs
 from methods.registry import make_policy
 
@@ -32,13 +32,13 @@ def test_decode_step_of_26_rows(
     whole = Engine(model).prefill(text(1024).ids, Needs()).view
     sizes = [1024, *(budget for budget in (64, 128, 256, 384, 512) for _ in range(5))]
 
-    def session(slots: list[int]) -> Session:
+    def session(slots: list[int]) -> Decoding:
         layers = []
         for layer in whole.layers:
             heads = layer.kv.positions.shape[:2]
             rows = [layer.kv.take(torch.arange(size).expand(*heads, size)) for size in slots]
-            layers.append(RowsLayer(rows, position=1024, room=ROUNDS + 2))
-        return Session(model, layers, len(slots))
+            layers.append(GrowingRows(rows, position=1024, room=ROUNDS + 2))
+        return Decoding(model, layers, len(slots))
 
     with torch.inference_mode():
         many, one = session(sizes), session([1024])

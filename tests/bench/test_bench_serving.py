@@ -17,10 +17,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from harness.engine.compress import Compressed
 from harness.models.assets import asset_folder
 from harness.records.measured import Measured, ProbeSpec
-from harness.speed.one_method import Compressed, Isolated
+from harness.speed.one_method import Isolated
 from methods.base import KV
+from methods.fullkv import FullKV
 from methods.registry import make_policy
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ def ready_made(ours: Ours, slots: int) -> Compressed:
     shape = (1, sizes.kv_heads, slots, model.config.head_dim)
     at = torch.arange(LONG - slots, LONG).expand(shape[:3])
     kvs = [KV(*(torch.randn(shape).to(model.dtype) for _ in range(2)), at) for _ in range(model.layers)]
-    return Compressed(kvs, torch.randn(1, model.vocab), LONG, 0.0, 0.0, 0.0)
+    return Compressed(FullKV(), LONG, kvs, model.compressible, torch.randn(1, model.vocab), LONG)
 
 
 def steps_of_transformers(theirs: Theirs, ours: Ours) -> list[float]:

@@ -14,11 +14,11 @@ import pytest
 
 from harness.cli.boundary import boundary_parser
 from harness.errors import HarnessError
+from harness.records.boundary_folder import load_boundaries
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.memory_folder import load_boundaries
 from harness.speed.memory_limit import Limit
 from harness.speed.target import swap_note
-from tests.speed.test_memory_search import Known, measured
+from tests.speed.test_boundary import Known, measured
 
 
 class Pretend(Known):

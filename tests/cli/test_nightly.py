@@ -15,7 +15,8 @@ import yaml
 from harness.boards import nightly
 from harness.cli import main
 from harness.cli.nightly import nightly_options
-from harness.engine.engine import Engine, Outcome
+from harness.engine.engine import Engine
+from harness.engine.types import Outcome
 from harness.records.spec import Sweep
 from harness.run import sequential
 from methods.registry import load_methods
@@ -147,7 +148,7 @@ def test_a_planted_regression_ends_with_1_and_the_baseline_stays(
 def test_a_cell_that_fails_now_ends_with_1(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes_changed(monkeypatch, lambda outcome: outcome.fail("oom", "a test said so"))
+    outcomes_changed(monkeypatch, lambda outcome: outcome.fail("a test said so", "oom"))
     assert call("nightly", "tiny.toml", "--out", "nights") == 1
     assert "snapkv@kvcf at 32, stdlib/next_line: were ok: 6 oom" in capsys.readouterr().out
 

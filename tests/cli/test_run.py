@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from harness.cli import main
-from harness.engine.engine import Engine, Outcome
+from harness.engine.engine import Engine
+from harness.engine.types import Outcome
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("fullkv", "snapkv@kvcf", "streamingllm@paper")
@@ -288,7 +289,7 @@ def test_failed_cells_end_with_1_and_are_tried_again(
 
     def run(self: Engine, *arguments: Any) -> list[list[Outcome]]:
         (outcomes,) = real(self, *arguments)
-        outcomes[1].fail("failed", "a test said so")
+        outcomes[1].fail("a test said so")
         return [outcomes]
 
     monkeypatch.setattr(Engine, "run_group", run)

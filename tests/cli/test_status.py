@@ -15,9 +15,9 @@ from filelock import FileLock
 
 from harness.cli.status import status_parser
 from harness.errors import HarnessError
+from harness.records.log_folder import now
 from harness.records.run_folder import RunStore
 from harness.run.progress import PROGRESS_FILE, Snapshot
-from harness.run.sequential import now
 from tests.records.test_run_folder import manifest, record
 
 ROOT = Path(__file__).parents[2]

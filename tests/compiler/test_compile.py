@@ -212,7 +212,7 @@ def test_published_tables_hold_published_actions(learned: Path, corpus: Path, mo
     monkeypatch.setattr(paper_tables, "PAIRS", 2)
     monkeypatch.setattr(paper_tables, "MOST_ROUNDS", 2)
     compiler = Compiler(spec(corpus, prompts=28, published=True, estimator="ridge"), learned)
-    found, report = compiler._published(compiler._signals())
+    found, report = paper_tables.Published(compiler.bench, compiler.signals()).compile()
     head, gate = torch.linspace(0.8, 1.5, 29), torch.linspace(0.8, 1.0, 21)
     for name, values in (("head", head), ("head_alone", head), ("gate", gate), ("gate_alone", gate)):
         table = found[name].flatten()

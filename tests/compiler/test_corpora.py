@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import harness.compiler.corpora
-from harness.compiler.corpora import Corpus, corpus_of, halves, kjv_paragraphs, load_corpus
+from harness.compiler.corpora import Corpus, corpus_of, kjv_paragraphs, load_corpus
 from harness.errors import HarnessError
 from harness.models.assets import asset_folder
 
@@ -134,21 +134,6 @@ def test_unreadable_files(tmp_path: Path, name: str, blob: bytes) -> None:
     (tmp_path / name).write_bytes(blob)
     with pytest.raises(HarnessError, match=f"{name} is not readable UTF-8 text .*repair it"):
         load_corpus(str(tmp_path))
-
-
-def test_halves_are_disjoint_and_whole(folder: Path) -> None:
-    corpus = load_corpus(str(folder))
-    first, second = halves(corpus)
-    assert first.paragraphs + second.paragraphs == corpus.paragraphs
-    assert abs(first.starts[-1] - second.starts[-1]) < 400
-    assert (first.name, second.name) == ("prose-first", "prose-second")
-    assert len({first.sha256, second.sha256, corpus.sha256}) == 3
-
-
-def test_a_corpus_too_small_to_halve() -> None:
-    corpus = corpus_of("c", text(60).split("\n\n"))
-    with pytest.raises(HarnessError, match="^corpus 'c-first' has"):
-        halves(corpus)
 
 
 @given(place=st.floats(0, 1))

@@ -10,10 +10,9 @@ import torch
 
 from harness.compiler.gradient import Descent, descend
 from harness.compiler.rollouts import Rollout
-from harness.engine.decode import Limits
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Prompt
+from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
 from methods.base import Budget, KVPolicy, Needs
 from methods.compilerkv.form import Form, FormPolicy

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.engine.decode import Limits, Session
+from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from methods.base import KV, Budget, LayerPolicy, LayerView, PolicyError, StepView
@@ -195,9 +195,9 @@ def test_a_decode_batch_that_does_not_fit_is_halved_with_its_memory_freed(
     cells = [Cell(RandomEviction(seed=seed), Budget(tokens=10)) for seed in range(7)]
     gold = Engine(model).run(prompt(), cells)
     batches: list[weakref.ref[Held]] = []
-    real = Session.step
+    real = Decoding.step
 
-    def step(self: Session, tokens: Sequence[int]) -> Tensor:
+    def step(self: Decoding, tokens: Sequence[int]) -> Tensor:
         assert all(ref() is None for ref in batches), "the batch that did not fit is still in memory"
         if self.rows > fits:
             held = Held()
@@ -205,7 +205,7 @@ def test_a_decode_batch_that_does_not_fit_is_halved_with_its_memory_freed(
             raise torch.OutOfMemoryError(f"no room for {self.rows} rows beside {held}")
         return real(self, tokens)
 
-    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr(Decoding, "step", step)
     outcomes = Engine(model).run(prompt(), cells)
     assert {outcome.status for outcome in outcomes} == statuses
     if fits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.engine.decode import Limits
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
+from harness.records.record import Record
 from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs
 from methods.registry import load_methods, make_policy
 
@@ -177,7 +177,7 @@ def by_loops(
     kept = asked.policy.compress(engine.prefill(prompt.ids[:border], asked.policy.needs).view, budget)
     with torch.no_grad():
         loops, first = prefilled(model.model, tuple(prompt.ids[:border]))
-        start = border - 1 if (engine.query, engine.first_token) == ("aware", "compressed") else border
+        start = border - 1 if engine.again else border
         visible = [[{p for p in head if 0 <= p < start} for head in kv.positions[0].tolist()] for kv in kept]
         held = (replace(loops, in_cache=in_cache), visible)
         return decode_by_loops(held, start, prompt, first if start == len(prompt.ids) else None, evict)
@@ -334,3 +334,13 @@ def test_log_probabilities_of_the_window(model: AttachedModel, tiny: LoadedModel
     alone = Engine(model).prefill(ids[:1], Needs(window=8, logprobs=True)).view.logprobs
     assert alone is not None and alone.shape == (1, 0)
     assert Engine(model).prefill(ids, Needs(window=8)).view.logprobs is None
+
+
+def test_an_outcome_is_stored_under_a_record_s_own_names() -> None:
+    """Nothing of an outcome is left out or spelled differently, so that one number has one name."""
+    stored = Outcome(nll_per_token=(1.0, 2.5)).stored()
+    assert set(stored) <= set(Record.model_fields)
+    assert (stored["nll"], stored["nll_tokens"], stored["nll_first"]) == (1.75, 2, 1.0)
+    assert Outcome().stored()["nll"] is None
+    named = {field.name: str(field.type) for field in fields(Outcome) if field.name != "nll_per_token"}
+    assert named == {name: str(Record.__annotations__[name]) for name in named}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.engine.evicting_cache import EvictingLayer, EvictingRow, copy_kv, with_room
+from harness.engine.evicting_cache import EvictingRow, EvictingRows, copy_kv, with_room
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import LoadedModel
 from harness.speed.one_method import Isolated
@@ -42,10 +42,10 @@ class Oldest(LayerPolicy):
         return old.masked_fill((step.kv.live <= step.budget) | torch.tensor(self.lazy), -1)
 
 
-def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, room: int = 1) -> EvictingLayer:
+def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, room: int = 1) -> EvictingRows:
     slots = [[7, 8, 9], [7, 8, 9]]
     rows = [EvictingRow(policy, 3, with_room(kept(keys, values, slots), 3 + room)) for _ in range(2)]
-    return EvictingLayer(rows, TOKENS)
+    return EvictingRows(rows, TOKENS)
 
 
 def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
@@ -64,13 +64,13 @@ def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
     queries, keys, values = tokens_of(TOKENS + 2)
     cache = evicting(Oldest(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
     feeds = [[x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11)]
-    state = cache.snapshot()
+    state = cache.mark()
     first = [ask(cache, *feed) for feed in feeds]
-    cache.restore(state)
+    cache.rewind(state)
     assert all(torch.equal(a, ask(cache, *feed)) for a, feed in zip(first, feeds, strict=True))
-    state = cache.snapshot()
+    state = cache.mark()
     whole = ask(cache, *feeds[0])
-    cache.restore(state)
+    cache.rewind(state)
     cache.keep([1])
     assert torch.equal(ask(cache, *(x[1:] for x in feeds[0])), whole[1:])
     assert cache.nbytes(0) == 3 * HEADS * SLOT
@@ -106,8 +106,8 @@ def compressed(tiny: LoadedModel, names: Sequence[str]) -> list[EvictingRow]:
     return rows
 
 
-def layer(rows: Sequence[EvictingRow]) -> EvictingLayer:
-    return EvictingLayer([EvictingRow(row.policy, row.budget, copy_kv(row.kv)) for row in rows], PROMPT)
+def layer(rows: Sequence[EvictingRow]) -> EvictingRows:
+    return EvictingRows([EvictingRow(row.policy, row.budget, copy_kv(row.kv)) for row in rows], PROMPT)
 
 
 def step(rows: Sequence[EvictingRow]) -> tuple[Tensor, Tensor, Tensor]:

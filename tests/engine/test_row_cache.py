@@ -13,7 +13,9 @@ from torch import Tensor
 
 from harness.engine.evicting_cache import copy_kv, with_room
 from harness.engine.kernels import causal_attention, slot_attention
-from harness.engine.row_cache import LayerCache, PrefillLayer, RowsLayer, without
+from harness.engine.layer_cache import LayerCache
+from harness.engine.prefill import PrefillLayer
+from harness.engine.row_cache import GrowingRows, without
 from methods.base import KV, Needs
 
 HEADS, GROUP, DIM, TOKENS = 2, 2, 4, 10
@@ -55,8 +57,8 @@ def ask(cache: LayerCache, *feed: Tensor, window: int | None = None) -> Tensor:
 ROWS = [[[0, 3, 9], [1, 2, 8]], [[-1, 5, 6], [0, 4, 9]], [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], [[7, -1, -1], [-1, -1, 0]]]
 
 
-def rows_layer(keys: Tensor, values: Tensor, room: int = 6) -> RowsLayer:
-    return RowsLayer([kept(keys, values, slots) for slots in ROWS], position=TOKENS, room=room)
+def rows_layer(keys: Tensor, values: Tensor, room: int = 6) -> GrowingRows:
+    return GrowingRows([kept(keys, values, slots) for slots in ROWS], position=TOKENS, room=room)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -84,11 +86,11 @@ def test_rewinding_forgets_and_keeping_rows_changes_no_other() -> None:
     cache = rows_layer(keys[:, :, :TOKENS], values[:, :, :TOKENS])
     first, second = ([x[:, :, at : at + 1].expand(4, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11))
     ask(cache, *second), ask(cache, *second)
-    cache.rewind(2)
+    cache.rewind(cache.position - 2)
     assert cache.position == TOKENS
     before = ask(cache, *first)
     bytes_before = [cache.nbytes(row) for row in range(4)]
-    cache.rewind(1)
+    cache.rewind(cache.position - 1)
     cache.keep([1, 2])
     after = ask(cache, *(x[:2] for x in first))
     assert torch.equal(after, before[1:3])
@@ -105,7 +107,7 @@ def test_bytes_of_a_row_are_its_live_slots_and_side_data() -> None:
     queries, keys, values = tokens_of(TOKENS)
     kvs = [kept(keys, values, slots) for slots in ROWS]
     kvs[0].extra["scales"] = torch.zeros(5, dtype=torch.float16)
-    cache = RowsLayer(kvs, position=TOKENS, room=3)
+    cache = GrowingRows(kvs, position=TOKENS, room=3)
     live = [sum(s >= 0 for head in slots for s in head) for slots in ROWS]
     assert [cache.nbytes(row) for row in range(4)] == [n * SLOT + (10 if i == 0 else 0) for i, n in enumerate(live)]
     for _ in range(2):
@@ -151,14 +153,14 @@ def fresh(rows: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Te
     return queries, keys, values
 
 
-def allocated(cache: RowsLayer) -> int:
+def allocated(cache: GrowingRows) -> int:
     """Slots of one head that a layer holds memory for."""
     return sum(x.numel() for group in cache.groups for x in (group.keys, group.values)) // (2 * DIM)
 
 
 def test_every_head_takes_memory_for_its_own_slots() -> None:
     counts, room = [[5, 40], [200, 5], [0, 40]], 7
-    cache = RowsLayer(ragged(counts), position=256, room=room)
+    cache = GrowingRows(ragged(counts), position=256, room=room)
     slots = sum(map(sum, counts))
     assert allocated(cache) == slots + 6 * room
     assert [len(group.streams) for group in cache.groups] == [2, 2, 1, 1]
@@ -180,9 +182,9 @@ def test_heads_of_any_counts_compute_what_padded_and_masked_rows_compute(
     counts: list[list[int]], chunks: list[int], window: int | None, dropped: int
 ) -> None:
     kvs = ragged(counts)
-    cache = RowsLayer(kvs, position=256, room=sum(chunks) + 5)
+    cache = GrowingRows(kvs, position=256, room=sum(chunks) + 5)
     ask(cache, *fresh(len(kvs), 5), window=window)
-    cache.rewind(5)
+    cache.rewind(cache.position - 5)
     rows = [row for row in range(len(kvs)) if row != dropped] or [0]
     fed: list[tuple[Tensor, Tensor, Tensor]] = []
     for i, size in enumerate(chunks):
@@ -197,16 +199,16 @@ def test_heads_of_any_counts_compute_what_padded_and_masked_rows_compute(
 
 
 def test_ragged_heads_come_back_to_where_they_were_and_lose_only_dropped_rows() -> None:
-    cache = RowsLayer(ragged([[3, 90], [90, 3], [17, 17], [3, 60]]), position=256, room=4)
+    cache = GrowingRows(ragged([[3, 90], [90, 3], [17, 17], [3, 60]]), position=256, room=4)
     feeds = [fresh(4, 1) for _ in range(3)]
     ask(cache, *feeds[0])
     before = [ask(cache, *feed) for feed in feeds[1:]]
     sizes = [cache.nbytes(row) for row in range(4)]
-    cache.rewind(2)
+    cache.rewind(cache.position - 2)
     assert cache.position == 257
     assert all(torch.equal(ask(cache, *feed), out) for feed, out in zip(feeds[1:], before, strict=True))
     for kept, left in (([1, 2, 3], [1, 2, 3]), ([0, 2], [1, 3]), ([1], [3])):
-        cache.rewind(2)
+        cache.rewind(cache.position - 2)
         cache.keep(kept)
         after = [ask(cache, *(x[left] for x in feed)) for feed in feeds[1:]]
         assert all(torch.equal(out, whole[left]) for out, whole in zip(after, before, strict=True))
@@ -218,11 +220,11 @@ def test_ragged_heads_in_bfloat16_compute_alone_bit_for_bit_what_they_compute_in
     counts = [[5, 40], [200, 5], [0, 131], [77, 77], [131, 200], [40, 5], [1, 250], [33, 34]]
     kvs = ragged(counts, torch.bfloat16)
     feeds = [fresh(len(kvs), 1, torch.bfloat16) for _ in range(6)]
-    company = RowsLayer(kvs, position=256, room=6)
+    company = GrowingRows(kvs, position=256, room=6)
     together = [ask(company, *feed) for feed in feeds]
     assert together[0].dtype == torch.bfloat16
     for row, kv in enumerate(kvs):
-        alone = RowsLayer([kv], position=256, room=6)
+        alone = GrowingRows([kv], position=256, room=6)
         for feed, out in zip(feeds, together, strict=True):
             assert torch.equal(ask(alone, *(x[row : row + 1] for x in feed)), out[row : row + 1])
 
@@ -245,7 +247,7 @@ def test_a_kv_that_stores_codes_is_read_through_load(drop: list[int]) -> None:
     whole = kept(keys / 2, values / 2, [[0, 3, 9], [1, 3, 9]])
     kv = without(Coded(whole.keys, whole.values, whole.positions), drop[0])
     assert kv.nbytes == 4 * 7
-    cache = RowsLayer([kv], position=TOKENS, room=1)
+    cache = GrowingRows([kv], position=TOKENS, room=1)
     out = ask(cache, *(x[:, :, TOKENS:] for x in (queries, keys, values)))
     seen = [[s for s in head if s != drop[0]] + [TOKENS] for head in ([0, 3, 9], [1, 3, 9])]
     torch.testing.assert_close(out, plain(queries[:, :, TOKENS:], keys, values, seen))

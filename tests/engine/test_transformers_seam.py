@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.engine.decode import Limits
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.records.spec import FirstToken, QueryMode
 from methods.base import Budget, KVPolicy, Needs
@@ -182,7 +181,7 @@ def test_rotate_uses_the_frequencies_of_the_last_forward() -> None:
 
 
 def _prefill(attached: AttachedModel, tokens: int) -> list[Any]:
-    from harness.engine.row_cache import PrefillLayer
+    from harness.engine.prefill import PrefillLayer
 
     return [PrefillLayer(Needs(), tokens) for _ in range(attached.layers)]
 

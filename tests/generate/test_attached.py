@@ -15,10 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2Fo
 
 import harness.generate.attached
 from harness import attached
-from harness.engine.decode import Limits
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Prompt
+from harness.engine.types import Cell, Limits, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel, load_model
 from harness.records.spec import FirstToken

@@ -9,10 +9,13 @@ kvpress = pytest.importorskip("kvpress")
 
 from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 
-from harness.engine.decode import Limits  # noqa: E402
 from harness.engine.engine import Engine  # noqa: E402
 from harness.engine.transformers_seam import AttachedModel  # noqa: E402
-from harness.engine.types import Cell, Prompt  # noqa: E402
+from harness.engine.types import (  # noqa: E402
+    Cell,
+    Limits,
+    Prompt,
+)
 from harness.kvpress.policy import build  # noqa: E402
 from harness.kvpress.slots import rows  # noqa: E402
 from harness.models.load import load_model  # noqa: E402

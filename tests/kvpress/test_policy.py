@@ -8,10 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from harness.engine.decode import Limits
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.kvpress import policy
 from harness.kvpress.label import PressCall, parse_press

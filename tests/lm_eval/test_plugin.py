@@ -174,8 +174,7 @@ def _greedy() -> Any:
 
 
 def _prompt(lm: KVPolicyLM, ids: list[int]) -> Any:
-    from harness.engine.decode import Limits
-    from harness.engine.types import Prompt
+    from harness.engine.types import Limits, Prompt
 
     return Prompt(ids, len(ids), (), Limits(max_new_tokens=6, eos_ids=frozenset()))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.engine.row_cache import RowsLayer
+from harness.engine.row_cache import GrowingRows
 from methods.base import KVPolicy, PolicyError, PromptView
 from methods.registry import make_policy
 from tests.methods.test_golden import DIM, HEADS, LAYERS, Gold, kept_by, make_layers, naive_pooled, naive_top, sizes
@@ -86,7 +86,7 @@ def test_adakvs_heads_are_ragged_and_what_they_give_up_is_freed(uneven: tuple[Go
     counts = [kv.live[0].tolist() for kv in kept]
     assert all(abs(row[0] - row[1]) > 4 and sum(row) == 40 and min(row) >= 8 + 12 // 5 for row in counts)
     for kv in kept:
-        rows = RowsLayer([kv], position=77, room=1)
+        rows = GrowingRows([kv], position=77, room=1)
         held = sum(x.numel() * x.element_size() for group in rows.groups for x in (group.keys, group.values))
         assert kv.nbytes == 40 * SLOT
         assert held == kv.nbytes + HEADS * SLOT  # room for one token, and no padding

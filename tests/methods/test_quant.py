@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.engine.decode import Limits, Session
+from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
-from harness.engine.row_cache import RowsLayer, without
+from harness.engine.row_cache import GrowingRows, without
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.models.load import LoadedModel
 from harness.speed import predicted_memory
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import Dims, Work
+from harness.speed.predicted_memory import Dims, ProbeShape
 from methods.base import KV, Budget, KVPolicy, LayerView, PolicyError, PromptView
 from methods.codes import CodedKV, Codes, Coding, encode
 from methods.quant import Quant
@@ -152,7 +152,7 @@ def test_a_step_reads_what_the_codes_stand_for(window: int | None) -> None:
     rows: list[KV] = [*(encode(kv, coding) for kv in kept), encode(kept[0], other), kept[1]]
     rows[0] = without(rows[0], int(rows[0].positions[0, 0].max()))
     numbers = [KV(*kv.load(), kv.positions) for kv in rows]
-    coded, plain = (RowsLayer(own, position=50, room=4) for own in (rows, numbers))
+    coded, plain = (GrowingRows(own, position=50, room=4) for own in (rows, numbers))
     for query_tokens, members in ((1, None), (2, [0, 2, 3, 5]), (1, [1, 3])):
         for layer in (coded, plain):
             if members is not None:
@@ -168,16 +168,16 @@ def test_a_step_reads_what_the_codes_stand_for(window: int | None) -> None:
 
 def test_codes_stay_codes_in_the_layer() -> None:
     kv = encode(drawn(400), Coding(4, 32, 8))
-    layer = RowsLayer([kv, kv], position=400, room=3)
+    layer = GrowingRows([kv, kv], position=400, room=3)
     assert sum(group.keys.shape[0] * group.keys.shape[2] for group in layer.groups) == 2 * HEADS * (8 + 3)
     assert layer.nbytes(0) == kv.nbytes
-    alone = RowsLayer([kv], position=400, room=3)
+    alone = GrowingRows([kv], position=400, room=3)
     assert alone.groups[0].codes is kv.parts[0][1]  # one row's codes are not copied
 
 
-def held(session: Session) -> int:
+def held(session: Decoding) -> int:
     """Bytes of every tensor that the layers of a session hold."""
-    groups = [group for cache in session.caches if isinstance(cache, RowsLayer) for group in cache.groups]
+    groups = [group for cache in session.caches if isinstance(cache, GrowingRows) for group in cache.groups]
     plain = sum(x.nbytes for group in groups for x in (group.keys, group.values, group.positions))
     return plain + sum(group.codes.nbytes for group in groups if group.codes is not None)
 
@@ -254,9 +254,9 @@ def test_a_layer_is_coded_as_soon_as_it_is_prefilled(model: AttachedModel) -> No
         assert [kv.positions.tolist() for kv in found.kvs] == [kv.positions.tolist() for kv in expected]
         assert found.layer_bytes == [kv.nbytes for kv in expected]
         slots, dims = max(map(int, found.kvs[0].live[0])), Dims.of(model.config, 4)
-        work = Work(policy.needs, True, False, 200, slots, 1, 4, None, policy.coding)  # type: ignore[attr-defined]
+        work = ProbeShape(policy.needs, True, False, 200, slots, 1, 4, None, policy.coding)  # type: ignore[attr-defined]
         assert found.layer_bytes == [predicted_memory.slot_bytes(dims, work)] * model.layers
-        assert held(runner._session([found], 3)) == predicted_memory.rows(dims, work)
+        assert held(Decoding.of(model, [found], room=3)) == predicted_memory.rows(dims, work)
 
 
 def test_what_the_inner_method_needs_is_what_is_observed() -> None:

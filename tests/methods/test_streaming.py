@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.engine.decode import Limits
 from harness.engine.engine import Engine
 from harness.engine.evicting_cache import with_room
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Prompt
+from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
 from methods.base import Budget, PolicyError, StepView
 from methods.compilerkv.form import Form

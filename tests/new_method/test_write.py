@@ -42,7 +42,7 @@ def test_a_checkout_gets_a_method_its_test_and_a_line(checkout: Path) -> None:
     written = new_method("made_up", where=checkout)
     assert [str(path.relative_to(checkout)) for path in written] == [
         "methods/made_up.py",
-        "tests/test_made_up.py",
+        "tests/methods/test_made_up.py",
         "CHANGELOG.md",
     ]
     change = "## Unreleased\n\n- Method `made_up`: tokens whose keys have the smallest norm.\n- Before.\n\n## 0.1\n"

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 from harness.errors import HarnessError
-from harness.records.board_record import Brief, briefs
+from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import Record
-from harness.records.run_folder import RunStore, load_brief, load_run
+from harness.records.run_folder import RunStore, load_board_records, load_run
 from leaderboards.stats.aggregate import Table, aggregate
 from tests.pretend import cell, only, record, row
 from tests.records.test_run_folder import manifest, records_file
@@ -48,8 +48,8 @@ def store(root: Path, *lines: str) -> Path:
 
 
 def test_a_board_of_briefs_is_that_of_the_records() -> None:
-    short = list(briefs(MADE))
-    assert all(isinstance(r, Brief) for r in short)
+    short = list(board_records(MADE))
+    assert all(isinstance(r, BoardRecord) for r in short)
     same(only(short), only(MADE))  # type: ignore[arg-type]
 
 
@@ -57,19 +57,19 @@ def test_what_is_loaded_in_brief_is_what_was_stored(tmp_path: Path, caplog: pyte
     again = json.dumps(stored("1", nll=9.0).model_dump(mode="json"), separators=(",", ":")) + "\n"
     folder = store(tmp_path, again, '{"schema_version":2,"run')
     with caplog.at_level(logging.WARNING, logger="harness"):
-        told, short = load_brief(folder)
+        told, short = load_board_records(folder)
         warned = caplog.messages.copy()
         caplog.clear()
         manifest_, records = load_run(folder)
     assert warned == caplog.messages and "unfinished last line (24 bytes)" in warned[0]
     assert told == manifest_
-    assert repr(short) == repr(list(briefs(records)))
+    assert repr(short) == repr(list(board_records(records)))
     assert [r.nll for r in short] == [0.0, 9.0, 2 / 3]
     assert short[0].meta == {"depth": 0} and short[0].known
 
 
 def test_texts_that_records_share_are_held_once() -> None:
-    one, two = briefs([Record.model_validate_json(r.model_dump_json()) for r in FULL[:2]])
+    one, two = board_records([Record.model_validate_json(r.model_dump_json()) for r in FULL[:2]])
     for name in ("run_id", "model", "task", "method", "meta", "notes", "score"):
         assert getattr(one, name) is getattr(two, name)
 
@@ -99,7 +99,7 @@ def damage(change: Callable[[dict[str, Any]], Any]) -> str:
 def test_damage_is_refused_in_the_same_words(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     folder = store(tmp_path, damage(change), damage(lambda r: r))
     words = []
-    for load in (load_run, load_brief):
+    for load in (load_run, load_board_records):
         with pytest.raises(HarnessError) as refused:
             load(folder)
         words.append(str(refused.value))
@@ -110,8 +110,8 @@ def test_lines_of_another_writer_are_read_as_ever(tmp_path: Path) -> None:
     backwards = damage(lambda r: dict(reversed(list(r.items()))))
     surrogate = damage(lambda r: {**r, "sample_id": "10", "prediction": "\ud800"})
     folder = store(tmp_path, backwards, surrogate)
-    assert repr(load_brief(folder)[1]) == repr(list(briefs(load_run(folder)[1])))
-    assert len(load_brief(folder)[1]) == 5
+    assert repr(load_board_records(folder)[1]) == repr(list(board_records(load_run(folder)[1])))
+    assert len(load_board_records(folder)[1]) == 5
 
 
 def test_simulated_memory_is_scored_and_ranked_but_on_no_front() -> None:

@@ -19,8 +19,8 @@ from filelock import FileLock
 from harness.errors import HarnessError
 from harness.records.atomic_files import write_text
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchSpec, BenchStore
-from harness.records.log_folder import Layout
-from harness.records.memory_folder import SEARCHES, BoundaryStore
+from harness.records.boundary_folder import BOUNDARIES, BoundaryStore
+from harness.records.log_folder import LogLayout
 from harness.records.run_folder import RUNS, RunStore
 from tests.leaderboards.tables import test_memory, test_speed
 from tests.records import test_run_folder
@@ -40,7 +40,7 @@ BENCH = BenchManifest(
 class Kind:
     """One of the stores. record: by a name that is the key. add: how a record is stored."""
 
-    layout: Layout[Any, Any]
+    layout: LogLayout[Any, Any]
     start: Callable[[Path, Any], Any]
     manifest: Any
     record: Callable[[str], Any]
@@ -68,10 +68,10 @@ KINDS = {
         BenchStore,
         BENCH,
         lambda name: test_speed.record(name, bench_id=BENCH.bench_id),
-        lambda store, record: store.append(record),
+        lambda store, record: store.append([record]),
     ),
     "boundary": Kind(
-        SEARCHES,
+        BOUNDARIES,
         BoundaryStore.open,
         test_memory.MANIFEST,
         lambda name: test_memory.record(name, "128", 1024),
@@ -237,7 +237,7 @@ def test_replacing_a_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.
 
 def test_import_is_cheap() -> None:
     code = (
-        "import sys, harness.records.run_folder, harness.records.bench_folder, harness.records.memory_folder\n"
+        "import sys, harness.records.run_folder, harness.records.bench_folder, harness.records.boundary_folder\n"
         "print({'torch', 'pandas', 'numpy', 'transformers', 'ray'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -281,13 +281,13 @@ class Script:
 
     def run(self) -> Iterator[list[tuple[Item[Any], Any]]]:
         self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
-        yield [(Item(0, None), [test_run_folder.record("0")])]
+        yield [(Item(None), [test_run_folder.record("0")])]
         assert load_run(self.folder)[1] == []
         self.monkeypatch.setattr(driver, "STORE_S", 0.0)
         yield []  # nothing came, but what came before has waited long enough
         assert len(load_run(self.folder)[1]) == 1
         self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
-        yield [(Item(1, None), [test_run_folder.record("1")])]
+        yield [(Item(None), [test_run_folder.record("1")])]
         raise HarnessError("no worker is left")
 
 

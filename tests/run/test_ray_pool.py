@@ -32,7 +32,7 @@ from ray.util import placement_group_table
 from harness.errors import HarnessError
 from harness.run import ray_pool
 from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
-from harness.run.schedule import Done, Event, Lost, Raised, Ready, Refused, Schedule
+from harness.run.schedule import Done, Event, Lost, Raised, Refused, Schedule, WorkerReady
 
 Call = Callable[[], Any]
 WAIT_S = 120.0  # until a test gives up
@@ -113,7 +113,7 @@ def test_results_come_in_order_of_completion(tmp_path: Path) -> None:
     told: dict[int, Mapping[str, Any]] = {}
     with pool_of(2, accept=told.__setitem__) as pool:
         assert pool.starting == 2
-        assert {event.worker for event in events(pool, 2) if isinstance(event, Ready)} == {0, 1}
+        assert {event.worker for event in events(pool, 2) if isinstance(event, WorkerReady)} == {0, 1}
         assert pool.starting == 0 and told[0]["pid"] != told[1]["pid"]
         assert told[0]["host"] == socket.gethostname() and abs(told[0]["time"] - time.time()) < WAIT_S
         pool.submit(0, [until(tmp_path / "go"), os.getpid], careful=False)
@@ -134,7 +134,7 @@ def test_results_come_in_order_of_completion(tmp_path: Path) -> None:
 def test_care_and_logged_lines_go_both_ways() -> None:
     lines: list[tuple[int, str]] = []
     with pool_of(tell=lambda worker, line: lines.append((worker, line))) as pool:
-        assert events(pool, 1) == [Ready(0)]
+        assert events(pool, 1) == [WorkerReady(0)]
         for careful in (False, True):
             assert one(pool, 0, None, careful=careful).results == [careful]  # type: ignore[union-attr]
         assert lines == []
@@ -153,7 +153,7 @@ def test_a_killed_worker_is_lost_and_another_one_takes_its_place() -> None:
         assert lost.why.startswith("ActorDiedError: The actor is dead because its worker process has died")
         assert lines == [f"lost: {lost.why}"] and "\n" not in lost.why
         pool.replace(0)
-        assert events(pool, 1) == [Ready(1)]
+        assert events(pool, 1) == [WorkerReady(1)]
         assert one(pool, 1, lambda: 1).results == [1]  # type: ignore[union-attr]
 
 
@@ -232,13 +232,13 @@ def test_a_worker_with_several_gpus_has_a_placement_group() -> None:
     told: dict[int, Mapping[str, Any]] = {}
     shape = WorkerShape(cpus=1, gpus=2)
     with pool_of(make=gpus, shape=shape, accept=told.__setitem__) as pool:
-        assert events(pool, 1) == [Ready(0)] and len(told[0]["gpus"]) == 2
+        assert events(pool, 1) == [WorkerReady(0)] and len(told[0]["gpus"]) == 2
         (group,) = [own for own in placement_group_table().values() if own["state"] == "CREATED"]
         assert group["strategy"] == "STRICT_PACK" and list(group["bundles"].values()) == [shape.resources]
         assert one(pool, 0, lambda: "here").results == ["here"]  # type: ignore[union-attr]
     eventually(lambda: {own["state"] for own in placement_group_table().values()} == {"REMOVED"})
     with pool_of(make=gpus, shape=WorkerShape(gpus=1), accept=told.__setitem__) as pool:
-        assert events(pool, 1) == [Ready(0)] and len(told[0]["gpus"]) == 1
+        assert events(pool, 1) == [WorkerReady(0)] and len(told[0]["gpus"]) == 1
     assert len(placement_group_table()) == 1
 
 

@@ -21,9 +21,9 @@ from harness.run.schedule import (
     Item,
     Lost,
     Raised,
-    Ready,
     Refused,
     Schedule,
+    WorkerReady,
 )
 from tests.pretend_pool import Workers, done
 
@@ -36,8 +36,8 @@ def finish(pool: Workers, count: int, **options: Any) -> Ended:
     ended: Ended = {}
     schedule = Schedule(range(count), pool, **{"timeout_s": 5.0, **options}, clock=lambda: pool.now)
     for item, outcome in chain.from_iterable(schedule.run()):
-        assert item.index == item.work and item.index not in ended
-        ended[item.index] = item, outcome
+        assert item.work not in ended
+        ended[item.work] = item, outcome
     assert set(ended) == set(range(count))
     return ended
 
@@ -62,7 +62,7 @@ class Chaos:
 
     def start(self, worker: int) -> Event[str] | None:
         if not self.strikes():
-            return Ready(worker)
+            return WorkerReady(worker)
         kind = self.dice.randrange(3)
         if kind == 0 and self.refusals:
             self.refusals -= 1
@@ -251,17 +251,21 @@ def test_refusals_end_a_run_when_no_worker_is_left() -> None:
     def fate(worker: int, bundle: list[int], careful: bool) -> Event[str]:
         return done(worker, bundle) if bundle == [0] else Lost(worker, "died")
 
-    pool = Workers(fate, start=lambda worker: Ready(worker) if worker == 0 else Refused(worker, "model m is not here"))
+    pool = Workers(
+        fate, start=lambda worker: WorkerReady(worker) if worker == 0 else Refused(worker, "model m is not here")
+    )
     ended = list[Any]()
     with pytest.raises(HarnessError, match="^model m is not here$"):
         ended.extend(chain.from_iterable(Schedule(range(3), pool, timeout_s=5.0, clock=lambda: pool.now).run()))
-    assert [item.index for item, _ in ended] == [0]
+    assert [item.work for item, _ in ended] == [0]
     with pytest.raises(HarnessError, match="^of no use$"):
         finish(Workers(done, size=3, start=lambda worker: Refused(worker, "of no use")), 2)
 
 
 def test_a_refused_worker_beside_others_is_no_trouble() -> None:
-    pool = Workers(done, size=2, start=lambda worker: Ready(worker) if worker else Refused(worker, "other versions"))
+    pool = Workers(
+        done, size=2, start=lambda worker: WorkerReady(worker) if worker else Refused(worker, "other versions")
+    )
     assert not given_up(finish(pool, 5)) and {worker for worker, _, _ in pool.sent} == {1}
 
 
@@ -293,7 +297,7 @@ def test_a_worker_that_comes_late_joins_in() -> None:
 
     def start(worker: int) -> Event[str] | None:
         asked[worker] += 1
-        return Ready(worker) if worker == 0 or asked[worker] > 8 else None
+        return WorkerReady(worker) if worker == 0 or asked[worker] > 8 else None
 
     pool = Workers(done, size=2, start=start)
     assert not given_up(finish(pool, 40)) and {worker for worker, _, _ in pool.sent} == {0, 1}

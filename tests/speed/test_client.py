@@ -18,8 +18,9 @@ from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed import memory_limit, server
-from harness.speed.client import Job, Prober, Reply, draw_prompts, measure
-from harness.speed.server import Forked, Fresh, Ready, Runner
+from harness.speed.client import Job, Prober, Reply
+from harness.speed.measure import Round, draw_prompts, measure
+from harness.speed.server import Forked, Fresh, ProbeRunner, ServerReady
 from methods.registry import make_policy
 
 MIB = 2**20
@@ -28,8 +29,8 @@ HEAVY = SPEC.model_copy(update={"tokens": 3000, "method": "h2o", "rounds": 500})
 
 
 @pytest.fixture(scope="module")
-def ready() -> Ready:
-    return Ready.load("tiny", dtype="float32", device="cpu")
+def ready() -> ServerReady:
+    return ServerReady.load("tiny", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def wait_until(true: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def test_a_measurement(ready: Ready) -> None:
+def test_a_measurement(ready: ServerReady) -> None:
     found = measure(ready.model, make_policy("snapkv"), SPEC, vocabulary=ready.vocabulary)
     assert (found.tokens, found.batch, found.new_tokens, found.rounds) == (90, 2, 4, 2)
     assert found.kv_bytes == (20 * 2 * 2 * 16 * 4,) * 4
@@ -75,18 +76,16 @@ def test_a_measurement(ready: Ready) -> None:
 
 @pytest.mark.parametrize(("warm_up", "rounds", "expected"), [(True, 2, 3), (False, 2, 2), (False, 1, 1), (True, 1, 2)])
 def test_a_warm_up_is_a_round_more_whose_seconds_are_dropped(
-    ready: Ready, monkeypatch: pytest.MonkeyPatch, warm_up: bool, rounds: int, expected: int
+    ready: ServerReady, monkeypatch: pytest.MonkeyPatch, warm_up: bool, rounds: int, expected: int
 ) -> None:
-    from harness.speed import client
-
     ran: list[int] = []
 
-    def fake(*args: object) -> client._Round:
+    def fake(*args: object) -> Round:
         ran.append(len(ran))
         seconds = float(len(ran))
-        return client._Round([(seconds, 0.0, 0.0, seconds)], [seconds], (1,))
+        return Round([(seconds, 0.0, 0.0, seconds)], [seconds], (1,))
 
-    monkeypatch.setattr(client, "_run", fake)
+    monkeypatch.setattr("harness.speed.measure.run_round", fake)
     spec = SPEC.model_copy(update={"warm_up": warm_up, "rounds": rounds})
     found = measure(ready.model, make_policy("snapkv"), spec)
     assert len(ran) == expected
@@ -103,7 +102,7 @@ def test_prompts() -> None:
         draw_prompts(SPEC.model_copy(update={"ids": (1, 2)}), range(50))
 
 
-def test_prompts_hold_no_special_token(ready: Ready) -> None:
+def test_prompts_hold_no_special_token(ready: ServerReady) -> None:
     assert ready.vocabulary == list(range(5, 261))  # the tiny tokenizer's first five are special
 
 
@@ -196,7 +195,9 @@ def test_a_model_that_cannot_be_loaded() -> None:
         Prober(model="tinny").__enter__()
 
 
-def forked(ready: Ready, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], timeout_s: float = 30) -> Reply:
+def forked(
+    ready: ServerReady, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], timeout_s: float = 30
+) -> Reply:
     """The reply of a forked child that does `act` instead of measuring."""
     monkeypatch.setattr(server, "measure", lambda *args, **kwargs: act())
     return Forked(ready, 1).run(Job(spec=SPEC), timeout_s)
@@ -237,7 +238,7 @@ def _abort() -> None:
     ],
 )
 def test_how_a_child_may_end(
-    ready: Ready, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], status: str, words: str
+    ready: ServerReady, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], status: str, words: str
 ) -> None:
     before = children()
     found = forked(ready, monkeypatch, act, timeout_s=0.5 if status == "timeout" else 30).result
@@ -245,7 +246,7 @@ def test_how_a_child_may_end(
     assert children() == before
 
 
-def test_what_a_child_prints_is_no_reply(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_child_prints_is_no_reply(ready: ServerReady, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = server.measure
 
     def loud(*args: object, **kwargs: object) -> object:
@@ -259,7 +260,7 @@ def test_what_a_child_prints_is_no_reply(ready: Ready, monkeypatch: pytest.Monke
 
 
 def test_where_a_fork_is_impossible_a_probe_loads_the_model_itself() -> None:
-    runner: Runner = Fresh(("tiny", "--dtype", "float32", "--device", "cpu", "--threads", "1"))
+    runner: ProbeRunner = Fresh(("tiny", "--dtype", "float32", "--device", "cpu", "--threads", "1"))
     found = runner.run(Job(spec=SPEC), 120).result
     assert found is not None and found.status == "ok" and found.measured is not None
     assert runner.run(None, 0.1).result == ProbeResult(status="timeout", error="not finished after 0.1 s; killed")
@@ -287,5 +288,5 @@ def test_a_probe_on_a_gpu() -> None:
         assert own.ask(SPEC, own.model_bytes).status == "oom"
 
 
-def test_the_fixture_is_the_probes_model(ready: Ready, tiny: LoadedModel) -> None:
+def test_the_fixture_is_the_probes_model(ready: ServerReady, tiny: LoadedModel) -> None:
     assert ready.loaded.spec == tiny.spec

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from harness.engine.decode import Limits
+from harness.engine.clock import PhaseClock
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Prompt
+from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
-from harness.speed.clock import Clock
 from harness.speed.one_method import Isolated
 from methods.base import Budget, KVPolicy, LayerView
 from methods.compilerkv.form import Form, FormPolicy
@@ -125,7 +124,7 @@ def test_a_gpu_is_timed_by_events_and_waited_for_once(monkeypatch: pytest.Monkey
     waits: list[object] = []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device))
-    clock = Clock(torch.device("cuda"))
+    clock = PhaseClock(torch.device("cuda"))
     with clock.part("all"):
         for _ in range(3):
             with clock.part("observe"):

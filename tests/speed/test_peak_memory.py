@@ -14,7 +14,7 @@ from harness.records.measured import ProbeSpec
 from harness.speed import memory_limit
 from harness.speed.client import Job
 from harness.speed.peak_memory import Meter, tensor_bytes
-from harness.speed.server import Forked, Ready
+from harness.speed.server import Forked, ServerReady
 
 MIB = 2**20
 SPEC = ProbeSpec(method="snapkv", budget="20", tokens=90, batch=2, new_tokens=4, rounds=2)
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def ready() -> Ready:
-    return Ready.load("tiny", dtype="float32", device="cpu")
+def ready() -> ServerReady:
+    return ServerReady.load("tiny", dtype="float32", device="cpu")
 
 
 def in_child(act: Callable[[], bool]) -> bool:
@@ -39,9 +39,10 @@ def in_child(act: Callable[[], bool]) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def test_an_extra_allocation_is_seen(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_allocation_is_seen(ready: ServerReady, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 MiB that live inside one prefill are in the peak, even where a warm-up held as much before."""
-    from harness.speed.one_method import Compressed, Isolated
+    from harness.engine.compress import Compressed
+    from harness.speed.one_method import Isolated
 
     plain = Isolated.prefill
 

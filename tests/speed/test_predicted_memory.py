@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.engine.row_cache import RowsLayer
+from harness.engine.decode import Decoding
+from harness.engine.row_cache import GrowingRows
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import LoadedModel
 from harness.speed import predicted_memory
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import Dims, Work
+from harness.speed.predicted_memory import Dims, ProbeShape
 from methods.base import Needs
 from methods.registry import load_methods, make_policy
 
@@ -30,10 +31,10 @@ def ids() -> list[int]:
     return found
 
 
-def work(label: str, **changed: object) -> Work:
+def work(label: str, **changed: object) -> ProbeShape:
     policy = make_policy(label)
     slots = BUDGET if policy.budgeted else TOKENS
-    plain = Work(policy.needs, True, not policy.budgeted, TOKENS, slots, batch=1, new_tokens=NEW, chunk=None)
+    plain = ProbeShape(policy.needs, True, not policy.budgeted, TOKENS, slots, batch=1, new_tokens=NEW, chunk=None)
     return replace(plain, **changed)  # type: ignore[arg-type]
 
 
@@ -52,11 +53,11 @@ def test_the_rows_part_is_what_a_batch_allocates(model: AttachedModel, label: st
     policy = make_policy(label)
     runner = Isolated(model, policy, BUDGET if policy.budgeted else None)
     prompts = [runner.prefill(ids()) for _ in range(batch)]
-    session = runner._session(prompts, NEW - 1)
+    session = Decoding.of(model, prompts, room=NEW - 1, release=True)
     held = sum(
         tensor.nbytes
         for cache in session.caches
-        if isinstance(cache, RowsLayer)
+        if isinstance(cache, GrowingRows)
         for group in cache.groups
         for tensor in (group.keys, group.values, group.positions)
     )
@@ -64,7 +65,7 @@ def test_the_rows_part_is_what_a_batch_allocates(model: AttachedModel, label: st
 
 
 def test_what_is_observed_is_what_a_layer_holds(model: AttachedModel) -> None:
-    from harness.engine.row_cache import PrefillLayer
+    from harness.engine.prefill import PrefillLayer
 
     layer = PrefillLayer(Needs(window=8, column_sums=True), TOKENS)
     layers = [layer, *(PrefillLayer(Needs(), TOKENS) for _ in range(model.layers - 1))]

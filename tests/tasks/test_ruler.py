@@ -15,7 +15,7 @@ from tasks.base import TASKS, Sample, find_tasks
 from tasks.essays import Essays
 from tasks.ruler import corpus
 from tasks.ruler.cwe import CommonWords
-from tasks.ruler.fit import Slot
+from tasks.ruler.fit import SamplePlan
 from tasks.ruler.fwe import counts
 from tasks.ruler.niah import DEPTHS, ROWS, NeedleGenerator
 from tests.task_data import NEEDLES, RULER, Options, Words, draw_samples, small_options
@@ -149,7 +149,7 @@ def test_several_needles_are_spoken_of_in_the_plural(options: Options) -> None:
 def test_an_essay_prompt_in_full(at: float, hidden: str) -> None:
     """NVIDIA joins with a space even where nothing comes before or after the needle."""
     generator = NeedleGenerator(ROWS["niah_single_2"], Essays("One two.\n\nThree  four. Five six.", files=1))
-    prompt = generator.build(6, Slot(4096, 0, random.Random(5), at))
+    prompt = generator.build(6, SamplePlan(4096, 0, random.Random(5), at))
     key = re.sub(r".* for (.*) is: .*", r"\1", prompt.meta["needles"][0])
     needle = f"One of the special magic numbers for {key} is: {prompt.answers[0]}."
     assert prompt.context + prompt.question + prompt.answer_prefix == (
@@ -242,7 +242,7 @@ def numbered(text: str) -> Counter[str]:
 def test_words_beyond_the_list_are_pairs() -> None:
     pool = len(corpus.all_words())
     assert pool > 8000
-    prompt = CommonWords().build(pool + 50, Slot(131072, 0, random.Random(3), 0.0))
+    prompt = CommonWords().build(pool + 50, SamplePlan(131072, 0, random.Random(3), 0.0))
     assert prompt.meta["pairs"] == 50
     assert len(numbered(prompt.context.split("\n")[-2])) == pool + 50
 

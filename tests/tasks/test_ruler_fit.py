@@ -98,8 +98,8 @@ def test_the_search_equals_a_linear_scan(costs: list[int], room: int, least: int
 
 @given(st.integers(1, 400), st.integers(1, 60), st.integers(0, 3000))
 def test_a_sample_shrinks_until_it_fits(units: int, cost: int, room: int) -> None:
-    def build(size: int) -> fit.Prompt:
-        return fit.Prompt(context="x" * 4 * cost * size, question="", answer_prefix="", answers=("a",))
+    def build(size: int) -> fit.FittedPrompt:
+        return fit.FittedPrompt(context="x" * 4 * cost * size, question="", answer_prefix="", answers=("a",))
 
     fitted = fit.shrink(build, lambda p: len(p.context) // 4, room=room, units=units, least=1)
     best = min(units, room // cost)

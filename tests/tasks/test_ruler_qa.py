@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.base import TASKS, TaskError
-from tasks.ruler.fit import Slot
+from tasks.ruler.fit import SamplePlan
 from tasks.ruler.qa import Documents, Item
 from tests.task_data import Options, Words, draw_samples, hotpot, small_options, user_message
 
@@ -22,7 +22,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
 
 def test_a_prompt_in_full() -> None:
     generator = Documents([Item("Who?", ("Ann", "Anna"), own=(1,))], ["It rains.", "Ann\nis here.", "It snows."])
-    prompt = generator.build(2, Slot(512, 0, random.Random(0), 0.6))
+    prompt = generator.build(2, SamplePlan(512, 0, random.Random(0), 0.6))
     other = "It rains." if "rains" in prompt.context else "It snows."
     assert prompt.context + prompt.question + prompt.answer_prefix == (
         "Answer the question based on the given documents. Only give me the answer and do not output any other words."

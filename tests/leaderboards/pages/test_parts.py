@@ -9,7 +9,7 @@ import pytest
 
 from harness.boards.compiled_tables import table_maps_of
 from harness.errors import HarnessError
-from harness.records.memory_folder import BoundaryStore
+from harness.records.boundary_folder import BoundaryStore
 from harness.records.spec import MethodSpec
 from leaderboards.pages.maps import TableMap, table_maps
 from leaderboards.pages.memory import find_searches, frontiers

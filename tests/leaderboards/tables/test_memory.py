@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from harness.errors import HarnessError
-from harness.records.memory_folder import BoundaryManifest, BoundaryRecord, BoundaryStore, Found, Tried
+from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, BoundaryStore, Found, Tried
 from harness.records.spec import ModelSpec
 from leaderboards.tables.memory import draw, frame, to_csv, to_markdown, to_terminal, write_frontier
 

@@ -15,10 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import HarnessError
-from harness.records.measured import Measured, ProbeResult, ProbeSpec, Spread, Status
-from harness.records.memory_folder import RECORDS_FILE, BoundaryManifest, BoundaryRecord, BoundaryStore, load_boundaries
+from harness.records.boundary_folder import (
+    RECORDS_FILE,
+    BoundaryManifest,
+    BoundaryRecord,
+    BoundaryStore,
+    load_boundaries,
+)
+from harness.records.measured import Measured, ProbeResult, ProbeSpec, ProbeStatus, Spread
 from harness.records.spec import ModelSpec
-from harness.speed.memory_search import Boundaries, Search, first_guess, largest
+from harness.speed.boundary import BoundarySearches, Search, first_guess, largest
 
 LIMIT = 1000
 GRID = {"least": 256, "most": 8192, "step": 256}
@@ -47,7 +53,7 @@ def measured(spec: ProbeSpec, *, peak: int) -> Measured:
 class Known:
     """A prober of known bytes: tokens * batch * rate. ends: what other sizes (tokens, batch) end with."""
 
-    def __init__(self, rate: float, ends: dict[tuple[int, int], Status | BaseException] | None = None) -> None:
+    def __init__(self, rate: float, ends: dict[tuple[int, int], ProbeStatus | BaseException] | None = None) -> None:
         self.rate, self.ends = rate, ends or {}
         self.asked: list[tuple[int, int]] = []
 
@@ -90,7 +96,7 @@ def search(kind: str = "context", first: int = 1024, **changes: Any) -> Search:
 
 def found(folder: Path, prober: Known, *searches: Search, say: Callable[[str], None] = print) -> list[BoundaryRecord]:
     with BoundaryStore.open(folder, manifest()) as store:
-        boundaries = Boundaries(prober, store, limit_bytes=LIMIT, timeout_s=7.0, say=say)
+        boundaries = BoundarySearches(prober, store, limit_bytes=LIMIT, timeout_s=7.0, say=say)
         return [boundaries.run(each) for each in searches]
 
 
@@ -167,7 +173,7 @@ def test_everything_fits_and_nothing_fits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["timeout", "failed"])
-def test_a_hang_or_a_failure_counts_as_not_fitting_and_says_so(tmp_path: Path, end: Status) -> None:
+def test_a_hang_or_a_failure_counts_as_not_fitting_and_says_so(tmp_path: Path, end: ProbeStatus) -> None:
     prober = Known(0.5, {(1536, 1): end})
     (record,) = found(tmp_path, prober, search(first=1280))
     assert record.found is not None

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness.errors import HarnessError
-from harness.records.log_folder import Journal, Layout
-from harness.records.measured import Status
+from harness.records.log_folder import LogFolder, LogLayout
+from harness.records.measured import ProbeStatus
 from harness.records.spec import SCHEMA_VERSION, Frozen, ModelSpec
 
 MANIFEST_FILE = "boundary.json"
@@ -23,7 +23,7 @@ RECORDS_FILE = "boundary.jsonl"
 ENVIRONMENT = ("command", "created", "git_commit", "versions", "machine", "model_bytes", "notes")
 """What a repeated command may differ in."""
 
-Kind = Literal["context", "batch"]
+SizeKind = Literal["context", "batch"]
 
 
 class Tried(Frozen):
@@ -31,7 +31,7 @@ class Tried(Frozen):
 
     tokens: int
     batch: int
-    status: Status
+    status: ProbeStatus
     seconds: float
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
@@ -48,7 +48,7 @@ class Found(Frozen):
     answer: int
     whole: bool = False
     next_size: int | None = None
-    next_status: Status | None = None
+    next_status: ProbeStatus | None = None
 
 
 class BoundaryRecord(Frozen):
@@ -62,7 +62,7 @@ class BoundaryRecord(Frozen):
     method: str
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str
-    kind: Kind
+    kind: SizeKind
     at_context: int | None = None
     limit_bytes: int
     least: int
@@ -107,7 +107,7 @@ class BoundaryManifest(Frozen):
     machine: dict[str, Any] = Field(default_factory=dict)
 
 
-SEARCHES = Layout(
+BOUNDARIES = LogLayout(
     kind="boundary",
     manifest_file=MANIFEST_FILE,
     records_file=RECORDS_FILE,
@@ -116,16 +116,16 @@ SEARCHES = Layout(
 )
 
 
-class BoundaryStore(Journal[BoundaryManifest, BoundaryRecord]):
+class BoundaryStore(LogFolder[BoundaryManifest, BoundaryRecord]):
     """The one writer of a folder of searches. Make one with `open`; close it or use it as a context."""
 
     def __init__(self, folder: Path, manifest: BoundaryManifest) -> None:
         self.records: dict[tuple[str, str, str, int], BoundaryRecord] = {}
-        super().__init__(SEARCHES, folder, manifest)
+        super().__init__(BOUNDARIES, folder, manifest)
 
     @classmethod
     def open(cls, folder: Path, manifest: BoundaryManifest) -> BoundaryStore:
-        """Create or resume; raises HarnessError as `Journal` does, and for a folder of other settings."""
+        """Create or resume a folder. Raises HarnessError as `LogFolder` does, and for a folder of other settings."""
         return cls(folder, manifest)
 
     def put(self, record: BoundaryRecord) -> None:
@@ -146,4 +146,4 @@ class BoundaryStore(Journal[BoundaryManifest, BoundaryRecord]):
 
 def load_boundaries(folder: Path) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
     """A folder of searches as stored. Raises HarnessError when a file is missing or damaged."""
-    return SEARCHES.load(Path(folder))
+    return BOUNDARIES.load(Path(folder))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Clock:
+class PhaseClock:
     """Adds up seconds by the name of a part. On CUDA nothing waits until `seconds` is asked for."""
 
     def __init__(self, device: torch.device) -> None:
@@ -20,7 +20,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what happens inside it towards `name`."""
+        """Count the seconds of what happens inside towards `name`."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -33,7 +33,7 @@ class Clock:
         self._events.append((name, first, last))
 
     def seconds(self, name: str) -> float:
-        """Spent in `name` so far."""
+        """Return the seconds that were spent in `name` so far; on CUDA this waits for the device."""
         if self._events:
             torch.cuda.synchronize(self.device)
             for part, first, last in self._events:

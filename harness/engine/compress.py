@@ -1,0 +1,86 @@
+"""Compress: what a policy leaves of a prefilled prompt, and what that weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.engine.clock import PhaseClock
+from harness.engine.prefill import Prefilled
+from methods.base import KV, KVPolicy, PolicyError
+
+
+@dataclass
+class Compressed:
+    """A prompt under one policy at one budget.
+
+    policy, budget: what compressed it; budget in slots per layer and KV head. kvs: one per model layer, sliding-window
+    layers included. compressible: indexes of the others. logits: [1, V] float32 after the last token, from the full
+    cache. kept_slots: live slots of each compressible layer, summed over its KV heads. layer_bytes: live key, value and
+    side-data bytes of each model layer. asked_bytes, full_bytes: of the budget, and of the uncompressed cache.
+    prefill_s, observe_s, compress_s: seconds apart; their sum is the time to the first token but for its choice.
+    """
+
+    policy: KVPolicy
+    budget: int
+    kvs: list[KV]
+    compressible: list[int]
+    logits: Tensor
+    tokens: int
+    kept_slots: tuple[int, ...] = ()
+    layer_bytes: Sequence[int] = ()
+    asked_bytes: int = 0
+    full_bytes: int = 0
+    prefill_s: float = 0.0
+    observe_s: float = 0.0
+    compress_s: float = 0.0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Measured bytes of all layers."""
+        return sum(self.layer_bytes)
+
+    def needle_kept(self, needle: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Tokens of `needle` that each compressible layer and KV head holds; empty without a needle."""
+        if not needle:
+            return ()
+        wanted = torch.tensor(needle, device=self.logits.device)
+        own = [self.kvs[i].positions[0] for i in self.compressible]
+        return tuple(tuple(torch.isin(positions, wanted).sum(dim=-1).tolist()) for positions in own)
+
+
+def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
+    """What `policy` leaves of a prompt at `budget` slots per layer and KV head.
+
+    A prompt whose layers were compressed on the way is taken as it is. Raises PolicyError when the policy does not
+    leave one KV for each layer that it saw, and whatever else it raises.
+    """
+    on_the_way, after = prefilled.clock, PhaseClock(prefilled.logits.device)
+    layers = [prefilled.layers[i] for i in prefilled.compressible]
+    kept = [layer.left for layer in layers if layer.left is not None]
+    if not kept:
+        with after.part("compress"), torch.inference_mode():
+            kept = policy.compress(prefilled.view, budget)
+    if len(kept) != len(layers):
+        name = type(policy).__name__
+        raise PolicyError(f"{name} left {len(kept)} layers of {len(layers)}; return one KV a layer")
+    kvs = prefilled.interleaved(kept)
+    observe_s, compress_s = on_the_way.seconds("observe"), on_the_way.seconds("compress")
+    return Compressed(
+        policy,
+        budget,
+        kvs,
+        prefilled.compressible,
+        prefilled.logits,
+        prefilled.tokens,
+        kept_slots=tuple(int(kv.live.sum()) for kv in kept),
+        layer_bytes=[kv.nbytes for kv in kvs],
+        asked_bytes=prefilled.asked_bytes(budget),
+        full_bytes=prefilled.full_bytes,
+        prefill_s=on_the_way.seconds("prefill") - observe_s - compress_s,
+        observe_s=observe_s,
+        compress_s=compress_s + after.seconds("compress"),
+    )

@@ -1,0 +1,214 @@
+"""Prefill and observe: a prompt through the model once, with the full cache, and what policies see of it.
+
+A layer keeps the whole prompt and gathers what the policies declared in `Needs`: the last queries, column sums of the
+attention. A prompt may come in chunks, which bounds the activations. A layer that is given an `act` is compressed as
+soon as the prompt's last token has passed it, and its full cache is let go: so served, the full cache of all layers
+never exists at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from harness.engine.clock import PhaseClock
+from harness.engine.kernels import causal_attention, column_sums
+from harness.engine.layer_cache import LayerCache
+from harness.engine.transformers_seam import AttachedModel
+from harness.errors import HarnessError
+from methods.base import KV, LayerView, Needs, PromptView
+from methods.views import LayerSource
+
+Act = Callable[[LayerView], KV]
+
+
+class PrefillLayer(LayerCache):
+    """Keeps the whole prompt (R = 1) and what `needs` asks for: window queries, streamed column sums.
+
+    Args:
+        needs: of the policies that are to see the layer.
+        tokens: of the whole prompt, which may come in several chunks.
+        index: of the layer in the model.
+        clock: counts observation and compression apart.
+        rotate: as in `LayerView`.
+        sources: those of all layers, filled as the prompt passes them; empty when no policy asks.
+    """
+
+    def __init__(
+        self,
+        needs: Needs,
+        tokens: int,
+        *,
+        index: int = 0,
+        clock: PhaseClock | None = None,
+        rotate: Callable[[Tensor, int], Tensor] | None = None,
+        sources: Sequence[LayerSource] = (),
+    ) -> None:
+        self.needs, self.tokens, self.index = needs, tokens, index
+        self.clock = clock or PhaseClock(torch.device("cpu"))
+        self.rotate, self.sources = rotate, sources
+        self.act: Act | None = None  # what compresses the layer once the prompt is through
+        self.left: KV | None = None  # what that left
+        self.window: int | None = None  # known once it has attended; such a layer is neither observed nor compressed
+        self.seen = 0
+        self.whole: list[Tensor] = []  # keys and values of a prompt in chunks, allocated once
+        self.keys: Tensor
+        self.values: Tensor
+        self.queries: Tensor
+        self.scaling = 1.0
+        self.sums: Tensor | None = None
+        self.slot_bytes = 0  # of one slot in every KV head
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        first, self.seen = self.seen, self.seen + keys.shape[2]
+        if not first:
+            self.slot_bytes = sum(x[0, :, 0].numel() * x.element_size() for x in (keys, values))
+        if keys.shape[2] == self.tokens:
+            self.keys, self.values = keys.contiguous(), values.contiguous()  # heads first: policies take rows of slots
+            return
+        if not first:
+            self.whole = [x.new_empty(*x.shape[:2], self.tokens, x.shape[3]) for x in (keys, values)]
+        for whole, x in zip(self.whole, (keys, values), strict=True):
+            whole[:, :, first : self.seen] = x
+        self.keys, self.values = (whole[:, :, : self.seen] for whole in self.whole)
+
+    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
+        self.scaling, self.window = scaling, window
+        out, lse = causal_attention(queries, self.keys, self.values, scaling=scaling, window=window)
+        if window is None:
+            with self.clock.part("observe"):
+                self._observe(queries, lse)
+            if self.act is not None and self.seen == self.tokens:
+                with self.clock.part("compress"):
+                    self.left = self.act(self.view())
+                del self.keys, self.values, self.queries
+                self.whole, self.sums = [], None
+        return out
+
+    def _observe(self, queries: Tensor, lse: Tensor | None) -> None:
+        """Gather what `needs` asks for from the queries of the tokens just appended. lse: as of `causal_attention`."""
+        before = [] if self.seen == queries.shape[2] else [self.queries]
+        last = queries[:, :, max(0, queries.shape[2] - self.needs.window) :]
+        self.queries = torch.cat([*before, last], dim=2)
+        self.queries = self.queries[:, :, max(0, self.queries.shape[2] - self.needs.window) :]
+        if self.needs.column_sums:
+            sums = column_sums(queries, self.keys, lse, scaling=self.scaling)
+            if self.sums is not None:
+                sums[..., : self.sums.shape[-1]] += self.sums
+            self.sums = sums
+
+    def view(self) -> LayerView:
+        """The layer as policies see it."""
+        source = self.sources[self.index] if self.sources else None
+        return LayerView(self.index, self.kv(), self.queries, self.scaling, self.sums, self.rotate, source)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the full cache: the prompt's tokens, or those that later tokens can still see."""
+        return self.tokens if self.window is None else min(self.tokens, self.window)
+
+    def kv(self) -> KV:
+        """The full cache; of a sliding-window layer, what later tokens can still see."""
+        tokens = self.keys.shape[2]
+        start = tokens - min(tokens, self.slots)
+        positions = torch.arange(start, tokens, device=self.keys.device)
+        shape = (*self.keys.shape[:2], tokens - start)
+        return KV(self.keys[:, :, start:], self.values[:, :, start:], positions.expand(shape))
+
+
+@dataclass
+class Prefilled:
+    """A prompt in the uncompressed cache, but for layers that were compressed on the way.
+
+    layers: one per model layer. compressible: indexes of those that policies see. logits: [1, V] float32 after the last
+    token. logprobs: [1, W] or None, as in `PromptView`.
+    """
+
+    layers: list[PrefillLayer]
+    compressible: list[int]
+    logits: Tensor
+    logprobs: Tensor | None
+    tokens: int
+    clock: PhaseClock
+
+    @cached_property
+    def view(self) -> PromptView:
+        """The prompt as policies see it; what they memorise of it serves every cell."""
+        return PromptView([self.layers[i].view() for i in self.compressible], self.logprobs)
+
+    def interleaved(self, kept: Sequence[KV]) -> list[KV]:
+        """One KV per model layer: `kept`, one per compressible layer in depth order, sliding windows in between."""
+        left = dict(zip(self.compressible, kept, strict=True))
+        return [left[i] if i in left else layer.kv() for i, layer in enumerate(self.layers)]
+
+    @property
+    def full_bytes(self) -> int:
+        """Of the uncompressed cache."""
+        return sum(layer.slots * layer.slot_bytes for layer in self.layers)
+
+    def asked_bytes(self, budget: int) -> int:
+        """Bytes of `budget` slots per layer and KV head, sliding-window layers at their own size."""
+        return sum(
+            layer.slot_bytes * (min(budget, self.tokens) if layer.window is None else layer.slots)
+            for layer in self.layers
+        )
+
+
+def prefill(
+    model: AttachedModel,
+    ids: Sequence[int],
+    needs: Needs,
+    *,
+    chunk: int | None = None,
+    acts: Sequence[Act] | None = None,
+) -> Prefilled:
+    """Run a prompt through the model with the full cache, gathering what `needs` asks for.
+
+    Args:
+        model: attached.
+        ids: token ids, one at least.
+        needs: of the policies that are to see the prompt.
+        chunk: tokens of a forward; None for all at once. Hidden states come with a
+            prompt in one piece alone.
+        acts: what compresses each compressible layer as soon as it is prefilled; None to compress afterwards.
+
+    Raises:
+        HarnessError: every layer of the model has a sliding window; hidden states that a model hides, or in chunks.
+    """
+    if not model.compressible:
+        raise HarnessError("every layer of this model has a sliding window; there is nothing to compress")
+    if needs.hidden_states and chunk is not None and chunk < len(ids):
+        raise HarnessError(
+            f"hidden states are wanted of a whole prompt, not of chunks of {chunk} tokens; leave --chunk out"
+        )
+    clock, wanted = PhaseClock(model.device), needs.window if needs.logprobs else 0
+    with clock.part("prefill"), model.sources(needs.hidden_states) as sources:
+        layers = [
+            PrefillLayer(needs, len(ids), index=i, clock=clock, rotate=model.rotate, sources=sources)
+            for i in range(model.layers)
+        ]
+        for i, act in zip(model.compressible, acts or (), strict=acts is not None):
+            layers[i].act = act
+        logits, logprobs = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
+    return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock)
+
+
+def _forward(
+    model: AttachedModel, ids: Sequence[int], layers: Sequence[LayerCache], *, chunk: int, wanted: int
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [1, V] after the last token, and log-probabilities [1, W] of the last `wanted` tokens, None for 0."""
+    tokens, found, logits = len(ids), list[Tensor](), torch.empty(0)
+    given = torch.tensor([list(ids)], device=model.device)
+    for start in range(0, tokens, chunk):
+        end = min(start + chunk, tokens)
+        first = max(start, tokens - 1 - wanted)  # the first position whose logits are of use
+        keep = max(1, end - first)
+        logits = model.forward(given[:, start:end], layers, position=start, keep=keep).float()
+        if wanted and end > first:
+            told = given[:, end - keep + 1 : end + 1]
+            found.append(logits[:, : told.shape[1]].log_softmax(dim=-1).gather(2, told.unsqueeze(-1)).squeeze(-1))
+    return logits[:, -1], torch.cat(found, dim=1) if found else None

@@ -1,0 +1,142 @@
+"""Measure one method by itself, in this process, which should be a fresh one.
+
+Memory is that of the first round, the cold one: what a warm-up frees would stay in the heap and hide what comes after.
+A short prompt goes first, so that weights and code are resident before; then freed heap is given back. During that
+round large blocks are mapped by themselves and the heap has no holes, so the peak is of what lives and not of what the
+heap has not yet returned. The rounds that follow it are timed with the heap as it would be; the first one's seconds
+count only where the warm-up is off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from harness.engine.compress import Compressed
+from harness.engine.transformers_seam import AttachedModel
+from harness.errors import HarnessError
+from harness.records.measured import Measured, ProbeSpec, Spread
+from harness.speed import memory_limit, predicted_memory
+from harness.speed.one_method import Isolated
+from harness.speed.peak_memory import Meter
+from methods.base import Budget, KVPolicy, PolicyError
+
+MAPPED_FROM = 2**17  # while memory is measured: what is freed leaves the resident set at once
+MAPPED_FROM_TIMED = 2**25  # while time is measured: glibc's own upper bound, which it reaches after a few forwards
+
+
+@dataclass
+class Round:
+    """One pass over all prompts of a probe."""
+
+    phases: list[tuple[float, float, float, float]]
+    """Seconds of prefill, observation, compression, and until the first token, of each prompt."""
+    step_s: list[float]
+    """Seconds of each decode step of the whole batch."""
+    kv_bytes: tuple[int, ...]
+    """Live bytes of each layer of the first prompt."""
+
+
+def measure(
+    model: AttachedModel, policy: KVPolicy, spec: ProbeSpec, *, vocabulary: Sequence[int] | None = None
+) -> Measured:
+    """Run a probe and return its seconds and its memory.
+
+    Args:
+        model: attached, in evaluation mode.
+        policy: as made for the model.
+        spec: its method and set are taken as done.
+        vocabulary: token ids that prompts are drawn from; None for all.
+
+    Raises:
+        HarnessError: a budget where there is none or none where there is one, ids of another length, an unknown device.
+        PolicyError: what the policy refuses.
+    """
+    budget, prompts = budget_of(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
+    runner = Isolated(model, policy, budget, chunk=spec.chunk)
+    _page_in(model, policy, prompts[0])
+    memory_limit.fill_holes()
+    memory_limit.map_from(MAPPED_FROM)
+    meter = Meter(model.device)
+    first = run_round(runner, prompts, spec.new_tokens)
+    peak = meter.peak()
+    timed = [] if spec.warm_up else [first]
+    memory_limit.map_from(MAPPED_FROM_TIMED)
+    while len(timed) < spec.rounds:
+        timed.append(run_round(runner, prompts, spec.new_tokens))
+    prefill, observe, compress, ttft = zip(*(phase for found in timed for phase in found.phases), strict=True)
+    tpot = Spread.of([seconds for found in timed for seconds in found.step_s])
+    return Measured(
+        **spec.model_dump(include={"tokens", "batch", "new_tokens", "rounds"}),
+        prefill_s=Spread.of(prefill),
+        observe_s=Spread.of(observe),
+        compress_s=Spread.of(compress),
+        ttft_s=Spread.of(ttft),
+        tpot_s=tpot,
+        tokens_per_s=spec.batch / tpot.median,
+        kv_bytes=first.kv_bytes,
+        model_bytes=meter.before,
+        peak_bytes=peak,
+        predicted_bytes=predict(model, policy, spec, budget),
+        memory=meter.kind,
+    )
+
+
+def predict(model: AttachedModel, policy: KVPolicy, spec: ProbeSpec, budget: int | None) -> int:
+    """Return the bytes that `harness.speed.predicted_memory` expects of a probe at `budget` slots a layer and head."""
+    shape = spec.model_dump(include={"tokens", "batch", "new_tokens", "chunk"})
+    return predicted_memory.predict(model.config, model.dtype.itemsize, policy, budget=budget, **shape)
+
+
+def budget_of(policy: KVPolicy, spec: ProbeSpec) -> int | None:
+    """Resolve the budget: slots per layer and KV head, None for a policy that keeps everything.
+
+    Raises HarnessError for a budget that is missing or cannot be read.
+    """
+    if not policy.budgeted:
+        return None
+    if spec.budget is None:
+        raise HarnessError(f"method {spec.method} needs a budget; give tokens (128) or a fraction (0.25)")
+    try:
+        return Budget.parse(spec.budget).resolve(spec.tokens)
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+
+
+def draw_prompts(spec: ProbeSpec, vocabulary: Sequence[int]) -> list[list[int]]:
+    """Draw the token ids of every prompt of the batch; given ids are the first prompt.
+
+    Raises HarnessError for ids of another length than the probe's.
+    """
+    if spec.ids and len(spec.ids) != spec.tokens:
+        raise HarnessError(f"a probe of {spec.tokens} tokens was given {len(spec.ids)} ids; give as many or none")
+    generator, known = torch.Generator().manual_seed(spec.seed), torch.tensor(vocabulary)
+    drawn: list[list[int]] = known[torch.randint(len(known), (spec.batch, spec.tokens), generator=generator)].tolist()
+    return [list(spec.ids), *drawn[1:]] if spec.ids else drawn
+
+
+def run_round(runner: Isolated, prompts: list[list[int]], new_tokens: int) -> Round:
+    """Prefill and compress the prompts one at a time, and decode them together."""
+    done: list[Compressed] = []
+    found = Round([], [], ())
+    for ids in prompts:
+        done.append(runner.prefill(ids))
+        start = time.perf_counter()
+        int(done[-1].logits.argmax())  # waits for a GPU
+        seconds = (done[-1].prefill_s, done[-1].observe_s, done[-1].compress_s)
+        found.phases.append((*seconds, sum(seconds) + time.perf_counter() - start))
+    found.kv_bytes = tuple(done[0].layer_bytes)
+    found.step_s = runner.decode(done, new_tokens).step_s
+    return found
+
+
+def _page_in(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
+    """Run the start of a prompt, so that weights and code are resident and kernels are chosen."""
+    short = ids[: min(64, len(ids) - 1)]
+    with suppress(PolicyError):  # so short a prompt may be refused
+        runner = Isolated(model, policy, max(1, len(short) // 2) if policy.budgeted else None)
+        runner.decode([runner.prefill(short)], 2)
