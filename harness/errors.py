@@ -1,13 +1,24 @@
 """Errors that end a command with one line and exit code 2."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+
+Options = TypeVar("Options", bound=BaseModel)
 
 
 class HarnessError(ValueError):
     """Bad input or an unusable environment; the message says what is wrong, the value seen and what to do."""
+
+
+def checked(model: type[Options], given: Mapping[str, Any]) -> Options:
+    """The options of a command or a file as their model takes them. Raises HarnessError for the first it refuses."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise one_line(error) from None
 
 
 def one_line(error: ValidationError) -> HarnessError:

@@ -18,7 +18,7 @@ from methods.label import MethodLabel, nearest
 
 FOLDER = Path(__file__).parent
 BASES = ("KVPolicy", "LayerPolicy", "EvictionPolicy")
-"""Classes that bring a method no parameter."""
+"""Classes that bring a method no parameter: no dataclasses."""
 
 
 class Described(Protocol):
@@ -96,37 +96,49 @@ def _entries(module: ast.Module, folder: Path) -> Iterator[Entry]:
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "method":
                 given = {keyword.arg: keyword.value for keyword in call.keywords}
                 presets = _literal(given["presets"], module, folder) if "presets" in given else {}
+                name, paper = _literal(call.args[0], module, folder), _literal(given["paper"], module, folder)
                 summary = (ast.get_docstring(node) or "").splitlines()[0]
-                paper = _literal(given["paper"], module, folder)
-                yield Entry(_literal(call.args[0], module, folder), paper, summary, presets, _parameters(node))
+                yield Entry(name, paper, summary, presets, tuple(_parameters(node, module, folder)))
 
 
 def _literal(node: ast.expr, module: ast.Module, folder: Path) -> Any:
-    """A literal, or the one that a name stands for in this module or in the one of the folder it is imported from."""
+    """A literal, or the one that a name stands for."""
     if not isinstance(node, ast.Name):
         return ast.literal_eval(node)
-    for statement in module.body:
-        if isinstance(statement, ast.AnnAssign) and _names(statement.target, node.id) and statement.value is not None:
-            return ast.literal_eval(statement.value)
-        if isinstance(statement, ast.Assign) and any(_names(target, node.id) for target in statement.targets):
-            return ast.literal_eval(statement.value)
-        if isinstance(statement, ast.ImportFrom) and any(alias.name == node.id for alias in statement.names):
-            other = folder / f"{str(statement.module).removeprefix('methods.').replace('.', '/')}.py"
-            if other.is_file():
-                return _literal(node, ast.parse(other.read_text(encoding="utf-8")), folder)
+    stated, _ = _stated(node.id, module, folder)
+    if isinstance(stated, ast.Assign | ast.AnnAssign) and stated.value is not None:
+        return ast.literal_eval(stated.value)
     raise _Unclear
 
 
-def _names(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
+def _stated(name: str, module: ast.Module, folder: Path) -> tuple[ast.stmt, ast.Module]:
+    """The statement that gives a name its meaning, in this module or in the one of the folder it is imported from."""
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node, module
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return node, module
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            path = folder / f"{str(node.module).removeprefix('methods.').replace('.', '/')}.py"
+            if path.is_file():
+                return _stated(name, ast.parse(path.read_text(encoding="utf-8")), folder)
+    raise _Unclear
 
 
-def _parameters(policy: ast.ClassDef) -> tuple[str, ...]:
-    """Names of the dataclass's fields that can be given. Raises _Unclear where a base class may bring others."""
-    if any(not isinstance(base, ast.Name) or base.id not in BASES for base in policy.bases):
-        raise _Unclear
-    fields = [node for node in policy.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    return tuple(ast.unparse(node.target) for node in fields if not _left_out(node))
+def _parameters(policy: ast.ClassDef, module: ast.Module, folder: Path) -> dict[str, None]:
+    """Names of the dataclass's fields that can be given, those of the methods it goes on from first."""
+    found: dict[str, None] = {}
+    for base in policy.bases:
+        if not isinstance(base, ast.Name):
+            raise _Unclear
+        if base.id not in BASES:
+            stated, home = _stated(base.id, module, folder)
+            if not isinstance(stated, ast.ClassDef):
+                raise _Unclear
+            found |= _parameters(stated, home, folder)
+    fields = [node for node in policy.body if isinstance(node, ast.AnnAssign) and not _left_out(node)]
+    return found | dict.fromkeys(ast.unparse(node.target) for node in fields)
 
 
 def _left_out(node: ast.AnnAssign) -> bool:

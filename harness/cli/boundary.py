@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from harness.cli.arguments import names
-from harness.errors import one_line
+from harness.errors import checked
 from harness.plan.options import assignment
 
 
@@ -46,10 +44,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     from leaderboards.tables.memory import to_terminal, write_frontier
 
     given = {name: getattr(args, name) for name in BoundaryAsk.model_fields if name != "set"}
-    try:
-        ask = BoundaryAsk.model_validate({**given, "set": dict(map(assignment, args.set or ()))})
-    except ValidationError as error:
-        raise one_line(error) from None
+    ask = checked(BoundaryAsk, {**given, "set": dict(map(assignment, args.set or ()))})
     manifest, records = run_boundary(ask, out=args.out, command=command, prober=Prober)
     print(to_terminal(records, manifest))
     for path in write_frontier(args.out):

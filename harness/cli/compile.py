@@ -6,10 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from harness.cli.arguments import names, numbers
-from harness.errors import one_line
+from harness.errors import HarnessError, checked
 
 
 def compile_parser(compiling: argparse.ArgumentParser) -> None:
@@ -37,14 +35,10 @@ def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     from harness.compiler.compile import Compiler
     from harness.compiler.stage import CompileSpec
-    from harness.errors import HarnessError
     from methods.base import PolicyError
 
     given = {name: getattr(args, name) for name in CompileSpec.model_fields if getattr(args, name, None) is not None}
-    try:
-        spec = CompileSpec.model_validate(given)
-    except ValidationError as error:
-        raise one_line(error) from None
+    spec = checked(CompileSpec, given)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:

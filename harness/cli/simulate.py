@@ -8,10 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from harness.cli.arguments import names, numbers
-from harness.errors import one_line
+from harness.errors import checked
 
 
 def simulate_parser(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +41,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.simulate.asked import SimulationAsk, cluster_lines, costs_of, outcomes_of, plan_work, warnings
     from harness.simulate.simulate import saturation, table
 
-    try:
-        ask = SimulationAsk.model_validate({name: getattr(args, name) for name in SimulationAsk.model_fields})
-    except ValidationError as error:
-        raise one_line(error) from None
+    ask = checked(SimulationAsk, {name: getattr(args, name) for name in SimulationAsk.model_fields})
     costs = costs_of(args.cost or ())
     plan = plan_work(ask, args.run)
     print("\n".join(plan.lines))

@@ -6,9 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from pydantic import ValidationError
-
-from harness.errors import HarnessError, one_line
+from harness.errors import HarnessError, checked
 from harness.records.spec import Sweep
 
 
@@ -23,10 +21,7 @@ def sweep_of(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
     if args.set:
         given = options.get("set", {})
         typed["set"] = {**given, **dict(map(assignment, args.set))} if isinstance(given, dict) else given
-    try:
-        return Sweep.model_validate({"methods": (), "tasks": (), **options, **typed})
-    except ValidationError as error:
-        raise one_line(error) from None
+    return checked(Sweep, {"methods": (), "tasks": (), **options, **typed})
 
 
 def assignment(text: str) -> tuple[str, Any]:

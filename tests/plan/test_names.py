@@ -41,7 +41,7 @@ FILE = '@method("odd", {given})\n@dataclass\nclass Odd({base}):\n    """Odd."""\
         ('paper="x", presets={"a": {"recent": 2}}', "KVPolicy", True),
         ('paper="x", presets=dict(a={})', "KVPolicy", False),
         ("paper=PAPER", "KVPolicy", False),
-        ('paper="x"', "SnapKV", False),  # which may bring parameters
+        ('paper="x"', "Elsewhere", False),  # which may bring parameters
     ],
 )
 def test_a_file_that_computes_is_left_to_the_registry(tmp_path: Path, given: str, base: str, clear: bool) -> None:
