@@ -52,32 +52,41 @@ WHEN = (1980, 1, 1, 0, 0, 0)
 
 
 class PackedFile(Frozen):
-    """A member of the archive. size: in bytes. sha256: of its contents, in hex."""
+    """A member of the archive."""
 
     name: str
     size: int = Field(ge=0)
+    """Bytes of its contents."""
     sha256: str
+    """Of its contents, in hex."""
 
 
 class Index(Frozen):
-    """index.json: what else is in the archive. harness: version that packed it. partial: the run is not whole.
-
-    references: whether the records have their references.
-    """
+    """index.json: what else is in the archive."""
 
     kind: Literal["kv-policy-harness submission"] = "kv-policy-harness submission"
     schema_version: int = SCHEMA_VERSION
     harness: str = __version__
+    """The version that packed it."""
     run_id: str
     partial: bool = False
+    """Whether the run may lack records."""
     references: bool = True
+    """Whether the records have their references."""
     files: tuple[PackedFile, ...]
 
 
 def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool = True) -> Index:
-    """Write the archive of a run. references: with those of the samples.
+    """Write the archive of a run.
 
-    Raises HarnessError for a damaged run, and one that is not whole unless `partial`.
+    Args:
+        folder: of the run.
+        out: the archive's file.
+        partial: also of a run that is not whole.
+        references: with those of the samples.
+
+    Raises:
+        HarnessError: a damaged run, one that is not whole, or a file that cannot be written.
     """
     manifest, records = load_run(folder)
     wanted = manifest.samples * manifest.cells
@@ -100,7 +109,7 @@ def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool
 
 
 def zipped(members: Mapping[str, bytes]) -> bytes:
-    """A zip of files in the order given, with fixed times and modes."""
+    """Pack files into a zip in the order given, with fixed times and modes."""
     buffer = BytesIO()
     with ZipFile(buffer, "w") as archive:
         for name, data in members.items():
@@ -111,6 +120,7 @@ def zipped(members: Mapping[str, bytes]) -> bytes:
 
 
 def _kept_paths(folder: Path) -> list[Path]:
+    """Find the manifests that were kept of earlier sessions, the earliest first."""
     found = {int(match[1]): path for path in folder.iterdir() if (match := KEPT.fullmatch(path.name))}
     return [path for _, path in sorted(found.items())]
 
@@ -155,11 +165,11 @@ class Pack:
         return [file.name for file in self.index.files if KEPT.fullmatch(file.name)]
 
     def read(self, name: str) -> bytes:
-        """A member of at most `SMALL` bytes."""
+        """Read a member of at most `SMALL` bytes."""
         return b"".join(_chunks(self.archive, name))
 
     def lines(self) -> Iterator[bytes]:
-        """Lines of the records. Raises HarnessError for one of more than `LINE` bytes."""
+        """Read the lines of the records. Raises HarnessError for one of more than `LINE` bytes."""
         with self.archive.open(RECORDS) as stream:
             while line := stream.readline(LINE + 1):
                 if len(line) > LINE:
@@ -183,7 +193,7 @@ def open_pack(path: Path) -> Iterator[Pack]:
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """What a damaged zip and a file that cannot be read raise, as an error for the user."""
+    """Turn what a damaged zip and a file that cannot be read raise into an error for the user."""
     try:
         yield
     except HarnessError:
@@ -206,7 +216,7 @@ def _check_end(end: bytes, size: int) -> None:
 
 
 def _checked(archive: ZipFile) -> Index:
-    """The index, when all members are sound and as it says."""
+    """Read the index. Raises HarnessError unless all members are sound and as it says."""
     infos = archive.infolist()
     for info in infos:
         _check_member(info)
