@@ -83,15 +83,12 @@ def connected(address: str) -> Iterator[ClusterInfo]:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     own = {"include_dashboard": False, **quiet}
     try:
-        if address == "local":
+        try:
+            context = ray.init(address=address, **(own if address == "local" else quiet))
+        except ConnectionError:
+            if address != "auto":
+                raise
             context = ray.init(address="local", **own)
-        elif address == "auto":
-            try:
-                context = ray.init(address="auto", **quiet)
-            except ConnectionError:
-                context = ray.init(address="local", **own)
-        else:
-            context = ray.init(address=address, **quiet)
     except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise HarnessError(f"no Ray cluster at {address!r}: {why}; see `ray status`") from None

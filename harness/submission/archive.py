@@ -15,7 +15,6 @@ Everything is JSON text: a pickle, or an archive inside the archive, is refused 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import stat
 import struct
@@ -33,6 +32,7 @@ from pydantic import Field, ValidationError
 from harness import __version__
 from harness.errors import HarnessError
 from harness.records.atomic_files import write_bytes
+from harness.records.log_folder import to_line
 from harness.records.record import RunManifest
 from harness.records.run_folder import RUNS, load_run
 from harness.records.spec import SCHEMA_VERSION, Frozen
@@ -97,9 +97,8 @@ def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool
         )
     if not references:
         records = [record.model_copy(update={"answers": (), "prompt_tail": ""}) for record in records]
-    lines = [json.dumps(record.model_dump(mode="json"), separators=(",", ":")) + "\n" for record in records]
     members = {path.name: _kept(path, manifest) for path in _kept_paths(folder)}
-    members = {MANIFEST: _packed(manifest), **members, RECORDS: "".join(lines).encode()}
+    members = {MANIFEST: _packed(manifest), **members, RECORDS: b"".join(map(to_line, records))}
     if sum(map(len, members.values())) > LARGE or len(members) >= MEMBERS:
         raise HarnessError(f"{folder} is more than {LARGE >> 20} MiB in {MEMBERS} files; hand it in as several runs")
     files = tuple(PackedFile(name=name, size=len(data), sha256=_sha256(data)) for name, data in members.items())
@@ -132,20 +131,10 @@ def _packed(manifest: RunManifest) -> bytes:
 
 
 def _kept(path: Path, manifest: RunManifest) -> bytes:
-    try:
-        earlier = RunManifest.model_validate_json(_bytes(path))
-    except ValidationError as error:
-        raise HarnessError(f"{path} is damaged: {error.errors()[0]['msg']}; move it away") from None
+    earlier = RUNS.read_manifest(path.parent, path.name)
     if earlier.spec.run_id != manifest.run_id:
         raise HarnessError(f"{path} is of run {earlier.spec.run_id}, not {manifest.run_id}; move it away")
     return _packed(earlier)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _sha256(data: bytes) -> str:

@@ -103,15 +103,15 @@ def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = No
         HarnessError: an archive that is not sound.
     """
     with open_pack(path) as pack:
-        verdict = Verification(pack.index)
-        archive = verdict.check("archive")
+        verification = Verification(pack.index)
+        archive = verification.check("archive")
         without = () if pack.index.references else ("it was packed without references: no score can be recomputed",)
         archive.see(iter(without), counted=len(pack.index.files))
-        manifest = _manifest(pack, verdict.check("manifest"))
-        verdict.manifest = manifest
+        manifest = _manifest(pack, verification.check("manifest"))
+        verification.manifest = manifest
         if manifest is not None and pack.index.references:
-            _records(pack, manifest, verdict, partial=partial, decode=decode)
-        return verdict
+            _records(pack, manifest, verification, partial=partial, decode=decode)
+        return verification
 
 
 def _manifest(pack: Pack, check: Check) -> RunManifest | None:
@@ -188,12 +188,12 @@ def _least(manifest: RunManifest) -> dict[str, float]:
     return {label: count / plain for label, count in bits.items() if isinstance(count, int) and 0 < count < plain}
 
 
-def _records(pack: Pack, manifest: RunManifest, verdict: Verification, *, partial: bool, decode: Decode | None) -> None:
+def _records(pack: Pack, manifest: RunManifest, found: Verification, *, partial: bool, decode: Decode | None) -> None:
     cells, tasks = cells_of(manifest), load_tasks()
     samples, budgets = Samples(manifest, cells), Budgets(cells, _least(manifest))
-    own, whole, bytes_ = verdict.check("records"), verdict.check("complete"), verdict.check("budgets")
-    scores, likelihood = verdict.check("scores"), verdict.check("likelihood")
-    tokens = verdict.check("tokens") if decode is not None else None
+    own, whole, bytes_ = found.check("records"), found.check("complete"), found.check("budgets")
+    scores, likelihood = found.check("scores"), found.check("likelihood")
+    tokens = found.check("tokens") if decode is not None else None
     for number, line in enumerate(pack.lines(), start=1):
         where = f"{RECORDS}:{number}"
         try:
@@ -203,7 +203,7 @@ def _records(pack: Pack, manifest: RunManifest, verdict: Verification, *, partia
             continue
         if not own.see(samples.problems(record), where):
             continue
-        verdict.statuses[record.status] += 1
+        found.statuses[record.status] += 1
         if record.status != "ok":
             scores.see(_no_score(record), where, counted=0)
             continue
