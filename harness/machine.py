@@ -31,10 +31,10 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in GiB, accelerator names, torch threads, system. JSON values."""
+    """Describe this machine in JSON values: processor, usable cores, memory in GiB, accelerators, threads, system."""
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
-        "processor": _processor(),
+        "processor": next(iter(cpu_info("model name")), platform.processor() or platform.machine()),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "accelerators": [torch.cuda.get_device_name(index) for index in cuda],
@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of every package that decides numbers, where installed."""
+    """Look up the version of Python and of every package that decides numbers, where it is installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this code runs from, `-dirty` when tracked files differ, or None outside of one."""
+    """Name the commit this code runs from, with `-dirty` when tracked files differ; None outside of a checkout."""
     root = Path(__file__).resolve().parent.parent
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "HEAD")
@@ -75,13 +75,13 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _processor() -> str:
+def cpu_info(field: str) -> list[str]:
+    """Read a field of /proc/cpuinfo, one value a core; none where the system does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
 
 
 def _memory_gib() -> float | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from harness.records.measured import Measured
 from harness.records.record import Key, Memory, Record, Status
+from harness.records.spec import FirstToken, QueryMode
 
 META = ("group", "depth", "length", "length_bin")
 """Fields of a sample that boards group and split by."""
@@ -42,8 +43,8 @@ class BoardRecord(NamedTuple):
     sample_id: str
     method: str
     budget: str
-    query: str
-    first_token: str
+    query: QueryMode
+    first_token: FirstToken
     seed: int
     status: Status
     error: str | None

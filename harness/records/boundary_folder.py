@@ -1,7 +1,7 @@
 """The folder of `harness boundary`: `boundary.json` (what was asked, and where) and `boundary.jsonl` (the searches).
 
 The records have a line for each search. The file is replaced in one step after each probe, so a repeated command goes
-on where the last one ended; a last line without its newline, as a copy of the file may have, is left out and said.
+on where the last one ended.
 
 No torch here: leaderboards import this module.
 """
@@ -27,48 +27,51 @@ SizeKind = Literal["context", "batch"]
 
 
 class Tried(Frozen):
-    """A probe and how it ended. seconds: of the whole probe. peak_bytes, predicted_bytes: above the model's own."""
+    """A probe and how it ended."""
 
     tokens: int
     batch: int
     status: ProbeStatus
     seconds: float
+    """Of the whole probe."""
     peak_bytes: int | None = None
+    """Above the model's own."""
     predicted_bytes: int | None = None
+    """What `peak_bytes` was expected to be."""
     error: str | None = None
 
 
 class Found(Frozen):
-    """The largest size that fits, 0 where not even the least does.
-
-    whole: even the most fits, so the answer is at least that. next_size: the least size that did not fit, one step
-    above the answer. next_status: how it ended; anything but `oom` is no statement about memory.
-    """
+    """What a search found."""
 
     answer: int
+    """The largest size that fits, 0 where not even the least does."""
     whole: bool = False
+    """Even the most fits, so the answer is at least that."""
     next_size: int | None = None
+    """The least size that did not fit, one step above the answer."""
     next_status: ProbeStatus | None = None
+    """How that ended; anything but `oom` is no statement about memory."""
 
 
 class BoundaryRecord(Frozen):
-    """One search. found: None while it goes on. at_context: tokens of each prompt where the batch is searched.
-
-    model_revision: content hash or commit, as in the manifest.
-    """
+    """One search. One JSON line."""
 
     schema_version: int = SCHEMA_VERSION
     model_revision: str = ""
+    """Content hash or commit, as in the manifest."""
     method: str
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str
     kind: SizeKind
     at_context: int | None = None
+    """Tokens of each prompt where the batch is searched."""
     limit_bytes: int
     least: int
     most: int
     step: int
     found: Found | None = None
+    """None while the search goes on."""
     probes: tuple[Tried, ...] = ()
 
     @property
@@ -77,30 +80,31 @@ class BoundaryRecord(Frozen):
         return (self.method, self.budget, self.kind, self.at_context or 0)
 
     def probe(self, size: int | None) -> Tried | None:
-        """The probe of that size, where there was one."""
+        """Find the probe of that size, where there was one."""
         tokens, batch = (size, 1) if self.kind == "context" else (self.at_context, size)
         return next((tried for tried in self.probes if (tried.tokens, tried.batch) == (tokens, batch)), None)
 
 
 class BoundaryManifest(Frozen):
-    """What the searches of a folder have in common.
-
-    limit_kind: what enforces the limit. model_bytes: the model's own, part of the limit. context: the model's.
-    timeout_s: of a probe. threads: of the CPU, None for PyTorch's choice.
-    """
+    """boundary.json: what the searches of a folder have in common."""
 
     schema_version: int = SCHEMA_VERSION
     command: tuple[str, ...]
     created: str
     model: ModelSpec
     context: int
+    """Tokens that the model can take."""
     limit_bytes: int
     limit_kind: str
+    """What enforces the limit."""
     model_bytes: int
+    """The model's own, part of the limit."""
     threads: int | None
+    """Of the CPU, None for PyTorch's choice."""
     chunk: int | None
     new_tokens: int
     timeout_s: float
+    """Of a probe."""
     notes: tuple[str, ...] = ()
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -145,5 +149,5 @@ class BoundaryStore(LogFolder[BoundaryManifest, BoundaryRecord]):
 
 
 def load_boundaries(folder: Path) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
-    """A folder of searches as stored. Raises HarnessError when a file is missing or damaged."""
+    """Read a folder of searches as stored. Raises HarnessError when a file is missing or damaged."""
     return BOUNDARIES.load(Path(folder))

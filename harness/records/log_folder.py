@@ -85,9 +85,12 @@ class LogLayout(Generic[M, R]):
         manifest = self.read_manifest(folder)
         return manifest, list({key_of(record): record for record in self.records(folder, manifest)}.values())
 
-    def read_manifest(self, folder: Path) -> M:
-        """Read the manifest of a folder. Raises HarnessError when it is missing, damaged or was edited."""
-        path = folder / self.manifest_file
+    def read_manifest(self, folder: Path, name: str = "") -> M:
+        """Read the manifest of a folder, or the one of an earlier session that was kept there under `name`.
+
+        Raises HarnessError when it is missing, damaged or was edited.
+        """
+        path = folder / (name or self.manifest_file)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -240,13 +243,17 @@ class LogFolder(ABC, Generic[M, R]):
         write_text(self.folder / self.layout.manifest_file, self.manifest.model_dump_json(indent=2) + "\n")
 
     def _lines(self, records: Sequence[R]) -> bytes:
-        own, lines = self.layout.ids(self.manifest)[0], []
+        own = self.layout.ids(self.manifest)[0]
         for record in records:
             if (other := self.layout.owner(record)) != own:
                 kind = self.layout.kind
                 raise HarnessError(f"record {key_of(record)} belongs to {kind} {other}, this is {own}")
-            lines.append(json.dumps(record.model_dump(mode="json"), separators=(",", ":")))
-        return "".join(f"{line}\n" for line in lines).encode()  # ASCII: no line break but the last
+        return b"".join(map(to_line, records))
+
+
+def to_line(record: Frozen) -> bytes:
+    """Write a record as its line of a log: ASCII, so that there is no line break but the last."""
+    return json.dumps(record.model_dump(mode="json"), separators=(",", ":")).encode() + b"\n"
 
 
 def now() -> str:

@@ -1,4 +1,4 @@
-"""What is measured of one method by itself: seconds of every phase and memory, for bench, boundary and runs."""
+"""What is measured of one method by itself: the seconds of every phase and the memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Spread(Frozen):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Take it of at least one value."""
         return cls(median=median(values), low=min(values), high=max(values))
 
 
@@ -61,18 +61,20 @@ class Measured(Frozen):
 
 
 class ProbeSpec(Frozen):
-    """What a probe runs. method: a label, `name` or `name@preset`; set: its changed parameters.
-
-    budget: tokens or a fraction, as in `harness run`; None for a method without one. chunk: of the prefill.
-    """
+    """What a probe runs."""
 
     method: str
+    """A label, `name` or `name@preset`."""
     set: dict[str, Any] = Field(default_factory=dict)
+    """Its changed parameters."""
     budget: str | None
+    """Tokens or a fraction, as in `harness run`; None for a method without one."""
     tokens: int = Field(ge=2)
+    """Of each prompt."""
     batch: int = Field(default=1, ge=1)
     new_tokens: int = Field(default=32, ge=2)
     chunk: int | None = Field(default=None, ge=1)
+    """Tokens of a prefill forward, None for all at once."""
     rounds: int = Field(default=1, ge=1)
     warm_up: bool = True
     """Whether a first round is dropped; a probe that only asks for memory needs none."""
@@ -82,8 +84,9 @@ class ProbeSpec(Frozen):
 
 
 class ProbeResult(Frozen):
-    """How a probe ended. error: one line, where the status is not ok."""
+    """How a probe ended."""
 
     status: ProbeStatus
     measured: Measured | None = None
     error: str | None = None
+    """One line, where the status is not ok."""

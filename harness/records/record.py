@@ -10,12 +10,12 @@ from harness.records.measured import Measured
 from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
-Memory = Literal["physical", "simulated"]
-Key = tuple[str, str, str, str]
-"""Task, sample, method and budget: what a run holds at most one record of."""
 CellKey = tuple[str, str]
 """Method label and budget as they stand in a record."""
 PROMPT_TAIL = 240
+Memory = Literal["physical", "simulated"]
+Key = tuple[str, str, str, str]
+"""Task, sample, method and budget: what a run holds at most one record of."""
 
 
 class Record(Frozen):

@@ -129,11 +129,11 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
             return store.folder
 
 
+@dataclass(frozen=True)
 class WorkerLogs:
     """A file for each worker: what it is, what it logged, how it ended."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def tell(self, worker: int, line: str) -> None:
         """Add a line to a worker's file. Raises HarnessError when it cannot be written."""

@@ -6,8 +6,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from harness.records.atomic_files import write_text
@@ -60,31 +60,26 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
+@dataclass
 class Progress:
-    """Counts records and says so now and then. A context: the last word is said at its end.
+    """Counts records and says so now and then. A context: the last word is said at its end."""
 
-    Args:
-        folder: of the run.
-        samples: to be done now.
-        total: cells of the whole run.
-        done: cells that earlier sessions did.
-        workers: asks how many there are now.
-        spent: asks for `worker_s` and `busy_s`.
-    """
+    folder: Path
+    """Of the run."""
+    samples: int
+    """To be done now."""
+    total: int
+    """Cells of the whole run."""
+    done: int
+    """Cells that earlier sessions did."""
+    workers: Callable[[], int]
+    """Asks how many there are now."""
+    spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
+    """Asks for `worker_s` and `busy_s`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        samples: int,
-        total: int,
-        done: int,
-        workers: Callable[[], int],
-        spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
-    ) -> None:
-        self.folder, self.total, self.samples, self.workers, self.spent = folder, total, samples, workers, spent
-        self.cells = Counter[str]({"done before": done} if done else {})
-        self.left, self.tokens = samples, 0
+    def __post_init__(self) -> None:
+        self.cells = Counter[str]({"done before": self.done} if self.done else {})
+        self.left, self.tokens = self.samples, 0
         self.start = self.said = time.monotonic()
         self._every = EVERY_S[sys.stderr.isatty()]
 
@@ -126,7 +121,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.say()
         if sys.stderr.isatty():
             print(file=sys.stderr)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from logging.handlers import BufferingHandler
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -81,15 +83,12 @@ def connected(address: str) -> Iterator[ClusterInfo]:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     own = {"include_dashboard": False, **quiet}
     try:
-        if address == "local":
+        try:
+            context = ray.init(address=address, **(own if address == "local" else quiet))
+        except ConnectionError:
+            if address != "auto":
+                raise
             context = ray.init(address="local", **own)
-        elif address == "auto":
-            try:
-                context = ray.init(address="auto", **quiet)
-            except ConnectionError:
-                context = ray.init(address="local", **own)
-        else:
-            context = ray.init(address=address, **quiet)
     except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise HarnessError(f"no Ray cluster at {address!r}: {why}; see `ray status`") from None
@@ -111,27 +110,16 @@ def _check_reachable(address: str) -> None:
         raise HarnessError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from None
 
 
-class _Lines(logging.Handler):
-    """Appends what is logged to a list."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self.lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 class Worker:
     """What runs in an actor. make: called once, there; what it raises refuses the worker."""
 
     def __init__(self, make: Callable[[], tuple[Handler[Any, Any], Mapping[str, Any]]]) -> None:
         self.make = make
-        self.lines: list[str] = []
+        self.logged = BufferingHandler(sys.maxsize)
 
     def start(self) -> dict[str, Any]:
         """Make what it works with, and tell what the driver should know of this worker."""
-        logging.getLogger("harness").addHandler(_Lines(self.lines))
+        logging.getLogger("harness").addHandler(self.logged)
         self.handler, about = self.make()
         context = ray.get_runtime_context()
         return {**about, "node": context.get_node_id()[:12], "host": socket.gethostname(), "time": time.time()}
@@ -140,8 +128,8 @@ class Worker:
         """Do a bundle; return its results, its seconds, and what was logged."""
         start = time.perf_counter()
         results = self.handler(work, careful)
-        lines = self.lines.copy()
-        self.lines.clear()
+        lines = [record.getMessage() for record in self.logged.buffer]
+        self.logged.flush()
         return results, time.perf_counter() - start, lines
 
 

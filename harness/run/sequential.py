@@ -37,15 +37,12 @@ log = logging.getLogger("harness")
 
 @dataclass
 class SampleRunner:
-    """Turns samples into records with one loaded model; holds no files, so any process can be one.
-
-    Args:
-        spec: the resolved run.
-        loaded: its model.
-    """
+    """Turns samples into records with one loaded model; holds no files, so any process can have one."""
 
     spec: RunSpec
+    """The resolved run."""
     loaded: LoadedModel
+    """Its model."""
 
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model)
@@ -55,7 +52,7 @@ class SampleRunner:
         self.accelerator = ", ".join(here["accelerators"][:1]) or str(here["processor"])
 
     def records(self, group: Group) -> list[Record]:
-        """One record per sample and cell, in order. group: samples of one context, with the cells wanted of each."""
+        """Run samples of one context, each under the cells wanted of it; return one record per pair, in order."""
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
         found = [
@@ -114,7 +111,7 @@ class Prepared:
         return list(dict.fromkeys(cell.cell.policy for cell in self.cells))
 
     def missing(self, done: Set[tuple[str, str, str, str]]) -> list[Group]:
-        """Samples of one context each, with the cells that `done` lacks of them."""
+        """List groups of samples of one context, with the cells that `done` lacks of each."""
         work: list[Group] = []
         for group in contexts(self.samples, self.manifest.spec.query):
             wanted = [(planned, [cell for cell in self.cells if _key(planned, cell) not in done]) for planned in group]

@@ -47,18 +47,19 @@ class Costs:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What runs the work, one worker a GPU.
-
-    start_s: from an actor's start until its model is loaded. mtbf_s: mean time between losses of one node, None for no
-    losses. node_s: until another node is in the place of a lost one. seed: of the losses.
-    """
+    """What runs the work, one worker a GPU."""
 
     nodes: int = 1
     gpus: int = 1
+    """Of a node."""
     start_s: float = 0.0
+    """From an actor's start until its model is loaded."""
     mtbf_s: float | None = None
+    """Mean time between losses of one node, None for no losses."""
     node_s: float = 0.0
+    """Until another node is in the place of a lost one."""
     seed: int = 42
+    """Of the losses."""
 
     @property
     def workers(self) -> int:
@@ -67,15 +68,17 @@ class Cluster:
 
 @dataclass
 class SimulatedClock:
-    """The driver's time. busy: that it was not waiting."""
+    """The driver's time in seconds."""
 
     now: float = 0.0
     busy: float = 0.0
+    """That it was not waiting."""
 
     def __call__(self) -> float:
         return self.now
 
     def spend(self, seconds: float) -> None:
+        """Let the driver be busy for so long."""
         self.now += seconds
         self.busy += seconds
 
@@ -133,7 +136,7 @@ class SimulatedPool:
         self._push(own.free, "done", worker)
 
     def wait(self, seconds: float) -> list[Event[None]]:
-        """What has happened by now, one event a worker as in Ray's pool, or else what happens next."""
+        """Return what has happened by now, one event a worker as in Ray's pool, or else what happens next."""
         self.clock.spend(self.costs.look_s * len(self._workers))
         upcoming = self._events[0][0] if self._events else math.inf
         patience = math.inf if self.doze and self._events else max(seconds, 1e-6)

@@ -27,23 +27,25 @@ SATURATED = 0.9  # utilisation below which a size is called too large
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """What came of a simulated run.
-
-    shares: worker-seconds by what they went into; their sum is workers times makespan. driver_s: busy, planning not
-    included. records, nbytes: written per second, as the mean and as the most in `WINDOW_S`.
-    """
+    """What came of a simulated run."""
 
     cluster: Cluster
     makespan_s: float
     plan_s: float
+    """Until the first worker starts."""
     driver_s: float
+    """That the driver was busy, planning not included."""
     longest_s: float
+    """Of the longest item."""
     items: int
     given_up: int
     nodes_lost: int
     shares: dict[Share, float]
+    """Worker-seconds by what they went into; their sum is workers times makespan."""
     records: tuple[float, float]
+    """Written per second, as the mean and as the most in `WINDOW_S`."""
     nbytes: tuple[float, float]
+    """The same of bytes."""
 
     @property
     def worker_s(self) -> float:
@@ -59,7 +61,7 @@ class SimulatedRun:
     @property
     def limit(self) -> Share:
         """What takes most of the time that is not work."""
-        kinds: tuple[Share, ...] = ("start", "driver", "tail", "lost")
+        kinds: list[Share] = ["start", "driver", "tail", "lost"]
         return max(kinds, key=self.share)
 
     @property
@@ -96,7 +98,7 @@ class _Log:
         self.held, self.last = [], self.clock.now
 
     def rates(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Records a second and bytes a second: mean and most in a window."""
+        """Count records a second and bytes a second: the mean, and the most in a window."""
         found = []
         for counted in (self._records, self._bytes):
             mean = counted.total() / self.clock.now
@@ -137,7 +139,7 @@ def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedR
 
 
 def sizes(nodes: int, gpus: int) -> list[tuple[int, int]]:
-    """(nodes, GPUs of each): 1 x 1, doubled up to one whole node, then whole nodes, doubled up to all of them."""
+    """List (nodes, GPUs of each): 1 x 1, doubled up to one whole node, then whole nodes, doubled up to all of them."""
     return [*((1, n) for n in _doubled(gpus)), *((n, gpus) for n in _doubled(nodes)[1:])]
 
 
@@ -146,7 +148,7 @@ def _doubled(most: int) -> list[int]:
 
 
 def table(outcomes: Sequence[SimulatedRun]) -> str:
-    """One line for each size of the cluster."""
+    """Write a table with one line for each size of the cluster."""
     lines = [_line(outcome) for outcome in outcomes]
     if not any(outcome.nodes_lost for outcome in outcomes):
         lines = [{name: text for name, text in line.items() if name not in ("losses", "nodes lost")} for line in lines]
@@ -173,7 +175,7 @@ def _line(outcome: SimulatedRun) -> dict[str, str]:
 
 
 def saturation(outcomes: Sequence[SimulatedRun]) -> str:
-    """Where more workers stop to pay, and why, in one line. outcomes: by size, the smallest first."""
+    """Say in one line where more workers stop to pay, and why. outcomes: by size, the smallest first."""
     last = outcomes[-1]
     over = next((outcome for outcome in outcomes if outcome.utilisation < SATURATED), last)
     size = f"{over.cluster.nodes} x {over.cluster.gpus}"

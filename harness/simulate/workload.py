@@ -57,35 +57,35 @@ ID_BYTES = 4  # of a token id that the driver holds
 
 @dataclass(frozen=True)
 class Work:
-    """An item to be simulated.
-
-    tokens: of its prompt. order: what the driver sorts by, the largest first. nbytes: of its records as lines.
-    """
+    """An item to be simulated."""
 
     seconds: float
     tokens: int
+    """Of its prompt."""
     order: int
+    """What the driver sorts by, the largest first."""
     records: int
     nbytes: float
+    """Of its records as lines."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the seconds of an item follow from.
-
-    batches: decode batches. steps, scored: generated tokens of the longest row, and reference tokens, of every batch,
-    summed.
-    """
+    """What the seconds of an item follow from."""
 
     tokens: int
+    """Of its prompt."""
     cells: int
     batches: float
+    """In which it is decoded."""
     steps: float
+    """Generated tokens of the longest row of every batch, summed."""
     scored: float
+    """The same of reference tokens."""
 
     @property
     def terms(self) -> tuple[tuple[float, ...], ...]:
-        """Of the prefill, of the compressions and of the decode batches."""
+        """What the seconds of the prefill, of the compressions and of the decode batches are linear in."""
         n = float(self.tokens)
         decode = self.batches, self.steps, self.steps * n, self.scored
         return (1.0, n, n * n), (self.cells, self.cells * n), decode
@@ -93,12 +93,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recorded:
-    """An item of a stored run. parts: seconds of its prefill, compressions and decode batches."""
+    """An item of a stored run."""
 
     shape: Shape
     parts: tuple[float, float, float]
+    """Seconds of its prefill, compressions and decode batches."""
     records: int
     generated: int
+    """Tokens, over all records."""
 
     @property
     def seconds(self) -> float:
@@ -107,14 +109,17 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Fit:
-    """Seconds of an item by its shape. factors: of `Shape.terms`. ratios: recorded over fitted seconds, per item."""
+    """Seconds of an item by its shape."""
 
     factors: tuple[tuple[float, ...], ...]
+    """Of `Shape.terms`."""
     ratios: tuple[float, ...]
+    """Recorded over fitted seconds, per item."""
     longest: int
     """Most tokens of a fitted prompt."""
 
     def seconds(self, shape: Shape) -> float:
+        """Return the fitted seconds of an item."""
         return sum(
             factor * term
             for factors, terms in zip(self.factors, shape.terms, strict=True)
@@ -122,7 +127,7 @@ class Fit:
         )
 
     def lines(self) -> list[str]:
-        """The formula and how far off it is."""
+        """Write the formula and how far off it is."""
         (a, b, c), (d, e), (f, g, h, i) = self.factors
         off = sorted(abs(ratio - 1) for ratio in self.ratios)
         return [
@@ -135,7 +140,7 @@ class Fit:
 
 
 def recorded_items(records: Sequence[Record], query: QueryMode) -> list[Recorded]:
-    """The items of a run that have seconds. Raises HarnessError when none has."""
+    """Gather the items of a run that have seconds. Raises HarnessError when none has."""
     groups: dict[tuple[str, str | float], list[Record]] = {}
     for record in records:
         shared = query == "agnostic" and record.prefill_s > 0  # the questions of a context have one prefill
@@ -166,12 +171,12 @@ def _item(own: Sequence[Record]) -> Recorded:
 
 
 def _batch(record: Record) -> tuple[str, float, int]:
-    """Rows of one batch have the same seconds to the last digit."""
+    """Tell batches apart: rows of one batch have the same seconds to the last digit."""
     return record.sample_id, record.decode_s, record.decode_rows
 
 
 def as_recorded(items: Sequence[Recorded], *, line_bytes: float, speedup: float) -> list[Work]:
-    """The run itself once more. line_bytes: of a record."""
+    """Repeat the run itself, with the bytes of a line given, `speedup` times as fast."""
     return [
         Work(
             item.seconds / speedup,
@@ -185,7 +190,7 @@ def as_recorded(items: Sequence[Recorded], *, line_bytes: float, speedup: float)
 
 
 def fit(items: Sequence[Recorded]) -> Fit:
-    """Least squares with no factor below zero, so that no extrapolation is.
+    """Fit by least squares with no factor below zero, so that no extrapolation is.
 
     Raises HarnessError when prompts of fewer than three lengths were recorded.
     """
@@ -207,7 +212,7 @@ def fit(items: Sequence[Recorded]) -> Fit:
 
 
 def longbench(*, max_tokens: int, seed: int) -> Iterator[tuple[int, int]]:
-    """(prompt tokens, tokens to generate) of every sample of LongBench, with lengths drawn as `MEAN_LENGTH` says."""
+    """Yield (prompt tokens, tokens to generate) of every sample of LongBench, of lengths drawn about `MEAN_LENGTH`."""
     from tasks.longbench import DATASETS
 
     draw = np.random.default_rng([seed, 1])
@@ -218,7 +223,7 @@ def longbench(*, max_tokens: int, seed: int) -> Iterator[tuple[int, int]]:
 
 
 def ruler(*, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(prompt tokens, tokens to generate) of every sample of RULER's 13 tasks. A length counts both."""
+    """Yield (prompt tokens, tokens to generate) of every sample of RULER's 13 tasks. A length counts both."""
     from tasks.ruler.cwe import CommonWords
     from tasks.ruler.fit import OFFICIAL_SAMPLES
     from tasks.ruler.fwe import CodedWords
@@ -242,7 +247,7 @@ def extrapolated(
     speedup: float,
     seed: int,
 ) -> list[Work]:
-    """Items of other prompts under the recorded cells: fitted seconds, each times the ratio of a drawn recorded item.
+    """Make items of other prompts under the recorded cells: fitted seconds, times the ratio of a drawn recorded item.
 
     prompts: (tokens, tokens to generate), all of which are generated.
     """

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from harness.engine.kernels import prefill_kernel
 from harness.errors import HarnessError
-from harness.machine import git_commit, machine, versions
+from harness.machine import cpu_info, git_commit, machine, versions
 from harness.models.load import DTYPES
 from harness.plan.sweep import PlannedCell
 from harness.records.bench_folder import BenchKind, BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
@@ -87,7 +87,7 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: Make
 
 
 def resolve(ask: BenchAsk, target: Target) -> BenchSpec:
-    """With the model's revision, dtype, device, threads, methods and kernel as they are."""
+    """Resolve what was asked: the model's revision, dtype, device, threads, methods and kernel as they are."""
     model = target.model
     return BenchSpec(
         **ask.model_dump(include={"kind", "model", "lengths", "batch", "new_tokens", "chunk", "rounds", "warm_up"}),
@@ -103,12 +103,8 @@ def resolve(ask: BenchAsk, target: Target) -> BenchSpec:
 
 
 def clocks_mhz() -> dict[str, float]:
-    """Least, median and most of the cores' clocks now; empty where the system does not tell them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-    except (OSError, ValueError):
-        return {}
+    """Read the least, median and most of the cores' clocks now; empty where the system does not tell them."""
+    found = [float(clock) for clock in cpu_info("cpu MHz")]
     return {"low": min(found), "median": median(found), "high": max(found)} if found else {}
 
 

@@ -25,7 +25,7 @@ class Asks(Protocol):
 
 
 def largest(fits: Callable[[int], ProbeResult], *, first: int, least: int, most: int, step: int) -> Found:
-    """The largest of `least`, `least + step`, ... up to `most` that fits, by galloping away from `first`, then halving.
+    """Find the largest of `least`, `least + step`, ... up to `most` that fits: gallop away from `first`, then halve.
 
     Asks about 2 log2(d) sizes for an answer d steps from `first`, none twice. Raises HarnessError without a size.
     """
@@ -54,7 +54,7 @@ def largest(fits: Callable[[int], ProbeResult], *, first: int, least: int, most:
 
 
 def first_guess(predict: Callable[[int], int], *, room: int, least: int, most: int, step: int) -> int:
-    """The largest size that `predict`, bytes by size, puts within `room`; `least` where it puts none there."""
+    """Find the largest size that `predict`, bytes by size, puts within `room`; `least` where it puts none there."""
     low, high = 0, max((most - least) // step, 0)
     while low < high:
         middle = (low + high + 1) // 2
@@ -67,31 +67,33 @@ def first_guess(predict: Callable[[int], int], *, room: int, least: int, most: i
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched. spec: a probe with the method and its budget; its tokens and batch are replaced.
-
-    method, params: label with the changed parameters, and all parameters, as they go into the record. first: a guess.
-    predict: bytes above the model by size, for the record of a probe that brings none back.
-    """
+    """What is searched."""
 
     spec: ProbeSpec
+    """A probe with the method and its budget; its tokens and batch are replaced."""
     method: str
+    """Label with the changed parameters, as it goes into the record."""
     kind: SizeKind
     first: int
+    """A guess at the answer."""
     least: int
     most: int
     step: int
     at_context: int | None = None
+    """Tokens of each prompt where the batch is searched."""
     params: dict[str, Any] = field(default_factory=dict)
+    """All parameters of the method, as they go into the record."""
     model_revision: str = ""
     predict: Callable[[int], int | None] = lambda size: None
+    """Bytes above the model by size, for the record of a probe that brings none back."""
 
     def probe(self, size: int) -> ProbeSpec:
-        """The probe of that size."""
+        """Make the probe of that size."""
         tokens, batch = (size, 1) if self.at_context is None else (self.at_context, size)
         return self.spec.model_copy(update={"tokens": tokens, "batch": batch})
 
     def record(self, limit_bytes: int) -> BoundaryRecord:
-        """The record before the first probe."""
+        """Make the record as it is before the first probe."""
         return BoundaryRecord(
             model_revision=self.model_revision,
             method=self.method,
@@ -107,7 +109,7 @@ class Search:
 
 
 class BoundarySearches:
-    """Runs searches one after another. say: takes a line of progress for each probe."""
+    """Runs searches one after another; `say` takes a line of progress for each probe."""
 
     def __init__(
         self, prober: Asks, store: BoundaryStore, *, limit_bytes: int, timeout_s: float, say: Callable[[str], None]
@@ -117,13 +119,12 @@ class BoundarySearches:
 
     def run(self, search: Search) -> BoundaryRecord:
         """Finish a search; one that is stored as finished is returned as it is. A probe that fails never ends it."""
-        record, old = search.record(self.limit_bytes), None
+        record = search.record(self.limit_bytes)
         stored = self.store.records.get(record.key)
         if stored is not None and stored.params == record.params:
-            old = stored
-            if stored == record.model_copy(update={"found": stored.found, "probes": stored.probes}) and stored.found:
+            record = record.model_copy(update={"probes": stored.probes})
+            if stored.found and stored == record.model_copy(update={"found": stored.found}):
                 return stored
-        record = record.model_copy(update={"probes": old.probes if old else ()})
 
         def fits(size: int) -> ProbeResult:
             nonlocal record

@@ -21,6 +21,7 @@ from pydantic import BeforeValidator
 from harness.errors import HarnessError
 
 PROC = Path("/proc/self")
+MEMINFO = Path("/proc/meminfo")
 CGROUPS = Path("/sys/fs/cgroup")
 SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(i?)(?:b|bytes)?", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
@@ -152,10 +153,10 @@ def apply(limit_bytes: int) -> Limit:
     if not refused:
         return Limit("cgroup", limit_bytes)
     limit_address_space(limit_bytes, resident)
-    swap = swap_used()
+    _, swapped = swap()
     note = f"no cgroup of its own: {refused}"
-    if swap:
-        note += f"; {swap} bytes of swap are in use, so peaks of resident memory may come out too low"
+    if swapped:
+        note += f"; {swapped} bytes of swap are in use, so peaks of resident memory may come out too low"
     return Limit("address space", limit_bytes, note)
 
 
@@ -200,14 +201,14 @@ def leave_cgroup(pid: int) -> None:
             _own_group(parent, pid).rmdir()
 
 
-def swap_used() -> int:
-    """Return the bytes of swap that are in use on this machine."""
+def swap(meminfo: Path = MEMINFO) -> tuple[int, int]:
+    """Return this machine's bytes of swap, and those of them in use; none where the system does not tell."""
     try:
-        pairs = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        pairs = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+        total, free = (int(pairs.get(name, "0").split()[0]) * 1024 for name in ("SwapTotal", "SwapFree"))
     except (OSError, ValueError):
-        return 0
-    total, free = (int(pairs.get(name, "0").split()[0]) * 1024 for name in ("SwapTotal", "SwapFree"))
-    return total - free
+        return 0, 0
+    return total, total - free
 
 
 def _own_group(parent: Path, pid: int) -> Path:

@@ -56,7 +56,7 @@ class ServerReady:
 
     @classmethod
     def load(cls, name: str, *, dtype: str, device: str) -> ServerReady:
-        """Raises HarnessError for a model that cannot be loaded."""
+        """Load and attach a model. Raises HarnessError for one that cannot be loaded."""
         loaded = load_model(name, dtype=dtype, device=device)
         model = AttachedModel(loaded.model)
         added = loaded.tokenizer.added_tokens_decoder
@@ -65,7 +65,7 @@ class ServerReady:
         return cls(loaded, model, [token for token in range(words) if token not in special])
 
     def held_bytes(self) -> int:
-        """Resident (CPU) or allocated (CUDA) bytes of this process, weights included."""
+        """Count the resident (CPU) or allocated (CUDA) bytes of this process, weights included."""
         self._touch()
         if self.model.device.type == "cuda":
             return torch.cuda.memory_allocated(self.model.device)
@@ -111,7 +111,7 @@ def set_limit(device: torch.device, limit_bytes: int) -> Limit:
 
 
 def failure(error: Exception) -> ProbeResult:
-    """`oom` for everything that means no memory was left, else `failed`, with one line."""
+    """Turn an exception into a result: `oom` for all that means no memory was left, else `failed`, with one line."""
     line = " ".join(str(error).split())[:300] or type(error).__name__
     empty = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     if empty or any(words in line.lower() for words in OUT_OF_MEMORY):
@@ -121,13 +121,16 @@ def failure(error: Exception) -> ProbeResult:
 
 
 def ended(status: int, said: str) -> ProbeResult:
-    """What became of a child that ended without a reply. status: of waitpid. said: its last line."""
-    tail = f": {said}" if said else ""
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+    """Say what became of a child that ended without a reply.
+
+    Args:
+        status: of waitpid.
+        said: the last line that it printed.
+    """
+    tail, code = f": {said}" if said else "", os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL:
         return ProbeResult(status="oom", error="killed by SIGKILL, as the kernel does when memory runs out" + tail)
-    how = f"exit code {os.waitstatus_to_exitcode(status)}"
-    if os.WIFSIGNALED(status):
-        how = f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
     empty = any(words in said.lower() for words in OUT_OF_MEMORY)
     return ProbeResult(status="oom" if empty else "failed", error=f"the probe ended without a result, {how}{tail}")
 
@@ -137,7 +140,7 @@ class ProbeRunner(ABC):
 
     @abstractmethod
     def start(self, job: Job | None, reply: int, errors: IO[bytes]) -> int:
-        """Start a process that writes a reply to the descriptor `reply`; its id."""
+        """Start a process that writes a reply to the descriptor `reply`, and return its id."""
 
     def run(self, job: Job | None, timeout_s: float) -> Reply:
         """Wait for a job's reply, or for its time to be up. A None job asks for the model's bytes."""
@@ -203,7 +206,7 @@ class Fresh(ProbeRunner):
 
 
 def _told(read: int, child: int, timeout_s: float) -> bytes | None:
-    """All that a child writes until it ends, or None when its time is up. Ends it when the client is gone."""
+    """Read all that a child writes until it ends; None when its time is up. Ends it when the client is gone."""
     deadline, client, parts = time.monotonic() + timeout_s, os.getppid(), list[bytes]()
     while (left := deadline - time.monotonic()) > 0:
         if select.select([read], [], [], min(left, LOOK_S))[0]:
@@ -218,9 +221,8 @@ def _told(read: int, child: int, timeout_s: float) -> bytes | None:
 
 
 def _send(reply: int, message: Reply) -> None:
-    line = message.model_dump_json().encode() + b"\n"
-    while line:
-        line = line[os.write(reply, line) :]
+    with open(reply, "wb", closefd=False) as stream:
+        stream.write(message.model_dump_json().encode() + b"\n")
 
 
 def once(options: argparse.Namespace, reply: int) -> int:
@@ -268,6 +270,7 @@ def serve(options: argparse.Namespace, reply: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve probes, or run a single one, as the options say; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m harness.speed.server", description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--dtype", default="auto")

@@ -21,7 +21,7 @@ from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import Asked, MethodSpec, ModelSpec
 from harness.speed.boundary import Asks
-from harness.speed.memory_limit import Limit
+from harness.speed.memory_limit import MEMINFO, Limit, swap
 from harness.speed.predicted_memory import predict
 from methods.base import PolicyError
 from methods.label import MethodLabel
@@ -30,14 +30,15 @@ SHORT = 16
 """Tokens of the probe that shows which limit holds."""
 SHORT_S = 600.0
 """That it gets; on CUDA the model is loaded in it."""
-SWAPS = Path("/proc/swaps")
 
 
 class Serves(Asks, Protocol):
-    """What is used of `client.Prober`. limit: what held the last probe. model_bytes: of the loaded model."""
+    """What is used of `client.Prober`."""
 
     limit: Limit | None
+    """What held the last probe."""
     model_bytes: int
+    """Of the loaded model."""
 
 
 class Restarting:
@@ -75,16 +76,17 @@ class Restarting:
 
 @dataclass(frozen=True)
 class Target:
-    """The model as the probes load it, and what is asked of it.
-
-    config: of transformers. methods: as fitted to the model, by label.
-    """
+    """The model as the probes load it, and what is asked of it."""
 
     model: ModelSpec
     config: Any
+    """Of transformers."""
     context: int
+    """Tokens that the model can take."""
     threads: int
+    """CPU threads of a probe."""
     methods: dict[str, MethodSpec]
+    """As fitted to the model, by label."""
     cells: list[PlannedCell]
 
     @classmethod
@@ -115,7 +117,7 @@ class Target:
         )
 
     def predict(self, cell: PlannedCell, *, tokens: int, batch: int, new_tokens: int, chunk: int | None) -> int | None:
-        """Bytes above the model's own; None where the method refuses."""
+        """Predict the bytes above the model's own; None where the method refuses."""
         budget, shape = cell.cell.budget, dict[str, Any](tokens=tokens, batch=batch, new_tokens=new_tokens, chunk=chunk)
         slots, number = None if budget is None else budget.resolve(tokens), DTYPES[self.model.dtype].itemsize
         try:
@@ -124,7 +126,7 @@ class Target:
             return None
 
     def refusal(self, cell: PlannedCell, tokens: int) -> str | None:
-        """Why a prompt of that many tokens cannot be asked of the cell; None where it can."""
+        """Say why a prompt of that many tokens cannot be asked of the cell; None where it can."""
         budget = cell.cell.budget
         if tokens > self.context:
             return f"the prompt of {tokens} tokens is longer than the model's context of {self.context}"
@@ -148,7 +150,7 @@ def probe_spec(method: str, budget: str, changed: Mapping[str, Any], **shape: An
 
 
 def limit_in_force(prober: Serves | Restarting, limit: int) -> tuple[str, list[str]]:
-    """What holds a probe below a limit, seen on a short one, and what is to be said of it.
+    """Find out on a short probe what holds one below a limit, and what is to be said of it.
 
     Raises HarnessError for a limit that leaves nothing beside the model, or under which not even that probe runs.
     """
@@ -164,23 +166,18 @@ def limit_in_force(prober: Serves | Restarting, limit: int) -> tuple[str, list[s
     return found.kind, [f"limit by {found.kind}, {found.note}"] if found.note else []
 
 
-def swap_note(swaps: Path = SWAPS) -> list[str]:
-    """A line for a machine with swap, which may take what memory does not hold; none without one."""
-    try:
-        rows = [line.split() for line in swaps.read_text(encoding="utf-8").splitlines()[1:]]
-        areas = [(int(row[2]) * 1024, int(row[3]) * 1024) for row in rows if row]
-    except (OSError, ValueError, IndexError):
+def swap_note(meminfo: Path = MEMINFO) -> list[str]:
+    """Write a line for a machine with swap, which may take what memory does not hold; none without one."""
+    total, used = swap(meminfo)
+    if not total:
         return []
-    if not areas:
-        return []
-    size, used = (sum(column) / 2**20 for column in zip(*areas, strict=True))
     return [
-        f"this machine has {size:.0f} MiB of swap, {used:.0f} in use: it may hide that memory ran out and make peaks "
-        "and speed look wrong; turn it off (swapoff -a) for figures to rely on"
+        f"this machine has {total / 2**20:.0f} MiB of swap, {used / 2**20:.0f} in use: it may hide that memory ran out "
+        "and make peaks and speed look wrong; turn it off (swapoff -a) for figures to rely on"
     ]
 
 
 def say(lines: Iterable[str]) -> None:
-    """Lines of progress and notes on standard error."""
+    """Write lines of progress and notes to standard error."""
     for line in lines:
         print(f"harness: {line}", file=sys.stderr, flush=True)

@@ -15,7 +15,6 @@ Everything is JSON text: a pickle, or an archive inside the archive, is refused 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import stat
 import struct
@@ -33,6 +32,7 @@ from pydantic import Field, ValidationError
 from harness import __version__
 from harness.errors import HarnessError
 from harness.records.atomic_files import write_bytes
+from harness.records.log_folder import to_line
 from harness.records.record import RunManifest
 from harness.records.run_folder import RUNS, load_run
 from harness.records.spec import SCHEMA_VERSION, Frozen
@@ -52,32 +52,41 @@ WHEN = (1980, 1, 1, 0, 0, 0)
 
 
 class PackedFile(Frozen):
-    """A member of the archive. size: in bytes. sha256: of its contents, in hex."""
+    """A member of the archive."""
 
     name: str
     size: int = Field(ge=0)
+    """Bytes of its contents."""
     sha256: str
+    """Of its contents, in hex."""
 
 
 class Index(Frozen):
-    """index.json: what else is in the archive. harness: version that packed it. partial: the run is not whole.
-
-    references: whether the records have their references.
-    """
+    """index.json: what else is in the archive."""
 
     kind: Literal["kv-policy-harness submission"] = "kv-policy-harness submission"
     schema_version: int = SCHEMA_VERSION
     harness: str = __version__
+    """The version that packed it."""
     run_id: str
     partial: bool = False
+    """Whether the run may lack records."""
     references: bool = True
+    """Whether the records have their references."""
     files: tuple[PackedFile, ...]
 
 
 def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool = True) -> Index:
-    """Write the archive of a run. references: with those of the samples.
+    """Write the archive of a run.
 
-    Raises HarnessError for a damaged run, and one that is not whole unless `partial`.
+    Args:
+        folder: of the run.
+        out: the archive's file.
+        partial: also of a run that is not whole.
+        references: with those of the samples.
+
+    Raises:
+        HarnessError: a damaged run, one that is not whole, or a file that cannot be written.
     """
     manifest, records = load_run(folder)
     wanted = manifest.samples * manifest.cells
@@ -88,9 +97,8 @@ def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool
         )
     if not references:
         records = [record.model_copy(update={"answers": (), "prompt_tail": ""}) for record in records]
-    lines = [json.dumps(record.model_dump(mode="json"), separators=(",", ":")) + "\n" for record in records]
     members = {path.name: _kept(path, manifest) for path in _kept_paths(folder)}
-    members = {MANIFEST: _packed(manifest), **members, RECORDS: "".join(lines).encode()}
+    members = {MANIFEST: _packed(manifest), **members, RECORDS: b"".join(map(to_line, records))}
     if sum(map(len, members.values())) > LARGE or len(members) >= MEMBERS:
         raise HarnessError(f"{folder} is more than {LARGE >> 20} MiB in {MEMBERS} files; hand it in as several runs")
     files = tuple(PackedFile(name=name, size=len(data), sha256=_sha256(data)) for name, data in members.items())
@@ -100,7 +108,7 @@ def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool
 
 
 def zipped(members: Mapping[str, bytes]) -> bytes:
-    """A zip of files in the order given, with fixed times and modes."""
+    """Pack files into a zip in the order given, with fixed times and modes."""
     buffer = BytesIO()
     with ZipFile(buffer, "w") as archive:
         for name, data in members.items():
@@ -111,6 +119,7 @@ def zipped(members: Mapping[str, bytes]) -> bytes:
 
 
 def _kept_paths(folder: Path) -> list[Path]:
+    """Find the manifests that were kept of earlier sessions, the earliest first."""
     found = {int(match[1]): path for path in folder.iterdir() if (match := KEPT.fullmatch(path.name))}
     return [path for _, path in sorted(found.items())]
 
@@ -122,20 +131,10 @@ def _packed(manifest: RunManifest) -> bytes:
 
 
 def _kept(path: Path, manifest: RunManifest) -> bytes:
-    try:
-        earlier = RunManifest.model_validate_json(_bytes(path))
-    except ValidationError as error:
-        raise HarnessError(f"{path} is damaged: {error.errors()[0]['msg']}; move it away") from None
+    earlier = RUNS.read_manifest(path.parent, path.name)
     if earlier.spec.run_id != manifest.run_id:
         raise HarnessError(f"{path} is of run {earlier.spec.run_id}, not {manifest.run_id}; move it away")
     return _packed(earlier)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _sha256(data: bytes) -> str:
@@ -155,11 +154,11 @@ class Pack:
         return [file.name for file in self.index.files if KEPT.fullmatch(file.name)]
 
     def read(self, name: str) -> bytes:
-        """A member of at most `SMALL` bytes."""
+        """Read a member of at most `SMALL` bytes."""
         return b"".join(_chunks(self.archive, name))
 
     def lines(self) -> Iterator[bytes]:
-        """Lines of the records. Raises HarnessError for one of more than `LINE` bytes."""
+        """Read the lines of the records. Raises HarnessError for one of more than `LINE` bytes."""
         with self.archive.open(RECORDS) as stream:
             while line := stream.readline(LINE + 1):
                 if len(line) > LINE:
@@ -183,7 +182,7 @@ def open_pack(path: Path) -> Iterator[Pack]:
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """What a damaged zip and a file that cannot be read raise, as an error for the user."""
+    """Turn what a damaged zip and a file that cannot be read raise into an error for the user."""
     try:
         yield
     except HarnessError:
@@ -206,7 +205,7 @@ def _check_end(end: bytes, size: int) -> None:
 
 
 def _checked(archive: ZipFile) -> Index:
-    """The index, when all members are sound and as it says."""
+    """Read the index. Raises HarnessError unless all members are sound and as it says."""
     infos = archive.infolist()
     for info in infos:
         _check_member(info)

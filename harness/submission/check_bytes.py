@@ -44,7 +44,9 @@ class _Full:
 class Budgets:
     """Takes the `ok` records of a run one by one.
 
-    cells: its cells, with the budget read. least: by method, the least part of a plain slot that one of its takes.
+    Args:
+        cells: those of the run, with the budget read.
+        least: by method, the least part of a plain slot that one of its slots takes.
     """
 
     def __init__(self, cells: Mapping[CellKey, Budget | None], least: Mapping[str, float] | None = None) -> None:
@@ -54,7 +56,7 @@ class Budgets:
         self._same: dict[tuple[int, int, int], int] = {}
 
     def problems(self, record: Record, where: str) -> Iterator[str]:
-        """What is wrong with a record's bytes by itself. where: as it is named in what `across` finds."""
+        """Say what is wrong with a record's bytes by itself. where: its name in what `across` finds."""
         budget = self.cells[record.method, record.budget]
         tokens, sample = record.compressed_tokens, (record.task, record.sample_id)
         numbers = (tokens, record.kv_bytes, record.asked_bytes, record.full_bytes)
@@ -82,7 +84,7 @@ class Budgets:
                 yield f"{record.asked_bytes} bytes asked for, another record of the same budget has {same}"
 
     def across(self) -> Iterator[str]:
-        """What does not fit the bytes of a slot that the records give together; samples without a full cell are out."""
+        """Say what does not fit the bytes of a slot that all records give; samples without a full cell are left out."""
         slots = {asked: _slot(asked, full) for asked in self._asked if (full := self._full.get(asked.sample))}
         if not slots:
             return

@@ -25,7 +25,7 @@ class _Seen:
 
 
 class Samples:
-    """Takes the records of a run one by one. cells: what every sample has to have."""
+    """Takes the records of a run one by one; `cells` is what every sample has to have."""
 
     def __init__(self, manifest: RunManifest, cells: Mapping[CellKey, Budget | None]) -> None:
         self.manifest, self.cells = manifest, cells
@@ -34,11 +34,8 @@ class Samples:
         self._seen: dict[tuple[str, str], _Seen] = {}
 
     def problems(self, record: Record) -> Iterator[str]:
-        """What is wrong with a record as one of this run; one with a problem is not counted as there."""
-        found = [*self._foreign(record)]
-        if not found:
-            found = [*self._sample(record)]
-        yield from found
+        """Say what is wrong with a record as one of this run; one with a problem is not counted as there."""
+        yield from list(self._foreign(record)) or self._sample(record)
 
     def _foreign(self, record: Record) -> Iterator[str]:
         spec = self.manifest.spec
@@ -81,7 +78,7 @@ class Samples:
         seen.cache, seen.nll_tokens = seen.cache or cache, record.nll_tokens
 
     def missing(self) -> Iterator[str]:
-        """What the run should hold and does not."""
+        """Say what the run should hold and does not."""
         for (task, sample), seen in self._seen.items():
             lost = [" ".join(cell) for cell in self.cells if cell not in seen.cells]
             if lost:
@@ -113,7 +110,7 @@ class Samples:
 
 
 def _prompt(record: Record) -> str:
-    """A digest of all that a record takes over from its sample."""
+    """Digest all that a record takes over from its sample."""
     facts = [record.prompt_sha256, record.prompt_tokens, record.prompt_tail, record.answers]
     facts += [record.needle_tokens, record.meta]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -44,30 +44,35 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass
 class Check:
-    """A kind of check. counted: what it looked at. refused: how much of it. reasons: the first ones."""
+    """A kind of check."""
 
     name: str
     counted: int = 0
+    """How many things it looked at."""
     refused: int = 0
+    """How many of them it refused."""
     reasons: list[str] = field(default_factory=list)
+    """The first `REASONS` of the refusals."""
 
     def see(self, problems: Iterator[str], where: str = "", *, counted: int = 1) -> bool:
-        """Whether there was no problem; several of one thing count once."""
+        """Note the problems of one thing, and return whether there was none; several count once."""
         found = [f"{where}: {problem}" if where else problem for problem in problems]
         self.counted += counted
         self.refused += bool(found)
-        self.reasons += found[: REASONS - len(self.reasons)] if len(self.reasons) < REASONS else []
+        self.reasons = [*self.reasons, *found][:REASONS]
         return not found
 
 
 @dataclass
 class Verification:
-    """What was found. statuses: records by status. manifest: None where it is damaged."""
+    """What was found in an archive."""
 
     index: Index
     manifest: RunManifest | None = None
+    """None where it is damaged."""
     checks: list[Check] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
+    """Records by status."""
 
     @property
     def ok(self) -> bool:
@@ -78,26 +83,35 @@ class Verification:
         return [f"{check.name}: {reason}" for check in self.checks for reason in check.reasons]
 
     def check(self, name: str) -> Check:
-        """A new check of that name."""
+        """Begin a check of that name."""
         self.checks.append(Check(name))
         return self.checks[-1]
 
 
 def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = None) -> Verification:
-    """Check an archive. partial: missing cells are no fault. decode: of the model's tokenizer, to check tokens too.
+    """Check an archive.
 
-    Raises HarnessError for an archive that is not sound; what is wrong with a sound one is in the verdict.
+    Args:
+        path: its file.
+        partial: whether missing cells are no fault.
+        decode: of the model's tokenizer, to check tokens too.
+
+    Returns:
+        What was found; what is wrong with a sound archive is in it.
+
+    Raises:
+        HarnessError: an archive that is not sound.
     """
     with open_pack(path) as pack:
-        verdict = Verification(pack.index)
-        archive = verdict.check("archive")
+        verification = Verification(pack.index)
+        archive = verification.check("archive")
         without = () if pack.index.references else ("it was packed without references: no score can be recomputed",)
         archive.see(iter(without), counted=len(pack.index.files))
-        manifest = _manifest(pack, verdict.check("manifest"))
-        verdict.manifest = manifest
+        manifest = _manifest(pack, verification.check("manifest"))
+        verification.manifest = manifest
         if manifest is not None and pack.index.references:
-            _records(pack, manifest, verdict, partial=partial, decode=decode)
-        return verdict
+            _records(pack, manifest, verification, partial=partial, decode=decode)
+        return verification
 
 
 def _manifest(pack: Pack, check: Check) -> RunManifest | None:
@@ -138,7 +152,7 @@ def _spec_problems(manifest: RunManifest) -> Iterator[str]:
 
 
 def cells_of(manifest: RunManifest) -> dict[CellKey, Budget | None]:
-    """(method, budget) of every cell of the spec, with the budget read. Raises PolicyError for one that is none."""
+    """Read the budget of every cell of the spec. Raises PolicyError for one that is none."""
     spec = manifest.spec
     budgets = {str(budget): budget for budget in map(Budget.parse, spec.budgets)}
     cells: dict[CellKey, Budget | None] = {}
@@ -174,12 +188,12 @@ def _least(manifest: RunManifest) -> dict[str, float]:
     return {label: count / plain for label, count in bits.items() if isinstance(count, int) and 0 < count < plain}
 
 
-def _records(pack: Pack, manifest: RunManifest, verdict: Verification, *, partial: bool, decode: Decode | None) -> None:
+def _records(pack: Pack, manifest: RunManifest, found: Verification, *, partial: bool, decode: Decode | None) -> None:
     cells, tasks = cells_of(manifest), load_tasks()
     samples, budgets = Samples(manifest, cells), Budgets(cells, _least(manifest))
-    own, whole, bytes_ = verdict.check("records"), verdict.check("complete"), verdict.check("budgets")
-    scores, likelihood = verdict.check("scores"), verdict.check("likelihood")
-    tokens = verdict.check("tokens") if decode is not None else None
+    own, whole, bytes_ = found.check("records"), found.check("complete"), found.check("budgets")
+    scores, likelihood = found.check("scores"), found.check("likelihood")
+    tokens = found.check("tokens") if decode is not None else None
     for number, line in enumerate(pack.lines(), start=1):
         where = f"{RECORDS}:{number}"
         try:
@@ -189,7 +203,7 @@ def _records(pack: Pack, manifest: RunManifest, verdict: Verification, *, partia
             continue
         if not own.see(samples.problems(record), where):
             continue
-        verdict.statuses[record.status] += 1
+        found.statuses[record.status] += 1
         if record.status != "ok":
             scores.see(_no_score(record), where, counted=0)
             continue
@@ -212,7 +226,7 @@ def _no_score(record: Record) -> Iterator[str]:
 
 
 def score_problems(task: Task, record: Record) -> Iterator[str]:
-    """What the stored metrics have against them; a record that its task cannot score again is refused too."""
+    """Say what the stored metrics have against them; a record that its task cannot score again is refused too."""
     try:
         found = dict(task.score(cast(Sample, Stored(record)), record.prediction))
     except NotRecorded as missing:

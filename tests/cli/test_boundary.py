@@ -98,16 +98,14 @@ def test_a_limit_under_which_no_probe_starts_is_refused(
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ("Filename Type Size Used Priority\n", None),
-        (
-            "Filename Type Size Used Priority\n/swap file 2097148 1024 -2\n/b part 4 0 -3\n",
-            "2048 MiB of swap, 1 in use",
-        ),
-        ("Filename\nodd", None),
+        ("MemTotal: 9 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n", None),
+        ("MemTotal: 9 kB\nSwapTotal: 2097152 kB\nSwapFree: 2096128 kB\n", "2048 MiB of swap, 1 in use"),
+        ("MemTotal: 9 kB\n", None),
+        ("odd", None),
     ],
 )
 def test_a_machine_with_swap_is_told_in_one_line(tmp_path: Path, table: str, says: str | None) -> None:
-    path = tmp_path / "swaps"
+    path = tmp_path / "meminfo"
     path.write_text(table, encoding="utf-8")
     notes = swap_note(path)
     assert len(notes) == (says is not None)

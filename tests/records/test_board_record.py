@@ -1,4 +1,4 @@
-"""Records in brief: the same boards, the same refusals, and only what boards need."""
+"""Records in short: the same boards, the same refusals, and only what boards need."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pandas as pd
 import pytest
 
 from harness.errors import HarnessError
-from harness.records.board_record import BoardRecord, board_records
+from harness.records.board_record import SAME, BoardRecord, board_records
 from harness.records.record import Record
 from harness.records.run_folder import RunStore, load_board_records, load_run
 from leaderboards.stats.aggregate import Table, aggregate
@@ -47,13 +47,20 @@ def store(root: Path, *lines: str) -> Path:
     return run.folder
 
 
-def test_a_board_of_briefs_is_that_of_the_records() -> None:
+def test_fields_under_the_names_of_a_record_are_what_they_are_there() -> None:
+    own, theirs = get_type_hints(BoardRecord), get_type_hints(Record)
+    assert len(SAME) > 15 and {name: own[name] for name in SAME} == {name: theirs[name] for name in SAME}
+    (short,) = board_records(MADE[:1])
+    assert [getattr(short, name) for name in SAME] == [getattr(MADE[0], name) for name in SAME]
+
+
+def test_a_board_of_short_records_is_that_of_the_records() -> None:
     short = list(board_records(MADE))
     assert all(isinstance(r, BoardRecord) for r in short)
     same(only(short), only(MADE))  # type: ignore[arg-type]
 
 
-def test_what_is_loaded_in_brief_is_what_was_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_loaded_for_a_board_is_what_was_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     again = json.dumps(stored("1", nll=9.0).model_dump(mode="json"), separators=(",", ":")) + "\n"
     folder = store(tmp_path, again, '{"schema_version":2,"run')
     with caplog.at_level(logging.WARNING, logger="harness"):

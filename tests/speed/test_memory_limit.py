@@ -140,7 +140,7 @@ def test_without_permission_it_is_an_address_space_and_says_so(groups: Path, mon
     asked: list[tuple[int, tuple[int, int]]] = []
     monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(resource, "setrlimit", lambda what, value: asked.append((what, value)))
-    monkeypatch.setattr(memory_limit, "swap_used", lambda: 0)
+    monkeypatch.setattr(memory_limit, "swap", lambda: (8192, 0))
     limit = memory_limit.apply(1000 * 1024)
     assert limit == memory_limit.Limit("address space", 1000 * 1024, "no cgroup of its own: Permission denied")
     assert asked == [(resource.RLIMIT_AS, (1800 * 1024, 1800 * 1024))]
@@ -149,7 +149,7 @@ def test_without_permission_it_is_an_address_space_and_says_so(groups: Path, mon
 def test_swap_in_use_is_noted(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (groups / "user" / "cgroup.subtree_control").write_text("cpu\n")
     monkeypatch.setattr(resource, "setrlimit", lambda what, value: None)
-    monkeypatch.setattr(memory_limit, "swap_used", lambda: 4096)
+    monkeypatch.setattr(memory_limit, "swap", lambda: (8192, 4096))
     limit = memory_limit.apply(1000 * 1024)
     assert limit.kind == "address space"
     assert "no cgroup v2 with a memory controller" in limit.note and "4096 bytes of swap are in use" in limit.note
