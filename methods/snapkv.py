@@ -44,13 +44,13 @@ class SnapKV(EvictionPolicy):
 
 
 def plain_scores(view: LayerView, recent: int, kernel: int, pooling: Literal["max", "avg"] = "max") -> Tensor:
-    """Scores of plain SnapKV, [B, H, T] float32; computed once for all methods that choose by them."""
+    """Return the scores of plain SnapKV, [B, H, T] float32; computed once for all methods that choose by them."""
     plain = SnapKV(recent, kernel, pooling)
     return view.memo((SnapKV, plain), plain.score)
 
 
 def votes(view: LayerView, window: int) -> Tensor:
-    """Attention of the last `window` tokens, averaged over them and the query group: [B, H, T]. Computed once."""
+    """Average attention of the last `window` tokens over them and the query group: [B, H, T]. Computed once."""
     return view.memo(("votes", window), lambda layer: layer.attention(window).mean(dim=(2, 3)))
 
 

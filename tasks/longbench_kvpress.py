@@ -94,7 +94,7 @@ class KvpressLongBench(Task):
 
 
 def parts(template: str) -> tuple[str, str, str]:
-    """An official template as (context, question, answer prefix), which joined are the template again.
+    """Return an official template as (context, question, answer prefix), which joined are the template again.
 
     The answer prefix is the last line, as far as no placeholder reaches into it. The question begins with the line of
     `{input}`, or, in a template without it, with the first text after `{context}` and its newlines.
@@ -108,7 +108,7 @@ def parts(template: str) -> tuple[str, str, str]:
 
 
 def cut_end(context: str, question: str, prefix: str, *, options: TaskOptions, room: int) -> str:
-    """The context, or as many of its first tokens as leave the whole prompt within `room` tokens.
+    """Return the context, or as many of its first tokens as leave the whole prompt within `room` tokens.
 
     Raises:
         TaskError: there is no room for any of it.

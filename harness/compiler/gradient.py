@@ -48,13 +48,13 @@ class Descent:
         return cls(form, tuple(budgets), steps, shared, own)
 
     def state(self) -> dict[str, Any]:
-        """Everything that `at` needs to go on from here: tensors, numbers and lists."""
+        """Return everything that `at` needs to go on from here: tensors, numbers and lists."""
         optimizer = None if self._optimizer is None else self._optimizer.state_dict()
         tensors = {"shared": self.shared.detach().clone(), "own": self.own.detach().clone()}
         return {**tensors, "losses": self.losses, "mean": self._mean, "optimizer": optimizer}
 
     def at(self, state: dict[str, Any]) -> Descent:
-        """This estimate as it was when `state` was taken."""
+        """Return this estimate as it was when `state` was taken."""
         with torch.no_grad():
             self.shared.copy_(state["shared"])
             self.own.copy_(state["own"])
@@ -71,7 +71,7 @@ class Descent:
             return torch.stack([shares_of(self.shared + own) for own in self.own])
 
     def step(self, rollout: Rollout) -> list[float]:
-        """One step; the divergence at every budget before it, nats a token."""
+        """Take one step and return the divergence at every budget before it, in nats a token."""
         if self._optimizer is None:
             self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
         done = len(self.losses) / max(1, self.steps - 1)

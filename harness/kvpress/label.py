@@ -29,7 +29,7 @@ class PressCall:
 
 
 def parse_press(text: str) -> PressCall:
-    """The press that `text` names. Raises PolicyError when it is anything but names and literals."""
+    """Return the press that `text` names. Raises PolicyError when it is anything but names and literals."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):

@@ -51,7 +51,7 @@ class Found:
 def import_results(
     where: Path, *, root: Path, metric: str | None = None, command: Sequence[str]
 ) -> Iterator[tuple[Path, int]]:
-    """The run folder that each results file below `where` became, and how many records it has.
+    """Yield the run folder that each results file below `where` became, and how many records it has.
 
     metric: the score; by default of each sample the first of its metrics that is a number in [0, 1] and to be raised.
     Raises HarnessError when there is nothing to import, or a file is not what lm-eval writes.

@@ -44,7 +44,7 @@ class Form(BaseModel):
         return Needs(window=self.window, column_sums=self.whole > 0)
 
     def scores(self, view: PromptView) -> list[Tensor]:
-        """Worth of every token in each layer: [B, H, T] float32, distributions over the prompt.
+        """Return the worth of every token in each layer: [B, H, T] float32, distributions over the prompt.
 
         Raises PolicyError when column sums are wanted and not there.
         """
@@ -117,7 +117,7 @@ class FormPolicy(KVPolicy):
 
 
 def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *, window: int) -> list[list[int]]:
-    """Slots of each layer and KV head, [L][H]; budget * L * H in all, none above the prompt.
+    """Return the slots of each layer and KV head, [L][H]; budget * L * H in all, none above the prompt.
 
     Every head holds the window, as far as the budget goes; what is beyond it is shared out in proportion to `shares`.
     """
@@ -133,7 +133,7 @@ def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *,
 
 
 def best_slots(scores: Tensor, counts: Sequence[int], *, recent: int) -> Tensor:
-    """Slots kept by each head: [1, H, max(counts)] int64, ascending, -1 behind a head's own number.
+    """Return the slots kept by each head: [1, H, max(counts)] int64, ascending, -1 behind a head's own number.
 
     scores: [1, H, T], distributions over the prompt. The last `recent` tokens come first, the latest of them when a
     head has fewer slots. Among equal scores the earlier token is kept.

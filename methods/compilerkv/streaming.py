@@ -22,12 +22,12 @@ SIDE_BYTES, HEAD_BYTES = 8, 4
 
 
 def affordable(kv: KV, budget: int) -> int:
-    """Slots that fit `budget` plain slots' bytes when each carries its side data."""
+    """Return how many slots fit `budget` plain slots' bytes when each carries its side data."""
     return max(1, (budget * kv.slot_bytes - HEAD_BYTES) // (kv.slot_bytes + SIDE_BYTES))
 
 
 def start(kv: KV, scores: Tensor) -> KV:
-    """`kv` with its side data. scores: [B, H, T] of the whole prompt, at the end of prefill."""
+    """Return `kv` with its side data. scores: [B, H, T] of the whole prompt, at the end of prefill."""
     kv.extra["worth"] = scores.gather(2, kv.positions.clamp(min=0)).masked_fill(kv.positions < 0, 0.0)
     kv.extra["seen"] = torch.zeros_like(kv.extra["worth"])
     kv.extra["slots"] = kv.live.to(torch.int32)  # [B, H], what each head may hold
@@ -35,7 +35,7 @@ def start(kv: KV, scores: Tensor) -> KV:
 
 
 def after_step(step: StepView, form: Form, every: int) -> Tensor:
-    """Slot of each head to free: [B, H] int64, -1 for none. Changes the side data in place."""
+    """Return the slot of each head to free: [B, H] int64, -1 for none. Changes the side data in place."""
     kv = step.kv
     worth, seen, slots = kv.extra["worth"], kv.extra["seen"], kv.extra["slots"]
     assert step.attention is not None

@@ -83,7 +83,7 @@ class Documents(Generator):
         )
 
     def listed(self, chosen: Sequence[int]) -> str:
-        """The documents of these indexes as the haystack shows them."""
+        """Return the documents of these indexes as the haystack shows them."""
         return "\n\n".join(f"Document {i}:\n{self.documents[at]}" for i, at in enumerate(chosen, start=1))
 
     def _choose(self, item: Item, units: int, draw: Random) -> list[int]:
@@ -99,7 +99,7 @@ class Documents(Generator):
 
 
 def find_file(options: TaskOptions, source: Source) -> Path:
-    """The data file; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
+    """Return the data file; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
     return datafile.find_file(options, source.asset, *source.patterns, also=("ruler",))
 
 
@@ -118,7 +118,7 @@ def load(options: TaskOptions, source: Source) -> Documents:
 
 
 def read_squad(data: Any) -> tuple[list[Item], list[str]]:
-    """Answerable questions in file order and all paragraphs, sorted; related are the paragraphs of the same article."""
+    """Return answerable questions in file order and all paragraphs, sorted; related are those of the same article."""
     articles = [article["paragraphs"] for article in data["data"]]
     documents = sorted({paragraph["context"] for article in articles for paragraph in article})
     at = {text: i for i, text in enumerate(documents)}
@@ -136,7 +136,7 @@ def read_squad(data: Any) -> tuple[list[Item], list[str]]:
 
 
 def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
-    """Questions in file order and all paragraphs (`title` line, then text), sorted; a question owns its ten."""
+    """Return questions in file order and all paragraphs (`title` line, then text), sorted; a question owns its ten."""
     texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in data]
     documents = sorted({text for row in texts for text in row})
     at = {text: i for i, text in enumerate(documents)}
@@ -148,7 +148,7 @@ def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
 
 
 def provenance(options: TaskOptions, source: Source) -> dict[str, Any]:
-    """File name and checksum of the data, and where it came from."""
+    """Return the file name and checksum of the data, and where it came from."""
     path = find_file(options, source)
     read = datafile.read_file(path)
     facts = {"data": source.what, "file": path.name, "sha256": read.sha256}
