@@ -116,8 +116,7 @@ class LongBench(Task):
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         template = official_template(self.dataset)
-        rows = self.rows(options)
-        for row in draw(rows, options.limit, options.seed, self.name, by=lambda row: row["length"]):
+        for row in self.drawn(options):
             yield self._sample(row, template, options)
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
@@ -157,6 +156,10 @@ class LongBench(Task):
         if not rows:
             raise TaskError(f"no row of {self.file} fits {options.max_tokens} tokens uncut; drop the task or --whole")
         return rows
+
+    def drawn(self, options: TaskOptions) -> list[dict[str, Any]]:
+        """Return `limit` of the rows, spread evenly over their lengths. Raises TaskError as `rows` does."""
+        return draw(self.rows(options), options.limit, options.seed, self.name, by=lambda row: row["length"])
 
     def meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a record says of a row. Rows of one context share `group`."""

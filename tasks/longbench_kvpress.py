@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tasks.base import Sample, Task, TaskError, TaskOptions, draw, task
+from tasks.base import Sample, Task, TaskError, TaskOptions, task
 from tasks.longbench import DATASETS, Dataset, LongBench, official_template
 
 EXTRA_TOKENS = 20  # create_huggingface_dataset.py adds them to every official generation length
@@ -53,9 +53,7 @@ class KvpressLongBench(Task):
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         pieces = parts(official_template(self.official.dataset))
-        rows = draw(
-            self.official.rows(options), options.limit, options.seed, self.official.name, by=lambda row: row["length"]
-        )
+        rows = self.official.drawn(options)
         first: dict[str, int] = {}
         for number, row in enumerate(rows):
             first.setdefault(row["context"], number)

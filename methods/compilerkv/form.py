@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, each_layer, spread
-from methods.snapkv import votes
+from methods.snapkv import before_window, votes
 
 
 class Form(BaseModel):
@@ -67,15 +67,12 @@ class Form(BaseModel):
         return (1 - self.whole) * found + self.whole * sums / sums.sum(dim=-1, keepdim=True)
 
     def _spread(self, layer: LayerView) -> Tensor:
-        attention = votes(layer, self.window)
-        before = attention[..., : max(0, layer.tokens - self.window)]
-        if before.shape[-1] == 0:
-            return attention
+        return before_window(votes(layer, self.window), self.window, self.pooled)
+
+    def pooled(self, attention: Tensor) -> Tensor:
+        """Spread attention [B, H, S] of slots in the order of their tokens over `kernel` of them."""
         left = self.kernel - 1 if self.forward else self.kernel // 2
-        pooled = avg_pool1d(pad(before, (left, self.kernel - 1 - left)), self.kernel, stride=1)
-        out = attention.clone()
-        out[..., : before.shape[-1]] = pooled
-        return out
+        return avg_pool1d(pad(attention, (left, self.kernel - 1 - left)), self.kernel, stride=1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad
 
 from methods.base import KV, StepView
 from methods.compilerkv.form import Form
@@ -55,7 +54,5 @@ def after_step(step: StepView, form: Form, every: int) -> Tensor:
 def _spread(attention: Tensor, positions: Tensor, form: Form) -> Tensor:
     """Attention [B, H, S] spread over neighbours in the order of their positions; nothing on empty slots."""
     order = positions.argsort(dim=-1)
-    left = form.kernel - 1 if form.forward else form.kernel // 2
-    sorted_ = attention.masked_fill(positions < 0, 0.0).gather(2, order)
-    pooled = avg_pool1d(pad(sorted_, (left, form.kernel - 1 - left)), form.kernel, stride=1)
+    pooled = form.pooled(attention.masked_fill(positions < 0, 0.0).gather(2, order))
     return torch.zeros_like(attention).scatter(2, order, pooled).masked_fill(positions < 0, 0.0)
