@@ -183,7 +183,7 @@ def _keys(options: TaskOptions) -> Generator:
     return KeyByKey(ROWS["niah_multiquery"], read_essays(options))
 
 
-def _documents(options: TaskOptions, *, source: qa.Source) -> Generator:
+def _documents(options: TaskOptions, *, source: qa.QuestionFile) -> Generator:
     found = qa.load(options, source)
     return QuestionByQuestion(found.items, found.documents)
 

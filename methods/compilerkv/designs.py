@@ -83,18 +83,17 @@ def _sylvester(rows: Tensor, columns: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """values: [F] float64, gain of each factor in nats. penalty: ridge penalty per row. stderr: [F], over prompts."""
+    """values: [F] float64, gain of each factor in nats. penalty: ridge penalty per row."""
 
     values: Tensor
     penalty: float
-    stderr: Tensor
 
 
 def ridge(designs: Tensor, losses: Tensor, *, penalty: float | Literal["cv"] = "cv", seed: int = 0) -> Effects:
     """Fit effects of all factors on the odd part of the losses, (L_i - L_mirror) / 2, centred by construction.
 
     designs: [P, R, F] of foldovers. losses: [P, R], nats. penalty: added to the mean square of a column; "cv" takes the
-    one that predicts left-out prompts best, in 8 folds drawn from `seed`. stderr: jackknife over prompts, penalty held.
+    one that predicts left-out prompts best, in 8 folds drawn from `seed`.
     Raises PolicyError for fewer than 2 prompts, losses that are not finite, or designs without mirror images.
     """
     moments = _moments(designs, losses)
@@ -102,11 +101,7 @@ def ridge(designs: Tensor, losses: Tensor, *, penalty: float | Literal["cv"] = "
         penalty = _best_penalty(moments, seed)
     if penalty < 0:
         raise PolicyError(f"penalty {penalty:g} is negative; give 0 or more, or 'cv'")
-    total, prompts = moments.of(None), len(moments.gain)
-    left_out = (_Moments(*(t - x[p] for t, x in zip(total, moments, strict=True))) for p in range(prompts))
-    others = torch.stack([_solve(rest, penalty) for rest in left_out])
-    spread = (others - others.mean(dim=0)).square().sum(dim=0) * (prompts - 1) / prompts
-    return Effects(_solve(total, penalty), penalty, spread.sqrt())
+    return Effects(_solve(moments.of(None), penalty), penalty)
 
 
 class _Moments(NamedTuple):

@@ -38,7 +38,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Source:
+class QuestionFile:
     """Where a data set is found: name of the asset and of its command, file name patterns, and what it is."""
 
     asset: str
@@ -46,8 +46,8 @@ class Source:
     what: str
 
 
-SQUAD = Source("squad", ("squad*.json", "dev-v2.0.json"), "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)")
-HOTPOT = Source(
+SQUAD = QuestionFile("squad", ("squad*.json", "dev-v2.0.json"), "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)")
+HOTPOT = QuestionFile(
     "hotpotqa", ("hotpot*.json",), "HotpotQA dev distractor (hotpot_dev_distractor_v1.json of the HotpotQA site)"
 )
 
@@ -98,12 +98,12 @@ class Documents(Generator):
         return own + related + fill[: more - len(related)]
 
 
-def find_file(options: TaskOptions, source: Source) -> Path:
+def find_file(options: TaskOptions, source: QuestionFile) -> Path:
     """Return the data file; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
     return datafile.find_file(options, source.asset, *source.patterns, also=("ruler",))
 
 
-def load(options: TaskOptions, source: Source) -> Documents:
+def load(options: TaskOptions, source: QuestionFile) -> Documents:
     """Read a data file. Raises TaskError when it is missing, damaged, not what was fetched, or holds no question."""
     path = find_file(options, source)
     blob = datafile.read_file(path).blob
@@ -147,7 +147,7 @@ def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
     return items, documents
 
 
-def provenance(options: TaskOptions, source: Source) -> dict[str, Any]:
+def provenance(options: TaskOptions, source: QuestionFile) -> dict[str, Any]:
     """Return the file name and checksum of the data, and where it came from."""
     path = find_file(options, source)
     read = datafile.read_file(path)
