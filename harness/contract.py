@@ -61,7 +61,7 @@ def check_method(label: str, *, without: Collection[str] = ()) -> None:
 
 
 def make_view(tokens: int, needs: Needs) -> PromptView:
-    """A random prompt of 4 layers, 2 KV heads of 3 query heads and dimension 8, with exactly what `needs` declares."""
+    """Make a random prompt of 4 layers, 2 KV heads of 3 query heads and dimension 8, with what `needs` declares."""
     draw = torch.Generator().manual_seed(tokens)
     layers = []
     for index in range(LAYERS):
@@ -232,7 +232,7 @@ def a_method_says_what_it_is(label: str) -> Iterator[str]:
 
 @cache
 def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
-    """The method on prompts of several lengths, at every budget below the length. Clauses only read them."""
+    """Return the method on prompts of several lengths, at every budget below the length. Clauses only read them."""
     policy = make_policy(label)
     views = [make_view(tokens, policy.needs) for tokens in LENGTHS]
     asked = [(view, budget) for view in views for budget in (*BUDGETS, view.tokens - 1) if budget < view.tokens]

@@ -45,7 +45,7 @@ class AdaKV(SnapKV):
         return view.kv.take(best_slots(scores, self.counts(scores, budget), recent=self.recent))
 
     def counts(self, scores: Tensor, budget: int) -> list[int]:
-        """Slots of each KV head, budget * H in all. scores: [1, H, T]."""
+        """Return the slots of each KV head, budget * H in all. scores: [1, H, T]."""
         heads, before = scores.shape[1], scores.shape[2] - self.recent
         mean = min(budget, scores.shape[2]) - self.recent  # slots of a head outside the window, on average
         if before <= 0 or mean <= 0:

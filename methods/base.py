@@ -54,39 +54,39 @@ class KVPolicy(ABC):
 
     @abstractmethod
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        """What is left of every layer of `view`, in its order. budget: N >= 1. `view` must not be changed."""
+        """Return what is left of every layer of `view`, in its order. budget: N >= 1. `view` must not be changed."""
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
-        """What `compress` does to each layer, so that it can act on one as soon as that is prefilled.
+        """Return what `compress` does to each layer, so that it can act on one as soon as that is prefilled.
 
         None where layers must be seen together.
         """
         return None
 
     def for_model(self, revision: str) -> KVPolicy:
-        """This policy as it runs on the model of that revision (content hash or commit).
+        """Return this policy as it runs on the model of that revision (content hash or commit).
 
         Raises PolicyError when it was made for another one.
         """
         return self
 
     def fitted_on(self) -> frozenset[str]:
-        """SHA-256 of the token ids of every prompt that decided its parameters; they are not for scoring."""
+        """Return the SHA-256 of the token ids of every prompt that decided its parameters; they are not for scoring."""
         return frozenset()
 
     def check(self, view: PromptView) -> None:  # noqa: B027 - most policies serve every model
         """Raise PolicyError when this policy cannot serve the model of `view`, a view of some tokens of it."""
 
     def after_step(self, step: StepView) -> Tensor:
-        """Slot of each head to free after a decoded token: [B, H] int64, -1 for none."""
+        """Return the slot of each head to free after a decoded token: [B, H] int64, -1 for none."""
         raise PolicyError(f"{type(self).__name__} does not evict while decoding")
 
     def provenance(self) -> dict[str, Any]:
-        """What decides the results besides the parameters, such as the hash of a file they name. JSON values."""
+        """Return what decides the results besides the parameters, such as the hash of a file they name. JSON values."""
         return {}
 
     def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
-        """What a reader of the record must know about this budget, such as a degenerate allocation."""
+        """Return what a reader of the record must know about this budget, such as a degenerate allocation."""
         return ()
 
 
@@ -102,10 +102,10 @@ class LayerPolicy(KVPolicy):
 
     @abstractmethod
     def compress_layer(self, view: LayerView, budget: int) -> KV:
-        """What is left of one layer at `budget` slots per KV head."""
+        """Return what is left of one layer at `budget` slots per KV head."""
 
     def layer_budgets(self, budget: int, tokens: int, layers: int) -> list[int]:
-        """Slots per KV head of each layer; they sum to at most layers * budget."""
+        """Return the slots per KV head of each layer; they sum to at most layers * budget."""
         return [min(budget, tokens)] * layers
 
 
@@ -129,17 +129,17 @@ class EvictionPolicy(LayerPolicy):
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
-        """Worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+        """Return the worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
 
     def recent_slots(self, budget: int) -> int:
-        """How many of the last tokens are kept at this budget, whatever their score."""
+        """Return how many of the last tokens are kept at this budget, whatever their score."""
         return min(self.recent, budget)
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         return view.kv.take(self.select(view, budget))
 
     def select(self, view: LayerView, budget: int) -> Tensor:
-        """Slots kept, ascending: [B, H, min(budget, T)] int64. Equal scores go to the earlier token."""
+        """Choose the slots to keep: [B, H, min(budget, T)] int64, ascending. Equal scores go to the earlier token."""
         tokens = view.tokens
         if budget >= tokens:
             everything = torch.arange(tokens, device=view.kv.keys.device)
@@ -155,7 +155,7 @@ class EvictionPolicy(LayerPolicy):
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Places of the `count` highest of scores [..., T], best first: [..., count] int64. Equal ones: the earlier first.
+    """Find the `count` highest of scores [..., T]: places [..., count] int64, best first; of equal ones the earlier.
 
     A float32's bits above its place make a number that orders both: its `topk` costs a fifth of a stable sort.
     """
@@ -170,7 +170,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 def each_layer(policy: KVPolicy, view: PromptView, budget: int) -> list[KV]:
-    """`compress` of a policy whose layers need no other."""
+    """Compress layer by layer: what `compress` returns for a policy whose layers need no other."""
     act = policy.per_layer(budget, view.sizes)
     assert act is not None
     return [compress(layer) for compress, layer in zip(act, view.layers, strict=True)]

@@ -45,7 +45,7 @@ class ChunkKV(EvictionPolicy):
         return Needs(window=self.recent)
 
     def score(self, view: LayerView) -> Tensor:
-        """Minus the place of each token in the order: best chunk first, then best token of a chunk. The window is 0."""
+        """Return minus the place of each token: best chunk first, then best token of a chunk. The window is 0."""
         pooled = pool(votes(view, self.recent), self.kernel, self.pool, self.recent)
         before, heads = max(0, view.tokens - self.recent), view.kv.keys.shape[1]
         end = view.tokens if self.across else before

@@ -35,20 +35,20 @@ class Coding:
         return int(2**self.bits - 1)
 
     def channels(self, dim: int) -> int:
-        """Channels of a value's scale: the most that divide `dim`, at most a group."""
+        """Return the channels of a value's scale: the most that divide `dim`, at most a group."""
         return next(width for width in range(min(self.group, dim), 0, -1) if dim % width == 0)
 
     def coded_slot_bytes(self, key_dim: int, value_dim: int) -> int:
-        """Bytes of a coded slot without its key's scales, which its group shares."""
+        """Return the bytes of a coded slot without its key's scales, which its group shares."""
         codes = (key_dim + value_dim) * self.bits // 8
         return codes + 2 * HALF_BYTES * (value_dim // self.channels(value_dim))
 
     def nbytes(self, slots: int, key_dim: int, value_dim: int) -> int:
-        """Bytes of `slots` coded slots of a head; a last group that is not full has scales of its own."""
+        """Return the bytes of `slots` coded slots of a head; a last group that is not full has scales of its own."""
         return slots * self.coded_slot_bytes(key_dim, value_dim) + -(-slots // self.group) * 2 * HALF_BYTES * key_dim
 
     def coded(self, slots: int, kv: KV) -> int:
-        """How many of a head's `slots` become codes: all before the residual, if their codes are smaller."""
+        """Return how many of a head's `slots` become codes: all before the residual, if their codes are smaller."""
         dims, older = (kv.keys.shape[-1], kv.values.shape[-1]), max(0, slots - self.residual)
         return older if self.nbytes(older, *dims) < older * kv.slot_bytes else 0
 
@@ -71,7 +71,7 @@ class Codes:
 
     @classmethod
     def of(cls, coding: Coding, keys: Tensor, values: Tensor) -> Codes:
-        """Of keys and values [n, C, D], C > 0."""
+        """Return the codes of keys and values [n, C, D], C > 0."""
         whole = keys.shape[1] // coding.group * coding.group
         parts = [x for x in (keys[:, :whole], keys[:, whole:]) if x.shape[1]]
         grouped = [_split(x, 1, min(coding.group, x.shape[1])) for x in parts]
@@ -87,7 +87,7 @@ class Codes:
 
     @classmethod
     def cat(cls, parts: Sequence[Codes]) -> Codes:
-        """The streams of all `parts`, which have one coding and as many slots."""
+        """Return the streams of all `parts`, which have one coding and as many slots."""
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -102,7 +102,7 @@ class Codes:
         return sum(x.numel() * x.element_size() for x in (getattr(self, name) for name in _TENSORS))
 
     def take(self, streams: Tensor) -> Codes:
-        """The given streams [n'] int64."""
+        """Return the codes of some of the streams. streams: [n'] int64."""
         return Codes(self.coding, *(getattr(self, name)[streams] for name in _TENSORS))
 
     def decode(self, keys: Tensor, values: Tensor) -> None:
@@ -137,7 +137,7 @@ class CodedKV(KV):
     parts: tuple[tuple[tuple[int, ...], Codes], ...] = ()
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """Decoded copies, empty slots 0."""
+        """Return decoded copies of all slots, [1, H, S, D] each; empty slots are 0."""
         slots = self.positions.shape[2]
         keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in (self.keys, self.values))
         for heads, codes in self.parts:
@@ -152,7 +152,7 @@ class CodedKV(KV):
         return keys, values
 
     def codes_of(self, heads: Sequence[int]) -> list[Codes]:
-        """The codes of heads that have the same number of them, as one; none where that is 0."""
+        """Return the codes of heads that have the same number of them, as one; none where that is 0."""
         for own, codes in self.parts:
             if heads[0] in own:
                 at = [own.index(head) for head in heads]
@@ -172,7 +172,7 @@ class CodedKV(KV):
 
 
 def encode(kv: KV, coding: Coding) -> CodedKV:
-    """Codes of a KV (B = 1) of any number of slots in each head. `kv` is left alone, and nothing of it is shared."""
+    """Code a KV (B = 1) of any number of slots in each head. `kv` is left alone, and nothing of it is shared."""
     last = torch.iinfo(torch.int64).max
     order = kv.positions.masked_fill(kv.positions < 0, last).argsort(dim=-1, stable=True)
     live = kv.live[0].tolist()

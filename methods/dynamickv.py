@@ -50,7 +50,7 @@ class DynamicKV(KVPolicy):
         return [plain.compress_layer(layer, own) for layer, own in zip(view.layers, budgets, strict=True)]
 
     def budgets(self, view: PromptView, budget: int) -> list[int]:
-        """Slots per KV head of each layer; they sum to L * min(budget, T)."""
+        """Return the slots per KV head of each layer; they sum to L * min(budget, T)."""
         layers, before = len(view.layers), view.tokens - self.recent
         mean = min(budget, view.tokens) - self.recent  # slots outside the window, on average over the layers
         if mean <= 0 or before <= 0:

@@ -75,7 +75,7 @@ class ExpectedAttention(EvictionPolicy):
 
 
 def mean_turn(rotate: Rotate, count: int, eye: Tensor) -> Tensor:
-    """The mean of the turns by 0, 1, ..., count - 1 positions: [D, D], to multiply rows with. eye: [D, D]."""
+    """Return the mean of the turns by 0, 1, ..., count - 1 positions: [D, D], to multiply rows with. eye: [D, D]."""
     total, done = torch.zeros_like(eye), 0
     for digit in f"{count:b}":  # sums over twice as many turns, and one more where the digit says so
         total, done = total + total @ rotate(eye, done), 2 * done

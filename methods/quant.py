@@ -97,7 +97,7 @@ class Quant(KVPolicy):
         return [partial(act, index=index) for index in range(sizes.layers)]
 
     def slots(self, budget: int, kv: KV) -> int:
-        """Slots per head, on average over heads and layers, whose codes fit into the bytes of `budget` plain ones.
+        """Count slots per head, on average over heads and layers, whose codes fit the bytes of `budget` plain ones.
 
         However they are spread: a head's bytes are concave in its slots, but for the scales of a group that is not
         full, which are set aside. Raises PolicyError for numbers that codes of this kind cannot hold or make smaller.
@@ -105,7 +105,7 @@ class Quant(KVPolicy):
         return self.fitting(budget, kv.keys.shape[-1], kv.values.shape[-1], kv.slot_bytes)
 
     def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:
-        """`slots` of heads of so many key and value numbers, `plain` bytes a slot."""
+        """Return what `slots` does for heads of so many key and value numbers and `plain` bytes a slot."""
         if self.bits == 4 and (keys % 2 or values % 2):
             raise PolicyError(f"int4 codes share bytes in pairs; heads of {keys} and {values} numbers need bits=8")
         scales = 2 * HALF_BYTES * keys  # of a key group

@@ -5,9 +5,12 @@ Differences: scores are averaged over the query group of a KV head, so that slot
 (the official code stores them once per query head); `kvcf` is KVCache-Factory's window of 8 under the same rule.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
@@ -44,13 +47,13 @@ class SnapKV(EvictionPolicy):
 
 
 def plain_scores(view: LayerView, recent: int, kernel: int, pooling: Literal["max", "avg"] = "max") -> Tensor:
-    """Scores of plain SnapKV, [B, H, T] float32; computed once for all methods that choose by them."""
+    """Return the scores of plain SnapKV, [B, H, T] float32; computed once for all methods that choose by them."""
     plain = SnapKV(recent, kernel, pooling)
     return view.memo((SnapKV, plain), plain.score)
 
 
 def votes(view: LayerView, window: int) -> Tensor:
-    """Attention of the last `window` tokens, averaged over them and the query group: [B, H, T]. Computed once."""
+    """Average attention of the last `window` tokens over them and the query group: [B, H, T]. Computed once."""
     return view.memo(("votes", window), lambda layer: layer.attention(window).mean(dim=(2, 3)))
 
 
@@ -62,11 +65,13 @@ def check_kernel(kernel: int) -> None:
 
 def pool(attention: Tensor, kernel: int, kind: str, recent: int) -> Tensor:
     """Pool scores [B, H, T] over `kernel` neighbours among the tokens before the window; the window is left as is."""
-    prefix = attention[..., : max(0, attention.shape[-1] - recent)]
-    if prefix.shape[-1] == 0:
-        return attention
     pooling = max_pool1d if kind == "max" else avg_pool1d
-    pooled = pooling(prefix, kernel, stride=1, padding=kernel // 2)
-    out = attention.clone()
-    out[..., : prefix.shape[-1]] = pooled
-    return out
+    return before_window(attention, recent, partial(pooling, kernel_size=kernel, stride=1, padding=kernel // 2))
+
+
+def before_window(attention: Tensor, recent: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change scores [B, H, T] of the tokens before the last `recent` ones; those of the window are left as they are."""
+    before = max(0, attention.shape[-1] - recent)
+    if before == 0:
+        return attention
+    return torch.cat([change(attention[..., :before]), attention[..., before:]], dim=-1)

@@ -56,11 +56,11 @@ class KV:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """What attention reads: keys and values, [B, H, S, D]. A subclass may store codes and decode them here."""
+        """Return what attention reads, keys and values [B, H, S, D]. A subclass may store codes and decode here."""
         return self.keys, self.values
 
     def take(self, slots: Tensor) -> KV:
-        """A new KV of the given slots. slots: [B, H, S'] int64, -1 leaves the slot empty. `extra` is not carried."""
+        """Make a new KV of the given slots. slots: [B, H, S'] int64, -1 leaves one empty. `extra` is not carried."""
         index = slots.clamp(min=0)
         positions = self.positions.gather(2, index).masked_fill(slots < 0, -1)
         first = torch.arange(0, self.positions.numel(), self.positions.shape[2], device=index.device)
@@ -133,14 +133,14 @@ class LayerView:
         return int(self.kv.keys.shape[2])
 
     def last_queries(self, window: int) -> Tensor:
-        """Queries of the last `window` tokens: [B, Hq, window, D]. Raises PolicyError when fewer were observed."""
+        """Return the last `window` tokens' queries: [B, Hq, W, D]. Raises PolicyError when fewer were observed."""
         observed = self.queries.shape[2]
         if window > observed:
             raise PolicyError(f"{window} window queries wanted, {observed} observed; declare it in needs")
         return self.queries[:, :, observed - window :]
 
     def attention(self, window: int) -> Tensor:
-        """Causal softmax attention of the last `window` tokens over the whole prompt: [B, H, G, W, T] float32.
+        """Return causal softmax attention of the last `window` tokens over the whole prompt: [B, H, G, W, T] float32.
 
         W is `window`, or T when the prompt is shorter. Raises PolicyError when fewer queries were observed.
         """
@@ -155,7 +155,7 @@ class LayerView:
         return torch.softmax(logits, dim=-1, out=logits)  # in place: a second tensor of this size costs as much again
 
     def memo(self, key: Hashable, compute: Callable[[LayerView], Tensor]) -> Tensor:
-        """`compute(self)`, once per key: scores that do not depend on the budget serve every budget of a run."""
+        """Return `compute(self)`, once per key: scores that do not depend on the budget serve every budget of a run."""
         if key not in self._memo:
             self._memo[key] = compute(self)
         return self._memo[key]

@@ -45,7 +45,7 @@ class DataOptions:
     fetch: Callable[[str], Path] | None = None
 
     def asset(self, name: str) -> Path:
-        """Folder of a packaged asset. Raises TaskError when none can be fetched."""
+        """Return the folder of a packaged asset. Raises TaskError when none can be fetched."""
         if self.fetch is None:
             raise TaskError(f"asset {name!r} is needed and nothing to fetch it with was given")
         return self.fetch(name)
@@ -118,13 +118,20 @@ class Task(ABC):
     protocol: str = "official"
     query: str | None = None
 
+    def check_length(self, length: int, options: TaskOptions) -> None:
+        """Raise TaskError when a context length, in tokens, exceeds what the run allows."""
+        if length > options.max_tokens:
+            raise TaskError(
+                f"{self.name}: length {length} exceeds the {options.max_tokens} tokens of the run; lower it"
+            )
+
     @abstractmethod
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
-        """Samples in a fixed order. Raises TaskError when data is missing, empty or damaged, or lengths do not fit."""
+        """Yield samples in a fixed order. Raises TaskError when data is missing or damaged, or lengths do not fit."""
 
     @abstractmethod
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
-        """Metric values in [0, 1] by name; `score` is the primary one and always present."""
+        """Return metric values in [0, 1] by name; `score` is the primary one and always present."""
 
     def find_data(self, options: DataOptions) -> None:  # noqa: B027 - most tasks make their samples themselves
         """Look for the files that a run does not fetch by itself, and read none of them.
@@ -133,11 +140,11 @@ class Task(ABC):
         """
 
     def reference(self, sample: Sample) -> str | None:
-        """The text whose log-likelihood is measured on the compressed cache, or None where that says nothing."""
+        """Return the text whose log-likelihood is measured on the compressed cache, or None where that says nothing."""
         return sample.answers[0] if sample.answers else None
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
-        """What a record must say about the data: source, revision, checksums, substitutions. JSON values."""
+        """Return what a record must say about the data: source, revision, checksums, substitutions. JSON values."""
         return {}
 
 
@@ -153,7 +160,7 @@ def task(instance: AnyTask) -> AnyTask:
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
-    """Tasks by name (`ruler/vt`), family (`ruler`) or variant (`longbench/kvpress`), in the order asked, each once.
+    """Find tasks by name (`ruler/vt`), family (`ruler`) or variant (`longbench/kvpress`), each once, in order.
 
     A family is its official members; `family/official` says the same.
 
@@ -173,12 +180,12 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def rng(seed: int, *path: object) -> Random:
-    """A generator that depends on the seed and the sample's path alone, not on what was drawn before."""
+    """Return a generator that depends on the seed and the sample's path alone, not on what was drawn before."""
     return Random("/".join(map(str, (seed, *path))))
 
 
 def point(index: int, seed: int, *path: object) -> float:
-    """Point `index` of a seeded low-discrepancy sequence in [0, 1): any first n points are spread evenly.
+    """Return point `index` of a seeded low-discrepancy sequence in [0, 1): any first n points are spread evenly.
 
     The van der Corput sequence in base 2, shifted by a drawn amount (modulo 1).
     """
@@ -187,7 +194,7 @@ def point(index: int, seed: int, *path: object) -> float:
 
 
 def spread_order(count: int, seed: int, *path: object) -> list[int]:
-    """Every index below `count` once, in a seeded order of which any first part is spread evenly over the whole."""
+    """Order the indexes below `count`, seeded, so that any first part is spread evenly over the whole."""
     points = range(1 << max(0, count - 1).bit_length())
     return list(dict.fromkeys(int(point(i, seed, *path) * count) for i in points))
 
@@ -195,7 +202,7 @@ def spread_order(count: int, seed: int, *path: object) -> list[int]:
 def draw(
     items: Sequence[T], limit: int | None, seed: int, *path: object, by: Callable[[T], float] = lambda _: 0.0
 ) -> list[T]:
-    """A seeded draw of `limit` items in their own order, spread evenly over the quantiles of `by`.
+    """Return a seeded draw of `limit` items in their own order, spread evenly over the quantiles of `by`.
 
     A smaller limit draws a subset of a larger one.
     """

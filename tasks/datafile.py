@@ -31,7 +31,7 @@ class FileBytes:
 
 
 def find_file(options: DataOptions, name: str, *patterns: str, also: Sequence[str] = ()) -> Path:
-    """The file of data set `name` that matches a glob pattern, the first one if several do.
+    """Return the file of data set `name` that matches a glob pattern, the first one if several do.
 
     Looked for in the data folder, its folder `name` and its folders `also`; without a data folder, where `harness data
     fetch` puts it. Nothing is downloaded.
@@ -51,7 +51,7 @@ def find_file(options: DataOptions, name: str, *patterns: str, also: Sequence[st
 
 
 def read_file(path: Path) -> FileBytes:
-    """Bytes of a data file.
+    """Return the bytes of a data file.
 
     Raises:
         TaskError: the file or its lock cannot be read, or the file is not the one that was fetched.

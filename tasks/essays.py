@@ -60,7 +60,7 @@ class Essays:
         return [self._flat[start:end] for start, end in self._spans]
 
     def head(self, words: int) -> list[str]:
-        """The first `words` words as sentences, the last one cut; starts over when the essays end.
+        """Return the first `words` words as sentences, the last one cut; starts over when the essays end.
 
         A sentence may end inside a word, as in `good.[2]`.
         """
@@ -72,7 +72,7 @@ class Essays:
         return [*taken, left] if left else taken
 
     def provenance(self) -> dict[str, Any]:
-        """What a record says of the haystack."""
+        """Return what a record says of the haystack."""
         return {
             "essays": f"{self.files} Paul Graham essays, sorted by file name, joined without a separator",
             "essays_sha256": self.sha256,
@@ -93,7 +93,7 @@ def read_essays(options: TaskOptions) -> Essays:
 
 
 def essay_files(options: TaskOptions) -> list[Path]:
-    """The essays' files by name; empty when there is none."""
+    """Return the essays' files by name; empty when there is none."""
     folder = options.asset(ASSET)
     homes = [folder] if folder.name == FOLDER else sorted(path for path in folder.rglob(FOLDER) if path.is_dir())
     return sorted(path for home in homes for path in home.rglob("*.txt")) or sorted(folder.glob("*.txt"))

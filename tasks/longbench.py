@@ -117,8 +117,7 @@ class LongBench(Task):
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         template = official_template(self.dataset)
-        rows = self.rows(options)
-        for row in draw(rows, options.limit, options.seed, self.name, by=lambda row: row["length"]):
+        for row in self.drawn(options):
             yield self._sample(row, template, options)
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
@@ -149,11 +148,11 @@ class LongBench(Task):
         }
 
     def data(self, options: TaskOptions) -> DataFile:
-        """All rows of the dataset. Raises TaskError when they are missing or damaged."""
+        """Return all rows of the dataset. Raises TaskError when they are missing or damaged."""
         return load(options, self.file, with_classes=self.dataset.metric == "classification")
 
     def rows(self, options: TaskOptions) -> list[dict[str, Any]]:
-        """The rows to draw from: all, or those that fit uncut. Raises TaskError when there is none."""
+        """Return the rows to draw from: all, or those that fit uncut. Raises TaskError when there is none."""
         rows = self.data(options).rows
         if options.whole:
             template = official_template(self.dataset)
@@ -162,8 +161,12 @@ class LongBench(Task):
             raise TaskError(f"no row of {self.file} fits {options.max_tokens} tokens uncut; drop the task or --whole")
         return rows
 
+    def drawn(self, options: TaskOptions) -> list[dict[str, Any]]:
+        """Return `limit` of the rows, spread evenly over their lengths. Raises TaskError as `rows` does."""
+        return draw(self.rows(options), options.limit, options.seed, self.name, by=lambda row: row["length"])
+
     def meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What a record says of a row. Rows of one context share `group`."""
+        """Return what a record says of a row. Rows of one context share `group`."""
         data = self.dataset
         meta: dict[str, Any] = {"dataset": data.name, "category": data.category, "language": data.language}
         meta |= {"length": row["length"], "group": hashlib.sha256(row["context"].encode()).hexdigest()[:12]}
@@ -193,7 +196,7 @@ class LongBench(Task):
 
 
 def longest_prompt(options: TaskOptions, dataset: Dataset) -> tuple[int, int]:
-    """(max_length, room): tokens above which a prompt is cut, and tokens that a prompt may have at all.
+    """Return (max_length, room): tokens above which a prompt is cut, and tokens that a prompt may have at all.
 
     max_length is the model's context less 500, about what the official config/model2maxlen.json says (3500 of 4096,
     15500 of 16384, 31500 of 32768), and never more than the room. Room is what generation and the chat template leave;
@@ -205,7 +208,7 @@ def longest_prompt(options: TaskOptions, dataset: Dataset) -> tuple[int, int]:
 
 
 def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Dataset) -> tuple[str, str, bool]:
-    """(context, question, whether it was cut): the first and last half of max_length tokens, as pred.py does.
+    """Return (context, question, whether it was cut): the first and last half of max_length tokens, as pred.py does.
 
     The border is found again as the longest common end with the question, unless the context alone survived whole. A
     cut text that encodes to more tokens than there is room for is cut shorter, by the excess.
@@ -236,7 +239,7 @@ def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Da
 
 
 def common_end(text: str, other: str) -> int:
-    """Characters that the ends of two texts have in common."""
+    """Return how many characters the ends of two texts have in common."""
     most = min(len(text), len(other))
     return next((n for n in range(most) if text[-1 - n] != other[-1 - n]), most)
 
@@ -250,7 +253,7 @@ TolerantLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 @cache
 def official_template(dataset: Dataset) -> str:
-    """The official prompt template, with `{context}` and `{input}`, from the installed lm-eval's task file.
+    """Return the official prompt template, with `{context}` and `{input}`, from the installed lm-eval's task file.
 
     Raises:
         TaskError: lm-eval is missing, has no such template, or one that is not the official one after `EDITS`.

@@ -28,7 +28,7 @@ class DataFile:
 
 
 def load(options: TaskOptions, file: str, *, with_classes: bool) -> DataFile:
-    """The rows of `file`, from the data folder or from what `harness data fetch longbench` left.
+    """Return the rows of `file`, from the data folder or from what `harness data fetch longbench` left.
 
     with_classes: rows must name their classes.
 
@@ -41,7 +41,7 @@ def load(options: TaskOptions, file: str, *, with_classes: bool) -> DataFile:
 
 
 def checked(numbered: Iterable[tuple[int, Any]], file: str, *, with_classes: bool) -> list[dict[str, Any]]:
-    """Rows with an `_id` each, taken from the line number where the file has none.
+    """Return the rows with an `_id` each, taken from the line number where the file has none.
 
     numbered: (line number, row). with_classes: rows must name their classes.
 
@@ -63,7 +63,7 @@ def checked(numbered: Iterable[tuple[int, Any]], file: str, *, with_classes: boo
 
 
 def json_lines(blob: bytes, file: str) -> Iterable[tuple[int, Any]]:
-    """(line number, value) of every line that is not blank. Raises TaskError at a line that is not JSON."""
+    """Yield (line number, value) of every line that is not blank. Raises TaskError at a line that is not JSON."""
     for number, line in enumerate(blob.split(b"\n"), start=1):
         if not line.strip():
             continue

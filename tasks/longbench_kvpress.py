@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tasks.base import DataOptions, Sample, Task, TaskError, TaskOptions, draw, task
+from tasks.base import DataOptions, Sample, Task, TaskError, TaskOptions, task
 from tasks.longbench import DATASETS, Dataset, LongBench, official_template
 
 EXTRA_TOKENS = 20  # create_huggingface_dataset.py adds them to every official generation length
@@ -53,9 +53,7 @@ class KvpressLongBench(Task):
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         pieces = parts(official_template(self.official.dataset))
-        rows = draw(
-            self.official.rows(options), options.limit, options.seed, self.official.name, by=lambda row: row["length"]
-        )
+        rows = self.official.drawn(options)
         first: dict[str, int] = {}
         for number, row in enumerate(rows):
             first.setdefault(row["context"], number)
@@ -97,7 +95,7 @@ class KvpressLongBench(Task):
 
 
 def parts(template: str) -> tuple[str, str, str]:
-    """An official template as (context, question, answer prefix), which joined are the template again.
+    """Return an official template as (context, question, answer prefix), which joined are the template again.
 
     The answer prefix is the last line, as far as no placeholder reaches into it. The question begins with the line of
     `{input}`, or, in a template without it, with the first text after `{context}` and its newlines.
@@ -111,7 +109,7 @@ def parts(template: str) -> tuple[str, str, str]:
 
 
 def cut_end(context: str, question: str, prefix: str, *, options: TaskOptions, room: int) -> str:
-    """The context, or as many of its first tokens as leave the whole prompt within `room` tokens.
+    """Return the context, or as many of its first tokens as leave the whole prompt within `room` tokens.
 
     Raises:
         TaskError: there is no room for any of it.

@@ -108,7 +108,7 @@ class ManyQuestions(RulerTask):
         self.about = replace(self.about, samples=CONTEXTS * QUESTIONS)
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
-        """`limit` questions a length, 125 contexts of 4 by default. Raises TaskError as `RulerTask.samples` does."""
+        """Yield `limit` questions a length, 125 contexts of 4 by default. Raises as `RulerTask.samples` does."""
         contexts = CONTEXTS if options.limit is None else -(-options.limit // QUESTIONS)
         shared = super().samples(replace(options, limit=contexts))
         return self._questions(shared, most=contexts * QUESTIONS if options.limit is None else options.limit)
@@ -183,23 +183,22 @@ class SharedDocuments(Task):
             )
 
 
+def _keys(options: TaskOptions) -> Generator:
+    return KeyByKey(ROWS["niah_multiquery"], read_essays(options))
+
+
+def _documents(options: TaskOptions, *, source: qa.QuestionFile) -> Generator:
+    found = qa.load(options, source)
+    return QuestionByQuestion(found.items, found.documents)
+
+
 def _register() -> None:
-    row = ROWS["niah_multiquery"]
     essays = Origin(deviations=("one key a question",), facts=lambda options: read_essays(options).provenance())
-    task(
-        ManyQuestions(
-            "niah", lambda options: KeyByKey(row, read_essays(options)), metric=string_match_all, origin=essays
-        )
-    )
+    task(ManyQuestions("niah", _keys, metric=string_match_all, origin=essays))
     for name, source in {"qa_1": qa.SQUAD, "qa_2": qa.HOTPOT}.items():
-
-        def documents(options: TaskOptions, source: qa.Source = source) -> Generator:
-            found = qa.load(options, source)
-            return QuestionByQuestion(found.items, found.documents)
-
         facts, find = partial(qa.provenance, source=source), partial(qa.find_file, source=source)
         origin = Origin(deviations=("four questions a context",), facts=facts, find=find)
-        task(ManyQuestions(name, documents, metric=string_match_part, origin=origin))
+        task(ManyQuestions(name, partial(_documents, source=source), metric=string_match_part, origin=origin))
     task(SharedDocuments())
 
 

@@ -32,7 +32,7 @@ TEN_DEPTHS = tuple(round(100 * i / 9) for i in range(10))
 ALL_DEPTHS = tuple(round(100 * i / 34) for i in range(35))
 """The 35 points of the original."""
 HAYSTACKS = 5
-"""Haystacks of each cell of the grid when no limit is given."""
+"""Haystacks at each length and depth when no limit is given."""
 BUFFER = 200
 """Tokens of a length that neither haystack nor needle uses."""
 LEAST_HAYSTACK = 100
@@ -78,7 +78,7 @@ class NeedleTask(Task):
         self._deviations = [*deviations]
 
     def plant(self, draw: Random) -> Planted:
-        """The needle of one sample."""
+        """Return the needle of one sample."""
         return Planted(needle=NEEDLE, answers=(ANSWER,))
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
@@ -92,10 +92,10 @@ class NeedleTask(Task):
         for length in lengths:
             self._check(length, options)
         starts = _starts(essays, options.seed)
-        return (sample for length in lengths for sample in self._cells(essays, starts, length, options))
+        return (sample for length in lengths for sample in self._grid(essays, starts, length, options))
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
-        """Keyword recall of the answer; beside it ROUGE-1 and ROUGE-L F against the needle, as the source stores."""
+        """Score keyword recall of the answer; beside it ROUGE-1 and ROUGE-L F against the needle, as in the source."""
         rouge = _rouge().score(sample.meta["needles"][0], prediction)
         recall = keyword_recall(prediction, sample.answers[0])
         return {"score": recall, **{name: float(value.fmeasure) for name, value in rouge.items()}}
@@ -103,7 +103,7 @@ class NeedleTask(Task):
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         return {"deviations": self._deviations, **read_essays(options).provenance()}
 
-    def _cells(self, essays: Essays, starts: Sequence[int], length: int, options: TaskOptions) -> Iterator[Sample]:
+    def _grid(self, essays: Essays, starts: Sequence[int], length: int, options: TaskOptions) -> Iterator[Sample]:
         depths = self.layout.depths
         wanted = len(depths) * HAYSTACKS if options.limit is None else options.limit
         for haystack in range(-(-wanted // len(depths))):
@@ -144,10 +144,7 @@ class NeedleTask(Task):
         return length - max(BUFFER, own) - len(tokenizer.encode(planted.needle))
 
     def _check(self, length: int, options: TaskOptions) -> None:
-        if length > options.max_tokens:
-            raise TaskError(
-                f"{self.name}: length {length} exceeds the {options.max_tokens} tokens of the run; lower it"
-            )
+        self.check_length(length, options)
         planted = self.plant(rng(options.seed, self.name, length))
         missing = LEAST_HAYSTACK + SLACK - self._size(planted, length, options.tokenizer)
         if missing > 0:
@@ -168,7 +165,7 @@ class Passkey(NeedleTask):
 
 
 def hide(needle: str, ids: Sequence[int], depth: int, tokenizer: Tokenizer) -> str:
-    """The text of `ids` with the needle at `depth` percent of them, moved back behind a token that is a full stop.
+    """Return the text of `ids` with the needle at `depth` percent, moved back behind a token that is a full stop.
 
     Depth 100 appends the needle. With no full stop before the place it comes first.
     """

@@ -52,7 +52,7 @@ class Essay:
     borders: tuple[int, ...]
 
     def span(self, first: int, end: int) -> str:
-        """Sentences `first` to `end`, the last one excluded, without the space after them."""
+        """Return the sentences `first` to `end`, the last one excluded, without the space after them."""
         return self.text[self.borders[first] : self.borders[end] - 1]
 
 
@@ -65,7 +65,7 @@ class Place:
     end: int
 
     def first(self, room: int, tokenizer: Tokenizer) -> int:
-        """The first sentence of the longest span of at most `room` tokens that ends here."""
+        """Return the first sentence of the longest span of at most `room` tokens that ends here."""
 
         def tokens(first: int) -> int:
             return len(tokenizer.encode(self.essay.span(first, self.end)))
@@ -78,7 +78,7 @@ class Place:
         return first
 
     def following(self, limit: int, tokenizer: Tokenizer) -> str | None:
-        """The words from here on that have at most `limit` tokens; None where the essay ends before."""
+        """Return the words from here on that have at most `limit` tokens; None where the essay ends before."""
         words = self.essay.text[self.essay.borders[self.end] :].split(" ", 2 * limit)[: 2 * limit]
 
         def tokens(count: int) -> int:
@@ -103,22 +103,19 @@ class Prose(Task):
         self.least = least
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
-        """`limit` samples a length, 100 or as many as there are by default; a smaller limit draws a prefix.
+        """Return `limit` samples a length, 100 or as many as there are by default; a smaller limit draws a prefix.
 
         Raises TaskError when there are no essays, a length exceeds `max_tokens`, or no essay is long enough for it.
         """
         essays = [(essay, _totals(essay, options.tokenizer)) for essay in open_essays(options)]
         places = {}
         for length in dict.fromkeys(options.lengths):
-            if length > options.max_tokens:
-                raise TaskError(
-                    f"{self.name}: length {length} exceeds the {options.max_tokens} tokens of the run; lower it"
-                )
+            self.check_length(length, options)
             places[length] = self._places(essays, length, options.seed)
         return (sample for length, turns in places.items() for sample in self._drawn(turns, length, options))
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
-        """ROUGE-L F1 against what the essay goes on with."""
+        """Return ROUGE-L F1 against what the essay goes on with."""
         return {"score": rouge_l(prediction, sample.answers[0])}
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
@@ -206,7 +203,7 @@ class Prose(Task):
 
 
 def open_essays(options: TaskOptions) -> tuple[Essay, ...]:
-    """The essays of the asset, each by itself, by file name. Raises TaskError when there is none."""
+    """Return the essays of the asset, each by itself, by file name. Raises TaskError when there is none."""
     read_essays(options)  # refuses a folder without essays
     return tuple(essay for path in essay_files(options) if (essay := _essay(path.name, _flat(path))).text)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F of the distinct words that summary-level longest common subsequences hold; 0 for nothing but full stops.
+    """Return F of the distinct words in summary-level longest common subsequences; 0 for nothing but full stops.
 
     Sentences end at full stops, words at blanks; a blank sentence is one empty word, as in the package.
     """

@@ -27,7 +27,7 @@ NOT_CODE = ("`", "#", "//")
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the tokens in common, after SQuAD's normalisation (Rajpurkar et al. 2016): case, punctuation and articles.
+    """Return F1 of the tokens in common, without case, punctuation and articles (SQuAD, Rajpurkar et al. 2016).
 
     LongBench `qa_f1_score`.
     """
@@ -35,17 +35,17 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def token_f1_zh(prediction: str, reference: str) -> float:
-    """F1 of the jieba words in common, without case, punctuation and blanks. LongBench `qa_f1_zh_score`."""
+    """Return the F1 of the jieba words in common, without case, punctuation and blanks. LongBench `qa_f1_zh_score`."""
     return _f1(_chinese_tokens(prediction), _chinese_tokens(reference))
 
 
 def rouge_l_zh(prediction: str, reference: str) -> float:
-    """ROUGE-L f over jieba words. LongBench `rouge_zh_score`."""
+    """Return ROUGE-L f over jieba words. LongBench `rouge_zh_score`."""
     return rouge_l(" ".join(_jieba_cut(prediction)), " ".join(_jieba_cut(reference)))
 
 
 def classification(prediction: str, reference: str, classes: Sequence[str]) -> float:
-    """1 / (class names that the prediction holds) when the reference is one of them, else 0.
+    """Return 1 / (class names that the prediction holds) when the reference is one of them, else 0.
 
     Names that are part of the reference's own name are not counted. LongBench `classification_score`, which skips every
     second of such names when two follow each other; no class of trec or lsht is part of another, so this never shows.
@@ -55,13 +55,13 @@ def classification(prediction: str, reference: str, classes: Sequence[str]) -> f
 
 
 def count(prediction: str, reference: str) -> float:
-    """Share of the numbers in the prediction that equal the reference; 0 without a number. LongBench `count_score`."""
+    """Return the share of numbers in the prediction that equal the reference, else 0. LongBench `count_score`."""
     numbers = NUMBER.findall(prediction)
     return numbers.count(reference) / len(numbers) if numbers else 0.0
 
 
 def retrieval(prediction: str, reference: str) -> float:
-    """`count` against the number in a reference such as `Paragraph 7`. LongBench `retrieval_score`.
+    """Return `count` against the number in a reference such as `Paragraph 7`. LongBench `retrieval_score`.
 
     Raises:
         TaskError: the reference names no paragraph.
@@ -70,7 +70,7 @@ def retrieval(prediction: str, reference: str) -> float:
 
 
 def retrieval_zh(prediction: str, reference: str) -> float:
-    """`count` against the number in a reference such as `段落7`. LongBench `retrieval_zh_score`.
+    """Return `count` against the number in a reference such as `段落7`. LongBench `retrieval_zh_score`.
 
     Raises:
         TaskError: the reference names no paragraph.
@@ -93,18 +93,18 @@ def code_similarity(prediction: str, reference: str) -> float:
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """Share of the references that the prediction holds, in any case. RULER `string_match_all`."""
+    """Return the share of the references that the prediction holds, in any case. RULER `string_match_all`."""
     found = _found(prediction, references)
     return sum(found) / len(found)
 
 
 def string_match_part(prediction: str, references: Sequence[str]) -> float:
-    """1 when the prediction holds any of the references, in any case. RULER `string_match_part`."""
+    """Return 1 when the prediction holds any of the references, in any case. RULER `string_match_part`."""
     return float(any(_found(prediction, references)))
 
 
 def keyword_recall(prediction: str, needle: str) -> float:
-    """Share of the needle's distinct words in the prediction, split at blanks, in lower case; punctuation counts.
+    """Return the share of the needle's words in the prediction, split at blanks, in lower case; punctuation counts.
 
     The heat map of KVCache-Factory's scripts_needle/visualize.py.
     """
@@ -115,7 +115,7 @@ def keyword_recall(prediction: str, needle: str) -> float:
 
 
 def first_line(prediction: str) -> str:
-    """The first line that is not empty: all that LongBench's eval.py scores of a few-shot answer."""
+    """Return the first line that is not empty: all that LongBench's eval.py scores of a few-shot answer."""
     return prediction.lstrip("\n").split("\n")[0]
 
 

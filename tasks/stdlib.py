@@ -55,16 +55,15 @@ class Generated(Task):
 
     @abstractmethod
     def corpus(self) -> Sequence[str]:
-        """All text that samples are made from, in a fixed order."""
+        """Return all text that samples are made from, in a fixed order."""
 
     @abstractmethod
     def attempt(self, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        """Fields of one sample of at most `length` tokens, or None when this draw does not serve."""
+        """Return fields of one sample of at most `length` tokens, or None when this draw does not serve."""
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         for length in options.lengths:
-            if length > options.max_tokens:
-                raise TaskError(f"{self.name}: length {length} is above the {options.max_tokens} tokens of the model")
+            self.check_length(length, options)
             for number in range(SAMPLES if options.limit is None else options.limit):
                 yield self._sample(length, number, options)
 
@@ -77,7 +76,7 @@ class Generated(Task):
         return {"source": "standard library", "python": python, "sha256": digest}
 
     def room(self, length: int, tokenizer: Tokenizer) -> int:
-        """Tokens for the prompt; one is left for beginning-of-text where no chat template brings it."""
+        """Return how many tokens the prompt may have; one is left for beginning-of-text without a chat template."""
         return length - self.max_new_tokens - max(1, tokenizer.template_tokens if self.chat else 0)
 
     def _sample(self, length: int, number: int, options: TaskOptions) -> Sample:
@@ -99,7 +98,7 @@ class NextLine(Generated):
     metric = staticmethod(scoring.code_similarity)
 
     def reference(self, sample: Sample) -> str | None:
-        """The line after its newline, which is not in the prompt: tokenizers join it with the indentation."""
+        """Return the line after its newline, which is not in the prompt: tokenizers join it with the indentation."""
         return f"\n{sample.answers[0]}"
 
     def corpus(self) -> Sequence[str]:
@@ -172,13 +171,13 @@ class PassageRetrieval(Generated):
         }
 
     def reference(self, sample: Sample) -> str | None:
-        """What follows the answer prefix: the number alone."""
+        """Return what follows the answer prefix: the number alone."""
         return sample.answers[0].removeprefix("Paragraph")
 
 
 @cache
 def source_files() -> tuple[Path, ...]:
-    """Top-level modules by name, without build data and site customisation. Raises TaskError when there are none."""
+    """List top-level modules by name, without build data and site customisation. Raises TaskError without any."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = tuple(path for path in sorted(folder.glob("*.py")) if path.stem in sys.stdlib_module_names)
     if not files:
@@ -194,7 +193,7 @@ def source(path: Path) -> str:
 
 @cache
 def predictable_lines(path: Path) -> tuple[int, ...]:
-    """Indices of lines worth predicting: code of `MIN_LINE` characters after another line, no comment and no text.
+    """Find lines worth predicting, by index: code of `MIN_LINE` characters after another line, no comment, no text.
 
     A line with a mark that the metric passes over (`#`, a backtick, `//`) could not score 1 and is left out.
     """
@@ -242,7 +241,7 @@ def widest_window(before: Sequence[str], path: Path, *, draws: Random, fits: Cal
 
 @cache
 def paragraphs() -> tuple[str, ...]:
-    """Prose paragraphs of the interpreter's help topics, each once. Raises TaskError when they are not installed."""
+    """Return prose paragraphs of the interpreter's help topics, each once. Raises TaskError without help topics."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -259,7 +258,7 @@ def paragraphs() -> tuple[str, ...]:
 
 @cache
 def quotable() -> Mapping[str, tuple[str, ...]]:
-    """Paragraphs of several sentences, with those of their sentences that are in no other paragraph."""
+    """Return paragraphs of several sentences, with those of their sentences that are in no other paragraph."""
     sentences = {text: SENTENCE_END.split(text) for text in paragraphs()}
     everything = "\n".join(paragraphs())
     uses = Counter({sentence: everything.count(sentence) for parts in sentences.values() for sentence in parts})
@@ -278,7 +277,7 @@ def numbered(texts: Sequence[str]) -> str:
 def fill(
     first: str, others: Sequence[str], *, left: Callable[[Sequence[str]], int], cost: Callable[[str], int]
 ) -> list[str]:
-    """`first` and those of `others`, in their order, that there is room for.
+    """Return `first` and those of `others`, in their order, that there is room for.
 
     left: tokens that a choice leaves, exactly; cost: tokens of one text, about. The exact number is taken again after
     every pass, until a pass adds nothing.

@@ -25,7 +25,7 @@ class _Use(NamedTuple):
 
 
 def table_maps_of(manifests: Iterable[RunManifest]) -> tuple[list[TableMap], list[str]]:
-    """The maps of every table that gave budgets to a method of these runs, and a remark for each that is missing."""
+    """Return maps of every table that gave budgets to a method of these runs, and a remark for each that is missing."""
     uses: dict[_Use, dict[str, None]] = {}
     for manifest in manifests:
         for method in manifest.spec.methods:

@@ -83,7 +83,7 @@ def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[Verdict, list[
 
 
 def night_folder(out: Path) -> Path:
-    """Where tonight's run goes: the newest night below `out` if it can be gone on with, else a new name."""
+    """Return where tonight's run goes: the newest night below `out` if it can be gone on with, else a new name."""
     nights = sorted(path for path in out.glob("????-??-??T??????Z*") if path.is_dir())
     if nights and _unfinished(nights[-1]):
         print(f"going on with the unfinished night {nights[-1]}", file=sys.stderr)

@@ -63,7 +63,7 @@ class Sources:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """A TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
+    """Return a TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
     path = Path(name)
     if not path.suffix and (BOARDS / f"{name}.toml").is_file():
         path = BOARDS / f"{name}.toml"
@@ -77,7 +77,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def board_options(board: Any) -> BoardOptions:
-    """A `[board]` table, checked. Raises HarnessError for an unknown key."""
+    """Return a `[board]` table, checked. Raises HarnessError for an unknown key."""
     try:
         return TypeAdapter(dict[str, BoardOptions]).validate_python({"board": board})["board"]
     except ValidationError as error:
@@ -85,18 +85,18 @@ def board_options(board: Any) -> BoardOptions:
 
 
 def published_boards() -> list[str]:
-    """Names of the boards whose records are published; none in an installed package, which has no records."""
+    """Return the names of boards whose records are published; an installed package has no records, so none."""
     return sorted(path.name for path in KEPT.glob("*") if path.is_dir())
 
 
 def options_of(name: str) -> BoardOptions:
-    """What the board's TOML file adds; nothing where it has none."""
+    """Return what the board's TOML file adds; nothing where it has none."""
     described = (BOARDS / f"{name}.toml").is_file()
     return board_options(read_config(name).get("board", {})) if described else BoardOptions()
 
 
 def collect(places: Iterable[Path], *, whole: bool = True) -> Sources:
-    """Everything that is in some folders and archives. whole: run folders' records in full, not in brief.
+    """Return everything that is in some folders and archives. whole: run folders' records in full, not in brief.
 
     Raises HarnessError for a place that holds nothing of the kind, and for damage.
     """
@@ -117,7 +117,7 @@ def collect(places: Iterable[Path], *, whole: bool = True) -> Sources:
 
 
 def load_pack(path: Path) -> Run:
-    """The run in an archive of `harness submit`. Raises HarnessError for one that is not sound."""
+    """Return the run in an archive of `harness submit`. Raises HarnessError for one that is not sound."""
     with open_pack(path) as pack:
         try:
             manifest = RunManifest.model_validate_json(pack.read(MANIFEST))
@@ -133,7 +133,7 @@ def _with(place: Path, layout: LogLayout[Any, Any]) -> list[Path]:
 
 
 def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
-    """The subject's label in the run, with its changed parameters; None without one.
+    """Return the subject's label in the run, with its changed parameters; None without one.
 
     board: the `[board]` table. typed: whether the methods come from the command line, which may leave the subject out.
     """

@@ -85,7 +85,7 @@ class Compiler:
         return self._write(form, tensors, reasons, report, command)
 
     def choose_form(self) -> tuple[Form, dict[str, Any]]:
-        """The score with the least divergence at uniform budgets, and what the others had; or the one asked for."""
+        """Return the score with the least divergence at uniform budgets, or the one asked for, and a report."""
         if self.spec.form != "auto":
             taken = load_tables(folder_of(self.spec.form)).manifest.form
             if taken is None:
@@ -107,7 +107,7 @@ class Compiler:
         return forms[best], summary | {"best": {names[i]: report["scores"][i] for i in ranked}}
 
     def signals(self) -> Tensor:
-        """Entropy in nats and perplexity of every prompt: [P, 2]."""
+        """Return the entropy in nats and perplexity of every prompt: [P, 2]."""
 
         def roll(at: int) -> list[float]:
             seen = Observed.of(self.bench.rollout(at))
@@ -116,7 +116,7 @@ class Compiler:
         return self.bench.measure("risk", range(len(self.bench.prompts)), roll)
 
     def move_by_risk(self, form: Form, shares: Tensor, signals: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Slopes [N, 2, 3] fitted on training prompts, 0 where validation prompts do not confirm them, and gains."""
+        """Return slopes [N, 2, 3] of the training prompts, 0 where validation does not confirm them, and gains."""
         bench, budgets = self.bench, self.spec.budgets
         if len(budgets) == 1:
             return neutral(bench.shapes, budgets).risk, {"neutral": {str(budgets[0]): "one budget shows no slope"}}
@@ -137,7 +137,7 @@ class Compiler:
         return risk, report | {"neutral": {budget: why for budget, why in reasons.items() if why}}
 
     def check(self, form: Form, shares: Tensor) -> dict[str, Any]:
-        """Gains of the tables on validation prompts, for each budget."""
+        """Return the gains of the tables on validation prompts, for each budget."""
         draws = torch.Generator().manual_seed(self.spec.seed)
         orders = [torch.randperm(shares[0].numel(), generator=draws) for _ in range(SHUFFLES)]
         compared = list[tuple[int, list[Candidate]]]()

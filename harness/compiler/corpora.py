@@ -57,7 +57,7 @@ class Corpus:
         return [0, *accumulate(len(paragraph) + 2 for paragraph in self.paragraphs)]
 
     def sentences_from(self, place: float) -> Iterator[str]:
-        """Every sentence once, each after the white space before it (a blank or a blank line), round the corpus.
+        """Yield every sentence once, each after the white space before it (a blank or a blank line), round the corpus.
 
         The first one is the first that starts at `place` (in [0, 1) of the characters) or after it. Joined in order
         they are the text again.
@@ -73,7 +73,7 @@ class Corpus:
 
 
 def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
-    """A corpus of these paragraphs. Raises HarnessError when they have fewer than `MIN_WORDS` words."""
+    """Return a corpus of these paragraphs. Raises HarnessError when they have fewer than `MIN_WORDS` words."""
     kept = tuple(paragraphs)
     words = sum(len(paragraph.split()) for paragraph in kept)
     if words < MIN_WORDS:
@@ -83,7 +83,7 @@ def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
 
 
 def load_corpus(name: str) -> Corpus:
-    """The corpus of this name, or of the folder at this path. Its name is then the folder's.
+    """Return the corpus of this name, or of the folder at this path. Its name is then the folder's.
 
     Raises:
         HarnessError: unknown name, a folder without readable text, too little prose, or an asset that cannot be had.
@@ -137,7 +137,7 @@ def _kjv() -> list[str]:
 
 
 def kjv_paragraphs(module: str) -> list[str]:
-    """Paragraphs of a `plain_text_readers_bible.py`: its text without verse numbers, the longest string literal.
+    """Return paragraphs of a `plain_text_readers_bible.py`: its text without verse numbers, the longest string literal.
 
     The module is parsed and never run. Brackets mark words that the translators added; only the marks are dropped.
     One missing line break between two books is put back.

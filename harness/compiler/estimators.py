@@ -31,7 +31,7 @@ STRENGTH_PROMPTS = 16
 
 
 def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
-    """Slot multiples by descent; every prompt in turn, in a seeded order."""
+    """Return slot multiples by descent; every prompt in turn, in a seeded order."""
     generator = torch.Generator().manual_seed(bench.spec.seed)
     rounds = -(-bench.spec.steps // len(prompts))
     order = [prompts[i] for _ in range(rounds) for i in torch.randperm(len(prompts), generator=generator).tolist()]
@@ -50,7 +50,7 @@ def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int])
 
 
 def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
-    """Slot multiples from ridge regression on balanced foldover designs, a table for each budget."""
+    """Return slot multiples from ridge regression on balanced foldover designs, a table for each budget."""
     layers, heads = bench.shapes.layers, bench.shapes.kv_heads
     designs = _designs(bench, prompts)
     place = {at: i for i, at in enumerate(prompts)}
@@ -72,7 +72,7 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
 
 
 def ridge_reliability(bench: Workbench, name: str, prompts: Sequence[int]) -> dict[str, dict[str, float]]:
-    """How far the effects of `by_ridge` from random halves of its prompts agree, at each budget."""
+    """Return how far the effects of `by_ridge` from random halves of its prompts agree, at each budget."""
     designs, losses = _designs(bench, prompts), bench.found(f"ridge {name}", prompts)
     return {
         str(budget): split_half(designs, losses[:, i], seed=bench.spec.seed)._asdict()
@@ -86,7 +86,7 @@ def _designs(bench: Workbench, prompts: Sequence[int]) -> Tensor:
 
 
 def candidate(form: Form, table: Tensor) -> Candidate:
-    """A form with a table [L, H] of slot multiples."""
+    """Return a form with a table [L, H] of slot multiples."""
     return form, tuple(map(tuple, table.tolist()))
 
 

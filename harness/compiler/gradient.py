@@ -38,8 +38,10 @@ class Descent:
     shared: Tensor
     own: Tensor
     losses: list[list[float]] = field(default_factory=list)
-    _optimizer: torch.optim.Adam | None = None
     _mean: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
 
     @classmethod
     def start(cls, form: Form, budgets: Sequence[int], *, steps: int, layers: int, heads: int) -> Descent:
@@ -48,20 +50,17 @@ class Descent:
         return cls(form, tuple(budgets), steps, shared, own)
 
     def state(self) -> dict[str, Any]:
-        """Everything that `at` needs to go on from here: tensors, numbers and lists."""
-        optimizer = None if self._optimizer is None else self._optimizer.state_dict()
-        tensors = {"shared": self.shared.detach().clone(), "own": self.own.detach().clone()}
-        return {**tensors, "losses": self.losses, "mean": self._mean, "optimizer": optimizer}
+        """Return everything that `at` needs to go on from here: tensors, numbers and lists."""
+        tensors = {"shared": self.shared.detach().clone(), "own": self.own.detach().clone(), "mean": self._mean}
+        return {**tensors, "losses": self.losses, "optimizer": self._optimizer.state_dict()}
 
     def at(self, state: dict[str, Any]) -> Descent:
-        """This estimate as it was when `state` was taken."""
+        """Return this estimate as it was when `state` was taken."""
         with torch.no_grad():
             self.shared.copy_(state["shared"])
             self.own.copy_(state["own"])
         self.losses, self._mean = [list(losses) for losses in state["losses"]], state["mean"]
-        if state["optimizer"] is not None:
-            self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
-            self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         return self
 
     @property
@@ -71,9 +70,7 @@ class Descent:
             return torch.stack([shares_of(self.shared + own) for own in self.own])
 
     def step(self, rollout: Rollout) -> list[float]:
-        """One step; the divergence at every budget before it, nats a token."""
-        if self._optimizer is None:
-            self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
+        """Take one step and return the divergence at every budget before it, in nats a token."""
         done = len(self.losses) / max(1, self.steps - 1)
         found = self._divergence(rollout, tau=WARM + (COLD - WARM) * min(1.0, done))
         if not bool(found.isfinite().all()):

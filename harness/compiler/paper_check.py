@@ -27,7 +27,7 @@ TablePair = tuple[Tensor, Tensor]
 
 
 def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, list[TablePair]]:
-    """For each table what is compared at a budget: the neutral one, the table, and shuffles of it."""
+    """Return, for each table, what is compared at a budget: the neutral one, the table, and shuffles of it."""
     draws = torch.Generator().manual_seed(seed)
     plain = {name: torch.full_like(tensors[name][row], value) for name, value in NEUTRAL.items()}
     found = {}
@@ -44,7 +44,7 @@ def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, lis
 def check_published(
     bench: Workbench, tensors: dict[str, Tensor], prompts: Sequence[int]
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """The tensors with neutral values where a table gained nothing, the reasons by table and budget, and all gains."""
+    """Return the tensors, neutral where a table gained nothing, reasons by table and budget, and all gains."""
     budgets, edges = bench.spec.budgets, Edges(tensors["entropy_edges"], tensors["perplexity_edges"])
     compared = [arms(tensors, row, seed=bench.spec.seed + row) for row in range(len(budgets))]
 
@@ -74,7 +74,7 @@ def check_published(
 
 
 def no_gain(found: Mapping[str, Any], plain: str) -> str:
-    """Why a table with these `gains` is left neutral; empty when it beats both. plain: what `uniform` stands for."""
+    """Say why a table of these `gains` is left neutral; empty if it beats both. plain: what `uniform` stands for."""
     for rival, named in (("uniform", plain), ("shuffled", "shuffled")):
         gain = found[f"over_{rival}"]
         if gain["low"] <= 0:

@@ -57,7 +57,10 @@ class Observed:
         return cls(rollout, alpha, [value_norms(layer) for layer in rollout.view.layers], entropy, perplexity)
 
     def lose(self, weights: Tensor, thresholds: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        """Answer NLL [R] and passing [R, L] of rows. weights: [R, L, Hq]. thresholds: [R, L]."""
+        """Return each row's answer NLL, [R] nats a token, and how many tokens pass each layer's gate, [R, L] int64.
+
+        weights: [R, L, Hq]. thresholds: [R, L]. At most `budget` of the tokens that pass are kept.
+        """
         biases, passing = [], []
         for i, rho in enumerate(self.rho):
             largest = weights[:, i].view(len(weights), rho.shape[0], -1).amax(dim=-1)  # [R, H]
@@ -86,7 +89,7 @@ class Published:
         self.gate = gate_space(len(self.budgets), bench.shapes.layers)
 
     def compile(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors of the artefact by name, and the report. Raises PolicyError as `alternation.alternate` does."""
+        """Return the artefact's tensors by name, and the report. Raises PolicyError as `alternation.alternate` does."""
         coupled = alternate(
             self.head_records, self.gate_records, head=self.head, gate=self.gate, seed=self.seed, max_rounds=MOST_ROUNDS
         )
@@ -97,11 +100,11 @@ class Published:
         return self._tensors(coupled, alone), self._report(coupled)
 
     def head_records(self, gate_table: Tensor) -> list[Records]:
-        """Roll-outs of head weights with a gate table active."""
+        """Return roll-outs of head weights with a gate table active."""
         return self._records("head", self.head, gate_table)
 
     def gate_records(self, head_table: Tensor) -> list[Records]:
-        """Roll-outs of thresholds with a head table active."""
+        """Return roll-outs of thresholds with a head table active."""
         return self._records("gate", self.gate, head_table)
 
     def _records(self, kind: str, space: Space, opposite: Tensor) -> list[Records]:

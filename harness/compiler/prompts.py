@@ -54,7 +54,7 @@ class PromptPlan:
     depth: float
 
     def draws(self) -> Random:
-        """The generator of everything drawn for this sample, from its start."""
+        """Return the generator of everything drawn for this sample, from its start."""
         return rng(self.seed, self.corpus.sha256, self.family, self.index)
 
 
@@ -67,7 +67,7 @@ def calibration_samples(
     lengths: tuple[int, int] = (600, 1000),
     families: Sequence[str] = FAMILIES,
 ) -> list[Sample]:
-    """`count` prompts with their answers, families in turn; a smaller count gives the first ones of a larger.
+    """Return `count` prompts with their answers, families in turn; a smaller count gives the first ones of a larger.
 
     lengths: least and most tokens of a prompt, chat template included. A prompt ends with a whole sentence, so it has
     between `LEAST_FILL` of its drawn length and all of it; where least and most are closer than that, it may have

@@ -20,7 +20,7 @@ POOLS = (0.05, 0.2, 0.5, 0.8)
 
 
 def by_retrieval(bench: Workbench, form: Form, prompts: Sequence[int]) -> Tensor:
-    """Slot multiples [N, L, H], mean 1, from the prompts whose answer stands in them."""
+    """Return slot multiples [N, L, H], mean 1, from the prompts whose answer stands in them."""
     asked = [at for at in prompts if bench.prompts[at].needle]
     found = bench.measure(
         "retrieval", asked, lambda at: bench.rollout(at).attention_on(bench.prompts[at].needle).tolist()

@@ -54,7 +54,7 @@ class SavedState:
         os.replace(part, path)
 
     def restore(self, name: str, fresh: Descent) -> Descent:
-        """The estimate as it was kept last, or `fresh`. Raises HarnessError when it cannot be read."""
+        """Return the estimate as it was kept last, or `fresh`. Raises HarnessError when it cannot be read."""
         path = self.folder / f"{name}.state"
         if not path.is_file():
             return fresh

@@ -111,7 +111,7 @@ class Workbench:
             )
 
     def rollout(self, at: int) -> Rollout:
-        """A prompt, prefilled; once, as far as memory goes."""
+        """Return the roll-out of a prompt, which is prefilled once as far as memory goes."""
         if at not in self._held:
             prompt = self.prompts[at]
             made = Rollout.prepare(self.engine, prompt.ids, prompt.answer, NEEDS)
@@ -121,7 +121,7 @@ class Workbench:
         return self._held[at]
 
     def divergences(self, at: int, candidates: Sequence[Candidate], budget: int) -> list[float]:
-        """Divergence from the full cache of each candidate at a budget, on one prompt, nats a token."""
+        """Return the divergence from the full cache of each candidate at a budget, on one prompt, nats a token."""
         rollout, found = self.rollout(at), list[float]()
         for start in range(0, len(candidates), ROWS):
             kept = [
@@ -139,7 +139,7 @@ class Workbench:
             raise HarnessError(f"the roll-outs of prompt {name} have losses that are no numbers; try --dtype float32")
 
     def measure(self, stage: str, prompts: Sequence[int], roll: Callable[[int], Any]) -> Tensor:
-        """What `roll` finds on each of the prompts: [P, ...] float32. It runs, and is stored, where nothing is yet.
+        """Run `roll` on the prompts that the stage lacks, store what it finds, and return all of it: [P, ...] float32.
 
         roll: takes a prompt's place in `prompts` of the bench and returns numbers or nested lists of them.
         """
@@ -150,15 +150,15 @@ class Workbench:
     def compare(
         self, stage: str, prompts: Sequence[int], compared: Sequence[tuple[int, Sequence[Candidate]]]
     ) -> Tensor:
-        """Divergence of each of C candidates at N budgets: [P, N, C] float32, nats a token. compared: N of them."""
+        """Measure the divergence of C candidates at each of N budgets: [P, N, C] float32, nats a token."""
         return self.measure(stage, prompts, lambda at: [self.divergences(at, own, budget) for budget, own in compared])
 
     def found(self, stage: str, prompts: Sequence[int]) -> Tensor:
-        """What a stage found on some prompts: [P, ...] float32."""
+        """Return what a stage found on some prompts: [P, ...] float32."""
         return torch.tensor([self.saved.get(stage, self.prompts[at].id) for at in prompts])
 
     def missing(self, stage: str, prompts: Sequence[int]) -> Iterator[int]:
-        """Places of the prompts that a stage has no roll-out of, with a progress bar."""
+        """Yield the places of the prompts that a stage has no roll-out of, with a progress bar."""
         left = [at for at in prompts if not self.saved.has(stage, self.prompts[at].id)]
         with self.bar(stage, len(prompts), len(prompts) - len(left)) as bar:
             for at in left:
@@ -166,13 +166,13 @@ class Workbench:
                 bar.update()
 
     def bar(self, what: str, total: int, done: int) -> Any:
-        """A progress bar with the time left."""
+        """Return a progress bar with the time left."""
         slow = 0.5 if sys.stderr.isatty() else 30.0
         return tqdm(total=total, initial=done, desc=what, unit="prompt", mininterval=slow, dynamic_ncols=True)
 
 
 def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: CompileSpec) -> list[Calibration]:
-    """The prompts of a compilation, corpora in turn. Raises HarnessError for a context shorter than the prompts."""
+    """Return the prompts of a compilation, corpora in turn. Raises HarnessError for a context shorter than them."""
     if spec.lengths[1] + spec.answer > loaded.context:
         raise HarnessError(f"--lengths {spec.lengths} exceed the model's context of {loaded.context}; lower them")
     if spec.lengths[0] <= NEEDS.window:

@@ -31,7 +31,7 @@ CLOSERS = ("n", "r", "l", "k", "m", "sk", "nt")
 
 
 def invented(draws: Random) -> str:
-    """A word of two syllables that no language has, such as `trausonk`, in lower case."""
+    """Return a word of two syllables that no language has, such as `trausonk`, in lower case."""
     syllables = (draws.choice(OPENERS) + draws.choice(VOWELS) for _ in range(2))
     return "".join(syllables) + draws.choice(CLOSERS)
 

@@ -29,19 +29,19 @@ class PressCall:
 
 
 def parse_press(text: str) -> PressCall:
-    """The press that `text` names. Raises PolicyError when it is anything but names and literals."""
+    """Return the press that `text` names. Raises PolicyError when it is anything but names and literals."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise PolicyError(f"press {text!r} cannot be read; {ADVICE}") from None
+    if not isinstance(node, ast.Name | ast.Call):
+        raise PolicyError(f"press {text!r} is not a name or a call; {ADVICE}")
+    return _press(node, text)
+
+
+def _press(node: ast.Name | ast.Call, text: str) -> PressCall:
     if isinstance(node, ast.Name):
         return PressCall(node.id)
-    if isinstance(node, ast.Call):
-        return _call(node, text)
-    raise PolicyError(f"press {text!r} is not a name or a call; {ADVICE}")
-
-
-def _call(node: ast.Call, text: str) -> PressCall:
     if not isinstance(node.func, ast.Name):
         raise PolicyError(f"press {text!r} calls something that is not a name; {ADVICE}")
     keywords = []
@@ -53,10 +53,8 @@ def _call(node: ast.Call, text: str) -> PressCall:
 
 
 def _value(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Call):
-        return _call(node, text)
-    if isinstance(node, ast.Name):
-        return PressCall(node.id)
+    if isinstance(node, ast.Name | ast.Call):
+        return _press(node, text)
     if isinstance(node, ast.List):
         return [_value(item, text) for item in node.elts]
     try:

@@ -53,7 +53,7 @@ class Press(KVPolicy):
         return "simulated" if self._has(SIMULATED) else "physical"
 
     def provenance(self) -> dict[str, Any]:
-        """Versions, and every parameter with its default filled in."""
+        """Return versions, and every parameter with its default filled in."""
         parameters = _parameters(build(self.press))
         return {"kvpress": version("kvpress"), "transformers": version("transformers"), "parameters": parameters}
 
@@ -79,7 +79,7 @@ class Press(KVPolicy):
 
 
 def make_press(text: str, overrides: Mapping[str, Any]) -> Press:
-    """The policy of a label's part after `kvpress:`. Raises PolicyError for what kvpress does not know."""
+    """Return the policy of a label's part after `kvpress:`. Raises PolicyError for what kvpress does not know."""
     if overrides:
         raise PolicyError(f"a press takes its parameters in its label; write kvpress:{text.partition('(')[0]}(...)")
     call = parse_press(text)
@@ -91,7 +91,7 @@ def make_press(text: str, overrides: Mapping[str, Any]) -> Press:
 
 
 def build(text: str) -> Any:
-    """A new press, with nothing left of other prompts. Raises PolicyError for an unknown name or parameter."""
+    """Return a new press, with nothing left of other prompts. Raises PolicyError for an unknown name or parameter."""
     return _build(parse_press(text), _presses())
 
 
@@ -220,7 +220,7 @@ def _act(press: Any, view: PromptView) -> Callable[[float | None], list[KV]]:
 
 
 def hooked(press: Any, layer: LayerView, *, whole: bool = False) -> KV:
-    """What the press's hook leaves of one layer. whole: it is shown the whole attention, [B, Hq, T, T]."""
+    """Return what the press's hook leaves of one layer. whole: it is shown the whole attention, [B, Hq, T, T]."""
     source, kv = _source(layer), layer.kv
     module: Any = source.module
     at = torch.arange(layer.tokens, device=kv.keys.device)
@@ -249,14 +249,14 @@ def hooked(press: Any, layer: LayerView, *, whole: bool = False) -> KV:
 
 
 def packed(kv: KV) -> KV:
-    """The same slots in the order of their tokens, without the columns that are empty for every head."""
+    """Return the same slots in the order of their tokens, without the columns that are empty for every head."""
     absent = kv.positions < 0
     order = kv.positions.masked_fill(absent, WHOLE).argsort(dim=-1)
     return kv.take(order[..., : int(kv.live.max())])
 
 
 def fit(act: Callable[[float | None], list[KV]], budget: int, tokens: int) -> list[KV]:
-    """What `act` leaves at the ratio that keeps the most slots within `budget` per layer and head.
+    """Return what `act` leaves at the ratio that keeps the most slots within `budget` per layer and head.
 
     Where no ratio keeps so few, the fewest that were seen. Slots grow by steps with what is asked for, so the search
     ends when a step lies between two ratios half a token apart.

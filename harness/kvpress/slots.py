@@ -43,7 +43,7 @@ class Tracked(TorchFunctionMode):
         return out
 
     def positions(self, keys: Tensor, values: Tensor, whole: KV) -> Tensor | None:
-        """Tokens [B, H, S] int64 of the slots of `keys` and `values`, or None where nothing tells them.
+        """Return the tokens [B, H, S] int64 of the slots of `keys` and `values`, or None where nothing tells them.
 
         whole: the cache as it was, for rows that were not gathered: they are found again by their bits.
         """
@@ -55,7 +55,7 @@ class Tracked(TorchFunctionMode):
 
 
 def rows(some: Tensor, whole: Tensor) -> Tensor | None:
-    """Places [B, H, S] of the rows `some` [B, H, S, D] in `whole` [B, H, T, D]; None unless each is there once."""
+    """Find the rows `some` [B, H, S, D] in `whole` [B, H, T, D]: places [B, H, S], None unless each is there once."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(2**62, (whole.shape[-1],), generator=generator).to(whole.device)
     asked, stored = ((_bits(x) * weights).sum(dim=-1) for x in (some, whole))  # wraps around: a hash of each row

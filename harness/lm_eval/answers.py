@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from lm_eval.models.utils import postprocess_generated_text, truncate_tokens
@@ -54,7 +54,7 @@ class Answerer:
         self.facts = KeptFacts(heads=self.engine.model.sizes(8).kv_heads, budget=planned.budget)
 
     def generate(self, task: str, text: str, whole: Sequence[int], asked: Generation) -> str:
-        """Greedy text after the prompt `whole`, cut at the first stop string."""
+        """Return greedy text after the prompt `whole`, cut at the first stop string."""
         room = self.max_length - asked.max_new_tokens
         if room < 1:
             limit = f"{self.max_length} tokens"
@@ -74,7 +74,7 @@ class Answerer:
         return str(postprocess_generated_text(generated, list(asked.until), None))
 
     def score(self, pairs: Iterable[ScoredPair]) -> Iterator[list[tuple[ScoredPair, float, bool]]]:
-        """Log-probability, and whether greedy decoding gives it, of all continuations of a context at a time.
+        """Yield, a context at a time, each continuation's log-probability in nats and whether greedy decoding gives it.
 
         Contexts come in order of their tokens, each once.
         """
@@ -89,7 +89,7 @@ class Answerer:
             yield [(pair, one.logprob, one.greedy) for pair, one in zip(own, scored, strict=True)]
 
     def score_text(self, task: str, text: str, context: Sequence[int], predicted: Sequence[int]) -> float:
-        """Log-probability of `predicted` after `context`, both with at least one token.
+        """Return the log-probability of `predicted` after `context`, both with at least one token.
 
         Of the two together the first half is scored with the full cache, the second on what compression left of it.
         """
@@ -131,8 +131,7 @@ class Answerer:
                 f"max_length {self.max_length}; raise it"
             )
         ids = tuple(self._cut(pair.context, room))
-        cut = len(ids) < len(pair.context)
-        return ScoredPair(pair.index, pair.task, pair.text, ids, pair.continuation, truncated=cut)
+        return replace(pair, context=ids, truncated=len(ids) < len(pair.context))
 
 
 @contextmanager

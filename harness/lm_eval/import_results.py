@@ -35,7 +35,7 @@ FACTS = ("prompt_sha256", *(name for name in STORED if name != "notes"))
 
 
 @dataclass(frozen=True)
-class Found:
+class ResultsFile:
     """A results file and its samples. samples: lines of one filter, by task."""
 
     path: Path
@@ -51,7 +51,7 @@ class Found:
 def import_results(
     where: Path, *, root: Path, metric: str | None = None, command: Sequence[str]
 ) -> Iterator[tuple[Path, int]]:
-    """The run folder that each results file below `where` became, and how many records it has.
+    """Yield the run folder that each results file below `where` became, and how many records it has.
 
     metric: the score; by default of each sample the first of its metrics that is a number in [0, 1] and to be raised.
     Raises HarnessError when there is nothing to import, or a file is not what lm-eval writes.
@@ -75,7 +75,7 @@ def import_results(
             yield store.folder, len(records)
 
 
-def _read(path: Path) -> Found | None:
+def _read(path: Path) -> ResultsFile | None:
     """None for a file that is no results file of ours."""
     stamp = STAMP.search(path.name)
     if stamp is None:
@@ -95,10 +95,10 @@ def _read(path: Path) -> Found | None:
         samples[task] = [line for line in lines if line["filter"] == lines[0]["filter"]]
     if not samples:
         raise HarnessError(f"{path} has no samples beside it; run lm-eval again with --log_samples")
-    return Found(path, results, samples)
+    return ResultsFile(path, results, samples)
 
 
-def _spec(one: Found) -> RunSpec:
+def _spec(one: ResultsFile) -> RunSpec:
     results, config = one.results, one.config
     limit = config.get("limit")
     return RunSpec(
@@ -131,7 +131,7 @@ def _task_spec(results: Mapping[str, Any], task: str, lines: Sequence[Mapping[st
     return TaskSpec(name=f"lm-eval/{task}", protocol=protocol, provenance=provenance)
 
 
-def _manifest(one: Found, spec: RunSpec, *, records: int, command: Sequence[str]) -> RunManifest:
+def _manifest(one: ResultsFile, spec: RunSpec, *, records: int, command: Sequence[str]) -> RunManifest:
     results = one.results
     began = float(results["date"])
     took = float(results.get("total_evaluation_time_seconds") or 0.0)
@@ -149,7 +149,7 @@ def _manifest(one: Found, spec: RunSpec, *, records: int, command: Sequence[str]
     )
 
 
-def _records(one: Found, spec: RunSpec, metric: str | None) -> Iterator[Record]:
+def _records(one: ResultsFile, spec: RunSpec, metric: str | None) -> Iterator[Record]:
     prompts, notes = one.config["kv_prompts"], one.config["kv_notes"]
     for task, lines in one.samples.items():
         raised = one.results.get("higher_is_better", {}).get(task, {})

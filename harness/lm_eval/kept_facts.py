@@ -21,17 +21,25 @@ log = logging.getLogger("harness")
 
 @dataclass
 class TaskFacts:
-    """Counts and sums of one task. kept: tokens per layer and KV head, a mean of each prompt."""
+    """Counts of one task's prompts, and what was measured on each; in the order and under the names of the results.
+
+    kept_tokens: per layer and KV head, a mean of each prompt. notes: an ordered set.
+    """
 
     prompts: int = 0
     uncompressed: int = 0
     truncated: int = 0
     over_budget: int = 0
-    tokens: list[int] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    kept_tokens: list[float] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
     full_bytes: list[int] = field(default_factory=list)
-    notes: dict[str, None] = field(default_factory=dict)  # an ordered set
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Return JSON values by name: counts as they are, the mean of what was measured, notes as a list."""
+        means = {name: fmean(x) if isinstance(x, list) else x for name, x in vars(self).items()}
+        return means | {"notes": list(self.notes)}
 
 
 class KeptFacts:
@@ -50,13 +58,12 @@ class KeptFacts:
         text: as lm-eval gave it. ids: what was compressed of it. compressed: False where its budget is not below it.
         """
         facts = self.tasks.setdefault(task, TaskFacts())
-        kept = fmean(outcome.kept_slots) / self.heads
         facts.prompts += 1
         facts.uncompressed += not compressed
         facts.truncated += truncated
         facts.over_budget += outcome.over_budget
-        facts.tokens.append(outcome.compressed_tokens)
-        facts.kept.append(kept)
+        facts.prompt_tokens.append(outcome.compressed_tokens)
+        facts.kept_tokens.append(fmean(outcome.kept_slots) / self.heads)
         facts.kv_bytes.append(outcome.kv_bytes)
         facts.full_bytes.append(outcome.full_bytes)
         facts.notes |= dict.fromkeys(outcome.notes)
@@ -68,33 +75,17 @@ class KeptFacts:
             **{name: getattr(outcome, name) for name in STORED},
         }
 
-    def means(self) -> dict[str, Any]:
-        """Over all prompts: what `results["config"]` shows first. None where nothing was run (answers from a cache)."""
-        all_facts = list(self.tasks.values())
-        columns: dict[str, list[float]] = {
-            "kv_prompt_tokens": [x for facts in all_facts for x in facts.tokens],
-            "kv_kept_tokens": [x for facts in all_facts for x in facts.kept],
-            "kv_bytes": [x for facts in all_facts for x in facts.kv_bytes],
-            "kv_full_bytes": [x for facts in all_facts for x in facts.full_bytes],
-        }
-        return {name: fmean(values) if values else None for name, values in columns.items()}
+    def means(self) -> dict[str, float | None]:
+        """Return means over all prompts, which `results["config"]` shows first; None where every answer was cached."""
+        found = {}
+        for name in ("prompt_tokens", "kept_tokens", "kv_bytes", "full_bytes"):
+            values = [x for facts in self.tasks.values() for x in getattr(facts, name)]
+            found[f"kv_{name.removeprefix('kv_')}"] = fmean(values) if values else None
+        return found
 
     def by_task(self) -> dict[str, dict[str, Any]]:
-        """JSON values by task; means over its prompts."""
-        return {
-            task: {
-                "prompts": facts.prompts,
-                "uncompressed": facts.uncompressed,
-                "truncated": facts.truncated,
-                "over_budget": facts.over_budget,
-                "prompt_tokens": fmean(facts.tokens),
-                "kept_tokens": fmean(facts.kept),
-                "kv_bytes": fmean(facts.kv_bytes),
-                "full_bytes": fmean(facts.full_bytes),
-                "notes": list(facts.notes),
-            }
-            for task, facts in self.tasks.items()
-        }
+        """Return what `results["config"]` shows of each task, by its name."""
+        return {task: facts.summary() for task, facts in self.tasks.items()}
 
     def _warn(self, task: str, facts: TaskFacts, outcome: Outcome, *, compressed: bool, truncated: bool) -> None:
         if not compressed and facts.uncompressed == 1:

@@ -170,7 +170,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         held[IDENTITY] = own
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids. None: the special tokens of the tokenizer's choice, unless the text brings its BOS."""
+        """Return token ids. None: the special tokens of the tokenizer's choice, unless the text brings its BOS."""
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             special = False
@@ -190,7 +190,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return str(text)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The generated texts, cut at the first stop string."""
+        """Return the generated texts, cut at the first stop string."""
         eos = str(self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False))
         texts = []
         for request in tqdm(requests, desc="Running generate_until requests", disable=disable_tqdm):
@@ -202,7 +202,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return texts
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would give it) of every continuation, in order."""
+        """Return (log-probability, whether greedy decoding would give it) of every continuation, in order."""
         pairs = []
         for index, request in enumerate(requests):
             context, continuation = request.args
@@ -234,7 +234,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return [found[index] for index in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of every text; the head of this module says what of it is compressed."""
+        """Return the log-probability of every text; the head of this module says what of it is compressed."""
         self.notes[ROLLING] = None
         totals = []
         for request in tqdm(requests, desc="Running loglikelihood_rolling requests", disable=disable_tqdm):
@@ -254,7 +254,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return totals
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into `results["config"]`: the method, its budget, and what was measured. JSON values.
+        """Return what goes into `results["config"]`: the method, its budget, and what was measured. JSON values.
 
         kv_kept_tokens: per layer and KV head; kv_bytes: right after compression. Both are means over prompts.
         """

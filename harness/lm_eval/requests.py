@@ -40,7 +40,7 @@ class Generation:
 
 
 def generation(gen_kwargs: Mapping[str, Any], *, default: int, eos: str | None) -> Generation:
-    """What lm-eval asks for. default: tokens where it names no number. eos: text of the tokenizer's end of text.
+    """Return what lm-eval asks for. default: tokens where it names no number. eos: text of the tokenizer's end of text.
 
     Raises HarnessError for sampling, beams and everything else that a greedy decoder would pass over in silence.
     """
@@ -61,7 +61,7 @@ def generation(gen_kwargs: Mapping[str, Any], *, default: int, eos: str | None) 
 def method_cells(
     loaded: LoadedModel, method: str, budget: object, params: Mapping[str, Any]
 ) -> tuple[MethodSpec, PlannedCell]:
-    """The method with its changed parameters, and its cell. Raises HarnessError, with the nearest known name."""
+    """Return the method with its changed parameters, and its cell. Raises HarnessError, with the nearest known name."""
     if "," in method:
         raise HarnessError(f"method {method!r} is more than one; run lm-eval once for each")
     planned = plan_method(method, params, revision=loaded.spec.revision)
@@ -73,7 +73,7 @@ def method_cells(
 
 
 def full_cell() -> PlannedCell:
-    """For a prompt that is no longer than its budget."""
+    """Return the cell of the full cache, for a prompt that is no longer than its budget."""
     return plan_cells([plan_method("fullkv")], ())[0]
 
 
@@ -99,7 +99,7 @@ def check_own_options(arguments: Mapping[str, Any]) -> None:
 
 
 def device_here(device: str | None) -> str:
-    """lm-eval asks for cuda:0 where nothing was asked for; like its own models, fall back where there is no GPU."""
+    """Return the device to load on. lm-eval asks for cuda:0 by default; where there is no GPU, it is the CPU."""
     if device is None:
         return "auto"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -109,7 +109,7 @@ def device_here(device: str | None) -> str:
 
 
 def tokenizer_folder(loaded: LoadedModel) -> str:
-    """A folder that transformers reads the tokenizer from: its own, or one made until this process ends."""
+    """Return a folder that transformers reads the tokenizer from: its own, or one made until this process ends."""
     own = str(loaded.tokenizer.name_or_path)
     if loaded.spec.name == own or (Path(own) / "tokenizer.json").is_file():
         return own

@@ -66,7 +66,7 @@ ASSETS = {
 
 
 def cache_dir() -> Path:
-    """Folder of everything this program keeps between runs; it need not exist yet."""
+    """Return the folder of everything this program keeps between runs; it need not exist yet."""
     if given := os.environ.get("KVH_CACHE"):
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -74,14 +74,14 @@ def cache_dir() -> Path:
 
 
 def asset_folder(name: str) -> Path:
-    """Where the files of an asset are or will be. Raises HarnessError for an unknown name."""
+    """Return where the files of an asset are or will be. Raises HarnessError for an unknown name."""
     if name not in ASSETS:
         raise HarnessError(f"unknown asset {name!r}{did_you_mean(name, ASSETS)} known: {', '.join(sorted(ASSETS))}")
     return cache_dir() / "assets" / f"{name}-{ASSETS[name].sha256[:12]}"
 
 
 def fetch(name: str) -> Path:
-    """Folder with the files of an asset, downloaded on the first call and checked on every one.
+    """Return the folder with the files of an asset, downloaded on the first call and checked on every one.
 
     Raises:
         HarnessError: unknown name, no pip, no network, or files that are not the pinned ones.
@@ -127,7 +127,7 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def content_sha256(files: Sequence[Path]) -> str:
-    """One hash over file names and contents: `sha256sum *.txt | sha256sum`, or the plain hash of a single file."""
+    """Hash file names and contents: `sha256sum *.txt | sha256sum`, or the plain hash of a single file."""
     if len(files) == 1:
         return _file_sha256(files[0])
     lines = [f"{_file_sha256(path)}  {path.name}\n" for path in sorted(files, key=lambda path: path.name)]

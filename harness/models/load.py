@@ -87,7 +87,7 @@ def load_model(
 
 
 def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
-    """What `load_model` gives where the device is, without weights where the source allows it: nothing runs on it.
+    """Return what `load_model` gives where the device is, without weights if the source allows it: nothing runs on it.
 
     device: `cpu` or `cuda`; it need not be here. dtype `auto` is bfloat16 on a device that is not. Raises HarnessError.
     """
@@ -104,21 +104,19 @@ def _loaded(
     source: ModelSource, parts: Parts, place: torch.device, *, trust_remote_code: bool, device_map: str | None = None
 ) -> LoadedModel:
     model, tokenizer, revision = parts
-    name = source.name
-    held = str(model.dtype).removeprefix("torch.")
-    how = tuple(_loaded_as(source, model, device_map))
+    spec = ModelSpec(
+        name=source.name,
+        revision=revision,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(place),
+        trust_remote_code=trust_remote_code,
+        loaded_as=tuple(_loaded_as(source, model, device_map)),
+    )
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        spec=ModelSpec(
-            name=name,
-            revision=revision,
-            dtype=held,
-            device=str(place),
-            trust_remote_code=trust_remote_code,
-            loaded_as=how,
-        ),
-        context=_context(name, model.config),
+        spec=spec,
+        context=_context(source.name, model.config),
         eos_ids=_eos_ids(model, tokenizer),
         template_tokens=template_tokens(tokenizer),
     )
@@ -140,7 +138,7 @@ def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | No
 
 
 def resolve_device(device: str) -> torch.device:
-    """A device that is there. `auto`, and the first of `auto-map`: cuda or cpu; mps only when asked for.
+    """Return a device that is there. `auto`, and the first of `auto-map`: cuda or cpu; mps only when asked for.
 
     Raises HarnessError.
     """
@@ -157,7 +155,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
-    """The dtype weights and cache are held in.
+    """Return the dtype weights and cache are held in.
 
     auto is bfloat16 where the processor multiplies it natively, else float16 on a GPU and float32 on a CPU.
     Raises HarnessError for an unknown name.

@@ -40,7 +40,7 @@ class TaskTokenizer:
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens around one user message; without a chat template, those the tokenizer puts around raw text (a BOS)."""
+    """Count tokens around one user message; without a chat template, those that are put around raw text (a BOS)."""
     chat = bool(tokenizer.chat_template)
     text = _render(tokenizer, "") if chat else ""
     return len(tokenizer(text, add_special_tokens=not chat)["input_ids"])
@@ -59,7 +59,7 @@ class Wrapped:
 
 
 def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
-    """The whole prompt of a sample.
+    """Return the whole prompt of a sample.
 
     A chat template brings its own special tokens; raw text gets the tokenizer's (a BOS, unless it starts with one).
     The answer prefix is joined as text, before tokenising, so that merges are those of natural text.
@@ -92,7 +92,7 @@ def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
 def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, wrapped: Wrapped, reference: str | None, *, limit: int
 ) -> list[int]:
-    """The first `limit` tokens of a reference answer as text that goes on from the prompt; none without a reference."""
+    """Return the first `limit` tokens of a reference as text that goes on from the prompt; none without a reference."""
     if not reference or not limit:
         return []
     plain = TaskTokenizer(tokenizer)
@@ -102,7 +102,7 @@ def answer_tokens(
 
 
 def token_sha256(ids: Iterable[int]) -> str:
-    """Name of a prompt: SHA-256 of its token ids, comma-separated decimal."""
+    """Return the name of a prompt: the SHA-256 of its token ids, comma-separated decimal."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
 
 

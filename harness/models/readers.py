@@ -40,7 +40,7 @@ Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
 
 
 def read_tiny(kind: torch.dtype) -> Parts:
-    """The random model of `harness.models.tiny`."""
+    """Return the random model of `harness.models.tiny`."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(len(tokenizer))
     weights = hashlib.sha256()
@@ -52,7 +52,7 @@ def read_tiny(kind: torch.dtype) -> Parts:
 
 
 def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
-    """Model, tokenizer and revision: the hub's commit, or a content hash of what is on disk.
+    """Return model, tokenizer and revision: the hub's commit, or a content hash of what is on disk.
 
     options: `trust_remote_code`, `device_map` of transformers, `weights`, which is False for a model without them, and
     `place`, the device of a quantised model, which cannot be moved. A peft adapter is merged into its base model.
@@ -61,15 +61,11 @@ def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> P
         return _read_adapted(source, kind, **options)
     if source.kind == "packaged":
         return *_read(str(_dequantised(source.name)), kind, **options), ASSETS[source.name].sha256
-    if source.kind == "gguf":
-        assert source.path is not None
+    if source.path is not None and source.kind == "gguf":
         parts = _read(str(source.path.parent), kind, gguf_file=source.path.name, **options)
         return *parts, content_sha256([source.path])
-    if source.kind == "folder":
-        assert source.path is not None
-        files = [path for path in source.path.iterdir() if path.is_file() and path.suffix in WEIGHTS]
-        parts = _read(str(source.path), kind, **options)
-        return *parts, content_sha256(files)
+    if source.path is not None:
+        return *_read(str(source.path), kind, **options), _folder_sha256(source.path)
     config = AutoConfig.from_pretrained(source.name, trust_remote_code=options.get("trust_remote_code", False))
     commit = getattr(config, "_commit_hash", None)
     parts = _read(source.name, kind, revision=commit or "main", **options)
@@ -83,13 +79,17 @@ def _read_adapted(source: ModelSource, kind: torch.dtype, **options: Any) -> Par
     need("peft", f"{source.name!r} is a peft adapter of {base}", other="merge it and give the merged folder")
     whole = ModelSource(base, "folder", Path(base)) if Path(base).is_dir() else ModelSource(base, "hub")
     model, tokenizer, revision = read_pretrained(whole, kind, **options)
-    own = content_sha256([path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS])
+    own = _folder_sha256(folder)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, **_only(options, "trust_remote_code"))
     if options.get("weights", True):
         merged = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         model = merged.to(kind) if getattr(merged, "quantization_method", None) is None else merged
     return model, tokenizer, hashlib.sha256(f"{revision} {own}".encode()).hexdigest()
+
+
+def _folder_sha256(folder: Path) -> str:
+    return content_sha256([path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS])
 
 
 def need(package: str, what: str, *, other: str) -> None:

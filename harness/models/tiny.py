@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte, plus special tokens; raw text gets `<|bos|>`, as with Llama."""
+    """Return a tokenizer of one token per UTF-8 byte, plus special tokens; raw text gets `<|bos|>`, as with Llama."""
     symbols = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -39,7 +39,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(vocabulary: int) -> LlamaForCausalLM:
-    """4 layers, 4 query heads on 2 KV heads of dimension 16, 4096 positions; the same weights on every call.
+    """Return a Llama of 4 layers, 4 query heads on 2 KV heads of dimension 16, 4096 positions; always the same weights.
 
     The weights are wide (standard deviation 0.2), so attention is peaked and greedy choices are clear-cut.
     """

@@ -20,7 +20,7 @@ from methods.compilerkv.cql import PUBLISHED, Fitted, Settings, Space, fit
 
 
 def checksum(table: Tensor) -> str:
-    """sha256 of a table's float32 bytes, row by row."""
+    """Return the sha256 of a table's float32 bytes, row by row."""
     return hashlib.sha256(table.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -38,7 +38,7 @@ class Records:
 
     @classmethod
     def of(cls, actions: Tensor, rewards: Tensor, *, states: Tensor, opposite: str) -> Records:
-        """One record per roll-out and entry. actions: [R, F]. rewards: [R], or [R, F]. states: [F] they were set in."""
+        """Make a record per roll-out and entry. actions: [R, F]. rewards: [R] or [R, F]. states: [F] that were set."""
         each = rewards if rewards.dim() == 2 else rewards[:, None]
         flat = states.expand(actions.shape).flatten()
         return cls(flat, actions.flatten(), each.expand(actions.shape).flatten(), opposite)
@@ -112,7 +112,7 @@ def _fit_round(rollouts: Rollouts, opposite: Tensor, space: Space, *, seed: int,
 
 
 def fit_records(found: Sequence[Records], space: Space, *, seed: int, settings: Settings = PUBLISHED) -> Fitted:
-    """A table fitted to all these records together. Raises PolicyError for none, and what `fit` raises."""
+    """Return a table fitted to all these records together. Raises PolicyError for none, and what `fit` raises."""
     if not found:
         raise PolicyError("no records to learn from; roll out at least one prompt")
     states, actions, rewards = (

@@ -65,17 +65,17 @@ class Space:
         return int((self.values - self.neutral).abs().argmin())
 
     def table(self, actions: Tensor) -> Tensor:
-        """Float32 table of this shape. actions: [S] int64."""
+        """Return a float32 table of this shape. actions: [S] int64."""
         return self.values[actions].view(self.shape)
 
 
 def head_space(budgets: int, layers: int, query_heads: int) -> Space:
-    """Head weights [N, L, Hq]: 29 values on [0.8, 1.5]."""
+    """Return the head weights [N, L, Hq]: 29 values on [0.8, 1.5]."""
     return Space((budgets, layers, query_heads), 0.8, 1.5, 29, UNSUPPORTED_HEAD)
 
 
 def gate_space(budgets: int, layers: int) -> Space:
-    """Thresholds [N, L, 20, 4]: 21 values on [0.8, 1.0]."""
+    """Return the thresholds [N, L, 20, 4]: 21 values on [0.8, 1.0]."""
     return Space((budgets, layers, ENTROPY_BINS, PERPLEXITY_BINS), 0.8, 1.0, 21, UNSUPPORTED_GATE)
 
 
@@ -104,7 +104,7 @@ class Fitted:
 
 
 def loss(q: Tensor, states: Tensor, actions: Tensor, rewards: Tensor, *, settings: Settings = PUBLISHED) -> Tensor:
-    """Mean over records of conservatism * (logsumexp_a Q(s, .) - Q(s, a)) + regression * (Q(s, a) - r)^2.
+    """Return the mean over records of conservatism * (logsumexp_a Q(s, .) - Q(s, a)) + regression * (Q(s, a) - r)^2.
 
     q: [S, A]. states, actions: [n] int64. rewards: [n].
     """
@@ -150,7 +150,7 @@ def fit(
 
 
 def balanced_epoch(states: Tensor, draw: torch.Generator) -> Tensor:
-    """Records of one epoch, [n] int64 in random order: every state present n / states times, its records in turn."""
+    """Order the records of one epoch at random, [n] int64: every state n / states times, its records in turn."""
     total = states.shape[0]
     shuffled = torch.randperm(total, generator=draw)
     by_state = shuffled[states[shuffled].argsort(stable=True)]
@@ -186,16 +186,16 @@ def finite_only(x: Tensor, name: str) -> None:
 
 
 def reward(compressed: Tensor, full: Tensor) -> Tensor:
-    """Head reward: minus the nats that compression costs. compressed, full: losses of the same continuation."""
+    """Return a head's reward, minus the nats that compression costs. compressed, full: losses of one continuation."""
     return full - compressed
 
 
 def gate_reward(
     compressed: Tensor, full: Tensor, *, passing: Tensor, budget: Tensor | int, tokens: Tensor | int
 ) -> Tensor:
-    """Gate reward: `reward` minus the share of the prompt by which the passing exceed the budget.
+    """Return the gate's reward: `reward` minus the share of the prompt by which passing tokens exceed the budget.
 
-    passing: tokens that reach the threshold. tokens: prompt tokens T. All broadcast.
+    passing: how many tokens reach the threshold. tokens: prompt tokens T. All broadcast.
     """
     return reward(compressed, full) - (passing - budget).clamp(min=0) / tokens
 
@@ -209,7 +209,7 @@ class Edges:
 
 
 def bin_edges(entropy: Tensor, perplexity: Tensor) -> Edges:
-    """Edges that cut calibration signals into 20 and 4 equally filled bins. entropy, perplexity: [P].
+    """Return edges that cut calibration signals into 20 and 4 equally filled bins. entropy, perplexity: [P].
 
     Raises PolicyError for fewer prompts than entropy bins, or for signals that are not finite.
     """
@@ -227,7 +227,7 @@ def bin_edges(entropy: Tensor, perplexity: Tensor) -> Edges:
 
 
 def bins(edges: Edges, entropy: Tensor, perplexity: Tensor) -> Tensor:
-    """Risk bin of each prompt, [P] int64 = entropy bin * 4 + perplexity bin; a value on an edge goes up."""
+    """Return the risk bin of each prompt, [P] int64 = entropy bin * 4 + perplexity bin; a value on an edge goes up."""
     high = torch.bucketize(entropy.double().cpu(), edges.entropy.double(), right=True)
     wide = torch.bucketize(perplexity.double().cpu(), edges.perplexity.double(), right=True)
     return high * PERPLEXITY_BINS + wide

@@ -27,7 +27,7 @@ ROUNDING = 1e-12  # relative spread below which values count as constant
 
 
 def foldover(factors: int, pairs: int, seed: int) -> Tensor:
-    """Rows of +-1, [2 * pairs, F] float32: the second half mirrors the first, every column sums to 0.
+    """Return rows of +-1, [2 * pairs, F] float32: the second half mirrors the first, every column sums to 0.
 
     The first half is cut from Sylvester-Hadamard matrices of the next power of two n >= pairs, with seeded row signs
     and seeded choice, order and signs of columns. So columns are orthogonal when pairs = n >= F; with fewer pairs two
@@ -50,13 +50,13 @@ def foldover(factors: int, pairs: int, seed: int) -> Tensor:
 
 
 def foldovers(prompts: int, factors: int, pairs: int, seed: int) -> Tensor:
-    """One foldover design a prompt, [P, 2 * pairs, F]; all prompts together are one `foldover` of P * pairs pairs."""
+    """Make one foldover design a prompt, [P, 2 * pairs, F]; all together are one `foldover` of P * pairs pairs."""
     half = foldover(factors, prompts * pairs, seed)[: prompts * pairs].view(prompts, pairs, factors)
     return torch.cat([half, -half], dim=1)
 
 
 def foldover_levels(factors: int, pairs: int, levels: int, seed: int) -> Tensor:
-    """Levels 0 to levels - 1, [2 * pairs, F] int64: the mirror image of level a is levels - 1 - a.
+    """Return levels 0 to levels - 1, [2 * pairs, F] int64: the mirror image of level a is levels - 1 - a.
 
     Each column takes every level equally often, to within 2 rows; columns are shuffled independently.
     """
@@ -83,18 +83,17 @@ def _sylvester(rows: Tensor, columns: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """values: [F] float64, gain of each factor in nats. penalty: ridge penalty per row. stderr: [F], over prompts."""
+    """values: [F] float64, gain of each factor in nats. penalty: ridge penalty per row."""
 
     values: Tensor
     penalty: float
-    stderr: Tensor
 
 
 def ridge(designs: Tensor, losses: Tensor, *, penalty: float | Literal["cv"] = "cv", seed: int = 0) -> Effects:
-    """Effects of all factors on the odd part of the losses, (L_i - L_mirror) / 2, which is centred by construction.
+    """Fit effects of all factors on the odd part of the losses, (L_i - L_mirror) / 2, centred by construction.
 
     designs: [P, R, F] of foldovers. losses: [P, R], nats. penalty: added to the mean square of a column; "cv" takes the
-    one that predicts left-out prompts best, in 8 folds drawn from `seed`. stderr: jackknife over prompts, penalty held.
+    one that predicts left-out prompts best, in 8 folds drawn from `seed`.
     Raises PolicyError for fewer than 2 prompts, losses that are not finite, or designs without mirror images.
     """
     moments = _moments(designs, losses)
@@ -102,11 +101,7 @@ def ridge(designs: Tensor, losses: Tensor, *, penalty: float | Literal["cv"] = "
         penalty = _best_penalty(moments, seed)
     if penalty < 0:
         raise PolicyError(f"penalty {penalty:g} is negative; give 0 or more, or 'cv'")
-    total, prompts = moments.of(None), len(moments.gain)
-    left_out = (_Moments(*(t - x[p] for t, x in zip(total, moments, strict=True))) for p in range(prompts))
-    others = torch.stack([_solve(rest, penalty) for rest in left_out])
-    spread = (others - others.mean(dim=0)).square().sum(dim=0) * (prompts - 1) / prompts
-    return Effects(_solve(total, penalty), penalty, spread.sqrt())
+    return Effects(_solve(moments.of(None), penalty), penalty)
 
 
 class _Moments(NamedTuple):
@@ -130,7 +125,7 @@ def _moments(designs: Tensor, losses: Tensor) -> _Moments:
 
 
 def odd_part(designs: Tensor, losses: Tensor) -> Tensor:
-    """Gain of every row over the mean of it and its mirror image, (L_mirror - L_i) / 2: [P, pairs] float64.
+    """Return the gain of every row over the mean of it and its mirror image, (L_mirror - L_i) / 2: [P, pairs] float64.
 
     Raises PolicyError as `ridge` does.
     """
@@ -186,7 +181,7 @@ class Reliability(NamedTuple):
 def split_half(
     designs: Tensor, losses: Tensor, *, seed: int, splits: int = 100, penalty: float | Literal["cv"] = "cv"
 ) -> Reliability:
-    """Pearson correlation between effects of random halves of the prompts. designs: [P, R, F]. losses: [P, R].
+    """Correlate effects (Pearson) from random halves of the prompts. designs: [P, R, F]. losses: [P, R].
 
     The penalty is chosen once, on all prompts. Raises PolicyError for fewer than 4 prompts, and as `ridge` does.
     """
@@ -210,14 +205,14 @@ def _middle(x: Tensor) -> tuple[float, float]:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of two lists; 0 when one of them is constant."""
+    """Return the Pearson correlation of two lists; 0 when one of them is constant."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     size = (a.norm() * b.norm()).item()
     return (a @ b).item() / size if size > 0 else 0.0
 
 
 def multipliers(values: Tensor, *, strength: float, low: float = 0.25, high: float = 4.0) -> Tensor:
-    """Slot shares from effects, or from design rows: [..., F] float64 in [low, high], mean 1 to rounding.
+    """Return slot shares from effects, or from design rows: [..., F] float64 in [low, high], mean 1 to rounding.
 
     exp(strength * z + shift), clamped, with z the values less their mean over their standard deviation and the shift
     solved for by halving; constant values give 1 everywhere. Where nothing is clamped, two factors a standard deviation

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, each_layer, spread
-from methods.snapkv import votes
+from methods.snapkv import before_window, votes
 
 
 class Form(BaseModel):
@@ -44,7 +44,7 @@ class Form(BaseModel):
         return Needs(window=self.window, column_sums=self.whole > 0)
 
     def scores(self, view: PromptView) -> list[Tensor]:
-        """Worth of every token in each layer: [B, H, T] float32, distributions over the prompt.
+        """Return the worth of every token in each layer: [B, H, T] float32, distributions over the prompt.
 
         Raises PolicyError when column sums are wanted and not there.
         """
@@ -67,15 +67,12 @@ class Form(BaseModel):
         return (1 - self.whole) * found + self.whole * sums / sums.sum(dim=-1, keepdim=True)
 
     def _spread(self, layer: LayerView) -> Tensor:
-        attention = votes(layer, self.window)
-        before = attention[..., : max(0, layer.tokens - self.window)]
-        if before.shape[-1] == 0:
-            return attention
+        return before_window(votes(layer, self.window), self.window, self.pooled)
+
+    def pooled(self, attention: Tensor) -> Tensor:
+        """Spread attention [B, H, S] of slots in the order of their tokens over `kernel` of them."""
         left = self.kernel - 1 if self.forward else self.kernel // 2
-        pooled = avg_pool1d(pad(before, (left, self.kernel - 1 - left)), self.kernel, stride=1)
-        out = attention.clone()
-        out[..., : before.shape[-1]] = pooled
-        return out
+        return avg_pool1d(pad(attention, (left, self.kernel - 1 - left)), self.kernel, stride=1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ class FormPolicy(KVPolicy):
 
 
 def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *, window: int) -> list[list[int]]:
-    """Slots of each layer and KV head, [L][H]; budget * L * H in all, none above the prompt.
+    """Return the slots of each layer and KV head, [L][H]; budget * L * H in all, none above the prompt.
 
     Every head holds the window, as far as the budget goes; what is beyond it is shared out in proportion to `shares`.
     """
@@ -133,7 +130,7 @@ def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *,
 
 
 def best_slots(scores: Tensor, counts: Sequence[int], *, recent: int) -> Tensor:
-    """Slots kept by each head: [1, H, max(counts)] int64, ascending, -1 behind a head's own number.
+    """Return the slots kept by each head: [1, H, max(counts)] int64, ascending, -1 behind a head's own number.
 
     scores: [1, H, T], distributions over the prompt. The last `recent` tokens come first, the latest of them when a
     head has fewer slots. Among equal scores the earlier token is kept.

@@ -70,7 +70,7 @@ class Manifest(_Frozen):
     """UTC, ISO 8601. Set when saved."""
 
     def of_model(self, revision: str) -> bool:
-        """Whether a model of this revision may use them."""
+        """Return whether a model of this revision may use them."""
         return self.model_revision in ("", revision)
 
     @property

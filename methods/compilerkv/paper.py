@@ -20,7 +20,7 @@ from methods.compilerkv.tables import Learned, Tables
 
 
 def compress(view: PromptView, budget: int, tables: Tables, *, window: int, learned: Learned) -> list[KV]:
-    """What the published form leaves of every layer of `view`. learned: as in `Tables.lookup`."""
+    """Return what the published form leaves of every layer of `view`. learned: as in `Tables.lookup`."""
     alpha = prompt_utility(view, window)
     entropy, perplexity = prompt_risk(view, alpha, window)
     weights, thresholds = tables.lookup(budget, entropy=entropy, perplexity=perplexity, learned=learned)
@@ -31,7 +31,7 @@ def compress(view: PromptView, budget: int, tables: Tables, *, window: int, lear
 
 
 def prompt_utility(view: PromptView, window: int) -> Tensor:
-    """Alpha, [T] float32: attention mass of the last `window` queries over all layers and heads, mean 1. Computed once.
+    """Return alpha, [T] float32: attention of the last `window` queries over layers and heads, mean 1. Computed once.
 
     One layer's attention is held at a time.
     """
@@ -46,7 +46,7 @@ def _utility(view: PromptView, window: int) -> Tensor:
 
 
 def prompt_risk(view: PromptView, alpha: Tensor, window: int) -> tuple[float, float]:
-    """Entropy in nats of alpha as a distribution, and perplexity of the last `window` tokens (1 when there is none)."""
+    """Return the entropy in nats of alpha, and the perplexity of the last `window` tokens (1 when there is none)."""
     if view.logprobs is None:
         raise PolicyError("compilerkv needs log-probabilities of the prompt; declare them in needs")
     share = alpha / alpha.sum()
@@ -56,14 +56,14 @@ def prompt_risk(view: PromptView, alpha: Tensor, window: int) -> tuple[float, fl
 
 
 def value_norms(layer: LayerView) -> Tensor:
-    """Rho, [H, T] float32: norm of every value over the mean norm of its head."""
+    """Return rho, [H, T] float32: the norm of every value over the mean norm of its head."""
     norms: Tensor = layer.kv.values[0].float().norm(dim=-1)
     mean: Tensor = norms.mean(dim=-1, keepdim=True)
     return norms / mean.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def kept(layer: LayerView, alpha: Tensor, weights: Tensor, *, tau: float, budget: int) -> Tensor:
-    """Slots kept in one layer, the same for all its heads: [1, H, S] int64, ascending, 1 <= S <= budget.
+    """Return the slots kept in one layer, the same for all its heads: [1, H, S] int64, ascending, 1 <= S <= budget.
 
     weights: [Hq]. Among equal scores the earlier token is kept.
     """

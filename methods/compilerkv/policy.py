@@ -80,7 +80,7 @@ class CompilerKV(KVPolicy):
         return self.every > 0
 
     def for_model(self, revision: str) -> CompilerKV:
-        """This policy with the tables of a model, by its revision: packaged ones for `auto`, neutral without any.
+        """Return this policy with the tables of a model's revision: packaged ones for `auto`, neutral without any.
 
         Raises PolicyError when the tables that were named are those of another model.
         """
@@ -114,7 +114,7 @@ class CompilerKV(KVPolicy):
         return FormPolicy(self._form(), self.shares(sizes, budget))
 
     def compress_batch(self, views: Sequence[PromptView], budget: int) -> list[list[KV]]:
-        """What is left of every layer of each prompt of a batch; the same as alone, unless risk moves slots.
+        """Return what is left of every layer of each prompt of a batch; the same as alone, unless risk moves slots.
 
         Where the tables say that it pays, prompts at risk get more slots and the others fewer; the total stays.
         """
@@ -157,7 +157,7 @@ class CompilerKV(KVPolicy):
         return form if self.whole else form.model_copy(update={"whole": 0.0})
 
     def shares(self, sizes: Sizes, budget: int) -> tuple[tuple[float, ...], ...]:
-        """Slot shares [L][H] that the tables give at a budget; () for uniform ones."""
+        """Return slot shares [L][H] that the tables give at a budget; () for uniform ones."""
         if self.budgets == "uniform":
             return ()
         tables = self._tables(sizes, budget)
@@ -182,6 +182,6 @@ class CompilerKV(KVPolicy):
 
 
 def folder_of(tables: str) -> Path:
-    """The folder that a name of tables stands for: packaged ones first."""
+    """Return the folder that a name of tables stands for: packaged ones first."""
     packaged = COMPILED / tables
     return packaged if packaged.is_dir() else Path(tables)

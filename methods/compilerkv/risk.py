@@ -26,7 +26,7 @@ MOST = 2.0
 
 
 def multiples(signals: Tensor, risk: Tensor) -> Tensor:
-    """Share of each prompt, [P] float64, mean 1.
+    """Return the share of each prompt, [P] float64, mean 1.
 
     signals: [P, 2], entropy in nats and perplexity. risk: [2, 3], slope, mean and standard deviation of the entropy and
     of the logarithm of the perplexity.
@@ -37,13 +37,13 @@ def multiples(signals: Tensor, risk: Tensor) -> Tensor:
 
 
 def batch_budgets(budget: int, signals: Tensor, risk: Tensor) -> list[int]:
-    """Slots per layer and KV head of each prompt; P * budget in all. Slopes of 0 give every prompt `budget`."""
+    """Share out P * budget: slots per layer and KV head of each prompt. Slopes of 0 give every prompt `budget`."""
     shares = multiples(signals, risk).tolist()
     return spread(budget * len(shares), shares, budget * len(shares))
 
 
 def fit_risk(losses: Tensor, signals: Tensor, budgets: Sequence[int]) -> Tensor:
-    """Slopes of least mean loss at each budget, with the signals' means and deviations: [N, 2, 3] float32.
+    """Return the slopes of least mean loss at each budget, with the signals' means and deviations: [N, 2, 3] float32.
 
     losses: [P, N] of prompts at every compiled budget, 2 at least; between and beyond them a loss is taken to be a
     power of the budget.
@@ -60,7 +60,7 @@ def fit_risk(losses: Tensor, signals: Tensor, budgets: Sequence[int]) -> Tensor:
 
 
 def risk_gain(losses: Tensor, signals: Tensor, budgets: Sequence[int], *, risk: Tensor, seed: int) -> dict[str, Any]:
-    """What moving slots gains at each budget over even shares, and over shares of shuffled prompts, with intervals."""
+    """Report what moving slots gains at each budget over even shares and over shares of shuffled prompts."""
     order = torch.randperm(len(signals), generator=torch.Generator().manual_seed(seed))
     report = {}
     for i, budget in enumerate(budgets):

@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 
 def choose(losses: Tensor, families: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    """The candidate with the least loss, where every family and budget counts the same.
+    """Return the candidate with the least loss, where every family and budget counts the same.
 
     losses: [P, N, C] of prompts, budgets and candidates; families: [P]. A score is a candidate's mean loss in a family
     at a budget, divided by the mean over candidates, averaged over both. Report: `scores` [C]; from FOLDS-fold
@@ -37,7 +37,7 @@ def choose(losses: Tensor, families: Sequence[str]) -> tuple[int, dict[str, Any]
 
 
 def gains(losses: Tensor, *, seed: int) -> dict[str, Any]:
-    """What a table gains, nats a token, with intervals over prompts.
+    """Return what a table gains, nats a token, with intervals over prompts.
 
     losses: [P, 2 + S]: uniform, the table, and S shuffles of it.
     """
@@ -52,7 +52,7 @@ def gains(losses: Tensor, *, seed: int) -> dict[str, Any]:
 
 
 def interval(values: Tensor, *, seed: int) -> dict[str, float]:
-    """Mean of `values` [P] with its percentile bootstrap interval."""
+    """Return the mean of `values` [P] with its percentile bootstrap interval."""
     draws = torch.Generator().manual_seed(seed)
     picked = torch.randint(len(values), (RESAMPLES, len(values)), generator=draws)
     means = values.double()[picked].mean(dim=1)
@@ -62,7 +62,7 @@ def interval(values: Tensor, *, seed: int) -> dict[str, float]:
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation of two tables of the same size."""
+    """Return the rank correlation of two tables of the same size."""
     return float(torch.corrcoef(torch.stack([_ranks(x.flatten()) for x in (one, other)]))[0, 1])
 
 
@@ -73,7 +73,7 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def spearman_interval(one: Tensor, other: Tensor, *, seed: int) -> dict[str, float]:
-    """Rank correlation of two tables, with its percentile bootstrap interval over their entries."""
+    """Return the rank correlation of two tables, with its percentile bootstrap interval over their entries."""
     a, b = one.flatten(), other.flatten()
     picked = torch.randint(len(a), (RESAMPLES, len(a)), generator=torch.Generator().manual_seed(seed))
     found = torch.tensor([spearman(a[row], b[row]) for row in picked])

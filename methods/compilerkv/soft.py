@@ -16,7 +16,7 @@ LEAST = 0.5  # expected slots of a head beside its window
 
 
 def soft_bias(scores: Tensor, counts: Tensor, *, window: int, tau: float) -> Tensor:
-    """Logarithm of the probability that each token is kept: [R, H, T] float32, at most 0.
+    """Return the logarithm of the probability that each token is kept: [R, H, T] float32, at most 0.
 
     scores: [H, T] float32 >= 0. counts: [R, H] >= window, slots of each head, differentiable. The last `window` tokens
     are kept.
@@ -34,7 +34,7 @@ def soft_bias(scores: Tensor, counts: Tensor, *, window: int, tau: float) -> Ten
 
 
 def shares_of(weights: Tensor) -> Tensor:
-    """Slot shares with mean 1 from free log-weights: [L, H]."""
+    """Return slot shares with mean 1 from free log-weights: [L, H]."""
     return weights.exp() / weights.exp().mean()
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad
 
 from methods.base import KV, StepView
 from methods.compilerkv.form import Form
@@ -22,12 +21,12 @@ SIDE_BYTES, HEAD_BYTES = 8, 4
 
 
 def affordable(kv: KV, budget: int) -> int:
-    """Slots that fit `budget` plain slots' bytes when each carries its side data."""
+    """Return how many slots fit `budget` plain slots' bytes when each carries its side data."""
     return max(1, (budget * kv.slot_bytes - HEAD_BYTES) // (kv.slot_bytes + SIDE_BYTES))
 
 
 def start(kv: KV, scores: Tensor) -> KV:
-    """`kv` with its side data. scores: [B, H, T] of the whole prompt, at the end of prefill."""
+    """Return `kv` with its side data. scores: [B, H, T] of the whole prompt, at the end of prefill."""
     kv.extra["worth"] = scores.gather(2, kv.positions.clamp(min=0)).masked_fill(kv.positions < 0, 0.0)
     kv.extra["seen"] = torch.zeros_like(kv.extra["worth"])
     kv.extra["slots"] = kv.live.to(torch.int32)  # [B, H], what each head may hold
@@ -35,7 +34,7 @@ def start(kv: KV, scores: Tensor) -> KV:
 
 
 def after_step(step: StepView, form: Form, every: int) -> Tensor:
-    """Slot of each head to free: [B, H] int64, -1 for none. Changes the side data in place."""
+    """Return the slot of each head to free: [B, H] int64, -1 for none. Changes the side data in place."""
     kv = step.kv
     worth, seen, slots = kv.extra["worth"], kv.extra["seen"], kv.extra["slots"]
     assert step.attention is not None
@@ -55,7 +54,5 @@ def after_step(step: StepView, form: Form, every: int) -> Tensor:
 def _spread(attention: Tensor, positions: Tensor, form: Form) -> Tensor:
     """Attention [B, H, S] spread over neighbours in the order of their positions; nothing on empty slots."""
     order = positions.argsort(dim=-1)
-    left = form.kernel - 1 if form.forward else form.kernel // 2
-    sorted_ = attention.masked_fill(positions < 0, 0.0).gather(2, order)
-    pooled = avg_pool1d(pad(sorted_, (left, form.kernel - 1 - left)), form.kernel, stride=1)
+    pooled = form.pooled(attention.masked_fill(positions < 0, 0.0).gather(2, order))
     return torch.zeros_like(attention).scatter(2, order, pooled).masked_fill(positions < 0, 0.0)

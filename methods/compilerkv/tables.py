@@ -74,13 +74,13 @@ class Tables:
         return {name: getattr(self, name) for name in _expected(self.manifest)}
 
     def nearest_budget(self, budget: int) -> int:
-        """The compiled budget closest to `budget`; the smaller of two equally close ones."""
+        """Return the compiled budget closest to `budget`; the smaller of two equally close ones."""
         return min(self.manifest.budgets, key=lambda compiled: (abs(compiled - budget), compiled))
 
     def lookup(
         self, budget: int, *, entropy: float, perplexity: float, learned: Learned = "both"
     ) -> tuple[Tensor, Tensor]:
-        """Head weights [L, Hq] and thresholds [L] at the nearest compiled budget and these risks.
+        """Return the head weights [L, Hq] and thresholds [L] at the nearest compiled budget and these risks.
 
         learned: `both` tables as compiled in turns, `independent` as compiled alone, or one of the latter with the
         other neutral: `head`, `gate`.
@@ -98,7 +98,7 @@ class Tables:
         return weights, thresholds
 
     def at(self, budget: int, name: str = "budget") -> Tensor:
-        """A tensor [N, ...] at any budget: linear in its logarithm between compiled ones, outside the nearest."""
+        """Read a tensor [N, ...] at any budget: linear in its logarithm between compiled ones, outside the nearest."""
         table, compiled = getattr(self, name), self.manifest.budgets
         assert isinstance(table, Tensor)
         above = min(bisect_right(compiled, budget), len(compiled) - 1)
@@ -108,7 +108,7 @@ class Tables:
         return torch.lerp(table[below], table[above], min(1.0, part))
 
     def published_neutral(self, budget: int) -> bool:
-        """Whether head weights and thresholds say nothing at the nearest compiled budget."""
+        """Return whether head weights and thresholds say nothing at the nearest compiled budget."""
         row = self.manifest.budgets.index(self.nearest_budget(budget))
         heads, gates = (self.head, self.head_alone), (self.gate, self.gate_alone)
         plain = [(x, UNSUPPORTED_HEAD) for x in heads] + [(x, UNSUPPORTED_GATE) for x in gates]
@@ -124,7 +124,7 @@ class Tables:
 
 
 def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:
-    """Tables that know nothing: every head weighs 1.0 and every threshold is 0.8, the values of unsupported bins."""
+    """Make tables that know nothing: every head weighs 1.0, every threshold is 0.8, the values of unsupported bins."""
     manifest = Manifest(
         kind="neutral", shapes=shapes, budgets=tuple(budgets), source="unsupported-cell values", corpus="none", seed=0
     )
@@ -140,7 +140,7 @@ def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:
 
 
 def transfer(tables: Tables, shapes: Shapes, *, heads: bool = False) -> Tables:
-    """Tables for a model of other `shapes`, by relative depth: linear on the layer axis; support is the lower one.
+    """Make tables for a model of other `shapes`, by relative depth: linear between layers; support is the lower one.
 
     Heads are moved the same way only when `heads` is set, because their order means nothing across models. The paper
     reports 0.4-0.8 LongBench points lost by moving tables between models. Raises PolicyError when heads differ

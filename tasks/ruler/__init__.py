@@ -27,12 +27,8 @@ def _essay_facts(options: TaskOptions) -> Mapping[str, Any]:
     return {**read_essays(options).provenance(), "substitution": substitution}
 
 
-def _needles(row: Needles) -> Callable[[TaskOptions], Generator]:
-    return lambda options: NeedleGenerator(row, read_essays(options) if row.haystack == "essay" else None)
-
-
-def _documents(source: qa.Source) -> Callable[[TaskOptions], Generator]:
-    return lambda options: qa.load(options, source)
+def _needles(options: TaskOptions, *, row: Needles) -> Generator:
+    return NeedleGenerator(row, read_essays(options) if row.haystack == "essay" else None)
 
 
 def _register() -> None:
@@ -43,7 +39,7 @@ def _register() -> None:
     )
     for name, row in ROWS.items():
         origin = Origin(deviations=distinct, facts=_essay_facts if row.haystack == "essay" else None)
-        task(RulerTask(name, _needles(row), metric=string_match_all, any_of=False, origin=origin))
+        task(RulerTask(name, partial(_needles, row=row), metric=string_match_all, any_of=False, origin=origin))
     others: dict[str, tuple[Callable[[TaskOptions], Generator], str]] = {
         "vt": (
             lambda options: ChainGenerator(options.tokenizer),
@@ -69,7 +65,7 @@ def _register() -> None:
             facts=partial(qa.provenance, source=source),
             find=partial(qa.find_file, source=source),
         )
-        task(RulerTask(name, _documents(source), metric=string_match_part, any_of=True, origin=origin))
+        task(RulerTask(name, partial(qa.load, source=source), metric=string_match_part, any_of=True, origin=origin))
 
 
 _register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from random import Random
@@ -14,7 +15,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 @cache
 def word_list(kind: str) -> tuple[str, ...]:
-    """The words of one wonderwords list, in its order. kind: `noun`, `adjective` or `verb`.
+    """Return the words of one wonderwords list, in its order. kind: `noun`, `adjective` or `verb`.
 
     Raises TaskError when wonderwords is not installed.
     """
@@ -27,22 +28,22 @@ def word_list(kind: str) -> tuple[str, ...]:
 
 @cache
 def all_words() -> tuple[str, ...]:
-    """Every noun, adjective and verb once, sorted."""
+    """Return every noun, adjective and verb once, sorted."""
     return tuple(sorted({word for kind in ("noun", "adjective", "verb") for word in word_list(kind)}))
 
 
 def draw_word(draw: Random) -> str:
-    """An adjective-noun pair such as `quiet-harbor`."""
+    """Return an adjective-noun pair such as `quiet-harbor`."""
     return f"{draw.choice(word_list('adjective'))}-{draw.choice(word_list('noun'))}"
 
 
 def draw_number(draw: Random) -> str:
-    """Seven digits, the first one not 0."""
+    """Return seven digits, the first one not 0."""
     return str(draw.randint(1_000_000, 9_999_999))
 
 
 def draw_uuid(draw: Random) -> str:
-    """A version 4 UUID."""
+    """Return a version 4 UUID."""
     return str(UUID(int=draw.getrandbits(128), version=4))
 
 
@@ -50,16 +51,17 @@ DRAWS = {"words": draw_word, "numbers": draw_number, "uuids": draw_uuid}
 
 
 def distinct(kind: str, count: int, draw: Random) -> list[str]:
-    """`count` different values of a kind of `DRAWS`, in drawing order."""
-    values: dict[str, None] = {}
-    while len(values) < count:
-        values[DRAWS[kind](draw)] = None
-    return list(values)
+    """Return `count` different values of a kind of `DRAWS`, in drawing order."""
+    return _different(count, lambda: DRAWS[kind](draw))
 
 
 def letters(count: int, *, alphabet: str, size: int, draw: Random) -> list[str]:
-    """`count` different words of `size` letters of an alphabet."""
-    words: dict[str, None] = {}
-    while len(words) < count:
-        words["".join(draw.choices(alphabet, k=size))] = None
-    return list(words)
+    """Return `count` different words of `size` letters of an alphabet, in drawing order."""
+    return _different(count, lambda: "".join(draw.choices(alphabet, k=size)))
+
+
+def _different(count: int, drawn: Callable[[], str]) -> list[str]:
+    values: dict[str, None] = {}
+    while len(values) < count:
+        values[drawn()] = None
+    return list(values)

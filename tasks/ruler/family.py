@@ -58,7 +58,7 @@ class RulerTask(Task):
         self._origin = origin
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
-        """`limit` samples a length, 500 by default; ids `{length}/{i}`, a smaller limit draws a prefix.
+        """Return `limit` samples a length, 500 by default; ids `{length}/{i}`, a smaller limit draws a prefix.
 
         `i` counts from 0, or is the number of the question in its file. Questions: the first 500 of the file in an
         order that spreads any first part over them, then the later ones in file order; those that do not fit are
@@ -142,10 +142,7 @@ class RulerTask(Task):
 
         Raises TaskError when the length exceeds `max_tokens` or is too small, with the smallest one that works.
         """
-        if length > options.max_tokens:
-            raise TaskError(
-                f"{self.name}: length {length} exceeds the {options.max_tokens} tokens of the run; lower it"
-            )
+        self.check_length(length, options)
         index = self._first_fitting(generator, length, options)
         if index is None:
             later = range(length - length % STEP + STEP, LARGEST_LENGTH + 1, STEP)

@@ -58,30 +58,30 @@ class Generator(ABC):
 
     @abstractmethod
     def least(self, length: int, index: int) -> int:
-        """The fewest units of sample `index` at this length."""
+        """Return the fewest units of sample `index` at this length."""
 
     @abstractmethod
     def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
-        """The sample of a plan with a haystack of `units`."""
+        """Return the sample of a plan with a haystack of `units`."""
 
     def search(self, spare: Callable[[int], int], *, length: int, least: int) -> int:
-        """Units for a length. spare: units -> tokens left over, negative when too long; `least` is known to fit."""
+        """Find the units for a length. spare: units -> tokens left over, negative when too long; `least` fits."""
         return largest(spare, least)
 
 
 def tokens(prompt: FittedPrompt, tokenizer: Tokenizer) -> int:
-    """Tokens of the user's message and of the answer prefix, without what the chat template adds."""
+    """Return the number of tokens of the user's message and the answer prefix, without what the chat template adds."""
     message = len(tokenizer.encode(prompt.context + prompt.question))
     return message + len(tokenizer.encode(prompt.answer_prefix))
 
 
 def room(length: int, generation: int, tokenizer: Tokenizer) -> int:
-    """Tokens that a prompt may have at a length."""
+    """Return how many tokens a prompt may have at a length."""
     return length - generation - tokenizer.template_tokens
 
 
 def largest(spare: Callable[[int], int], least: int) -> int:
-    """The largest number of units with tokens to spare, for a `spare` that falls with the units; `least` fits.
+    """Return the largest number of units with tokens to spare, for a `spare` that falls with the units; `least` fits.
 
     The bracket is halved, or cut where a straight line through its ends crosses zero.
     """
@@ -104,7 +104,7 @@ def largest(spare: Callable[[int], int], least: int) -> int:
 def shrink(
     build: Callable[[int], FittedPrompt], used: Callable[[FittedPrompt], int], *, room: int, units: int, least: int
 ) -> tuple[FittedPrompt, int] | None:
-    """The prompt of at most `units` that fits `room` tokens, and how many it has; None when `least` units do not fit.
+    """Return a prompt of at most `units` that fits `room` tokens, and its tokens; None when `least` do not fit.
 
     A prompt that is too long loses its overshoot's share of the units.
     """

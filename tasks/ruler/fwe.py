@@ -57,7 +57,7 @@ class CodedWords(Generator):
         )
 
     def search(self, spare: Callable[[int], int], *, length: int, least: int) -> int:
-        """Linear growth from max_len // 6 in steps of max_len // 32, the last size that fits."""
+        """Grow from max_len // 6 in steps of max_len // 32 and return the last size that fits."""
         step = max(1, (length - self.generation) // 32)
         units = max(least, (length - self.generation) // LETTERS)
         while units > least and spare(units) < 0:
@@ -69,7 +69,7 @@ class CodedWords(Generator):
 
 @cache
 def counts(units: int, size: int) -> tuple[int, ...]:
-    """How often each rank of a vocabulary of `size` words appears: units / (zeta(2) rank^2), rounded down.
+    """Return how often each rank of a vocabulary of `size` words appears: units / (zeta(2) rank^2), rounded down.
 
     In whole numbers, so that no machine's floating point decides.
     """

@@ -38,7 +38,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Source:
+class QuestionFile:
     """Where a data set is found: name of the asset and of its command, file name patterns, and what it is."""
 
     asset: str
@@ -46,8 +46,8 @@ class Source:
     what: str
 
 
-SQUAD = Source("squad", ("squad*.json", "dev-v2.0.json"), "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)")
-HOTPOT = Source(
+SQUAD = QuestionFile("squad", ("squad*.json", "dev-v2.0.json"), "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)")
+HOTPOT = QuestionFile(
     "hotpotqa", ("hotpot*.json",), "HotpotQA dev distractor (hotpot_dev_distractor_v1.json of the HotpotQA site)"
 )
 
@@ -83,7 +83,7 @@ class Documents(Generator):
         )
 
     def listed(self, chosen: Sequence[int]) -> str:
-        """The documents of these indexes as the haystack shows them."""
+        """Return the documents of these indexes as the haystack shows them."""
         return "\n\n".join(f"Document {i}:\n{self.documents[at]}" for i, at in enumerate(chosen, start=1))
 
     def _choose(self, item: Item, units: int, draw: Random) -> list[int]:
@@ -98,12 +98,12 @@ class Documents(Generator):
         return own + related + fill[: more - len(related)]
 
 
-def find_file(options: DataOptions, source: Source) -> Path:
-    """The data file; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
+def find_file(options: DataOptions, source: QuestionFile) -> Path:
+    """Return the data file; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
     return datafile.find_file(options, source.asset, *source.patterns, also=("ruler",))
 
 
-def load(options: TaskOptions, source: Source) -> Documents:
+def load(options: TaskOptions, source: QuestionFile) -> Documents:
     """Read a data file. Raises TaskError when it is missing, damaged, not what was fetched, or holds no question."""
     path = find_file(options, source)
     blob = datafile.read_file(path).blob
@@ -118,7 +118,7 @@ def load(options: TaskOptions, source: Source) -> Documents:
 
 
 def read_squad(data: Any) -> tuple[list[Item], list[str]]:
-    """Answerable questions in file order and all paragraphs, sorted; related are the paragraphs of the same article."""
+    """Return answerable questions in file order and all paragraphs, sorted; related are those of the same article."""
     articles = [article["paragraphs"] for article in data["data"]]
     documents = sorted({paragraph["context"] for article in articles for paragraph in article})
     at = {text: i for i, text in enumerate(documents)}
@@ -136,7 +136,7 @@ def read_squad(data: Any) -> tuple[list[Item], list[str]]:
 
 
 def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
-    """Questions in file order and all paragraphs (`title` line, then text), sorted; a question owns its ten."""
+    """Return questions in file order and all paragraphs (`title` line, then text), sorted; a question owns its ten."""
     texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in data]
     documents = sorted({text for row in texts for text in row})
     at = {text: i for i, text in enumerate(documents)}
@@ -147,8 +147,8 @@ def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
     return items, documents
 
 
-def provenance(options: TaskOptions, source: Source) -> dict[str, Any]:
-    """File name and checksum of the data, and where it came from."""
+def provenance(options: TaskOptions, source: QuestionFile) -> dict[str, Any]:
+    """Return the file name and checksum of the data, and where it came from."""
     path = find_file(options, source)
     read = datafile.read_file(path)
     facts = {"data": source.what, "file": path.name, "sha256": read.sha256}

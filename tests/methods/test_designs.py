@@ -91,8 +91,6 @@ def test_ridge_recovers_planted_effects(penalty: float | str) -> None:
     effects = ridge(designs, losses, penalty=penalty)  # type: ignore[arg-type]
     assert torch.corrcoef(torch.stack([effects.values, gains]))[0, 1] > 0.9
     assert effects.penalty > 0
-    # 512 odd rows of deviation 0.3 / sqrt 2 leave an error of 0.0094
-    assert effects.stderr.mean().item() == pytest.approx(0.3 / 2**0.5 / 512**0.5, rel=0.25)
 
 
 def test_ridge_without_penalty_or_noise_is_exact() -> None:
@@ -105,8 +103,6 @@ def test_ridge_by_hand() -> None:
     losses = torch.tensor([[1.0, 3.0], [5.0, 6.0]])  # gains of 1 and 0.5
     effects = ridge(designs, losses, penalty=0.5)
     assert effects.values.tolist() == pytest.approx([1.5 / (2 + 0.5 * 2)])
-    # leaving one out gives 0.5 / 1.5 and 1 / 1.5
-    assert effects.stderr.tolist() == pytest.approx([(2 * (0.25 / 1.5) ** 2 / 2) ** 0.5])
 
 
 def test_cross_validation_shrinks_noise_more_than_signal() -> None:

@@ -93,7 +93,7 @@ def test_the_official_number_is_fifty_a_length(task: stdlib.Generated) -> None:
 
 @every_task
 def test_lengths_that_cannot_be_filled_are_refused(task: stdlib.Generated) -> None:
-    with pytest.raises(TaskError, match=r"length 5000 is above the 4096 tokens"):
+    with pytest.raises(TaskError, match=r"length 5000 exceeds the 4096 tokens"):
         next(task.samples(options(max_tokens=4096, lengths=(5000,))))
     with pytest.raises(TaskError, match=r"nothing fits a length of 50 tokens; ask for a longer one"):
         next(task.samples(options(lengths=(50,))))
