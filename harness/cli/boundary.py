@@ -54,7 +54,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.speed.client import Prober
     from harness.speed.memory_limit import parse_bytes
     from harness.speed.target import Restarting, Target, limit_in_force, say, swap_note
-    from leaderboards.tables.memory import to_terminal, write_frontier
+    from leaderboards.tables.boundary import to_terminal, write_boundary
 
     _check_numbers(args)
     limit, changed = parse_bytes(args.memory_limit), dict(map(assignment, args.set or ()))
@@ -81,7 +81,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
                 pair = _searches(args, cell, target, room=limit - own, sizes=sizes)
                 records += [searches.run(search) for search in pair]
             print(to_terminal(records, manifest))
-            for path in write_frontier(args.out):
+            for path in write_boundary(args.out):
                 print(f"wrote {path}", file=sys.stderr)
     return _ending(records)
 

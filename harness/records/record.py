@@ -10,6 +10,8 @@ from harness.records.measured import Measured
 from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
+CellKey = tuple[str, str]
+"""Method label and budget as they stand in a record."""
 PROMPT_TAIL = 240
 Memory = Literal["physical", "simulated"]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
 from harness.records.record import Record, RunManifest
-from leaderboards.nights.compare import ALL, Comparison, NightlyOptions, compare, flip_p, holm
+from leaderboards.nights.compare import ALL, NightComparison, NightlyOptions, compare, flip_p, holm
 from leaderboards.nights.files import Night, night_of
 from tests.pretend import manifest, record
 
@@ -57,7 +57,7 @@ def night(stored: Sequence[Record], *, version: int = 1, machine_id: str = "m1",
     return night_of(stored, told(**changes), board="nightly", version=version, machine_id=machine_id)
 
 
-def against(edit: Edit, *, options: NightlyOptions = OPTIONS, **size: Any) -> Comparison:
+def against(edit: Edit, *, options: NightlyOptions = OPTIONS, **size: Any) -> NightComparison:
     """A night changed by `edit` against the same one unchanged."""
     return compare(night(records(**size)), night(records(**size, edit=edit)), options)
 

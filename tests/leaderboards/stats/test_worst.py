@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from harness.records.record import Record
 from leaderboards.stats.aggregate import aggregate
-from leaderboards.tables.board import main_frame, sections
+from leaderboards.tables.board import main_frame
+from leaderboards.tables.sections import sections
 from tests.pretend import cell, only, record, row
 
 

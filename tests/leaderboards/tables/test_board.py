@@ -21,7 +21,6 @@ from leaderboards.stats.aggregate import aggregate
 from leaderboards.stats.summaries import ENGLISH
 from leaderboards.tables.board import (
     main_frame,
-    sections,
     summaries_to_csv,
     tasks_to_csv,
     to_csv,
@@ -29,6 +28,7 @@ from leaderboards.tables.board import (
     to_terminal,
     write_board,
 )
+from leaderboards.tables.sections import sections
 from tests.pretend import manifest
 
 METHODS = (("fullkv", "full"), ("snapkv", "64"), ("snapkv", "128"), ("compilerkv@paper", "64"), ("h2o", "128"))

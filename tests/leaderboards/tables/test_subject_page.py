@@ -14,7 +14,8 @@ from harness.cli import main
 from harness.records.run_folder import RunStore
 from leaderboards.stats.aggregate import aggregate
 from leaderboards.stats.subject import ALL, COLUMNS
-from leaderboards.tables.board import rivals_to_csv, sections, to_csv, to_markdown, to_terminal, write_board
+from leaderboards.tables.board import rivals_to_csv, to_csv, to_markdown, to_terminal, write_board
+from leaderboards.tables.sections import sections
 from tests.leaderboards.stats.test_subject import scored, small
 from tests.pretend import manifest, only
 
