@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
 from leaderboards.stats.comparable import FULL
-from leaderboards.text import MIB, clean, estimate, half_width, number
+from leaderboards.text import MIB, clean, half_width, interval, number
 
 NAMED = 4
 """Methods that a sentence names; of more it gives their number."""
@@ -142,20 +142,28 @@ def _line(table: Table, verdict: BudgetVerdict) -> str:
     rows = _by_budget(table)[verdict.budget]
     cost = f" ({verdict.cost})" if verdict.cost else ""
     parts = [f"Budget {clean(verdict.budget)}{cost}: {''.join(verdict.said)}"]
-    losses = [loss for row in _marked(rows)[:NAMED] if (loss := _loss(table, row))]
-    if losses:
-        parts.append(f"Against the full cache, with {LEVEL:.0%} intervals: {'; '.join(losses)}.")
+    if loss := _loss(table, _marked(rows)):
+        parts.append(f"Against the full cache, with {LEVEL:.0%} intervals: {loss}.")
     return " ".join([*parts, *_last(table, rows)])
 
 
-def _loss(table: Table, row: TableRow) -> str:
-    """A cell against `fullkv`: points of score, and nats per token where there are some; nothing without both."""
-    if table.baselines.get("fullkv") is None or math.isnan(row["score_points_vs_fullkv_mean"]):
+def _loss(table: Table, rows: Sequence[TableRow]) -> str:
+    """Cells against `fullkv`: points of score, and nats per token where there are some; nothing without both."""
+    points = "" if table.baselines.get("fullkv") is None else _hull(rows, "score_points_vs_fullkv", digits=1)
+    nats = _hull(rows, "nll_nats_vs_fullkv", digits=3) if points else ""
+    return ", ".join([f"{points} points", f"NLL {nats}"] if nats else [f"{points} points"] if points else [])
+
+
+def _hull(rows: Sequence[TableRow], name: str, *, digits: int) -> str:
+    """`-2.0 to -1.0 [-3.0, +0.5]`: the least and the highest mean, and what all the intervals together cover."""
+    known = [row for row in rows if not math.isnan(row[f"{name}_mean"])]
+    if not known:
         return ""
-    points = f"{clean(row['method'])} {estimate(row, 'score_points_vs_fullkv', sign='+')} points"
-    if math.isnan(row["nll_nats_vs_fullkv_mean"]):
-        return points
-    return f"{points} and NLL {estimate(row, 'nll_nats_vs_fullkv', digits=3, sign='+')}"
+    least, most = (end(row[f"{name}_mean"] for row in known) for end in (min, max))
+    lows, highs = ([row[f"{name}_{end}"] for row in known] for end in ("low", "high"))
+    low = math.nan if any(map(math.isnan, lows)) else min(lows)
+    range_of = "" if least == most else f"{number(least, digits=digits, sign='+')} to "
+    return range_of + interval(most, low, max(highs), digits=digits, sign="+")
 
 
 def _last(table: Table, rows: Sequence[TableRow]) -> list[str]:
@@ -165,8 +173,8 @@ def _last(table: Table, rows: Sequence[TableRow]) -> list[str]:
     if not ranked or len(ranked) == len(last):
         return ["Nothing is told apart at this budget."] if ranked else []
     if len(last) == 1 and last[0]["rank_low"] == len(ranked):
-        loss = _loss(table, last[0]) or f"{clean(last[0]['method'])} {score_text(last[0])}"
-        return [f"Lost most, told apart from every other method: {loss}."]
+        told = _loss(table, last) or score_text(last[0])
+        return [f"{clean(last[0]['method'])} lost most, told apart from every other method: {told}."]
     named = ", ".join(clean(row["method"]) for row in last[:NAMED])
     more = f" and {len(last) - NAMED} more" if len(last) > NAMED else ""
     return [f"May have lost most: {named}{more}."]
