@@ -112,17 +112,6 @@ def test_the_verdict_names_the_winner_told_apart() -> None:
     assert "fullkv without compression: 95.0 ± " in text
 
 
-def test_a_tie_is_called_not_told_apart() -> None:
-    records = [r for r in pretend(("a", "b", "c")) if r.method != "b"]
-    records += [r.model_copy(update={"method": "b"}) for r in records if r.method == "a"]
-    text = words(page(records))
-    assert "Budget 64Not told apart: a 75.0, b 75.0. The other method is surely not first." in text
-
-
-def test_one_method_is_compared_with_nothing() -> None:
-    assert "Nothing to compare" in page(pretend(("snapkv",)))
-
-
 def test_the_policy_allows_only_the_pages_own_script_and_style() -> None:
     html = page(pretend())
     metas = [values for tag, values in Reader(html).found if tag == "meta"]

@@ -15,12 +15,10 @@ from harness.records.spec import MethodSpec
 from leaderboards.pages.boundary import Search, boundary_pictures, find_searches
 from leaderboards.pages.maps import TableMap, shaded_tables
 from leaderboards.pages.page import Extras, to_html
-from leaderboards.pages.parts import TableParts, Told, best_by_task, table_parts
+from leaderboards.pages.parts import TableParts, best_by_task, table_parts
 from leaderboards.pages.ranking import memory
 from leaderboards.pages.samples import kept_map
 from leaderboards.stats.aggregate import Table, aggregate
-from leaderboards.tables.verdicts import uncompressed
-from leaderboards.tables.verdicts import verdicts as verdicts_of
 from methods.compilerkv.policy import folder_of
 from methods.compilerkv.tables import load_tables
 from tests.leaderboards.pages.test_page import pretend, section, words
@@ -31,10 +29,6 @@ from tests.pretend import manifest, only, record
 
 def best(table: Table) -> str:
     return words(section("best", best_by_task(table)))
-
-
-def verdicts(table: Table) -> str:
-    return section("verdicts", Told(verdicts_of(table), uncompressed(table)))
 
 
 def parts_of(table: Table) -> TableParts:
@@ -66,10 +60,6 @@ def test_a_cell_over_its_bytes_is_not_the_best_of_a_task() -> None:
     assert "snapkv" not in text and "h2o" not in text  # the one left at each budget needs no name
     assert "95.055.055.0" in text
     assert best_by_task(only([record("snapkv", "64", "0", None)])) is None
-
-
-def test_a_verdict_says_what_its_cells_cost() -> None:
-    assert "told apart from the other method. 16.0 % of the full cache, 0.00 MiB" in words(verdicts(only(pretend())))
 
 
 def test_rivals_are_shown_with_a_subject_alone() -> None:
@@ -170,28 +160,3 @@ def test_tables_that_are_not_here_are_a_remark(changed: dict[str, str]) -> None:
 def test_a_kept_map_reaches_its_ends_only_with_none_or_all() -> None:
     one = record("h2o", "64", "0", 1.0, needle_tokens=40, needle_kept=((0, 1, 20), (39, 40, 4)))
     assert kept_map(one) == "015.9a1"
-
-
-def lone_leader() -> tuple[str, list[str]]:
-    """The verdict at 64 of a table where one cell alone may be first but is told apart from one other only."""
-    table = only(pretend(("a", "b", "c")))
-    rows = table.rows
-    here = rows["budget"] == "64"
-    rows.loc[here, "mark"] = ["=", "", ""]
-    return words(verdicts(table)), rows["method"][here].tolist()
-
-
-def test_a_verdict_names_those_whose_rank_may_be_first() -> None:
-    for methods in (("snapkv", "h2o"), ("a", "b", "c", "d")):
-        table = only(pretend(methods))
-        for budget, said in zip(("64", "128"), verdicts(table).split("</li>"), strict=False):
-            rows = table.rows[table.rows["budget"] == budget]
-            first = set(rows["method"][rows["rank_low"] == 1])
-            assert {name for name in methods if f"<b>{name}</b>" in said} == first
-            assert ("is best" in said) == (len(first) == 1 and int(rows["rank_high"].min()) == 1)
-
-
-def test_a_leader_that_is_not_told_apart_from_all_is_not_called_best() -> None:
-    said, (leader, *_) = lone_leader()
-    assert f"Budget 64{leader} is first, " in said
-    assert "but not told apart from every other method." in said.partition("Budget 128")[0]
