@@ -113,7 +113,7 @@ wheel-test: $(READY) ## build the wheel, install it elsewhere and run it there
 	strays = [m.__file__ for m in (harness, methods, tasks, last) if away not in pathlib.Path(m.__file__).resolve().parents]; \
 	sys.exit(f"not from the wheel: {strays}") if strays else None; \
 	home = pathlib.Path(last.__file__).parent; \
-	missing = [f for f in ("py.typed", "boards/*.toml") if not list(home.glob(f))]; \
+	missing = [f for f in ("py.typed", "boards/*.toml", "pages/assets/*.js", "pages/templates/*.html") if not list(home.glob(f))]; \
 	sys.exit(f"missing in the wheel: {missing}") if missing else None'; \
 	./venv/bin/harness list methods
 

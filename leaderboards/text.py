@@ -1,4 +1,4 @@
-"""Text that a page or a terminal shows as it is: cleaned, escaped, aligned and folded."""
+"""Text that a page or a terminal shows as it is: cleaned, escaped, aligned, folded, and one way to write a section."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,50 @@ KEYS = ["budget", "method"]
 """Columns that name a row; they come first, and again where a table is folded."""
 LEFT = (*KEYS, "memory", "flags", "family", "rival", "verdict", "over tasks", "best other", "best other NLL")
 """Columns of words."""
-LONGEST = 200  # characters of a note or an error on a page
+NOTE_CHARS = 200
+"""Characters of a name, a note or an error on a page."""
+TERMINAL_WIDTH = 120
+MIB = 2**20
+"""Bytes of a mebibyte."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page or of a terminal's text: a title, and below it a table, a list of lines, or a paragraph.
+
+    The title may be empty. level: of the heading in markdown.
+    """
+
+    title: str
+    body: pd.DataFrame | Sequence[str] | str
+    level: int = 2
+
+
+def markdown(sections: Iterable[Section]) -> str:
+    """The sections as one markdown page. A paragraph is markdown already; everything else is escaped."""
+    parts = []
+    for section in sections:
+        body = section.body
+        parts.append(f"{'#' * section.level} {escape(section.title)}" if section.title else "")
+        if isinstance(body, str):
+            parts.append(body)
+        else:
+            parts.append(github(body) if isinstance(body, pd.DataFrame) else bullets(body))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def terminal(sections: Iterable[Section], *, width: int = TERMINAL_WIDTH) -> str:
+    """The sections as text of at most `width` columns; a wide table goes on below, its first two columns repeated."""
+    parts = []
+    for section in sections:
+        body, title = section.body, [wrap(section.title, width)] if section.title else []
+        if isinstance(body, pd.DataFrame):
+            first, *more = [plain(part) for part in fold(body, width)]
+            parts += ["\n".join([*title, first]), *more]
+        else:
+            lines = [body] if isinstance(body, str) else body
+            parts.append("\n".join([*title, *(wrap(line, width) for line in lines)]))
+    return "\n\n".join(part for part in parts if part)
 
 
 def number(value: float, *, digits: int = 1, sign: str = "") -> str:
@@ -23,7 +67,28 @@ def number(value: float, *, digits: int = 1, sign: str = "") -> str:
     return "-" if math.isnan(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
-def clean(text: Any, *, longest: int = LONGEST) -> str:
+def interval(mean: float, low: float, high: float, *, digits: int = 1, sign: str = "") -> str:
+    """`1.0 [0.5, 1.5]`, or the mean alone where there is no interval."""
+    ends = [number(end, digits=digits, sign=sign) for end in (low, high)]
+    return number(mean, digits=digits, sign=sign) + ("" if ends[0] == "-" else f" [{', '.join(ends)}]")
+
+
+def estimate(row: Mapping[Any, Any], name: str, *, digits: int = 1, sign: str = "") -> str:
+    """`interval` of the columns `<name>_mean`, `_low` and `_high` of a row."""
+    return interval(*(row[f"{name}_{part}"] for part in ("mean", "low", "high")), digits=digits, sign=sign)
+
+
+def half_width(mean: float, low: float, high: float) -> str:
+    """`1.0 ± 0.5`, the mean and half of its interval; the mean alone where there is none."""
+    return number(mean) + ("" if math.isnan(low) else f" ± {number((high - low) / 2)}")
+
+
+def keys(row: Mapping[Any, Any]) -> dict[str, str]:
+    """The cells that name a row: its budget and its method."""
+    return {name: clean(row[name]) for name in KEYS}
+
+
+def clean(text: Any, *, longest: int = NOTE_CHARS) -> str:
     """One line without control characters, direction marks and the like."""
     visible = "".join(" " if unicodedata.category(c).startswith("C") else c for c in str(text))
     line = " ".join(visible.split())
@@ -72,13 +137,13 @@ def fold(frame: pd.DataFrame, width: int) -> list[pd.DataFrame]:
     """
     wide = _widths(frame)
     names_of_rows = list(wide)[: len(KEYS)]
-    keys = sum(wide[name] + 2 for name in names_of_rows)
+    taken = sum(wide[name] + 2 for name in names_of_rows)
     parts: list[list[str]] = []
     room = 0
     for name in list(wide)[len(KEYS) :]:
         if not parts or wide[name] + 2 > room:
             parts.append([])
-            room = width + 2 - keys
+            room = width + 2 - taken
         parts[-1].append(name)
         room -= wide[name] + 2
     return [frame[[*names_of_rows, *names]] for names in parts]

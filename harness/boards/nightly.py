@@ -23,7 +23,7 @@ from harness.records.spec import Sweep
 from harness.run.sequential import run_sweep
 from leaderboards.nights.compare import NightlyOptions
 from leaderboards.nights.files import machine_id, night_of, read_nights, write_night
-from leaderboards.nights.report import Verdict, judge, to_markdown
+from leaderboards.nights.report import NightVerdict, judge, to_markdown
 from leaderboards.stats.aggregate import aggregate
 from leaderboards.tables.board import write_board
 
@@ -50,7 +50,7 @@ class Nightly:
     accept: bool = False
 
 
-def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[Verdict, list[Path]]:
+def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[NightVerdict, list[Path]]:
     """Run a night, judge it, write its board and report; what came out, and the files written.
 
     They are written beside the run, and into the folder of published nights unless something regressed.

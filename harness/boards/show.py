@@ -43,7 +43,7 @@ def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html
     pages.append(write_picture(tables, out, name))
     if html:
         from harness.boards.compiled_tables import table_maps_of
-        from leaderboards.pages.memory import find_searches
+        from leaderboards.pages.boundary import find_searches
         from leaderboards.pages.page import Extras, write_page
 
         extras = Extras(find_searches(sources.boundaries), *table_maps_of(manifests))
@@ -53,7 +53,7 @@ def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html
 
 
 def _speed(sources: Sources, *, out: Path, name: str, quiet: bool) -> list[Path]:
-    from leaderboards.tables import memory, speed
+    from leaderboards.tables import boundary, speed
 
     pages: list[Path] = []
     if sources.benches:
@@ -63,5 +63,5 @@ def _speed(sources: Sources, *, out: Path, name: str, quiet: bool) -> list[Path]
             print(speed.to_terminal(records, manifests=manifests))
         pages += speed.write_speed(records, out, name, manifests=manifests)
     for number, folder in enumerate(sources.boundaries):
-        pages += memory.write_frontier(folder, out, f"{name}.frontier{number or ''}")
+        pages += boundary.write_boundary(folder, out, f"{name}.frontier{number or ''}")
     return pages

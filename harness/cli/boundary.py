@@ -41,13 +41,13 @@ def boundary_parser(parser: argparse.ArgumentParser) -> None:
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.speed.boundary_run import BoundaryAsk, run_boundary
     from harness.speed.client import Prober
-    from leaderboards.tables.memory import to_terminal, write_frontier
+    from leaderboards.tables.boundary import to_terminal, write_boundary
 
     given = {name: getattr(args, name) for name in BoundaryAsk.model_fields if name != "set"}
     ask = checked(BoundaryAsk, {**given, "set": dict(map(assignment, args.set or ()))})
     manifest, records = run_boundary(ask, out=args.out, command=command, prober=Prober)
     print(to_terminal(records, manifest))
-    for path in write_frontier(args.out):
+    for path in write_boundary(args.out):
         print(f"wrote {path}", file=sys.stderr)
     lost = sum(r.found is not None and r.found.next_status in ("failed", "timeout") for r in records)
     if lost:

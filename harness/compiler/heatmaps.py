@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,14 +12,8 @@ from torch import Tensor
 
 from harness.errors import HarnessError
 from harness.records.run_folder import write_bytes, write_text
+from leaderboards.pages.html import render
 from methods.compilerkv.tables import Tables
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}}
-img{{max-width:100%;height:auto}}th{{text-align:left;padding-right:1rem;vertical-align:top}}td{{overflow-wrap:anywhere}}</style>
-<h1>{title}</h1><img alt="{alt}" src="data:image/png;base64,{picture}"><table>{rows}</table></html>
-"""
 
 
 def write_page(tables: Tables, folder: Path) -> list[Path]:
@@ -37,10 +30,13 @@ def write_page(tables: Tables, folder: Path) -> list[Path]:
         "created": f"{manifest.created} by {' '.join(manifest.command)} at {(manifest.git_commit or 'no commit')[:12]}",
         "report": json.dumps(manifest.report),
     }
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in facts.items())
-    title = escape(f"Compiled tables of {manifest.model or 'no model'}")
-    alt = escape(f"Heat maps by layer and head: {', '.join(name for name, _ in shown(tables))}")
-    page = PAGE.format(title=title, alt=alt, picture=base64.b64encode(picture).decode(), rows=rows)
+    page = render(
+        "compiled_tables.html",
+        title=f"Compiled tables of {manifest.model or 'no model'}",
+        alt=f"Heat maps by layer and head: {', '.join(name for name, _ in shown(tables))}",
+        picture=base64.b64encode(picture).decode(),
+        facts=facts,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -101,7 +101,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class NightComparison:
     """Two nights. facts: regressions without a test. retired: what could not be compared, one line each.
 
     cells: (method, budget, task) compared. counted: comparisons that the correction for worse ones counts.
@@ -120,7 +120,7 @@ class Comparison:
         return len(self.regressed) + len(self.facts)
 
 
-def compare(before: Night, now: Night, options: NightlyOptions) -> Comparison:
+def compare(before: Night, now: Night, options: NightlyOptions) -> NightComparison:
     """`now` against `before`, whatever machines they ran on; the order of their lines does not matter."""
     both, retired = _paired(before.table, now.table)
     found = list(_changes(both))
@@ -133,7 +133,7 @@ def compare(before: Night, now: Night, options: NightlyOptions) -> Comparison:
     )
     loss = [SIGNS[c.measure] * c.change.mean for c in changes]
     pairs = list(zip(changes, loss, strict=True))
-    return Comparison(
+    return NightComparison(
         changes=changes,
         regressed=tuple(
             c for c, lost in pairs if c.corrected_worse <= options.alpha and lost > options.floor(c.measure)

@@ -37,7 +37,8 @@ COLUMNS = ["task", "sample_id", "prompt", "group", "method", "budget", "status",
 SETTINGS = ("query", "first_token", "max_new_tokens", "nll_tokens", "seed")
 """Of the run: with other ones the same prompts have other scores."""
 PROMPT_DIGITS = 16
-LONGEST = 60  # characters of the class in a file name
+CLASS_CHARS = 60
+"""Characters of the machine class in a file name."""
 
 
 class Seconds(Frozen):
@@ -69,7 +70,7 @@ class About(Frozen):
     @property
     def name(self) -> str:
         """Of its files: one night of a board, version and machine class is kept."""
-        readable = re.sub(r"[^a-z0-9]+", "-", self.machine_class.lower()).strip("-")[:LONGEST].strip("-")
+        readable = re.sub(r"[^a-z0-9]+", "-", self.machine_class.lower()).strip("-")[:CLASS_CHARS].strip("-")
         return f"{self.board}-v{self.version}-{readable}-{_sha256(self.machine_class)[:6]}"
 
 

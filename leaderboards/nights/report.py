@@ -13,24 +13,23 @@ from datetime import datetime
 
 import pandas as pd
 
-from leaderboards.nights.compare import Change, Comparison, Fact, NightlyOptions, compare
+from leaderboards.nights.compare import Change, Fact, NightComparison, NightlyOptions, compare
 from leaderboards.nights.files import Night
-from leaderboards.text import KEYS, bullets, clean, escape, github, number, plain, wrap
+from leaderboards.text import TERMINAL_WIDTH, Section, clean, interval, keys, markdown, number, terminal
 
 DIGITS = {"score": 1, "nll": 3}
 WORDS = {"score": "score", "nll": "NLL"}
-TERMINAL_WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NightVerdict:
     """What is known of a night. aside: why stored nights were not compared with, one line each."""
 
     night: Night
     options: NightlyOptions
     baseline: Night | None
-    comparison: Comparison | None
-    others: tuple[tuple[Night, Comparison], ...]
+    comparison: NightComparison | None
+    others: tuple[tuple[Night, NightComparison], ...]
     aside: tuple[str, ...]
     accepted: bool = False
 
@@ -44,7 +43,7 @@ class Verdict:
         return self.accepted or not self.regressions
 
 
-def judge(night: Night, stored: Sequence[Night], options: NightlyOptions, *, accept: bool = False) -> Verdict:
+def judge(night: Night, stored: Sequence[Night], options: NightlyOptions, *, accept: bool = False) -> NightVerdict:
     """Tonight against the nights of its board that are kept, the newest first (`nights.read_nights`)."""
     newest: dict[str, Night] = {}
     aside = []
@@ -55,7 +54,7 @@ def judge(night: Night, stored: Sequence[Night], options: NightlyOptions, *, acc
         else:
             newest.setdefault(old.about.machine_class, old)
     baseline = newest.pop(night.about.machine_class, None)
-    return Verdict(
+    return NightVerdict(
         night=night,
         options=options,
         baseline=baseline,
@@ -75,7 +74,7 @@ def _unlike(old: Night, night: Night) -> str:
     return "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names)
 
 
-def headline(verdict: Verdict) -> str:
+def headline(verdict: NightVerdict) -> str:
     """One line: what came out."""
     if verdict.comparison is None:
         return "no baseline: this night becomes one"
@@ -85,28 +84,21 @@ def headline(verdict: Verdict) -> str:
     return f"{many} regression{'s' if many > 1 else ''}" + (", accepted" if verdict.accepted else "")
 
 
-def to_markdown(verdict: Verdict) -> str:
+def to_markdown(verdict: NightVerdict) -> str:
     """The report as a page."""
-    parts = [f"# {escape(_title(verdict))}", bullets(_facts(verdict))]
-    for title, body in _sections(verdict):
-        parts += [f"## {escape(title)}", github(body) if isinstance(body, pd.DataFrame) else bullets(body)]
-    return "\n\n".join(parts) + "\n"
+    return markdown([Section(_title(verdict), _facts(verdict), level=1), *_sections(verdict)])
 
 
-def to_terminal(verdict: Verdict, *, width: int = TERMINAL_WIDTH) -> str:
-    """The report as text; lines of words are folded, tables are as wide as they must be."""
-    parts = ["\n".join(wrap(line, width) for line in [_title(verdict), *_facts(verdict)])]
-    for title, body in _sections(verdict):
-        lines = [plain(body)] if isinstance(body, pd.DataFrame) else [wrap(f"- {line}", width) for line in body]
-        parts.append("\n".join([title, *lines]))
-    return "\n\n".join(parts) + "\n"
+def to_terminal(verdict: NightVerdict, *, width: int = TERMINAL_WIDTH) -> str:
+    """The report as text of at most `width` columns."""
+    return terminal([Section(_title(verdict), _facts(verdict)), *_sections(verdict)], width=width)
 
 
-def _title(verdict: Verdict) -> str:
+def _title(verdict: NightVerdict) -> str:
     return clean(f"{verdict.night.about.board}: {headline(verdict)}")
 
 
-def _facts(verdict: Verdict) -> list[str]:
+def _facts(verdict: NightVerdict) -> list[str]:
     about, compared, options = verdict.night.about, verdict.comparison, verdict.options
     lines = [
         f"tonight: {_told(verdict.night)}, {_duration(about.started, about.finished)}; {about.samples} samples, "
@@ -138,25 +130,25 @@ def _duration(started: str, finished: str) -> str:
     return f"{seconds // 60} min {seconds % 60} s"
 
 
-def _sections(verdict: Verdict) -> list[tuple[str, pd.DataFrame | list[str]]]:
-    """Title and body of what there is to say; a body is a table or a list."""
+def _sections(verdict: NightVerdict) -> list[Section]:
+    """Those that have something to say."""
     compared = verdict.comparison
-    found: list[tuple[str, pd.DataFrame | list[str]]] = []
+    found = []
     if compared is not None:
         found += [
-            ("Regressed", _changes(compared.regressed, worse=True)),
-            ("Regressed, without a test", _listed(compared.facts)),
-            ("Improved", _changes(compared.improved, worse=False)),
-            ("Not compared", [clean(line) for line in compared.retired]),
+            Section("Regressed", _changes(compared.regressed, worse=True)),
+            Section("Regressed, without a test", _listed(compared.facts)),
+            Section("Improved", _changes(compared.improved, worse=False)),
+            Section("Not compared", [clean(line) for line in compared.retired]),
         ]
     found += [
-        ("Seconds", _seconds(verdict)),
-        ("Other machine classes, for information", [_other(*other) for other in verdict.others]),
-        ("Set aside", [clean(line) for line in verdict.aside]),
+        Section("Seconds", _seconds(verdict)),
+        Section("Other machine classes, for information", [_other(*other) for other in verdict.others]),
+        Section("Set aside", [clean(line) for line in verdict.aside]),
     ]
     if compared is not None and (compared.regressed or compared.improved):
-        found.append(("How to read", list(HOW_TO_READ)))
-    return [(title, body) for title, body in found if len(body)]
+        found.append(Section("How to read", HOW_TO_READ))
+    return [section for section in found if len(section.body)]
 
 
 HOW_TO_READ = (
@@ -171,16 +163,15 @@ def _changes(changes: Sequence[Change], *, worse: bool) -> pd.DataFrame:
     rows = []
     for c in changes:
         digits = DIGITS[c.measure]
-        mean, low, high = (number(v, digits=digits, sign="+") for v in (c.change.mean, c.change.low, c.change.high))
         p, corrected = (c.worse, c.corrected_worse) if worse else (c.better, c.corrected_better)
         rows.append(
             {
-                **dict(zip(KEYS, (clean(c.budget), clean(c.method)), strict=True)),
+                **keys(vars(c)),
                 "task": clean(c.task),
                 "measure": WORDS[c.measure],
                 "before": number(c.before, digits=digits),
                 "now": number(c.now, digits=digits),
-                "change": mean if low == "-" else f"{mean} [{low}, {high}]",
+                "change": interval(c.change.mean, c.change.low, c.change.high, digits=digits, sign="+"),
                 "p": f"{p:.2g}",
                 "corrected p": f"{corrected:.2g}",
                 "n": str(c.change.n),
@@ -193,7 +184,7 @@ def _listed(facts: Sequence[Fact]) -> list[str]:
     return [clean(f"{fact.method} at {fact.budget}, {fact.task}: {fact.what}") for fact in facts]
 
 
-def _seconds(verdict: Verdict) -> list[str]:
+def _seconds(verdict: NightVerdict) -> list[str]:
     """Tonight's, beside those of the baseline, which has the same kind of machine."""
     lines = []
     for phase, seconds in verdict.night.about.seconds:
@@ -210,7 +201,7 @@ def _seconds(verdict: Verdict) -> list[str]:
     return lines
 
 
-def _other(night: Night, compared: Comparison) -> str:
+def _other(night: Night, compared: NightComparison) -> str:
     worse, better = len(compared.regressed), len(compared.improved)
     return clean(
         f"{night.about.machine_class} ({_told(night)}): of {len(compared.changes)} comparisons {worse} worse and "

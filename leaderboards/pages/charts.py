@@ -6,18 +6,19 @@ Drawn by matplotlib, without a script: they are there without one, print well, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 
+from leaderboards.pages.html import TextTable
 from leaderboards.pages.svg import FRONT, GRID, INK, INKS, SERIES, inline
-from leaderboards.stats.aggregate import Table
+from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
@@ -30,18 +31,36 @@ if TYPE_CHECKING:
 SIZE = (4.4, 3.3)  # inches: as an SVG about as wide as a phone, so that its text is not scaled down there
 RC: dict[Any, Any] = {"font.size": 9, "axes.linewidth": 0.7, "text.parse_math": False, "text.usetex": False}
 RC |= {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
-Row = Mapping[Any, Any]
+DASHES = {"-": "", ":": "2 2", "-.": "6 2 2 2"}
+"""Line of a series to the dashes of its key."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """title and about: words. svg: the element. columns, values: the same as a table of text."""
+    """title and about: words. svg: the element. values: the same as a table of text."""
 
     title: str
     about: str
-    svg: str
-    columns: tuple[str, ...]
-    values: Sequence[tuple[str, ...]]
+    svg: Markup
+    values: TextTable
+
+
+@dataclass(frozen=True)
+class Series:
+    """A method's key. ink: class of its colour; dashes: of its line, empty for a solid one; corners: its marker's."""
+
+    method: str
+    ink: str
+    dashes: str
+    corners: str
+
+
+@dataclass(frozen=True)
+class ChartList:
+    """The charts of one table and the keys of their methods."""
+
+    series: Sequence[Series]
+    charts: Sequence[Chart]
 
 
 @dataclass(frozen=True)
@@ -65,37 +84,28 @@ def methods_of(table: Table) -> list[str]:
     return sorted(set(table.rows["method"][table.rows["budget"] != FULL]))
 
 
-def charts(table: Table, *, salt: str) -> list[Chart]:
-    """Score against bytes, score by budget, and score against TPOT where something was measured; none without scores.
+def charts(table: Table, *, salt: str) -> ChartList | None:
+    """Score against bytes, score by budget, and score against TPOT where something was measured; None without scores.
 
     salt: begins the ids of these charts on the page.
     """
     scored = [row for row in table.rows.to_dict("records") if row["n_ok"]]
     if not any(row["budget"] != FULL for row in scored):
-        return []
+        return None
     with mpl.rc_context(RC):
         found = [_against(table, scored, BYTES, salt=f"{salt}-bytes"), _by_budget(table, scored, salt=f"{salt}-budget")]
         if is_measured(table.rows) and any(row["n_measured"] for row in scored):
             timed = [row for row in scored if row["n_measured"]]
             found.append(_against(table, timed, TPOT, salt=f"{salt}-tpot"))
-    return found
+    return ChartList([_key_of(i, method) for i, method in enumerate(methods_of(table))], found)
 
 
-def keys(table: Table) -> str:
-    """The legend as buttons that pick out a method in the charts beside it."""
-    buttons = []
-    for i, method in enumerate(methods_of(table)):
-        color, marker, dash = _style(i)
-        shape = MarkerStyle(marker)
-        path = shape.get_path().transformed(shape.get_transform())
-        corners = " ".join(f"{14 + 8 * x:.1f},{8 - 8 * y:.1f}" for x, y in np.asarray(path.to_polygons()[0]))
-        dashes = {"-": "", ":": ' stroke-dasharray="2 2"', "-.": ' stroke-dasharray="6 2 2 2"'}[dash]
-        buttons.append(
-            f'<li><button type="button" class="key" data-s="{i}" aria-pressed="false">'
-            f'<svg viewBox="0 0 28 16" aria-hidden="true"><path class="stroke-{INKS[color]}" d="M0 8H28"{dashes}/>'
-            f'<polygon class="fill-{INKS[color]}" points="{corners}"/></svg>{escape(clean(method))}</button></li>'
-        )
-    return f'<ul class="keys">{"".join(buttons)}</ul>'
+def _key_of(i: int, method: str) -> Series:
+    color, marker, dash = _style(i)
+    shape = MarkerStyle(marker)
+    path = shape.get_path().transformed(shape.get_transform())
+    corners = " ".join(f"{14 + 8 * x:.1f},{8 - 8 * y:.1f}" for x, y in np.asarray(path.to_polygons()[0]))
+    return Series(method, INKS[color], DASHES[dash], corners)
 
 
 def _style(i: int) -> tuple[str, str, str]:
@@ -104,7 +114,7 @@ def _style(i: int) -> tuple[str, str, str]:
     return SERIES[i % len(SERIES)], MARKERS[(i + turn) % len(MARKERS)], LINES[turn % len(LINES)]
 
 
-def _against(table: Table, rows: Sequence[Row], cost: Cost, *, salt: str) -> Chart:
+def _against(table: Table, rows: Sequence[TableRow], cost: Cost, *, salt: str) -> Chart:
     rows = [row for row in rows if not math.isnan(row[cost.column])]
     figure, axes = _figure()
     said: dict[str, list[str]] = {}
@@ -123,10 +133,11 @@ def _against(table: Table, rows: Sequence[Row], cost: Cost, *, salt: str) -> Cha
     )
     values = [(*_key(row), number(cost.scale * row[cost.column], digits=2), *_score(row)) for row in rows]
     svg = inline(figure, salt=salt, title=cost.title, about=about, points=said)
-    return Chart(cost.title, about, svg, ("method", "budget", cost.unit, "score", "low", "high"), values)
+    columns = ("method", "budget", cost.unit, "score", "low", "high")
+    return Chart(cost.title, about, svg, TextTable(cost.title, columns, values))
 
 
-def _by_budget(table: Table, rows: Sequence[Row], *, salt: str) -> Chart:
+def _by_budget(table: Table, rows: Sequence[TableRow], *, salt: str) -> Chart:
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] != FULL))
     methods = methods_of(table)
     figure, axes = _figure()
@@ -147,7 +158,7 @@ def _by_budget(table: Table, rows: Sequence[Row], *, salt: str) -> Chart:
     )
     svg = inline(figure, salt=salt, title=title, about=about, points=said)
     values = [(*_key(row), *_score(row)) for row in rows]
-    return Chart(title, about, svg, ("method", "budget", "score", "low", "high"), values)
+    return Chart(title, about, svg, TextTable(title, ("method", "budget", "score", "low", "high"), values))
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -158,7 +169,7 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _series(axes: Axes, i: int, rows: Sequence[Row], x: Sequence[float], *, line: bool) -> dict[str, list[str]]:
+def _series(axes: Axes, i: int, rows: Sequence[TableRow], x: Sequence[float], *, line: bool) -> dict[str, list[str]]:
     """Draw a method's points; the gid of its line to the words of each point."""
     if not rows:
         return {}
@@ -181,7 +192,7 @@ def _series(axes: Axes, i: int, rows: Sequence[Row], x: Sequence[float], *, line
     return {f"series-{i}": [words(row) for row in rows]}
 
 
-def words(row: Row) -> str:
+def words(row: TableRow) -> str:
     """A cell in words: method, budget, score with its interval, share of the bytes, and TPOT where measured."""
     mean, low, high = _score(row)
     spread = "" if low == "-" else f" ({low} to {high})"
@@ -191,7 +202,7 @@ def words(row: Row) -> str:
     return f"{clean(row['method'])} at {clean(row['budget'])}: score {mean}{spread}, KV {kept} %{tpot}"
 
 
-def _full(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
+def _full(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
     for row in rows:
         if row["budget"] != FULL:
             continue
@@ -201,7 +212,7 @@ def _full(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
             axes.plot(cost.scale * row[cost.column], row["score_points_mean"], color=INK, marker="_", ms=10, ls="")
 
 
-def _front(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
+def _front(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
     """The staircase over the cells on the front; without marks, over the complete cells within their bytes."""
     on = [row for row in rows if (row[cost.front] if cost.front else _fair(row))]
     best = running_best([(cost.scale * row[cost.column], row["score_points_mean"]) for row in on])
@@ -210,16 +221,16 @@ def _front(axes: Axes, rows: Sequence[Row], cost: Cost) -> None:
         axes.step(x, y, where="post", color=FRONT, lw=4, alpha=0.4, zorder=1)
 
 
-def _fair(row: Row) -> bool:
+def _fair(row: TableRow) -> bool:
     if row.get("memory", "physical") != "physical":
         return False
     return row["budget"] != FULL and not {"incomplete", "over_budget"} & set(row["flags"].split())
 
 
-def _key(row: Row) -> tuple[str, str]:
+def _key(row: TableRow) -> tuple[str, str]:
     return clean(row["method"]), clean(row["budget"])
 
 
-def _score(row: Row) -> tuple[str, str, str]:
+def _score(row: TableRow) -> tuple[str, str, str]:
     mean, low, high = (number(row[f"score_points_{part}"]) for part in ("mean", "low", "high"))
     return mean, low, high

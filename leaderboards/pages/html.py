@@ -1,54 +1,68 @@
-"""Untrusted text in HTML: cleaned, escaped, and as JSON that cannot end its script element."""
+"""Templates of pages. What a template shows is one cleaned line that HTML escapes, unless it is markup already."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from leaderboards.text import LONGEST, clean
+from leaderboards.tables.verdicts import MethodName
+from leaderboards.text import NOTE_CHARS, clean, number
 
 
-def text(value: object, *, longest: int = LONGEST) -> str:
+@dataclass(frozen=True)
+class TextTable:
+    """A plain table of words that are not yet escaped; the first cell of a row is its header."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, caption: str) -> TextTable:
+        """A frame of text under its caption."""
+        return cls(caption, [str(name) for name in frame], frame.to_numpy().tolist())
+
+
+@dataclass(frozen=True)
+class HeatTable:
+    """A table of shaded boxes. rows: of each its head and its boxes: shade 0-10, what it shows, and words about it.
+
+    A box is None where there is nothing.
+    """
+
+    caption: str
+    columns: Sequence[object]
+    rows: Sequence[tuple[object, Sequence[tuple[int, str, str] | None]]]
+
+
+def line(value: object, longest: int = NOTE_CHARS) -> Markup:
     """One line that HTML shows as it is, in an element or a quoted attribute."""
     return escape(clean(value, longest=longest))
 
 
-def attributes(values: Mapping[str, str]) -> str:
-    """` name="value"` for every value that is not empty, escaped; `data-v` may be empty. Names are the caller's own."""
-    return "".join(f' {name}="{text(value)}"' for name, value in values.items() if value or name == "data-v")
+def render(template: str, **values: Any) -> str:
+    """A template of `leaderboards/pages/templates` filled in. Raises jinja2's UndefinedError for a missing value."""
+    return environment().get_template(template).render(values)
 
 
-def element(tag: str, inside: str, values: Mapping[str, str]) -> str:
-    """An element. inside: HTML; values: attributes, not yet escaped."""
-    return f"<{tag}{attributes(values)}>{inside}</{tag}>"
-
-
-def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> str:
-    """A plain table of words that are not yet escaped; the first cell of a row is its header."""
-    head = "".join(element("th", text(column), {"scope": "col"}) for column in columns)
-    body = "".join(
-        element(
-            "tr",
-            element("th", text(first), {"scope": "row"}) + "".join(element("td", text(cell), {}) for cell in rest),
-            {},
-        )
-        for first, *rest in rows
+@cache
+def environment() -> Environment:
+    """The templates with their filters; a value that a template asks for and does not get is an error."""
+    made = Environment(
+        loader=PackageLoader("leaderboards.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else line(value),
     )
-    return f"<table><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def frame_table(frame: pd.DataFrame, caption: str) -> str:
-    """A frame of text as a plain table."""
-    return text_table([str(name) for name in frame], frame.to_numpy().tolist(), caption=caption)
-
-
-def data(name: str, value: Any) -> str:
-    """A block of JSON that a script reads by its id; no character of it can end the element or begin a comment."""
-    dumped = json.dumps(value, allow_nan=False, sort_keys=True, separators=(",", ":"))
-    for character in "<>&":
-        dumped = dumped.replace(character, f"\\u{ord(character):04x}")
-    return f'<script type="application/json" id="{name}">{dumped}</script>'
+    made.filters |= {"line": line, "number": number}
+    made.tests["method_name"] = lambda part: isinstance(part, MethodName)
+    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "sort_keys": True, "separators": (",", ":")}
+    return made

@@ -10,14 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import HarnessError
-from leaderboards.pages.html import element, text
+from leaderboards.pages.html import HeatTable
 from leaderboards.text import clean, number
 
 SHADES = 10
-ABOUT = (
-    "Slots of each KV head, as a multiple of the mean over all heads: how a compiled table shares a budget. Across: "
-    "layers from the first. Down: KV heads. All maps of one table have the same shades."
-)
 
 
 @dataclass(frozen=True)
@@ -32,18 +28,26 @@ class TableMap:
     values: Sequence[Sequence[float]]
 
 
-def table_maps(maps: Sequence[TableMap]) -> str:
-    """The maps under their names, in the order given; nothing without any.
+@dataclass(frozen=True)
+class ShadedTable:
+    """The maps of one compiled table, one per budget, all shaded by its largest value, `top`."""
+
+    name: str
+    top: float
+    heats: Sequence[HeatTable]
+
+
+def shaded_tables(maps: Sequence[TableMap]) -> list[ShadedTable]:
+    """The maps under their names, in the order given.
 
     Raises HarnessError for values that are no finite matrix.
     """
-    parts = []
+    found = []
     for name in dict.fromkeys(one.name for one in maps):
         own = [(one.budget, _matrix(one)) for one in maps if one.name == name]
         top = max(float(values.max()) for _, values in own)
-        grids = "".join(_grid(budget, values, top) for budget, values in own)
-        parts.append(f"<h3>{text(name)}</h3><p>Shades from 0 to {number(top)}.</p>{grids}")
-    return f"<p>{ABOUT}</p>{''.join(parts)}" if parts else ""
+        found.append(ShadedTable(name, top, [_heat(budget, values, top) for budget, values in own]))
+    return found
 
 
 def _matrix(one: TableMap) -> npt.NDArray[Any]:
@@ -57,18 +61,10 @@ def _matrix(one: TableMap) -> npt.NDArray[Any]:
     return values
 
 
-def _grid(budget: str, values: npt.NDArray[Any], top: float) -> str:
-    layers, heads = values.shape
-    head = "".join(f"<th scope=col>{layer}</th>" for layer in range(layers))
-    rows = "".join(
-        f"<tr><th scope=row>head {h}</th>{''.join(_box(float(values[n, h]), n, h, top) for n in range(layers))}</tr>"
-        for h in range(heads)
-    )
-    caption = element("caption", f"Budget {text(budget)}", {})
-    table = f'<table class="heat dense">{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return element("div", table, {"class": "scroll", "role": "region", "aria-label": f"Map {budget}", "tabindex": "0"})
+def _heat(budget: str, values: npt.NDArray[Any], top: float) -> HeatTable:
+    rows = [(f"head {h}", [_box(value, n, h, top) for n, value in enumerate(row)]) for h, row in enumerate(values.T)]
+    return HeatTable(f"Budget {budget}", range(len(values)), rows)
 
 
-def _box(value: float, layer: int, head: int, top: float) -> str:
-    shade = round(SHADES * value / top) if top else 0
-    return f'<td class="h{shade}" title="layer {layer}, head {head}">{number(value)}</td>'
+def _box(value: float, layer: int, head: int, top: float) -> tuple[int, str, str]:
+    return round(SHADES * float(value) / top) if top else 0, number(value), f"layer {layer}, head {head}"

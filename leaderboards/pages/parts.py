@@ -1,28 +1,69 @@
-"""Parts of a page below its ranking: charts, needle heat maps, the best of each task, and the board's other tables."""
+"""What a page shows of one table beside its rows of the ranking: verdicts, charts, needles, and tables of text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isnan
-from typing import Any
 
 import pandas as pd
 
-from leaderboards.pages.charts import Chart, charts, keys
-from leaderboards.pages.html import element, frame_table, text, text_table
-from leaderboards.pages.samples import Heat
-from leaderboards.stats.aggregate import Table
+from harness.records.record import Record
+from leaderboards.pages.charts import ChartList, charts
+from leaderboards.pages.html import TextTable
+from leaderboards.pages.needles import HeatGroup, heat_groups
+from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
-from leaderboards.stats.subject import frames
-from leaderboards.stats.summaries import BANDS
-from leaderboards.tables.board import sections
+from leaderboards.tables.board import heading
+from leaderboards.tables.sections import rival_frames, sections
+from leaderboards.tables.verdicts import BudgetVerdict, Words, uncompressed, verdicts
 from leaderboards.text import clean, number
 
-SHADES = 10
+
+@dataclass(frozen=True)
+class Told:
+    """A sentence per budget, and one per method without a budget."""
+
+    budgets: Sequence[BudgetVerdict]
+    uncompressed: Sequence[Words]
 
 
-def best_by_task(table: Table) -> str:
-    """The highest mean of every task at every budget, beside that of the uncompressed cache; nothing without scores.
+@dataclass(frozen=True)
+class TableParts:
+    """One table. index: among those of the page; several: whether there are others. A part may be empty or None.
+
+    rivals: the subject against the strongest other method of each family; more: what else the board says.
+    """
+
+    index: int
+    several: bool
+    heading: str
+    verdicts: Told
+    best: TextTable | None
+    charts: ChartList | None
+    rivals: Sequence[TextTable]
+    needles: Sequence[HeatGroup]
+    more: Sequence[TextTable]
+
+
+def table_parts(i: int, table: Table, records: Sequence[Record], *, several: bool) -> TableParts:
+    """The parts of the i-th table. records: one per key, those that the table is of."""
+    told = rival_frames(table.rivals)
+    return TableParts(
+        index=i,
+        several=several,
+        heading=heading(table),
+        verdicts=Told(verdicts(table), uncompressed(table)),
+        best=best_by_task(table),
+        charts=charts(table, salt=f"chart-{i}"),
+        rivals=_filled(told),
+        needles=heat_groups(records),
+        more=_filled({title: frame for title, frame in sections(table).items() if title not in told}),
+    )
+
+
+def best_by_task(table: Table) -> TextTable | None:
+    """The highest mean of every task at every budget, beside that of the uncompressed cache; None without scores.
 
     Cells over their bytes or with missing samples are no candidates. No interval here: a task has few samples.
     """
@@ -38,7 +79,7 @@ def best_by_task(table: Table) -> str:
     cells = [(clean(task), *(_best(found.get((task, b), []), named=b not in alone) for b in budgets)) for task in tasks]
     heads = ["task", *(clean(b) if b == FULL else f"budget {clean(b)}{_share(rows, b)}" for b in budgets)]
     caption = "Highest mean of each task and how many methods share it; not tested against the next one"
-    return f'<div class="scroll lines">{text_table(heads, cells, caption=caption)}</div>' if cells else ""
+    return TextTable(caption, heads, cells) if cells else None
 
 
 def _best(means: Sequence[tuple[float, str]], *, named: bool) -> str:
@@ -54,74 +95,12 @@ def _best(means: Sequence[tuple[float, str]], *, named: bool) -> str:
     return f"{number(top)} {names[0]}{more}"
 
 
-def _share(rows: Sequence[Mapping[Any, Any]], budget: str) -> str:
+def _share(rows: Sequence[TableRow], budget: str) -> str:
     """The most bytes that a cell of this budget took."""
     shares = [row["kv_percent_of_full"] for row in rows if row["budget"] == budget]
     known = [share for share in shares if not isnan(share)]
     return f", {number(max(known))} % of bytes" if known else ""
 
 
-def rivals(table: Table) -> str:
-    """The subject against the strongest other method of each family; nothing without a subject."""
-    return _folded(frames(table.rivals), opened=True)
-
-
-def others(table: Table) -> str:
-    """What else the board says, closed: score by task, ranks, tails and the averages that suites report."""
-    told = frames(table.rivals)
-    return _folded({title: frame for title, frame in sections(table).items() if title not in told}, opened=False)
-
-
-def _folded(tables: Mapping[str, pd.DataFrame], *, opened: bool) -> str:
-    """Each table of text under its title; with `opened` the first one is open."""
-    filled = {title: frame for title, frame in tables.items() if len(frame)}
-    return "".join(
-        f"<details{' open' if opened and i == 0 else ''}><summary>{text(title)}</summary>"
-        f'<div class="scroll lines">{frame_table(frame, title)}</div></details>'
-        for i, (title, frame) in enumerate(filled.items())
-    )
-
-
-def chart_list(table: Table, *, salt: str) -> str:
-    """The charts with their keys; nothing without scores."""
-    figures = "".join(_figure(chart) for chart in charts(table, salt=salt))
-    return f'<div class="charts">{keys(table)}{figures}</div>' if figures else ""
-
-
-def _figure(chart: Chart) -> str:
-    values = text_table(chart.columns, chart.values, caption=chart.title)
-    return (
-        f'<figure><h4>{text(chart.title)}</h4>{chart.svg}<p class="readout" aria-live="polite"></p>'
-        f"<figcaption>{text(chart.about, longest=600)}</figcaption><details>"
-        f'<summary>Values</summary><div class="scroll">{values}</div>'
-        "</details></figure>"
-    )
-
-
-def heat_list(maps: Sequence[Heat]) -> str:
-    """The maps by family and budget, in sections of which the last budget of each family is open."""
-    parts = []
-    places = list(dict.fromkeys((heat.family, heat.budget) for heat in maps))
-    last = dict(places)
-    for family, budget in places:
-        own = [heat for heat in maps if (heat.family, heat.budget) == (family, budget)]
-        opened = " open" if last[family] == budget else ""
-        grids = "".join(_grid(heat) for heat in own)
-        title = f"{'NIAH' if family == 'niah' else 'RULER needles'}, budget {budget}"
-        parts.append(f'<details{opened}><summary>{text(title)}</summary><div class="heats">{grids}</div></details>')
-    return "".join(parts)
-
-
-def _grid(heat: Heat) -> str:
-    head = "".join(f"<th scope=col>{band}</th>" for band in BANDS)
-    rows = []
-    for length, values, counts in zip(heat.lengths, heat.values, heat.counts, strict=True):
-        boxes = "".join(
-            "<td>–</td>"
-            if isnan(value)
-            else f'<td class="h{int(value // (100 / SHADES))}" title="{n} samples">{number(value, digits=0)}</td>'
-            for value, n in zip(values, counts, strict=True)
-        )
-        rows.append(f"<tr><th scope=row>{length}</th>{boxes}</tr>")
-    caption = element("caption", text(heat.method), {})
-    return f'<table class="heat">{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+def _filled(frames: Mapping[str, pd.DataFrame]) -> list[TextTable]:
+    return [TextTable.of(frame, title) for title, frame in frames.items() if len(frame)]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness.records.record import Record, RunManifest
-from leaderboards.pages.html import element, text
 
-LONGEST = 2000
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run. facts: what it was, by name, empty without its manifest; tasks: revision and protocol of their data."""
+
+    run_id: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    tasks: Sequence[str] = ()
 
 
 def runs_of(groups: Sequence[Sequence[Record]], run_ids: Sequence[str]) -> dict[tuple[int, str, str], list[int]]:
@@ -22,21 +29,15 @@ def runs_of(groups: Sequence[Sequence[Record]], run_ids: Sequence[str]) -> dict[
     return {key: sorted(runs) for key, runs in found.items()}
 
 
-def sections(run_ids: Sequence[str], manifests: Sequence[RunManifest]) -> str:
-    """One closed section per run, `run-<index>`."""
+def run_facts(run_ids: Sequence[str], manifests: Sequence[RunManifest]) -> list[RunFacts]:
+    """The facts of each run, in the order of `run_ids`."""
     by_id = {m.run_id: m for m in manifests}
-    parts = []
-    for i, run in enumerate(run_ids):
-        found = by_id.get(run)
-        inside = _facts(found) + _tasks(found) if found else "<p>No manifest of this run was given.</p>"
-        summary = f"<summary>Run {text(run)}</summary>"
-        parts.append(element("details", f"{summary}<div>{inside}</div>", {"id": f"run-{i}", "class": "run"}))
-    return "".join(parts)
+    return [RunFacts(run, _facts(by_id[run]), _tasks(by_id[run])) if run in by_id else RunFacts(run) for run in run_ids]
 
 
-def _facts(m: RunManifest) -> str:
+def _facts(m: RunManifest) -> dict[str, str]:
     spec, model = m.spec, m.spec.model
-    facts = {
+    return {
         "Command": shlex.join(m.command),
         "Commit": m.git_commit or "unknown",
         "Status": m.status + (f": {m.error}" if m.error else ""),
@@ -50,20 +51,16 @@ def _facts(m: RunManifest) -> str:
         "Timed on": spec.measured_on or "",
         "Samples, cells": f"{m.samples} samples, {m.cells} cells each",
     }
-    lines = [f"<dt>{name}</dt><dd>{text(value, longest=LONGEST)}</dd>" for name, value in facts.items() if value]
-    return f"<dl>{''.join(lines)}</dl>"
 
 
-def _tasks(m: RunManifest) -> str:
-    """Revision and protocol of every task's data."""
-    items = []
+def _tasks(m: RunManifest) -> list[str]:
+    lines = []
     for task in m.spec.tasks:
         source = {key: value for key, value in task.provenance.items() if key != "deviations"}
-        line = f"{task.name}: {task.protocol}; {_words(source)}"
         deviations = task.provenance.get("deviations") or ()
         more = f"; {len(deviations)} deviations: {'; '.join(map(str, deviations))}" if deviations else ""
-        items.append(f"<li>{text(line + more, longest=LONGEST)}</li>")
-    return f"<h4>Data</h4><ul>{''.join(items)}</ul>"
+        lines.append(f"{task.name}: {task.protocol}; {_words(source)}{more}")
+    return lines
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a page shows of single samples: some answers side by side, and needle heat maps.
+"""What a page shows of single samples: some answers side by side.
 
 Answers and references are untrusted. Here they stay plain data; the page sets them as text, never as markup.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from math import isnan
 from typing import Any
@@ -18,11 +17,10 @@ import numpy as np
 from harness.records.record import Record
 from leaderboards.stats.comparable import budget_order
 from leaderboards.stats.grid import needle_percent
-from leaderboards.stats.summaries import BANDS, NEEDLES
 from leaderboards.text import clean
 
 SAMPLES = 50
-LONGEST = 400  # characters of an answer
+ANSWER_CHARS = 400
 REFERENCES = 5
 
 
@@ -87,58 +85,7 @@ def kept_map(r: Record) -> str:
     )
 
 
-def shown(text: str, *, longest: int = LONGEST) -> str:
+def shown(text: str, *, longest: int = ANSWER_CHARS) -> str:
     """Text with its lines, without other control characters and direction marks, cut after `longest` characters."""
     cut = text if len(text) <= longest else text[: longest - 1] + "…"
     return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else " " for c in cut)
-
-
-@dataclass(frozen=True)
-class Heat:
-    """One heat map. values: [lengths, bands of depth] mean score 0-100, NaN without a sample; counts: its samples."""
-
-    family: str
-    method: str
-    budget: str
-    lengths: tuple[int, ...]
-    values: list[list[float]]
-    counts: list[list[int]]
-
-
-def heat_maps(records: Sequence[Record]) -> list[Heat]:
-    """One per needle family, budget and method: the mean over tasks of the task's mean, by length and depth.
-
-    records: one per key, of one table; those of NIAH and of RULER's needle tasks that have a depth and a length count.
-    """
-    found: dict[tuple[str, str, str], dict[tuple[int, int], dict[str, list[float]]]]
-    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for r in records:
-        place = _place(r)
-        if place is not None and r.status == "ok" and "score" in r.metrics:
-            found[r.task.partition("/")[0], r.budget, r.method][place][r.task].append(100 * r.metrics["score"])
-    order = sorted(found, key=lambda key: (key[0], budget_order(key[1]), key[2]))
-    lengths = {
-        family: sorted({n for key in found if key[0] == family for n, _ in found[key]}) for family, _, _ in order
-    }
-    return [_heat(key, tuple(lengths[key[0]]), found[key]) for key in order]
-
-
-def _heat(
-    key: tuple[str, str, str], lengths: tuple[int, ...], boxes: dict[tuple[int, int], dict[str, list[float]]]
-) -> Heat:
-    family, budget, method = key
-    places = [[boxes.get((length, band), {}) for band in range(len(BANDS))] for length in lengths]
-    values = [[float(np.mean([np.mean(v) for v in box.values()])) if box else np.nan for box in row] for row in places]
-    counts = [[sum(map(len, box.values())) for box in row] for row in places]
-    return Heat(family, method, budget, lengths, values, counts)
-
-
-def _place(r: Record) -> tuple[int, int] | None:
-    """(length in tokens, index into BANDS) of a needle sample."""
-    family, _, name = r.task.partition("/")
-    depth, length = r.meta.get("depth"), r.meta.get("length")
-    if family != "niah" and not (family == "ruler" and name in NEEDLES):
-        return None
-    if isinstance(depth, bool) or not isinstance(depth, int | float) or not 0 <= depth <= 100:
-        return None
-    return (length, min(int(depth // 20), len(BANDS) - 1)) if isinstance(length, int) else None

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -30,7 +31,7 @@ KEPT = frozenset(["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-
 KEPT |= {"stroke-linejoin", "stroke-opacity", "fill-opacity", "opacity", "text-anchor", "font-size"}
 
 
-def inline(figure: Figure, *, salt: str, title: str, about: str, points: Mapping[str, Sequence[str]]) -> str:
+def inline(figure: Figure, *, salt: str, title: str, about: str, points: Mapping[str, Sequence[str]]) -> Markup:
     """The figure as an `<svg>` element with a name and a description.
 
     salt: makes the ids of this figure its own. points: gid of a line, `series-<i>`, to the words of each of its
@@ -42,7 +43,7 @@ def inline(figure: Figure, *, salt: str, title: str, about: str, points: Mapping
     return adopted(text.getvalue(), salt=salt, title=title, about=about, points=points)
 
 
-def adopted(drawn: str, *, salt: str, title: str, about: str, points: Mapping[str, Sequence[str]]) -> str:
+def adopted(drawn: str, *, salt: str, title: str, about: str, points: Mapping[str, Sequence[str]]) -> Markup:
     """What matplotlib wrote as SVG, made fit for the page as `inline` does; without points it keeps its own size."""
     ET.register_namespace("", SVG)
     root = ET.fromstring(drawn)
@@ -60,7 +61,7 @@ def adopted(drawn: str, *, salt: str, title: str, about: str, points: Mapping[st
         child = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{salt}-{suffix}"})
         child.text = what
         root.insert(position, child)
-    return ET.tostring(root, encoding="unicode")
+    return Markup(ET.tostring(root, encoding="unicode"))
 
 
 def _drop(root: ET.Element, tags: set[str]) -> None:

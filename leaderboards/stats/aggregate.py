@@ -38,10 +38,10 @@ import pandas as pd
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import Record, RunManifest
+from harness.records.record import CellKey, Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Estimate
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
-from leaderboards.stats.grid import MEASURED, Cell, Grid, Wanted
+from leaderboards.stats.grid import MEASURED, Grid, Wanted
 from leaderboards.stats.pareto import fronts
 from leaderboards.stats.ranks import rank_columns
 from leaderboards.stats.subject import compare
@@ -80,6 +80,10 @@ class Table:
     baselines: dict[str, str | None]
     notes: tuple[Note, ...]
     duplicates: int
+
+
+TableRow = Mapping[Any, Any]
+"""A row of `Table.rows` or of its other frames: column to value."""
 
 
 def aggregate(
@@ -138,7 +142,7 @@ def _table(
     return Table(axes, rows, tasks, summaries, rivals, runs, len(grid.samples), used, _notes(chosen), duplicates)
 
 
-def _baseline(wanted: str, cells: Iterable[Cell]) -> str | None:
+def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:
     """The label itself, else the only preset of that method, else None."""
     labels = {method for method, _ in cells if method.partition("@")[0] == wanted}
     if wanted in labels or not labels:
@@ -146,7 +150,7 @@ def _baseline(wanted: str, cells: Iterable[Cell]) -> str | None:
     return labels.pop() if len(labels) == 1 else None
 
 
-def _base(grid: Grid, cell: Cell, label: str | None) -> Cell | None:
+def _base(grid: Grid, cell: CellKey, label: str | None) -> CellKey | None:
     """The cell of a baseline at the same budget, else without one."""
     candidates = [(label, budget) for budget in (cell[1], FULL) if label is not None and label != cell[0]]
     return next((c for c in candidates if c in grid.cells), None)
@@ -160,7 +164,7 @@ def _wanted(grid: Grid, baselines: dict[str, str | None]) -> Iterator[Wanted]:
         yield from ((cell, what, base) for what in ("score", "nll") for base in [None, *filter(None, bases)])
 
 
-def _row(grid: Grid, cell: Cell, baselines: dict[str, str | None]) -> dict[str, Any]:
+def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[str, Any]:
     """One row of the table.
 
     Columns: `score_points` (0-100) and `nll_nats` (per token), each with `_mean _low _high _n` and the same behind
@@ -193,9 +197,9 @@ def _columns(name: str, estimate: Estimate) -> dict[str, float]:
     return {f"{name}_{part}": value for part, value in asdict(estimate).items()}
 
 
-def _marks(grid: Grid, ranked: Mapping[Cell, Mapping[str, Any]]) -> dict[Cell, str]:
+def _marks(grid: Grid, ranked: Mapping[CellKey, Mapping[str, Any]]) -> dict[CellKey, str]:
     """`*` or `=` for the cells that have one; the rule is in the module's header."""
-    marks: dict[Cell, str] = {}
+    marks: dict[CellKey, str] = {}
     for budget in {budget for _, budget in grid.cells} - {FULL}:
         rivals = [c for c in grid.cells if c[1] == budget and grid.counts(c)["ok"] and not grid.over_budget(c)]
         if len(rivals) < 2 or not any(map(grid.complete, rivals)):
@@ -206,7 +210,7 @@ def _marks(grid: Grid, ranked: Mapping[Cell, Mapping[str, Any]]) -> dict[Cell, s
     return marks
 
 
-def _measured(grid: Grid) -> dict[Cell, dict[str, Any]]:
+def _measured(grid: Grid) -> dict[CellKey, dict[str, Any]]:
     """Columns of a table with a measurement, none otherwise: means over the samples measured, their number, fronts."""
     if not grid.measured():
         return {cell: {} for cell in grid.cells}
@@ -220,7 +224,7 @@ def _measured(grid: Grid) -> dict[Cell, dict[str, Any]]:
     return rows
 
 
-def _task_rows(grid: Grid, cell: Cell) -> list[dict[str, Any]]:
+def _task_rows(grid: Grid, cell: CellKey) -> list[dict[str, Any]]:
     expected = grid.expected(cell[1])
     rows = []
     for task, here in grid.bootstrap.rows.items():

@@ -14,17 +14,15 @@ import numpy.typing as npt
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
 from harness.records.board_record import needle_percent as needle_percent
-from harness.records.record import Memory, Record
+from harness.records.record import CellKey, Memory, Record
 from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate
 from leaderboards.stats.comparable import FULL, STATUSES
 
-Cell = tuple[str, str]
-"""(method, budget)."""
 Mask = npt.NDArray[np.bool_]
 
 MEASURED = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
 """What `Record.measured` adds; of seconds the median."""
-Wanted = tuple[Cell, str, Cell | None]
+Wanted = tuple[CellKey, str, CellKey | None]
 """An estimate: of a cell, of what, and which cell is subtracted."""
 
 SKIPPED = STATUSES.index("skipped")
@@ -39,12 +37,12 @@ class Grid:
 
     samples: list[tuple[str, str]]
     metas: list[Mapping[str, Any]]
-    cells: dict[Cell, list[BoardRecord | None]]
+    cells: dict[CellKey, list[BoardRecord | None]]
     bootstrap: Bootstrap
-    _values: dict[tuple[Cell, str], Array] = field(default_factory=dict)
+    _values: dict[tuple[CellKey, str], Array] = field(default_factory=dict)
     _estimates: dict[Wanted, Estimate] = field(default_factory=dict)
-    _few: dict[Cell, bool] = field(default_factory=dict)
-    _states: dict[Cell, npt.NDArray[np.int8]] = field(default_factory=dict)
+    _few: dict[CellKey, bool] = field(default_factory=dict)
+    _states: dict[CellKey, npt.NDArray[np.int8]] = field(default_factory=dict)
     _expected: dict[str, Mask] = field(default_factory=dict)
 
     @classmethod
@@ -58,7 +56,7 @@ class Grid:
                 metas[r.task, r.sample_id] = r
         samples = sorted(metas)
         places = {sample: i for i, sample in enumerate(samples)}
-        cells: dict[Cell, list[BoardRecord | None]] = {}
+        cells: dict[CellKey, list[BoardRecord | None]] = {}
         for r in found:
             cell = (r.method, r.budget)
             if cell not in cells:
@@ -73,7 +71,7 @@ class Grid:
         )
         return cls(samples, [metas[s].meta for s in samples], cells, bootstrap)
 
-    def values(self, cell: Cell, what: str) -> Array:
+    def values(self, cell: CellKey, what: str) -> Array:
         """[S]: `score` (0-100), `needle` (% still cached), one of `MEASURED` or a numeric field.
 
         NaN where the cell is not ok.
@@ -84,7 +82,7 @@ class Grid:
             self._values[cell, what] = np.array(column, dtype=np.float64)  # None becomes NaN
         return self._values[cell, what]
 
-    def estimate(self, cell: Cell, what: str, *, minus: Cell | None = None) -> Estimate:
+    def estimate(self, cell: CellKey, what: str, *, minus: CellKey | None = None) -> Estimate:
         """Unweighted mean of task means; of the paired difference when there is a cell to subtract."""
         wanted = (cell, what, minus)
         self.prepare([wanted])
@@ -99,11 +97,11 @@ class Grid:
         )
         self._estimates |= zip(lacking, self.bootstrap.estimates(columns), strict=True)
 
-    def mean(self, cell: Cell, what: str) -> float:
+    def mean(self, cell: CellKey, what: str) -> float:
         """The mean of an estimate, without its interval."""
         return self.bootstrap.mean(self.values(cell, what))
 
-    def counts(self, cell: Cell, where: Mask | None = None) -> Counter[str]:
+    def counts(self, cell: CellKey, where: Mask | None = None) -> Counter[str]:
         """Records by status, of the samples in `where` [S]."""
         states = self._states_of(cell)
         present = states[states >= 0] if where is None else states[where & (states >= 0)]
@@ -118,22 +116,22 @@ class Grid:
             self._expected[budget] = np.any([(s >= 0) & (s != SKIPPED) for s in states], axis=0)
         return self._expected[budget]
 
-    def complete(self, cell: Cell) -> bool:
+    def complete(self, cell: CellKey) -> bool:
         """Whether the cell has every sample that is expected, and one at least."""
         ok = self._states_of(cell) == 0
         return bool(ok.any() and ok[self.expected(cell[1])].all())
 
-    def over_budget(self, cell: Cell) -> int:
+    def over_budget(self, cell: CellKey) -> int:
         """Scored samples that took more bytes than asked."""
         return int(np.nansum(self.values(cell, "over_budget")))
 
-    def few(self, cell: Cell) -> bool:
+    def few(self, cell: CellKey) -> bool:
         """Whether some task of the cell has too few clusters for its interval."""
         if cell not in self._few:
             self._few[cell] = self.bootstrap.few(self.values(cell, "score"))
         return self._few[cell]
 
-    def told_apart(self, best: Cell, other: Cell) -> bool:
+    def told_apart(self, best: CellKey, other: CellKey) -> bool:
         """Whether `best` has the higher score, by the interval of the paired difference and of enough clusters."""
         few = self.few(best) or self.few(other)
         return not few and self.estimate(best, "score", minus=other).low > 0
@@ -142,12 +140,12 @@ class Grid:
         """Whether some cell was also measured by itself."""
         return any(r is not None and r.timed is not None for cell in self.cells.values() for r in cell)
 
-    def memory(self, cell: Cell) -> Memory:
+    def memory(self, cell: CellKey) -> Memory:
         """`simulated` where it is in some record of the cell."""
         simulated = any(r is not None and r.memory == "simulated" for r in self.cells[cell])
         return "simulated" if simulated else "physical"
 
-    def _states_of(self, cell: Cell) -> npt.NDArray[np.int8]:
+    def _states_of(self, cell: CellKey) -> npt.NDArray[np.int8]:
         """[S]: index into STATUSES, -1 where the cell has no record."""
         if cell not in self._states:
             codes = [-1 if r is None else STATUSES.index(r.status) for r in self.cells[cell]]

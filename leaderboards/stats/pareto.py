@@ -22,24 +22,16 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 
-from leaderboards.stats.grid import Cell, Grid
-from leaderboards.text import number
+from harness.records.record import CellKey
+from leaderboards.stats.grid import Grid
 
 FRONTS = {"front_bytes": "kv_bytes", "front_tpot": "tpot_s"}
 """Column of the table to the cost."""
 WHOLE = 99.9
 """Percent of the full cache above which a method without a budget is a line in a picture of bytes, and else a point."""
-HOW_TO_READ = (
-    "TTFT (time to the first token), TPOT (time per output token), tokens/s, peak MiB (above the model's own memory): "
-    "each cell by itself in a fresh process on the sample's prompt, batch 1, the first token chosen by the prefill as "
-    "when serving, whatever is scored. Means over the n measured samples; cells with another n had other prompts.",
-    "front bytes, front TPOT: the Pareto front of score against KV bytes, and against TPOT, over all budgets. *: on "
-    "it, told better in score than every cell that may cost no more. =: not told apart from one of those, or lacking "
-    "samples. Empty: off it, for a cell that costs no more is told better; or never measured.",
-)
 
 
-def fronts(grid: Grid) -> dict[Cell, dict[str, str]]:
+def fronts(grid: Grid) -> dict[CellKey, dict[str, str]]:
     """`*`, `=` or nothing for every cell, by the columns of `FRONTS`."""
     marks = {name: _front(grid, cost) for name, cost in FRONTS.items()}
     return {cell: {name: own.get(cell, "") for name, own in marks.items()} for cell in grid.cells}
@@ -50,26 +42,11 @@ def is_measured(rows: pd.DataFrame) -> bool:
     return "n_measured" in rows
 
 
-def frame(rows: pd.DataFrame) -> pd.DataFrame:
-    """Speed, memory and fronts as text, of the rows of a measured table."""
-    return pd.DataFrame(
-        {
-            "TTFT s": rows["ttft_s_mean"].map(lambda s: number(s, digits=3)),
-            "TPOT ms": rows["tpot_s_mean"].map(lambda s: number(1000 * s, digits=2)),
-            "tokens/s": rows["tokens_per_s_mean"].map(number),
-            "peak MiB": rows["peak_bytes_mean"].map(lambda size: number(size / 2**20)),
-            "n measured": rows["n_measured"].map(str),
-            "front bytes": rows["front_bytes"],
-            "front TPOT": rows["front_tpot"],
-        }
-    )
-
-
-def _front(grid: Grid, cost: str) -> dict[Cell, str]:
+def _front(grid: Grid, cost: str) -> dict[CellKey, str]:
     known = {cell: int((~np.isnan(grid.values(cell, cost))).sum()) for cell in grid.cells}
     here = [cell for cell in grid.cells if grid.memory(cell) == "physical" and grid.counts(cell)["ok"] and known[cell]]
     whole = {cell for cell in here if grid.complete(cell) and known[cell] == grid.counts(cell)["ok"]}
-    off: set[Cell] = set()
+    off: set[CellKey] = set()
     doubtful = set(here) - whole
     pairs = list(permutations(here, 2))
     if cost != "kv_bytes":
@@ -84,7 +61,7 @@ def _front(grid: Grid, cost: str) -> dict[Cell, str]:
     return {cell: "=" if cell in doubtful else "*" for cell in here if cell not in off}
 
 
-def _costs_no_more(grid: Grid, cell: Cell, other: Cell, cost: str) -> tuple[bool, bool]:
+def _costs_no_more(grid: Grid, cell: CellKey, other: CellKey, cost: str) -> tuple[bool, bool]:
     """Whether `cell` surely costs no more than `other`, and whether it may."""
     if cost == "kv_bytes":
         mean = grid.bootstrap.mean(grid.values(cell, cost) - grid.values(other, cost))

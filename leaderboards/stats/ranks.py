@@ -38,12 +38,12 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS, NOTHING, Array
 from leaderboards.stats.comparable import FULL
-from leaderboards.stats.grid import Cell, Grid, Mask
+from leaderboards.stats.grid import Grid, Mask
 from leaderboards.stats.joint_bootstrap import Drawn, Redraws, Request
 from leaderboards.stats.subject import SIGNS, bare_name
-from leaderboards.text import clean, number
 
 LEAST = 5
 """Clusters in a task below which nobody is told apart."""
@@ -53,14 +53,6 @@ SUFFIXES: Mapping[str, str] = {"score": "", "nll": "_nll"}
 """Measure to what follows the column's name."""
 PAIRED: Mapping[str, str] = {"score": "score_points_vs_best", "nll": "nll_nats_vs_best"}
 """Measure to the columns of the difference to the best other."""
-HOW_TO_READ = (
-    "rank: the places among the methods of its budget that the samples leave possible; methods that are not told apart "
-    f"share places. All pairs of a budget at once, paired, wrong claims held at {1 - LEVEL:.0%} per budget and measure "
-    "(step-down max-t bootstrap); a cell over its bytes has no rank, one that lacks samples is surely above nobody. "
-    f"Nobody is told apart with fewer than {LEAST} contexts in some task, or {FEW} in all.",
-    f"over tasks: {LEVEL:.0%} interval of the score with the tasks redrawn too. best other: the best mean of another "
-    "name at that budget, chosen on the samples it is compared on, which favours it; Δ as above.",
-)
 
 
 def step_down(statistics: Array, draws: Array, *, level: float = LEVEL) -> Mask:
@@ -89,7 +81,7 @@ def normal_deviate(mean: float, error: float, *, freedom: float) -> float:
 class _Field:
     """The cells of one budget by one measure. whole: cells that lack no sample that another one has."""
 
-    def __init__(self, grid: Grid, cells: Sequence[Cell], measure: str, *, redraws: Redraws) -> None:
+    def __init__(self, grid: Grid, cells: Sequence[CellKey], measure: str, *, redraws: Redraws) -> None:
         self.cells = cells
         self.sign = SIGNS[measure]
         values = np.stack([grid.values(cell, measure) for cell in cells], axis=1)  # [S, K]
@@ -146,7 +138,7 @@ class _Field:
                 better[i, j] = sure
         return better
 
-    def ranks(self) -> dict[Cell, tuple[int, int]]:
+    def ranks(self) -> dict[CellKey, tuple[int, int]]:
         """(low, high) of the cells that count; none where there are fewer than two."""
         here = self.inside
         if len(here) < 2:
@@ -154,7 +146,7 @@ class _Field:
         better = self.beats()
         return {self.cells[i]: (1 + int(better[:, i].sum()), len(here) - int(better[i].sum())) for i in here}
 
-    def best_other(self, i: int) -> Cell | None:
+    def best_other(self, i: int) -> CellKey | None:
         """The strongest other method on the samples of this cell; of equal means the first label."""
         if i not in self.scored:
             return None
@@ -167,14 +159,14 @@ class _Field:
         return bare_name(self.cells[i][0])
 
 
-def rank_columns(grid: Grid, *, seed: int, resamples: int) -> dict[Cell, dict[str, Any]]:
+def rank_columns(grid: Grid, *, seed: int, resamples: int) -> dict[CellKey, dict[str, Any]]:
     """Columns of every cell's row.
 
     `rank_low _high`, `rank_nll_low _high`; `score_task_low _high`, 0-100; `best_other` and `best_other_nll`, labels;
     `score_points_vs_best` and `nll_nats_vs_best`, each with `_mean _low _high _n`. NaN or empty where there is none.
     """
     redraws = Redraws(grid, seed=seed, resamples=resamples)
-    found: dict[Cell, dict[str, Any]] = {}
+    found: dict[CellKey, dict[str, Any]] = {}
     for budget in dict.fromkeys(b for _, b in sorted(grid.cells, key=lambda c: c[1])):
         cells = sorted(c for c in grid.cells if c[1] == budget)
         for measure, suffix in SUFFIXES.items():
@@ -195,7 +187,7 @@ def rank_columns(grid: Grid, *, seed: int, resamples: int) -> dict[Cell, dict[st
     return found
 
 
-def task_intervals(field: _Field, *, seed: int) -> dict[Cell, tuple[float, float]]:
+def task_intervals(field: _Field, *, seed: int) -> dict[CellKey, tuple[float, float]]:
     """(low, high) of the mean of the cells that have enough tasks and clusters."""
     edge = (1 - LEVEL) / 2
     ends = {}
@@ -213,34 +205,6 @@ def task_intervals(field: _Field, *, seed: int) -> dict[Cell, tuple[float, float
     return ends
 
 
-def rank_text(low: float, high: float) -> str:
-    """`1-3`, `2`, or a dash where there is none."""
-    if math.isnan(low):
-        return "-"
-    return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
-
-
 def is_ranked(rows: pd.DataFrame) -> bool:
     """Whether some cell of a table has a rank."""
     return bool(rows["rank_low"].notna().any())
-
-
-def frame(rows: pd.DataFrame) -> pd.DataFrame:
-    """Ranks, intervals over tasks and differences to the best other as text: one row per ranked (budget, method)."""
-    return pd.DataFrame([_texts(row) for row in rows.to_dict("records") if row["budget"] != FULL])
-
-
-def _texts(row: Mapping[Any, Any]) -> dict[str, str]:
-    low, high = number(row["score_task_low"]), number(row["score_task_high"])
-    cells = {
-        "budget": clean(row["budget"]),
-        "method": clean(row["method"]),
-        "over tasks": "-" if low == "-" else f"[{low}, {high}]",
-    }
-    for measure, suffix in SUFFIXES.items():
-        digits, words = (1, "") if measure == "score" else (3, " NLL")
-        mean, *ends = (number(row[f"{PAIRED[measure]}_{p}"], digits=digits, sign="+") for p in ("mean", "low", "high"))
-        cells[f"rank{words}"] = rank_text(row[f"rank{suffix}_low"], row[f"rank{suffix}_high"])
-        cells[f"best other{words}"] = clean(row[f"best_other{suffix}"]) or "-"
-        cells[f"Δ{words.strip()} best other"] = mean if ends[0] == "-" else f"{mean} [{', '.join(ends)}]"
-    return cells

@@ -39,10 +39,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import LEVEL, MIN_PAIRS, Array, Counts, Kept, draw_counts, drawn_sums
 from leaderboards.stats.comparable import FULL, budget_order
-from leaderboards.stats.grid import Cell, Grid
-from leaderboards.text import clean, number
+from leaderboards.stats.grid import Grid
 
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("ruler/niah_single_*", "needles"),
@@ -59,8 +59,6 @@ OWN = "strongest of each"
 
 SIGNS: Mapping[str, float] = {"nll": -1.0, "score": 1.0}
 """Measure to the sign of subject minus rival."""
-TITLES: Mapping[str, tuple[str, int]] = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
-"""Measure to its words on a page and its decimals."""
 
 COLUMNS = [
     *("subject", "budget", "family", "tasks", "n", "measure", "rival", "subject_mean", "rival_mean"),
@@ -72,7 +70,7 @@ Tasks = dict[str, npt.NDArray[np.intp]]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SubjectComparison:
     """The subject and its strongest rival. draws: [resamples], the gain in each; None where it has no interval."""
 
     rival: str
@@ -132,7 +130,7 @@ def compare(grid: Grid, subject: str | None, *, seed: int, resamples: int) -> pd
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _families(grid: Grid, cell: Cell, measure: str, *, draws: _Draws) -> Iterator[tuple[str, Comparison]]:
+def _families(grid: Grid, cell: CellKey, measure: str, *, draws: _Draws) -> Iterator[tuple[str, SubjectComparison]]:
     """The families where the subject has values, each with its strongest rival."""
     families: dict[str, Tasks] = {}
     for task, rows in grid.bootstrap.rows.items():
@@ -149,26 +147,26 @@ def _families(grid: Grid, cell: Cell, measure: str, *, draws: _Draws) -> Iterato
         ranked = sorted((-SIGNS[measure] * mean, c) for c, mean in means.items() if not math.isnan(mean))
         if not ranked:
             n = sum(rows.size for rows in present.values())
-            yield family, Comparison("", len(present), n, _mean(own, tasks))
+            yield family, SubjectComparison("", len(present), n, _mean(own, tasks))
             continue
         pair = (cell, ranked[0][1])  # of equal means the first label
         yield family, _comparison(grid, pair, measure, tasks, family=family, draws=draws)
 
 
-def _rivals(grid: Grid, cell: Cell) -> list[Cell]:
+def _rivals(grid: Grid, cell: CellKey) -> list[CellKey]:
     others = [c for c in grid.cells if c[1] == cell[1] and bare_name(c[0]) != bare_name(cell[0])]
     return [c for c in others if grid.complete(c) and not grid.over_budget(c)]
 
 
 def _comparison(
     grid: Grid,
-    pair: tuple[Cell, Cell],
+    pair: tuple[CellKey, CellKey],
     measure: str,
     tasks: Tasks,
     *,
     family: str,
     draws: _Draws,
-) -> Comparison:
+) -> SubjectComparison:
     own, other = (grid.values(cell, measure) for cell in pair)
     difference = SIGNS[measure] * (own - other)
     both = ~np.isnan(difference)
@@ -176,7 +174,7 @@ def _comparison(
     full = ("fullkv", FULL)
     unknown = np.full(own.shape, np.nan)
     base = np.where(both, grid.values(full, measure), np.nan) if measure == "nll" and full in grid.cells else unknown
-    return Comparison(
+    return SubjectComparison(
         rival=pair[1][0],
         tasks=len(paired),
         n=sum(rows.size for rows in paired.values()),
@@ -189,16 +187,16 @@ def _comparison(
     )
 
 
-def _all(parts: Sequence[Comparison]) -> Comparison:
+def _all(parts: Sequence[SubjectComparison]) -> SubjectComparison:
     """The mean of the families, which weigh the same; their draws are independent of each other."""
     draws = [part.draws for part in parts if part.draws is not None]
     names = ("subject_mean", "rival_mean", "gain", "subject_loss", "rival_loss")
     means = {name: float(np.mean([getattr(part, name) for part in parts])) for name in names}
     tasks, n = (sum(counts) for counts in zip(*((part.tasks, part.n) for part in parts), strict=True))
-    return Comparison(OWN, tasks, n, **means, draws=np.mean(draws, axis=0) if len(draws) == len(parts) else None)
+    return SubjectComparison(OWN, tasks, n, **means, draws=np.mean(draws, axis=0) if len(draws) == len(parts) else None)
 
 
-def _row(c: Comparison, unfair: str) -> dict[str, Any]:
+def _row(c: SubjectComparison, unfair: str) -> dict[str, Any]:
     edge = (1 - LEVEL) / 2
     ends = (math.nan, math.nan)
     if c.draws is not None:
@@ -240,46 +238,3 @@ def _redraw(grid: Grid, values: Array, tasks: Tasks, *, family: str, draws: _Dra
         sums, sizes = drawn_sums(often[t], np.stack(parts, axis=1)).T
         means[drawn == t] = sums / sizes
     return np.asarray(means.mean(axis=1))
-
-
-HOW_TO_READ = (
-    "against the strongest other method: per budget, family and measure, the method within its bytes that has the best "
-    "mean of task means, and that is no preset of the subject. It is chosen on the samples it is compared on, which "
-    "favours it.",
-    "gain: subject against rival on the samples both have, mean of task means, positive where the subject is better, "
-    f"with its {LEVEL:.0%} interval by redrawing the family's tasks and the samples within each; too narrow with few "
-    "tasks. all families: mean of the families' gains; tasks are redrawn within families, families are not.",
-    "verdict: better or worse only where the whole interval is on that side of 0; a subject that is over budget or "
-    "incomplete is not judged. loss: NLL above that of fullkv on the same samples; loss ratio: subject's by rival's.",
-)
-
-
-def frames(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Title to frame of text, one per measure that has rows: one row per (budget, family)."""
-    pages = {}
-    for measure, (words, digits) in TITLES.items():
-        rows = rivals[rivals["measure"] == measure].to_dict("records")
-        if rows:
-            title = f"{clean(rows[0]['subject'])} against the strongest other method of each family: {words}"
-            pages[title] = pd.DataFrame([_texts(row, digits, losses=measure == "nll") for row in rows])
-    return pages
-
-
-def _texts(row: Mapping[Any, Any], digits: int, *, losses: bool) -> dict[str, str]:
-    gain, low, high = (number(row[name], digits=digits, sign="+") for name in ("gain", "low", "high"))
-    cells = {
-        "budget": clean(row["budget"]),
-        "family": clean(row["family"]),
-        "tasks": str(row["tasks"]),
-        "n": str(row["n"]),
-        "subject": number(row["subject_mean"], digits=digits),
-        "rival": clean(row["rival"]) or "-",
-        "rival's": number(row["rival_mean"], digits=digits),
-        "gain": gain if low == "-" else f"{gain} [{low}, {high}]",
-        "verdict": row["verdict"],
-    }
-    if losses:
-        cells["loss"] = number(row["subject_loss"], digits=digits)
-        cells["rival's loss"] = number(row["rival_loss"], digits=digits)
-        cells["loss ratio"] = number(row["loss_ratio"], digits=2)
-    return cells

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import Array, Estimate
 from leaderboards.stats.comparable import STATUSES
-from leaderboards.stats.grid import Cell, Grid, Mask
+from leaderboards.stats.grid import Grid, Mask
 
 ENGLISH: Mapping[str, tuple[str, ...]] = {
     "single-doc QA": ("narrativeqa", "qasper", "multifieldqa_en"),
@@ -81,7 +82,7 @@ class Summary:
     means: tuple[Mean, ...]
 
 
-def summarise(grid: Grid, order: Sequence[Cell]) -> pd.DataFrame:
+def summarise(grid: Grid, order: Sequence[CellKey]) -> pd.DataFrame:
     """One row per summary, cell (in `order`) and column, of the summaries that the samples make possible.
 
     `mean`, `low`, `high`: 0-100. `n`: samples in the mean, of `n_expected` that some cell of the budget did not skip.
@@ -96,7 +97,7 @@ def summarise(grid: Grid, order: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _rows(grid: Grid, order: Sequence[Cell], mean: Mean) -> list[dict[str, Any]]:
+def _rows(grid: Grid, order: Sequence[CellKey], mean: Mean) -> list[dict[str, Any]]:
     """One column of a summary, of every cell."""
     tasks = [task for task, rows in grid.bootstrap.rows.items() if mean.where[rows].any()]
     shares = {cell: _weights(grid, _values(grid, cell, mean), mean) for cell in order}
@@ -107,7 +108,7 @@ def _rows(grid: Grid, order: Sequence[Cell], mean: Mean) -> list[dict[str, Any]]
     ]
 
 
-def _values(grid: Grid, cell: Cell, mean: Mean) -> Array:
+def _values(grid: Grid, cell: CellKey, mean: Mean) -> Array:
     return np.where(mean.where, grid.values(cell, mean.what), np.nan)
 
 
@@ -119,7 +120,7 @@ def _weights(grid: Grid, values: Array, mean: Mean) -> dict[str, float]:
     return {task: 1 / members[kind] for task, kind in kinds.items()}
 
 
-def _row(grid: Grid, cell: Cell, mean: Mean, *, estimate: Estimate, tasks: tuple[int, int]) -> dict[str, Any]:
+def _row(grid: Grid, cell: CellKey, mean: Mean, *, estimate: Estimate, tasks: tuple[int, int]) -> dict[str, Any]:
     """tasks: those with a value, and those that have samples."""
     expected = int((mean.where & grid.expected(cell[1])).sum())
     counts = grid.counts(cell, mean.where)
@@ -190,7 +191,7 @@ def _ruler(grid: Grid) -> Iterator[Summary]:
 
 
 def _needles(grid: Grid) -> Iterator[Summary]:
-    bands = [_band(meta.get("depth")) for meta in grid.metas]
+    bands = [band_of(meta.get("depth")) for meta in grid.metas]
     deep = np.array([band != "" for band in bands], dtype=bool)
     needles = np.zeros(len(grid.samples), dtype=bool)
     for cell in grid.cells:
@@ -218,7 +219,7 @@ def _split(
     return tuple(Mean(name, where, tasks_expected, what) for name, where in found.items() if where.any())
 
 
-def _band(depth: object) -> str:
+def band_of(depth: object) -> str:
     """The band of a depth in percent; empty for what is no depth."""
     if isinstance(depth, bool) or not isinstance(depth, int | float) or not 0 <= depth <= 100:
         return ""

@@ -15,7 +15,6 @@ too. The samples are chosen by the cell's own NLL, which favours `fullkv`; they 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,24 +22,19 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from leaderboards.stats.bootstrap import LEVEL, NOTHING, Array, Estimate
+from harness.records.record import CellKey
+from leaderboards.stats.bootstrap import NOTHING, Array, Estimate
 from leaderboards.stats.comparable import FULL
-from leaderboards.stats.grid import Cell, Grid
-from leaderboards.text import clean, number
+from leaderboards.stats.grid import Grid
 
 RIGHT = 50.0
 """Points, 0-100, from which on an answer is right."""
 PARTS = 10
 """One sample of so many is in the tail, and one at least."""
-REFERENCE: Cell = ("fullkv", FULL)
-HOW_TO_READ = (
-    f"broken %: of the samples that fullkv answers right (score >= {RIGHT:.0f}) those that the method answers wrong, "
-    f"mean over tasks with its {LEVEL:.0%} interval; broken: their number, of how many. NLL worst 10%: mean NLL of the "
-    "tenth of each task's samples with the highest NLL, mean over tasks; Δ: less the NLL of fullkv on those samples.",
-)
+REFERENCE: CellKey = ("fullkv", FULL)
 
 
-def tail_columns(grid: Grid) -> dict[Cell, dict[str, Any]]:
+def tail_columns(grid: Grid) -> dict[CellKey, dict[str, Any]]:
     """Columns of every cell's row, NaN where there is none.
 
     `broken_percent` with `_mean _low _high _n`, and `n_broken`; `nll_worst_nats_mean` (per token) and `_n`;
@@ -51,20 +45,20 @@ def tail_columns(grid: Grid) -> dict[Cell, dict[str, Any]]:
     return {cell: {**_columns(grid, cell, broken.get(cell)), **_worst(grid, cell)} for cell in grid.cells}
 
 
-def _broken(grid: Grid, cell: Cell) -> Array:
+def _broken(grid: Grid, cell: CellKey) -> Array:
     """[S]: of the samples that fullkv answers right 100 where the cell is wrong, else 0; NaN for the others."""
     own = grid.values(cell, "score")
     of = (grid.values(REFERENCE, "score") >= RIGHT) & ~np.isnan(own)  # NaN is not right
     return np.where(of, 100.0 * (own < RIGHT), np.nan)
 
 
-def _columns(grid: Grid, cell: Cell, estimate: Estimate | None) -> dict[str, Any]:
+def _columns(grid: Grid, cell: CellKey, estimate: Estimate | None) -> dict[str, Any]:
     wrong = math.nan if estimate is None else float((_broken(grid, cell) > 0).sum())
     parts = asdict(estimate or NOTHING)
     return {**{f"broken_percent_{part}": value for part, value in parts.items()}, "n_broken": wrong}
 
 
-def _worst(grid: Grid, cell: Cell) -> dict[str, Any]:
+def _worst(grid: Grid, cell: CellKey) -> dict[str, Any]:
     own = grid.values(cell, "nll")
     chosen = [worst(own, rows) for rows in grid.bootstrap.rows.values()]
     columns = dict(zip(("nll_worst_nats_mean", "nll_worst_nats_n"), _mean(own, chosen), strict=True))
@@ -91,22 +85,3 @@ def _mean(values: Array, parts: list[npt.NDArray[np.intp]]) -> tuple[float, int]
 def is_known(rows: pd.DataFrame) -> bool:
     """Whether the rows of a table have something to say about tails."""
     return bool(rows["broken_percent_n"].any() or rows["nll_worst_nats_n"].any())
-
-
-def frame(rows: pd.DataFrame) -> pd.DataFrame:
-    """Tails as text: one row per (budget, method)."""
-    return pd.DataFrame([_texts(row) for row in rows.to_dict("records")])
-
-
-def _texts(row: Mapping[Any, Any]) -> dict[str, str]:
-    mean, low, high = (number(row[f"broken_percent_{part}"]) for part in ("mean", "low", "high"))
-    n = row["broken_percent_n"]
-    return {
-        "budget": clean(row["budget"]),
-        "method": clean(row["method"]),
-        "broken %": mean if low == "-" else f"{mean} [{low}, {high}]",
-        "broken": f"{row['n_broken']:.0f} of {n}" if n else "-",
-        "NLL worst 10%": number(row["nll_worst_nats_mean"], digits=3),
-        "Δ fullkv": number(row["nll_worst_nats_vs_fullkv_mean"], digits=3, sign="+"),
-        "n worst": str(row["nll_worst_nats_n"]),
-    }

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from harness.errors import HarnessError
 from harness.records.bench_folder import BenchManifest, BenchRecord
 from harness.records.measured import Measured, Spread
-from harness.records.run_folder import write_text
-from leaderboards.tables.speed_rows import ALARM, SPREADS, Row, SpeedTable, numbers, tables
-from leaderboards.text import LONGEST, bullets, clean, escape, fold, github, number, plain, wrap
-
-TERMINAL_WIDTH = 120
-MIB = 2**20
+from leaderboards.tables.files import write_files
+from leaderboards.tables.speed_rows import ALARM, SPREADS, SpeedRow, SpeedTable, numbers, tables
+from leaderboards.text import MIB, NOTE_CHARS, Section, clean, markdown, number, terminal
 
 
 def frame(table: SpeedTable) -> pd.DataFrame:
@@ -32,21 +27,19 @@ def frame(table: SpeedTable) -> pd.DataFrame:
 
 def to_markdown(records: Sequence[BenchRecord], *, manifests: Sequence[BenchManifest] = ()) -> str:
     """All tables as a page, each with what it was measured on."""
-    parts = []
-    for table in tables(records):
-        parts += [f"## {escape(heading(table))}", bullets(_facts(table, manifests)), github(frame(table))]
-        parts += [bullets(lines)] if (lines := _footnotes(table)) else []
-    return "\n\n".join(parts) + "\n"
+    return markdown(_parts(records, manifests))
 
 
 def to_terminal(records: Sequence[BenchRecord], *, manifests: Sequence[BenchManifest] = ()) -> str:
     """All tables for a terminal of 120 columns."""
-    parts = []
+    return terminal(_parts(records, manifests))
+
+
+def _parts(records: Sequence[BenchRecord], manifests: Sequence[BenchManifest]) -> Iterator[Section]:
     for table in tables(records):
-        parts.append("\n".join(wrap(line, TERMINAL_WIDTH) for line in [heading(table), *_facts(table, manifests)]))
-        parts += [plain(part) for part in fold(frame(table), TERMINAL_WIDTH)]
-        parts += ["\n".join(wrap(line, TERMINAL_WIDTH) for line in lines)] if (lines := _footnotes(table)) else []
-    return "\n\n".join(parts)
+        yield Section(heading(table), _facts(table, manifests))
+        yield Section("", frame(table))
+        yield Section("", _footnotes(table))
 
 
 def to_csv(records: Sequence[BenchRecord]) -> str:
@@ -62,15 +55,8 @@ def write_speed(
     records: Sequence[BenchRecord], out_dir: Path, name: str, *, manifests: Sequence[BenchManifest] = ()
 ) -> list[Path]:
     """Write `<name>.md` and `<name>.csv`. Raises HarnessError when `name` is no file name or writing fails."""
-    if not re.fullmatch(r"[\w][\w.-]*", name):
-        raise HarnessError(f"board name {name!r} is no file name; use letters, digits, '.', '-' and '_'")
-    pages = {
-        out_dir / f"{name}.md": to_markdown(records, manifests=manifests),
-        out_dir / f"{name}.csv": to_csv(records),
-    }
-    for path, text in pages.items():
-        write_text(path, text)
-    return list(pages)
+    texts = {"md": to_markdown(records, manifests=manifests), "csv": to_csv(records)}
+    return write_files(out_dir, name, texts)
 
 
 def heading(table: SpeedTable) -> str:
@@ -87,18 +73,18 @@ def heading(table: SpeedTable) -> str:
     return clean(", ".join(map(str, parts)))
 
 
-def _named(row: Row) -> dict[str, str]:
+def _named(row: SpeedRow) -> dict[str, str]:
     return {"budget": clean(row.first.budget), "method": clean(row.first.method), "status": row.first.status}
 
 
-def _memory(row: Row, found: Mapping[str, float]) -> dict[str, str]:
+def _memory(row: SpeedRow, found: Mapping[str, float]) -> dict[str, str]:
     return {
         "peak MiB": number(found["peak_bytes"] / MIB) + (" !" if row.alarm else ""),
         "predicted MiB": number(found["predicted_bytes"] / MIB),
     }
 
 
-def _bench_line(row: Row, base: Measured | None) -> dict[str, str]:
+def _bench_line(row: SpeedRow, base: Measured | None) -> dict[str, str]:
     found = numbers(row, base)
     return {
         **_named(row),
@@ -116,7 +102,7 @@ def _bench_line(row: Row, base: Measured | None) -> dict[str, str]:
     }
 
 
-def _serve_line(row: Row, base: Measured | None) -> dict[str, str]:
+def _serve_line(row: SpeedRow, base: Measured | None) -> dict[str, str]:
     found = numbers(row, base)
     return {
         **_named(row),
@@ -131,7 +117,7 @@ def _serve_line(row: Row, base: Measured | None) -> dict[str, str]:
     }
 
 
-def _spread(row: Row, name: str, *, times: float = 1.0, digits: int = 3) -> str:
+def _spread(row: SpeedRow, name: str, *, times: float = 1.0, digits: int = 3) -> str:
     if row.found is None:
         return "-"
     spread: Spread = getattr(row.found, name)
@@ -139,7 +125,7 @@ def _spread(row: Row, name: str, *, times: float = 1.0, digits: int = 3) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def _rate(row: Row) -> str:
+def _rate(row: SpeedRow) -> str:
     """Output tokens a second of the whole batch by the median step, the slowest and the fastest one."""
     if row.found is None:
         return "-"
@@ -162,7 +148,7 @@ def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
         "versions": "; ".join(dict.fromkeys(_versions(m) for m in used)),
         "code": ", ".join(sorted({m.git_commit[:12] for m in used if m.git_commit})),
     }
-    return [f"{name}: {clean(text, longest=3 * LONGEST)}" for name, text in facts.items() if text]
+    return [f"{name}: {clean(text, longest=3 * NOTE_CHARS)}" for name, text in facts.items() if text]
 
 
 def _machine(manifest: BenchManifest) -> str:
@@ -204,13 +190,13 @@ def _footnotes(table: SpeedTable) -> list[str]:
     return lines
 
 
-def _alarm(row: Row, found: Measured) -> str:
+def _alarm(row: SpeedRow, found: Measured) -> str:
     share = found.peak_bytes / found.predicted_bytes - 1 if found.predicted_bytes else nan
     where = f"{clean(row.first.method)} at {clean(row.first.budget)}"
     return f"! {where}: peak {abs(share):.0%} {'above' if share > 0 else 'below'} its prediction"
 
 
-def _csv_line(table: SpeedTable, row: Row) -> dict[str, Any]:
+def _csv_line(table: SpeedTable, row: SpeedRow) -> dict[str, Any]:
     found, first = row.found, row.first
     line = {**table.axes, "bench_id": first.bench_id, "method": first.method, "budget": first.budget}
     line |= {"budget_tokens": nan if first.budget_tokens is None else first.budget_tokens, "status": first.status}

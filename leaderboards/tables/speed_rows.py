@@ -32,7 +32,7 @@ NUMBERS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class SpeedRow:
     """A cell, merged over its passes. first: its first pass that is not ok, or its first. found: None without one."""
 
     first: BenchRecord
@@ -51,7 +51,7 @@ class SpeedTable:
     """Rows that may be compared. axes: what they share, in the order of `AXES`."""
 
     axes: dict[str, Any]
-    rows: list[Row]
+    rows: list[SpeedRow]
 
     @property
     def baseline(self) -> Measured | None:
@@ -92,7 +92,7 @@ def tables(records: Sequence[BenchRecord]) -> list[SpeedTable]:
     return made
 
 
-def numbers(row: Row, base: Measured | None) -> dict[str, float]:
+def numbers(row: SpeedRow, base: Measured | None) -> dict[str, float]:
     """Values of `NUMBERS` of a row, ratios to the full cache's `base`; NaN where it did not finish.
 
     tokens_per_s counts decoding alone, all_tokens_per_s the prefills of all prompts too.
@@ -125,16 +125,16 @@ def _axes_key(record: BenchRecord) -> tuple[tuple[bool, Any], ...]:
     return tuple((value is not None, 0 if value is None else value) for value in found)  # None sorts first
 
 
-def _row_key(row: Row) -> tuple[bool, int, str, str]:
+def _row_key(row: SpeedRow) -> tuple[bool, int, str, str]:
     """The full cache first, then by slots."""
     slots = row.first.budget_tokens
     return (slots is not None, slots or 0, row.first.method, row.first.bench_id)
 
 
-def _row(passes: Sequence[BenchRecord]) -> Row:
+def _row(passes: Sequence[BenchRecord]) -> SpeedRow:
     measured = [record.measured for record in passes if record.status == "ok" and record.measured is not None]
     bad = next((record for record in passes if record.status != "ok"), None)
-    return Row(bad or passes[0], len(passes), merge(measured) if measured and bad is None else None)
+    return SpeedRow(bad or passes[0], len(passes), merge(measured) if measured and bad is None else None)
 
 
 def _pooled(spreads: Sequence[Spread]) -> Spread:

@@ -22,7 +22,7 @@ from harness.records.bench_folder import BENCHES, BenchManifest, BenchSpec, Benc
 from harness.records.boundary_folder import BOUNDARIES, BoundaryStore
 from harness.records.log_folder import LogLayout
 from harness.records.run_folder import RUNS, RunStore
-from tests.leaderboards.tables import test_memory, test_speed
+from tests.leaderboards.tables import test_boundary, test_speed
 from tests.records import test_run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,8 @@ KINDS = {
     "boundary": Kind(
         BOUNDARIES,
         BoundaryStore.open,
-        test_memory.MANIFEST,
-        lambda name: test_memory.record(name, "128", 1024),
+        test_boundary.MANIFEST,
+        lambda name: test_boundary.record(name, "128", 1024),
         lambda store, record: store.put(record),
     ),
 }

@@ -14,7 +14,7 @@ from harness.errors import HarnessError
 from harness.records.record import Record
 from leaderboards.nights.compare import compare
 from leaderboards.nights.files import machine_id, read_nights, write_night
-from leaderboards.nights.report import Verdict, headline, judge, to_markdown, to_terminal
+from leaderboards.nights.report import NightVerdict, headline, judge, to_markdown, to_terminal
 from tests.leaderboards.nights.test_compare import BARE, OPTIONS, longer, night, noisy, records, scored
 from tests.pretend import record
 
@@ -127,7 +127,7 @@ def test_another_version_class_or_setting_is_no_baseline() -> None:
     assert both.baseline is same and len(both.others) == 1 and not both.publishable
 
 
-def verdict(*, accept: bool = False) -> Verdict:
+def verdict(*, accept: bool = False) -> NightVerdict:
     def edit(r: Record) -> dict[str, Any]:
         if r.method == "h2o":
             return scored(r, 0.25)

@@ -13,8 +13,8 @@ from leaderboards.pages.maps import TableMap
 from leaderboards.pages.page import Extras, write_page
 from leaderboards.stats.aggregate import aggregate
 from tests.leaderboards.pages.test_page import EVIL, crossed, planted, pretend, run
-from tests.leaderboards.tables.test_memory import MANIFEST as LIMIT
-from tests.leaderboards.tables.test_memory import searches
+from tests.leaderboards.tables.test_boundary import MANIFEST as LIMIT
+from tests.leaderboards.tables.test_boundary import searches
 
 api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

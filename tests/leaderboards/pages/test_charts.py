@@ -7,10 +7,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from leaderboards.pages.charts import charts, keys, methods_of
+from leaderboards.pages.charts import Chart, charts, methods_of
 from leaderboards.pages.page import to_html
 from leaderboards.pages.svg import INKS, SVG
-from leaderboards.stats.aggregate import aggregate
+from leaderboards.stats.aggregate import Table, aggregate
+from tests.leaderboards.pages.test_page import section
 from tests.leaderboards.stats.test_pareto import timed
 from tests.pretend import cell
 
@@ -21,6 +22,12 @@ RECORDS = [
     *timed("good", "128", [0.7] * 12, [0.03] * 12, 200),
     *timed("bad", "64", [0.5] * 12, FLAT, 100),
 ]
+
+
+def drawn(table: Table) -> list[Chart]:
+    found = charts(table, salt="a")
+    assert found is not None
+    return list(found.charts)
 
 
 def points(svg: str, series: int) -> list[tuple[float, float, str]]:
@@ -40,7 +47,7 @@ def points(svg: str, series: int) -> list[tuple[float, float, str]]:
 def test_points_carry_their_own_words() -> None:
     table = aggregate(RECORDS)[0]
     assert methods_of(table) == ["bad", "good"]
-    svg = charts(table, salt="a")[0].svg
+    svg = drawn(table)[0].svg
     (x64, y64, small), (x128, y128, large) = points(svg, 1)
     assert small == "good at 64: score 60.0 (60.0 to 60.0), KV 25.0 %, TPOT 20.00 ms"
     assert large.startswith("good at 128: score 70.0")
@@ -50,33 +57,33 @@ def test_points_carry_their_own_words() -> None:
 
 
 def test_time_per_token_is_drawn_where_it_was_measured() -> None:
-    found = charts(aggregate(RECORDS)[0], salt="a")
+    found = drawn(aggregate(RECORDS)[0])
     assert [chart.title for chart in found][2:] == ["Score against time per token"]
-    assert ("good", "64", "20.00", "60.0", "60.0", "60.0") in found[2].values
+    assert ("good", "64", "20.00", "60.0", "60.0", "60.0") in found[2].values.rows
     assert points(found[2].svg, 0)[0][0] < points(found[2].svg, 1)[0][0]
     html = to_html(aggregate(RECORDS), RECORDS, title="x")
     assert "<button type=button>TPOT ms</button>" in html
     unmeasured = [r.model_copy(update={"measured": None}) for r in RECORDS]
-    assert len(charts(aggregate(unmeasured)[0], salt="a")) == 2
+    assert len(drawn(aggregate(unmeasured)[0])) == 2
 
 
 def test_a_measured_uncompressed_cache_alone_draws() -> None:
     records = [r if r.budget == "full" else r.model_copy(update={"measured": None}) for r in RECORDS]
-    assert points(charts(aggregate(records)[0], salt="a")[2].svg, 0) == []
+    assert points(drawn(aggregate(records)[0])[2].svg, 0) == []
 
 
 def test_a_chart_has_a_name_a_description_and_no_inline_style() -> None:
-    for chart in charts(aggregate(RECORDS)[0], salt="a"):
+    for chart in drawn(aggregate(RECORDS)[0]):
         root = ET.fromstring(chart.svg)
         ids = [root.get("aria-labelledby"), root.get("aria-describedby")]
         assert root.get("role") == "img" and [child.get("id") for child in root[:2]] == ids
         assert root[0].text == chart.title and root[1].text == chart.about
         assert not any("style" in element.attrib or element.tag.endswith("style") for element in root.iter())
-        assert len(chart.values) == 4
+        assert len(chart.values.rows) == 4
 
 
 def test_colours_can_be_changed_by_a_dark_page() -> None:
-    svg = charts(aggregate(RECORDS)[0], salt="a")[0].svg
+    svg = drawn(aggregate(RECORDS)[0])[0].svg
     painted = set(re.findall(r'(?:fill|stroke)="(#\w+)"', svg))
     assert painted and painted <= set(INKS)
 
@@ -84,6 +91,6 @@ def test_colours_can_be_changed_by_a_dark_page() -> None:
 @pytest.mark.parametrize("name", ["$\\frac{1$", "<b>x</b>", "a_b^c"])
 def test_odd_names_are_plain_text(name: str) -> None:
     table = aggregate([*cell(name, name, [0.5] * 12), *cell("h2o", name, [0.4] * 12)])[0]
-    chart = charts(table, salt="a")[1]
+    chart = drawn(table)[1]
     assert name in [e.text for e in ET.fromstring(chart.svg).iter(f"{{{SVG}}}text")]
-    assert "<b>" not in chart.svg + keys(table)
+    assert "<b>" not in chart.svg + section("charts", charts(table, salt="a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -11,19 +12,36 @@ from harness.boards.compiled_tables import table_maps_of
 from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryStore
 from harness.records.spec import MethodSpec
-from leaderboards.pages.maps import TableMap, table_maps
-from leaderboards.pages.memory import find_searches, frontiers
+from leaderboards.pages.boundary import Search, boundary_pictures, find_searches
+from leaderboards.pages.maps import TableMap, shaded_tables
 from leaderboards.pages.page import Extras, to_html
-from leaderboards.pages.parts import best_by_task, others, rivals
+from leaderboards.pages.parts import TableParts, best_by_task, table_parts
+from leaderboards.pages.ranking import memory
 from leaderboards.pages.samples import kept_map
-from leaderboards.pages.table import memory, verdicts
-from leaderboards.stats.aggregate import aggregate
+from leaderboards.stats.aggregate import Table, aggregate
 from methods.compilerkv.policy import folder_of
 from methods.compilerkv.tables import load_tables
-from tests.leaderboards.pages.test_page import pretend, words
-from tests.leaderboards.tables.test_memory import HOSTILE, MANIFEST, searches
-from tests.leaderboards.tables.test_memory import record as search
+from tests.leaderboards.pages.test_page import pretend, section, words
+from tests.leaderboards.tables.test_boundary import HOSTILE, MANIFEST, searches
+from tests.leaderboards.tables.test_boundary import record as search
 from tests.pretend import manifest, only, record
+
+
+def best(table: Table) -> str:
+    return words(section("best", best_by_task(table)))
+
+
+def parts_of(table: Table) -> TableParts:
+    return table_parts(0, table, pretend(), several=False)
+
+
+def boundaries(searches: Sequence[Search]) -> str:
+    return section("boundaries", boundary_pictures(searches))
+
+
+def table_maps(maps: Sequence[TableMap]) -> str:
+    return section("table_maps", shaded_tables(maps))
+
 
 PACKAGED = "smollm2-135m"
 
@@ -31,30 +49,26 @@ PACKAGED = "smollm2-135m"
 def test_the_best_of_a_task_is_named_with_those_that_share_it() -> None:
     records = [r for r in pretend(("a", "b", "c")) if r.method != "b"]
     records += [r.model_copy(update={"method": "b"}) for r in records if r.method == "a"]
-    text = words(best_by_task(only(records)))
+    text = best(only(records))
     assert "budget 64, 16.0 % of bytes" in text
     assert "niah/kamradt95.075.0 a and 1 more75.0 a and 1 more" in text  # fullkv alone: no name
 
 
 def test_a_cell_over_its_bytes_is_not_the_best_of_a_task() -> None:
     records = [r.model_copy(update={"over_budget": True}) if r.method == "snapkv" else r for r in pretend()]
-    text = words(best_by_task(only(records)))
+    text = best(only(records))
     assert "snapkv" not in text and "h2o" not in text  # the one left at each budget needs no name
     assert "95.055.055.0" in text
-    assert best_by_task(only([record("snapkv", "64", "0", None)])) == ""
-
-
-def test_a_verdict_says_what_its_cells_cost() -> None:
-    assert "told apart from the other method. 16.0 % of the full cache, 0.00 MiB" in words(verdicts(only(pretend())))
+    assert best_by_task(only([record("snapkv", "64", "0", None)])) is None
 
 
 def test_rivals_are_shown_with_a_subject_alone() -> None:
     records = pretend()
-    assert rivals(only(records)) == ""
+    assert parts_of(only(records)).rivals == []
     told = only(records, subject="snapkv")
-    assert "snapkv against the strongest other method of each family: score, 0-100" in rivals(told)
-    assert "against" not in others(told) and "Ranks and best others" in others(told)
-    assert "Tail failures" in others(told)
+    rivals, more = ([table.caption for table in tables] for tables in (parts_of(told).rivals, parts_of(told).more))
+    assert rivals == ["snapkv against the strongest other method of each family: score, 0-100"]
+    assert more == ["Score by task", "Ranks and best others", "Tail failures", "NIAH by depth", *more[4:]]
     html = to_html([told], records, title="x")
     assert html.count('id="rivals"') == 1 == html.count('href="#rivals"')
 
@@ -80,22 +94,22 @@ def test_searches_are_found_beside_runs_and_drawn_with_their_values(tmp_path: Pa
     (tmp_path / "run").mkdir()
     ((told, records),) = find_searches([tmp_path, tmp_path / "limit", tmp_path / "run"])
     assert told == MANIFEST and records == searches()
-    html = frontiers([(told, records)])
+    html = boundaries([(told, records)])
     svg = ET.fromstring(html[html.index("<svg") : html.index("</svg>") + 6])
     assert svg.get("role") == "img" and "largest context" in (svg[1].text or "")
     assert not any("style" in element.attrib for element in svg.iter())
     assert "<caption>Boundary under 512 MiB: tiny (float32, cpu)</caption>" in html
-    assert frontiers([]) == "" and 'id="frontier"' not in to_html(aggregate(pretend()), pretend(), title="x")
+    assert 'id="frontier"' not in to_html(aggregate(pretend()), pretend(), title="x")
 
 
 def test_markup_in_a_search_or_a_table_stays_text() -> None:
-    html = frontiers([(MANIFEST, [search(HOSTILE, "64", 512)])]) + table_maps([TableMap("<b>", "<i>", [[1.0]])])
+    html = boundaries([(MANIFEST, [search(HOSTILE, "64", 512)])]) + table_maps([TableMap("<b>", "<i>", [[1.0]])])
     assert not {"<script", "<b>", "<i>"} & {html[i : i + 7].partition(" ")[0] for i in range(len(html))}
     assert "&lt;script&gt;" in html and "&lt;b&gt;" in html
 
 
 def test_two_folders_of_searches_share_no_id() -> None:
-    html = frontiers([(MANIFEST, searches()), (MANIFEST, searches())])
+    html = boundaries([(MANIFEST, searches()), (MANIFEST, searches())])
     ids = [part.split('"')[0] for part in html.split(' id="')[1:]]
     assert ids and len(ids) == len(set(ids))
 
@@ -105,7 +119,6 @@ def test_tables_are_shaded_by_their_largest_value() -> None:
     assert html.count("<h3>") == 1 and "Shades from 0 to 4.0" in html
     assert '<td class="h10" title="layer 1, head 1">4.0</td>' in html
     assert '<td class="h0" title="layer 1, head 0">0.0</td>' in html and html.count('class="h5"') == 5
-    assert table_maps([]) == ""
 
 
 @pytest.mark.parametrize("values", [[[1.0], [1.0, 2.0]], [[float("nan")]], [[-1.0]], [], [1.0]])
@@ -147,28 +160,3 @@ def test_tables_that_are_not_here_are_a_remark(changed: dict[str, str]) -> None:
 def test_a_kept_map_reaches_its_ends_only_with_none_or_all() -> None:
     one = record("h2o", "64", "0", 1.0, needle_tokens=40, needle_kept=((0, 1, 20), (39, 40, 4)))
     assert kept_map(one) == "015.9a1"
-
-
-def lone_leader() -> tuple[str, list[str]]:
-    """The verdict at 64 of a table where one cell alone may be first but is told apart from one other only."""
-    table = only(pretend(("a", "b", "c")))
-    rows = table.rows
-    here = rows["budget"] == "64"
-    rows.loc[here, "mark"] = ["=", "", ""]
-    return words(verdicts(table)), rows["method"][here].tolist()
-
-
-def test_a_verdict_names_those_whose_rank_may_be_first() -> None:
-    for methods in (("snapkv", "h2o"), ("a", "b", "c", "d")):
-        table = only(pretend(methods))
-        for budget, said in zip(("64", "128"), verdicts(table).split("</li>"), strict=False):
-            rows = table.rows[table.rows["budget"] == budget]
-            first = set(rows["method"][rows["rank_low"] == 1])
-            assert {name for name in methods if f"<b>{name}</b>" in said} == first
-            assert ("is best" in said) == (len(first) == 1 and int(rows["rank_high"].min()) == 1)
-
-
-def test_a_leader_that_is_not_told_apart_from_all_is_not_called_best() -> None:
-    said, (leader, *_) = lone_leader()
-    assert f"Budget 64{leader} is first, " in said
-    assert "but not told apart from every other method." in said.partition("Budget 128")[0]

@@ -76,11 +76,6 @@ def test_fronts_by_hand() -> None:
     }
 
 
-def test_equal_scores_are_not_told_apart() -> None:
-    table = only(timed("a", "64", [0.5] * 20, FLAT, 100) + timed("b", "64", [0.5] * 20, FLAT, 100))
-    assert fronts(table, "front_bytes") == fronts(table, "front_tpot") == {"a 64": "=", "b 64": "="}
-
-
 def test_a_cheaper_cell_that_is_not_told_worse_makes_it_doubtful() -> None:
     """`dear` is 5 points better in the mean only: on no front for sure. `cheap` costs least: nothing can beat it."""
     noisy = [0.0, 1.0] * 10
@@ -219,12 +214,6 @@ def test_picture_has_a_front_in_two_of_three_panels(tmp_path: Path) -> None:
     assert '<g id="axes_4">' not in text
     unscored = [r.model_copy(update={"measured": None}) if r.method != "a" else r for r in records]
     assert "TPOT" in write_picture(aggregate(unscored), tmp_path, "b").read_text()
-
-
-def test_running_best_by_hand() -> None:
-    points = [(3.0, 5.0), (1.0, 1.0), (2.0, 4.0), (2.0, 3.0), (2.5, 4.0), (4.0, 4.5)]
-    assert running_best(points) == [(1.0, 1.0), (2.0, 4.0), (3.0, 5.0)]
-    assert running_best([]) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1))

@@ -18,8 +18,9 @@ from scipy import stats
 from harness.records.record import Record
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.grid import Grid
-from leaderboards.stats.ranks import rank_columns, rank_text, step_down
+from leaderboards.stats.ranks import rank_columns, step_down
 from leaderboards.stats.subject import compare
+from leaderboards.tables.sections import rank_text
 from tests.pretend import cell, only, record, row
 
 Scores = Mapping[str, Mapping[str, Sequence[float | None]]]

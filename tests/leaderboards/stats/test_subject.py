@@ -139,12 +139,6 @@ def test_incomplete_overspending_and_unbudgeted_methods_are_no_rivals() -> None:
     assert found(table, "tracking")["subject_loss"] == 5
 
 
-def test_a_rival_incomplete_in_another_family_is_no_rival_anywhere() -> None:
-    records = [r for m, n in (("mine", 5.0), ("fair", 6.0), ("part", 1.0)) for r in scored(m, VT, [n] * 6)]
-    records += scored("mine", SINGLE, [5.0] * 6) + scored("fair", SINGLE, [6.0] * 6)
-    assert found(only(records, subject="mine"), "tracking")["rival"] == "fair"
-
-
 def test_unknown_subjects_are_refused_and_none_gives_nothing() -> None:
     with pytest.raises(HarnessError, match=r"no method 'mien' with a budget .* with one: far@p, mine, near$"):
         aggregate(small(), subject="mien")
@@ -244,17 +238,6 @@ def test_no_interval_where_it_would_mean_nothing() -> None:
     assert interval(12, group=lambda i: "a" if i < 6 else None) == (1.0, 1.0)  # by the samples drawn, not by all
     for nothing in (interval(5), interval(8, 1), interval(2, 3), interval(12, group=lambda i: str(i % 5))):
         assert all(map(math.isnan, nothing))
-
-
-def test_families_are_drawn_independently() -> None:
-    nlls = np.random.default_rng(2).normal(size=30).tolist()
-    records = [
-        r for t in (VT, "a/x", "b/x", "c/x") for r in scored("mine", t, nlls) + scored("other", t, [0.0] * len(nlls))
-    ]
-    table = only(records, subject="mine")
-    one, every = (found(table, family) for family in ("a", ALL))
-    assert every["gain"] == pytest.approx(one["gain"])
-    assert every["high"] - every["low"] == pytest.approx((one["high"] - one["low"]) / 2, rel=0.15)
 
 
 def test_all_families_need_an_interval_in_each() -> None:

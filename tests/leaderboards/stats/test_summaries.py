@@ -14,7 +14,7 @@ import pytest
 from harness.records.record import Record
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import Bootstrap
-from leaderboards.stats.summaries import BANDS, BY_LENGTH, CHINESE, ENGLISH, NEEDLES, RULER
+from leaderboards.stats.summaries import BANDS, BY_LENGTH, CHINESE, ENGLISH, NEEDLES, RULER, band_of
 from tasks import load_tasks
 from tasks.longbench import DATASETS
 from tests.pretend import only, record
@@ -149,18 +149,11 @@ def test_ruler_by_length_in_the_order_of_numbers() -> None:
     assert [r["tasks_present"] for r in found(table, "ruler").values()] == [13, 2, 2]
 
 
-@pytest.mark.parametrize(
-    ("depth", "band"),
-    [(0, "0-20"), (19.9, "0-20"), (20, "20-40"), (56, "40-60"), (60, "60-80"), (80, "80-100"), (100, "80-100")],
-)
-def test_bands_of_depth(depth: float, band: str) -> None:
-    table = only(scored("niah/kamradt", [0.5], meta={"depth": depth}))
-    assert list(found(table, "niah/depth")) == [band]
-
-
-@pytest.mark.parametrize("depth", [None, True, "50", [1, 2], -1, 101, math.nan])
-def test_what_is_no_depth_is_in_no_band(depth: object) -> None:
-    assert only(scored("niah/kamradt", [0.5], meta={"depth": depth})).summaries.empty
+def test_bands_of_depth() -> None:
+    depths = {0: "0-20", 19.9: "0-20", 20: "20-40", 56: "40-60", 60: "60-80", 80: "80-100", 100: "80-100"}
+    assert {depth: band_of(depth) for depth in depths} == depths
+    assert {band_of(depth) for depth in (None, True, "50", [1, 2], -1, 101, math.nan)} == {""}
+    assert only(scored("niah/kamradt", [0.5], meta={"depth": -1})).summaries.empty
 
 
 def test_scores_and_needles_by_depth() -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from harness.records.record import Record
 from leaderboards.stats.aggregate import aggregate
-from leaderboards.tables.board import main_frame, sections
+from leaderboards.tables.board import main_frame
+from leaderboards.tables.sections import sections
+from tests.leaderboards.tables.test_board import board
 from tests.pretend import cell, only, record, row
 
 
@@ -106,17 +108,6 @@ def test_worst_decile_is_what_a_loop_finds_in_any_order(
         assert found["nll_worst_nats_vs_fullkv_mean"] == pytest.approx(loss, nan_ok=True)
     else:
         assert found["nll_worst_nats_n"] == 0
-
-
-def board() -> list[Record]:
-    """Every method is 20 points below the one before it, give or take the sample's own part."""
-    methods = (("fullkv", "full"), ("snapkv", "64"), ("snapkv", "128"), ("compilerkv@paper", "64"), ("h2o", "128"))
-    return [
-        record(m, b, str(s), 1.0 - 0.2 * i - 0.05 * ((s * (i + 1)) % 3), task=task, nll=1.0 + i / 8)
-        for i, (m, b) in enumerate(methods)
-        for task in ("niah", "ruler/vt")
-        for s in range(12)
-    ]
 
 
 def test_ranks_and_tails_say_what_the_records_say() -> None:

@@ -21,7 +21,7 @@ from leaderboards.stats.aggregate import aggregate
 from leaderboards.stats.summaries import ENGLISH
 from leaderboards.tables.board import (
     main_frame,
-    sections,
+    rivals_to_csv,
     summaries_to_csv,
     tasks_to_csv,
     to_csv,
@@ -29,28 +29,16 @@ from leaderboards.tables.board import (
     to_terminal,
     write_board,
 )
+from leaderboards.tables.sections import sections
+from tests import pretend
 from tests.pretend import manifest
 
 METHODS = (("fullkv", "full"), ("snapkv", "64"), ("snapkv", "128"), ("compilerkv@paper", "64"), ("h2o", "128"))
 
 
 def record(method: str, budget: str, task: str, sample: str, **changes: Any) -> Record:
-    values: dict[str, Any] = {
-        "run_id": "run1",
-        "model": "tiny",
-        "dtype": "float32",
-        "task": task,
-        "sample_id": sample,
-        "method": method,
-        "budget": budget,
-        "query": "aware",
-        "first_token": "compressed",
-        "seed": 42,
-        "status": "ok",
-        "kv_bytes": 3 * 2**20,
-        "full_bytes": 12 * 2**20,
-    }
-    return Record(**{**values, **changes})
+    sizes = {"kv_bytes": 3 * 2**20, "full_bytes": 12 * 2**20}
+    return pretend.record(method, budget, sample, None, **{"task": task, "status": "ok", **sizes, **changes})
 
 
 def board(tasks: Sequence[str] = ("niah", "ruler/vt"), n: int = 12) -> list[Record]:
@@ -182,7 +170,7 @@ def test_notes_are_counted_by_method() -> None:
     assert "- fat at 64: over budget (1 records)" in page
 
 
-NASTY = st.text(st.sampled_from("a|\\\n\r\t`*<>[]\u2028\x1b\u202e=é"), max_size=12)
+NASTY = st.text(st.sampled_from("a|\\\n\r\t`*<>[]\u2028\x1b\u202e=é@"), max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -194,15 +182,17 @@ def test_text_from_outside_breaks_no_table(method: str, note: str, error: str, t
         record(f"m{method}", "64", f"t{task}", "1", status="failed", error=error),
         record("b", "64", f"t{task}", "0", metrics={"score": 1.0}),
     ]
-    tables = aggregate(records)
+    tables = aggregate(records, subject=f"m{method}")
     page = to_markdown(tables, title="b")
-    for block in tables_of(page):  # the ranking, the tasks and the averages of the variant
-        assert len(block) == 4
+    blocks = tables_of(page)
+    assert [len(block) for block in blocks[-3:]] == [4, 4, 4]  # tasks, ranks and averages of the variant
+    assert len(blocks) == 5  # the ranking and the rivals too
+    for block in blocks:
         assert len({columns_of(line) for line in block}) == 1
-    for text in (page, to_terminal(tables), to_csv(tables), tasks_to_csv(tables), summaries_to_csv(tables)):
+    csvs = [write(tables) for write in (to_csv, tasks_to_csv, summaries_to_csv, rivals_to_csv)]
+    for text in (page, to_terminal(tables), *csvs):
         assert not set(text) & set("\r\t\u2028\x1b\u202e")
-    frame = pd.read_csv(io.StringIO(to_csv(tables)), keep_default_na=False)
-    assert len(frame) == 2
+    assert len(pd.read_csv(io.StringIO(csvs[0]), keep_default_na=False)) == 2
 
 
 def test_csv_is_complete_and_numeric() -> None:

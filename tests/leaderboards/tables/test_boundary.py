@@ -14,7 +14,7 @@ import pytest
 from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, BoundaryStore, Found, Tried
 from harness.records.spec import ModelSpec
-from leaderboards.tables.memory import draw, frame, to_csv, to_markdown, to_terminal, write_frontier
+from leaderboards.tables.boundary import draw, frame, to_csv, to_markdown, to_terminal, write_boundary
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "a|b\n<script>$\\frac$[x](y)`"
@@ -115,9 +115,9 @@ def test_the_terminal_table_fits_and_says_the_same() -> None:
 
 
 def test_files_are_written_beside_the_records_and_reproducible(tmp_path: Path) -> None:
-    paths = write_frontier(stored(tmp_path / "a", searches()))
+    paths = write_boundary(stored(tmp_path / "a", searches()))
     assert [path.name for path in paths] == ["frontier.md", "frontier.csv", "frontier.svg", "frontier.png"]
-    again = write_frontier(stored(tmp_path / "b", searches()))
+    again = write_boundary(stored(tmp_path / "b", searches()))
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
 
 
@@ -135,7 +135,7 @@ def test_the_picture_has_bars_labels_and_a_text_alternative() -> None:
 
 def test_a_hostile_label_is_shown_as_it_is(tmp_path: Path) -> None:
     folder = stored(tmp_path, [record(HOSTILE, "128", 512), record("snapkv", "128", 512)])
-    page, table, svg, _ = (path.read_bytes() for path in write_frontier(folder))
+    page, table, svg, _ = (path.read_bytes() for path in write_boundary(folder))
     text = page.decode()
     assert "<script>" not in text.replace("\\<script\\>", "")
     assert "a\\|b" in text and "[x](y)" not in text and "\\`" in text
@@ -149,6 +149,6 @@ def test_a_hostile_label_is_shown_as_it_is(tmp_path: Path) -> None:
 
 def test_nothing_to_show_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="run `harness boundary` first"):
-        write_frontier(tmp_path)
+        write_boundary(tmp_path)
     with pytest.raises(HarnessError, match="no search in"):
-        write_frontier(stored(tmp_path, []))
+        write_boundary(stored(tmp_path, []))

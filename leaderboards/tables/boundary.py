@@ -1,4 +1,4 @@
-"""The frontier: how long a prompt and how large a batch each method finishes under a limit, as a table and a picture.
+"""The boundary: how long a prompt and how large a batch each method finishes under a limit, as a table and a picture.
 
 Read from the folder of `harness boundary` alone. Text from outside is cleaned and escaped; the same records give the
 same bytes.
@@ -19,12 +19,11 @@ from matplotlib.ticker import MaxNLocator
 
 from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, load_boundaries
-from harness.records.run_folder import write_bytes, write_text
+from harness.records.run_folder import write_bytes
 from leaderboards.stats.comparable import budget_order
-from leaderboards.text import bullets, clean, escape, fold, github, number, plain, wrap
+from leaderboards.tables.files import write_files
+from leaderboards.text import MIB, Section, clean, escape, markdown, number, terminal
 
-MIB = 2**20
-WIDTH = 120
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "oo")
 """By budget, so that bars are told apart without colour."""
 READING = (
@@ -33,43 +32,40 @@ READING = (
 )
 
 
-def write_frontier(folder: Path, out: Path | None = None, name: str = "frontier") -> list[Path]:
+def write_boundary(folder: Path, out: Path | None = None, name: str = "frontier") -> list[Path]:
     """Write `<name>.md`, `.csv`, `.svg` and `.png` of a folder of searches into `out`, itself by default.
 
-    Raises HarnessError when there is no search or a file cannot be read or written.
+    Raises HarnessError when there is no search, `name` is no file name, or a file cannot be read or written.
     """
     manifest, records = _loaded(folder)
-    out = Path(out or folder)
     svg, png = draw(records, manifest, salt=name)
-    paths = [out / f"{name}.{suffix}" for suffix in ("md", "csv", "svg", "png")]
-    write_text(paths[0], to_markdown(records, manifest, picture=f"{name}.svg"))
-    write_text(paths[1], to_csv(records, manifest))
-    write_text(paths[2], svg)
-    write_bytes(paths[3], png)
+    texts = {
+        "md": to_markdown(records, manifest, picture=f"{name}.svg"),
+        "csv": to_csv(records, manifest),
+        "svg": svg,
+    }
+    paths = write_files(out or folder, name, texts)
+    paths.append(paths[0].with_name(f"{name}.png"))
+    write_bytes(paths[-1], png)
     return paths
 
 
 def to_markdown(records: Sequence[BoundaryRecord], manifest: BoundaryManifest, *, picture: str) -> str:
     """The page. picture: the file that it shows, with its text alternative."""
     alt = escape(describe(records)).replace("[", r"\[").replace("]", r"\]")
-    parts = [
-        f"# {escape(title(manifest))}",
-        bullets(facts(manifest)),
-        f"![{alt}]({picture})",
-        github(frame(records)),
-        READING,
-    ]
-    trouble = [line for record in ordered(records) for line in troubles(record)]
-    if trouble:
-        parts += ["## Probes that say nothing about memory", bullets(trouble)]
-    return "\n\n".join(parts) + "\n"
+    first, *rest = _parts(records, manifest)
+    return markdown([Section(first.title, facts(manifest), level=1), Section("", f"![{alt}]({picture})"), *rest])
 
 
 def to_terminal(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> str:
-    """The same for a terminal, without the picture."""
-    parts = [title(manifest), *(plain(part) for part in fold(frame(records), WIDTH)), wrap(READING, WIDTH)]
-    parts += [wrap(line, WIDTH) for record in ordered(records) for line in troubles(record)]
-    return "\n\n".join(parts)
+    """The same for a terminal, without the picture and the facts that the command has said already."""
+    return terminal(_parts(records, manifest))
+
+
+def _parts(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> list[Section]:
+    trouble = [line for record in ordered(records) for line in troubles(record)]
+    parts = [Section(title(manifest), []), Section("", frame(records)), Section("", READING)]
+    return [*parts, Section("Probes that say nothing about memory", trouble)] if trouble else parts
 
 
 def to_csv(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> str:

@@ -1,0 +1,77 @@
+"""What the columns, marks and flags of a board mean, as lines that stand below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from leaderboards.stats import pareto, ranks, worst
+from leaderboards.stats.aggregate import Table
+from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
+
+RANKS = (
+    "rank: the places among the methods of its budget that the samples leave possible; methods that are not told apart "
+    f"share places. All pairs of a budget at once, paired, wrong claims held at {1 - LEVEL:.0%} per budget and measure "
+    "(step-down max-t bootstrap); a cell over its bytes has no rank, one that lacks samples is surely above nobody. "
+    f"Nobody is told apart with fewer than {ranks.LEAST} contexts in some task, or {FEW} in all.",
+    f"over tasks: {LEVEL:.0%} interval of the score with the tasks redrawn too. best other: the best mean of another "
+    "name at that budget, chosen on the samples it is compared on, which favours it; Δ as above.",
+)
+TAILS = (
+    f"broken %: of the samples that fullkv answers right (score >= {worst.RIGHT:.0f}) those that the method answers "
+    f"wrong, mean over tasks with its {LEVEL:.0%} interval; broken: their number, of how many. NLL worst 10%: mean NLL "
+    "of the tenth of each task's samples with the highest NLL, mean over tasks; Δ: less the NLL of fullkv on those "
+    "samples.",
+)
+MEASURED = (
+    "TTFT (time to the first token), TPOT (time per output token), tokens/s, peak MiB (above the model's own memory): "
+    "each cell by itself in a fresh process on the sample's prompt, batch 1, the first token chosen by the prefill as "
+    "when serving, whatever is scored. Means over the n measured samples; cells with another n had other prompts.",
+    "front bytes, front TPOT: the Pareto front of score against KV bytes, and against TPOT, over all budgets. *: on "
+    "it, told better in score than every cell that may cost no more. =: not told apart from one of those, or lacking "
+    "samples. Empty: off it, for a cell that costs no more is told better; or never measured.",
+)
+RIVALS = (
+    "against the strongest other method: per budget, family and measure, the method within its bytes that has the best "
+    "mean of task means, and that is no preset of the subject. It is chosen on the samples it is compared on, which "
+    "favours it.",
+    "gain: subject against rival on the samples both have, mean of task means, positive where the subject is better, "
+    f"with its {LEVEL:.0%} interval by redrawing the family's tasks and the samples within each; too narrow with few "
+    "tasks. all families: mean of the families' gains; tasks are redrawn within families, families are not.",
+    "verdict: better or worse only where the whole interval is on that side of 0; a subject that is over budget or "
+    "incomplete is not judged. loss: NLL above that of fullkv on the same samples; loss ratio: subject's by rival's.",
+)
+SUMMARIES = (
+    "averages by protocol: 0-100, mean ± half of its interval. (13 of 16): the mean of the 13 tasks there are, of 16 "
+    "that belong to it; (n 180/200): of 180 samples, of 200 that are expected of every method at that budget. Such "
+    "a mean is no official score.",
+    "LongBench: a category is the mean of its datasets, Avg the mean of the categories (the official README), 16 the "
+    "plain mean over the English and code datasets. LongBench-E: mean over datasets, by length in words. RULER: plain "
+    "mean of its 13 tasks. By depth: in % of the haystack, 20 belonging to 20-40 and 100 to 80-100.",
+    "needle %: needle tokens still cached after compression, mean over layers, KV heads and samples with needles.",
+)
+
+
+def how_to_read(tables: Sequence[Table]) -> list[str]:
+    """A line for each column, mark and flag that some of the tables have."""
+    attrs = tables[0].rows.attrs
+    rows = [table.rows for table in tables]
+    return [
+        f"score: 0-100, unweighted mean of task means, ± half of its {LEVEL:.0%} interval. =: may be the "
+        "best of its budget; *: the best, told apart from every other method within its bytes. Both by rank.",
+        f"Δ: paired difference on the samples both have, with its {LEVEL:.0%} interval; fullkv is the uncompressed "
+        f"cache, other baselines are taken at the same budget. Without brackets: fewer than {MIN_PAIRS} pairs, or one "
+        "in some task. Samples that share a context count once here.",
+        f"intervals: percentile bootstrap within tasks, {attrs['resamples']} resamples, seed {attrs['seed']}; "
+        "samples that share a context are redrawn together; not corrected for the number of comparisons (ranks are).",
+        "NLL: nats per token of the reference answer on the compressed cache, where a task has one; lower is better.",
+        "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache.",
+        "n: samples scored. first token: whether the first answer token was predicted from the compressed cache, or by "
+        "the uncompressed prefill.",
+        "flags: i incomplete (others of that budget have samples that this one lacks), s skipped, f failed, o out of "
+        f"memory, b over budget in bytes, w fewer than {FEW} contexts in some task (its interval is too narrow).",
+        *(RANKS if any(map(ranks.is_ranked, rows)) else ()),
+        *(TAILS if any(map(worst.is_known, rows)) else ()),
+        *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
+        *(RIVALS if any(len(table.rivals) for table in tables) else ()),
+        *(SUMMARIES if any(len(table.summaries) for table in tables) else ()),
+    ]

@@ -1,0 +1,133 @@
+"""What follows the ranking of a board, as tables of text: rivals, tasks, ranks, tails and the averages of suites."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from leaderboards.stats import ranks, worst
+from leaderboards.stats.aggregate import Table, TableRow
+from leaderboards.stats.comparable import FULL
+from leaderboards.stats.ranks import PAIRED, SUFFIXES
+from leaderboards.text import clean, estimate, half_width, interval, keys, number
+
+FLAGS: Mapping[str, str] = {
+    "incomplete": "i",
+    "skipped": "s",
+    "failed": "f",
+    "oom": "o",
+    "over_budget": "b",
+    "few": "w",
+}
+"""Flag of a row to its letter."""
+RIVAL_TITLES: Mapping[str, tuple[str, int]] = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
+"""Measure to its words in a title and its decimals."""
+
+
+def sections(table: Table) -> dict[str, pd.DataFrame]:
+    """Title to frame of everything below the ranking, one row per budget and method or family."""
+    found = {**rival_frames(table.rivals), "Score by task": task_frame(table)}
+    if ranks.is_ranked(table.rows):
+        limited = table.rows[table.rows["budget"] != FULL].to_dict("records")
+        found["Ranks and best others"] = pd.DataFrame([_rank_texts(row) for row in limited])
+    if worst.is_known(table.rows):
+        found["Tail failures"] = pd.DataFrame([_tail_texts(row) for row in table.rows.to_dict("records")])
+    for title, rows in table.summaries.groupby("title", sort=False):
+        found[clean(title)] = _summary_frame(rows)
+    return found
+
+
+def rival_frames(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Title to frame of the subject against its rivals, one per measure that has rows."""
+    frames = {}
+    for measure, (words, digits) in RIVAL_TITLES.items():
+        rows = rivals[rivals["measure"] == measure].to_dict("records")
+        if rows:
+            title = f"{clean(rows[0]['subject'])} against the strongest other method of each family: {words}"
+            frames[title] = pd.DataFrame([_rival_texts(row, digits, losses=measure == "nll") for row in rows])
+    return frames
+
+
+def task_frame(table: Table) -> pd.DataFrame:
+    """Mean score per task, a column each; `(n)` behind a mean that lacks samples."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in table.tasks.to_dict("records"):
+        n = row["n_ok"]
+        text = number(row["score_points_mean"]) + (f" ({n})" if 0 < n < row["n_expected"] else "")
+        rows.setdefault((row["budget"], row["method"]), keys(row))[clean(row["task"])] = text
+    return pd.DataFrame(list(rows.values()))
+
+
+def flag_letters(flags: str) -> str:
+    """The letters of a row's flags, in the order of `FLAGS`."""
+    return "".join(letter for flag, letter in FLAGS.items() if flag in flags.split())
+
+
+def rank_text(low: float, high: float) -> str:
+    """`1-3`, `2`, or a dash where there is none."""
+    if math.isnan(low):
+        return "-"
+    return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
+
+
+def _summary_frame(rows: pd.DataFrame) -> pd.DataFrame:
+    """One summary; behind a mean of fewer tasks or samples than belong to it, how many they are."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    flags: dict[tuple[str, str], str] = {}
+    for row in rows.to_dict("records"):
+        key = (row["budget"], row["method"])
+        found.setdefault(key, keys(row))[row["column"]] = _summary_text(row)
+        flags[key] = f"{flags.get(key, '')} {row['flags']}"
+    return pd.DataFrame([{**cells, "flags": flag_letters(flags[key])} for key, cells in found.items()])
+
+
+def _summary_text(row: TableRow) -> str:
+    tasks = f"{row['tasks_present']} of {row['tasks_expected']}" if row["tasks_present"] < row["tasks_expected"] else ""
+    samples = f"n {row['n']}/{row['n_expected']}" if row["n"] < row["n_expected"] else ""
+    lacking = ", ".join(part for part in (tasks, samples) if part)
+    return half_width(row["mean"], row["low"], row["high"]) + (f" ({lacking})" if lacking else "")
+
+
+def _rank_texts(row: TableRow) -> dict[str, str]:
+    low, high = number(row["score_task_low"]), number(row["score_task_high"])
+    cells = {**keys(row), "over tasks": "-" if low == "-" else f"[{low}, {high}]"}
+    for measure, suffix in SUFFIXES.items():
+        digits, words = (1, "") if measure == "score" else (3, " NLL")
+        cells[f"rank{words}"] = rank_text(row[f"rank{suffix}_low"], row[f"rank{suffix}_high"])
+        cells[f"best other{words}"] = clean(row[f"best_other{suffix}"]) or "-"
+        cells[f"Δ{words.strip()} best other"] = estimate(row, PAIRED[measure], digits=digits, sign="+")
+    return cells
+
+
+def _tail_texts(row: TableRow) -> dict[str, str]:
+    n = row["broken_percent_n"]
+    return {
+        **keys(row),
+        "broken %": estimate(row, "broken_percent"),
+        "broken": f"{row['n_broken']:.0f} of {n}" if n else "-",
+        "NLL worst 10%": number(row["nll_worst_nats_mean"], digits=3),
+        "Δ fullkv": number(row["nll_worst_nats_vs_fullkv_mean"], digits=3, sign="+"),
+        "n worst": str(row["nll_worst_nats_n"]),
+    }
+
+
+def _rival_texts(row: Mapping[Any, Any], digits: int, *, losses: bool) -> dict[str, str]:
+    cells = {
+        "budget": clean(row["budget"]),
+        "family": clean(row["family"]),
+        "tasks": str(row["tasks"]),
+        "n": str(row["n"]),
+        "subject": number(row["subject_mean"], digits=digits),
+        "rival": clean(row["rival"]) or "-",
+        "rival's": number(row["rival_mean"], digits=digits),
+        "gain": interval(row["gain"], row["low"], row["high"], digits=digits, sign="+"),
+        "verdict": row["verdict"],
+    }
+    if losses:
+        cells["loss"] = number(row["subject_loss"], digits=digits)
+        cells["rival's loss"] = number(row["rival_loss"], digits=digits)
+        cells["loss ratio"] = number(row["loss_ratio"], digits=2)
+    return cells

@@ -1,0 +1,180 @@
+"""What a table says of each budget, in words: who may be first, at what cost, and how far from the full cache.
+
+The words follow the marks and the rank intervals of the table (`leaderboards.stats.aggregate`), so nobody is called
+first or last whom the samples do not tell apart from every other method. No cell with `=` is surely better than another
+one with it. A cell without a mark is surely worse than some method, so not first, but need not be told apart from each
+of those that may be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from leaderboards.stats.aggregate import Table, TableRow
+from leaderboards.stats.bootstrap import LEVEL
+from leaderboards.stats.comparable import FULL
+from leaderboards.text import MIB, clean, half_width, interval, number
+
+NAMED = 4
+"""Methods that a sentence names; of more it gives their number."""
+
+
+class MethodName(str):
+    """A method's name within a sentence, cleaned; a page sets it in bold."""
+
+    __slots__ = ()
+
+    def __new__(cls, method: str) -> MethodName:
+        return super().__new__(cls, clean(method))
+
+
+Words = tuple[str, ...]
+"""Parts of a sentence, of which some are a `MethodName`."""
+
+
+@dataclass(frozen=True)
+class BudgetVerdict:
+    """What is known of one budget. won: whether one method is best. cost: bytes and time of those that may be first."""
+
+    budget: str
+    won: bool
+    said: Words
+    cost: str
+
+
+def verdicts(table: Table) -> list[BudgetVerdict]:
+    """One for each budget of the table, in its order."""
+    return [_verdict(budget, rows) for budget, rows in _by_budget(table).items()]
+
+
+def uncompressed(table: Table) -> list[Words]:
+    """A sentence for each scored method without a budget."""
+    rows = [row for row in table.rows.to_dict("records") if row["budget"] == FULL and row["n_ok"]]
+    return [(MethodName(row["method"]), f" without compression: {score_text(row)}.") for row in rows]
+
+
+def tightest_and_widest(table: Table) -> list[str]:
+    """What the table says of the budgets that keep the fewest and the most bytes, a line each, for a terminal.
+
+    Differences to the uncompressed cache are the table's own paired ones, with their intervals.
+    """
+    kept = {budget: _mean(row["kv_percent_of_full"] for row in rows) for budget, rows in _by_budget(table).items()}
+    known = [budget for budget, percent in kept.items() if not math.isnan(percent)]
+    ends = dict.fromkeys((min(known, key=kept.__getitem__), max(known, key=kept.__getitem__))) if known else {}
+    lines = [_line(table, verdict) for verdict in verdicts(table) if verdict.budget in ends]
+    return ["".join(words) for words in uncompressed(table)] + lines if lines else []
+
+
+def score_text(row: TableRow) -> str:
+    """The score of a row with half of its interval."""
+    return half_width(*(row[f"score_points_{part}"] for part in ("mean", "low", "high")))
+
+
+def _by_budget(table: Table) -> dict[str, list[TableRow]]:
+    found: dict[str, list[TableRow]] = {}
+    for row in table.rows.to_dict("records"):
+        if row["budget"] != FULL:
+            found.setdefault(row["budget"], []).append(row)
+    return found
+
+
+def _verdict(budget: str, rows: Sequence[TableRow]) -> BudgetVerdict:
+    scored, marked = _scored(rows), _marked(rows)
+    others = len(scored) - len(marked)
+    won = bool(marked) and marked[0]["mark"] == "*"
+    if len(scored) < 2:
+        said: Words = ("Nothing to compare: fewer than two methods have a score within their bytes.",)
+    elif not marked:
+        said = ("No ranking: no method is complete.",)
+    elif len(marked) > 1:
+        said = _tied(marked, others)
+    elif won:
+        which = "the other method" if others == 1 else f"all {others} other methods"
+        said = (MethodName(marked[0]["method"]), f" is best, {score_text(marked[0])}, told apart from {which}.")
+    else:
+        told = f" is first, {score_text(marked[0])}, but not told apart from every other method."
+        said = (MethodName(marked[0]["method"]), told)
+    return BudgetVerdict(budget, won, said, _cost(marked or scored))
+
+
+def _scored(rows: Sequence[TableRow]) -> list[TableRow]:
+    return [row for row in rows if row["n_ok"] and not row["n_over_budget"]]
+
+
+def _marked(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Those that may be first, by their means."""
+    return sorted((row for row in _scored(rows) if row["mark"]), key=lambda row: -row["score_points_mean"])
+
+
+def _tied(marked: Sequence[TableRow], others: int) -> Words:
+    named = [[MethodName(row["method"]), f" {number(row['score_points_mean'])}, "] for row in marked[:NAMED]]
+    words = ["Not told apart: ", *(word for pair in named for word in pair)]
+    words[-1] = words[-1].removesuffix(", ")
+    more = f" and {len(marked) - NAMED} more" if len(marked) > NAMED else ""
+    below = {0: "", 1: " The other method is surely not first."}.get(others, f" {others} others are surely not first.")
+    return (*words, f"{more}.{below}")
+
+
+def _cost(rows: Sequence[TableRow]) -> str:
+    """What these cells take, from the least to the most: measured bytes, and the time per token where there is one."""
+    kept = _range([row["kv_percent_of_full"] for row in rows], digits=1)
+    mib = _range([row["kv_bytes_mean"] / MIB for row in rows], digits=2)
+    tpot = _range([1000 * row.get("tpot_s_mean", math.nan) for row in rows], digits=1)
+    parts = [f"{kept} % of the full cache, {mib} MiB"] if kept else []
+    return ", ".join([*parts, f"{tpot} ms per token"] if tpot else parts)
+
+
+def _range(values: Sequence[float], *, digits: int) -> str:
+    """`1.0`, `1.0-2.0`, or nothing."""
+    known = [number(value, digits=digits) for value in sorted(values) if not math.isnan(value)]
+    return "-".join(dict.fromkeys((known[0], known[-1]))) if known else ""
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _line(table: Table, verdict: BudgetVerdict) -> str:
+    """A verdict, how far those that may be first are from the full cache, and who may be last."""
+    rows = _by_budget(table)[verdict.budget]
+    cost = f" ({verdict.cost})" if verdict.cost else ""
+    parts = [f"Budget {clean(verdict.budget)}{cost}: {''.join(verdict.said)}"]
+    if loss := _loss(table, _marked(rows)):
+        parts.append(f"Against the full cache, with {LEVEL:.0%} intervals: {loss}.")
+    return " ".join([*parts, *_last(table, rows)])
+
+
+def _loss(table: Table, rows: Sequence[TableRow]) -> str:
+    """Cells against `fullkv`: points of score, and nats per token where there are some; nothing without both."""
+    points = "" if table.baselines.get("fullkv") is None else _hull(rows, "score_points_vs_fullkv", digits=1)
+    nats = _hull(rows, "nll_nats_vs_fullkv", digits=3) if points else ""
+    return ", ".join([f"{points} points", f"NLL {nats}"] if nats else [f"{points} points"] if points else [])
+
+
+def _hull(rows: Sequence[TableRow], name: str, *, digits: int) -> str:
+    """`-2.0 to -1.0 [-3.0, +0.5]`: the least and the highest mean, and what all the intervals together cover."""
+    known = [row for row in rows if not math.isnan(row[f"{name}_mean"])]
+    if not known:
+        return ""
+    least, most = (end(row[f"{name}_mean"] for row in known) for end in (min, max))
+    lows, highs = ([row[f"{name}_{end}"] for row in known] for end in ("low", "high"))
+    low = math.nan if any(map(math.isnan, lows)) else min(lows)
+    range_of = "" if least == most else f"{number(least, digits=digits, sign='+')} to "
+    return range_of + interval(most, low, max(highs), digits=digits, sign="+")
+
+
+def _last(table: Table, rows: Sequence[TableRow]) -> list[str]:
+    """Who may have lost most by the rank intervals; that nothing is told apart where all may; nothing without ranks."""
+    ranked = [row for row in rows if not math.isnan(row["rank_low"])]
+    last = [row for row in ranked if row["rank_high"] == len(ranked)]
+    if not ranked or len(ranked) == len(last):
+        return ["Nothing is told apart at this budget."] if ranked else []
+    if len(last) == 1 and last[0]["rank_low"] == len(ranked):
+        told = _loss(table, last) or score_text(last[0])
+        return [f"{clean(last[0]['method'])} lost most, told apart from every other method: {told}."]
+    named = ", ".join(clean(row["method"]) for row in last[:NAMED])
+    more = f" and {len(last) - NAMED} more" if len(last) > NAMED else ""
+    return [f"May have lost most: {named}{more}."]
