@@ -163,7 +163,7 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a prompt and the layers that a policy sees: T tokens, L layers, Hq query heads on H KV heads."""
+    """Sizes of a prompt and the layers that a policy sees: T tokens, L layers, Hq query heads on H KV heads."""
 
     tokens: int
     layers: int

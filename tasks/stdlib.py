@@ -112,11 +112,9 @@ class NextLine(Generated):
         at = draws.choice(candidates)
         lines, room = source(path).split("\n"), self.room(length, tokenizer)
         answer = lines[at].rstrip()
-
-        def fits(window: str) -> bool:
-            return len(tokenizer.encode(CODE_INTRO + window)) <= room
-
-        window = widest_window(lines[:at], path, draws=draws, fits=fits)
+        window = widest_window(
+            lines[:at], path, draws=draws, fits=lambda text: len(tokenizer.encode(CODE_INTRO + text)) <= room
+        )
         if window is None or answer.strip() in window or len(tokenizer.encode(answer)) > self.max_new_tokens:
             return None
         tail = "\n".join(["", *lines[at - CODE_TAIL : at]])
@@ -187,6 +185,7 @@ def source_files() -> tuple[Path, ...]:
 
 @cache
 def source(path: Path) -> str:
+    """Return the text of a module, decoded as the interpreter would."""
     with tokenize.open(path) as file:
         return file.read()
 
@@ -213,7 +212,7 @@ def predictable_lines(path: Path) -> tuple[int, ...]:
 
 
 def widest_window(before: Sequence[str], path: Path, *, draws: Random, fits: Callable[[str], bool]) -> str | None:
-    """As many lines as fit, up to the one to predict; None when they are fewer than `MIN_WINDOW`.
+    """Return as many lines as fit, up to the one to predict; None when they are fewer than `MIN_WINDOW`.
 
     A file that is too short continues upwards into other files, in a drawn order, each under its name. Raises TaskError
     when the whole library fits.
@@ -271,6 +270,7 @@ def quotable() -> Mapping[str, tuple[str, ...]]:
 
 
 def numbered(texts: Sequence[str]) -> str:
+    """Return the paragraphs with their numbers, from 1 on, as a prompt shows them."""
     return "\n\n".join(f"Paragraph {number}: {text}" for number, text in enumerate(texts, start=1))
 
 

@@ -23,9 +23,9 @@ RATE = 0.05
 WARM, COLD = 0.6, 0.25
 """Temperature of the soft eviction at the first and at the last step, in nats of the score's logarithm."""
 OWN_PENALTY = 0.01
-"""On the squared deviation of a budget from what all budgets share."""
+"""Weight of the squared deviation of a budget from what all budgets share, beside losses near 1."""
 MEMORY = 0.9
-"""Of the running mean of a budget's loss."""
+"""Weight of the past in the running mean of a budget's loss."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ ROLLOUTS, IDENTITY = "rollouts.jsonl", "compile.json"
 
 
 class SavedState:
-    """The folder of one compilation. identity: everything that decides the numbers, JSON values."""
+    """Reads and writes the folder of one compilation. identity: everything that decides the numbers, JSON values."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         """Raises HarnessError when the folder belongs to another compilation, or is damaged."""

@@ -1,4 +1,4 @@
-"""What every stage of a compilation works with: the model, its calibration prompts, their roll-outs, the saved."""
+"""What every stage of a compilation works with: the model, its calibration prompts, their roll-outs, what is saved."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from methods.compilerkv.manifest import ENTROPY_BINS, Shapes
 
 ROWS = 36  # of one forward
 HELD_BYTES = 6 * 2**30
-"""Of prefilled prompts that are kept for the next stage; beyond them a prompt is prefilled again."""
+"""Bytes of prefilled prompts that are kept for the next stage; beyond them a prompt is prefilled again."""
 NEEDS = Needs(window=64, column_sums=True, logprobs=True)
 """What a prefill observes for any stage, so that one serves all."""
 
@@ -79,7 +79,7 @@ class Calibration:
 
 
 class Workbench:
-    """One compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation.
+    """Holds one compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation.
 
     folder: gets the roll-outs and the state of every estimate.
     """

@@ -43,7 +43,7 @@ class TaskFacts:
 
 
 class KeptFacts:
-    """Facts of a run. heads: KV heads of a layer. budget: as asked, for messages."""
+    """Collects the facts of a run. heads: KV heads of a layer. budget: as it was asked for, for messages."""
 
     def __init__(self, *, heads: int, budget: str) -> None:
         self.heads, self.budget = heads, budget
@@ -121,5 +121,5 @@ STORED = (
 
 
 def prompt_hash(text: str) -> str:
-    """As lm-eval computes it for its samples file."""
+    """Return the hash of a prompt's text as lm-eval computes it for its samples file."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -135,7 +135,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def max_gen_toks(self) -> int:
-        """Where a task names no number; as `hf`."""
+        """The tokens to generate where a task names no number, as in `hf`."""
         return 256
 
     @property
@@ -170,7 +170,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         held[IDENTITY] = own
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return token ids. None: the special tokens of the tokenizer's choice, unless the text brings its BOS."""
+        """Return token ids. Without a choice, special tokens are the tokenizer's, unless the text brings its BOS."""
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             special = False
@@ -178,7 +178,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return list(self.tokenizer.encode(string, verbose=False, **options))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As `hf`: a template that refuses a system message gets the other messages."""
+        """Render messages as `hf` does: a template that refuses a system message gets the other messages."""
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
         options["continue_final_message"] = not add_generation_prompt
         try:
@@ -276,7 +276,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         }
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As `hf`: a space at the border belongs to the continuation; an empty context is one token."""
+        """Encode as `hf` does: a space at the border belongs to the continuation; an empty context is one token."""
         if context:
             pair: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
             return pair

@@ -65,7 +65,7 @@ class Manifest(_Frozen):
     gate_range: tuple[Bound, Bound] = (0.8, 1.0)
     """Bounds of the thresholds that were searched."""
     tensors_sha256: str = ""
-    """Of the tensors file. Set when saved."""
+    """SHA-256 of the tensors file. Set when saved."""
     created: str = ""
     """UTC, ISO 8601. Set when saved."""
 

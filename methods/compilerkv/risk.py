@@ -22,7 +22,7 @@ from methods.compilerkv.selection import interval
 
 SLOPES = (-0.6, -0.3, 0.0, 0.3, 0.6)
 MOST = 2.0
-"""Times its even share that a prompt gets at most, and one over it at least, before the total is restored."""
+"""Most even shares that one prompt gets; one over it is the least. The total is restored afterwards."""
 
 
 def multiples(signals: Tensor, risk: Tensor) -> Tensor:

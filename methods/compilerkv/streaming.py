@@ -17,7 +17,7 @@ from methods.base import KV, StepView
 from methods.compilerkv.form import Form
 
 SIDE_BYTES, HEAD_BYTES = 8, 4
-"""Of a slot: two float32. Of a head: how many slots it may hold, int32."""
+"""Bytes of side data. Of a slot: two float32. Of a head: how many slots it may hold, an int32."""
 
 
 def affordable(kv: KV, budget: int) -> int:
