@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, checked
 from harness.records.bench_folder import BENCH_FILE, BENCHES, LINES_FILE, BenchSpec, load_bench, machine_id
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed import bench
@@ -66,7 +66,7 @@ class FakeProber:
 
 
 def run(root: Path, prober: FakeProber, **changes: Any) -> Path:
-    return run_bench(BenchAsk(**{**ASK, **changes}), root=root, command=("harness", "bench"), prober=prober)
+    return run_bench(checked(BenchAsk, {**ASK, **changes}), root=root, command=("harness", "bench"), prober=prober)
 
 
 def test_passes_go_over_all_methods_in_turn_and_back(tmp_path: Path) -> None:
