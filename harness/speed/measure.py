@@ -58,16 +58,13 @@ def measure(
     """
     budget, prompts = budget_of(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
-    _page_in(model, policy, prompts[0])
-    memory_limit.fill_holes()
-    memory_limit.map_from(MAPPED_FROM)
+    _prepare(model, policy, prompts[0])
     meter = Meter(model.device)
     first = run_round(runner, prompts, spec.new_tokens)
     peak = meter.peak()
     timed = [] if spec.warm_up else [first]
     memory_limit.map_from(MAPPED_FROM_TIMED)
-    while len(timed) < spec.rounds:
-        timed.append(run_round(runner, prompts, spec.new_tokens))
+    timed += [run_round(runner, prompts, spec.new_tokens) for _ in range(spec.rounds - len(timed))]
     prefill, observe, compress, ttft = zip(*(phase for found in timed for phase in found.phases), strict=True)
     tpot = Spread.of([seconds for found in timed for seconds in found.step_s])
     return Measured(
@@ -134,9 +131,11 @@ def run_round(runner: Isolated, prompts: list[list[int]], new_tokens: int) -> Ro
     return found
 
 
-def _page_in(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
-    """Run the start of a prompt, so that weights and code are resident and kernels are chosen."""
+def _prepare(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
+    """Run the start of a prompt, so that weights and code are resident and kernels chosen; then ready the heap."""
     short = ids[: min(64, len(ids) - 1)]
     with suppress(PolicyError):  # so short a prompt may be refused
         runner = Isolated(model, policy, max(1, len(short) // 2) if policy.budgeted else None)
         runner.decode([runner.prefill(short)], 2)
+    memory_limit.fill_holes()
+    memory_limit.map_from(MAPPED_FROM)

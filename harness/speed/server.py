@@ -121,12 +121,7 @@ def failure(error: Exception) -> ProbeResult:
 
 
 def ended(status: int, said: str) -> ProbeResult:
-    """Say what became of a child that ended without a reply.
-
-    Args:
-        status: of waitpid.
-        said: the last line that it printed.
-    """
+    """Say what became of a child that ended without a reply, by waitpid's status and the last line it printed."""
     tail, code = f": {said}" if said else "", os.waitstatus_to_exitcode(status)
     if code == -signal.SIGKILL:
         return ProbeResult(status="oom", error="killed by SIGKILL, as the kernel does when memory runs out" + tail)
