@@ -137,7 +137,7 @@ def _memories(tables: Sequence[Table]) -> list[str]:
 
 
 def _columns(tables: Sequence[Table]) -> list[Column]:
-    """Those that some row fills."""
+    """The columns that some row fills, in their order."""
     frames = [table.rows for table in tables]
     measured, ranked, tailed = (any(map(known, frames)) for known in (is_measured, is_ranked, is_known))
     baselines = list(tables[0].baselines)
