@@ -245,7 +245,7 @@ def _changes(both: pd.DataFrame) -> Iterator[Change]:
 def _change(
     bootstrap: Bootstrap, pair: tuple[Array, Array], tasks: Mapping[str, npt.NDArray[np.intp]], *, names: Sequence[str]
 ) -> Change:
-    """pair: values before and now, [S]. tasks: task to the indexes of its samples that have both."""
+    """One comparison. pair: values before and now, [S]; tasks: task to the indexes of its samples that have both."""
     budget, method, task, measure = names
     before, now = (float(np.mean([values[here].mean() for here in tasks.values()])) for values in pair)
     difference = np.round(pair[1] - pair[0], 9)  # what both nights have in common leaves exactly 0

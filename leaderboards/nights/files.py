@@ -35,7 +35,7 @@ KEY = ["task", "sample_id", "method", "budget"]
 COLUMNS = ["task", "sample_id", "prompt", "group", "method", "budget", "status", "score", "nll", "kv_bytes"]
 """score: 0-100; nll: nats a token; both empty where there is none. prompt: 16 hex digits of its sha256."""
 SETTINGS = ("query", "first_token", "max_new_tokens", "nll_tokens", "seed")
-"""Of the run: with other ones the same prompts have other scores."""
+"""Settings of the run that decide scores: with other ones the same prompts have other scores."""
 PROMPT_DIGITS = 16
 CLASS_CHARS = 60
 """Characters of the machine class in a file name."""
@@ -49,14 +49,14 @@ class Seconds(Frozen):
 
 
 class About(Frozen):
-    """`NAME.json`. board: stem of the TOML file; version: of its `[nightly]` table."""
+    """What `NAME.json` says of a night. board: stem of the TOML file; version: of its `[nightly]` table."""
 
     format: Literal[1] = 1
     board: str
     version: int
     machine_class: str
     machine_id: str
-    """Of the very machine; empty where there was no single one."""
+    """Names the very machine; empty where there was no single one."""
     settings: dict[str, str]
     run_id: str
     commit: str | None
@@ -65,11 +65,11 @@ class About(Frozen):
     samples: int
     seconds: Seconds
     table_sha256: str
-    """Of the samples' file."""
+    """The hash of the samples' file."""
 
     @property
     def name(self) -> str:
-        """Of its files: one night of a board, version and machine class is kept."""
+        """The stem of its files: one night of a board, version and machine class is kept."""
         readable = re.sub(r"[^a-z0-9]+", "-", self.machine_class.lower()).strip("-")[:CLASS_CHARS].strip("-")
         return f"{self.board}-v{self.version}-{readable}-{_sha256(self.machine_class)[:6]}"
 
@@ -125,7 +125,7 @@ def machine_class(manifest: RunManifest, records: Sequence[Record]) -> str:
 
 
 def machine_id(machine: Mapping[str, object], host: str) -> str:
-    """Of a machine as a manifest tells it, under that host name: 12 hex digits, so that no host name is published."""
+    """12 hex digits for a machine as a manifest tells it and its host, so that no host name is published."""
     return _sha256(json.dumps([host, machine], sort_keys=True, default=str))[:12]
 
 

@@ -75,7 +75,7 @@ def _unlike(old: Night, night: Night) -> str:
 
 
 def headline(verdict: NightVerdict) -> str:
-    """One line: what came out."""
+    """What came out, in one line."""
     if verdict.comparison is None:
         return "no baseline: this night becomes one"
     many = verdict.regressions
@@ -131,7 +131,7 @@ def _duration(started: str, finished: str) -> str:
 
 
 def _sections(verdict: NightVerdict) -> list[Section]:
-    """Those that have something to say."""
+    """The sections of the report that have something to say."""
     compared = verdict.comparison
     found = []
     if compared is not None:

@@ -134,7 +134,7 @@ def _facts(tables: Sequence[Table]) -> str:
 
 
 def _sections(parts: Sequence[TableParts], extras: Extras) -> dict[str, tuple[str, str]]:
-    """Those of `SECTIONS` that have something to show; the charts say where they have nothing."""
+    """The sections that have something to show; the charts are there and say it where they have nothing."""
     there = {"charts": True, "frontier": bool(extras.searches), "maps": bool(extras.maps)}
     there |= {name: any(getattr(part, name) for part in parts) for name in ("best", "rivals", "needles", "more")}
     return {name: titles for name, titles in SECTIONS.items() if there[name]}

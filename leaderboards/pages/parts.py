@@ -21,14 +21,6 @@ from leaderboards.text import clean, number
 
 
 @dataclass(frozen=True)
-class Told:
-    """A sentence per budget, and one per method without a budget."""
-
-    budgets: Sequence[BudgetVerdict]
-    uncompressed: Sequence[Words]
-
-
-@dataclass(frozen=True)
 class TableParts:
     """One table. index: among those of the page; several: whether there are others. A part may be empty or None.
 
@@ -38,7 +30,8 @@ class TableParts:
     index: int
     several: bool
     heading: str
-    verdicts: Told
+    verdicts: Sequence[BudgetVerdict]
+    uncompressed: Sequence[Words]
     best: TextTable | None
     charts: ChartList | None
     rivals: Sequence[TextTable]
@@ -53,7 +46,8 @@ def table_parts(i: int, table: Table, records: Sequence[Record], *, several: boo
         index=i,
         several=several,
         heading=heading(table),
-        verdicts=Told(verdicts(table), uncompressed(table)),
+        verdicts=verdicts(table),
+        uncompressed=uncompressed(table),
         best=best_by_task(table),
         charts=charts(table, salt=f"chart-{i}"),
         rivals=_filled(told),

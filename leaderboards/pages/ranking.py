@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from leaderboards.stats.aggregate import Table, TableRow
+from leaderboards.stats.comparable import Axes
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import is_ranked
 from leaderboards.stats.worst import is_known
@@ -57,22 +58,14 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """An interval on a line from 0 to 100, as coordinates; without ends where there is none."""
-
-    mean: str
-    low: str
-    high: str
-
-
-@dataclass(frozen=True)
 class RankingRow:
-    """A row. data: attributes that the script filters by; runs: indices of the runs that it is from."""
+    """A row of the table at `index`. cells: one per column; runs: indices of the runs that it is from."""
 
-    data: Mapping[str, str]
-    mark: str
+    index: int
+    axes: Axes
+    values: TableRow
+    memory: str
     cells: Sequence[Shown]
-    bar: Bar | None
     runs: Sequence[int]
 
 
@@ -106,7 +99,14 @@ def ranking(tables: Sequence[Table], runs: Mapping[tuple[int, str, str], Sequenc
     """The one table of all rows. runs: (index of the table, method, budget) to the indices of the row's runs."""
     columns = _columns(tables)
     rows = [
-        _row(i, table, row, columns, runs=runs.get((i, row["method"], row["budget"]), ()))
+        RankingRow(
+            index=i,
+            axes=table.axes,
+            values=row,
+            memory=memory(row),
+            cells=[column.cell(table, row) for column in columns],
+            runs=runs.get((i, row["method"], row["budget"]), ()),
+        )
         for i, table in enumerate(tables)
         for row in table.rows.to_dict("records")
     ]
@@ -137,7 +137,7 @@ def _memories(tables: Sequence[Table]) -> list[str]:
 
 
 def _columns(tables: Sequence[Table]) -> list[Column]:
-    """Those that some row fills."""
+    """The columns that some row fills, in their order."""
     frames = [table.rows for table in tables]
     measured, ranked, tailed = (any(map(known, frames)) for known in (is_measured, is_ranked, is_known))
     baselines = list(tables[0].baselines)
@@ -167,26 +167,10 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
         Column("Flags", _flags, more=not flagged),
         Column("Memory", lambda table, row: _plain(memory(row))),
     ]
-    varied = {name: label for name, label in (AXES | OTHER_AXES).items() if _differs(tables, name)}
-    columns += [Column(label, _axis(name)) for name, label in varied.items()]
+    for name, label in (AXES | OTHER_AXES).items():
+        if len({getattr(table.axes, name) for table in tables}) > 1:
+            columns.append(Column(label, _axis(name)))
     return [column for column in columns if there.get(column.name, True)]
-
-
-def _differs(tables: Sequence[Table], axis: str) -> bool:
-    return len({getattr(table.axes, axis) for table in tables}) > 1
-
-
-def _row(i: int, table: Table, row: TableRow, columns: Sequence[Column], *, runs: Sequence[int]) -> RankingRow:
-    data = {name.replace("_", "-"): str(getattr(table.axes, name)) for name in AXES}
-    data |= {"table": str(i), "budget": row["budget"], "method": row["method"], "memory": memory(row)}
-    return RankingRow(data, row["mark"], [column.cell(table, row) for column in columns], _bar(row), runs)
-
-
-def _bar(row: TableRow) -> Bar | None:
-    mean, low, high = (row[f"score_points_{part}"] for part in ("mean", "low", "high"))
-    if math.isnan(mean):
-        return None
-    return Bar(f"{mean:.1f}", *("" if math.isnan(low) else f"{end:.1f}" for end in (low, high)))
 
 
 def _method(table: Table, row: TableRow) -> Shown:

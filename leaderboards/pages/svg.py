@@ -22,7 +22,7 @@ SERIES = (
     *("#1f6fb4", "#c25700", "#2a8a2a", "#c62f30", "#7e57b5"),
     *("#8a5546", "#c2479b", "#666666", "#7f8000", "#0e8a99"),
 )
-"""Of light pages; each has a contrast of 3:1 or more on white. The dark ones are in `board.css`."""
+"""Series on light pages; each has a contrast of 3:1 or more on white. The dark ones are in `board.css`."""
 INK, GRID, FRONT = "#010101", "#b1b1b1", "#999999"
 INKS = {INK: "ink", GRID: "grid", FRONT: "front", **{color: f"c{i}" for i, color in enumerate(SERIES)}}
 PLAIN = {"#000000": "ink", "#ffffff": "page", "#d9d9d9": "bar"}

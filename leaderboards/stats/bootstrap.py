@@ -114,7 +114,9 @@ class Bootstrap:
         self._kept = Kept()
 
     def estimate(self, values: Array, *, weights: Weights | None = None) -> Estimate:
-        """values: [S], NaN where a sample has none. weights: of tasks, in any unit; all tasks alike without them.
+        """The weighted mean of task means of values [S], NaN where a sample has none, with its interval.
+
+        weights: of tasks, in any unit; without them all tasks weigh the same.
 
         Tasks without a value or a weight are left out.
         """

@@ -47,7 +47,7 @@ class Grid:
 
     @classmethod
     def of(cls, records: Iterable[Record | BoardRecord], *, seed: int, resamples: int) -> Grid:
-        """records: one per key (`axes.one_per_key`), of one table."""
+        """The grid of the records of one table, one per key (`comparable.one_per_key`)."""
         found = list(board_records(records))
         metas: dict[tuple[str, str], BoardRecord] = {}
         for r in found:
@@ -96,10 +96,6 @@ class Grid:
             for cell, what, minus in lacking
         )
         self._estimates |= zip(lacking, self.bootstrap.estimates(columns), strict=True)
-
-    def mean(self, cell: CellKey, what: str) -> float:
-        """The mean of an estimate, without its interval."""
-        return self.bootstrap.mean(self.values(cell, what))
 
     def counts(self, cell: CellKey, where: Mask | None = None) -> Counter[str]:
         """Records by status, of the samples in `where` [S]."""

@@ -71,7 +71,7 @@ def _costs_no_more(grid: Grid, cell: CellKey, other: CellKey, cost: str) -> tupl
 
 
 def running_best(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, score) points those that no other one matches at most its cost and at least its score; by cost."""
+    """The (cost, score) points that no other one matches at most its cost and at least its score, by cost."""
     best: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or score > best[-1][1]:

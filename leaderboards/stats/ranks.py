@@ -101,7 +101,7 @@ class _Field:
         self._drawn = dict(zip(requests, redraws.means(list(requests.values())), strict=True))
 
     def _key(self, i: int, j: int) -> tuple[bytes, ...]:
-        """Of the samples that both cells have."""
+        """What `_drawn` keeps the means over the samples of both cells under."""
         return tuple(sorted({self._keys[i], self._keys[j]}))
 
     def of(self, i: int, j: int) -> Drawn:

@@ -91,7 +91,7 @@ def family_of(task: str) -> str:
 
 
 def bare_name(label: str) -> str:
-    """`compilerkv` of `compilerkv@window[beta=2]`."""
+    """The method that a label names: `compilerkv` of `compilerkv@window[beta=2]`."""
     return re.split(r"[@\[]", label, maxsplit=1)[0]
 
 
@@ -102,7 +102,10 @@ class _Draws:
         self._seed, self._resamples, self._kept = seed, resamples, Kept()
 
     def of(self, family: str, counts: Sequence[int]) -> tuple[npt.NDArray[np.intp], list[Counts]]:
-        """counts: [T], clusters of each task. [R, T], the tasks drawn; of each task, for each time, its clusters."""
+        """[R, T], the tasks drawn, and of each task, for each time it is drawn, how often each cluster is.
+
+        counts: [T], the number of clusters of each task.
+        """
         generator = np.random.default_rng([self._seed, zlib.crc32(family.encode())])
         drawn = generator.integers(len(counts), size=(self._resamples, len(counts)))
         times = np.bincount(drawn.ravel(), minlength=len(counts))

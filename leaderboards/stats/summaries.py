@@ -113,7 +113,7 @@ def _values(grid: Grid, cell: CellKey, mean: Mean) -> Array:
 
 
 def _weights(grid: Grid, values: Array, mean: Mean) -> dict[str, float]:
-    """Of the tasks that have values [S]."""
+    """Task to weight, of the tasks that have values [S]: those of one category share its weight."""
     present = [task for task, rows in grid.bootstrap.rows.items() if not np.isnan(values[rows]).all()]
     kinds = {task: mean.kinds[task] if mean.kinds else task for task in present}
     members = Counter(kinds.values())
@@ -121,7 +121,7 @@ def _weights(grid: Grid, values: Array, mean: Mean) -> dict[str, float]:
 
 
 def _row(grid: Grid, cell: CellKey, mean: Mean, *, estimate: Estimate, tasks: tuple[int, int]) -> dict[str, Any]:
-    """tasks: those with a value, and those that have samples."""
+    """The row of one cell. tasks: how many have a value, and how many have samples."""
     expected = int((mean.where & grid.expected(cell[1])).sum())
     counts = grid.counts(cell, mean.where)
     flags = {"incomplete": estimate.n < expected, **{s: counts[s] for s in STATUSES[1:]}}

@@ -69,7 +69,7 @@ def _worst(grid: Grid, cell: CellKey) -> dict[str, Any]:
 
 
 def worst(values: Array, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    """Of the rows that have a value [S], the tenth with the highest one, rounded up; of equal ones the first."""
+    """The tenth of the rows with the highest values [S], rounded up, of those that have one; ties by order."""
     here = rows[~np.isnan(values[rows])]
     order = np.argsort(-values[here], kind="stable")
     return here[order[: math.ceil(here.size / PARTS)]]

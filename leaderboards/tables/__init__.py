@@ -1,1 +1,1 @@
-"""Numbers to text: a board as markdown, CSV and SVG. Others call `board.write_board`, `speed` and `memory`."""
+"""Numbers to text: a board as markdown, CSV and SVG. Others call `board.write_board`, `speed` and `boundary`."""

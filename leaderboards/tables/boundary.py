@@ -25,7 +25,7 @@ from leaderboards.tables.files import write_files
 from leaderboards.text import MIB, Section, clean, escape, markdown, number, terminal
 
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "oo")
-"""By budget, so that bars are told apart without colour."""
+"""Hatching of the bars of each budget, so that they are told apart without colour."""
 READING = (
     "≥: even the largest size tried fits. 0: not even the smallest does. Peak: at that size, above the model's own "
     "bytes. Next: the smallest size that did not fit and how it ended; only `oom` says that memory ran out."
@@ -117,7 +117,7 @@ def frame(records: Sequence[BoundaryRecord]) -> pd.DataFrame:
 
 
 def ordered(records: Sequence[BoundaryRecord]) -> list[BoundaryRecord]:
-    """By budget, then in the order of the command; contexts before batches."""
+    """The records by budget, then in the order of the command; contexts before batches."""
     place = {method: i for i, method in enumerate(dict.fromkeys(record.method for record in records))}
     kinds = ("context", "batch")
     return sorted(

@@ -60,7 +60,7 @@ class SpeedTable:
 
 
 def merge(passes: Sequence[Measured]) -> Measured:
-    """Of one cell. Raises HarnessError for passes over different shapes."""
+    """The passes over one cell as one measurement. Raises HarnessError when they measured different shapes."""
     shapes = {(m.tokens, m.batch, m.new_tokens, m.memory) for m in passes}
     if len(shapes) != 1:
         raise HarnessError(f"passes of one cell measured different things: {sorted(shapes)}; remove their records")

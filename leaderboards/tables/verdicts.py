@@ -104,7 +104,7 @@ def _scored(rows: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _marked(rows: Sequence[TableRow]) -> list[TableRow]:
-    """Those that may be first, by their means."""
+    """The rows that may be first, the best mean before the others."""
     return sorted((row for row in _scored(rows) if row["mark"]), key=lambda row: -row["score_points_mean"])
 
 

@@ -174,17 +174,6 @@ def _cells() -> list[tuple[str, str, float]]:
     return [("a", "128", 0.3), *small, ("b", "1024", 1.0), ("fullkv", "full", 0.0)]
 
 
-def test_notes_and_errors_are_counted() -> None:
-    records = [
-        *cell("pyramidkv", "128", [1.0, 1.0], notes=("flat pyramid",)),
-        *cell("pyramidkv", "64", [1.0, 1.0], notes=("flat pyramid",)),
-        record("h2o", "64", "1", None, error="second"),
-        record("h2o", "64", "0", None, error="first"),
-    ]
-    found = [(n.method, n.budgets, n.what, n.count, n.error) for n in only(records).notes]
-    assert found == [("h2o", ("64",), "failed", 2, "first"), ("pyramidkv", ("64", "128"), "flat pyramid", 4, "")]
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     shuffle=st.integers(0, 2**31),

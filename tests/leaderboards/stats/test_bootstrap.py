@@ -96,6 +96,7 @@ def test_the_rules_of_few_count_clusters() -> None:
     assert math.isnan(clustered(4).estimate(values).low)  # five clusters
     assert not math.isnan(clustered(3).estimate(values).low)  # seven
     assert math.isnan(clustered(20).estimate(values).low)
+    assert math.isnan(Bootstrap([*tasks, "lonely"]).estimate(np.append(values, 1.0)).low)  # a task of one cluster
     assert clustered(3).few(values)
     assert not clustered(2).few(values)
     values[:2] = np.nan

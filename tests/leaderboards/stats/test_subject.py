@@ -251,12 +251,6 @@ def test_all_families_need_an_interval_in_each() -> None:
     assert found(table, ALL)["verdict"] == "not told apart"
 
 
-def test_tasks_without_nll_have_a_score_alone() -> None:
-    records = [r for m in ("mine", "other") for r in scored(m, VT, [None] * 6)]
-    rivals = only(records, subject="mine").rivals
-    assert set(rivals["measure"]) == {"score"}
-
-
 def test_budgets_and_families_are_in_order_and_seeded() -> None:
     generator = np.random.default_rng(1)
     records = [

@@ -191,12 +191,6 @@ def test_incomplete_cells_say_so() -> None:
     assert (nothing["n"], nothing["n_expected"], nothing["flags"]) == (0, 3, "incomplete failed")
 
 
-def test_a_sample_that_no_record_of_the_cell_exists_for_is_missing_too() -> None:
-    table = only(scored("longbench/lcc", [1.0] * 3, method="h2o") + scored("longbench/lcc", [1.0, 0.0]))
-    row = found(table, "longbench/en")["code"]
-    assert (row["n"], row["n_expected"], row["flags"]) == (2, 3, "incomplete few")
-
-
 def test_overspending_is_flagged() -> None:
     records = scored("longbench/lcc", [1.0] * 10) + scored("longbench/trec", [1.0] * 10, over_budget=True)
     rows = found(only(records), "longbench/en")

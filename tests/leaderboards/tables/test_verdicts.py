@@ -53,6 +53,8 @@ def test_nothing_is_compared_with_nothing() -> None:
     assert said(only(low("a", 0.7) + low("b", 0.9, over_budget=True))).startswith("Nothing to compare: ")
     lacking = [r for m in "ab" for r in cell(m, "64", [None if m == "a" else 1.0, None if m == "b" else 1.0, 0.5])]
     assert said(only(lacking)) == "No ranking: no method is complete."
+    overspent = cell("fat", "64", [1.0] * 3, over_budget=True)
+    assert said(only(lacking + overspent)) == "No ranking: no method is complete."
 
 
 @pytest.mark.parametrize("methods", [("snapkv", "h2o"), ("a", "b", "c", "d")])
