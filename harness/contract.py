@@ -8,8 +8,6 @@
 Every clause is tried on random prompts of several lengths at budgets below and above them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import FrozenInstanceError, fields
 from functools import cache

@@ -1,7 +1,5 @@
 """What a manifest says about where a run happened: processor, memory, accelerators, package versions, commit."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

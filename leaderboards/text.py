@@ -1,7 +1,5 @@
 """Text that a page or a terminal shows as it is: cleaned, escaped, aligned, folded, and one way to write a section."""
 
-from __future__ import annotations
-
 import math
 import re
 import textwrap

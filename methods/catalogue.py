@@ -4,8 +4,6 @@ An error line and `harness list methods` need names, presets, parameters and sum
 torch for them takes seconds. What a file computes rather than states is left to the registry, which imports it.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A prompt is `context + question`, wrapped in the chat template when `chat` is se
 what a query-agnostic run compresses before it sees the question.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The lock lies beside the files: {"repo", "commit", "files": {name: {"sha256", "r
 written by harness/data.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

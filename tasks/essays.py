@@ -6,8 +6,6 @@ punkt model (Kiss & Strunk 2006), with the parameters that nltk distributes and 
 169 more pages of the author's site. `provenance` names it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass

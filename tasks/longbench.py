@@ -5,8 +5,6 @@ in the middle, chat wrap and metrics. The prompts are read from the installed lm
 the official ones, and refused when their checksum is not the official one. `DEVIATIONS` says what still differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Rows of LongBench's data files, checked."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

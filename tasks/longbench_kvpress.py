@@ -6,8 +6,6 @@ are the official ones, split by `parts`. `DIFFERS` says what differs from the of
 differs from kvpress.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

@@ -9,8 +9,6 @@ own, after SCBench (https://arxiv.org/abs/2412.10319). Samples of one context ca
 independent draws. A limit counts questions.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

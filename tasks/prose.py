@@ -19,8 +19,6 @@ first places. An essay without room for a prompt and a reference is never used; 
 refused. A length with fewer than 100 places has fewer samples.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

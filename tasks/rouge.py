@@ -8,8 +8,6 @@ Difference: nothing recurses. The package needs a frame a word and runs out of s
 which LongBench's metrics.py scores 0; here a score cannot depend on how deep the caller stands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 

@@ -5,8 +5,6 @@ Sources: LongBench's metrics.py (github.com/THUDM/LongBench@2e00731), RULER's sc
 Written from what these compute; the differences that can change a number are named at the function.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import string

@@ -7,8 +7,6 @@ Prompt, generation and chat template have at most the length in tokens, as nearl
 Sources differ between Python versions, so results compare within one; the record names it and the checksum of the text.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import platform

@@ -3,8 +3,6 @@
 A run names its tables and their hash. Tables that are not here, or no longer the same, are left out and said.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple

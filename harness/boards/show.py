@@ -1,7 +1,5 @@
 """The board of some records, written beside them and printed."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -5,8 +5,6 @@ A published board is made from `leaderboards/published/records/<board>/`, a fold
 (`bench.json`) is a board of speed; one that has a memory boundary (`boundary.json`) shows it beside the scores.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

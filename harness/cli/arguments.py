@@ -1,7 +1,5 @@
 """What the commands share: a parser that complains in one line, lists in one argument."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import NoReturn

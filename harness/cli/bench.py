@@ -1,7 +1,5 @@
 """`harness bench`: speed and memory of methods, each by itself."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`harness board`: the board of stored runs, and the published boards made again from their published records."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

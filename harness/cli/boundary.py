@@ -1,7 +1,5 @@
 """`harness boundary`: the largest context and batch that fit a memory limit."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

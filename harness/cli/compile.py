@@ -1,7 +1,5 @@
 """`harness compile` on the command line."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

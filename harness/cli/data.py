@@ -1,7 +1,5 @@
 """`harness data fetch`: data sets of tasks, by pinned revision."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`harness export`: records as Parquet, results as a model card."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`harness fetch`: a packaged asset, downloaded into the cache."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """`harness list`: what can be named on the command line."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

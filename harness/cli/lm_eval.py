@@ -1,7 +1,5 @@
 """`harness lm-eval ...`: lm-eval's own command line with one model more, `kvpolicy`; what follows the verb is its."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """`harness lm-eval-import`: results of lm-eval as runs of this store."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

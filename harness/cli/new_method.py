@@ -1,7 +1,5 @@
 """`harness new-method NAME`: files to start a method from."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`harness nightly` on the command line."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Bad input ends with one line on stderr and exit code 2, an interrupt with 130; w
 command's module is imported once it is called: names and help lines of all of them are here.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -1,7 +1,5 @@
 """`harness run`: methods x budgets on tasks, then their board."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`harness serve-bench`: speed and memory of a batch of prompts decoded together."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

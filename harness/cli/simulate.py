@@ -1,7 +1,5 @@
 """`harness simulate`: how long a sweep would take on a cluster, from a run that was recorded."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

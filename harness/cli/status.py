@@ -1,7 +1,5 @@
 """`harness status`: how runs are getting on, read from their folders."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

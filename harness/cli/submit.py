@@ -1,7 +1,5 @@
 """`harness submit`: pack a run as an archive that others can verify."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 from collections.abc import Sequence

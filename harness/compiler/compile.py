@@ -15,8 +15,6 @@ Every quarter prompt of a family is for validation. Losses are divergences from 
 tokens, in nats a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path

@@ -8,8 +8,6 @@ path/to/folder  its *.txt and *.txt.gz in UTF-8, by name; paragraphs are parted 
 A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
 """
 
-from __future__ import annotations
-
 import ast
 import gzip
 import hashlib

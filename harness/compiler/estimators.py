@@ -5,8 +5,6 @@ ridge     effects of foldover designs (methods.compilerkv.designs): every layer 
 row with its mirror image; the strength of the table is chosen on training prompts
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 

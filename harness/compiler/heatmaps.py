@@ -1,7 +1,5 @@
 """Compiled tables to look at: heat maps as a PNG, and a page that needs nothing but itself."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

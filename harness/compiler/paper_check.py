@@ -4,8 +4,6 @@ Both tables are tried with the other one in force, and those compiled alone with
 does not win both comparisons at a budget, by an interval above 0, is left neutral there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

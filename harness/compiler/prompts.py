@@ -16,8 +16,6 @@ Lengths and depths are points of Roberts' R2 sequence, not of `point`: in two di
 where two sequences of base 2 would tie the depth to the length and to the place in the corpus.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise

@@ -4,8 +4,6 @@ Source: https://arxiv.org/abs/2410.19258, see `methods.headkv` for what differs.
 an even base and its part of a pool; the pool's share of all slots is chosen on training prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

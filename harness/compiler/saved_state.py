@@ -3,8 +3,6 @@
 `compile.json` says what the folder belongs to; another specification in the same folder is refused.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

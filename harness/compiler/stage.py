@@ -1,7 +1,5 @@
 """What every stage of a compilation works with: the model, its calibration prompts, their roll-outs, what is saved."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 In a template `{key}` is who or what owns a value, `{source}` the owner before it, `{value}` the value.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from random import Random
 

@@ -1,7 +1,5 @@
 """Seconds of the parts of a computation: by the processor's clock, or by events on a CUDA stream."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Compress: what a policy leaves of a prefilled prompt, and what that weighs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ that gave that slot up anyway (compilerkv, h2o@kvpress) so decodes with one slot
 after the first decoded token; `kv_bytes` is what it left, `kv_bytes_end` counts everything.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

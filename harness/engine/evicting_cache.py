@@ -1,7 +1,5 @@
 """The layer cache of rows whose policy evicts while decoding: they stay at their budget while they grow."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any

@@ -6,8 +6,6 @@ differs is which slots they kept. The engine knows no more of a layer than this:
 (`row_cache.GrowingRows`) and rows that evict while they decode (`evicting_cache.EvictingRows`) are the same to it.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any

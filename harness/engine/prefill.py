@@ -6,8 +6,6 @@ soon as the prompt's last token has passed it, and its full cache is let go: so 
 never exists at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

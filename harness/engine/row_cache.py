@@ -1,7 +1,5 @@
 """The layer cache of rows that grow by every token: whatever a policy left, every head at its own number of slots."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain

@@ -6,8 +6,6 @@ with no code per model. Works on transformers 5.2 and later for models whose att
 `AttentionInterface`; others are refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property

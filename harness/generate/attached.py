@@ -6,8 +6,6 @@ engine's. Rows of a batch go through one by one, each at its own length, left pa
 criteria and streamers are those of transformers. Any other call of the model inside the context is the plain model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps

@@ -3,8 +3,6 @@
 Every row of a batch has caches of its own, so rows may differ in length; they go through the model one by one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps

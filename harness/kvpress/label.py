@@ -3,8 +3,6 @@
 Read with `ast` and never evaluated: a name or a call is a press, its arguments are presses, lists of them or literals.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ states that went into it; what it leaves is told slot by slot.
 - A press whose work is not in the prefill hook is refused: one that decodes, or runs the prompt again.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

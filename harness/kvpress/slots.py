@@ -1,7 +1,5 @@
 """Which token each slot holds that a foreign function left of keys and values. Exact, or not told."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

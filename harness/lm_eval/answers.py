@@ -1,7 +1,5 @@
 """Answers to lm-eval's requests, from token ids on: what is truncated, compressed, generated, scored and noted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """lm-eval's own command line with one model more, `kvpolicy`. Names are registered without importing torch."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ response cache has no facts and is marked `skipped`. Only runs of `kvpolicy` are
 measured, and `method=fullkv` gives what `hf` gives.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

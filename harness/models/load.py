@@ -7,8 +7,6 @@ path/to/x.gguf    a GGUF file
 org/name          a model of the Hugging Face hub
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A model without its weights (on the meta device) is what a driver needs of one that only its workers run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

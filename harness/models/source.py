@@ -1,7 +1,5 @@
 """What a model's name stands for, and what of it can be refused before torch is imported. Touches no network."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

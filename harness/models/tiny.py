@@ -3,8 +3,6 @@
 Its text is noise. It is for tests, demonstrations and checks of a new method, never for a score.
 """
 
-from __future__ import annotations
-
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE

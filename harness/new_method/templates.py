@@ -26,8 +26,6 @@ class @CLASS@(EvictionPolicy):
 
 TEST = '''"""The contract of @NAME@, and its kept tokens against a plain loop that shares no code with it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

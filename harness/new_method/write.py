@@ -4,8 +4,6 @@ Inside: `methods/NAME.py`, `tests/methods/test_NAME.py` and a line of the change
 with the same two files, a `pyproject.toml` that declares the entry point, and a README.
 """
 
-from __future__ import annotations
-
 import keyword
 import re
 from pathlib import Path

@@ -8,8 +8,6 @@ They lie in `cache_dir()/data/<name>`, or in DIR/<name> with `--to DIR`, beside 
     hotpotqa   hotpotqa/hotpot_qa (distractor, validation), in the shape of hotpot_dev_distractor_v1.json.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

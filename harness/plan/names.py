@@ -1,7 +1,5 @@
 """What of a request can be refused by its names alone: methods, tasks, model, dtype and device. Imports no torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Options, of a command line or a TOML file, to a sweep."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows of the hub's SQuAD and HotpotQA in the shapes of the official files, which RULER's tasks read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any

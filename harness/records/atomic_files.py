@@ -4,8 +4,6 @@ The lock is `flock` itself and not `filelock`'s, since whoever is refused is tol
 the folder, which that process writes into the lock file.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

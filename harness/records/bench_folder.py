@@ -5,8 +5,6 @@ the hash of what decides the numbers and of the machine: a folder never holds tw
 import this module.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

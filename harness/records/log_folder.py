@@ -7,8 +7,6 @@ so. Of several lines with one key the last wins. One process writes at a time (`
 process). No torch here: leaderboards read through this module.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from abc import ABC, abstractmethod

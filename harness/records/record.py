@@ -1,7 +1,5 @@
 """Everything that is ever written to disk. Every field has one line that says what it holds and in which unit."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat

@@ -3,8 +3,6 @@
 No torch and no transformers here: leaderboards import this module.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import cached_property

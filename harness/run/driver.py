@@ -6,8 +6,6 @@ no worker reads a data set; weights come from each node's own cache. A worker wh
 driver's is refused: they decide the numbers.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence

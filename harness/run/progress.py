@@ -1,7 +1,5 @@
 """How a fanned-out run is getting on: a line while it runs, and `progress.json` in its folder for `harness status`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import Counter

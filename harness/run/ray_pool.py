@@ -4,8 +4,6 @@ The actor is the only thing here that runs elsewhere. It never writes to the run
 to the driver. An actor is not restarted by Ray; the schedule decides what is done about a lost one.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import socket

@@ -7,8 +7,6 @@ the run goes on without it. What a lost node ran is not charged, because it is n
 ran out of memory goes out once more to be done with care, in the smallest steps, and then is given up as `oom`.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The whole benchmark on one machine: every sample is prefilled once and decoded under every cell, then recorded."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Sequence, Set

@@ -1,7 +1,5 @@
 """How a run is getting on, read from its folder. It changes nothing there and loads no model."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import time

@@ -10,8 +10,6 @@ Seconds mean nothing without the machine, so a measured run says in its spec whe
 than the same one without measurements, and another one on each machine. One folder never holds both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """What `harness simulate` is asked for: the cluster, and the items of the sweep whose seconds a run recorded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """Workers and time for `harness.run.schedule` that exist on paper only: see `harness.simulate.simulate`."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections import defaultdict, deque

@@ -6,8 +6,6 @@ written every `STORE_S`. Simulated: workers, busy for the seconds of their items
 and does one thing at a time. Left out: the network, many nodes reading weights at once, items that fail.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

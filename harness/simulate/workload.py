@@ -5,8 +5,6 @@ seconds are one prefill, the compression of every cell and every decode batch; a
 rows. Scoring and tokenizing are in no record, so they are not here either.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby

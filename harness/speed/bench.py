@@ -4,8 +4,6 @@ The passes go over all methods in turn, every second one backwards, so that a ma
 The same for one prompt at a time (`harness bench`) and for a batch that is decoded together (`harness serve-bench`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A size fits when its probe ends `ok`; `oom`, `timeout` and `failed` do not fit, 
 Memory is taken to grow with the size. A model of bytes gives the first size; every probe is recorded.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

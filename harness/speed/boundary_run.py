@@ -3,8 +3,6 @@
 Source of the searches: `harness.speed.boundary`. Every probe is a process of its own under the limit.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

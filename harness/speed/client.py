@@ -1,7 +1,5 @@
 """Ask for probes that each run in a fresh process: the client of `harness.speed.server`."""
 
-from __future__ import annotations
-
 import json
 import os
 import select

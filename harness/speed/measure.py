@@ -7,8 +7,6 @@ heap has not yet returned. The rounds that follow it are timed with the heap as 
 count only where the warm-up is off.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ A limit is a cgroup v2 of its own where one can be made, else an address space (
 limit above what is mapped but not resident, such as libraries: resident plus new mappings stay below the limit.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

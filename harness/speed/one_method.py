@@ -5,8 +5,6 @@ soon as the prompt's last token has passed it, so the full cache never exists at
 chunks, which bounds the activations. The first token comes from the prefill, as it does when serving.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Peak memory of what runs after a start, in this process."""
 
-from __future__ import annotations
-
 import gc
 import sys
 from typing import Literal

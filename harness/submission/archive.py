@@ -12,8 +12,6 @@ around it; a member has one of the names above, once, is a plain file, and has t
 Everything is JSON text: a pickle, or an archive inside the archive, is refused before it is parsed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import stat

@@ -7,8 +7,6 @@ holds is at least W + slot x kept slots; the rest is its method's side data. Slo
 b over the bits of a plain number of that.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which samples and cells a submitted run holds, and whether the cells of one sample are of one prompt."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """What a verification found, in lines for a terminal."""
 
-from __future__ import annotations
-
 from harness.submission.verify import Verification
 
 

@@ -15,8 +15,6 @@ data, beyond their being the same in all cells of a sample. An edit that changes
 seen with a tokenizer alone. A cell that was lost (out of memory, failed) has no score; how many there are is told.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

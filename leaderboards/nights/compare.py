@@ -22,8 +22,6 @@ that was ok and has no score any more, kept bytes that grew, and seconds where a
 Each night is compared with the one before: losses below the floors can add up over many nights unseen.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence

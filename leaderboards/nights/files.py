@@ -10,8 +10,6 @@ nearly, and what differs is this project's doing. Cores, memory, host and patch 
 machines would ever be compared. They are in the machine id, which must be equal before seconds are judged.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

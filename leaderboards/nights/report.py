@@ -5,8 +5,6 @@ is compared too, for information: other kernels give other scores, and nobody's 
 machine are never compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime

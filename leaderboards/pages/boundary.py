@@ -1,7 +1,5 @@
 """The memory boundary on a page: the folders of `harness boundary` beside the runs, as pictures with their values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

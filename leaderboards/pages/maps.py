@@ -1,7 +1,5 @@
 """Compiled tables as heat maps on a page: the slots of every layer and KV head. The caller brings plain numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Needle tasks as heat maps on a page: the mean score by length of the prompt and depth of the needle."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

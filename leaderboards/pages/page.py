@@ -6,8 +6,6 @@ or plain JSON that the script sets as text. The content policy allows the page's
 and nothing else. The same input gives the same bytes. The markup is in `templates`; here is what it is filled with.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """What a page shows of one table beside its rows of the ranking: verdicts, charts, needles, and tables of text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan

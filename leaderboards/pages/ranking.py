@@ -1,7 +1,5 @@
 """The ranking of a page: the cells of its one table of all rows, and the choices that filter them, as plain data."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What made the rows of a page: command, commit, versions, machine and data of every run."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Answers and references are untrusted. Here they stay plain data; the page sets them as text, never as markup.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence

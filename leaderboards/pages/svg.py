@@ -5,8 +5,6 @@ attributes; the colours of `INKS` become classes too, so that a dark page can ch
 are removed, for a page holds several figures.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence

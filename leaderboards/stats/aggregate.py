@@ -25,8 +25,6 @@ Memory. A cell of which some record has simulated memory is `simulated`: scored 
 memory was held, so it has no place on the fronts. The column `memory` is there when some table has such a cell.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

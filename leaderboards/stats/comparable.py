@@ -6,8 +6,6 @@ timed their cells on different machines: speed is ranked within one machine only
 of one machine, for its scores do.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ no joint draw. Here every cluster of a task (samples with one `meta.group`) is d
 samples that were, so that maxima over many differences can be taken within a draw.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass

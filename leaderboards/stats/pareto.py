@@ -14,8 +14,6 @@ mark. One with simulated memory has none either and puts no other off: no such m
 these are 95 % per comparison, and `=` is no proof of equality.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import permutations
 

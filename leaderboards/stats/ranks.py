@@ -27,8 +27,6 @@ Over tasks. A cell's mean with tasks redrawn, and in each drawn task its cluster
 `MIN_TASKS` tasks on; too narrow with few, by about sqrt(1 - 1/tasks).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -25,8 +25,6 @@ Verdict. `better` only where the whole interval is above 0, `worse` where it is 
 and its verdict says so.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import zlib

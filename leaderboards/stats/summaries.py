@@ -12,8 +12,6 @@ Every one is a weighted mean of task means, in 0-100, with the bootstrap of `lea
 tasks or samples than belong to it, it is the mean of what there is and its row says how many that are.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

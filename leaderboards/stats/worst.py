@@ -12,8 +12,6 @@ samples. `nll_worst_vs_fullkv` is NLL less that of `fullkv`, averaged the same w
 too. The samples are chosen by the cell's own NLL, which favours `fullkv`; they differ from cell to cell.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from typing import Any

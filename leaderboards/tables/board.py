@@ -4,8 +4,6 @@ A page depends on the records and manifests alone, not on their order or on the 
 bytes. Text from outside (labels, notes, errors) is cleaned of control characters and escaped for markdown.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -4,8 +4,6 @@ Read from the folder of `harness boundary` alone. Text from outside is cleaned a
 same bytes.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from html import escape as html

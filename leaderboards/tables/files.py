@@ -1,7 +1,5 @@
 """The files of a board: its name checked, its folder made, every file replaced in one step."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the columns, marks and flags of a board mean, as lines that stand below it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from leaderboards.stats import pareto, ranks, worst

@@ -1,7 +1,5 @@
 """What follows the ranking of a board, as tables of text: rivals, tasks, ranks, tails and the averages of suites."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

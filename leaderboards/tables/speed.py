@@ -1,7 +1,5 @@
 """Tables of speed and memory as pages, CSV and terminal text, from stored records alone; see `speed_rows`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from math import nan
 from pathlib import Path

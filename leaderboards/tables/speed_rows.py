@@ -5,8 +5,6 @@ the highest peak. A cell is `ok` only when every pass is. Rows that differ in ma
 threads, shape or limit never share a table: speed is compared only within one. Passes of two benches are two rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -13,8 +13,6 @@ equally often (`designs.foldover_levels`). Adam moves a Q by about the learning 
 Shape letters: n records   S states   A actions   P prompts.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

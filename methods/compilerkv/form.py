@@ -11,8 +11,6 @@ score weights and thresholds.
     gate    only tokens of at least `gate` times the mean score are candidates, so a head may keep fewer than its budget
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """What a folder of compiled tables says of itself: `manifest.json`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt

@@ -10,8 +10,6 @@ Differences: without tables nothing is learnt (see `tables.neutral`) and every r
 compiled takes the table of the nearest one, and every record says so; when no token reaches tau the best one is kept.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

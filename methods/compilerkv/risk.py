@@ -8,8 +8,6 @@ training prompts, and stay 0 when validation prompts do not confirm that moving 
 Shape letters: P prompts   N compiled budgets.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from typing import Any

@@ -1,7 +1,5 @@
 """Choices of the offline compiler and how sure they are: forms by cross-validation, gains of tables, rank agreement."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

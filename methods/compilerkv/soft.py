@@ -5,8 +5,6 @@ number of kept tokens is the head's budget; the bias is the logarithm of that pr
 the hard choice of the best tokens. Our own estimator; the published one is in `methods.compilerkv.cql`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid

@@ -8,8 +8,6 @@ are still kept, plus a share of what a token was worth before (where the form ha
 Side data of a slot, paid out of the budget: `worth` and `seen`, the attention since worth was computed.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ and a hash ties the tensors to the manifest that says where they came from.
 Shape letters as in `methods.base`, and N compiled budgets. A layer is a compressible one, counted from the first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from bisect import bisect_right

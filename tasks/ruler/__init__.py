@@ -4,8 +4,6 @@ Source: https://arxiv.org/abs/2404.06654 and NVIDIA/RULER@c3f5e3b (scripts/synth
 mean of the 13.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

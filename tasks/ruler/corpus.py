@@ -1,7 +1,5 @@
 """Words and lines that RULER's haystacks are made of. Source: NVIDIA/RULER@c3f5e3b, scripts/data/synthetic."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files

@@ -5,8 +5,6 @@ changes to a file of English words when more words are needed than wonderwords h
 the list up (`meta` counts them). The order of the list is drawn per sample, where NVIDIA's fixed seed repeats it.
 """
 
-from __future__ import annotations
-
 from random import Random
 
 from tasks.ruler.corpus import all_words, draw_word

@@ -3,8 +3,6 @@
 Source: NVIDIA/RULER@c3f5e3b, scripts/data/prepare.py (500 samples a length) and scripts/eval/synthetic/constants.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count

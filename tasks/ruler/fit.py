@@ -6,8 +6,6 @@ Differences: a sample shrinks by its own overshoot and not by a fixed 5 to 500 u
 and a length that fits nothing raises instead of looping.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ is written as dots and not asked for. Difference: the order of the text is drawn
 seed).
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Sequence
 from functools import cache

@@ -6,8 +6,6 @@ sample (NVIDIA's fixed seed puts the answer at one place in all of them), and a 
 the length is passed over (NVIDIA's loop does not end there).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

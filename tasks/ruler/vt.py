@@ -6,8 +6,6 @@ the length; a haystack of fewer than five noise lines is split into its sentence
 example's places are drawn per sample.
 """
 
-from __future__ import annotations
-
 import string
 from itertools import pairwise
 from random import Random
