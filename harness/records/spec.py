@@ -5,7 +5,6 @@ No torch and no transformers here: leaderboards import this module.
 
 import hashlib
 import json
-from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -60,15 +59,17 @@ class Asked(Frozen):
             raise ValueError(f"no methods asked for; add --methods compilerkv,snapkv{cls.OTHER_WAY}")
         return methods
 
-    @model_validator(mode="after")
-    def _budgets_parse(self) -> Self:
-        assert self.parsed_budgets is not None  # parsed now, so that a bad one is refused here
-        return self
+    @field_validator("budgets")
+    @classmethod
+    def _budgets_parse(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        for budget in budgets:
+            Budget.parse(budget)
+        return budgets
 
-    @cached_property
+    @property
     def parsed_budgets(self) -> tuple[Budget, ...]:
         """The budgets in the order asked; one that is asked for twice is there twice, as a run's spec has it."""
-        return tuple(map(Budget.parse, self.budgets))
+        return tuple(map(Budget.parse, self.budgets))  # not kept: a copy with other budgets must not have these
 
 
 class Sweep(Asked):
