@@ -174,8 +174,6 @@ def _cells() -> list[tuple[str, str, float]]:
     return [("a", "128", 0.3), *small, ("b", "1024", 1.0), ("fullkv", "full", 0.0)]
 
 
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     shuffle=st.integers(0, 2**31),
