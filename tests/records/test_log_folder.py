@@ -22,7 +22,7 @@ from harness.records.bench_folder import BENCHES, BenchManifest, BenchSpec, Benc
 from harness.records.log_folder import Layout
 from harness.records.memory_folder import SEARCHES, BoundaryStore
 from harness.records.run_folder import RUNS, RunStore
-from tests.leaderboards.tables import test_memory, test_speed
+from tests.leaderboards.tables import test_boundary, test_speed
 from tests.records import test_run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,8 @@ KINDS = {
     "boundary": Kind(
         SEARCHES,
         BoundaryStore.open,
-        test_memory.MANIFEST,
-        lambda name: test_memory.record(name, "128", 1024),
+        test_boundary.MANIFEST,
+        lambda name: test_boundary.record(name, "128", 1024),
         lambda store, record: store.put(record),
     ),
 }
