@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ByteSize
 
 from harness.errors import HarnessError
 
@@ -49,8 +49,8 @@ def parse_bytes(size: str | int) -> int:
     return wanted
 
 
-Size = Annotated[int, BeforeValidator(parse_bytes)]
-"""A number of bytes in an option model, written as `parse_bytes` takes it."""
+Size = Annotated[ByteSize, BeforeValidator(parse_bytes)]
+"""A number of bytes in an option model. pydantic alone would read `1.2.3MiB` as one byte and refuse `2e9`."""
 
 
 def status_bytes(field: str) -> int:
