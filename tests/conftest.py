@@ -1,9 +1,10 @@
-"""Fixtures of the whole suite. Tests run offline, on CPU unless marked `gpu`, with two threads and fixed seeds."""
+"""Fixtures of the whole suite. Tests run offline, on CPU unless marked `gpu`, with one thread and fixed seeds."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
@@ -15,6 +16,7 @@ import torch
 
 from harness.models.assets import asset_folder
 from harness.models.load import LoadedModel, load_model
+from tests import tiny_run
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -24,10 +26,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not item.get_closest_marker("xdist_group"):  # what a file makes for its tests is made once
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
@@ -59,3 +61,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no test data; set KVH_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the finished run of `tests.tiny_run`. Shared: only read it; see `results`."""
+    root = tmp_path_factory.mktemp("finished")
+    assert tiny_run.call(*tiny_run.RUN, "--out", root) == 0
+    return root
+
+
+@pytest.fixture
+def results(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(finished, tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boards without their picture, which takes twice as long as a run of the tiny model."""
+    monkeypatch.setattr("leaderboards.tables.picture.write_picture", lambda tables, out, name: out / f"{name}.svg")

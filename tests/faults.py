@@ -27,6 +27,8 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
+from harness.cli import main
+
 RUN = (
     *("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv,h2o"),
     *("--tasks", "stdlib", "--budgets", "32,64", "--lengths", "1024", "--limit", "12", "--max-new-tokens", "8"),
@@ -99,7 +101,8 @@ def _add_node(cluster: Cluster) -> None:
 
 def sequential(folder: Path) -> Path:
     """The undisturbed run, without Ray. Returns its run folder."""
-    subprocess.run(_command(folder), check=True, capture_output=True, env=_environment())
+    if main(["run", *RUN, "--threads", "1", "--out", str(folder)]):
+        raise RuntimeError(f"the undisturbed run in {folder} failed")
     return _run_folder(folder)
 
 
@@ -235,7 +238,7 @@ def summary(trials: Sequence[Trial]) -> str:
     )
 
 
-def main() -> int:
+def ask() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
@@ -249,4 +252,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ask())

@@ -11,10 +11,11 @@ from zipfile import ZipFile
 
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import RunStore
-from harness.records.spec import MethodSpec, ModelSpec, RunSpec, TaskSpec
+from harness.records.spec import MethodSpec, TaskSpec
 from harness.submission.archive import INDEX, RECORDS, Index, PackedFile, zipped
 from tasks import load_tasks
 from tasks.base import Sample
+from tests import pretend
 
 TOKENS, LAYERS, HEADS, SLOT = 100, 4, 2, 128
 METHODS = (
@@ -26,24 +27,9 @@ METHODS = (
 
 def manifest(**changes: Any) -> RunManifest:
     """Of a finished run of 3 samples x 5 cells of niah/passkey. Fields of the spec go there."""
-    fields: dict[str, Any] = {
-        "model": ModelSpec(name="tiny", revision="r0", dtype="float32", device="cpu"),
-        "tasks": (TaskSpec(name="niah/passkey", protocol="passkey"),),
-        "methods": METHODS,
-        "budgets": ("16", "0.5"),
-        "lengths": (1024,),
-        "limit": 3,
-        "seed": 42,
-        "max_tokens": 2048,
-        "max_new_tokens": None,
-        "first_token": "compressed",
-        "query": "aware",
-        "nll_tokens": 64,
-    }
-    spec = RunSpec(**{**fields, **{name: changes.pop(name) for name in list(changes) if name in fields}})
-    values = {"run_id": spec.run_id, "status": "finished", "command": ("harness", "run"), "spec": spec}
-    values |= {"started": "2026-01-01T00:00:00+00:00", "samples": 3, "cells": 5, "git_commit": "c0ffee"}
-    return RunManifest(**{**values, **changes})
+    run = {"tasks": (TaskSpec(name="niah/passkey", protocol="passkey"),), "methods": METHODS, "budgets": ("16", "0.5")}
+    run |= {"limit": 3, "command": ("harness", "run"), "started": "2026-01-01T00:00:00+00:00"}
+    return pretend.manifest(**{**run, "samples": 3, "cells": 5, "git_commit": "c0ffee", **changes})
 
 
 def record(number: int, method: str, budget: str, **changes: Any) -> Record:
@@ -51,39 +37,18 @@ def record(number: int, method: str, budget: str, **changes: Any) -> Record:
     answer, kept = f"{7000 + number}", {"full": TOKENS, "16": 16, "0.5": 50}[budget]
     prediction = f"the key is {answer}" if (number + kept) % 2 else "I cannot tell"
     meta = {"length": 1024, "depth": 10 * number, "needles": [f"The key is {answer}."]}
+    size = HEADS * LAYERS * SLOT
     values: dict[str, Any] = {
-        "run_id": manifest().run_id,
-        "model": "tiny",
-        "dtype": "float32",
-        "task": "niah/passkey",
-        "sample_id": f"1024/depth{number}/0",
-        "method": method,
-        "budget": budget,
-        "query": "aware",
-        "first_token": "compressed",
-        "seed": 42,
-        "status": "ok",
-        "prompt_tokens": TOKENS,
-        "compressed_tokens": TOKENS,
-        "prompt_sha256": f"{number:064x}",
-        "budget_tokens": None if budget == "full" else kept,
-        "kept_slots": (kept * HEADS,) * LAYERS,
-        "kv_bytes": kept * HEADS * LAYERS * SLOT,
-        "kv_bytes_end": kept * HEADS * LAYERS * SLOT,
-        "asked_bytes": kept * HEADS * LAYERS * SLOT,
-        "full_bytes": TOKENS * HEADS * LAYERS * SLOT,
-        "answers": (answer,),
-        "prediction": prediction,
-        "token_ids": (1, 2, 3),
-        "nll": 2.0,
-        "nll_tokens": 4,
-        "nll_first": 3.0,
-        "meta": meta,
+        **{"run_id": manifest().run_id, "task": "niah/passkey", "prompt_sha256": f"{number:064x}"},
+        **{"prompt_tokens": TOKENS, "compressed_tokens": TOKENS, "budget_tokens": None if budget == "full" else kept},
+        **{"kept_slots": (kept * HEADS,) * LAYERS, "kv_bytes": kept * size, "kv_bytes_end": kept * size},
+        **{"asked_bytes": kept * size, "full_bytes": TOKENS * size, "answers": (answer,), "prediction": prediction},
+        **{"token_ids": (1, 2, 3), "nll": 2.0, "nll_tokens": 4, "nll_first": 3.0, "meta": meta, **changes},
     }
-    values |= changes
-    sample = Sample(values["sample_id"], "", "", tuple(values["answers"]), 8, meta=values["meta"])
+    name = changes.get("sample_id", f"1024/depth{number}/0")
+    sample = Sample(name, "", "", tuple(values["answers"]), 8, meta=values["meta"])
     score = load_tasks()[values["task"]].score(sample, values["prediction"])
-    return Record(**{"metrics": dict(score), **values})
+    return pretend.record(method, budget, name, 0.0, **{"metrics": dict(score), **values})
 
 
 def records() -> list[Record]:

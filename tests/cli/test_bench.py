@@ -40,19 +40,8 @@ def test_bench_prints_and_writes_its_table(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prober = FakeProber()
-    words = (
-        "--methods",
-        "fullkv,snapkv",
-        "--budgets",
-        "16",
-        "--lengths",
-        "64",
-        "--rounds",
-        "1",
-        "--set",
-        "snapkv.kernel=5",
-    )
-    assert command("bench", *words, prober=prober) == 0
+    words = ("--methods", "fullkv,snapkv", "--budgets", "16", "--lengths", "64", "--rounds", "1")
+    assert command("bench", *words, "--set", "snapkv.kernel=5", prober=prober) == 0
     assert prober.asked[1].set == {"kernel": 5}
     printed = capsys.readouterr()
     assert "TPOT ms" in printed.out and "snapkv[kernel=5]" in printed.out
@@ -81,21 +70,20 @@ def test_lost_probes_end_with_one(command: Callable[..., int], capsys: pytest.Ca
     assert "1 of 1 probes failed or ran out of time" in capsys.readouterr().err
 
 
+BAD = [
+    *(("--batch", "0"), ("--rounds", "0"), ("--new-tokens", "1"), ("--chunk", "0"), ("--threads", "0")),
+    *(("--timeout", "0.0"), ("--timeout", "inf"), ("--timeout", "nan")),
+]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--batch", "0"), "--batch 0: "),
-        (("--rounds", "0"), "--rounds 0: "),
-        (("--new-tokens", "1"), "--new-tokens 1: "),
-        (("--chunk", "0"), "--chunk 0: "),
-        (("--timeout", "0"), "--timeout 0.0: "),
-        (("--timeout", "inf"), "--timeout inf: "),
-        (("--timeout", "nan"), "--timeout nan: "),
-        (("--memory-limit", "much"), "'much' is no size"),
-        (("--threads", "0"), "--threads 0: "),
-        (("--set", "snapkv.kernel"), "has no value"),
+        *((f"{name} {value}", f"{name} {value}: ") for name, value in BAD),
+        ("--memory-limit much", "'much' is no size"),
+        ("--set snapkv.kernel", "has no value"),
     ],
 )
-def test_options_out_of_range_are_named(command: Callable[..., int], words: tuple[str, ...], message: str) -> None:
+def test_options_out_of_range_are_named(command: Callable[..., int], words: str, message: str) -> None:
     with pytest.raises(HarnessError, match=message):
-        command("bench", "--methods", "snapkv", *words)
+        command("bench", "--methods", "snapkv", *words.split())

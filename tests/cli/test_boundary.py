@@ -18,7 +18,8 @@ from harness.records.boundary_folder import load_boundaries
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed.memory_limit import Limit
 from harness.speed.target import swap_note
-from tests.speed.test_boundary import Known, measured
+from tests.pretend import measured
+from tests.speed.test_boundary import Known
 
 
 class Pretend(Known):
@@ -43,7 +44,7 @@ class Pretend(Known):
         if (spec.tokens, spec.batch) in self.dies:
             raise HarnessError("the probe server ended (-9)")
         fits = spec.tokens * spec.batch * (1 if spec.method == "fullkv" else 0.25) <= 1000
-        return ProbeResult(status="ok", measured=measured(spec, peak=5)) if fits else ProbeResult(status="oom")
+        return ProbeResult(status="ok", measured=measured(spec, peak_bytes=5)) if fits else ProbeResult(status="oom")
 
 
 @pytest.fixture

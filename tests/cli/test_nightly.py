@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from harness.boards import nightly
-from harness.cli import main
 from harness.cli.nightly import nightly_options
 from harness.engine.engine import Engine
 from harness.engine.types import Outcome
@@ -21,6 +20,7 @@ from harness.records.spec import Sweep
 from harness.run import sequential
 from methods.registry import load_methods
 from tasks import load_tasks
+from tests.tiny_run import call
 
 ROOT = Path(__file__).parents[2]
 BOARD = """
@@ -42,13 +42,6 @@ subject = "snapkv@kvcf"
 version = 1
 baseline = "published"
 """
-
-
-def call(*words: str | Path) -> int:
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.fixture(scope="module")

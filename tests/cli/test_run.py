@@ -2,88 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from harness.cli import main
 from harness.engine.engine import Engine
 from harness.engine.types import Outcome
+from tests.tiny_run import CELLS, FAST, METHODS, RUN, call, key, manifest, only, records, tree
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("fullkv", "snapkv@kvcf", "streamingllm@paper")
-TASK = ("--tasks", "stdlib/next_line", "--lengths", "512", "--limit", "3", "--max-new-tokens", "6")
-FAST = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--nll-tokens", "8", "--budgets", "32,0.25", *TASK)
-RUN = ("run", *FAST, "--methods", ",".join(METHODS))
 MANY = 8  # samples of a run that a signal must find unfinished
-CELLS = 5  # of each of 3 samples: fullkv once, two methods at two budgets
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads cost more than they do on a model this small
-    yield
-    torch.set_num_threads(threads)
-
-
-def call(*arguments: str | Path) -> int:
-    """The exit code of a command, run in this process."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one finished run. Only read; see `results`."""
-    root = tmp_path_factory.mktemp("finished")
-    assert call(*RUN, "--out", root) == 0
-    return root
-
-
-@pytest.fixture
-def results(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    shutil.copytree(finished, tmp_path / "results")
-    return tmp_path / "results"
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def only(root: Path) -> Path:
-    (folder,) = [path for path in root.iterdir() if path.is_dir()]
-    return folder
-
-
-def manifest(root: Path) -> Any:
-    return json.loads((only(root) / "run.json").read_text())
-
-
-TIMES = {"prefill_s", "compress_s", "decode_s", "decode_rows"}
-
-
-def records(root: Path) -> list[dict[str, Any]]:
-    """Every stored line, without how long it took and in what company; likelihoods to three digits."""
-    lines = (only(root) / "records.jsonl").read_text().splitlines()
-    kept = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-    return [{key: round(value, 3) if key.startswith("nll") else value for key, value in r.items()} for r in kept]
-
-
-def key(record: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(record[name] for name in ("task", "sample_id", "method", "budget"))
+pytestmark = pytest.mark.usefixtures("_no_pictures")
 
 
 def complained(err: str) -> str:

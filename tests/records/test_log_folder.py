@@ -126,6 +126,8 @@ def test_unfinished_last_line(kind: Kind, tmp_path: Path, caplog: pytest.LogCapt
         (lambda raw: json.dumps(raw)[:-5], "not JSON"),
         (lambda raw: "", "not JSON"),
         (lambda raw: json.dumps({**raw, "schema_version": 99}), "schema_version 99"),
+        (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "schema_version"}), "schema_version None"),
+        (lambda raw: "[1]", "schema_version None"),
         (lambda raw: json.dumps({**raw, "surprise": 1}), "surprise"),
     ],
 )
@@ -195,7 +197,7 @@ def test_a_second_writer_is_refused_until_the_first_ends(kind: Kind, tmp_path: P
     kind.open(tmp_path).close()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_a_write_that_fails_half_way_leaves_the_log_as_it_was(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -216,7 +218,7 @@ def test_a_write_that_fails_half_way_leaves_the_log_as_it_was(
         assert path.read_bytes() == before
         kind.add(store, kind.record("b"))
     assert kind.names(path.parent) == ["a", "b", "c"]
-    assert ("disk full" in str(error.value)) == (number == errno.ENOSPC) and "\n" not in str(error.value)
+    assert ("disk full" in str(error.value)) == (number != errno.EIO) and "\n" not in str(error.value)
 
 
 def test_replacing_a_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

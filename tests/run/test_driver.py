@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 from ray import cloudpickle
-from ray.cluster_utils import Cluster
 
 from harness.errors import HarnessError
 from harness.machine import versions
@@ -32,10 +30,11 @@ from harness.run.sequential import prepare
 from methods.base import KV, PromptView
 from methods.fullkv import FullKV
 from methods.registry import METHODS, Method
-from tests.cli import test_run
-from tests.cli.test_run import CELLS, FAST, RUN, call, key, manifest, only, tree
+from tests import tiny_run
 from tests.records import test_run_folder
+from tests.tiny_run import CELLS, FAST, RUN, call, key, manifest, only, tree
 
+pytestmark = pytest.mark.xdist_group("ray")
 OWN = frozenset({"prefill_s", "compress_s", "decode_s", "accelerator"})
 """Fields of a record that say how it was made, not what came out."""
 
@@ -73,29 +72,6 @@ def _by_value() -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(here)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a Ray cluster with two CPU slots."""
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})
-    yield str(found.address)
-    found.shutdown()
-
-
-@pytest.fixture(scope="module")
-def sequential(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the finished run without Ray. Only read."""
-    root = tmp_path_factory.mktemp("sequential")
-    assert call(*RUN, "--out", root) == 0
-    return root
-
-
-@pytest.fixture
-def results(sequential: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    shutil.copytree(sequential, tmp_path / "results")
-    return tmp_path / "results"
-
-
 def rows(root: Path) -> list[dict[str, Any]]:
     """Every stored line without what is its own, by key."""
     lines = map(json.loads, (only(root) / "records.jsonl").read_text().splitlines())
@@ -112,37 +88,39 @@ def complained(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_a_run_on_ray_equals_the_run_without(sequential: Path, tmp_path: Path) -> None:
+def test_a_run_on_ray_equals_the_run_without(finished: Path, tmp_path: Path) -> None:
     assert call(*RUN, "--ray", "local", "--workers", "1", "--out", tmp_path) == 0
-    assert only(tmp_path).name == only(sequential).name
-    assert rows(tmp_path) == rows(sequential) and len(rows(tmp_path)) == 3 * CELLS
-    assert board(tmp_path) == board(sequential) and len(board(tmp_path)) >= 3
-    ours, theirs = manifest(tmp_path), manifest(sequential)
+    assert only(tmp_path).name == only(finished).name
+    assert rows(tmp_path) == rows(finished) and len(rows(tmp_path)) == 3 * CELLS
+    assert board(tmp_path) == board(finished) and len(board(tmp_path)) >= 3
+    ours, theirs = manifest(tmp_path), manifest(finished)
     assert {name for name in ours if ours[name] != theirs[name]} <= {"command", "started", "finished"}
     told = Snapshot.model_validate_json((only(tmp_path) / PROGRESS_FILE).read_text())
     assert (told.cells, told.total, told.samples_left) == ({"ok": 3 * CELLS}, 3 * CELLS, 0) and told.tokens > 1000
     assert "'torch': " in (only(tmp_path) / "logs" / "worker-0.log").read_text()
 
 
-def test_ray_finishes_what_was_begun_without(cluster: str, sequential: Path, results: Path) -> None:
+@pytest.mark.usefixtures("_no_pictures")
+def test_ray_finishes_what_was_begun_without(cluster: str, finished: Path, results: Path) -> None:
     path = only(results) / "records.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[: CELLS + 2]) + lines[CELLS + 2][:40])
     assert call(*RUN, "--ray", cluster, "--workers", "1", "--out", results) == 0
     assert path.read_bytes().splitlines(keepends=True)[: CELLS + 2] == lines[: CELLS + 2]
-    assert sorted(test_run.records(results), key=key) == sorted(test_run.records(sequential), key=key)
+    assert sorted(tiny_run.records(results), key=key) == sorted(tiny_run.records(finished), key=key)
     assert manifest(results)["status"] == "finished"
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_a_sample_that_kills_its_workers_costs_its_own_cells_alone(
     cluster: str,
-    sequential: Path,
+    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(METHODS, "poison", Method("poison", Poison, "", {}))
-    lengths = {row["sample_id"]: row["prompt_tokens"] for row in rows(sequential)}
+    lengths = {row["sample_id"]: row["prompt_tokens"] for row in rows(finished)}
     deadly, tokens = next((name, own) for name, own in lengths.items() if list(lengths.values()).count(own) == 1)
     command = ("run", *FAST, "--methods", "fullkv,poison", "--set", f"poison.tokens={tokens}", "--out", tmp_path)
     assert call(*command, "--ray", cluster, "--workers", "1", "--tries", "2") == 1
@@ -181,7 +159,7 @@ def test_a_second_driver_is_refused(cluster: str, results: Path, capsys: pytest.
 
 REFUSED: list[tuple[Sequence[str], str]] = [
     (("--ray", "@", "--workers", "99"), "99 workers of 1 CPU do not fit into the cluster, which has 2 CPU"),
-    (("--ray", "@", "--gpus-per-worker", "1"), "1 workers of 1 CPU, 1 GPU do not fit into the cluster, which has"),
+    (("--ray", "@", "--gpus-per-worker", "3"), "1 workers of 1 CPU, 3 GPU do not fit into the cluster, which has"),
     (("--ray", "127.0.0.1:1"), "no Ray cluster at '127.0.0.1:1'"),
     (("--ray", "moon"), "--ray 'moon' is no address"),
     (("--ray", "local", "--measure"), "--measure times one cell alone on a machine, --ray fills it"),

@@ -1,4 +1,4 @@
-"""The pool of actors on a real Ray of this machine, with two CPU slots and two GPUs that are only counted."""
+"""The pool of actors on a real Ray of this machine."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from harness.run import ray_pool
 from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
 from harness.run.schedule import Done, Event, Lost, Raised, Refused, Schedule, WorkerReady
 
+pytestmark = pytest.mark.xdist_group("ray")
 Call = Callable[[], Any]
 WAIT_S = 120.0  # until a test gives up
 ONE = WorkerShape()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
+def _ray(cluster: str) -> Iterator[None]:
     here = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(here)  # workers need not find the tests
-    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address="local", num_cpus=2, num_gpus=2, **quiet)
+    ray.init(address=cluster, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
     cloudpickle.unregister_pickle_by_value(here)

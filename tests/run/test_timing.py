@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from harness.cli import main
 from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeResult, ProbeSpec, Spread
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import load_run
 from harness.records.spec import ModelSpec
 from harness.run.timing import measured_on
+from tests.pretend import measured
+from tests.tiny_run import call, only
 
+pytestmark = pytest.mark.usefixtures("_no_pictures")
 METHODS = "fullkv,snapkv@kvcf,streamingllm"
 TASK = ("--tasks", "stdlib/next_line", "--lengths", "512", "--limit", "2", "--max-new-tokens", "6")
 FAST = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--nll-tokens", "8", "--budgets", "32", *TASK)
@@ -27,24 +29,7 @@ CELLS = {("fullkv", "full"), ("snapkv@kvcf", "32"), ("streamingllm[sinks=2]", "3
 
 def answer(spec: ProbeSpec) -> Measured:
     """A measurement whose TPOT tells how long the prompt was."""
-    one = Spread(median=0.25, low=0.125, high=0.5)
-    return Measured(
-        tokens=spec.tokens,
-        batch=spec.batch,
-        new_tokens=spec.new_tokens,
-        rounds=spec.rounds,
-        prefill_s=one,
-        observe_s=one,
-        compress_s=one,
-        ttft_s=one,
-        tpot_s=Spread(median=len(spec.ids) / 1e5, low=0.001, high=0.5),
-        tokens_per_s=99.5,
-        kv_bytes=(10, 20),
-        model_bytes=1000,
-        peak_bytes=2**21,
-        predicted_bytes=2**21,
-        memory="resident set",
-    )
+    return measured(spec, tpot_s=Spread(median=len(spec.ids) / 1e5, low=0.001, high=0.5))
 
 
 class FakeProber:
@@ -77,18 +62,20 @@ class FakeProber:
 
 
 @pytest.fixture(autouse=True)
-def _prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _prober(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "harness.speed.client", SimpleNamespace(Prober=FakeProber))
-    yield
-    for kept in (FakeProber.trouble, FakeProber.opened, FakeProber.asked, FakeProber.entered, FakeProber.left):
-        kept.clear()  # type: ignore[attr-defined]
+    for name, empty in {"trouble": {}, "opened": [], "asked": [], "entered": [], "left": []}.items():
+        monkeypatch.setattr(FakeProber, name, empty)
 
 
-def call(*arguments: str | Path) -> int:
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, type[FakeProber]]:
+    """A folder with one finished run that was measured, and its prober. Only read."""
+    root, prober = tmp_path_factory.mktemp("timed"), type("Own", (FakeProber,), {"opened": [], "asked": [], "left": []})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "harness.speed.client", SimpleNamespace(Prober=prober))
+        assert call(*RUN, "--measure", "--out", root) == 0
+    return root, prober
 
 
 def runs(root: Path) -> list[tuple[RunManifest, list[Record]]]:
@@ -100,53 +87,51 @@ def scores(records: list[Record]) -> dict[tuple[str, ...], tuple[Any, ...]]:
     return {r.key: (r.status, r.token_ids, r.metrics, round(r.nll or 0, 4), r.kv_bytes) for r in records}
 
 
-def test_every_cell_is_measured_on_its_own_prompt(tmp_path: Path) -> None:
-    assert call(*RUN, "--measure", "--out", tmp_path) == 0
-    ((manifest, records),) = runs(tmp_path)
-    assert len(records) == len(FakeProber.asked) == 6
-    (opened,) = FakeProber.opened
+def test_every_cell_is_measured_on_its_own_prompt(timed: tuple[Path, type[FakeProber]]) -> None:
+    root, prober = timed
+    ((manifest, records),) = runs(root)
+    assert len(records) == len(prober.asked) == 6
+    (opened,) = prober.opened
     assert (opened["model"], opened["dtype"], opened["device"]) == ("tiny", "float32", "cpu")
     assert opened["threads"] == manifest.machine["torch_threads"]
-    for record, spec in zip(records, FakeProber.asked, strict=True):
+    for record, spec in zip(records, prober.asked, strict=True):
         assert record.measured == answer(spec)
         assert spec.tokens == len(spec.ids) == record.prompt_tokens
         assert (spec.batch, spec.rounds, spec.warm_up, spec.chunk) == (1, 1, True, None)
         assert spec.new_tokens == max(2, len(record.token_ids)) <= 6
     assert {(r.method, r.budget) for r in records} == CELLS
-    asked = {(s.method, s.budget, *s.set.items()) for s in FakeProber.asked}
+    asked = {(s.method, s.budget, *s.set.items()) for s in prober.asked}
     assert asked == {("fullkv", None), ("snapkv@kvcf", "32"), ("streamingllm", "32", ("sinks", 2))}
-    assert len({s.ids for s in FakeProber.asked}) == 2
-    board = next(path for path in tmp_path.rglob("*.md")).read_text()
+    assert len({s.ids for s in prober.asked}) == 2
+    board = next(path for path in root.rglob("*.md")).read_text()
     for column in ("TTFT s", "TPOT ms", "tokens/s", "peak MiB", "front bytes", "front TPOT", "measured on: cpu, "):
         assert column in board
-    assert FakeProber.left == [True]
+    assert prober.left == [True]
 
 
-def test_measuring_changes_no_score_and_is_a_run_of_its_own(tmp_path: Path) -> None:
-    assert call(*RUN, "--out", tmp_path / "plain") == 0
+def test_measuring_changes_no_score_and_is_a_run_of_its_own(
+    timed: tuple[Path, type[FakeProber]], tmp_path: Path
+) -> None:
+    assert call(*RUN, "--out", tmp_path) == 0
     assert FakeProber.opened == []
-    assert call(*RUN, "--measure", "--out", tmp_path / "timed") == 0
-    ((plain, without),) = runs(tmp_path / "plain")
-    ((timed, with_it),) = runs(tmp_path / "timed")
+    ((plain, without),), ((other, with_it),) = runs(tmp_path), runs(timed[0])
     assert scores(without) == scores(with_it)
     assert all(r.measured is None for r in without)
     assert plain.spec.measured_on is None
-    assert timed.spec.measured_on == measured_on(timed.machine, timed.spec.model)
-    assert plain.run_id != timed.run_id
-    assert plain.spec == timed.spec.model_copy(update={"measured_on": None})
+    assert other.spec.measured_on == measured_on(other.machine, other.spec.model)
+    assert plain.run_id != other.run_id
+    assert plain.spec == other.spec.model_copy(update={"measured_on": None})
 
 
-def test_a_run_cut_short_resumes_without_measuring_twice(tmp_path: Path) -> None:
-    assert call(*RUN, "--measure", "--out", tmp_path) == 0
-    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "records.jsonl").write_bytes(b"".join(lines[:4]))
-    FakeProber.asked.clear()
+def test_a_run_cut_short_resumes_without_measuring_twice(timed: tuple[Path, type[FakeProber]], tmp_path: Path) -> None:
+    shutil.copytree(timed[0], tmp_path, dirs_exist_ok=True)
+    path = only(tmp_path) / "records.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
     assert call(*RUN, "--measure", "--out", tmp_path) == 0
     assert len(FakeProber.asked) == 2
-    assert len(FakeProber.entered) == 2
+    assert len(FakeProber.entered) == 1
     assert call(*RUN, "--measure", "--out", tmp_path) == 0
-    assert len(FakeProber.entered) == 2  # nothing to do: no probe server was started
+    assert len(FakeProber.entered) == 1  # nothing to do: no probe server was started
     ((_, records),) = runs(tmp_path)
     assert len(records) == 6
     assert all(r.measured is not None for r in records)

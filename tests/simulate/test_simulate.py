@@ -259,9 +259,8 @@ def test_the_command_prints_what_it_assumes_and_its_table(
         assert part in first
     command(*words)
     assert capsys.readouterr().out == first
-    command(
-        "--tasks", "recorded", "--nodes", "2", "--mtbf-hours", "0.005", "--start-seconds", "0", "--cost", "record_s=0.5"
-    )
+    lossy = ("--mtbf-hours", "0.005", "--start-seconds", "0", "--cost", "record_s=0.5")
+    command("--tasks", "recorded", "--nodes", "2", *lossy)
     second = capsys.readouterr().out
     assert "planned: the recorded items: 5 items" in second and "record_s 0.5" in second and "nodes lost" in second
 

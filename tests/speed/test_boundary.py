@@ -22,32 +22,13 @@ from harness.records.boundary_folder import (
     BoundaryStore,
     load_boundaries,
 )
-from harness.records.measured import Measured, ProbeResult, ProbeSpec, ProbeStatus, Spread
+from harness.records.measured import ProbeResult, ProbeSpec, ProbeStatus
 from harness.records.spec import ModelSpec
 from harness.speed.boundary import BoundarySearches, Search, first_guess, largest
+from tests.pretend import measured
 
 LIMIT = 1000
 GRID = {"least": 256, "most": 8192, "step": 256}
-
-
-def measured(spec: ProbeSpec, *, peak: int) -> Measured:
-    """What a probe brings back; all seconds are 1, 7 bytes were predicted."""
-    seconds = {
-        f"{name}_s": Spread(median=1, low=1, high=1) for name in ("prefill", "observe", "compress", "ttft", "tpot")
-    }
-    return Measured(
-        tokens=spec.tokens,
-        batch=spec.batch,
-        new_tokens=spec.new_tokens,
-        rounds=1,
-        tokens_per_s=1.0,
-        kv_bytes=(1,),
-        model_bytes=100,
-        peak_bytes=peak,
-        predicted_bytes=7,
-        memory="resident set",
-        **seconds,
-    )
 
 
 class Known:
@@ -65,23 +46,16 @@ class Known:
         end = self.ends.get(size, "ok" if need <= LIMIT else "oom")
         if isinstance(end, BaseException):
             raise end
-        found = measured(spec, peak=need) if end == "ok" else None
+        found = measured(spec, peak_bytes=need, predicted_bytes=7) if end == "ok" else None
         return ProbeResult(status=end, measured=found, error=None if end == "ok" else f"it\nwas {end}")
 
 
 def manifest(**changes: Any) -> BoundaryManifest:
     values: dict[str, Any] = {
-        "command": ("harness", "boundary"),
-        "created": "2026-01-01T00:00:00+00:00",
+        **{"command": ("harness", "boundary"), "created": "2026-01-01T00:00:00+00:00", "context": 8192, "threads": 1},
         "model": ModelSpec(name="tiny", revision="r", dtype="float32", device="cpu"),
-        "context": 8192,
-        "limit_bytes": LIMIT,
-        "limit_kind": "address space",
-        "model_bytes": 100,
-        "threads": 1,
-        "chunk": None,
-        "new_tokens": 32,
-        "timeout_s": 7.0,
+        **{"limit_bytes": LIMIT, "limit_kind": "address space", "model_bytes": 100, "chunk": None},
+        **{"new_tokens": 32, "timeout_s": 7.0},
     }
     return BoundaryManifest(**{**values, **changes})
 

@@ -14,6 +14,7 @@ import pytest
 from harness.errors import HarnessError
 from harness.speed import memory_limit
 
+pytestmark = pytest.mark.xdist_group("memory")
 MIB = 2**20
 
 

@@ -16,6 +16,7 @@ from harness.speed.client import Job
 from harness.speed.peak_memory import Meter, tensor_bytes
 from harness.speed.server import Forked, ServerReady
 
+pytestmark = pytest.mark.xdist_group("memory")
 MIB = 2**20
 SPEC = ProbeSpec(method="snapkv", budget="20", tokens=90, batch=2, new_tokens=4, rounds=2)
 CPU = torch.device("cpu")
