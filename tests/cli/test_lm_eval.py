@@ -16,6 +16,7 @@ from harness.cli.lm_eval_import import lm_eval_import_parser
 from harness.errors import HarnessError
 from harness.lm_eval.command_line import register, run_lm_eval, tokenizer_of
 from harness.lm_eval.import_results import import_results
+from harness.models.tiny import tiny_tokenizer
 from harness.records.run_folder import load_run
 from leaderboards.stats.aggregate import aggregate
 
@@ -40,11 +41,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_results_carry_what_was_measured(results: Path) -> None:
     config = _stored(results)["config"]
-    assert (config["kv_method"]["label"], config["kv_budget"], config["kv_kept_tokens"]) == (
-        "snapkv[recent=8]",
-        "64",
-        64,
-    )
+    assert (config["kv_method"]["label"], config["kv_budget"]) == ("snapkv[recent=8]", "64")
+    assert config["kv_kept_tokens"] == 64
     assert 0 < config["kv_bytes"] < config["kv_full_bytes"]
     assert config["kv_prefills"] == 4
     assert config["device"] == "auto"
@@ -59,6 +57,7 @@ def test_imported_records_make_a_board(results: Path, tmp_path: Path) -> None:
     facts = _stored(results)["config"]["kv_prompts"][samples[0]["prompt_hash"]]
     assert (records[0].kv_bytes, list(records[0].kept_slots)) == (facts["kv_bytes"], facts["kept_slots"])
     assert records[0].kept_slots == (128,) * 4  # 64 a head
+    assert {record.memory for record in records} == {"physical"}
     assert (records[0].task, records[0].method, records[0].nll) == ("lm-eval/kv_choices", "snapkv[recent=8]", None)
     assert records[0].prediction in samples[0]["doc"]["choices"]
     assert records[0].answers == (samples[0]["doc"]["choices"][samples[0]["doc"]["label"]],)
@@ -67,6 +66,12 @@ def test_imported_records_make_a_board(results: Path, tmp_path: Path) -> None:
     again = list(import_results(results, root=tmp_path, command=("harness", "lm-eval-import")))
     assert again == folders
     assert len(load_run(folders[0][0])[1]) == 4
+
+
+def test_what_was_only_simulated_stays_marked(results: Path, tmp_path: Path) -> None:
+    copy = _changed(results, tmp_path, lambda stored: stored["config"].update(kv_memory="simulated"))
+    ((folder, _),) = import_results(copy, root=tmp_path / "runs", command=())
+    assert {record.memory for record in load_run(folder)[1]} == {"simulated"}
 
 
 def test_an_answer_from_a_cache_has_no_bytes(results: Path, tmp_path: Path) -> None:
@@ -92,8 +97,6 @@ def test_refused_results(results: Path, tmp_path: Path) -> None:
     other = _changed(results, tmp_path, lambda stored: stored["config"].pop("kv_method"))
     with pytest.raises(HarnessError, match="no results of kvpolicy"):
         list(import_results(other, root=tmp_path, command=()))
-    for samples in other.rglob("samples_*.jsonl"):
-        samples.unlink()
     without = _changed(results, tmp_path / "two", lambda stored: None)
     for samples in without.rglob("samples_*.jsonl"):
         samples.unlink()
@@ -135,13 +138,8 @@ def test_lm_evals_own_options_inside_model_args_are_refused_first(flags: list[st
 def test_a_tokenizer_that_ruler_can_read() -> None:
     from lm_eval.tasks.ruler.common_utils import get_tokenizer
 
-    assert get_tokenizer(tokenizer=tokenizer_of("tiny"))("ab").input_ids[1:] == get_ids("ab")
-
-
-def get_ids(text: str) -> list[int]:
-    from harness.models.tiny import tiny_tokenizer
-
-    return list(tiny_tokenizer().encode(text, add_special_tokens=False))
+    ids = get_tokenizer(tokenizer=tokenizer_of("tiny"))("ab").input_ids[1:]
+    assert ids == list(tiny_tokenizer().encode("ab", add_special_tokens=False))
 
 
 def _stored(results: Path) -> dict[str, Any]:

@@ -182,9 +182,8 @@ def test_bad_boards_are_one_line_and_touch_nothing(
         ((), "BOARD"),
     ],
 )
-def test_bad_words_are_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], words: Sequence[str], says: str
-) -> None:
+@pytest.mark.usefixtures("folder")
+def test_bad_words_are_one_line(capsys: pytest.CaptureFixture[str], words: Sequence[str], says: str) -> None:
     assert call("nightly", *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line

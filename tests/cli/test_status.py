@@ -101,10 +101,8 @@ def test_a_killed_writer_is_no_writer(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_last_line_of_a_cell_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with start(tmp_path) as store:
-        store.append(
-            [*both("a"), *both("b", status="failed", error="no"), record("c", status="skipped", error="short")]
-        )
-        store.append([record("b")])
+        store.append([*both("a"), *both("b", status="failed", error="no")])
+        store.append([record("c", status="skipped", error="short"), record("b")])
         told = status(capsys, tmp_path)
     assert "  cells     5 of 6 (1 failed, 3 ok, 1 skipped)" in told
     assert "  samples   2 of 3 left" in told

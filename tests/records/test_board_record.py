@@ -125,15 +125,9 @@ def test_simulated_memory_is_scored_and_ranked_but_on_no_front() -> None:
     scores = {"fullkv": 1.0, "a": 0.8, "b": 0.6}
 
     def board(**memory: Any) -> Table:
-        return only(
-            [
-                record(
-                    m, "full" if m == "fullkv" else "64", str(i), s, kv_bytes=100 - i, **(memory if m == "a" else {})
-                )
-                for m, s in scores.items()
-                for i in range(12)
-            ]
-        )
+        own = {"fullkv": {"budget": "full"}, "a": memory}
+        cells = ({"method": m, "score": s, "budget": "64", **own.get(m, {})} for m, s in scores.items())
+        return only([record(**one, sample=str(i), kv_bytes=100 - i) for one in cells for i in range(12)])
 
     real, pretend = board(), board(memory="simulated")
     assert "memory" not in real.rows

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("RAY_worker_niceness", "0")  # or workers wait for whatever else this machine does
 
 
 @pytest.fixture(scope="session")

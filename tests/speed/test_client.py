@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 from harness.errors import HarnessError
-from harness.models.load import LoadedModel
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed import memory_limit, server
 from harness.speed.client import Job, Prober, Reply
@@ -133,17 +133,23 @@ def test_a_hang_is_killed_and_the_server_goes_on(prober: Prober) -> None:
     assert prober.ask(SPEC).status == "ok"
 
 
-def test_a_child_killed_from_outside_is_out_of_memory(prober: Prober) -> None:
-    server = prober._server.pid
+@contextmanager
+def killed_at_work(server: int, *, child: bool) -> Iterator[None]:
+    """Kill the server, or its child, as soon as it has one."""
 
     def kill() -> None:
         wait_until(lambda: len(processes_of(server)) == 2)
-        os.kill(next(pid for pid in processes_of(server) if pid != server), signal.SIGKILL)
+        os.kill(next(pid for pid in processes_of(server) if child == (pid != server)), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    found = prober.ask(HEAVY, timeout_s=60)
+    yield
     killer.join()
+
+
+def test_a_child_killed_from_outside_is_out_of_memory(prober: Prober) -> None:
+    with killed_at_work(prober._server.pid, child=True):
+        found = prober.ask(HEAVY, timeout_s=60)
     assert found.status == "oom" and "killed by SIGKILL" in (found.error or "")
 
 
@@ -176,16 +182,9 @@ def test_no_process_is_left() -> None:
 def test_a_server_that_dies_is_one_error_and_takes_its_child_along() -> None:
     with Prober(model="tiny", dtype="float32", device="cpu", threads=1) as own:
         server = own._server.pid
-
-        def kill() -> None:
-            wait_until(lambda: len(processes_of(server)) == 2)
-            os.kill(server, signal.SIGKILL)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        with pytest.raises(HarnessError, match=r"the probe server of tiny ended \(-9\).*; try again"):
+        dies = pytest.raises(HarnessError, match=r"the probe server of tiny ended \(-9\).*; try again")
+        with killed_at_work(server, child=False), dies:
             own.ask(HEAVY)
-        killer.join()
         wait_until(lambda: not processes_of(server))
         with pytest.raises(HarnessError, match="the probe server of tiny ended"):
             own.ask(SPEC)
@@ -287,7 +286,3 @@ def test_a_probe_on_a_gpu() -> None:
         found = own.ask(SPEC, own.model_bytes + 500 * MIB)
         assert found.status == "ok" and found.measured and found.measured.memory == "cuda allocated"
         assert own.ask(SPEC, own.model_bytes).status == "oom"
-
-
-def test_the_fixture_is_the_probes_model(ready: ServerReady, tiny: LoadedModel) -> None:
-    assert ready.loaded.spec == tiny.spec
