@@ -1,8 +1,10 @@
-"""A small sweep on the tiny model through the command line, and how its folder is read."""
+"""The command line in this process, a small sweep of the tiny model through it, and how its folder is read."""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ def call(*arguments: str | Path) -> int:
         return main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def verb(parser_of: Callable[[argparse.ArgumentParser], None], *words: object) -> int:
+    """The exit code of one command alone, given its parser. Raises what it raises."""
+    parser = argparse.ArgumentParser()
+    parser_of(parser)
+    args = parser.parse_args([str(word) for word in words])
+    return int(args.action(args, ("harness",)))
 
 
 def only(root: Path) -> Path:

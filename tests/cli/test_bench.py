@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import types
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from harness.errors import HarnessError
 from harness.records.bench_folder import BENCHES
 from harness.records.measured import ProbeResult, ProbeSpec
 from tests.speed.test_bench import FakeProber, fine
+from tests.tiny_run import verb
 
 
 @pytest.fixture
@@ -24,14 +24,11 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     module = types.ModuleType("harness.speed.client")
     monkeypatch.setitem(sys.modules, "harness.speed.client", module)
 
-    def call(verb: str, *words: str, prober: FakeProber | None = None) -> int:
+    def call(name: str, *words: str, prober: FakeProber | None = None) -> int:
         module.Prober = prober or FakeProber()  # type: ignore[attr-defined]
-        parser = argparse.ArgumentParser()
-        {"bench": bench_parser, "serve-bench": serve_bench_parser}[verb](parser)
-        shared = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--out", str(tmp_path))
-        args = parser.parse_args([*shared, *words])
-        code: int = args.action(args, ("harness", verb, *words))
-        return code
+        parser_of = {"bench": bench_parser, "serve-bench": serve_bench_parser}[name]
+        shared = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--out", tmp_path)
+        return verb(parser_of, *shared, *words)
 
     return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from harness.speed.memory_limit import Limit
 from harness.speed.target import swap_note
 from tests.pretend import measured
 from tests.speed.test_boundary import Known
+from tests.tiny_run import verb
 
 
 class Pretend(Known):
@@ -55,11 +55,8 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     monkeypatch.setattr(Pretend, "dies", set())
 
     def run(*typed: str) -> int:
-        parser = argparse.ArgumentParser()
-        boundary_parser(parser)
-        base = ["--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv"]
-        args = parser.parse_args([*base, "--memory-limit", "2000", "--out", str(tmp_path), *typed])
-        return int(args.action(args, ("harness", "boundary", *typed)))
+        base = ("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv")
+        return verb(boundary_parser, *base, "--memory-limit", "2000", "--out", tmp_path, *typed)
 
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from harness.records.log_folder import now
 from harness.records.run_folder import RunStore
 from harness.run.progress import PROGRESS_FILE, Snapshot
 from tests.records.test_run_folder import manifest, record
+from tests.tiny_run import verb
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = Snapshot(
@@ -30,10 +30,7 @@ SNAPSHOT = Snapshot(
 def status(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[str]:
     """The lines printed."""
     capsys.readouterr()
-    parser = argparse.ArgumentParser()
-    status_parser(parser)
-    args = parser.parse_args([str(argument) for argument in arguments])
-    assert args.action(args, ()) == 0
+    assert verb(status_parser, *arguments) == 0
     return capsys.readouterr().out.splitlines()
 
 

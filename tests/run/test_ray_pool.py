@@ -131,17 +131,6 @@ def test_results_come_in_order_of_completion(tmp_path: Path) -> None:
         assert pool.wait(0) == []  # no work, no event
 
 
-def test_care_and_logged_lines_go_both_ways() -> None:
-    lines: list[tuple[int, str]] = []
-    with pool_of(tell=lambda worker, line: lines.append((worker, line))) as pool:
-        assert events(pool, 1) == [WorkerReady(0)]
-        for careful in (False, True):
-            assert one(pool, 0, None, careful=careful).results == [careful]  # type: ignore[union-attr]
-        assert lines == []
-        one(pool, 0, lambda: logging.getLogger("harness").warning("%d left", 3))
-        assert lines == [(0, "3 left")]
-
-
 def test_a_killed_worker_is_lost_and_another_one_takes_its_place() -> None:
     lines: list[str] = []
     with pool_of(tell=lambda worker, line: lines.append(line)) as pool:
@@ -155,17 +144,6 @@ def test_a_killed_worker_is_lost_and_another_one_takes_its_place() -> None:
         pool.replace(0)
         assert events(pool, 1) == [WorkerReady(1)]
         assert one(pool, 1, lambda: 1).results == [1]  # type: ignore[union-attr]
-
-
-def test_an_exception_leaves_the_worker_alive() -> None:
-    with pool_of() as pool:
-        events(pool, 1)
-        assert one(pool, 0, raising(ValueError("two\nlines"))) == Raised(0, "ValueError: two lines")
-        assert one(pool, 0, raising(MemoryError("no room"))) == Raised(0, "MemoryError: no room", memory=True)
-        assert one(pool, 0, raising(HarnessError("told"))) == Raised(0, "told")
-        strange = one(pool, 0, unpicklable, os.getpid)
-        assert isinstance(strange, Raised) and "RuntimeError" in strange.why and "\n" not in strange.why
-        assert isinstance(one(pool, 0, os.getpid), Done)
 
 
 def refuse() -> Any:
@@ -242,6 +220,37 @@ def test_a_worker_with_several_gpus_has_a_placement_group() -> None:
     assert len(placement_group_table()) == 1
 
 
+LINES: list[tuple[int, str]] = []
+
+
+@pytest.fixture(scope="module")
+def ready_pool(_ray: None) -> Iterator[RayPool[Call, Any]]:
+    """One worker, which logs into LINES. Its tests leave it alive and idle."""
+    with pool_of(tell=lambda worker, line: LINES.append((worker, line))) as pool:
+        assert events(pool, 1) == [WorkerReady(0)]
+        yield pool
+
+
+def test_care_and_logged_lines_go_both_ways(ready_pool: RayPool[Call, Any]) -> None:
+    for careful in (False, True):
+        assert one(ready_pool, 0, None, careful=careful).results == [careful]  # type: ignore[union-attr]
+    assert LINES == []
+    one(ready_pool, 0, lambda: logging.getLogger("harness").warning("%d left", 3))
+    assert LINES == [(0, "3 left")]
+
+
+def test_an_exception_leaves_the_worker_alive(ready_pool: RayPool[Call, Any]) -> None:
+    for error, told in (
+        (ValueError("two\nlines"), Raised(0, "ValueError: two lines")),
+        (MemoryError("no room"), Raised(0, "MemoryError: no room", memory=True)),
+        (HarnessError("told"), Raised(0, "told")),
+    ):
+        assert one(ready_pool, 0, raising(error)) == told
+    strange = one(ready_pool, 0, unpicklable, os.getpid)
+    assert isinstance(strange, Raised) and "RuntimeError" in strange.why and "\n" not in strange.why
+    assert isinstance(one(ready_pool, 0, os.getpid), Done)
+
+
 ENDS: list[tuple[RayError, bool, bool]] = [
     (NodeDiedError("gone"), True, False),
     (ActorUnavailableError("no answer", None), True, False),
@@ -250,13 +259,6 @@ ENDS: list[tuple[RayError, bool, bool]] = [
     (WorkerCrashedError(), False, False),
     (GetTimeoutError("slow"), False, False),
 ]
-
-
-@pytest.fixture(scope="module")
-def ready_pool(_ray: None) -> Iterator[RayPool[Call, Any]]:
-    with pool_of() as pool:
-        events(pool, 1)
-        yield pool
 
 
 @pytest.mark.parametrize(("error", "node", "memory"), ENDS, ids=lambda value: type(value).__name__)

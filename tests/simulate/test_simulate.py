@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from harness.simulate import simulate, workload
 from harness.simulate.pool import Cluster, Costs, SimulatedClock, SimulatedPool
 from harness.simulate.workload import Shape, Work
 from tests.pretend import manifest, record
+from tests.tiny_run import verb
 
 FREE = Costs(0, 0, 0, 0, 0, 0, 0)
 
@@ -240,11 +240,7 @@ def command(tmp_path: Path) -> Callable[..., int]:
         store.append([r.model_copy(update={"run_id": store.manifest.run_id}) for r in RUN])
 
     def call(*words: str, folder: Path = store.folder) -> int:
-        parser = argparse.ArgumentParser()
-        simulate_parser(parser)
-        args = parser.parse_args([str(folder), *words])
-        code: int = args.action(args, ("harness", "simulate"))
-        return code
+        return verb(simulate_parser, folder, *words)
 
     return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from harness.errors import HarnessError
 from harness.submission.archive import MANIFEST, RECORDS, pack_run
 from harness.submission.verify import verify_pack
 from tests.submitted import METHODS, forged, manifest, members_of, record, records, repacked, stored
+from tests.tiny_run import verb
 
 Lines = list[dict[str, Any]]
 
@@ -23,13 +23,6 @@ Lines = list[dict[str, Any]]
 def pack(tmp_path: Path) -> Path:
     pack_run(stored(tmp_path / "results"), tmp_path / "pack.zip")
     return tmp_path / "pack.zip"
-
-
-def command(make: Callable[[argparse.ArgumentParser], None], *words: object) -> int:
-    parser = argparse.ArgumentParser()
-    make(parser)
-    args = parser.parse_args([str(word) for word in words])
-    return int(args.action(args, ("harness",)))
 
 
 def test_a_true_run_passes_and_every_record_is_looked_at(pack: Path) -> None:
@@ -175,19 +168,19 @@ def test_a_lost_cell_is_told_and_no_fault(tmp_path: Path, capsys: pytest.Capture
     lost = {"status": "oom", "prediction": "", "token_ids": (), "nll": None, "nll_first": None, "nll_tokens": 0}
     own = [*records()[:-1], record(2, "h2o", "0.5", **lost, metrics={})]
     pack_run(stored(tmp_path / "results", own=own), tmp_path / "pack.zip")
-    assert command(verify_parser, tmp_path / "pack.zip") == 0
+    assert verb(verify_parser, tmp_path / "pack.zip") == 0
     assert "without a score: 1 oom" in capsys.readouterr().out
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored(tmp_path / "results")
     out = tmp_path / "pack.zip"
-    assert command(submit_parser, tmp_path / "results", "--out", out) == 0
-    assert command(verify_parser, out) == 0
+    assert verb(submit_parser, tmp_path / "results", "--out", out) == 0
+    assert verb(verify_parser, out) == 0
     told = capsys.readouterr().out
     assert "values reported, not recomputed" in told
     assert told.splitlines()[-1].startswith("OK: the scores follow")
-    assert command(verify_parser, forged(out, changed(5, prediction="\x1b[2J"))) == 1
+    assert verb(verify_parser, forged(out, changed(5, prediction="\x1b[2J"))) == 1
     told = capsys.readouterr().out
     assert "REFUSED\n  scores: records.jsonl:6 (" in told
     assert "\x1b" not in told
