@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -25,7 +26,7 @@ from harness.run.schedule import (
     Schedule,
     WorkerReady,
 )
-from tests.pretend_pool import Workers, done
+from tests.pretend_pool import Fate, Workers, done
 
 Ended = dict[int, tuple[Item[int], str | GivenUp]]
 """What became of each item, in order of ending."""
@@ -46,6 +47,11 @@ def given_up(ended: Ended) -> dict[int, GivenUp]:
     """Those without a result; the results of the others must be their own."""
     assert all(outcome == str(index) for index, (_, outcome) in ended.items() if isinstance(outcome, str))
     return {index: outcome for index, (_, outcome) in ended.items() if isinstance(outcome, GivenUp)}
+
+
+def ending(when: Callable[[list[int]], bool], end: Callable[[int], Event[str]], each_s: float = 1.0) -> Fate:
+    """Bundles end so `when` they are such; with all others all is well."""
+    return lambda worker, bundle, careful: end(worker) if when(bundle) else done(worker, bundle, each_s=each_s)
 
 
 class Chaos:
@@ -118,10 +124,7 @@ def test_every_item_ends_once_and_only_the_guilty_are_given_up(
 
 @pytest.mark.parametrize("each_s", [0.001, 1.0])
 def test_a_poison_item_is_given_up_and_all_others_end_well(each_s: float) -> None:
-    def fate(worker: int, bundle: list[int], careful: bool) -> Event[str]:
-        return Lost(worker, "died") if 17 in bundle else done(worker, bundle, each_s=each_s)
-
-    pool = Workers(fate, size=2)
+    pool = Workers(ending(lambda bundle: 17 in bundle, lambda worker: Lost(worker, "died"), each_s), size=2)
     ended = finish(pool, 60, tries=3)
     assert given_up(ended) == {17: GivenUp("failed", "given up after 3 tries: died")}
     assert all(item.tries == 0 for index, (item, _) in ended.items() if index != 17)
@@ -191,19 +194,13 @@ def test_out_of_memory_is_tried_once_more_with_care(kind: type[Lost] | type[Rais
 
 
 def test_a_bundle_that_runs_out_of_memory_is_taken_apart_before_any_care() -> None:
-    def fate(worker: int, bundle: list[int], careful: bool) -> Event[str]:
-        return Lost(worker, "no memory", memory=True) if len(bundle) > 2 else done(worker, bundle, each_s=0.01)
-
-    pool = Workers(fate)
+    pool = Workers(ending(lambda bundle: len(bundle) > 2, lambda worker: Lost(worker, "no memory", memory=True), 0.01))
     assert not given_up(finish(pool, 100, tries=1)) and pool.bad
     assert not any(careful for _, _, careful in pool.sent)
 
 
 def test_an_exception_is_charged_and_its_worker_stays() -> None:
-    def fate(worker: int, bundle: list[int], careful: bool) -> Event[str]:
-        return Raised(worker, "ValueError: no") if 1 in bundle else done(worker, bundle)
-
-    pool = Workers(fate)
+    pool = Workers(ending(lambda bundle: 1 in bundle, lambda worker: Raised(worker, "ValueError: no")))
     assert given_up(finish(pool, 3, tries=2)) == {1: GivenUp("failed", "given up after 2 tries: ValueError: no")}
     assert pool.made == 1
 
@@ -248,9 +245,7 @@ def test_without_workers_a_run_ends_after_a_while(young: bool) -> None:
 
 
 def test_refusals_end_a_run_when_no_worker_is_left() -> None:
-    def fate(worker: int, bundle: list[int], careful: bool) -> Event[str]:
-        return done(worker, bundle) if bundle == [0] else Lost(worker, "died")
-
+    fate = ending(lambda bundle: bundle != [0], lambda worker: Lost(worker, "died"))
     pool = Workers(
         fate, start=lambda worker: WorkerReady(worker) if worker == 0 else Refused(worker, "model m is not here")
     )

@@ -39,7 +39,7 @@ class FakeProber:
     def __init__(self, answer: Answer = fine) -> None:
         self.answer, self.asked, self.given = answer, list[ProbeSpec](), dict[str, Any]()
         self.limits: list[tuple[int | None, float]] = []
-        self.entered = 0
+        self.entered = self.left = 0
 
     def __call__(self, **given: Any) -> FakeProber:
         self.given = given
@@ -49,7 +49,8 @@ class FakeProber:
         self.entered += 1
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.left += 1
 
     def ask(self, spec: ProbeSpec, limit_bytes: int | None = None, timeout_s: float = 600.0) -> ProbeResult:
         if spec.tokens == SHORT:
