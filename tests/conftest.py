@@ -25,6 +25,7 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # tiny models; more threads only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.get_closest_marker("xdist_group"):  # what a file makes for its tests is made once

@@ -185,7 +185,7 @@ def start(out: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     signal.signal(signal.SIGINT, handler)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(path.read_bytes().count(b"\n") > CELLS for path in out.glob("*/records.jsonl")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline

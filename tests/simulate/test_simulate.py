@@ -251,7 +251,16 @@ def test_the_command_prints_what_it_assumes_and_its_table(
     words = ("--nodes", "2", "--gpus", "2", "--lengths", "4096", "--speedup", "100", "--tasks", "ruler")
     assert command(*words) == 0
     first = capsys.readouterr().out
-    for part in ("5 items, 15 records", "6,500 items", "8B", "--speedup 100", "seed 42", " 2 x 2 ", "driver"):
+    for part in (
+        "5 items, 15 records",
+        "6,500 items",
+        "RULER's 6,500 samples of 4096 tokens",
+        "8B",
+        "--speedup 100",
+        "seed 42",
+        " 2 x 2 ",
+        "driver",
+    ):
         assert part in first
     command(*words)
     assert capsys.readouterr().out == first
