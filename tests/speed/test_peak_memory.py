@@ -98,8 +98,8 @@ def test_what_is_freed_in_a_hole_of_the_heap_does_not_stay_resident() -> None:
 
     def left(filled: bool) -> Callable[[], bool]:
         def act() -> bool:
-            memory_limit.map_from(2**25)  # what follows comes from the heap
             memory_limit.fill_holes()  # those that earlier tests left
+            memory_limit.map_from(2**25)  # what follows comes from the heap
             hole, pin = torch.ones(8 * MIB // 4), [bytes(5000) for _ in range(100)]
             del hole
             memory_limit.give_back()
