@@ -82,6 +82,12 @@ def test_list_names_what_can_be_asked_for(what: str, names: list[str], capsys: p
     assert set(names) <= set(listed)
 
 
+def test_new_method_names_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("new-method", "made_up", "--to", tmp_path) == 0
+    told = sorted(line.removeprefix("wrote ") for line in capsys.readouterr().out.splitlines())
+    assert told == sorted(map(str, (path for path in tmp_path.rglob("*") if path.is_file()))) != []
+
+
 CONFIGS = {
     "empty.toml": b"",
     "broken.toml": b"methods = [",
