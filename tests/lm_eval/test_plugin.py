@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from harness.errors import HarnessError
 from harness.lm_eval.plugin import KVPolicyLM
+from harness.lm_eval.requests import generation
 from harness.models.load import LoadedModel, load_model
 
 TEXT = "The ferry left the harbour at noon and the lantern on its mast was lit although the sun stood high. "
@@ -168,9 +169,12 @@ def test_truncation_is_on_the_side_asked_for(tiny: LoadedModel, side: str, first
 
 
 def _greedy() -> Any:
-    from harness.lm_eval.requests import generation
-
     return generation(GREEDY, default=256, eos="<|end|>")
+
+
+def test_an_empty_stop_ends_no_text() -> None:
+    asked = generation({**GREEDY, "until": ["", "e"]}, default=256, eos="<|end|>")
+    assert (asked.max_new_tokens, asked.min_new_tokens, asked.until) == (24, 0, ("e", "<|end|>"))
 
 
 def _prompt(lm: KVPolicyLM, ids: list[int]) -> Any:
