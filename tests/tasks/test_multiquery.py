@@ -13,15 +13,10 @@ from harness.cli import main
 from harness.records.run_folder import find_runs, load_run
 from tasks import load_tasks
 from tasks.base import TASKS, Sample, TaskError
-from tests.task_data import Options, small_options
+from tests.task_data import Options
 
 load_tasks()
 GENERATED = ("niah", "qa_1", "qa_2")
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return small_options(tmp_path_factory.mktemp("data"))
 
 
 def groups(samples: list[Sample]) -> list[list[Sample]]:

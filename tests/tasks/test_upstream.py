@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_real_answers_score_the_same(name: str, shared_data: Path) -> None:
     """Each row's own answer, its first half, and the answers of other rows, without blanks around prose."""
     task = TASKS[f"longbench/{name}"]
     rows = {row["_id"]: row for row in real_rows(shared_data, name)}
-    samples = list(task.samples(TaskOptions(tokenizer=Chars(), max_tokens=10**9, data_dir=shared_data)))[:3]
+    samples = list(islice(task.samples(TaskOptions(tokenizer=Chars(), max_tokens=10**9, data_dir=shared_data)), 2))
     score = getattr(theirs, task_file("longbench", name)["process_results"].removeprefix("metrics."))
     code = task_file("longbench", name)["process_results"] == "metrics.get_code_sim_with_score"
     gold = [sample.answers[0] if code else sample.answers[0].strip() for sample in samples]
@@ -162,8 +163,8 @@ def test_prompts_and_lengths_of_longbench(name: str, shared_data: Path) -> None:
     fields = {"context": row["context"], "question": row["input"], "input": row["input"]}
     rendered = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: fields[match[1]], content["doc_to_text"])
     options = TaskOptions(tokenizer=Chars(), max_tokens=10**9, data_dir=shared_data)
-    samples = {sample.id: sample for sample in TASKS[f"longbench/{name}"].samples(options)}
-    ours = prompt(samples[row["_id"]])
+    sample = next(sample for sample in TASKS[f"longbench/{name}"].samples(options) if sample.id == row["_id"])
+    ours = prompt(sample)
     if name in ("lcc", "repobench-p"):
         rendered += "\n"
     elif name in ("passage_count", "passage_retrieval_en"):
@@ -173,7 +174,7 @@ def test_prompts_and_lengths_of_longbench(name: str, shared_data: Path) -> None:
         assert rendered == f"{head}\n{tail}"
         rendered = f"{head}\n\n{tail}"
     assert ours == rendered
-    assert content["generation_kwargs"]["max_gen_toks"] == samples[row["_id"]].max_new_tokens
+    assert content["generation_kwargs"]["max_gen_toks"] == sample.max_new_tokens
 
 
 def test_data_and_groups_of_longbench() -> None:
@@ -209,13 +210,6 @@ def test_fuzzywuzzy_is_installed_with_levenshtein() -> None:
     assert fuzz.SequenceMatcher.__module__ == "fuzzywuzzy.StringMatcher"
 
 
-@settings(max_examples=300, deadline=None)
-@given(line, line)
-def test_edit_similarity_is_fuzzywuzzy_ratio(one: str, other: str) -> None:
-    if not any(mark in one for mark in scoring.NOT_CODE):
-        assert scoring.code_similarity(one, other) == fuzz.ratio(one, other) / 100
-
-
 def test_every_rounding_is_fuzzywuzzy_rounding() -> None:
     """All shares with up to 60 common characters and 80 others, so every half percent too."""
     for common in range(61):
@@ -223,17 +217,6 @@ def test_every_rounding_is_fuzzywuzzy_rounding() -> None:
             one, other = "a" * common + "b" * others, "a" * common
             assert scoring.code_similarity(one, other) == fuzz.ratio(one, other) / 100, (common, others)
     assert scoring.code_similarity("", "") == fuzz.ratio("", "") / 100 == 1.0
-
-
-@pytest.mark.parametrize("name", ["lcc", "repobench-p"])
-def test_edit_similarity_of_real_code(name: str, shared_data: Path) -> None:
-    answers = [row["answers"][0] for row in real_rows(shared_data, name)]
-    lines = [*answers, *(part for row in real_rows(shared_data, name)[:3] for part in row["context"].split("\n")[:60])]
-    wanted = [part for part in lines if part and not any(mark in part for mark in scoring.NOT_CODE)]
-    assert len(wanted) > 50
-    for one in wanted:
-        for other in answers:
-            assert scoring.code_similarity(one, other) == fuzz.ratio(one, other) / 100
 
 
 def test_without_levenshtein_the_ratio_is_another() -> None:
