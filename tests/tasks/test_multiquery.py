@@ -100,6 +100,8 @@ def test_rows_of_one_document_are_asked_together(options: Options, tmp_path: Pat
             assert task.score(sample, "gold") == {"score": 1.0}
     assert "Who?" in whole[0].question + whole[1].question
     assert len(list(task.samples(options(data_dir=data, max_tokens=2048, limit=3)))) == 3
+    read = {name: said["rows"] for name, said in task.provenance(asked).items()}
+    assert read == {"narrativeqa": 1, "qasper": 5, "multifieldqa_en": 1, "multifieldqa_zh": 1}
     with pytest.raises(TaskError, match="no two rows of narrativeqa.* share a document"):
         task.samples(options(data_dir=longbench(tmp_path)))
 

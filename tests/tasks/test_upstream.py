@@ -6,7 +6,6 @@ values, so that a release of lm-eval that changes is noticed. Nothing here downl
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -20,8 +19,7 @@ from hypothesis import strategies as st
 
 from tasks import load_tasks, scoring
 from tasks.base import Sample, TaskOptions
-from tasks.rouge import rouge_l
-from tests.upstream import FOLDER, Chars, prompt, task_file
+from tests.upstream import Chars, prompt, task_file
 
 fuzz = pytest.importorskip("fuzzywuzzy.fuzz", reason="fuzzywuzzy is not installed; pip install '.[dev]'")
 theirs = pytest.importorskip("lm_eval.tasks.longbench.metrics")
@@ -149,13 +147,6 @@ def test_no_class_of_the_real_rows_is_part_of_another(shared_data: Path) -> None
         assert not [(a, b) for a in classes for b in classes if a != b and a in b]
 
 
-def test_rouge_of_a_sentence_too_long_for_the_stack() -> None:
-    """The package recurses once a word: lm-eval and the official script score 0 where the stack ends."""
-    long = "end " + " ".join(f"w{i}" for i in range(1100))
-    assert rouge_l(long, "end") == pytest.approx(2 / 1102, abs=1e-6)
-    assert theirs.rouge_score(long, "end") == 0.0
-
-
 @pytest.mark.parametrize("name", LONGBENCH)
 def test_prompts_and_lengths_of_longbench(name: str, shared_data: Path) -> None:
     """Six templates lack white space; the others render to the official prompt, and all generation lengths agree."""
@@ -177,32 +168,6 @@ def test_prompts_and_lengths_of_longbench(name: str, shared_data: Path) -> None:
     assert content["generation_kwargs"]["max_gen_toks"] == sample.max_new_tokens
 
 
-def test_data_and_groups_of_longbench() -> None:
-    """Their data are rows formatted for another harness; their longbench_e has four of six categories."""
-    assert {task_file("longbench", name)["dataset_path"] for name in LONGBENCH} == {"Xnhyacinth/LongBench"}
-    assert not [name for name in LONGBENCH if "Xnhyacinth" in TASKS[f"longbench/{name}"].about.source]
-    whole, by_length = (task_file("longbench", name) for name in ("_longbench", "_longbench_e"))
-    assert len(whole["task"]) == 6  # the mean of six category means; English and Chinese are in one category
-    assert "longbench_lsht" in task_file("longbench", "_longbench_fewshot")["task"]
-    missing = {f"{name}_e" for name in whole["task"]} - set(by_length["task"])
-    assert missing == {"longbench_summarization_e", "longbench_synthetic_e"}
-    kept = {n.removeprefix("longbench_e/") for n in TASKS if re.fullmatch(r"longbench_e/[^/]+", n)}
-    assert {"gov_report", "multi_news", "passage_count", "passage_retrieval_en"} <= kept
-    assert len(kept) == 13
-
-
-def test_long_prompts_lose_their_head_in_lm_eval_and_their_middle_here(tmp_path: Path) -> None:
-    source = (FOLDER.parent / "models" / "huggingface.py").read_text(encoding="utf-8")
-    assert "left_truncate_len=max_ctx_len" in source
-    row = {"input": "Who?", "context": "one two three four " * 900, "answers": ["x"], "length": 3600, "_id": "a"}
-    row |= {"dataset": "qasper", "language": "en", "all_classes": None}
-    (tmp_path / "qasper.jsonl").write_text(json.dumps(row) + "\n")
-    options = TaskOptions(tokenizer=Chars(), max_tokens=2048, data_dir=tmp_path)
-    (sample,) = TASKS["longbench/qasper"].samples(options)
-    assert sample.context.startswith("You are given a scientific article")
-    assert prompt(sample).endswith("Question: Who?\n\nAnswer:")
-
-
 # ---- Edit similarity: rapidfuzz and fuzzywuzzy ------------------------------------------------------------------
 
 
@@ -217,10 +182,3 @@ def test_every_rounding_is_fuzzywuzzy_rounding() -> None:
             one, other = "a" * common + "b" * others, "a" * common
             assert scoring.code_similarity(one, other) == fuzz.ratio(one, other) / 100, (common, others)
     assert scoring.code_similarity("", "") == fuzz.ratio("", "") / 100 == 1.0
-
-
-def test_without_levenshtein_the_ratio_is_another() -> None:
-    """Fuzzywuzzy then falls back on difflib, which takes the longest common block first."""
-    one, other = "return self.x + self.y", "self.y = x; return self"
-    fallback = round(100 * difflib.SequenceMatcher(None, one, other).ratio()) / 100
-    assert (scoring.code_similarity(one, other), fallback) == (0.53, 0.49)
