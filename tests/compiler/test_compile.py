@@ -82,7 +82,7 @@ def test_an_artefact_says_what_it_is_and_how_sure(compiled: Path, corpus: Path) 
     assert (report["training_prompts"], report["validation_prompts"]) == (15, 5)
     assert -1 <= report["halves_spearman"] <= 1
     first, form = Form.model_validate_json(next(iter(report["form"]["best"]))), manifest.form
-    assert form.model_copy(update={"basis": first.basis, "gate": first.gate}) == first
+    assert first in FORMS and form.model_copy(update={"basis": first.basis, "gate": first.gate}) == first
     assert form == Form.model_validate_json(next(iter(report["basis"]["best"])))
     for budget, row in zip((64, 128), tables.budget, strict=True):
         gains = {rival: report["validation"][str(budget)][f"over_{rival}"] for rival in ("uniform", "shuffled")}
