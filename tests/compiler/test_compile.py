@@ -24,7 +24,7 @@ from methods.compilerkv.form import Form
 from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.tables import load_tables
 
-FORMS = (Form(window=8, kernel=1, whole=0.0), Form(window=8, kernel=9, whole=0.0), Form(window=4, kernel=9, whole=0.3))
+FORMS = (Form(window=4, kernel=9, whole=0.3), Form(window=8, kernel=9, whole=0.0), Form(window=8, kernel=1, whole=0.0))
 
 
 @pytest.fixture(scope="module")
