@@ -108,8 +108,9 @@ def test_prompts_fill_their_lengths() -> None:
 
 @each_family
 def test_lengths_and_depths_are_spread_evenly(family: str) -> None:
+    every = calibration_samples(CORPUS, TOKENIZER, count=40, seed=7, families=[family])
     for count in (8, 16, 40):
-        found = of(family, calibration_samples(CORPUS, TOKENIZER, count=5 * count, seed=7))
+        found = every[:count]
         quarters = Counter(min(3, (sample.meta["length"] - 632) * 4 // 369) for sample in found)
         assert all(abs(quarters[q] - count / 4) <= 2 for q in range(4))
         if family != "continuation":
@@ -119,7 +120,7 @@ def test_lengths_and_depths_are_spread_evenly(family: str) -> None:
 
 
 def test_depth_is_not_tied_to_length() -> None:
-    found = of("needle", calibration_samples(CORPUS, TOKENIZER, count=320, seed=7))
+    found = calibration_samples(CORPUS, TOKENIZER, count=64, seed=7, families=["needle"])
     cells = Counter((sample.meta["depth"] // 26, (sample.meta["length"] - 632) // 93) for sample in found)
     assert len(cells) == 16 and max(cells.values()) <= 8
 

@@ -230,10 +230,8 @@ def test_a_label_that_is_code_is_refused(text: str) -> None:
         parse_press(text)
 
 
-@pytest.mark.parametrize("rounding", [int, round])
-@pytest.mark.parametrize("step", [1, 4, 20])
-@pytest.mark.parametrize("tokens", [100, 777, 1023, 3000])
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.77, 0.95])
+@pytest.mark.parametrize(("step", "rounding"), [(1, int), (1, round), (4, round), (20, int)])
+@pytest.mark.parametrize(("tokens", "share"), [(100, 0.02), (777, 0.77), (1023, 0.3), (3000, 0.5), (3000, 0.95)])
 def test_the_search_meets_the_budget_and_is_never_above_it(
     tokens: int, share: float, step: int, rounding: type[int]
 ) -> None:

@@ -165,7 +165,7 @@ def naive_expected(gold: Gold, *, window: int, future: int, sinks: int, covarian
     return rows
 
 
-@pytest.mark.parametrize(("tokens", "budget"), [(29, 2), (29, 14), (42, 20), (60, 30)])
+@pytest.mark.parametrize(("tokens", "budget"), [(29, 2), (60, 30)])
 @pytest.mark.parametrize(
     ("preset", "own"),
     [("", {}), ("", {"window": 16, "future": 21}), ("", {"covariance": False}), ("@kvpress", {"future": 7})],
@@ -189,11 +189,11 @@ def test_expected_attention_is_that_of_the_gaussian(preset: str, own: dict[str, 
     assert kept == [[*range(sinks), *best] for best in own_best]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 21, 512])
-def test_the_mean_turn_is_the_mean_of_turns(count: int) -> None:
+def test_the_mean_turn_is_the_mean_of_turns() -> None:
     eye = torch.eye(DIM, dtype=torch.float64)
-    gold = torch.stack([rotate(eye, f) for f in range(count)]).mean(dim=0)
-    torch.testing.assert_close(mean_turn(rotate, count, eye), gold)
+    turns = torch.stack([rotate(eye, f) for f in range(130)])
+    for count in (1, 2, 3, 5, 8, 21, 130):
+        torch.testing.assert_close(mean_turn(rotate, count, eye), turns[:count].mean(dim=0))
 
 
 def test_expected_attention_needs_rotary_embeddings_and_its_window() -> None:

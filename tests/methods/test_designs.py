@@ -32,7 +32,7 @@ def planted(prompts: int, factors: int, pairs: int, *, noise: float, signal: flo
 
 
 @given(**SIZES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_foldover_is_mirrored_balanced_and_seeded(factors: int, pairs: int, seed: int) -> None:
     rows = foldover(factors, pairs, seed)
     assert rows.shape == (2 * pairs, factors)
@@ -134,7 +134,7 @@ def test_split_half_tells_signal_from_noise() -> None:
     low=st.floats(0.05, 1),
     high=st.floats(1, 6),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_multipliers_are_bounded_ordered_and_of_mean_one(
     values: list[float], strength: float, low: float, high: float
 ) -> None:

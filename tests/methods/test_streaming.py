@@ -93,6 +93,7 @@ def test_a_long_output_stays_within_its_budget(tiny: LoadedModel) -> None:
     assert streamed.kv_bytes_end <= streamed.kv_bytes <= 1.01 * streamed.asked_bytes
 
 
-def test_the_published_form_acts_once() -> None:
+def test_any_period_evicts_while_decoding_and_the_published_form_acts_once() -> None:
+    assert [CompilerKV(tables="neutral", every=every).evicts_while_decoding for every in (0, 1)] == [False, True]
     with pytest.raises(PolicyError, match="every=4: the published form acts once"):
         CompilerKV(form="published", every=4)

@@ -66,11 +66,9 @@ def test_a_package_passes_its_tests_and_the_linters(tmp_path: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-two-words\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[kv_policy_harness.methods]\ntwo_words = kv_two_words\n")
-    run(sys.executable, "-m", "pytest", "-q", "tests", cwd=root)
+    run(sys.executable, "-m", "pytest", "-q", "tests", cwd=root)  # finds the method by its entry point
     run(sys.executable, "-m", "ruff", "check", ".", cwd=root)
     run(sys.executable, "-m", "ruff", "format", "--check", ".", cwd=root)
-    code = "from methods.registry import load_methods; import sys; sys.exit('two_words' not in load_methods())"
-    run(sys.executable, "-c", code, cwd=root)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +134,3 @@ def test_a_broken_clause_is_named_with_what_was_seen() -> None:
     assert found["the_budget_is_kept"].startswith(start)
     with pytest.raises(HarnessError, match="unknown clause 'nothing'"):
         check_method("snapkv", without=["nothing"])
-
-
-@pytest.mark.parametrize("label", ["fullkv", "snapkv@kvpress", "random"])
-def test_methods_keep_the_contract(label: str) -> None:
-    check_method(label)

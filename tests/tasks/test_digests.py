@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.models.assets import asset_folder
 from tasks import load_tasks
-from tests.task_data import RULER, Options, digest, draw_samples, small_options
+from tests.task_data import RULER, Options, digest, draw_samples
 from tests.tasks.test_prose import write_prose
 
 SMALL = {
@@ -51,11 +50,6 @@ REAL = {
 }
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return small_options(tmp_path_factory.mktemp("data"))
-
-
 def test_every_generated_task_has_a_digest() -> None:
     made = {name for name in load_tasks() if name.startswith(("ruler/", "niah/", "prose/"))}
     assert SMALL.keys() | PROSE.keys() == made
@@ -79,9 +73,6 @@ def test_samples_over_longer_essays(name: str, options: Options, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_samples_over_the_real_essays(name: str, options: Options) -> None:
-    folder = asset_folder("essays")
-    if not folder.is_dir():
-        pytest.skip("essays is not in the cache; run `harness fetch essays`")
-    samples = draw_samples(name, options(fetch=lambda _: folder, lengths=(4096,), limit=3))
+def test_samples_over_the_real_essays(name: str, options: Options, essays_folder: Path) -> None:
+    samples = draw_samples(name, options(fetch=lambda _: essays_folder, lengths=(4096,), limit=3))
     assert digest(samples) == REAL[name]

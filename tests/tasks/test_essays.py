@@ -10,24 +10,14 @@ from pathlib import Path
 import punkt
 import pytest
 
-from harness.models.assets import asset_folder
 from tasks.base import TaskError
 from tasks.essays import Essays, read_essays
-from tests.task_data import Options, small_options, write_essays
+from tests.task_data import Options, write_essays
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return small_options(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def real(options: Options) -> Essays:
-    """The 49 essays; skips when they were never fetched."""
-    folder = asset_folder("essays")
-    if not folder.is_dir():
-        pytest.skip("essays is not in the cache; run `harness fetch essays`")
-    return read_essays(options(fetch=lambda _: folder))
+def real(small: Options, essays_folder: Path) -> Essays:
+    return read_essays(small(fetch=lambda _: essays_folder))
 
 
 def test_short_essays_start_over() -> None:

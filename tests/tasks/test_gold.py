@@ -7,8 +7,6 @@ is generated. Essays come from the cache.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 from harness.models.assets import asset_folder
 from tasks import load_tasks
 from tasks.base import Sample, Task, TaskError, TaskOptions
+from tests.task_data import Words
 
 TASKS = load_tasks()
 MADE_ANSWERS = {
@@ -27,27 +26,6 @@ MADE_ANSWERS = {
     "repobench-p": "return self.size",
 }
 NOT_CODE = ("`", "#", "//")
-
-
-class Words:
-    """A token is a word with the white space before it; decoding gives the text back."""
-
-    template_tokens = 12
-
-    def __init__(self) -> None:
-        self._ids: dict[str, int] = {}
-        self._words: list[str] = []
-
-    def encode(self, text: str) -> list[int]:
-        found = re.findall(r"\s*[^\s.]+|\s*\.|\s+", text)
-        for word in found:
-            if word not in self._ids:
-                self._ids[word] = len(self._words)
-                self._words.append(word)
-        return [self._ids[word] for word in found]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self._words[i] for i in ids)
 
 
 def made_row(dataset: str, number: int) -> dict[str, Any]:
@@ -91,7 +69,7 @@ def options(name: str, folder: Path | None) -> TaskOptions:
     return TaskOptions(
         tokenizer=Words(),
         max_tokens=10**6,
-        lengths=(8192,),
+        lengths=(8192 if name.startswith("multiquery") else 2048,),
         limit=20 if name.startswith("longbench") else 3,
         data_dir=folder,
         fetch=asset,

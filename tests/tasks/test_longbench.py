@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +19,6 @@ from tasks import longbench
 from tasks.base import TASKS, Sample, TaskError, TaskOptions, find_tasks
 from tasks.longbench import DATASETS, Dataset, LongBench, cut_middle, longest_prompt, official_template
 
-DATA = Path(os.environ.get("KVH_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-needs_data = pytest.mark.skipif(not (DATA / "longbench").is_dir(), reason="no LongBench rows; set KVH_TEST_DATA")
 BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 ANSWERS = {"retrieval": "Paragraph 2", "retrieval_zh": "段落2", "count": "12", "classification": "City"}
 
@@ -87,12 +84,11 @@ def test_every_task_says_what_it_is() -> None:
     assert (about["longbench/trec"].metric, about["longbench/vcsum"].metric) == ("classification", "rouge_l_zh")
 
 
-@needs_data
 @pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.name)
-def test_every_real_row_renders_to_the_official_prompt(dataset: Dataset) -> None:
-    checksums = json.loads((DATA / "longbench_prompt_sha256.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (DATA / "longbench" / f"{dataset.name}.jsonl").open(encoding="utf-8")]
-    samples = list(LongBench(dataset).samples(options(DATA)))
+def test_every_real_row_renders_to_the_official_prompt(dataset: Dataset, shared_data: Path) -> None:
+    checksums = json.loads((shared_data / "longbench_prompt_sha256.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (shared_data / "longbench" / f"{dataset.name}.jsonl").open(encoding="utf-8")]
+    samples = list(LongBench(dataset).samples(options(shared_data)))
     assert [sample.id for sample in samples] == [r["_id"] for r in rows]
     for sample, official in zip(samples, rows, strict=True):
         prompt = sample.context + sample.question + sample.answer_prefix
@@ -100,18 +96,6 @@ def test_every_real_row_renders_to_the_official_prompt(dataset: Dataset) -> None
         assert sample.context.endswith(official["context"])
         assert sample.meta["truncated"] is False
         assert sample.answers == tuple(official["answers"])
-
-
-@needs_data
-@pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.name)
-def test_real_references_score_1_and_nothing_scores_0(dataset: Dataset) -> None:
-    task = LongBench(dataset)
-    for sample in task.samples(options(DATA, limit=3)):
-        best = max(task.score(sample, answer)["score"] for answer in sample.answers)
-        not_code = dataset.metric == "code_similarity" and any(mark in sample.answers[0] for mark in ("`", "#", "//"))
-        assert best == pytest.approx(0.0 if not_code else 1.0, abs=1e-6)
-        assert task.score(sample, "")["score"] == 0.0
-        assert task.reference(sample) == sample.answers[0]
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -142,12 +126,6 @@ def test_samsum_ends_at_a_newline_after_one_token(tmp_path: Path) -> None:
     write(tmp_path, "samsum", [row(BY_NAME["samsum"])])
     (sample,) = LongBench(BY_NAME["samsum"]).samples(options(tmp_path))
     assert (sample.stop, sample.min_new_tokens, sample.chat) == (("\n",), 1, False)
-
-
-@pytest.mark.parametrize("name", ["triviaqa", "samsum", "passage_count", "passage_retrieval_en", "lcc", "repobench-p"])
-def test_the_six_templates_that_differ_are_corrected(name: str) -> None:
-    ends = {"lcc": "code:\n", "repobench-p": "code:\n", "triviaqa": "\n\n{input}", "samsum": "\n\n{input}"}
-    assert official_template(BY_NAME[name]).endswith(ends.get(name, "is: "))
 
 
 def test_placeholders_in_the_data_are_left_alone(tmp_path: Path) -> None:
@@ -192,7 +170,7 @@ def test_the_cut_worked_out_by_hand() -> None:
 words = st.lists(st.sampled_from(["alpha", "beta", "gamma", " ", "\n", "."]), min_size=1, max_size=300).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(words, words, st.integers(503, 900))
 @example("alpha  alpha ", " alpha alpha", 508)  # what is left begins with the context by chance
 def test_cutting_keeps_the_first_and_last_half_and_finds_the_border(context: str, question: str, most: int) -> None:

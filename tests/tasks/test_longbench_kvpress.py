@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,6 @@ from tasks.longbench import DATASETS, Dataset, LongBench, official_template
 from tasks.longbench_kvpress import KvpressLongBench, cut_end, parts
 from tests.tasks.test_longbench import options
 
-DATA = Path(os.environ.get("KVH_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-needs_data = pytest.mark.skipif(not (DATA / "longbench").is_dir(), reason="no LongBench rows; set KVH_TEST_DATA")
 BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 
 # Read from kvpress's create_huggingface_dataset.py: (end of the context template, start of the question template, its
@@ -87,13 +84,15 @@ def test_the_split_is_that_of_kvpress(dataset: Dataset, tmp_path: Path) -> None:
     assert sample.max_new_tokens == dataset.max_new_tokens + 20
 
 
-@needs_data
 @pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.name)
-def test_real_rows_join_to_the_official_prompt(dataset: Dataset) -> None:
+def test_real_rows_join_to_the_official_prompt(dataset: Dataset, shared_data: Path) -> None:
     """But for rows whose cue is followed by a blank: kvpress does not take it off, so it comes twice."""
-    checksums = json.loads((DATA / "longbench_prompt_sha256.json").read_text(encoding="utf-8"))
-    rows = {r["_id"]: r for r in map(json.loads, (DATA / "longbench" / f"{dataset.name}.jsonl").open(encoding="utf-8"))}
-    samples = list(KvpressLongBench(dataset).samples(options(DATA)))
+    checksums = json.loads((shared_data / "longbench_prompt_sha256.json").read_text(encoding="utf-8"))
+    rows = {
+        r["_id"]: r
+        for r in map(json.loads, (shared_data / "longbench" / f"{dataset.name}.jsonl").open(encoding="utf-8"))
+    }
+    samples = list(KvpressLongBench(dataset).samples(options(shared_data)))
     assert {sample.id for sample in samples} == set(rows)
     for sample in samples:
         given = rows[sample.id]["input"]
@@ -140,7 +139,7 @@ def test_scores_differ_from_the_official_in_leading_blanks_alone() -> None:
 words = st.lists(st.sampled_from(["alpha", "beta", " ", "\n", "."]), min_size=1, max_size=200).map("".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(words, words, st.integers(1, 400))
 def test_a_long_context_loses_its_end(context: str, question: str, room: int) -> None:
     opts = options()

@@ -13,15 +13,10 @@ from harness.cli import main
 from harness.records.run_folder import find_runs, load_run
 from tasks import load_tasks
 from tasks.base import TASKS, Sample, TaskError
-from tests.task_data import Options, small_options
+from tests.task_data import Options
 
 load_tasks()
 GENERATED = ("niah", "qa_1", "qa_2")
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return small_options(tmp_path_factory.mktemp("data"))
 
 
 def groups(samples: list[Sample]) -> list[list[Sample]]:
@@ -105,6 +100,8 @@ def test_rows_of_one_document_are_asked_together(options: Options, tmp_path: Pat
             assert task.score(sample, "gold") == {"score": 1.0}
     assert "Who?" in whole[0].question + whole[1].question
     assert len(list(task.samples(options(data_dir=data, max_tokens=2048, limit=3)))) == 3
+    read = {name: said["rows"] for name, said in task.provenance(asked).items()}
+    assert read == {"narrativeqa": 1, "qasper": 5, "multifieldqa_en": 1, "multifieldqa_zh": 1}
     with pytest.raises(TaskError, match="no two rows of narrativeqa.* share a document"):
         task.samples(options(data_dir=longbench(tmp_path)))
 

@@ -16,7 +16,7 @@ from harness.models.prompt import TaskTokenizer, wrap
 from tasks.base import TASKS, Sample, TaskError, find_tasks
 from tasks.essays import read_essays
 from tasks.niah import hide
-from tests.task_data import Options, Words, draw_samples, small_options
+from tests.task_data import Options, Words, draw_samples
 
 NAMES = ["niah/snapkv", "niah/kamradt", "niah/passkey"]
 CLASSIC = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
@@ -25,10 +25,9 @@ DEPTHS = dict.fromkeys(NAMES, TEN) | {"niah/kamradt": np.round(np.linspace(0, 10
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+def options(small: Options) -> Options:
     """Options over small generated essays, ten samples a length."""
-    make = small_options(tmp_path_factory.mktemp("data"))
-    return lambda **changes: make(**{"limit": 10, "max_tokens": 20_000, **changes})
+    return lambda **changes: small(**{"limit": 10, "max_tokens": 20_000, **changes})
 
 
 def haystack(sample: Sample) -> str:
@@ -53,17 +52,6 @@ def test_the_family_is_three_layouts() -> None:
     assert (kamradt.revision, kamradt.licence) == ("needlehaystack 0.1.0", "MIT")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gold_scores_one_and_nothing_scores_zero(name: str, options: Options) -> None:
-    task = TASKS[name]
-    for sample in draw_samples(name, options(limit=3)):
-        gold = task.reference(sample)
-        assert gold is not None
-        assert task.score(sample, f" {gold}")["score"] == 1
-        assert task.score(sample, "")["score"] == 0
-        assert all(0 <= value <= 1 for value in task.score(sample, "a sunny day").values())
-
-
 def test_the_classic_needle_is_scored_by_keywords_with_rouge_beside(options: Options) -> None:
     sample = draw_samples("niah/snapkv", options(limit=1))[0]
     score = TASKS["niah/snapkv"].score(sample, "go to the beach on a sunny day.")
@@ -84,7 +72,7 @@ def test_the_passkey_is_found_exactly_or_not(options: Options) -> None:
         assert TASKS["niah/passkey"].score(sample, f"It is {key[:-1]}")["score"] == 0
 
 
-@pytest.mark.parametrize("length", [512, 1024, 4096])
+@pytest.mark.parametrize("length", [512, 4096])
 @pytest.mark.parametrize("name", NAMES)
 def test_haystack_and_needle_leave_a_buffer_of_200_tokens(name: str, length: int, options: Options) -> None:
     chosen = options(lengths=(length,))
@@ -204,19 +192,16 @@ def test_a_length_that_is_too_small_names_the_smallest_one(name: str, options: O
         TASKS[name].samples(options(lengths=(smallest - 1,)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_lengths_beyond_the_run_and_missing_essays_are_refused(name: str, options: Options, tmp_path: Path) -> None:
+def test_lengths_beyond_the_run_and_missing_essays_are_refused(options: Options, tmp_path: Path) -> None:
+    task = TASKS["niah/snapkv"]
     with pytest.raises(TaskError, match="length 2048 exceeds the 2000 tokens"):
-        TASKS[name].samples(options(lengths=(2048,), max_tokens=2000))
+        task.samples(options(lengths=(2048,), max_tokens=2000))
     with pytest.raises(TaskError, match=f"no essays in {re.escape(str(tmp_path))}"):
-        TASKS[name].samples(options(fetch=lambda _: tmp_path))
-    with pytest.raises(TaskError, match="asset 'essays' is needed"):
-        TASKS[name].samples(options(fetch=None))
+        task.samples(options(fetch=lambda _: tmp_path))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_provenance_is_json_with_a_checksum(name: str, options: Options) -> None:
-    said = TASKS[name].provenance(options())
+def test_provenance_is_json_with_a_checksum(options: Options) -> None:
+    said = TASKS["niah/kamradt"].provenance(options())
     assert json.loads(json.dumps(said)) == said
     assert re.fullmatch("[0-9a-f]{64}", said["essays_sha256"])
     assert said["essays"].startswith("5 ")

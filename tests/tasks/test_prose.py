@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,17 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.models.assets import asset_folder
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, wrap
 from tasks.base import TASKS, Sample, TaskError, TaskOptions, find_tasks
 from tasks.prose import open_essays
-from tests.task_data import Options, Words, draw_samples, small_options
+from tests.task_data import Options, Words, draw_samples
 
 CONTINUATION, LONG = NAMES = ("prose/continuation", "prose/long")
 GENERATION = {CONTINUATION: 64, LONG: 512}
 SENTENCES = {"brief": 30, "short": 120, "middle": 250, "long": 400, "saga": 600}
-REAL_LENGTHS = (1024, 4096)
 each_task = pytest.mark.parametrize("name", NAMES)
 
 
@@ -51,21 +48,16 @@ def write_prose(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+def options(small: Options, tmp_path_factory: pytest.TempPathFactory) -> Options:
     """Options over five generated essays, twelve samples a length."""
-    make = small_options(tmp_path_factory.mktemp("data"))
     folder = tmp_path_factory.mktemp("prose")
     write_prose(folder / "PaulGrahamEssays")
-    return lambda **changes: make(**{"limit": 12, "fetch": {"essays": folder}.__getitem__, **changes})
+    return lambda **changes: small(**{"limit": 12, "fetch": {"essays": folder}.__getitem__, **changes})
 
 
 @pytest.fixture(scope="module")
-def real(options: Options) -> Options:
-    """Options over the 49 essays; skips when they were never fetched."""
-    folder = asset_folder("essays")
-    if not folder.is_dir():
-        pytest.skip("essays is not in the cache; run `harness fetch essays`")
-    return lambda **changes: options(**{"lengths": REAL_LENGTHS, "fetch": lambda _: folder, **changes})
+def real(options: Options, essays_folder: Path) -> Options:
+    return lambda **changes: options(**{"lengths": (1024, 4096), "fetch": lambda _: essays_folder, **changes})
 
 
 def prompt(sample: Sample) -> str:
@@ -106,25 +98,28 @@ def test_the_family_is_two_tasks_of_our_own() -> None:
 
 
 @each_task
-def test_raw_prompts_and_a_long_generation_that_cannot_end_early(name: str, options: Options) -> None:
+def test_raw_prompts_a_generation_that_cannot_end_early_and_its_score(name: str, options: Options) -> None:
     for sample in draw_samples(name, options(lengths=(1200,))):
         assert (sample.chat, sample.stop, sample.answer_prefix) == (False, (), "")
         assert sample.max_new_tokens == GENERATION[name]
         assert sample.min_new_tokens == (512 if name == LONG else 0)
+        gold = sample.answers[0]
+        assert 0.3 < TASKS[name].score(sample, gold[: len(gold) // 3])["score"] < 0.97
+        assert TASKS[name].score(sample, "Nothing of that kind is said.")["score"] == 0
 
 
-@pytest.mark.parametrize("tokenizer", [Words(), Words(template_tokens=300), Merging()])
+@pytest.mark.parametrize("tokenizer", [Words(template_tokens=300), Merging()])
 @each_task
 def test_whole_sentences_fill_the_length_and_the_reference_follows(
     name: str, tokenizer: Words, options: Options
 ) -> None:
-    asked = options(tokenizer=tokenizer, lengths=(1200, 2000))
+    asked = options(tokenizer=tokenizer, lengths=(1200, 2000), limit=6)
     samples = draw_samples(name, asked)
-    assert [sample.id for sample in samples] == [f"{length}/{i}" for length in (1200, 2000) for i in range(12)]
+    assert [sample.id for sample in samples] == [f"{length}/{i}" for length in (1200, 2000) for i in range(6)]
     check(name, samples, asked)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(length=st.integers(700, 4000), seed=st.integers(0, 3))
 def test_any_length_fits(length: int, seed: int, options: Options) -> None:
     for name in NAMES:
@@ -132,18 +127,6 @@ def test_any_length_fits(length: int, seed: int, options: Options) -> None:
         samples = draw_samples(name, asked)
         assert len(samples) == 2
         check(name, samples, asked)
-
-
-@each_task
-def test_gold_scores_one_and_nothing_scores_zero(name: str, options: Options) -> None:
-    task = TASKS[name]
-    for sample in draw_samples(name, options(lengths=(1200,))):
-        gold = task.reference(sample)
-        assert gold == sample.answers[0]
-        assert task.score(sample, f" {gold}")["score"] == pytest.approx(1)
-        assert task.score(sample, "")["score"] == 0
-        assert 0.3 < task.score(sample, gold[: len(gold) // 3])["score"] < 0.97
-        assert task.score(sample, "Nothing of that kind is said.")["score"] == 0
 
 
 @each_task
@@ -201,17 +184,11 @@ def test_a_length_beyond_every_essay_names_the_longest(name: str, options: Optio
 
 
 @each_task
-def test_lengths_that_are_too_small_or_beyond_the_run_and_missing_essays(
-    name: str, options: Options, tmp_path: Path
-) -> None:
+def test_lengths_that_are_too_small_or_beyond_the_run(name: str, options: Options) -> None:
     with pytest.raises(TaskError, match=f"fill 90 % of 64 tokens, of which the generation takes {GENERATION[name]}"):
         TASKS[name].samples(options(lengths=(64,)))
     with pytest.raises(TaskError, match="length 2048 exceeds the 2000 tokens of the run; lower it"):
         TASKS[name].samples(options(lengths=(2048,), max_tokens=2000))
-    with pytest.raises(TaskError, match=f"no essays in {re.escape(str(tmp_path))}"):
-        TASKS[name].samples(options(fetch=lambda _: tmp_path))
-    with pytest.raises(TaskError, match="asset 'essays' is needed"):
-        TASKS[name].samples(options(fetch=None))
 
 
 def test_an_essay_is_one_line_and_footnotes_stay_with_their_sentence(tmp_path: Path, options: Options) -> None:
@@ -235,9 +212,7 @@ def test_provenance_is_json_and_says_that_essays_are_not_joined(name: str, optio
 @each_task
 def test_the_real_essays(name: str, real: Options) -> None:
     asked = real(limit=20)
-    start = time.perf_counter()
     samples = draw_samples(name, asked)
-    assert time.perf_counter() - start < 20
     assert len(samples) == 40
     check(name, samples, asked)
     assert [len({s.meta["group"] for s in part}) for part in (samples[:20], samples[20:])] > [19, 9]

@@ -12,12 +12,7 @@ import pytest
 from tasks.base import TASKS, TaskError
 from tasks.ruler.fit import SamplePlan
 from tasks.ruler.qa import Documents, Item
-from tests.task_data import Options, Words, draw_samples, hotpot, small_options, user_message
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return small_options(tmp_path_factory.mktemp("data"))
+from tests.task_data import Options, Words, draw_samples, hotpot, user_message
 
 
 def test_a_prompt_in_full() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import jieba
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,13 +51,6 @@ def test_rouge_l_by_hand() -> None:
     assert [scoring.rouge_l(text, "a b") for text in ("", "...", "x y")] == [0.0, 0.0, 0.0]
 
 
-def test_rouge_l_equals_the_package_with_all_its_metrics() -> None:
-    from rouge import Rouge
-
-    pair = "One sentence here. Another follows, at length.", "A sentence here. Then another, shorter."
-    assert scoring.rouge_l(*pair) == Rouge().get_scores([pair[0]], [pair[1]], avg=True)["rouge-l"]["f"]
-
-
 def package_rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L of the `rouge` package, as LongBench's metrics.py takes it, with all the stack it wants."""
     from rouge import Rouge
@@ -79,27 +69,17 @@ few_words = st.lists(st.sampled_from(("a", "b", "c", "d", ".", ". ", "\n", "..")
 dense = st.text("ab c.", max_size=60)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(few_words | dense | st.text(max_size=40), few_words | dense | st.text(max_size=40))
 def test_rouge_l_is_the_package_bit_for_bit(prediction: str, reference: str) -> None:
     assert scoring.rouge_l(prediction, reference) == package_rouge_l(prediction, reference)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 25), min_size=70, max_size=140), st.lists(st.integers(0, 25), min_size=70, max_size=140))
 def test_rouge_l_is_the_package_beyond_one_machine_word(one: list[int], other: list[int]) -> None:
     prediction, reference = (" ".join(map(str, words)) for words in (one, other))
     assert scoring.rouge_l(prediction, reference) == package_rouge_l(prediction, reference)
-
-
-@pytest.mark.parametrize("name", ["gov_report", "qmsum", "multi_news", "samsum", "vcsum", "dureader"])
-def test_rouge_l_is_the_package_on_real_summaries(name: str, shared_data: Path) -> None:
-    rows = (shared_data / "longbench" / f"{name}.jsonl").open(encoding="utf-8")
-    texts = [answer for row in rows for answer in json.loads(row)["answers"]][:4]
-    if name in ("vcsum", "dureader"):
-        texts = [" ".join(jieba.cut(text)) for text in texts]
-    for prediction, reference in zip(texts, texts[1:] + texts[:1], strict=True):
-        assert scoring.rouge_l(prediction, reference) == package_rouge_l(prediction, reference) > 0
 
 
 def test_rouge_l_by_hand_over_sentences_and_ties() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import platform
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,25 +17,10 @@ from hypothesis import strategies as st
 from tasks import stdlib
 from tasks.base import Sample, TaskError, TaskOptions, find_tasks, rng
 from tasks.stdlib import NextLine, PassageRetrieval
+from tests.task_data import Words
 
 TASKS = (NextLine(), PassageRetrieval())
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
-
-
-class Words:
-    """A tokenizer whose tokens are words, blanks and marks; it round-trips."""
-
-    template_tokens = 9
-
-    def __init__(self) -> None:
-        self.known: dict[str, int] = {}
-
-    def encode(self, text: str) -> list[int]:
-        return [self.known.setdefault(word, len(self.known)) for word in re.findall(r"\w+|\s+|[^\w\s]", text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        words = list(self.known)
-        return "".join(words[i] for i in ids)
 
 
 def options(**changes: Any) -> TaskOptions:
@@ -65,14 +49,7 @@ def test_samples_fit_their_length_closely(task: stdlib.Generated) -> None:
         length = sample.meta["length"]
         # what is left is less than the shortest paragraph or one line of code, which may be followed by blank ones
         assert length - 60 <= tokens(sample, opts) <= length
-
-
-@every_task
-def test_references_score_1_and_nothing_scores_0(task: stdlib.Generated) -> None:
-    for sample in task.samples(options()):
         assert task.score(sample, sample.answers[0])["score"] == 1.0
-        assert task.score(sample, task.reference(sample) or "")["score"] == 1.0
-        assert task.score(sample, "")["score"] == 0.0
 
 
 @every_task
@@ -92,7 +69,10 @@ def test_the_official_number_is_fifty_a_length(task: stdlib.Generated) -> None:
 
 
 @every_task
-def test_lengths_that_cannot_be_filled_are_refused(task: stdlib.Generated) -> None:
+def test_lengths_that_cannot_be_filled_are_refused(task: stdlib.Generated, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: getattr(stdlib, name)()[:9] for name in ("source_files", "paragraphs")}
+    monkeypatch.setattr(stdlib, "source_files", lambda: few["source_files"])
+    monkeypatch.setattr(stdlib, "paragraphs", lambda: few["paragraphs"])
     with pytest.raises(TaskError, match=r"length 5000 exceeds the 4096 tokens"):
         next(task.samples(options(max_tokens=4096, lengths=(5000,))))
     with pytest.raises(TaskError, match=r"nothing fits a length of 50 tokens; ask for a longer one"):
@@ -184,7 +164,7 @@ def test_the_paragraph_asked_for_is_anywhere() -> None:
     assert max(places) > 0.7
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 40), max_size=20), st.integers(0, 200))
 def test_fill_never_overruns_and_leaves_nothing_that_fits(sizes: list[int], room: int) -> None:
     others = [f"{i}:" + "x" * size for i, size in enumerate(sizes)]

@@ -203,22 +203,6 @@ def test_variable_tracking(options: Callable[..., TaskOptions]) -> None:
     assert not [part for part in whole.split("\n") if re.fullmatch(r"VAR [A-Z]+ = (VAR )?\w+ ?", part)]
 
 
-def test_variable_tracking_of_512_tokens_does_not_end_in_lm_eval(options: Callable[..., TaskOptions]) -> None:
-    """It asks again and again for a haystack of no lines; here the length works."""
-    chains, attempts = module("vt_utils"), []
-    original = chains.generate_input_output
-
-    def counted(lines: int, *rest: Any, **named: Any) -> Any:
-        attempts.append(lines)
-        return ("VAR", ["A"]) if len(attempts) > 200 else original(lines, *rest, **named)
-
-    example = {"input": "x" * 1500, "outputs": ["A"]}
-    with mock.patch.object(chains, "generate_input_output", counted), pytest.raises(ValueError, match="substring"):
-        chains.sys_vartrack_w_noise_random(Chars(), 1, 512, icl_example=example)
-    assert len(attempts) > 200 and set(attempts[2:-1]) == {0}
-    assert len(ruler("vt", options(lengths=(512,)))) == 2
-
-
 def test_common_words(options: Callable[..., TaskOptions]) -> None:
     """Lm-eval leaves the worked example out of the prompt; sized for it all the same."""
     words = module("cwe_utils")
@@ -269,16 +253,6 @@ def test_samples_depend_on_the_global_state_in_lm_eval(options: Callable[..., Ta
     (first, ours), (again, same), (moved, still) = made
     assert first == again != moved
     assert ours == same == still
-
-
-def test_lengths_and_group_of_ruler(options: Callable[..., TaskOptions]) -> None:
-    """The group's number is that of 4096 tokens alone; every other length is a metric of its own."""
-    assert [m["metric"] for m in task_file("ruler", "ruler")["aggregate_metric_list"]] == ["4096"]
-    assert len(task_file("ruler", "ruler")["task"]) == len([n for n in TASKS if re.fullmatch(r"ruler/[^/]+", n)]) == 13
-    doc = {"max_length": 1024, "outputs": ["7"]}
-    assert module("common_utils").process_results(doc, ["7"]) == {"4096": -1.0, "1024": 1.0}
-    (sample, _) = ruler("niah_single_1", options(lengths=(1024,)))
-    assert dict(TASKS["ruler/niah_single_1"].score(sample, sample.answers[0])) == {"score": 1.0}
 
 
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
