@@ -108,7 +108,7 @@ class Compiler:
         """Return the entropy in nats and perplexity of every prompt: [P, 2]."""
 
         def roll(at: int) -> list[float]:
-            seen = Observed.of(self.bench.rollout(at))
+            seen = Observed(self.bench.rollout(at))
             return [seen.entropy, seen.perplexity]
 
         return self.bench.measure("risk", range(len(self.bench.prompts)), roll)

@@ -47,7 +47,7 @@ def check_published(
     compared = [arms(tensors, row, seed=bench.spec.seed + row) for row in range(len(budgets))]
 
     def roll(at: int) -> list[Any]:
-        seen = Observed.of(bench.rollout(at))
+        seen = Observed(bench.rollout(at))
         place = bins(edges, torch.tensor([seen.entropy]), torch.tensor([seen.perplexity]))
         high, wide = divmod(int(place), PERPLEXITY_BINS)
         found = []

@@ -121,7 +121,7 @@ class Published:
 
     def _roll(self, kind: str, at: int, space: Space, opposite: Tensor) -> list[Any]:
         """Rewards of every roll-out of a prompt at each budget: [N][R] for heads, [N][R][L] for thresholds."""
-        seen, layers = Observed.of(self.bench.rollout(at)), self.bench.shapes.layers
+        seen, layers = Observed(self.bench.rollout(at)), self.bench.shapes.layers
         high, wide = divmod(self.risk_bins[at], PERPLEXITY_BINS)
         found = []
         for row, budget in enumerate(self.budgets):

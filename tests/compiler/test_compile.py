@@ -251,7 +251,7 @@ def test_every_record_names_the_table_it_ran_against(learned: Path) -> None:
 def test_rollouts_of_the_published_form_keep_what_its_runtime_keeps(learned: Path, asked: CompileSpec) -> None:
     bench = Compiler(asked, learned).bench
     tables, rollout = load_tables(learned), bench.rollout(0)
-    seen = paper_tables.Observed.of(rollout)
+    seen = paper_tables.Observed(rollout)
     weights, thresholds = tables.lookup(64, entropy=seen.entropy, perplexity=seen.perplexity)
     found, candidates = seen.lose(weights[None], thresholds[None], 64)
     kvs = CompilerKV(form="published", tables=str(learned)).compress(rollout.view, 64)
