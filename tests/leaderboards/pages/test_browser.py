@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from leaderboards.pages.maps import TableMap
+from leaderboards.pages.heats import TableMap
 from leaderboards.pages.page import Extras, write_page
 from leaderboards.stats.aggregate import aggregate
 from tests.leaderboards.pages.test_page import EVIL, crossed, planted, pretend, run
