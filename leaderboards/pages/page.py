@@ -141,8 +141,8 @@ def _task_means(tables: Sequence[Table]) -> list[dict[str, list[Any]]]:
     for table in tables:
         rows: dict[tuple[str, str], dict[str, list[Any]]] = {}
         for row in table.tasks.to_dict("records"):
-            mean = row["score_points_mean"]
-            value = [None if isnan(mean) else round(mean, 4), row["n_ok"], row["n_expected"]]
-            rows.setdefault((row["budget"], row["method"]), {})[clean(row["task"])] = value
+            mean = None if isnan(row["score_points_mean"]) else round(row["score_points_mean"], 4)
+            of_row = rows.setdefault((row["budget"], row["method"]), {})
+            of_row[clean(row["task"])] = [mean, row["n_ok"], row["n_expected"]]
         found += [rows[row["budget"], row["method"]] for row in table.rows.to_dict("records")]
     return found

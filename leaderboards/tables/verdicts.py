@@ -64,7 +64,7 @@ def tightest_and_widest(table: Table) -> list[str]:
     if not len(kept):
         return []
     ends = {kept.idxmin(), kept.idxmax()}
-    lines = [_line(table, verdict) for verdict in verdicts(table) if verdict.budget in ends]
+    lines = [_line(table, budget, rows) for budget, rows in _by_budget(table).items() if budget in ends]
     return ["".join(words) for words in uncompressed(table)] + lines
 
 
@@ -88,12 +88,11 @@ def _verdict(budget: str, rows: Sequence[TableRow]) -> BudgetVerdict:
         said = ("No ranking: no method is complete.",)
     elif len(marked) > 1:
         said = _tied(marked, others)
-    elif won:
-        which = "the other method" if others == 1 else f"all {others} other methods"
-        said = (MethodName(marked[0]["method"]), f" is best, {score_text(marked[0])}, told apart from {which}.")
     else:
-        told = f" is first, {score_text(marked[0])}, but not told apart from every other method."
-        said = (MethodName(marked[0]["method"]), told)
+        which, score = "the other method" if others == 1 else f"all {others} other methods", score_text(marked[0])
+        best = f" is best, {score}, told apart from {which}."
+        first = f" is first, {score}, but not told apart from every other method."
+        said = (MethodName(marked[0]["method"]), best if won else first)
     return BudgetVerdict(budget, won, said, _cost(marked or scored))
 
 
@@ -107,9 +106,9 @@ def _marked(rows: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _tied(marked: Sequence[TableRow], others: int) -> Words:
-    named = [[MethodName(row["method"]), f" {number(row['score_points_mean'])}, "] for row in marked[:NAMED]]
-    words = ["Not told apart: ", *(word for pair in named for word in pair)]
-    words[-1] = words[-1].removesuffix(", ")
+    words = ["Not told apart"]
+    for i, row in enumerate(marked[:NAMED]):
+        words += [", " if i else ": ", MethodName(row["method"]), f" {number(row['score_points_mean'])}"]
     more = f" and {len(marked) - NAMED} more" if len(marked) > NAMED else ""
     below = {0: "", 1: " The other method is surely not first."}.get(others, f" {others} others are surely not first.")
     return (*words, f"{more}.{below}")
@@ -130,13 +129,13 @@ def _range(values: Sequence[float], *, digits: int) -> str:
     return "-".join(dict.fromkeys((known[0], known[-1]))) if known else ""
 
 
-def _line(table: Table, verdict: BudgetVerdict) -> str:
+def _line(table: Table, budget: str, rows: Sequence[TableRow]) -> str:
     """A verdict, how far those that may be first are from the full cache, and who may be last."""
-    rows = _by_budget(table)[verdict.budget]
+    verdict = _verdict(budget, rows)
     cost = f" ({verdict.cost})" if verdict.cost else ""
     loss = _loss(table, _marked(rows))
     against = f"Against the full cache, with {LEVEL:.0%} intervals: {loss}." if loss else ""
-    parts = (f"Budget {clean(verdict.budget)}{cost}: {''.join(verdict.said)}", against, _last(table, rows))
+    parts = (f"Budget {clean(budget)}{cost}: {''.join(verdict.said)}", against, _last(table, rows))
     return " ".join(filter(None, parts))
 
 

@@ -90,13 +90,18 @@ def test_terminal_fits_and_loses_nothing() -> None:
     assert "Δ snapkv" in first and "flags" in first and "compilerkv@paper" in first
 
 
-def test_lacking_samples_are_shown() -> None:
+def test_lacking_samples_are_shown_and_notes_counted_by_method() -> None:
     ok = [record("h2o", "64", "niah", str(s)) for s in range(6, 12)]
     page = to_markdown(aggregate(board() + failures("oom", "needs 9 GiB", 6) + ok), title="b")
     main, tasks = (cells_of(block)["64", "h2o"] for block in tables_of(page)[:2])
     assert "iow" in main and "6" in main
     assert tasks[2:] == ["100.0 (6)", "-"]
     assert "- h2o at 64: oom (6 records); first error: needs 9 GiB" in page
+    records = [record("flat", b, "niah", "0", notes=("neutral tables",)) for b in ("64", "128")]
+    records += [record("fat", "64", "niah", "0", over_budget=True)]
+    page = to_markdown(aggregate(board() + records), title="b")
+    assert "- flat at 64, 128: neutral tables (2 records)" in page
+    assert "- fat at 64: over budget (1 records)" in page
 
 
 def test_averages_have_sections_and_say_what_they_lack() -> None:
@@ -128,14 +133,6 @@ def test_needle_share_is_a_column_where_there_are_needles() -> None:
     assert (scores, kept) == ("NIAH by depth", "NIAH: needle tokens still cached by depth, %")
     assert list(sections(table)[scores]) == ["budget", "method", "40-60", "needle %", "flags"]
     assert set(sections(table)[kept]["40-60"]) == {"31.2 ± 0.0"}
-
-
-def test_notes_are_counted_by_method() -> None:
-    records = [record("flat", b, "niah", "0", notes=("neutral tables",)) for b in ("64", "128")]
-    records += [record("fat", "64", "niah", "0", over_budget=True)]
-    page = to_markdown(aggregate(board() + records), title="b")
-    assert "- flat at 64, 128: neutral tables (2 records)" in page
-    assert "- fat at 64: over budget (1 records)" in page
 
 
 NASTY = st.text(st.sampled_from("a|\\\n\r\t`*<>[]\u2028\x1b\u202e=é@"), max_size=12)
