@@ -20,7 +20,6 @@ from leaderboards.tables.verdicts import score_text, tightest_and_widest
 from leaderboards.text import (
     MIB,
     NOTE_CHARS,
-    TERMINAL_WIDTH,
     Section,
     clean,
     estimate,
@@ -59,11 +58,11 @@ def to_markdown(tables: Sequence[Table], *, title: str, manifests: Sequence[RunM
     return markdown([Section(title, [], level=1), *parts, Section("How to read", how_to_read(tables))])
 
 
-def to_terminal(tables: Sequence[Table], *, manifests: Sequence[RunManifest] = (), width: int = TERMINAL_WIDTH) -> str:
-    """The board as text of at most `width` columns, each table below what it says in words."""
+def to_terminal(tables: Sequence[Table], *, manifests: Sequence[RunManifest] = ()) -> str:
+    """The board as text of at most 120 columns, each table below what it says in words."""
     told = ((table, [*tightest_and_widest(table), *_facts(table, manifests)]) for table in tables)
     parts = (part for table, lines in told for part in _parts(table, lines))
-    return terminal([*parts, Section("How to read", how_to_read(tables))], width=width)
+    return terminal([*parts, Section("How to read", how_to_read(tables))])
 
 
 def to_csv(tables: Sequence[Table]) -> str:

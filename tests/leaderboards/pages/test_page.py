@@ -166,7 +166,7 @@ def test_rows_lead_to_their_runs() -> None:
 
 def test_settings_that_differ_become_filters_and_columns() -> None:
     html = page([*pretend(), *pretend(query="agnostic")])
-    assert 'id="f-query"' in html and 'id="f-model"' not in html
+    assert 'id="f-query"' in html and 'id="f-model"' not in html and "type=button>Model<" not in html
     assert "<button type=button>Query mode</button>" in html and 'id="chart-1-bytes-t"' in html
 
 

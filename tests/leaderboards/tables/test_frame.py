@@ -56,7 +56,7 @@ def test_columns_that_only_some_records_have(tmp_path: Path) -> None:
     assert frame["meta.length"].tolist() == ["1024", "long", "1024"]  # of two kinds, so text
 
 
-def test_parquet_gives_the_table_back(tmp_path: Path) -> None:
+def test_parquet_gives_the_table_back_and_a_card_is_what_the_hub_reads(tmp_path: Path) -> None:
     stored(tmp_path / "results", own=[*records()[:-1], record(2, "h2o", "0.5", **LOST)])
     frame = leaderboards.load(tmp_path / "results")
     assert export(tmp_path / "results", "--parquet", tmp_path / "a.parquet") == 0
@@ -65,10 +65,7 @@ def test_parquet_gives_the_table_back(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="cannot write"):
         to_parquet(frame, tmp_path / "missing" / "a.parquet")
 
-
-def test_a_card_is_what_the_hub_reads(tmp_path: Path) -> None:
-    stored(tmp_path, own=[*records()[:-1], record(2, "h2o", "0.5", **LOST)])
-    card = results_card(leaderboards.load(tmp_path))
+    card = results_card(frame)
     name, results = model_index_to_eval_results(card["model-index"])
     assert name == "tiny"
     assert eval_results_to_model_index(name, results) == card["model-index"]
@@ -78,7 +75,7 @@ def test_a_card_is_what_the_hub_reads(tmp_path: Path) -> None:
         scores = [r.metrics["score"] for r in records() if (r.method, r.budget) == cell]
         scores = scores[:2] if cell == ("h2o", "0.5") else scores
         assert result.metric_value == pytest.approx(sum(scores) / len(scores))
-        counts = [result.metric_args[name] for name in ("samples", "samples_without_score")]
+        counts = [result.metric_args[key] for key in ("samples", "samples_without_score")]
         assert counts == [len(scores), 3 - len(scores)]
         assert (result.dataset_type, result.task_type) == ("niah/passkey", "text-generation")
     assert cells["snapkv", "16"].metric_name == "score, snapkv at 16"

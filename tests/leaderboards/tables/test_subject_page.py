@@ -67,9 +67,8 @@ def test_the_board_command_takes_a_subject(tmp_path: Path, capsys: pytest.Captur
     assert "### mine against" in (tmp_path / "b.md").read_text()
     assert "far@p" in (tmp_path / "b.rivals.csv").read_text()
     assert main([*command, "--subject", "mien"]) == 2
-    assert capsys.readouterr().err == (
-        "harness: no method 'mien' with a budget in these records; methods with one: far@p, mine, near\n"
-    )
+    says = "no method 'mien' with a budget in these records; methods with one: far@p, mine, near"
+    assert capsys.readouterr().err == f"harness: {says}\n"
 
 
 def test_a_config_names_the_subject_without_changing_the_run(
