@@ -5,8 +5,7 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -21,8 +20,7 @@ MIB = 2**20
 """Bytes of a mebibyte."""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of a page or of a terminal's text: a title, and below it a table, a list of lines, or a paragraph.
 
     The title may be empty. level: of the heading in markdown.
@@ -36,27 +34,25 @@ class Section:
 def markdown(sections: Iterable[Section]) -> str:
     """The sections as one markdown page. A paragraph is markdown already; everything else is escaped."""
     parts = []
-    for section in sections:
-        body = section.body
-        parts.append(f"{'#' * section.level} {escape(section.title)}" if section.title else "")
-        if isinstance(body, str):
-            parts.append(body)
+    for title, body, level in sections:
+        parts.append(f"{'#' * level} {escape(title)}" if title else "")
+        if isinstance(body, pd.DataFrame):
+            parts.append(_github(body))
         else:
-            parts.append(github(body) if isinstance(body, pd.DataFrame) else bullets(body))
+            parts.append(body if isinstance(body, str) else "\n".join(f"- {escape(line)}" for line in body))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def terminal(sections: Iterable[Section], *, width: int = TERMINAL_WIDTH) -> str:
     """The sections as text of at most `width` columns; a wide table goes on below, its first two columns repeated."""
     parts = []
-    for section in sections:
-        body, title = section.body, [wrap(section.title, width)] if section.title else []
+    for title, body, _ in sections:
         if isinstance(body, pd.DataFrame):
-            first, *more = [plain(part) for part in fold(body, width)]
-            parts += ["\n".join([*title, first]), *more]
+            first, *more = [_plain(part) for part in _folded(body, width)]
         else:
             lines = [body] if isinstance(body, str) else body
-            parts.append("\n".join([*title, *(wrap(line, width) for line in lines)]))
+            first, more = "\n".join(_wrapped(line, width) for line in lines), []
+        parts += ["\n".join(filter(None, (title and _wrapped(title, width), first))), *more]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -98,19 +94,12 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*<>|]|(?<=\])[(\[])", r"\\\1", text)
 
 
-def bullets(lines: Sequence[str]) -> str:
-    """A markdown list."""
-    return "\n".join(f"- {escape(line)}" for line in lines)
-
-
-def github(frame: pd.DataFrame) -> str:
-    """A markdown table of a frame of text."""
+def _github(frame: pd.DataFrame) -> str:
     escaped = frame.rename(columns=escape).map(escape)
     return str(escaped.to_markdown(index=False, tablefmt="github", disable_numparse=True, colalign=_align(frame)))
 
 
-def plain(frame: pd.DataFrame) -> str:
-    """A table for a terminal of a frame of text."""
+def _plain(frame: pd.DataFrame) -> str:
     wide = _widths(frame)
     aligned = {name: str.ljust if side == "left" else str.rjust for name, side in zip(wide, _align(frame), strict=True)}
     lines = [list(wide), ["-" * width for width in wide.values()], *frame.to_numpy().tolist()]
@@ -128,25 +117,20 @@ def _align(frame: pd.DataFrame) -> list[str]:
     return ["left" if name in LEFT else "right" for name in frame]
 
 
-def fold(frame: pd.DataFrame, width: int) -> list[pd.DataFrame]:
+def _folded(frame: pd.DataFrame, width: int) -> list[pd.DataFrame]:
     """The frame in parts that fit into `width` columns of text where their own cells allow it.
 
     Its first two columns name a row and come first in every part.
     """
-    wide = _widths(frame)
-    names_of_rows = list(wide)[: len(KEYS)]
-    taken = sum(wide[name] + 2 for name in names_of_rows)
-    parts: list[list[str]] = []
-    room = 0
-    for name in list(wide)[len(KEYS) :]:
-        if not parts or wide[name] + 2 > room:
-            parts.append([])
-            room = width + 2 - taken
+    wide = {name: size + 2 for name, size in _widths(frame).items()}
+    first, rest = list(wide)[: len(KEYS)], list(wide)[len(KEYS) :]
+    parts = [list(first)]
+    for name in rest:
+        if len(parts[-1]) > len(first) and sum(wide[part] for part in [*parts[-1], name]) > width + 2:
+            parts.append(list(first))
         parts[-1].append(name)
-        room -= wide[name] + 2
-    return [frame[[*names_of_rows, *names]] for names in parts]
+    return [frame[names] for names in parts]
 
 
-def wrap(line: str, width: int) -> str:
-    """One line as several of at most `width` columns."""
+def _wrapped(line: str, width: int) -> str:
     return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.records.record import RunManifest
-from leaderboards.pages.maps import TableMap
+from leaderboards.pages.heats import TableMap
 from leaderboards.text import clean
 from methods.base import PolicyError
 

@@ -41,8 +41,8 @@ def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html
     pages.append(write_picture(tables, out, name))
     if html:
         from harness.boards.compiled_tables import table_maps_of
-        from leaderboards.pages.boundary import find_searches
         from leaderboards.pages.page import Extras, write_page
+        from leaderboards.pages.parts import find_searches
 
         extras = Extras(find_searches(sources.boundaries), *table_maps_of(manifests))
         full = [record for record in records if isinstance(record, Record)]  # all are: they were collected whole

@@ -3,20 +3,18 @@
 Drawn by matplotlib, without a script: they are there without one, print well, and their text cannot become markup.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 
-from leaderboards.pages.html import TextTable
 from leaderboards.pages.svg import FRONT, GRID, INK, INKS, SERIES, inline
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
@@ -25,28 +23,24 @@ from leaderboards.stats.pareto import WHOLE, is_measured, running_best
 from leaderboards.tables.picture import LINES, MARKERS
 from leaderboards.text import clean, number
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 SIZE = (4.4, 3.3)  # inches: as an SVG about as wide as a phone, so that its text is not scaled down there
 RC: dict[Any, Any] = {"font.size": 9, "axes.linewidth": 0.7, "text.parse_math": False, "text.usetex": False}
-RC |= {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+LOOK: dict[str, Any] = {"ms": 4.5, "lw": 1.2, "elinewidth": 0.8}
 DASHES = {"-": "", ":": "2 2", "-.": "6 2 2 2"}
 """Line of a series to the dashes of its key."""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """title and about: words. svg: the element. values: the same as a table of text."""
+class Chart(NamedTuple):
+    """title and about: words. svg: the element. table: the same as a frame of text."""
 
     title: str
     about: str
     svg: Markup
-    values: TextTable
+    table: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """A method's key. ink: class of its colour; dashes: of its line, empty for a solid one; corners: its marker's."""
 
     method: str
@@ -55,16 +49,14 @@ class Series:
     corners: str
 
 
-@dataclass(frozen=True)
-class ChartList:
+class ChartList(NamedTuple):
     """The charts of one table and the keys of their methods."""
 
     series: Sequence[Series]
     charts: Sequence[Chart]
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a chart has on its x axis. front: column of the marks of its Pareto front, empty for all fair cells."""
 
     title: str
@@ -77,6 +69,7 @@ class Cost:
 
 BYTES = Cost("Score against cache bytes", "kv_percent_of_full", "KV bytes, % of the full cache (measured)", "KV %")
 TPOT = Cost("Score against time per token", "tpot_s_mean", "TPOT, ms (measured)", "TPOT ms", 1000, "front_tpot")
+SCORE_COLUMNS = ("score", "low", "high")
 
 
 def methods_of(table: Table) -> list[str]:
@@ -126,15 +119,14 @@ def _against(table: Table, rows: Sequence[TableRow], cost: Cost, *, salt: str) -
     costs = [cost.scale * row[cost.column] for row in rows if row["budget"] != FULL]
     if costs and max(costs) - min(costs) < 0.05 * max(costs):  # a range that would look wide and is not
         axes.set_xlim(left=0)
-    axes.set(xlabel=cost.label, ylabel="score (0-100)")
+    axes.set_xlabel(cost.label)
     about = (
         f"One point per method and budget with its {LEVEL:.0%} interval; up and to the left is better. The broad step "
         "is the Pareto front of the means. The line or dash in the colour of the text is the uncompressed cache."
     )
     values = [(*_key(row), number(cost.scale * row[cost.column], digits=2), *_score(row)) for row in rows]
-    svg = inline(figure, salt=salt, title=cost.title, about=about, points=said)
-    columns = ("method", "budget", cost.unit, "score", "low", "high")
-    return Chart(cost.title, about, svg, TextTable(cost.title, columns, values))
+    frame = pd.DataFrame(values, columns=["method", "budget", cost.unit, *SCORE_COLUMNS])
+    return Chart(cost.title, about, inline(figure, salt=salt, title=cost.title, about=about, points=said), frame)
 
 
 def _by_budget(table: Table, rows: Sequence[TableRow], *, salt: str) -> Chart:
@@ -147,18 +139,15 @@ def _by_budget(table: Table, rows: Sequence[TableRow], *, salt: str) -> Chart:
         aside = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
         said |= _series(axes, i, own, [budgets.index(row["budget"]) + aside for row in own], line=True)
     _full(axes, rows, BYTES)
-    axes.set(xlabel="budget as asked: tokens, or a fraction", ylabel="score (0-100)")
+    axes.set_xlabel("budget as asked: tokens, or a fraction")
     axes.set_xticks(range(len(budgets)), [clean(budget) for budget in budgets])
-    title, about = (
-        "Score by budget",
-        (
-            f"A line per method with {LEVEL:.0%} intervals, moved a little aside so that none hides another. The "
-            "dashed line is the uncompressed cache."
-        ),
+    title = "Score by budget"
+    about = (
+        f"A line per method with {LEVEL:.0%} intervals, moved a little aside so that none hides another. The "
+        "dashed line is the uncompressed cache."
     )
-    svg = inline(figure, salt=salt, title=title, about=about, points=said)
-    values = [(*_key(row), *_score(row)) for row in rows]
-    return Chart(title, about, svg, TextTable(title, ("method", "budget", "score", "low", "high"), values))
+    frame = pd.DataFrame([(*_key(row), *_score(row)) for row in rows], columns=["method", "budget", *SCORE_COLUMNS])
+    return Chart(title, about, inline(figure, salt=salt, title=title, about=about, points=said), frame)
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -166,6 +155,7 @@ def _figure() -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, lw=0.5, alpha=0.5)
+    axes.set_ylabel("score (0-100)")
     return figure, axes
 
 
@@ -174,18 +164,9 @@ def _series(axes: Axes, i: int, rows: Sequence[TableRow], x: Sequence[float], *,
     if not rows:
         return {}
     color, marker, dash = _style(i)
-    means = [row["score_points_mean"] for row in rows]
-    lows = [row["score_points_mean"] - row["score_points_low"] for row in rows]
-    highs = [row["score_points_high"] - row["score_points_mean"] for row in rows]
-    look: dict[str, Any] = {
-        "color": color,
-        "marker": marker,
-        "ls": dash if line else "",
-        "ms": 4.5,
-        "lw": 1.2,
-        "elinewidth": 0.8,
-    }
-    drawn = axes.errorbar(x, means, yerr=[lows, highs], **look)
+    mean, low, high = (np.array([row[f"score_points_{part}"] for row in rows]) for part in ("mean", "low", "high"))
+    yerr = [mean - low, high - mean]
+    drawn = axes.errorbar(x, mean, yerr=yerr, color=color, marker=marker, ls=dash if line else "", **LOOK)
     drawn.lines[0].set_gid(f"series-{i}")
     for bars in drawn.lines[2]:
         bars.set_gid(f"series-{i}-bars")
@@ -198,14 +179,11 @@ def words(row: TableRow) -> str:
     spread = "" if low == "-" else f" ({low} to {high})"
     timed = row.get("tpot_s_mean", math.nan)
     tpot = "" if math.isnan(timed) else f", TPOT {1000 * timed:.2f} ms"
-    kept = number(row["kv_percent_of_full"])
-    return f"{clean(row['method'])} at {clean(row['budget'])}: score {mean}{spread}, KV {kept} %{tpot}"
+    return f"{' at '.join(_key(row))}: score {mean}{spread}, KV {number(row['kv_percent_of_full'])} %{tpot}"
 
 
 def _full(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
-    for row in rows:
-        if row["budget"] != FULL:
-            continue
+    for row in [row for row in rows if row["budget"] == FULL]:
         if cost is BYTES and row["kv_percent_of_full"] > WHOLE:
             axes.axhline(row["score_points_mean"], color=INK, lw=1, ls="--")
         else:
@@ -213,18 +191,14 @@ def _full(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
 
 
 def _front(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
-    """The staircase over the cells on the front; without marks, over the complete cells within their bytes."""
-    on = [row for row in rows if (row[cost.front] if cost.front else _fair(row))]
+    """The staircase over the cells on the front; without marks, over the complete physical ones within their bytes."""
+    fair = [row for row in rows if row["budget"] != FULL and row.get("memory", "physical") == "physical"]
+    fair = [row for row in fair if not {"incomplete", "over_budget"} & set(row["flags"].split())]
+    on = [row for row in rows if row[cost.front]] if cost.front else fair
     best = running_best([(cost.scale * row[cost.column], row["score_points_mean"]) for row in on])
     if best:
         x, y = zip(*best, strict=True)
         axes.step(x, y, where="post", color=FRONT, lw=4, alpha=0.4, zorder=1)
-
-
-def _fair(row: TableRow) -> bool:
-    if row.get("memory", "physical") != "physical":
-        return False
-    return row["budget"] != FULL and not {"incomplete", "over_budget"} & set(row["flags"].split())
 
 
 def _key(row: TableRow) -> tuple[str, str]:

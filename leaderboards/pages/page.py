@@ -8,21 +8,19 @@ and nothing else. The same input gives the same bytes. The markup is in `templat
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from harness.errors import HarnessError
 from harness.records.record import Record, RunManifest
-from leaderboards.pages.boundary import Search, boundary_pictures
+from leaderboards.pages.heats import TableMap, shaded_tables
 from leaderboards.pages.html import render
-from leaderboards.pages.maps import TableMap, shaded_tables
-from leaderboards.pages.parts import TableParts, table_parts
+from leaderboards.pages.parts import Search, boundary_pictures, table_parts
 from leaderboards.pages.ranking import choices, ranking
 from leaderboards.pages.runs import run_facts, runs_of
 from leaderboards.pages.samples import browsable
@@ -46,8 +44,7 @@ SECTIONS = {
 POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
 
 
-@dataclass(frozen=True)
-class Extras:
+class Extras(NamedTuple):
     """What a page shows beside its records: memory searches, compiled tables, and remarks about either."""
 
     searches: Sequence[Search] = ()
@@ -131,10 +128,10 @@ def _facts(tables: Sequence[Table]) -> str:
     return f"{', '.join(models)} · {len(methods)} methods · {len(tasks)} tasks · {samples} samples"
 
 
-def _sections(parts: Sequence[TableParts], extras: Extras) -> dict[str, tuple[str, str]]:
+def _sections(parts: Sequence[Mapping[str, Any]], extras: Extras) -> dict[str, tuple[str, str]]:
     """The sections that have something to show; the charts are there and say it where they have nothing."""
     there = {"charts": True, "frontier": bool(extras.searches), "maps": bool(extras.maps)}
-    there |= {name: any(getattr(part, name) for part in parts) for name in ("best", "rivals", "needles", "more")}
+    there |= {name: any(part[name] for part in parts) for name in ("best", "rivals", "needles", "more")}
     return {name: titles for name, titles in SECTIONS.items() if there[name]}
 
 
@@ -144,8 +141,8 @@ def _task_means(tables: Sequence[Table]) -> list[dict[str, list[Any]]]:
     for table in tables:
         rows: dict[tuple[str, str], dict[str, list[Any]]] = {}
         for row in table.tasks.to_dict("records"):
-            mean = row["score_points_mean"]
-            value = [None if isnan(mean) else round(mean, 4), row["n_ok"], row["n_expected"]]
-            rows.setdefault((row["budget"], row["method"]), {})[clean(row["task"])] = value
+            mean = None if isnan(row["score_points_mean"]) else round(row["score_points_mean"], 4)
+            of_row = rows.setdefault((row["budget"], row["method"]), {})
+            of_row[clean(row["task"])] = [mean, row["n_ok"], row["n_expected"]]
         found += [rows[row["budget"], row["method"]] for row in table.rows.to_dict("records")]
     return found

@@ -1,77 +1,74 @@
-"""What a page shows of one table beside its rows of the ranking: verdicts, charts, needles, and tables of text."""
+"""What a page shows beside its rows of the ranking: of one table its verdicts, charts, needles and tables of text.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+And the memory boundary: the folders of `harness boundary` beside the runs, as pictures with their values.
+"""
+
+from collections.abc import Iterable, Sequence
 from math import isnan
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from harness.records.boundary_folder import MANIFEST_FILE, BoundaryManifest, BoundaryRecord, load_boundaries
 from harness.records.record import Record
-from leaderboards.pages.charts import ChartList, charts
-from leaderboards.pages.html import TextTable
-from leaderboards.pages.needles import HeatGroup, heat_groups
+from leaderboards.pages.charts import charts
+from leaderboards.pages.heats import heat_groups
+from leaderboards.pages.svg import adopted
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
+from leaderboards.tables import boundary
 from leaderboards.tables.board import heading
 from leaderboards.tables.sections import rival_frames, sections
-from leaderboards.tables.verdicts import BudgetVerdict, Words, uncompressed, verdicts
+from leaderboards.tables.verdicts import uncompressed, verdicts
 from leaderboards.text import clean, number
 
+Search = tuple[BoundaryManifest, Sequence[BoundaryRecord]]
+"""A folder of searches."""
 
-@dataclass(frozen=True)
-class TableParts:
-    """One table. index: among those of the page; several: whether there are others. A part may be empty or None.
 
-    rivals: the subject against the strongest other method of each family; more: what else the board says.
+def table_parts(i: int, table: Table, records: Sequence[Record], *, several: bool) -> dict[str, Any]:
+    """The parts of the i-th table by the names that the templates know; one that has nothing to show is empty.
+
+    Tables of text are frames by their captions. records: one per key, those that the table is of. several: whether
+    the page has other tables.
     """
-
-    index: int
-    several: bool
-    heading: str
-    verdicts: Sequence[BudgetVerdict]
-    uncompressed: Sequence[Words]
-    best: TextTable | None
-    charts: ChartList | None
-    rivals: Sequence[TextTable]
-    needles: Sequence[HeatGroup]
-    more: Sequence[TextTable]
-
-
-def table_parts(i: int, table: Table, records: Sequence[Record], *, several: bool) -> TableParts:
-    """The parts of the i-th table. records: one per key, those that the table is of."""
-    told = rival_frames(table.rivals)
-    return TableParts(
-        index=i,
-        several=several,
-        heading=heading(table),
-        verdicts=verdicts(table),
-        uncompressed=uncompressed(table),
-        best=best_by_task(table),
-        charts=charts(table, salt=f"chart-{i}"),
-        rivals=_filled(told),
-        needles=heat_groups(records),
-        more=_filled({title: frame for title, frame in sections(table).items() if title not in told}),
-    )
+    rivals = rival_frames(table.rivals)
+    return {
+        "index": i,
+        "several": several,
+        "heading": heading(table),
+        "verdicts": verdicts(table),
+        "uncompressed": uncompressed(table),
+        "best": best_by_task(table),
+        "charts": charts(table, salt=f"chart-{i}"),
+        "rivals": rivals,
+        "needles": heat_groups(records),
+        "more": {title: frame for title, frame in sections(table).items() if title not in rivals and len(frame)},
+    }
 
 
-def best_by_task(table: Table) -> TextTable | None:
-    """The highest mean of every task at every budget, beside that of the uncompressed cache; None without scores.
+def best_by_task(table: Table) -> dict[str, pd.DataFrame]:
+    """The highest mean of every task at every budget, beside that of the uncompressed cache; nothing without scores.
 
     Cells over their bytes or with missing samples are no candidates. No interval here: a task has few samples.
     """
     rows = table.rows.to_dict("records")
     fair = {(r["budget"], r["method"]) for r in rows if not {"incomplete", "over_budget"} & set(r["flags"].split())}
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["n_ok"]))
-    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    found: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for row in table.tasks.to_dict("records"):
         if (row["budget"], row["method"]) in fair and not isnan(row["score_points_mean"]):
-            found.setdefault((row["task"], row["budget"]), []).append((row["score_points_mean"], row["method"]))
-    tasks = list(dict.fromkeys(task for task, _ in found))
+            of_task = found.setdefault(row["task"], {})
+            of_task.setdefault(row["budget"], []).append((row["score_points_mean"], row["method"]))
     alone = {b for b in budgets if len({method for budget, method in fair if budget == b}) == 1}
-    cells = [(clean(task), *(_best(found.get((task, b), []), named=b not in alone) for b in budgets)) for task in tasks]
+    cells = [
+        (clean(task), *(_best(means.get(b, []), named=b not in alone) for b in budgets))
+        for task, means in found.items()
+    ]
     heads = ["task", *(clean(b) if b == FULL else f"budget {clean(b)}{_share(rows, b)}" for b in budgets)]
     caption = "Highest mean of each task and how many methods share it; not tested against the next one"
-    return TextTable(caption, heads, cells) if cells else None
+    return {caption: pd.DataFrame(cells, columns=heads)} if cells else {}
 
 
 def _best(means: Sequence[tuple[float, str]], *, named: bool) -> str:
@@ -94,5 +91,31 @@ def _share(rows: Sequence[TableRow], budget: str) -> str:
     return f", {number(max(known))} % of bytes" if known else ""
 
 
-def _filled(frames: Mapping[str, pd.DataFrame]) -> list[TextTable]:
-    return [TextTable.of(frame, title) for title, frame in frames.items() if len(frame)]
+def find_searches(roots: Iterable[Path]) -> list[Search]:
+    """The searches of each root that is a folder of `harness boundary`, or of the folders in it, in name order.
+
+    A folder without a finished probe is left out. Raises HarnessError when a file of one is damaged.
+    """
+    folders: dict[Path, None] = {}
+    for root in map(Path, roots):
+        own = (root / MANIFEST_FILE).is_file()
+        found = [root] if own else sorted(path.parent for path in root.glob(f"*/{MANIFEST_FILE}"))
+        folders |= dict.fromkeys(folder.resolve() for folder in found)
+    return [(manifest, records) for manifest, records in map(load_boundaries, folders) if records]
+
+
+def boundary_pictures(searches: Sequence[Search]) -> list[dict[str, Any]]:
+    """Of each folder its title, picture, how to read it, values, and what decides them; the pictures share no id."""
+    pictures = []
+    for i, (manifest, records) in enumerate(searches):
+        salt, title = f"frontier-{i}", boundary.title(manifest)
+        drawn, _ = boundary.draw(records, manifest, salt=salt)
+        picture = {
+            "title": title,
+            "svg": adopted(drawn, salt=salt, title=title, about=boundary.describe(records), points={}),
+            "reading": boundary.READING.replace("`", ""),
+            "table": boundary.frame(records),
+            "facts": [*boundary.facts(manifest), *boundary.troubles(records)],
+        }
+        pictures.append(picture)
+    return pictures

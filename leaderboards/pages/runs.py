@@ -2,19 +2,10 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from harness.records.record import Record, RunManifest
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """One run. facts: what it was, by name, empty without its manifest; tasks: revision and protocol of their data."""
-
-    run_id: str
-    facts: Mapping[str, str] = field(default_factory=dict)
-    tasks: Sequence[str] = ()
+from harness.records.spec import TaskSpec
 
 
 def runs_of(groups: Sequence[Sequence[Record]], run_ids: Sequence[str]) -> dict[tuple[int, str, str], list[int]]:
@@ -27,15 +18,15 @@ def runs_of(groups: Sequence[Sequence[Record]], run_ids: Sequence[str]) -> dict[
     return {key: sorted(runs) for key, runs in found.items()}
 
 
-def run_facts(run_ids: Sequence[str], manifests: Sequence[RunManifest]) -> list[RunFacts]:
-    """The facts of each run, in the order of `run_ids`."""
+def run_facts(run_ids: Sequence[str], manifests: Sequence[RunManifest]) -> list[dict[str, Any]]:
+    """Of each run what it was, by name, and revision and protocol of its tasks' data; empty without its manifest."""
     by_id = {m.run_id: m for m in manifests}
-    return [RunFacts(run, _facts(by_id[run]), _tasks(by_id[run])) if run in by_id else RunFacts(run) for run in run_ids]
+    return [{"run_id": run, **(_facts(by_id[run]) if run in by_id else {"facts": {}})} for run in run_ids]
 
 
-def _facts(m: RunManifest) -> dict[str, str]:
+def _facts(m: RunManifest) -> dict[str, Any]:
     spec, model = m.spec, m.spec.model
-    return {
+    facts = {
         "Command": shlex.join(m.command),
         "Commit": m.git_commit or "unknown",
         "Status": m.status + (f": {m.error}" if m.error else ""),
@@ -49,16 +40,14 @@ def _facts(m: RunManifest) -> dict[str, str]:
         "Timed on": spec.measured_on or "",
         "Samples, cells": f"{m.samples} samples, {m.cells} cells each",
     }
+    return {"facts": facts, "tasks": list(map(_task, spec.tasks))}
 
 
-def _tasks(m: RunManifest) -> list[str]:
-    lines = []
-    for task in m.spec.tasks:
-        source = {key: value for key, value in task.provenance.items() if key != "deviations"}
-        deviations = task.provenance.get("deviations") or ()
-        more = f"; {len(deviations)} deviations: {'; '.join(map(str, deviations))}" if deviations else ""
-        lines.append(f"{task.name}: {task.protocol}; {_words(source)}{more}")
-    return lines
+def _task(task: TaskSpec) -> str:
+    source = {key: value for key, value in task.provenance.items() if key != "deviations"}
+    deviations = task.provenance.get("deviations") or ()
+    more = f"; {len(deviations)} deviations: {'; '.join(map(str, deviations))}" if deviations else ""
+    return f"{task.name}: {task.protocol}; {_words(source)}{more}"
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -34,13 +34,12 @@ def browsable(groups: Sequence[Sequence[Record]], *, samples: int = SAMPLES) -> 
         for r in records:
             by_task[table, r.task][r.sample_id].append(r)
     each = -(-samples // max(1, len(by_task)))
-    turns = [[(table, by_id[s]) for s in _spread(sorted(by_id), each)] for (table, _), by_id in by_task.items()]
+    turns = []
+    for (table, _), by_id in by_task.items():
+        spread = np.linspace(0, len(by_id) - 1, min(each, len(by_id))).round().astype(int)
+        turns.append([(table, by_id[sorted(by_id)[i]]) for i in spread])
     taken = [found for found in chain.from_iterable(zip_longest(*turns)) if found is not None]
     return [_sample(table, records) for table, records in taken[:samples]]
-
-
-def _spread(ids: Sequence[str], n: int) -> list[str]:
-    return [ids[i] for i in np.linspace(0, len(ids) - 1, min(n, len(ids))).round().astype(int)]
 
 
 def _sample(table: int, records: Sequence[Record]) -> dict[str, Any]:
@@ -76,11 +75,12 @@ def kept_map(r: Record) -> str:
 
     `0` is none of its tokens, `a` all of them; `1` to `9` are the tenths between, and reach neither end.
     """
-    shares = [[kept / r.needle_tokens for kept in layer] for layer in r.needle_kept]
-    return ".".join(
-        "".join("0" if s <= 0 else "a" if s >= 1 else str(min(9, max(1, round(10 * s)))) for s in layer)
-        for layer in shares
-    )
+
+    def digit(kept: int) -> str:
+        tenths = round(10 * (kept / r.needle_tokens))
+        return "0" if kept <= 0 else "a" if kept >= r.needle_tokens else str(min(9, max(1, tenths)))
+
+    return ".".join("".join(map(digit, layer)) for layer in r.needle_kept)
 
 
 def shown(text: str, *, longest: int = ANSWER_CHARS) -> str:

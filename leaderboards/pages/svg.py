@@ -16,10 +16,7 @@ from matplotlib.figure import Figure
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 HREF = f"{{{XLINK}}}href"
-SERIES = (
-    *("#1f6fb4", "#c25700", "#2a8a2a", "#c62f30", "#7e57b5"),
-    *("#8a5546", "#c2479b", "#666666", "#7f8000", "#0e8a99"),
-)
+SERIES = ("#1f6fb4", "#c25700", "#2a8a2a", "#c62f30", "#7e57b5", "#8a5546", "#c2479b", "#666666", "#7f8000", "#0e8a99")
 """Series on light pages; each has a contrast of 3:1 or more on white. The dark ones are in `board.css`."""
 INK, GRID, FRONT = "#010101", "#b1b1b1", "#999999"
 INKS = {INK: "ink", GRID: "grid", FRONT: "front", **{color: f"c{i}" for i, color in enumerate(SERIES)}}
@@ -45,10 +42,14 @@ def adopted(drawn: str, *, salt: str, title: str, about: str, points: Mapping[st
     """What matplotlib wrote as SVG, made fit for the page as `inline` does; without points it keeps its own size."""
     ET.register_namespace("", SVG)
     root = ET.fromstring(drawn)
-    _drop(root, {f"{{{SVG}}}{tag}" for tag in ("metadata", "style", "title", "desc")})
+    dropped = {f"{{{SVG}}}{tag}" for tag in ("metadata", "style", "title", "desc")}
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.tag in dropped]:
+            parent.remove(child)
     for gid, words in points.items():
         _name_points(root, gid, words)
-    used = {ref for element in root.iter() for ref in _references(element)}
+    values = (value for element in root.iter() for value in element.attrib.values())
+    used = {ref for value in values for ref in re.findall(r"#([\w-]+)", value)}
     for element in root.iter():
         _plain(element, used)
     for name in ("width", "height", "version") if points else ("version",):
@@ -60,16 +61,6 @@ def adopted(drawn: str, *, salt: str, title: str, about: str, points: Mapping[st
         child.text = what
         root.insert(position, child)
     return Markup(ET.tostring(root, encoding="unicode"))
-
-
-def _drop(root: ET.Element, tags: set[str]) -> None:
-    for parent in list(root.iter()):
-        for child in [child for child in parent if child.tag in tags]:
-            parent.remove(child)
-
-
-def _references(element: ET.Element) -> list[str]:
-    return [ref for value in element.attrib.values() for ref in re.findall(r"#([\w-]+)", value)]
 
 
 def _name_points(root: ET.Element, gid: str, words: Sequence[str]) -> None:
@@ -98,20 +89,13 @@ def _plain(element: ET.Element, used: set[str]) -> None:
     if found := re.fullmatch(r"series-(\d+)(?:-\w+)?", gid):
         own["data-s"] = found[1]
     classes = own.get("class", "").split()
-    for name, value in _declarations(own.pop("style", "")):
+    for part in own.pop("style", "").split(";"):
+        name, _, value = (piece.strip() for piece in part.partition(":"))
+        if name == "font" and (size := re.search(r"[\d.]+px", value)):
+            name, value = "font-size", size[0]
         if name in KEPT:
             own[name] = value
         if name in ("fill", "stroke") and (ink := INKS.get(value) or PLAIN.get(value)):
             classes.append(f"{name}-{ink}")
     if classes:
         own["class"] = " ".join(classes)
-
-
-def _declarations(style: str) -> list[tuple[str, str]]:
-    found = []
-    for part in style.split(";"):
-        name, _, value = (piece.strip() for piece in part.partition(":"))
-        if name == "font" and (size := re.search(r"[\d.]+px", value)):
-            name, value = "font-size", size[0]
-        found.append((name, value))
-    return found

@@ -20,7 +20,6 @@ from leaderboards.tables.verdicts import score_text, tightest_and_widest
 from leaderboards.text import (
     MIB,
     NOTE_CHARS,
-    TERMINAL_WIDTH,
     Section,
     clean,
     estimate,
@@ -34,20 +33,22 @@ from leaderboards.text import (
 def write_board(
     tables: Sequence[Table], out_dir: Path, name: str, *, manifests: Sequence[RunManifest] = ()
 ) -> list[Path]:
-    """Write `<name>.md`, `.csv`, `.tasks.csv` and `.summary.csv` into `out_dir` and return their paths.
+    """Write the files of a board into `out_dir` and return their paths.
 
-    manifests: of the runs that the tables are of. Tables with a subject get `<name>.rivals.csv` too.
+    They are `<name>.md`; `.csv`, see `to_csv`; `.tasks.csv`, the means of each task; `.summary.csv`, the protocols'
+    averages in long form, 0-100; and of tables with a subject `.rivals.csv`, a row per budget, measure and family.
+    manifests: of the runs that the tables are of.
 
     Raises HarnessError when `name` is no file name or a file cannot be written.
     """
     texts = {
         "md": to_markdown(tables, title=name, manifests=manifests),
         "csv": to_csv(tables),
-        "tasks.csv": tasks_to_csv(tables),
-        "summary.csv": summaries_to_csv(tables),
+        "tasks.csv": _csv([_with_axes(table, table.tasks) for table in tables]),
+        "summary.csv": _csv([_with_axes(table, table.summaries.drop(columns="title")) for table in tables]),
     }
     if any(len(table.rivals) for table in tables):
-        texts["rivals.csv"] = rivals_to_csv(tables)
+        texts["rivals.csv"] = _csv([_with_axes(table, table.rivals) for table in tables])
     return write_files(out_dir, name, texts)
 
 
@@ -57,39 +58,22 @@ def to_markdown(tables: Sequence[Table], *, title: str, manifests: Sequence[RunM
     return markdown([Section(title, [], level=1), *parts, Section("How to read", how_to_read(tables))])
 
 
-def to_terminal(tables: Sequence[Table], *, manifests: Sequence[RunManifest] = (), width: int = TERMINAL_WIDTH) -> str:
-    """The board as text of at most `width` columns, each table below what it says in words."""
+def to_terminal(tables: Sequence[Table], *, manifests: Sequence[RunManifest] = ()) -> str:
+    """The board as text of at most 120 columns, each table below what it says in words."""
     told = ((table, [*tightest_and_widest(table), *_facts(table, manifests)]) for table in tables)
     parts = (part for table, lines in told for part in _parts(table, lines))
-    return terminal([*parts, Section("How to read", how_to_read(tables))], width=width)
+    return terminal([*parts, Section("How to read", how_to_read(tables))])
 
 
 def to_csv(tables: Sequence[Table]) -> str:
     """Every column of every table, one row per (axes, budget, method); units are in the names, NaN is empty."""
     frames = []
     for table in tables:
-        frame = table.rows.copy()
-        for wanted, label in table.baselines.items():
-            frame[f"baseline_{wanted}"] = label or ""
-        frame["bootstrap_seed"], frame["bootstrap_resamples"] = table.rows.attrs["seed"], table.rows.attrs["resamples"]
-        frame["run_ids"] = " ".join(table.run_ids)
-        frames.append(frame)
+        attrs = table.rows.attrs
+        more = {f"baseline_{wanted}": label or "" for wanted, label in table.baselines.items()}
+        more |= {"bootstrap_seed": attrs["seed"], "bootstrap_resamples": attrs["resamples"]}
+        frames.append(table.rows.assign(**more, run_ids=" ".join(table.run_ids)))
     return _csv(frames)
-
-
-def tasks_to_csv(tables: Sequence[Table]) -> str:
-    """The means of each task, one row per (axes, budget, method, task)."""
-    return _csv([_with_axes(table, table.tasks) for table in tables])
-
-
-def summaries_to_csv(tables: Sequence[Table]) -> str:
-    """The protocols' averages in long form, one row per (axes, budget, method, summary, column); 0-100."""
-    return _csv([_with_axes(table, table.summaries.drop(columns="title")) for table in tables])
-
-
-def rivals_to_csv(tables: Sequence[Table]) -> str:
-    """The subject against the strongest other methods, one row per (axes, budget, measure, family)."""
-    return _csv([_with_axes(table, table.rivals) for table in tables])
 
 
 def heading(table: Table) -> str:
@@ -101,9 +85,13 @@ def heading(table: Table) -> str:
 
 def main_frame(table: Table) -> pd.DataFrame:
     """The ranking as text: one row per (budget, method)."""
-    needles = bool(table.rows["needle_percent_n"].any())
-    frame = pd.DataFrame([_main_row(row, table.baselines, needles=needles) for row in table.rows.to_dict("records")])
-    return pd.concat([frame, _measured_frame(table.rows)], axis=1) if is_measured(table.rows) else frame
+    needles, measured = bool(table.rows["needle_percent_n"].any()), is_measured(table.rows)
+    lines = []
+    for row in table.rows.to_dict("records"):
+        line = _main_row(row, table.baselines)
+        line |= {"needle %": number(row["needle_percent_mean"])} if needles else {}
+        lines.append(line | (_measured_cells(row) if measured else {}))
+    return pd.DataFrame(lines)
 
 
 def notes_of(table: Table) -> list[str]:
@@ -124,7 +112,7 @@ def _parts(table: Table, lines: Sequence[str]) -> Iterator[Section]:
         yield Section("Notes", notes, level=3)
 
 
-def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, needles: bool) -> dict[str, str]:
+def _main_row(row: TableRow, baselines: Mapping[str, str | None]) -> dict[str, str]:
     mib = row["kv_bytes_mean"] / MIB
     cells = {
         **keys(row),
@@ -141,22 +129,20 @@ def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, needles: bo
     cells["NLL"] = number(row["nll_nats_mean"], digits=3)
     for wanted, label in baselines.items():
         cells[f"ΔNLL {clean(label or wanted)}"] = estimate(row, f"nll_nats_vs_{wanted}", digits=3, sign="+")
-    return cells | ({"needle %": number(row["needle_percent_mean"])} if needles else {})
+    return cells
 
 
-def _measured_frame(rows: pd.DataFrame) -> pd.DataFrame:
-    """Speed, memory and fronts as text, of the rows of a measured table."""
-    return pd.DataFrame(
-        {
-            "TTFT s": rows["ttft_s_mean"].map(lambda s: number(s, digits=3)),
-            "TPOT ms": rows["tpot_s_mean"].map(lambda s: number(1000 * s, digits=2)),
-            "tokens/s": rows["tokens_per_s_mean"].map(number),
-            "peak MiB": rows["peak_bytes_mean"].map(lambda size: number(size / MIB)),
-            "n measured": rows["n_measured"].map(str),
-            "front bytes": rows["front_bytes"],
-            "front TPOT": rows["front_tpot"],
-        }
-    )
+def _measured_cells(row: TableRow) -> dict[str, str]:
+    """Speed, memory and fronts."""
+    return {
+        "TTFT s": number(row["ttft_s_mean"], digits=3),
+        "TPOT ms": number(1000 * row["tpot_s_mean"], digits=2),
+        "tokens/s": number(row["tokens_per_s_mean"]),
+        "peak MiB": number(row["peak_bytes_mean"] / MIB),
+        "n measured": str(row["n_measured"]),
+        "front bytes": row["front_bytes"],
+        "front TPOT": row["front_tpot"],
+    }
 
 
 def _facts(table: Table, manifests: Sequence[RunManifest]) -> list[str]:
@@ -177,8 +163,8 @@ def _facts(table: Table, manifests: Sequence[RunManifest]) -> list[str]:
 
 
 def _with_axes(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    axes = {name: [value] * len(frame) for name, value in asdict(table.axes).items()}
-    return pd.concat([pd.DataFrame(axes), frame], axis=1)
+    axes = asdict(table.axes)
+    return frame.assign(**axes)[[*axes, *frame]]
 
 
 def _csv(frames: Sequence[pd.DataFrame]) -> str:

@@ -35,14 +35,12 @@ def write_boundary(folder: Path, out: Path | None = None, name: str = "frontier"
 
     Raises HarnessError when there is no search, `name` is no file name, or a file cannot be read or written.
     """
-    manifest, records = _loaded(folder)
+    manifest, records = load_boundaries(folder)
+    if not records:
+        raise HarnessError(f"no search in {folder}; run `harness boundary` first")
     svg, png = draw(records, manifest, salt=name)
-    texts = {
-        "md": to_markdown(records, manifest, picture=f"{name}.svg"),
-        "csv": to_csv(records, manifest),
-        "svg": svg,
-    }
-    paths = write_files(out or folder, name, texts)
+    md = to_markdown(records, manifest, picture=f"{name}.svg")
+    paths = write_files(out or folder, name, {"md": md, "csv": to_csv(records, manifest), "svg": svg})
     paths.append(paths[0].with_name(f"{name}.png"))
     write_bytes(paths[-1], png)
     return paths
@@ -61,7 +59,7 @@ def to_terminal(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -
 
 
 def _parts(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> list[Section]:
-    trouble = [line for record in ordered(records) for line in troubles(record)]
+    trouble = troubles(records)
     parts = [Section(title(manifest), []), Section("", frame(records)), Section("", READING)]
     return [*parts, Section("Probes that say nothing about memory", trouble)] if trouble else parts
 
@@ -69,29 +67,20 @@ def _parts(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> lis
 def to_csv(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> str:
     """One row per search, in bytes, tokens and counts; what there is not is empty."""
     rows = []
+    model = manifest.model
     for record in ordered(records):
         found, edge = record.found, record.probe(record.found.answer) if record.found else None
-        rows.append(
-            {
-                "model": clean(manifest.model.name),
-                "dtype": manifest.model.dtype,
-                "device": manifest.model.device,
-                "limit_bytes": record.limit_bytes,
-                "limit_kind": clean(manifest.limit_kind),
-                "model_bytes": manifest.model_bytes,
-                "method": clean(record.method),
-                "budget": clean(record.budget),
-                "kind": record.kind,
-                "at_context": record.at_context,
-                "answer": found.answer if found else None,
-                "everything_fits": found.whole if found else None,
-                "peak_bytes": edge.peak_bytes if edge else None,
-                "predicted_bytes": edge.predicted_bytes if edge else None,
-                "next_size": found.next_size if found else None,
-                "next_status": found.next_status if found else None,
-                "probes": len(record.probes),
-            }
-        )
+        row = {
+            **{"model": clean(model.name), "dtype": model.dtype, "device": model.device},
+            **{"limit_bytes": record.limit_bytes, "limit_kind": clean(manifest.limit_kind)},
+            **{"model_bytes": manifest.model_bytes, "method": clean(record.method), "budget": clean(record.budget)},
+            **{"kind": record.kind, "at_context": record.at_context},
+            **{"answer": found.answer if found else None, "everything_fits": found.whole if found else None},
+            **{name: getattr(edge, name, None) for name in ("peak_bytes", "predicted_bytes")},
+            **{name: getattr(found, name, None) for name in ("next_size", "next_status")},
+            "probes": len(record.probes),
+        }
+        rows.append(row)
     whole = ("at_context", "answer", "peak_bytes", "predicted_bytes", "next_size")
     table = pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64"))
     return str(table.to_csv(index=False, lineterminator="\n"))
@@ -102,14 +91,10 @@ def frame(records: Sequence[BoundaryRecord]) -> pd.DataFrame:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for record in ordered(records):
         row = rows.setdefault((record.budget, record.method), {})
-        what, short = (
-            ("largest context", "context")
-            if record.kind == "context"
-            else (f"largest batch at {record.at_context}", f"batch at {record.at_context}")
-        )
+        what = "context" if record.kind == "context" else f"batch at {record.at_context}"
         edge = record.probe(record.found.answer) if record.found else None
-        peak = float("nan") if edge is None or edge.peak_bytes is None else edge.peak_bytes / MIB
-        row |= {what: answer(record), f"{short}: peak MiB": number(peak), f"{short}: next": following(record)}
+        peak = "-" if edge is None or edge.peak_bytes is None else number(edge.peak_bytes / MIB)
+        row |= {f"largest {what}": answer(record), f"{what}: peak MiB": peak, f"{what}: next": following(record)}
     keyed = [{"budget": clean(b), "method": clean(m), **row} for (b, m), row in rows.items()]
     return pd.DataFrame(keyed).fillna("-").astype(str)
 
@@ -117,9 +102,8 @@ def frame(records: Sequence[BoundaryRecord]) -> pd.DataFrame:
 def ordered(records: Sequence[BoundaryRecord]) -> list[BoundaryRecord]:
     """The records by budget, then in the order of the command; contexts before batches."""
     place = {method: i for i, method in enumerate(dict.fromkeys(record.method for record in records))}
-    kinds = ("context", "batch")
     return sorted(
-        records, key=lambda r: (budget_order(r.budget), place[r.method], kinds.index(r.kind), r.at_context or 0)
+        records, key=lambda r: (budget_order(r.budget), place[r.method], r.kind == "batch", r.at_context or 0)
     )
 
 
@@ -136,20 +120,20 @@ def following(record: BoundaryRecord) -> str:
     return f"{found.next_size} {found.next_status}" if found and found.next_size is not None else "-"
 
 
-def troubles(record: BoundaryRecord) -> list[str]:
+def troubles(records: Sequence[BoundaryRecord]) -> list[str]:
     """A line for each probe that ended otherwise than ok or out of memory."""
-    bad = [tried for tried in record.probes if tried.status in ("timeout", "failed")]
-    who = f"{clean(record.method)} at {clean(record.budget)}"
     return [
-        f"{who}: {p.tokens} tokens x {p.batch}: {p.status} after {number(p.seconds)} s {clean(p.error or '')}".rstrip()
-        for p in bad
+        f"{clean(record.method)} at {clean(record.budget)}: {probe.tokens} tokens x {probe.batch}: {probe.status} "
+        f"after {number(probe.seconds)} s {clean(probe.error or '')}".rstrip()
+        for record in ordered(records)
+        for probe in record.probes
+        if probe.status in ("timeout", "failed")
     ]
 
 
 def title(manifest: BoundaryManifest) -> str:
     """The limit and what ran under it."""
-    model = manifest.model
-    limit = f"{manifest.limit_bytes / MIB:.0f} MiB"
+    limit, model = f"{manifest.limit_bytes / MIB:.0f} MiB", manifest.model
     return clean(f"Boundary under {limit}: {model.name} ({model.dtype}, {model.device})")
 
 
@@ -202,13 +186,10 @@ def _bars(panel: Axes, records: Sequence[BoundaryRecord]) -> None:
     """Bars with their numbers, and what the next size ended with; told apart by hatching, not by colour."""
     budgets = list(dict.fromkeys(record.budget for record in records))
     for x, record in enumerate(records):
-        found = record.found
-        height = found.answer if found else 0
-        whole = found is not None and found.whole
+        height = record.found.answer if record.found else 0
+        line = "--" if record.found and record.found.whole else "-"
         hatch = HATCHES[budgets.index(record.budget) % len(HATCHES)]
-        panel.bar(
-            x, height, width=0.7, color="0.85", edgecolor="black", hatch=hatch, linestyle="--" if whole else "-", lw=1.2
-        )
+        panel.bar(x, height, width=0.7, color="0.85", edgecolor="black", hatch=hatch, linestyle=line, lw=1.2)
         label = answer(record) if following(record) == "-" else f"{answer(record)}\nnext: {following(record)}"
         panel.annotate(label, (x, height), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7)
     names = [f"{clean(r.method, longest=40)}\n{clean(r.budget, longest=12)}" for r in records]
@@ -216,10 +197,3 @@ def _bars(panel: Axes, records: Sequence[BoundaryRecord]) -> None:
     panel.margins(y=0.18)
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_ylim(bottom=0)
-
-
-def _loaded(folder: Path) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
-    manifest, records = load_boundaries(folder)
-    if not records:
-        raise HarnessError(f"no search in {folder}; run `harness boundary` first")
-    return manifest, records

@@ -6,11 +6,8 @@ also by itself; `meta.NAME` where it is a scalar; `measured.NAME` of a timed cel
 revision, device, protocol, machine, commit, version, and when the run started.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ import yaml
 from pandas.api.types import is_object_dtype
 
 from harness.errors import HarnessError
-from harness.records.measured import Measured
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import find_runs, load_run, write_text
 
@@ -46,8 +42,8 @@ def load(results: str | Path) -> pd.DataFrame:
     own = [name for name in map(str, frame) if not name.startswith(("metrics.", "meta.", "measured."))]
     frame = frame[own + sorted(set(map(str, frame)) - set(own))]
     for name in map(str, frame):
-        if is_object_dtype(frame[name]):
-            frame[name] = _of_one_kind(frame[name])
+        if is_object_dtype(frame[name]) and frame[name].dropna().map(type).nunique() > 1:
+            frame[name] = frame[name].map(str, na_action="ignore")  # Parquet has one kind a column
     return frame
 
 
@@ -73,31 +69,28 @@ def results_card(frame: pd.DataFrame) -> dict[str, Any]:
         runs = ", ".join(sorted(set(frame.loc[twice, "run_id"])))
         raise HarnessError(f"runs {runs} hold the same cells; make a card of each, or move one away")
     index = []
-    for (model, revision), own in frame.groupby(["model", "revision"], sort=True):
-        results = [_result(task, rows) for task, rows in own.groupby("task", sort=True)]
-        args = {"revision": str(revision)}
-        index.append({"name": str(model), "results": [_with_args(result, args) for result in results if result]})
+    for (model, revision), own in frame.groupby(["model", "revision"]):
+        results = [_result(str(task), str(revision), rows) for task, rows in own.groupby("task")]
+        index.append({"name": str(model), "results": [result for result in results if result["metrics"]]})
     return {"model-index": index}
 
 
 def write_card(frame: pd.DataFrame, path: Path) -> int:
     """Write the card's metadata as JSON (`*.json`) or YAML; returns how many metrics. Raises HarnessError."""
     card = results_card(frame)
-    if path.suffix == ".json":
-        text = json.dumps(card, indent=2) + "\n"
-    else:
-        text = yaml.safe_dump(card, sort_keys=False, allow_unicode=False)
-    write_text(path, text)
+    as_json = path.suffix == ".json"
+    write_text(path, json.dumps(card, indent=2) + "\n" if as_json else yaml.safe_dump(card, sort_keys=False))
     return sum(len(result["metrics"]) for model in card["model-index"] for result in model["results"])
 
 
 def _rows(manifest: RunManifest, records: list[Record]) -> list[dict[str, Any]]:
-    spec = manifest.spec
+    spec, machine = manifest.spec, manifest.machine
     protocols = {task.name: task.protocol for task in spec.tasks}
+    processor = machine.get("accelerators") or [machine.get("processor") or "unknown"]  # seconds depend on it most
     about = {
         "revision": spec.model.revision,
         "device": spec.model.device,
-        "machine": _machine(manifest.machine),
+        "machine": ", ".join(map(str, processor)),
         "measured_on": spec.measured_on,
         "commit": manifest.git_commit,
         "version": manifest.versions.get("kv-policy-harness"),
@@ -105,11 +98,6 @@ def _rows(manifest: RunManifest, records: list[Record]) -> list[dict[str, Any]]:
         "run_status": manifest.status,
     }
     return [{**_flat(record), "protocol": protocols.get(record.task), **about} for record in records]
-
-
-def _machine(machine: Mapping[str, Any]) -> str:
-    """The accelerators, or else the processor: what seconds depend on most."""
-    return ", ".join(map(str, machine.get("accelerators") or [machine.get("processor") or "unknown"]))
 
 
 def _flat(record: Record) -> dict[str, Any]:
@@ -120,40 +108,26 @@ def _flat(record: Record) -> dict[str, Any]:
     row |= {"kept_slots": sum(record.kept_slots), "notes": "; ".join(record.notes)}
     row |= {f"metrics.{name}": value for name, value in record.metrics.items()}
     row |= {f"meta.{name}": v for name, v in record.meta.items() if isinstance(v, (str, int, float, bool))}
-    return row | ({} if record.measured is None else _measured(record.measured))
+    if record.measured is not None:
+        row |= {f"measured.{name}": getattr(record.measured, name).median for name in TIMES}
+        row |= {f"measured.{name}": getattr(record.measured, name) for name in PLAIN}
+    return row
 
 
-def _measured(measured: Measured) -> dict[str, Any]:
-    times = {f"measured.{name}": getattr(measured, name).median for name in TIMES}
-    return times | {f"measured.{name}": getattr(measured, name) for name in PLAIN}
-
-
-def _of_one_kind(column: pd.Series[Any]) -> pd.Series[Any]:
-    """The column, as text where it holds several kinds: Parquet has one kind a column."""
-    there = column.dropna()
-    if len({type(value) for value in there}) < 2:
-        return column
-    return column.map(str, na_action="ignore")
-
-
-def _result(task: Any, rows: pd.DataFrame) -> dict[str, Any] | None:
-    """All cells of a task; None where none has a score."""
+def _result(task: str, revision: str, rows: pd.DataFrame) -> dict[str, Any]:
+    """All cells of a task that have a score or an NLL."""
     metrics = []
     cells = ["method", "budget", "dtype", "query", "first_token"]
-    names = [
-        "score",
-        *(name for name in map(str, rows) if name.startswith("metrics.") and name != "metrics.score"),
-        "nll",
-    ]
-    for cell, own in rows.groupby(cells, sort=True):
-        args = {**dict(zip(cells, map(str, cell), strict=True)), **_counts(own)}
-        metrics += [
-            _metric(name.removeprefix("metrics."), own[name], args) for name in names if own[name].notna().any()
-        ]
-    if not metrics:
-        return None
+    others = (name for name in map(str, rows) if name.startswith("metrics.") and name != "metrics.score")
+    names = ["score", *others, "nll"]
+    for cell, own in rows.groupby(cells):
+        args = {"revision": revision, **dict(zip(cells, map(str, cell), strict=True)), **_counts(own)}
+        where = args["method"] if args["budget"] == "full" else f"{args['method']} at {args['budget']}"
+        for name, mean in own[names].astype(float).mean().dropna().items():
+            kind = str(name).removeprefix("metrics.")
+            metrics.append({"type": kind, "value": float(mean), "name": f"{kind}, {where}", "args": dict(args)})
     protocol = str(rows["protocol"].iloc[0])
-    dataset = {"name": f"{task} ({protocol})", "type": str(task), "config": protocol}
+    dataset = {"name": f"{task} ({protocol})", "type": task, "config": protocol}
     return {"task": {"type": TASK_TYPE, "name": "Text generation"}, "dataset": dataset, "metrics": metrics}
 
 
@@ -162,14 +136,3 @@ def _counts(rows: pd.DataFrame) -> dict[str, Any]:
     share = rows.loc[ok, "kv_bytes"] / rows.loc[ok, "full_bytes"]
     held = {"kv_bytes": float(rows.loc[ok, "kv_bytes"].mean()), "kept_share": float(share.mean())} if ok.any() else {}
     return {"samples": int(ok.sum()), "samples_without_score": int((~ok).sum()), **held}
-
-
-def _metric(name: str, values: pd.Series[float], args: dict[str, Any]) -> dict[str, Any]:
-    where = args["method"] if args["budget"] == "full" else f"{args['method']} at {args['budget']}"
-    return {"type": name, "value": float(values.mean()), "name": f"{name}, {where}", "args": args}
-
-
-def _with_args(result: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
-    for metric in result["metrics"]:
-        metric["args"] = {**args, **metric["args"]}
-    return result

@@ -3,15 +3,13 @@
 A table with measured cells has the Pareto fronts too, and a panel of score against TPOT.
 """
 
-from __future__ import annotations
-
 import io
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.errors import HarnessError
@@ -21,19 +19,12 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
 from leaderboards.tables.board import heading
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from pandas import DataFrame
-
 MARKERS = "osD^vPX*<>hd"
 COLORS, LINES = 10, ("-", ":", "-.")  # matplotlib has 10 colours; the next 10 methods are told by their lines
+LOOK: dict[str, Any] = {"ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
 
 
-LOOK = {"ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
-
-
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """A column of the table over another one. front: column of its marks. full_line: uncompressed cells as lines."""
 
     y: str
@@ -47,8 +38,8 @@ class Panel:
 
 SCORE = Panel("score_points", "score (0-100), higher is better")
 PANELS = (SCORE, Panel("nll_nats", "answer NLL (nats/token), lower is better"))
-TPOT = replace(SCORE, x="tpot_s_mean", xlabel="TPOT, ms (measured)", scale=1000, front="front_tpot", full_line=False)
-MEASURED_PANELS = (replace(SCORE, front="front_bytes"), *PANELS[1:], TPOT)
+TPOT = SCORE._replace(x="tpot_s_mean", xlabel="TPOT, ms (measured)", scale=1000, front="front_tpot", full_line=False)
+MEASURED_PANELS = (SCORE._replace(front="front_bytes"), *PANELS[1:], TPOT)
 
 
 def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
@@ -76,22 +67,21 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
     return path
 
 
-def _draw(axes: Axes, rows: DataFrame, panel: Panel) -> None:
+def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
     x, y = rows[panel.x] * panel.scale, rows[f"{panel.y}_mean"]
     for i, (method, cells) in enumerate(rows[rows["budget"] != FULL].groupby("method")):
         cells = cells.sort_values(panel.x)
         mean = cells[f"{panel.y}_mean"]
         spread = [mean - cells[f"{panel.y}_low"], cells[f"{panel.y}_high"] - mean]
         turn = i // COLORS
-        style = {"marker": MARKERS[(i + turn) % len(MARKERS)], "ls": LINES[turn % len(LINES)], **LOOK}
-        axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), **style)  # type: ignore[arg-type]
-    full = rows["budget"] == FULL
-    percent = rows["kv_percent_of_full"]
-    for method, cost, score, kept in zip(rows["method"][full], x[full], y[full], percent[full], strict=True):
-        if panel.full_line and kept > WHOLE:
-            axes.axhline(score, color="black", lw=1, ls="--", label=str(method))
+        marker, line = MARKERS[(i + turn) % len(MARKERS)], LINES[turn % len(LINES)]
+        axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), marker=marker, ls=line, **LOOK)
+    for row in rows[rows["budget"] == FULL].to_dict("records"):
+        mean, label = row[f"{panel.y}_mean"], row["method"]
+        if panel.full_line and row["kv_percent_of_full"] > WHOLE:
+            axes.axhline(mean, color="black", lw=1, ls="--", label=label)
         else:
-            axes.plot(cost, score, color="black", marker="_", ms=9, ls="", label=str(method))
+            axes.plot(row[panel.x] * panel.scale, mean, color="black", marker="_", ms=9, ls="", label=label)
     if panel.front:
         on = rows[panel.front] != ""
         best = pd.DataFrame(running_best(list(zip(x[on], y[on], strict=True))), columns=["cost", "score"])

@@ -1,8 +1,6 @@
 """What follows the ranking of a board, as tables of text: rivals, tasks, ranks, tails and the averages of suites."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 
@@ -10,18 +8,11 @@ from leaderboards.stats import ranks, worst
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
-from leaderboards.text import clean, estimate, half_width, interval, keys, number
+from leaderboards.text import KEYS, clean, estimate, half_width, interval, keys, number
 
-FLAGS: Mapping[str, str] = {
-    "incomplete": "i",
-    "skipped": "s",
-    "failed": "f",
-    "oom": "o",
-    "over_budget": "b",
-    "few": "w",
-}
+FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "few": "w"}
 """Flag of a row to its letter."""
-RIVAL_TITLES: Mapping[str, tuple[str, int]] = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
+RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 """Measure to its words in a title and its decimals."""
 
 
@@ -73,13 +64,12 @@ def rank_text(low: float, high: float) -> str:
 
 def _summary_frame(rows: pd.DataFrame) -> pd.DataFrame:
     """One summary; behind a mean of fewer tasks or samples than belong to it, how many they are."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    flags: dict[tuple[str, str], str] = {}
-    for row in rows.to_dict("records"):
-        key = (row["budget"], row["method"])
-        found.setdefault(key, keys(row))[row["column"]] = _summary_text(row)
-        flags[key] = f"{flags.get(key, '')} {row['flags']}"
-    return pd.DataFrame([{**cells, "flags": flag_letters(flags[key])} for key, cells in found.items()])
+    found = []
+    for _, of_cell in rows.groupby(KEYS, sort=False):
+        own = of_cell.to_dict("records")
+        texts = {row["column"]: _summary_text(row) for row in own}
+        found.append({**keys(own[0]), **texts, "flags": flag_letters(" ".join(row["flags"] for row in own))})
+    return pd.DataFrame(found)
 
 
 def _summary_text(row: TableRow) -> str:
@@ -112,12 +102,9 @@ def _tail_texts(row: TableRow) -> dict[str, str]:
     }
 
 
-def _rival_texts(row: Mapping[Any, Any], digits: int, *, losses: bool) -> dict[str, str]:
+def _rival_texts(row: TableRow, digits: int, *, losses: bool) -> dict[str, str]:
     cells = {
-        "budget": clean(row["budget"]),
-        "family": clean(row["family"]),
-        "tasks": str(row["tasks"]),
-        "n": str(row["n"]),
+        **{name: clean(row[name]) for name in ("budget", "family", "tasks", "n")},
         "subject": number(row["subject_mean"], digits=digits),
         "rival": clean(row["rival"]) or "-",
         "rival's": number(row["rival_mean"], digits=digits),

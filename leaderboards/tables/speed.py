@@ -1,6 +1,6 @@
 """Tables of speed and memory as pages, CSV and terminal text, from stored records alone; see `speed_rows`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from leaderboards.text import MIB, NOTE_CHARS, Section, clean, markdown, number,
 
 def frame(table: SpeedTable) -> pd.DataFrame:
     """The table as text, one line per cell."""
-    serving, base = table.axes["kind"] == "serve-bench", table.baseline
-    lines = [_serve_line(row, base) if serving else _bench_line(row, base) for row in table.rows]
+    lines = [_line(row, table.baseline, serving=table.axes["kind"] == "serve-bench") for row in table.rows]
     if len({row.first.bench_id for row in table.rows}) > 1:
         lines = [{**line, "bench": clean(row.first.bench_id)} for line, row in zip(lines, table.rows, strict=True)]
     return pd.DataFrame(lines, dtype=str)
@@ -71,48 +70,28 @@ def heading(table: SpeedTable) -> str:
     return clean(", ".join(map(str, parts)))
 
 
-def _named(row: SpeedRow) -> dict[str, str]:
-    return {"budget": clean(row.first.budget), "method": clean(row.first.method), "status": row.first.status}
-
-
-def _memory(row: SpeedRow, found: Mapping[str, float]) -> dict[str, str]:
-    return {
-        "peak MiB": number(found["peak_bytes"] / MIB) + (" !" if row.alarm else ""),
-        "predicted MiB": number(found["predicted_bytes"] / MIB),
-    }
-
-
-def _bench_line(row: SpeedRow, base: Measured | None) -> dict[str, str]:
+def _line(row: SpeedRow, base: Measured | None, *, serving: bool) -> dict[str, str]:
     found = numbers(row, base)
-    return {
-        **_named(row),
-        "KV MiB": number(found["kv_bytes"] / MIB, digits=2),
-        "prefill s": _spread(row, "prefill_s"),
-        "observe s": _spread(row, "observe_s"),
-        "compress s": _spread(row, "compress_s"),
-        "compress %": number(found["compress_percent"]),
-        "TTFT s": _spread(row, "ttft_s"),
-        "TPOT ms": _spread(row, "tpot_s", times=1000, digits=2),
-        "tokens/s": _rate(row),
-        **_memory(row, found),
-        "TPOT / full": number(found["tpot_ratio"], digits=2),
-        "peak / full": number(found["peak_ratio"], digits=2),
+    kv_bytes = found["kv_total_bytes" if serving else "kv_bytes"]
+    cells = {
+        **{"budget": clean(row.first.budget), "method": clean(row.first.method), "status": row.first.status},
+        "KV MiB": number(kv_bytes / MIB, digits=2),
     }
-
-
-def _serve_line(row: SpeedRow, base: Measured | None) -> dict[str, str]:
-    found = numbers(row, base)
-    return {
-        **_named(row),
-        "KV MiB": number(found["kv_total_bytes"] / MIB, digits=2),
-        "TTFT s": _spread(row, "ttft_s"),
-        "step ms": _spread(row, "tpot_s", times=1000, digits=2),
-        "tokens/s": _rate(row),
-        "with prefill": number(found["all_tokens_per_s"]),
-        **_memory(row, found),
-        "tokens/s / full": number(found["tokens_per_s_ratio"], digits=2),
-        "peak / full": number(found["peak_ratio"], digits=2),
-    }
+    if not serving:
+        cells |= {f"{part} s": _spread(row, f"{part}_s") for part in ("prefill", "observe", "compress")}
+        cells["compress %"] = number(found["compress_percent"])
+    cells["TTFT s"] = _spread(row, "ttft_s")
+    cells["step ms" if serving else "TPOT ms"] = _spread(row, "tpot_s", times=1000, digits=2)
+    cells["tokens/s"] = _rate(row)
+    if serving:
+        cells["with prefill"] = number(found["all_tokens_per_s"])
+    cells["peak MiB"] = number(found["peak_bytes"] / MIB) + (" !" if row.alarm else "")
+    cells["predicted MiB"] = number(found["predicted_bytes"] / MIB)
+    if serving:
+        cells["tokens/s / full"] = number(found["tokens_per_s_ratio"], digits=2)
+    else:
+        cells["TPOT / full"] = number(found["tpot_ratio"], digits=2)
+    return cells | {"peak / full": number(found["peak_ratio"], digits=2)}
 
 
 def _spread(row: SpeedRow, name: str, *, times: float = 1.0, digits: int = 3) -> str:
@@ -138,12 +117,14 @@ def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
     used = sorted((m for m in manifests if m.bench_id in ids), key=lambda m: m.bench_id)
     passes = sorted({row.passes for row in table.rows})
     notes = dict.fromkeys(str(note) for m in used for note in m.machine.get("notes", ()))
+    wanted = ("python", "torch", "transformers")
+    versions = (", ".join(f"{name} {m.versions[name]}" for name in wanted if name in m.versions) for m in used)
     facts = {
         "note": "; ".join(notes),
         "benches": ", ".join(sorted(ids)),
         "passes": ", ".join(map(str, passes)) + "; median of the passes' medians [least, most]",
         "machine": "; ".join(dict.fromkeys(_machine(m) for m in used)),
-        "versions": "; ".join(dict.fromkeys(_versions(m) for m in used)),
+        "versions": "; ".join(dict.fromkeys(versions)),
         "code": ", ".join(sorted({m.git_commit[:12] for m in used if m.git_commit})),
     }
     return [f"{name}: {clean(text, longest=3 * NOTE_CHARS)}" for name, text in facts.items() if text]
@@ -157,35 +138,28 @@ def _machine(manifest: BenchManifest) -> str:
     return f"{found.get('processor')}, {found.get('cores')} cores, {found.get('memory_gib')} GiB{graphics}{told}"
 
 
-def _versions(manifest: BenchManifest) -> str:
-    wanted = ("python", "torch", "transformers")
-    return ", ".join(f"{name} {manifest.versions[name]}" for name in wanted if name in manifest.versions)
-
-
 def _footnotes(table: SpeedTable) -> list[str]:
     kinds = sorted({row.found.memory for row in table.rows if row.found is not None})
     lines = []
     if kinds:
-        lines += ["prefill, observe, compress: of one prompt, apart; TTFT: their sum and the choice of the token"]
-        lines += ["TPOT: one decode step of the whole batch; tokens/s: batch over TPOT, [slowest, fastest] step"]
-        lines += ["compress %: of prefill; KV: keys and values left after compression"]
-        lines += [f"peak: highest {' and '.join(kinds)} above the loaded model, prefill and decode included"]
-        lines += ["predicted: the same from shapes alone, before anything ran (harness/footprint.py)"]
-    lines += [_alarm(row, row.found) for row in table.rows if row.alarm and row.found is not None]
-    if any(row.alarm for row in table.rows):
+        lines = [
+            "prefill, observe, compress: of one prompt, apart; TTFT: their sum and the choice of the token",
+            "TPOT: one decode step of the whole batch; tokens/s: batch over TPOT, [slowest, fastest] step",
+            "compress %: of prefill; KV: keys and values left after compression",
+            f"peak: highest {' and '.join(kinds)} above the loaded model, prefill and decode included",
+            "predicted: the same from shapes alone, before anything ran (harness/footprint.py)",
+        ]
+    alarms = [_alarm(row, row.found) for row in table.rows if row.alarm and row.found is not None]
+    lines += alarms
+    if alarms:
         lines.append(
             f"!: measured and predicted peak differ by more than {ALARM:.0%}. The prediction counts tensors, "
             "the peak all that the process held; do not take either for the other"
         )
     if table.baseline is None:
         lines.append("no ratios: fullkv is not among the methods, or did not finish")
-    for row in table.rows:
-        if row.first.error is not None:
-            first = row.first
-            lines.append(
-                clean(f"{first.method} at {first.budget}, pass {first.round + 1}: {first.status}: {first.error}")
-            )
-    return lines
+    firsts = [row.first for row in table.rows if row.first.error is not None]
+    return lines + [clean(f"{r.method} at {r.budget}, pass {r.round + 1}: {r.status}: {r.error}") for r in firsts]
 
 
 def _alarm(row: SpeedRow, found: Measured) -> str:

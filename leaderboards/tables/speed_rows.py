@@ -6,11 +6,10 @@ threads, shape or limit never share a table: speed is compared only within one. 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from math import nan
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.errors import HarnessError
 from harness.records.bench_folder import BenchRecord
@@ -29,8 +28,7 @@ NUMBERS = (
 )
 
 
-@dataclass(frozen=True)
-class SpeedRow:
+class SpeedRow(NamedTuple):
     """A cell, merged over its passes. first: its first pass that is not ok, or its first. found: None without one."""
 
     first: BenchRecord
@@ -44,8 +42,7 @@ class SpeedRow:
         return found is not None and abs(found.peak_bytes - found.predicted_bytes) > ALARM * found.predicted_bytes
 
 
-@dataclass(frozen=True)
-class SpeedTable:
+class SpeedTable(NamedTuple):
     """Rows that may be compared. axes: what they share, in the order of `AXES`."""
 
     axes: dict[str, Any]
@@ -63,14 +60,12 @@ def merge(passes: Sequence[Measured]) -> Measured:
     if len(shapes) != 1:
         raise HarnessError(f"passes of one cell measured different things: {sorted(shapes)}; remove their records")
     spreads = {name: _pooled([getattr(m, name) for m in passes]) for name in SPREADS}
-    most = max(passes, key=lambda m: sum(m.kv_bytes))
+    most, step = max(passes, key=lambda m: sum(m.kv_bytes)), spreads["tpot_s"].median
     changed = {
         **spreads,
+        **{name: max(getattr(m, name) for m in passes) for name in ("model_bytes", "peak_bytes", "predicted_bytes")},
         "rounds": sum(m.rounds for m in passes),
-        "tokens_per_s": most.batch / spreads["tpot_s"].median if spreads["tpot_s"].median else 0.0,
-        "model_bytes": max(m.model_bytes for m in passes),
-        "peak_bytes": max(m.peak_bytes for m in passes),
-        "predicted_bytes": max(m.predicted_bytes for m in passes),
+        "tokens_per_s": most.batch / step if step else 0.0,
     }
     return most.model_copy(update=changed)
 
@@ -81,11 +76,8 @@ def tables(records: Sequence[BenchRecord]) -> list[SpeedTable]:
         raise HarnessError("no records of a bench; run `harness bench` first")
     made = []
     for _, group in groupby(sorted(records, key=_axes_key), key=_axes_key):
-        own = sorted(group, key=lambda record: record.round)
-        cells: dict[tuple[str, str, str], list[BenchRecord]] = {}
-        for record in own:
-            cells.setdefault((record.budget, record.method, record.bench_id), []).append(record)
-        rows = sorted(map(_row, cells.values()), key=_row_key)
+        own = sorted(group, key=_pass_key)
+        rows = [_row(list(passes)) for _, passes in groupby(own, key=lambda record: _pass_key(record)[:-1])]
         made.append(SpeedTable({name: getattr(own[0], name) for name in AXES}, rows))
     return made
 
@@ -123,10 +115,10 @@ def _axes_key(record: BenchRecord) -> tuple[tuple[bool, Any], ...]:
     return tuple((value is not None, 0 if value is None else value) for value in found)  # None sorts first
 
 
-def _row_key(row: SpeedRow) -> tuple[bool, int, str, str]:
-    """The full cache first, then by slots."""
-    slots = row.first.budget_tokens
-    return (slots is not None, slots or 0, row.first.method, row.first.bench_id)
+def _pass_key(record: BenchRecord) -> tuple[bool, int, str, str, str, int]:
+    """The full cache first, then by slots; the passes of a cell together."""
+    slots = record.budget_tokens
+    return slots is not None, slots or 0, record.method, record.bench_id, record.budget, record.round
 
 
 def _row(passes: Sequence[BenchRecord]) -> SpeedRow:

@@ -9,8 +9,8 @@ of those that may be.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
@@ -34,8 +34,7 @@ Words = tuple[str, ...]
 """Parts of a sentence, of which some are a `MethodName`."""
 
 
-@dataclass(frozen=True)
-class BudgetVerdict:
+class BudgetVerdict(NamedTuple):
     """What is known of one budget. won: whether one method is best. cost: bytes and time of those that may be first."""
 
     budget: str
@@ -60,11 +59,13 @@ def tightest_and_widest(table: Table) -> list[str]:
 
     Differences to the uncompressed cache are the table's own paired ones, with their intervals.
     """
-    kept = {budget: _mean(row["kv_percent_of_full"] for row in rows) for budget, rows in _by_budget(table).items()}
-    known = [budget for budget, percent in kept.items() if not math.isnan(percent)]
-    ends = dict.fromkeys((min(known, key=kept.__getitem__), max(known, key=kept.__getitem__))) if known else {}
-    lines = [_line(table, verdict) for verdict in verdicts(table) if verdict.budget in ends]
-    return ["".join(words) for words in uncompressed(table)] + lines if lines else []
+    limited = table.rows[table.rows["budget"] != FULL]
+    kept = limited.groupby("budget", sort=False)["kv_percent_of_full"].mean().dropna()
+    if not len(kept):
+        return []
+    ends = {kept.idxmin(), kept.idxmax()}
+    lines = [_line(table, budget, rows) for budget, rows in _by_budget(table).items() if budget in ends]
+    return ["".join(words) for words in uncompressed(table)] + lines
 
 
 def score_text(row: TableRow) -> str:
@@ -72,12 +73,9 @@ def score_text(row: TableRow) -> str:
     return half_width(*(row[f"score_points_{part}"] for part in ("mean", "low", "high")))
 
 
-def _by_budget(table: Table) -> dict[str, list[TableRow]]:
-    found: dict[str, list[TableRow]] = {}
-    for row in table.rows.to_dict("records"):
-        if row["budget"] != FULL:
-            found.setdefault(row["budget"], []).append(row)
-    return found
+def _by_budget(table: Table) -> dict[str, Sequence[TableRow]]:
+    groups = table.rows[table.rows["budget"] != FULL].groupby("budget", sort=False)
+    return {str(budget): rows.to_dict("records") for budget, rows in groups}
 
 
 def _verdict(budget: str, rows: Sequence[TableRow]) -> BudgetVerdict:
@@ -90,12 +88,11 @@ def _verdict(budget: str, rows: Sequence[TableRow]) -> BudgetVerdict:
         said = ("No ranking: no method is complete.",)
     elif len(marked) > 1:
         said = _tied(marked, others)
-    elif won:
-        which = "the other method" if others == 1 else f"all {others} other methods"
-        said = (MethodName(marked[0]["method"]), f" is best, {score_text(marked[0])}, told apart from {which}.")
     else:
-        told = f" is first, {score_text(marked[0])}, but not told apart from every other method."
-        said = (MethodName(marked[0]["method"]), told)
+        which, score = "the other method" if others == 1 else f"all {others} other methods", score_text(marked[0])
+        best = f" is best, {score}, told apart from {which}."
+        first = f" is first, {score}, but not told apart from every other method."
+        said = (MethodName(marked[0]["method"]), best if won else first)
     return BudgetVerdict(budget, won, said, _cost(marked or scored))
 
 
@@ -109,9 +106,9 @@ def _marked(rows: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _tied(marked: Sequence[TableRow], others: int) -> Words:
-    named = [[MethodName(row["method"]), f" {number(row['score_points_mean'])}, "] for row in marked[:NAMED]]
-    words = ["Not told apart: ", *(word for pair in named for word in pair)]
-    words[-1] = words[-1].removesuffix(", ")
+    words = ["Not told apart"]
+    for i, row in enumerate(marked[:NAMED]):
+        words += [", " if i else ": ", MethodName(row["method"]), f" {number(row['score_points_mean'])}"]
     more = f" and {len(marked) - NAMED} more" if len(marked) > NAMED else ""
     below = {0: "", 1: " The other method is surely not first."}.get(others, f" {others} others are surely not first.")
     return (*words, f"{more}.{below}")
@@ -122,8 +119,8 @@ def _cost(rows: Sequence[TableRow]) -> str:
     kept = _range([row["kv_percent_of_full"] for row in rows], digits=1)
     mib = _range([row["kv_bytes_mean"] / MIB for row in rows], digits=2)
     tpot = _range([1000 * row.get("tpot_s_mean", math.nan) for row in rows], digits=1)
-    parts = [f"{kept} % of the full cache, {mib} MiB"] if kept else []
-    return ", ".join([*parts, f"{tpot} ms per token"] if tpot else parts)
+    parts = [f"{kept} % of the full cache, {mib} MiB" if kept else "", f"{tpot} ms per token" if tpot else ""]
+    return ", ".join(filter(None, parts))
 
 
 def _range(values: Sequence[float], *, digits: int) -> str:
@@ -132,26 +129,23 @@ def _range(values: Sequence[float], *, digits: int) -> str:
     return "-".join(dict.fromkeys((known[0], known[-1]))) if known else ""
 
 
-def _mean(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _line(table: Table, verdict: BudgetVerdict) -> str:
+def _line(table: Table, budget: str, rows: Sequence[TableRow]) -> str:
     """A verdict, how far those that may be first are from the full cache, and who may be last."""
-    rows = _by_budget(table)[verdict.budget]
+    verdict = _verdict(budget, rows)
     cost = f" ({verdict.cost})" if verdict.cost else ""
-    parts = [f"Budget {clean(verdict.budget)}{cost}: {''.join(verdict.said)}"]
-    if loss := _loss(table, _marked(rows)):
-        parts.append(f"Against the full cache, with {LEVEL:.0%} intervals: {loss}.")
-    return " ".join([*parts, *_last(table, rows)])
+    loss = _loss(table, _marked(rows))
+    against = f"Against the full cache, with {LEVEL:.0%} intervals: {loss}." if loss else ""
+    parts = (f"Budget {clean(budget)}{cost}: {''.join(verdict.said)}", against, _last(table, rows))
+    return " ".join(filter(None, parts))
 
 
 def _loss(table: Table, rows: Sequence[TableRow]) -> str:
     """Cells against `fullkv`: points of score, and nats per token where there are some; nothing without both."""
     points = "" if table.baselines.get("fullkv") is None else _hull(rows, "score_points_vs_fullkv", digits=1)
-    nats = _hull(rows, "nll_nats_vs_fullkv", digits=3) if points else ""
-    return ", ".join([f"{points} points", f"NLL {nats}"] if nats else [f"{points} points"] if points else [])
+    if not points:
+        return ""
+    nats = _hull(rows, "nll_nats_vs_fullkv", digits=3)
+    return f"{points} points" + (f", NLL {nats}" if nats else "")
 
 
 def _hull(rows: Sequence[TableRow], name: str, *, digits: int) -> str:
@@ -159,22 +153,21 @@ def _hull(rows: Sequence[TableRow], name: str, *, digits: int) -> str:
     known = [row for row in rows if not math.isnan(row[f"{name}_mean"])]
     if not known:
         return ""
-    least, most = (end(row[f"{name}_mean"] for row in known) for end in (min, max))
-    lows, highs = ([row[f"{name}_{end}"] for row in known] for end in ("low", "high"))
+    means, lows, highs = ([row[f"{name}_{part}"] for row in known] for part in ("mean", "low", "high"))
     low = math.nan if any(map(math.isnan, lows)) else min(lows)
-    range_of = "" if least == most else f"{number(least, digits=digits, sign='+')} to "
-    return range_of + interval(most, low, max(highs), digits=digits, sign="+")
+    least = "" if min(means) == max(means) else f"{number(min(means), digits=digits, sign='+')} to "
+    return least + interval(max(means), low, max(highs), digits=digits, sign="+")
 
 
-def _last(table: Table, rows: Sequence[TableRow]) -> list[str]:
+def _last(table: Table, rows: Sequence[TableRow]) -> str:
     """Who may have lost most by the rank intervals; that nothing is told apart where all may; nothing without ranks."""
     ranked = [row for row in rows if not math.isnan(row["rank_low"])]
     last = [row for row in ranked if row["rank_high"] == len(ranked)]
     if not ranked or len(ranked) == len(last):
-        return ["Nothing is told apart at this budget."] if ranked else []
+        return "Nothing is told apart at this budget." if ranked else ""
     if len(last) == 1 and last[0]["rank_low"] == len(ranked):
         told = _loss(table, last) or score_text(last[0])
-        return [f"{clean(last[0]['method'])} lost most, told apart from every other method: {told}."]
+        return f"{clean(last[0]['method'])} lost most, told apart from every other method: {told}."
     named = ", ".join(clean(row["method"]) for row in last[:NAMED])
     more = f" and {len(last) - NAMED} more" if len(last) > NAMED else ""
-    return [f"May have lost most: {named}{more}."]
+    return f"May have lost most: {named}{more}."

@@ -1,7 +1,5 @@
 """The page in a real headless Chromium, driven by Playwright; skipped where either is missing."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from leaderboards.pages.maps import TableMap
+from leaderboards.pages.heats import TableMap
 from leaderboards.pages.page import Extras, write_page
 from leaderboards.stats.aggregate import aggregate
 from tests.leaderboards.pages.test_page import EVIL, crossed, planted, pretend, run
-from tests.leaderboards.tables.test_boundary import MANIFEST as LIMIT
-from tests.leaderboards.tables.test_boundary import searches
+from tests.leaderboards.tables.test_boundary import MANIFEST, searches
 
 api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -32,19 +29,18 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A plain page of two settings with a memory search and a table, and one with markup planted everywhere."""
-    folder = tmp_path_factory.mktemp("pages")
+    folder, limits = tmp_path_factory.mktemp("pages"), [(MANIFEST, searches())]
     records, runs = [*pretend(), *pretend(query="agnostic")], [run(git_commit="abc123")]
-    extras = Extras([(LIMIT, searches())], [TableMap("tables", "64", [[0.5, 1.5], [2.0, 0.0]])])
+    extras = Extras(limits, [TableMap("tables", "64", [[0.5, 1.5], [2.0, 0.0]])])
     plain = write_page(aggregate(records, manifests=runs), records, folder, "plain", manifests=runs, extras=extras)
     records, runs = planted()
-    extras = Extras([(LIMIT, searches())], [TableMap(EVIL, EVIL, [[1.0]])], [EVIL])
+    extras = Extras(limits, [TableMap(EVIL, EVIL, [[1.0]])], [EVIL])
     evil = write_page(aggregate(records, manifests=runs), records, folder, "evil", manifests=runs, extras=extras)
     records = pretend(first_token="prefill") + crossed(pretend(model="other"))
     tables = aggregate(records)
     for table in tables:
         table.rows["memory"] = ["simulated" if method == "h2o" else "physical" for method in table.rows["method"]]
-    various = write_page(tables, records, folder, "various", manifests=())
-    return {"plain": plain, "evil": evil, "various": various}
+    return {"plain": plain, "evil": evil, "various": write_page(tables, records, folder, "various", manifests=())}
 
 
 @pytest.fixture
@@ -54,9 +50,8 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
     contexts = []
 
     def visit(name: str = "plain", **options: Any) -> Any:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
         page.on("console", lambda message: trouble.append(message.text))
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
@@ -70,8 +65,17 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
     assert trouble == []
 
 
-def visible(page: Any, what: str = "b") -> list[str]:
-    return [text.strip() for text in page.locator(f"#ranking tbody tr:visible th {what}").all_inner_texts()]
+def visible(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator("#ranking tbody tr:visible th b").all_inner_texts()]
+
+
+def head(page: Any, name: str) -> Any:
+    return page.locator("#ranking thead th", has_text=name)
+
+
+def style(where: Any, name: str) -> str:
+    """A computed style of a locator's one element."""
+    return str(where.evaluate(f"e => getComputedStyle(e).{name}"))
 
 
 def browse(page: Any) -> None:
@@ -82,14 +86,12 @@ def browse(page: Any) -> None:
 
 def test_a_header_sorts_by_mouse_and_by_keyboard(opened: Any) -> None:
     page = opened()
-    head = page.locator("#ranking thead th", has_text="Score")
-    head.locator("button").click()
-    assert head.get_attribute("aria-sort") == "descending"
-    assert visible(page)[:2] == ["fullkv", "fullkv"]
-    head.locator("button").focus()
+    score = head(page, "Score")
+    score.locator("button").click()
+    assert score.get_attribute("aria-sort") == "descending" and visible(page)[:2] == ["fullkv", "fullkv"]
+    score.locator("button").focus()
     page.keyboard.press("Enter")
-    assert head.get_attribute("aria-sort") == "ascending"
-    assert visible(page)[0] == "h2o"
+    assert score.get_attribute("aria-sort") == "ascending" and visible(page)[0] == "h2o"
     assert "by Score, ascending" in page.locator("#status").inner_text()
 
 
@@ -100,17 +102,15 @@ def test_filters_narrow_the_table(opened: Any) -> None:
     page.select_option("#f-query", "agnostic")
     assert sorted(visible(page)) == ["h2o", "snapkv"]
     page.fill("#f-method", "SNAP")
-    assert visible(page) == ["snapkv"]
-    assert "1 of 10 rows" in page.locator("#status").inner_text()
+    assert visible(page) == ["snapkv"] and "1 of 10 rows" in page.locator("#status").inner_text()
 
 
 def test_a_task_shows_its_own_mean_and_hides_what_is_of_all_tasks(opened: Any) -> None:
     page = opened()
     page.select_option("#f-task", "niah/passkey")
     cell = page.locator('tr[data-method="snapkv"] .score').first
-    assert cell.inner_text().strip() == "75.0"
-    assert not page.locator("#ranking td.agg").first.is_visible()
-    page.locator("#ranking thead button", has_text="Score").click()
+    assert cell.inner_text().strip() == "75.0" and not page.locator("#ranking td.agg").first.is_visible()
+    head(page, "Score").locator("button").click()
     page.select_option("#f-task", "niah/kamradt")
     values = [float(text) for text in page.locator("#ranking .one").all_inner_texts()]
     assert values == sorted(values, reverse=True)
@@ -120,14 +120,14 @@ def test_a_task_shows_its_own_mean_and_hides_what_is_of_all_tasks(opened: Any) -
 
 def test_provenance_is_one_click_away_and_closes_by_escape(opened: Any) -> None:
     page = opened()
-    page.locator("#ranking tbody a").nth(1).click()
-    assert page.locator("#made").is_visible() and "abc123" in page.locator("#made").inner_text()
-    assert page.evaluate("document.querySelector('#made').scrollTop") == 0
+    made, links = page.locator("#made"), page.locator("#ranking tbody a")
+    links.nth(1).click()
+    assert made.is_visible() and "abc123" in made.inner_text() and made.evaluate("e => e.scrollTop") == 0
     page.keyboard.press("Escape")
-    assert not page.locator("#made").is_visible()
-    page.locator("#ranking tbody a").first.click()
+    assert not made.is_visible()
+    links.first.click()
     page.locator("#close").click()
-    assert not page.locator("#made").is_visible()
+    assert not made.is_visible()
 
 
 def test_every_axis_is_a_filter_that_hides_the_rest_of_its_tables(opened: Any) -> None:
@@ -139,7 +139,7 @@ def test_every_axis_is_a_filter_that_hides_the_rest_of_its_tables(opened: Any) -
         assert (len(visible(page)), of_tables.count()) == (5, 1)
         page.select_option(f"#f-{name}", "")
     page.select_option("#f-memory", "simulated")
-    assert set(visible(page)) == {"h2o"} and len(visible(page)) == 4
+    assert visible(page) == ["h2o"] * 4
     page.select_option("#f-budget", "128")
     assert len(visible(page)) == 2
     assert page.locator(".verdicts li:visible .budget").all_inner_texts() == ["Budget 128"] * 2
@@ -148,8 +148,8 @@ def test_every_axis_is_a_filter_that_hides_the_rest_of_its_tables(opened: Any) -
 def test_a_chosen_task_puts_its_best_first_in_each_budget(opened: Any) -> None:
     page = opened("various")
     page.select_option("#f-model", "other")
-    written = visible(page)
-    assert written == ["fullkv", "snapkv", "h2o", "snapkv", "h2o"]
+    written = ["fullkv", "snapkv", "h2o", "snapkv", "h2o"]
+    assert visible(page) == written
     page.select_option("#f-task", "niah/kamradt")
     assert visible(page) == ["fullkv", "h2o", "snapkv", "h2o", "snapkv"]
     page.select_option("#f-task", "")
@@ -158,11 +158,11 @@ def test_a_chosen_task_puts_its_best_first_in_each_budget(opened: Any) -> None:
 
 def test_columns_that_few_ask_for_are_shown_on_request(opened: Any) -> None:
     page = opened()
-    head = page.locator("#ranking thead th", has_text="KV MiB")
-    assert not head.is_visible() and page.locator("#ranking thead th", has_text="Rank").is_visible()
+    kept = head(page, "KV MiB")
+    assert not kept.is_visible() and head(page, "Rank").is_visible()
     page.check("#f-more")
-    assert head.is_visible()
-    column = head.evaluate("e => e.cellIndex")
+    assert kept.is_visible()
+    column = kept.evaluate("e => e.cellIndex")
     assert page.locator("#ranking tbody tr").first.locator("th, td").nth(column).is_visible()
 
 
@@ -170,8 +170,7 @@ def test_hover_shows_a_points_values(opened: Any) -> None:
     page = opened()
     point = page.locator("svg.chart .point").first
     point.scroll_into_view_if_needed()
-    words = point.get_attribute("data-say")
-    box = point.bounding_box()
+    words, box = point.get_attribute("data-say"), point.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2 + 6, box["y"] + box["height"] / 2)
     assert "score" in words and words in page.locator("#tip").inner_text()
     page.keyboard.press("Escape")
@@ -183,7 +182,7 @@ def test_the_keyboard_reads_the_points_from_left_to_right(opened: Any) -> None:
     page = opened()
     page.keyboard.press("Tab")
     chart = page.locator("svg.chart").nth(1)
-    page.evaluate("e => e.focus()", chart.element_handle())
+    chart.evaluate("e => e.focus()")
     said = []
     for key in ("Home", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
@@ -199,24 +198,21 @@ def test_the_needle_map_has_a_square_per_layer_and_head(opened: Any) -> None:
     page = opened()
     browse(page)
     kept = page.locator("#shown svg.kept").nth(1)
-    assert kept.locator("rect").count() == 2
-    assert "all of it in 0 of 2, nothing in 0" in kept.get_attribute("aria-label")
-    kept.locator("rect").nth(1).hover()
+    squares = kept.locator("rect")
+    assert squares.count() == 2 and "all of it in 0 of 2, nothing in 0" in kept.get_attribute("aria-label")
+    squares.nth(1).hover()
     assert page.locator("#tip").inner_text() == "layer 0, KV head 1: about 20 % of the needle"
-    fills = [kept.locator("rect").nth(i).evaluate("e => getComputedStyle(e).fill") for i in (0, 1)]
-    assert fills[0] != fills[1]
+    assert style(squares.nth(0), "fill") != style(squares.nth(1), "fill")
 
 
-def test_limits_and_tables_are_drawn_in_the_pages_colours(opened: Any) -> None:
+def test_limits_and_maps_are_drawn_in_the_pages_colours(opened: Any) -> None:
     page = opened(color_scheme="dark")
-    ink = page.evaluate("getComputedStyle(document.body).color")
-    assert page.evaluate("getComputedStyle(document.querySelector('#frontier svg text')).fill") == ink
-    bar = page.locator("#frontier svg .fill-bar").first
-    assert bar.count() == 1 and page.evaluate("e => getComputedStyle(e).fill", bar.element_handle()) != "rgb(0, 0, 0)"
+    assert style(page.locator("#frontier svg text").first, "fill") == style(page.locator("body"), "color")
+    assert style(page.locator("#frontier svg .fill-bar").first, "fill") != "rgb(0, 0, 0)"
     boxes = page.locator("#maps td[class^=h]")
-    assert [boxes.nth(i).inner_text() for i in range(4)] == ["0.5", "2.0", "1.5", "0.0"]
-    shades = [page.evaluate("e => getComputedStyle(e).backgroundColor", boxes.nth(i).element_handle()) for i in (1, 3)]
-    assert shades[0] != shades[1]
+    assert boxes.all_inner_texts() == ["0.5", "2.0", "1.5", "0.0"]
+    assert style(boxes.nth(1), "backgroundColor") != style(boxes.nth(3), "backgroundColor")
+    assert style(page.locator("details[open] .heat td[class^=h]").first, "backgroundColor") != "rgba(0, 0, 0, 0)"
 
 
 def test_a_key_picks_out_its_method(opened: Any) -> None:
@@ -233,46 +229,35 @@ def test_a_key_picks_out_its_method(opened: Any) -> None:
 def test_the_sample_browser_changes_with_its_choices(opened: Any) -> None:
     page = opened()
     browse(page)
-    assert "End of the prompt\nand what is the key of 0?" in page.locator("#shown dl").inner_text()
-    cards = page.locator("#shown .answers li")
+    sample, cards = page.locator("#shown dl"), page.locator("#shown .answers li")
+    assert "End of the prompt\nand what is the key of 0?" in sample.inner_text()
     assert cards.count() == 3 and "budget 64" in cards.nth(1).inner_text()
     page.select_option("#answers", "128")
     assert "budget 128" in cards.nth(1).inner_text() and "needle 37.5 % cached" in cards.nth(1).inner_text()
-    before = page.locator("#shown dl").inner_text()
+    before = sample.inner_text()
     page.select_option("#sample", "3")
-    assert page.locator("#shown dl").inner_text() != before
-
-
-def test_heat_maps_are_coloured(opened: Any) -> None:
-    page = opened()
-    box = page.locator("details[open] .heat td[class^=h]").first
-    assert page.evaluate("e => getComputedStyle(e).backgroundColor", box.element_handle()) != "rgba(0, 0, 0, 0)"
+    assert sample.inner_text() != before
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_theme_follows_the_system_and_the_button(opened: Any, scheme: str) -> None:
     page = opened(color_scheme=scheme)
-    ground = "getComputedStyle(document.body).backgroundColor"
-    axis = "getComputedStyle(document.querySelector('svg.chart .stroke-ink')).stroke"
-    seen = page.evaluate(ground), page.evaluate(axis)
-    assert (seen[0] == "rgb(255, 255, 255)") == (scheme == "light")
+    axis = page.locator("svg.chart .stroke-ink").first
+    ground, stroke = style(page.locator("body"), "backgroundColor"), style(axis, "stroke")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     page.locator("#theme").click()
-    assert page.evaluate(ground) != seen[0] and page.evaluate(axis) != seen[1]
+    assert style(page.locator("body"), "backgroundColor") != ground and style(axis, "stroke") != stroke
 
 
 def test_a_narrow_screen_needs_no_sideways_scrolling(opened: Any) -> None:
-    page = opened(viewport={"width": 360, "height": 740})
+    page = opened(viewport={"width": 360, "height": 740}, reduced_motion="reduce")
     assert page.locator("#ranking tbody .name").first.bounding_box()["width"] >= 96  # no column of single letters
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     size = "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a"
-    assert page.evaluate(size, page.locator("svg.chart text").first.element_handle()) >= 9
+    assert page.locator("svg.chart text").first.evaluate(size) >= 9
     score = page.locator("#ranking .score").first.bounding_box()
     assert score["x"] + score["width"] <= 360  # method, budget and score are there without scrolling
-
-
-def test_reduced_motion_is_respected(opened: Any) -> None:
-    page = opened(reduced_motion="reduce")
-    assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+    assert style(page.locator("html"), "scrollBehavior") == "auto"  # as reduced motion asks for
 
 
 def test_planted_markup_runs_nowhere(opened: Any) -> None:

@@ -1,11 +1,9 @@
 """The frontier's table, page and picture from stored searches alone."""
 
-from __future__ import annotations
-
 import io
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import matplotlib.image
 import pandas as pd
@@ -20,17 +18,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "a|b\n<script>$\\frac$[x](y)`"
 
 MANIFEST = BoundaryManifest(
-    command=("harness", "boundary"),
-    created="2026-01-01T00:00:00+00:00",
+    **{"command": ("harness", "boundary"), "created": "2026-01-01T00:00:00+00:00", "context": 4096, "threads": 1},
+    **{"limit_bytes": 512 * 2**20, "limit_kind": "address space", "model_bytes": 300 * 2**20, "chunk": None},
+    **{"new_tokens": 32, "timeout_s": 600.0},
     model=ModelSpec(name="tiny", revision="r", dtype="float32", device="cpu"),
-    context=4096,
-    limit_bytes=512 * 2**20,
-    limit_kind="address space",
-    model_bytes=300 * 2**20,
-    threads=1,
-    chunk=None,
-    new_tokens=32,
-    timeout_s=600.0,
     notes=("limit by address space, no cgroup of its own",),
     machine={"processor": "A <processor>", "system": "Linux", "accelerators": []},
 )
@@ -39,18 +30,12 @@ MANIFEST = BoundaryManifest(
 def record(method: str, budget: str, answer: int, *, at: int | None = None, **changes: Any) -> BoundaryRecord:
     """A search that ended at `answer`, with 2 MiB at its edge, and out of memory one step further."""
     step = 1 if at else 256
-    sizes = [((at, n) if at else (n, 1)) for n in (answer, answer + step)]
-    edge = Tried(tokens=sizes[0][0], batch=sizes[0][1], status="ok", seconds=1.0, peak_bytes=2**21, predicted_bytes=9)
-    past = Tried(tokens=sizes[1][0], batch=sizes[1][1], status="oom", seconds=1.0, error="no memory")
+    (tokens, batch), (more, larger) = [((at, n) if at else (n, 1)) for n in (answer, answer + step)]
+    edge = Tried(tokens=tokens, batch=batch, status="ok", seconds=1.0, peak_bytes=2**21, predicted_bytes=9)
+    past = Tried(tokens=more, batch=larger, status="oom", seconds=1.0, error="no memory")
     values: dict[str, Any] = {
-        "method": method,
-        "budget": budget,
-        "kind": "batch" if at else "context",
-        "at_context": at,
-        "limit_bytes": MANIFEST.limit_bytes,
-        "least": step,
-        "most": 64 * step,
-        "step": step,
+        **{"method": method, "budget": budget, "kind": "batch" if at else "context", "at_context": at},
+        **{"limit_bytes": MANIFEST.limit_bytes, "least": step, "most": 64 * step, "step": step},
         "found": Found(answer=answer, next_size=answer + step, next_status="oom"),
         "probes": (edge, past) if answer else (past,),
     }
@@ -77,15 +62,14 @@ def stored(folder: Path, records: list[BoundaryRecord]) -> Path:
 
 
 def test_the_table_says_what_was_found_and_what_was_not() -> None:
-    rows = frame(searches()).set_index(["budget", "method"])
-    assert list(rows.columns) == [
-        *("largest context", "context: peak MiB", "context: next"),
-        *("largest batch at 2048", "batch at 2048: peak MiB", "batch at 2048: next"),
+    rows, kinds = frame(searches()), ("context", "batch at 2048")
+    names = [name for k in kinds for name in (f"largest {k}", f"{k}: peak MiB", f"{k}: next")]
+    assert list(rows) == ["budget", "method", *names]
+    assert rows.to_numpy().tolist() == [
+        ["full", "fullkv", "1024", "2.0", "1280 oom", "0", "-", "1 oom"],
+        ["64", "snapkv", "3072", "2.0", "3328 oom", "unfinished", "-", "-"],
+        ["128", "snapkv", "≥ 4096", "2.0", "-", "2", "-", "3 timeout"],
     ]
-    assert list(rows.loc[("full", "fullkv")]) == ["1024", "2.0", "1280 oom", "0", "-", "1 oom"]
-    assert list(rows.loc[("128", "snapkv")]) == ["≥ 4096", "2.0", "-", "2", "-", "3 timeout"]
-    assert list(rows.loc[("64", "snapkv")]) == ["3072", "2.0", "3328 oom", "unfinished", "-", "-"]
-    assert list(rows.index) == [("full", "fullkv"), ("64", "snapkv"), ("128", "snapkv")]
 
 
 def test_the_csv_is_in_bytes_with_a_row_per_search() -> None:
@@ -97,7 +81,7 @@ def test_the_csv_is_in_bytes_with_a_row_per_search() -> None:
     assert whole["everything_fits"] == True and pd.isna(whole["next_size"])  # noqa: E712
 
 
-def test_the_page_names_the_limit_the_notes_and_the_probes_that_hung() -> None:
+def test_page_and_terminal_name_the_limit_and_the_probes_that_hung() -> None:
     page = to_markdown(searches(), MANIFEST, picture="frontier.svg")
     assert "# Boundary under 512 MiB: tiny (float32, cpu)" in page
     assert f"{512 * 2**20} bytes by address space" in page and "no cgroup of its own" in page
@@ -106,19 +90,19 @@ def test_the_page_names_the_limit_the_notes_and_the_probes_that_hung() -> None:
     assert "![Bars by method and budget. fullkv at full: largest context 1024, next 1280 oom;" in page
     assert "](frontier.svg)" in page
     assert "timeout after" not in to_markdown(searches()[:1], MANIFEST, picture="p.svg")
-
-
-def test_the_terminal_table_fits_and_says_the_same() -> None:
     text = to_terminal(searches(), MANIFEST)
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "≥ 4096" in text and "1280 oom" in text and "timeout after 600.0 s" in text
 
 
 def test_files_are_written_beside_the_records_and_reproducible(tmp_path: Path) -> None:
-    paths = write_boundary(stored(tmp_path / "a", searches()))
+    paths, again = (write_boundary(stored(tmp_path / name, searches())) for name in "ab")
     assert [path.name for path in paths] == ["frontier.md", "frontier.csv", "frontier.svg", "frontier.png"]
-    again = write_boundary(stored(tmp_path / "b", searches()))
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+    with pytest.raises(HarnessError, match="run `harness boundary` first"):
+        write_boundary(tmp_path)
+    with pytest.raises(HarnessError, match="no search in"):
+        write_boundary(stored(tmp_path, []))
 
 
 def test_the_picture_has_bars_labels_and_a_text_alternative() -> None:
@@ -142,13 +126,6 @@ def test_a_hostile_label_is_shown_as_it_is(tmp_path: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
     assert len(pd.read_csv(io.BytesIO(table))) == 2
-    root = ET.fromstring(svg.decode())
+    root = ET.fromstring(svg)
     assert not list(root.iter(f"{SVG}script"))
     assert any("a|b <script>$\\frac$" in "".join(node.itertext()) for node in root.iter(f"{SVG}text"))
-
-
-def test_nothing_to_show_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HarnessError, match="run `harness boundary` first"):
-        write_boundary(tmp_path)
-    with pytest.raises(HarnessError, match="no search in"):
-        write_boundary(stored(tmp_path, []))

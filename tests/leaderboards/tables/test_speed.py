@@ -1,7 +1,5 @@
 """Tables of speed from stored records: merged passes, ratios, alarms, what came to grief, and text from outside."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from harness.errors import HarnessError
 from harness.records.bench_folder import BenchRecord
 from harness.records.measured import Measured, Spread
 from leaderboards.tables.speed import frame, to_csv, to_markdown, to_terminal, write_speed
-from leaderboards.tables.speed_rows import merge, tables
+from leaderboards.tables.speed_rows import SpeedRow, merge, tables
 
 MIB = 2**20
 
@@ -41,17 +39,13 @@ def record(method: str, budget: str = "128", found: Measured | None = None, **ch
 
 
 def test_passes_are_merged_by_the_median_of_their_medians() -> None:
-    spreads = [
-        Spread(median=m, low=lo, high=hi) for m, lo, hi in ((0.02, 0.01, 0.9), (0.03, 0.02, 0.04), (0.08, 0.07, 0.1))
-    ]
-    peaks = (100, 300, 200)
-    merged = merge([measured(tpot_s=s, peak_bytes=p, batch=3) for s, p in zip(spreads, peaks, strict=True)])
+    passes = ((0.02, 0.01, 0.9, 100), (0.03, 0.02, 0.04, 300), (0.08, 0.07, 0.1, 200))
+    merged = merge(
+        [measured(tpot_s=Spread(median=m, low=lo, high=hi), peak_bytes=p, batch=3) for m, lo, hi, p in passes]
+    )
     assert merged.tpot_s == Spread(median=0.03, low=0.01, high=0.9)
     assert merged.peak_bytes == 300 and merged.rounds == 3
     assert merged.tokens_per_s == pytest.approx(3 / 0.03)
-
-
-def test_passes_over_other_prompts_are_not_merged() -> None:
     with pytest.raises(HarnessError, match="measured different things"):
         merge([measured(), measured(tokens=99)])
 
@@ -67,60 +61,46 @@ def test_a_row_has_ratios_shares_and_an_alarm() -> None:
     assert second["KV MiB"] == "2.00" and second["TPOT ms"] == "10.00"
     said = to_terminal([record("snapkv", found=small)])
     assert "! snapkv at 128: peak 6% above its prediction" in said and "differ by more than 5%" in said
-
-
-def test_tokens_per_second_have_the_spread_of_the_steps() -> None:
     steps = measured(tpot_s=Spread(median=0.02, low=0.01, high=0.04), tokens_per_s=50.0)
-    (table,) = tables([record("snapkv", found=steps)])
-    assert frame(table)["tokens/s"][0] == "50.0 [25.0, 100.0]"
+    assert frame(tables([record("snapkv", found=steps)])[0])["tokens/s"][0] == "50.0 [25.0, 100.0]"
 
 
-@pytest.mark.parametrize(("peak", "alarm"), [(94, True), (95, False), (105, False), (106, True)])
-def test_five_percent_is_the_border(peak: int, alarm: bool) -> None:
-    (table,) = tables([record("h2o", found=measured(peak_bytes=peak, predicted_bytes=100))])
-    assert table.rows[0].alarm is alarm
+def test_five_percent_is_the_border() -> None:
+    rows = (SpeedRow(record("h2o"), 1, measured(peak_bytes=peak, predicted_bytes=100)) for peak in (94, 95, 105, 106))
+    assert [row.alarm for row in rows] == [True, False, False, True]
 
 
 def test_what_came_to_grief_is_a_row_and_no_baseline() -> None:
     records = [
-        record("fullkv", "full", round=0),
-        record("fullkv", "full", status="oom", error="out of memory", round=1),
+        *(record("fullkv", "full"), record("fullkv", "full", status="oom", error="out of memory", round=1)),
         record("snapkv"),
         record("h2o", status="timeout", error="more than 5 s"),
         record("random", "4096", status="skipped", error="not below"),
     ]
     (table,) = tables(records)
     found = {line["method"]: line for line in frame(table).to_dict("records")}
-    assert {name: line["status"] for name, line in found.items()} == {
-        **{"fullkv": "oom", "snapkv": "ok", "h2o": "timeout", "random": "skipped"},
-    }
+    ended = {"fullkv": "oom", "snapkv": "ok", "h2o": "timeout", "random": "skipped"}
+    assert {name: line["status"] for name, line in found.items()} == ended
     assert found["fullkv"]["TPOT ms"] == "-" and found["snapkv"]["TPOT / full"] == "-"
     page = to_markdown(records)
     assert "fullkv at full, pass 2: oom: out of memory" in page and "no ratios" in page
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("machine", "m2"), ("dtype", "bfloat16"), ("device", "cuda:0"), ("threads", 2), ("limit_bytes", 5), ("chunk", 7)],
-)
-def test_what_differs_never_shares_a_table(name: str, value: Any) -> None:
-    records = [record("fullkv", "full"), record("snapkv", **{name: value})]
-    assert sorted([row.first.method for row in table.rows] for table in tables(records)) == [["fullkv"], ["snapkv"]]
-
-
-def test_two_benches_are_two_rows_that_say_so() -> None:
+def test_what_differs_never_shares_a_table_and_two_benches_are_two_rows() -> None:
+    axes = {"machine": "m2", "dtype": "bfloat16", "device": "cuda:0", "threads": 2, "limit_bytes": 5, "chunk": 7}
+    records = [record("fullkv", "full"), *(record(name, **{name: value}) for name, value in axes.items())]
+    assert sorted([row.first.method for row in table.rows] for table in tables(records)) == sorted(
+        [[name] for name in ("fullkv", *axes)]
+    )
     (table,) = tables([record("snapkv"), record("snapkv", bench_id="b2")])
     assert list(frame(table)["bench"]) == ["b1", "b2"]
 
 
 def test_serving_counts_tokens_with_and_without_prefill() -> None:
     shape = {"batch": 4, "new_tokens": 11, "ttft_s": Spread.of([2.0]), "tpot_s": Spread.of([0.2])}
-    fast = measured(**{**shape, "tpot_s": Spread.of([0.1])}, tokens_per_s=40.0)
-    records = [
-        record("fullkv", "full", measured(**shape, tokens_per_s=20.0), kind="serve-bench", batch=4),
-        record("snapkv", "128", fast, kind="serve-bench", batch=4),
-    ]
-    (table,) = tables(records)
+    found = {"full": measured(**shape), "128": measured(**{**shape, "tpot_s": Spread.of([0.1])})}
+    methods = {"full": "fullkv", "128": "snapkv"}
+    (table,) = tables([record(methods[b], b, m, kind="serve-bench", batch=4) for b, m in found.items()])
     first, second = frame(table).to_dict("records")
     assert first["tokens/s"] == "20.0" and first["with prefill"] == "4.4"  # 44 tokens in 4 * 2 + 10 * 0.2 s
     assert second["tokens/s"] == "40.0" and second["tokens/s / full"] == "2.00" and second["KV MiB"] == "8.00"
@@ -135,19 +115,16 @@ def test_the_csv_keeps_bytes_and_spreads() -> None:
 
 
 def test_hostile_text_breaks_no_table(tmp_path: Path) -> None:
-    label = "x|y\n# **h**\x1b[31m<b>\u202e"
-    records = [
-        record(label, model="a|b\n## c"),
-        record("snapkv", model="a|b\n## c", status="failed", error="<i>|\n\n# z"),
-    ]
+    model = "a|b\n## c"
+    records = [record("x|y\n# **h**\x1b[31m<b>\u202e", model=model)]
+    records += [record("snapkv", model=model, status="failed", error="<i>|\n\n# z")]
     md, csv = write_speed(records, tmp_path, "bench")
     page = md.read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) == 4 and len({line.replace("\\|", "").count("|") for line in rows}) == 1
     assert "<b>" not in page.replace("\\<b\\>", "") and "\x1b" not in page and "\u202e" not in page
     assert sum(line.startswith("#") for line in page.splitlines()) == 1
-    assert len(pd.read_csv(csv)) == 2
-    assert "\x1b" not in to_terminal(records)
+    assert len(pd.read_csv(csv)) == 2 and "\x1b" not in to_terminal(records)
 
 
 def test_the_same_records_give_the_same_page_in_any_order() -> None:
