@@ -16,8 +16,7 @@ from methods.compilerkv.tables import Tables
 
 def write_page(tables: Tables, folder: Path) -> list[Path]:
     """Write `tables.png` and `tables.html` into `folder` and return their paths. Raises HarnessError when it cannot."""
-    picture = heat_maps(tables)
-    manifest = tables.manifest
+    picture, manifest = heat_maps(tables), tables.manifest
     facts = {
         "model": f"{manifest.model} ({manifest.model_revision[:12] or 'any revision'})",
         "shapes": str(manifest.shapes),

@@ -2,9 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from harness.errors import HarnessError, did_you_mean
 
@@ -18,8 +17,7 @@ DEVICE = re.compile(rf"auto|{AUTO_MAP}|(cpu|cuda|mps)(:\d+)?")
 GGUF_MAGIC = b"GGUF"
 
 
-@dataclass(frozen=True)
-class ModelSource:
+class ModelSource(NamedTuple):
     """Where a model comes from. path: folder or GGUF file of a local one."""
 
     name: str

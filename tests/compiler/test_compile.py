@@ -76,7 +76,7 @@ def test_an_artefact_says_what_it_is_and_how_sure(compiled: Path, corpus: Path) 
     assert manifest.form is not None and manifest.command == ("harness", "compile")
     assert tables.budget.shape == (2, 4, 2)
     prompts = Compiler(spec(corpus), compiled).bench.prompts
-    assert len(prompts) == 20 and set(manifest.prompts) == {prompt.sha256 for prompt in prompts}
+    assert len(prompts) == 20 and set(manifest.prompts) == {token_sha256(prompt.ids) for prompt in prompts}
     assert {prompt.family for prompt in prompts} == {"continuation", "copy", "needle", "multikey", "tracking"}
     report = manifest.report
     assert (report["training_prompts"], report["validation_prompts"]) == (15, 5)
@@ -251,7 +251,7 @@ def test_every_record_names_the_table_it_ran_against(learned: Path) -> None:
 def test_rollouts_of_the_published_form_keep_what_its_runtime_keeps(learned: Path, asked: CompileSpec) -> None:
     bench = Compiler(asked, learned).bench
     tables, rollout = load_tables(learned), bench.rollout(0)
-    seen = paper_tables.Observed.of(rollout)
+    seen = paper_tables.Observed(rollout)
     weights, thresholds = tables.lookup(64, entropy=seen.entropy, perplexity=seen.perplexity)
     found, candidates = seen.lose(weights[None], thresholds[None], 64)
     kvs = CompilerKV(form="published", tables=str(learned)).compress(rollout.view, 64)
