@@ -11,11 +11,12 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.lm_eval.kept_facts import KeptFacts
-from harness.lm_eval.requests import Generation, full_cell
+from harness.lm_eval.requests import Generation
 from harness.lm_eval.scoring import ScoringEngine, border
 from harness.models.load import LoadedModel
 from harness.models.prompt import token_sha256
-from harness.plan.sweep import PlannedCell
+from harness.plan.methods import plan_method
+from harness.plan.sweep import PlannedCell, plan_cells
 
 SIDES = ("left", "middle", "right")
 
@@ -45,7 +46,7 @@ class Answerer:
             raise HarnessError(f"max_length {max_length} is too small; give at least 2")
         self.loaded, self.planned, self.side = loaded, planned, side
         self.max_length = max_length or loaded.context
-        self.full = full_cell()
+        (self.full,) = plan_cells([plan_method("fullkv")], ())  # of a prompt that is no longer than its budget
         self.fitted_on = planned.cell.policy.fitted_on()
         self.engine = ScoringEngine(AttachedModel(loaded.model))
         self.engine.check([planned.cell.policy], list(range(8)))

@@ -34,7 +34,6 @@ from harness.errors import HarnessError
 from harness.lm_eval.answers import Answerer, ScoredPair
 from harness.lm_eval.requests import (
     check_alone,
-    check_batch,
     check_own_options,
     device_here,
     generation,
@@ -66,12 +65,10 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         tokenizer: ignored; tasks that size their prompts by tokens (RULER) read it among the model arguments.
         trust_remote_code: run the Python code that a hub repository brings.
         device_map: of transformers, such as `auto`.
-        set: parameters of the method, as `--set METHOD.PARAM=VALUE` of `harness run`; in `--model_args` they stand
-            for themselves (`recent=16`).
-        params: the same, one by one.
+        set: parameters of the method, as `--set METHOD.PARAM=VALUE` of `harness run`.
+        params: the same one by one, as they stand in `--model_args` (`recent=16`).
 
-    Raises:
-        HarnessError: bad input, in one line.
+    Raises HarnessError, in one line, for bad input.
     """
 
     def __init__(
@@ -94,13 +91,10 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         **params: Any,
     ) -> None:
         super().__init__()
-        check_batch(batch_size)
-        check_alone()
+        check_alone(batch_size)
         if not isinstance(pretrained, LoadedModel):
-            place = device_here(device)
-            pretrained = load_model(
-                pretrained, dtype=dtype, device=place, trust_remote_code=trust_remote_code, device_map=device_map
-            )
+            remote: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+            pretrained = load_model(pretrained, dtype=dtype, device=device_here(device), **remote)
         self.loaded, self.tokenizer, self.add_bos_token = pretrained, pretrained.tokenizer, add_bos_token
         self.spec, planned = method_cells(pretrained, method, budget, {**(set or {}), **params})
         self.answers = Answerer(pretrained, planned, max_length=max_length, side=truncation_side)
@@ -206,8 +200,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             context, continuation = request.args
             ids, following = self._encoded(context, continuation)
             pairs.append(ScoredPair(index, _task(request), context, tuple(ids), tuple(following)))
-        texts = [request.args for request in requests]
-        return self._scores(pairs, texts, disable_tqdm=disable_tqdm)
+        return self._scores(pairs, [request.args for request in requests], disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -216,10 +209,10 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             ScoredPair(index, "", (text or ("",))[0], tuple(ids), tuple(following))
             for index, (text, ids, following) in enumerate(requests)
         ]
-        return self._scores(pairs, [text for text, _, _ in requests], disable_tqdm=disable_tqdm)
+        return self._scores(pairs, [text for text, _, _ in requests], disable_tqdm)
 
     def _scores(
-        self, pairs: Sequence[ScoredPair], texts: Sequence[Any], *, disable_tqdm: bool
+        self, pairs: Sequence[ScoredPair], texts: Sequence[Any], disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
@@ -269,7 +262,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             **answers.facts.means(),
             "kv_prefills": answers.engine.prefills,
             "kv_notes": list(self.notes),
-            "kv_tasks": answers.facts.by_task(),
+            "kv_tasks": {task: facts.summary() for task, facts in answers.facts.tasks.items()},
             "kv_prompts": answers.facts.prompts,
         }
 

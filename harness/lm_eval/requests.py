@@ -4,9 +4,8 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -28,8 +27,7 @@ NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
 """Generation arguments that change nothing at these values."""
 
 
-@dataclass(frozen=True)
-class Generation:
+class Generation(NamedTuple):
     """How long a generation is and where its text is cut."""
 
     max_new_tokens: int
@@ -70,19 +68,13 @@ def method_cells(
     return spec, plan_cells([planned], budgets)[0]
 
 
-def full_cell() -> PlannedCell:
-    """Return the cell of the full cache, for a prompt that is no longer than its budget."""
-    return plan_cells([plan_method("fullkv")], ())[0]
+def check_alone(batch_size: object) -> None:
+    """Raises HarnessError for a batch above 1, and under a launcher of several processes.
 
-
-def check_batch(batch_size: object) -> None:
-    """Raises HarnessError for all but 1: rows of one decode batch share a prompt here, so prompts run one at a time."""
+    Rows of one decode batch share a prompt here, so prompts run one at a time; each process would answer everything.
+    """
     if str(batch_size).strip() not in {"None", "1"}:
         raise HarnessError(f"batch_size {batch_size} is not supported: kvpolicy runs one prompt at a time; give 1")
-
-
-def check_alone() -> None:
-    """Raises HarnessError under a launcher of several processes, of which each would answer everything."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise HarnessError(f"kvpolicy runs in one process, WORLD_SIZE is {world}; start it without a launcher")

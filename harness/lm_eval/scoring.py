@@ -6,7 +6,7 @@ choices are one token long (MMLU, A to D) would show no loss at any budget.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from harness.engine.types import Cell, Outcome
 from methods.base import Needs
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """A continuation's log-probability in nats, summed over its tokens, and whether each is the most likely one."""
 
     logprob: float
@@ -57,8 +56,11 @@ class ScoringEngine(Engine):
         with torch.inference_mode():
             room = 1 + max(map(len, continuations))
             decoding = Decoding.of(self.model, [run.compressed], again=True, room=room)
-            first = decoding.feed([held_back])  # [1, V]
-            scored = [_continuation(decoding, first, tokens) for tokens in continuations]
+            first = decoding.feed([held_back])  # [1, V], of each continuation's first token
+            scored = []
+            for tokens in continuations:  # teacher-forced, in one forward unless the logits are many
+                parts = [_judge(logits[0], own) for logits, own in decoding.forced(first, tokens, alone=True)]
+                scored.append(Scored(sum(part.logprob for part in parts), all(part.greedy for part in parts)))
             run.outcome.kv_bytes_end = decoding.nbytes(0)
         return scored
 
@@ -66,12 +68,6 @@ class ScoringEngine(Engine):
 def border(tokens: int, context: int) -> int:
     """Where a text of so many tokens is cut in two to be scored: in the middle, or where its context ends."""
     return max(tokens // 2, context)
-
-
-def _continuation(decoding: Decoding, first: Tensor, tokens: Sequence[int]) -> Scored:
-    """Teacher-forced, in one forward unless the logits are many. first: [1, V], those of tokens[0]."""
-    parts = [_judge(logits[0], own) for logits, own in decoding.forced(first, tokens, alone=True)]
-    return Scored(sum(part.logprob for part in parts), all(part.greedy for part in parts))
 
 
 def _judge(logits: Tensor, tokens: Sequence[int]) -> Scored:

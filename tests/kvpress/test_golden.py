@@ -1,7 +1,5 @@
 """Our `snapkv@kvpress`, `streamingllm@kvpress` and `pyramidkv@kvpress` beside kvpress, run as its users run it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

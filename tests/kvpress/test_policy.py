@@ -1,7 +1,5 @@
 """Presses of kvpress under our budgets: their labels, the search for a ratio, the slots they leave, what is refused."""
 
-from __future__ import annotations
-
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 

@@ -1,7 +1,5 @@
 """The plugin on the packaged model beside lm-eval's `hf`: a needle, and the example's questions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

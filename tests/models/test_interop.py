@@ -1,7 +1,5 @@
 """Models as others leave them: peft adapters, quantised folders, weights spread over devices."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

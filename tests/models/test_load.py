@@ -1,7 +1,5 @@
 """Names, dtypes, devices and loading, on the tiny model and on folders made from it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Prompts on the byte-level tokenizer: one token per byte, so every border can be read off."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 

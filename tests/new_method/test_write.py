@@ -1,7 +1,5 @@
 """What `harness new-method` writes passes at once; bad names write nothing; a broken clause is named."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
