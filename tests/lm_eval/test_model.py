@@ -41,7 +41,6 @@ def questions() -> list[Any]:
 
 
 def test_a_generation_is_that_of_hf(full: KVPolicyLM, hf: HFLM) -> None:
-    pytest.importorskip("wonderwords")
     pytest.importorskip("nltk")
     metadata = {"tokenizer": full.tokenizer_folder, "max_seq_lengths": [512]}
     known = TaskManager(include_path=RULER, include_defaults=False, metadata=metadata)

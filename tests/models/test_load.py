@@ -7,21 +7,18 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-import harness.models.load
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.models.load import LoadedModel, load_model, resolve_device, resolve_dtype, resolve_model
 from harness.models.prompt import wrap
 from tasks.base import Sample
 
+IDS = torch.arange(5, 40)[None]
 
-@pytest.fixture
-def folder(tiny: LoadedModel, tmp_path: Path) -> Path:
-    """The tiny model as a local folder."""
-    into = tmp_path / "model"
-    tiny.model.save_pretrained(into)
-    tiny.tokenizer.save_pretrained(into)
-    return into
+
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return loaded.model(IDS.to(loaded.model.device)).logits.cpu()  # type: ignore[no-any-return]
 
 
 def edit(path: Path, **fields: object) -> None:
@@ -36,23 +33,18 @@ def test_names(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path / "x.gguf")).path == tmp_path / "x.gguf"
 
 
-@pytest.mark.parametrize("name", ["smolm2-135m", "tinny"])
-def test_a_misspelt_name_is_told_the_nearest(name: str) -> None:
-    nearest = {"smolm2-135m": "smollm2-135m", "tinny": "tiny"}[name]
-    with pytest.raises(HarnessError, match=f"unknown model '{name}'; did you mean '{nearest}'"):
-        resolve_model(name)
-
-
 @pytest.mark.parametrize("name", ["a/b/c", "./missing", "/missing", "missing.gguf", "org/missing.gguf", "org/", ""])
 def test_a_missing_path_is_no_hub_name(name: str) -> None:
     with pytest.raises(HarnessError, match="give smollm2-135m, tiny, a folder"):
         resolve_model(name)
+    with pytest.raises(HarnessError, match="unknown model 'tinny'; did you mean 'tiny'"):
+        resolve_model("tinny")
 
 
 def test_dtype_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(harness.models.load, "_native_bf16", lambda native=native: native)
+        monkeypatch.setattr("harness.models.load._native_bf16", lambda native=native: native)
         assert resolve_dtype("auto", cpu) == expected
     assert resolve_dtype("float16", cpu) == torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -64,18 +56,15 @@ def test_dtype_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(HarnessError, match="unknown device 'gpu'"):
-        resolve_device("gpu")
-    with pytest.raises(HarnessError, match="'cuda:99' is not available"):
-        resolve_device("cuda:99")
+    for name, complaint in (("gpu", "unknown device 'gpu'"), ("cuda:99", "'cuda:99' is not available")):
+        with pytest.raises(HarnessError, match=complaint):
+            resolve_device(name)
 
 
 def test_tiny_is_the_same_every_time_and_does_not_touch_the_generator(tiny: LoadedModel) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
+    before = torch.get_rng_state()
     again = load_model("tiny", dtype="float32", device="cpu")
-    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(torch.get_rng_state(), before)
     assert again.spec == tiny.spec
     pairs = zip(again.model.parameters(), tiny.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
@@ -94,12 +83,8 @@ def test_tiny_as_described(tiny: LoadedModel) -> None:
 def test_bfloat16_tiny_keeps_its_rope_exact(tiny: LoadedModel) -> None:
     half = load_model("tiny", dtype="bfloat16", device="cpu")
     assert half.model.dtype == torch.bfloat16
-    assert half.spec.dtype == "bfloat16"
-    assert half.spec.revision == tiny.spec.revision
-    ids = torch.arange(5, 40)[None]
-    with torch.inference_mode():
-        cosine = torch.cosine_similarity(half.model(ids).logits.float(), tiny.model(ids).logits, dim=-1)
-    assert cosine.min() > 0.99
+    assert (half.spec.dtype, half.spec.revision) == ("bfloat16", tiny.spec.revision)
+    assert torch.cosine_similarity(logits(half).float(), logits(tiny), dim=-1).min() > 0.99
     assert half.model.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
 
 
@@ -108,16 +93,12 @@ def test_a_folder_loads_as_what_was_saved(tiny: LoadedModel, folder: Path, capfd
     loaded = load_model(str(folder), dtype="float32", device="cpu")
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr().err == ""
-    ids = torch.arange(5, 40)[None]
-    with torch.inference_mode():
-        assert torch.equal(loaded.model(ids).logits, tiny.model(ids).logits)
-    assert loaded.template_tokens == tiny.template_tokens
-    assert loaded.context == 4096
+    assert torch.equal(logits(loaded), logits(tiny))
+    assert (loaded.template_tokens, loaded.context, loaded.spec.loaded_as) == (tiny.template_tokens, 4096, ())
 
 
 def test_the_revision_of_a_folder_follows_its_contents(folder: Path) -> None:
     first = load_model(str(folder), device="cpu").spec.revision
-    assert load_model(str(folder), device="cpu").spec.revision == first
     (folder / "README.md").write_text("not part of the model")
     assert load_model(str(folder), device="cpu").spec.revision == first
     edit(folder / "generation_config.json", eos_token_id=[2, 7])
@@ -132,36 +113,29 @@ def test_attention_implementation_is_set() -> None:
         load_model("tiny", attn="no_such_kernel", device="cpu")
 
 
+EVIL = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+
+
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        (
-            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-            "T5ForConditionalGeneration is not a dec",
-        ),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration is not a"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a decoder-only"),
         ({"model_type": "no_such_model"}, "cannot be loaded: .*no_such_model"),
+        (EVIL, "pass --trust-remote-code"),
+        ({}, "cannot be loaded"),
     ],
 )
-def test_other_models_are_refused(folder: Path, fields: dict[str, object], complaint: str) -> None:
+def test_other_models_code_and_damaged_weights_are_refused(
+    folder: Path, fields: dict[str, object], complaint: str
+) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('this code ran')")
     edit(folder / "config.json", **fields)
-    with pytest.raises(HarnessError, match=complaint):
-        load_model(str(folder), device="cpu")
-
-
-def test_damaged_weights_are_one_line(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(HarnessError, match="cannot be loaded") as caught:
+    with pytest.raises(HarnessError, match=complaint) as caught:
         load_model(str(folder), device="cpu")
     assert "\n" not in str(caught.value)
-
-
-def test_code_of_a_folder_is_not_run_unasked(folder: Path) -> None:
-    (folder / "evil.py").write_text("raise SystemExit('this code ran')")
-    edit(folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
-    with pytest.raises(HarnessError, match="pass --trust-remote-code"):
-        load_model(str(folder), device="cpu")
 
 
 def test_the_hub_out_of_reach_is_one_line() -> None:
@@ -184,8 +158,7 @@ def test_the_packaged_model_talks(smollm2: LoadedModel) -> None:
     sample = Sample("0", "Complete the sentence: the capital of France is", " ...", ("Paris",), max_new_tokens=8)
     assert smollm2.tokenizer("hello world is ...")["input_ids"] == [28120, 905, 314, 4563]  # whatever the transformers
     assert smollm2.eos_ids == {2}
-    wrapped = wrap(smollm2.tokenizer, sample)
-    ids, border = wrapped.ids, wrapped.context
+    ids, border, _ = wrap(smollm2.tokenizer, sample)
     assert str(smollm2.tokenizer.decode(ids[:border])).endswith("the capital of France is")
     said: list[int] = []
     with torch.inference_mode():
@@ -198,6 +171,4 @@ def test_the_packaged_model_talks(smollm2: LoadedModel) -> None:
 def test_tiny_on_the_accelerator(tiny: LoadedModel) -> None:
     loaded = load_model("tiny", dtype="float32")
     assert loaded.spec.device == "cuda"
-    ids = torch.arange(5, 40)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded.model(ids.cuda()).logits.cpu(), tiny.model(ids).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(loaded), logits(tiny), rtol=1e-3, atol=1e-3)
