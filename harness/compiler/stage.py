@@ -103,7 +103,7 @@ class Workbench:
         """Return the roll-out of a prompt, which is prefilled once as far as memory goes."""
         if at not in self._held:
             prompt = self.prompts[at]
-            made = Rollout.prepare(self.engine, prompt.ids, prompt.answer, NEEDS)
+            made = Rollout(self.engine, prompt.ids, prompt.answer, NEEDS)
             if (len(self._held) + 1) * made.nbytes > HELD_BYTES:
                 return made
             self._held[at] = made

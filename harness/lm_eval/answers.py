@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 from lm_eval.models.utils import postprocess_generated_text, truncate_tokens
 
@@ -21,11 +21,10 @@ from harness.plan.sweep import PlannedCell, plan_cells
 SIDES = ("left", "middle", "right")
 
 
-@dataclass(frozen=True)
-class ScoredPair:
+class ScoredPair(NamedTuple):
     """A continuation to score after a context of at least one token. text: the context as lm-eval gave it."""
 
-    index: int
+    place: int
     task: str
     text: str
     context: tuple[int, ...]
@@ -77,7 +76,7 @@ class Answerer:
 
         Contexts come in order of their tokens, each once.
         """
-        fitted = sorted(map(self._fitted, pairs), key=lambda pair: (-len(pair.context), pair.context, pair.index))
+        fitted = sorted(map(self._fitted, pairs), key=lambda pair: (-len(pair.context), pair.context, pair.place))
         for context, group in groupby(fitted, key=lambda pair: pair.context):
             own, ids = list(group), list(context)
             cell = self._cell(ids)
@@ -125,12 +124,12 @@ class Answerer:
         """With room for the continuation but its last token, which is never fed."""
         room = self.max_length + 1 - len(pair.continuation)
         if room < 1:
+            what = f"a continuation of {len(pair.continuation)} tokens"
             raise HarnessError(
-                f"lm-eval task {pair.task}: a continuation of {len(pair.continuation)} tokens does not fit into "
-                f"max_length {self.max_length}; raise it"
+                f"lm-eval task {pair.task}: {what} does not fit into max_length {self.max_length}; raise it"
             )
         ids = tuple(self._cut(pair.context, room))
-        return replace(pair, context=ids, truncated=len(ids) < len(pair.context))
+        return pair._replace(context=ids, truncated=len(ids) < len(pair.context))
 
 
 @contextmanager

@@ -51,20 +51,17 @@ IDENTITY = "kvpolicy"  # a key of lm-eval's response cache, whose others are has
 class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """A model under one method at one budget.
 
+    dtype, trust_remote_code and device_map are those of `harness.models.load_model`. batch_size is 1; max_batch_size is
+    ignored, and tokenizer too: tasks that size their prompts by tokens (RULER) read it among the model arguments.
+
     Args:
         pretrained: a model as `harness run --model` takes it, or a loaded one.
         method: `name` or `name@preset`.
         budget: tokens per layer and KV head (128) or a kept fraction of each prompt (0.25); none for fullkv.
-        dtype: auto, float32, bfloat16 or float16.
         device: what lm-eval passes from `--device`.
-        batch_size: 1.
-        max_batch_size: ignored, since there is one batch size.
         max_length: tokens of prompt and answer together; the model's context when it is not given.
         truncation_side: which end of a longer prompt goes: left (as `hf`), right, or the middle (as LongBench).
         add_bos_token: whether texts get the tokenizer's special tokens; None is the tokenizer's own choice.
-        tokenizer: ignored; tasks that size their prompts by tokens (RULER) read it among the model arguments.
-        trust_remote_code: run the Python code that a hub repository brings.
-        device_map: of transformers, such as `auto`.
         set: parameters of the method, as `--set METHOD.PARAM=VALUE` of `harness run`.
         params: the same one by one, as they stand in `--model_args` (`recent=16`).
 
@@ -218,9 +215,9 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for group in self.answers.score(pairs):
                 for pair, logprob, greedy in group:
-                    found[pair.index] = logprob, greedy
-                    if texts[pair.index] is not None:
-                        self.cache_hook.add_partial("loglikelihood", texts[pair.index], found[pair.index])
+                    found[pair.place] = logprob, greedy
+                    if texts[pair.place] is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts[pair.place], found[pair.place])
                 bar.update(len(group))
         return [found[index] for index in range(len(pairs))]
 

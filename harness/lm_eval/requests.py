@@ -1,7 +1,9 @@
 """lm-eval's generation arguments and model arguments in this harness's terms. Refusals are one line."""
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +19,6 @@ from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.spec import MethodSpec
 
 log = logging.getLogger("harness")
-
-OWN_OPTIONS = ("device", "batch_size", "max_batch_size")
-"""What lm-eval passes beside the model arguments; inside them Python would say that it came twice."""
 
 HARMLESS = frozenset({"do_sample", "temperature", "top_p", "top_k", "typical_p", "min_p", "use_cache", "seed"})
 """Generation arguments that change nothing in a greedy generation."""
@@ -64,8 +63,7 @@ def method_cells(
     spec = planned.spec
     if spec.budgeted and budget is None:
         raise HarnessError(f"method {spec.label} needs a budget; add budget=512 (tokens) or budget=0.25 (a fraction)")
-    budgets = [] if budget is None else [plan_budget(budget)]
-    return spec, plan_cells([planned], budgets)[0]
+    return spec, plan_cells([planned], [] if budget is None else [plan_budget(budget)])[0]
 
 
 def check_alone(batch_size: object) -> None:
@@ -81,8 +79,8 @@ def check_alone(batch_size: object) -> None:
 
 
 def check_own_options(arguments: Mapping[str, Any]) -> None:
-    """Raises HarnessError for an option of lm-eval that stands inside the model arguments."""
-    for name in OWN_OPTIONS:
+    """Raises HarnessError for what lm-eval passes beside the model arguments; inside them it would come twice."""
+    for name in ("device", "batch_size", "max_batch_size"):
         if name in arguments:
             remedy = f"take it out and pass --{name} {arguments[name]}"
             raise HarnessError(f"{name}={arguments[name]} does not belong inside --model_args; {remedy}")
@@ -103,11 +101,7 @@ def tokenizer_folder(loaded: LoadedModel) -> str:
     own = str(loaded.tokenizer.name_or_path)
     if loaded.spec.name == own or (Path(own) / "tokenizer.json").is_file():
         return own
-    made = tempfile.TemporaryDirectory(prefix="tokenizer-")
-    KEPT.append(made)
-    loaded.tokenizer.save_pretrained(made.name)
-    return made.name
-
-
-KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders that go with the process."""
+    made = tempfile.mkdtemp(prefix="tokenizer-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    loaded.tokenizer.save_pretrained(made)
+    return made

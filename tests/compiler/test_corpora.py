@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.compiler.corpora import Corpus, corpus_of, kjv_paragraphs, load_corpus
+from harness.compiler.corpora import Corpus, corpus_of, load_corpus
 from harness.errors import HarnessError
 from harness.models.assets import asset_folder
 
@@ -55,24 +55,19 @@ def test_a_folder_is_read_by_name_without_headings(folder: Path) -> None:
     assert corpus.sha256 == hashlib.sha256("\n\n".join(corpus.paragraphs).encode()).hexdigest()
 
 
-def test_kjv_loses_markup_and_headings_and_is_not_run() -> None:
-    assert kjv_paragraphs(MODULE) == [
+def test_kjv_loses_markup_and_headings_and_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = text(70)
+    (tmp_path / "plain.py").write_text(MODULE.replace("GENESIS", f"GENESIS\n{prose}", 1))
+    monkeypatch.setattr("harness.compiler.corpora.fetch", {"kjv": tmp_path}.__getitem__)
+    corpus = load_corpus("kjv")
+    assert corpus.name == "kjv"
+    assert list(corpus.paragraphs) == [
         "In the beginning was the word (so it is said). And he said, It is good.",
+        *prose.split("\n\n"),
         "So he died, being old and full of days.",
         "Blessed is the man that walketh.",
         "The end of the matter is this. (He was wise in all his ways.)",
     ]
-
-    for damaged in ("bible = (", "bible = 1", "a\0b"):
-        with pytest.raises(HarnessError, match="fetch it again"):
-            kjv_paragraphs(damaged)
-
-
-def test_kjv_comes_from_the_asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "plain.py").write_text(f'bible = Bible("""{text(70)}""".replace("a", "b"))', encoding="utf-8")
-    monkeypatch.setattr("harness.compiler.corpora.fetch", {"kjv": tmp_path}.__getitem__)
-    corpus = load_corpus("kjv")
-    assert (corpus.name, corpus.paragraphs) == ("kjv", tuple(text(70).split("\n\n")))
 
 
 def test_essays_get_their_paragraphs_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

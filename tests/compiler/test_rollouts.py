@@ -38,7 +38,7 @@ ANSWER = [70, 80, 90, 75]
 
 def test_attention_of_the_answer_on_some_tokens_is_that_of_the_plain_model(engine: Engine, tiny: LoadedModel) -> None:
     prompt, watch = ids(), [7, 8, 30]
-    found = Rollout.prepare(engine, prompt, ANSWER, NEEDS).attention_on(watch)
+    found = Rollout(engine, prompt, ANSWER, NEEDS).attention_on(watch)
     plain = copy.deepcopy(tiny.model)
     plain.set_attn_implementation("eager")
     out = plain(torch.tensor([[*prompt, *ANSWER[:-1]]]), output_attentions=True)
@@ -51,7 +51,7 @@ def test_attention_of_the_answer_on_some_tokens_is_that_of_the_plain_model(engin
 def test_rows_compute_what_the_engine_computes(engine: Engine) -> None:
     cells = [Cell(policy, Budget(tokens=20) if policy.budgeted else None) for policy in POLICIES]
     outcomes = engine.run(Prompt(ids(), 40, ANSWER, Limits(2, frozenset())), cells)
-    rollout = Rollout.prepare(engine, ids(), ANSWER, NEEDS)
+    rollout = Rollout(engine, ids(), ANSWER, NEEDS)
     kept = [rollout.kept(policy.compress(rollout.view, 20 if policy.budgeted else 60)) for policy in POLICIES]
     logprobs = rollout.logprobs([torch.cat(rows) for rows in zip(*kept, strict=True)])
     divergence, nll = rollout.losses(logprobs)
@@ -63,7 +63,7 @@ def test_rows_compute_what_the_engine_computes(engine: Engine) -> None:
 
 
 def test_divergence_and_nll_by_hand(engine: Engine) -> None:
-    rollout = Rollout.prepare(engine, ids(), ANSWER, NEEDS)
+    rollout = Rollout(engine, ids(), ANSWER, NEEDS)
     rows = torch.log_softmax(torch.randn(2, len(ANSWER), rollout.full.shape[1]), dim=-1)
     divergence, nll = rollout.losses(rows)
     for row in range(2):
@@ -76,7 +76,7 @@ def test_divergence_and_nll_by_hand(engine: Engine) -> None:
 
 
 def test_a_descent_lowers_the_divergence_and_goes_on_where_it_stopped(engine: Engine) -> None:
-    rollout = Rollout.prepare(engine, ids(), ANSWER, FORM.needs)
+    rollout = Rollout(engine, ids(), ANSWER, FORM.needs)
     budgets, steps = (16, 28), 30
 
     def descended(count: int, state: dict[str, Any] | None = None) -> Descent:
@@ -103,8 +103,8 @@ def test_a_descent_lowers_the_divergence_and_goes_on_where_it_stopped(engine: En
 
 
 def test_a_rollout_leaves_the_prompt_as_it_was(engine: Engine) -> None:
-    rollout = Rollout.prepare(engine, ids(), ANSWER, FORM.needs)
+    rollout = Rollout(engine, ids(), ANSWER, FORM.needs)
     before = [kv.keys.clone() for kv in rollout.kvs]
-    first, again = (rollout.logprobs([rollout.all_kept(i) for i in rollout.compressible]) for _ in range(2))
+    first, again = (rollout.logprobs(rollout.all_kept()) for _ in range(2))
     assert torch.equal(first, again)
     assert all(torch.equal(kv.keys, old) for kv, old in zip(rollout.kvs, before, strict=True))
