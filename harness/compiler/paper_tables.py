@@ -55,10 +55,7 @@ class Observed:
 
 
 class Published:
-    """Compiles both tables from the training prompts of a workbench.
-
-    signals: [P, 2] of all its prompts, their entropy in nats and perplexity.
-    """
+    """Compiles both tables from training prompts. signals: [P, 2] of all prompts, their entropy in nats and perplexity."""
 
     def __init__(self, bench: Workbench, signals: Tensor) -> None:
         self.bench, self.budgets, self.seed = bench, bench.spec.budgets, bench.spec.seed

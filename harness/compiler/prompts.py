@@ -69,9 +69,8 @@ def calibration_samples(
 
     lengths: least and most tokens of a prompt, chat template included. A prompt ends with a whole sentence, so it has
     between `LEAST_FILL` of its drawn length and all of it; where least and most are closer than that, it may have
-    fewer than the least. Ids are `{corpus}/{family}/{index}`. Meta: family, corpus, length (the
-    drawn one), depth in percent and needles where something is asked for.
-    Raises HarnessError for reversed lengths, or ones that the corpus has no prompt of.
+    fewer than the least. Ids are `{corpus}/{family}/{index}`. Meta: family, corpus, length (the drawn one), depth in
+    percent and needles where something is asked for. Raises HarnessError for lengths that the corpus has no prompt of.
     """
     if not 1 <= lengths[0] <= lengths[1]:
         raise HarnessError(f"calibration lengths {lengths[0]} to {lengths[1]}: give the least and the most tokens")

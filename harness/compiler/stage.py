@@ -71,10 +71,7 @@ class Calibration(NamedTuple):
 
 
 class Workbench:
-    """Holds one compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation.
-
-    folder: gets the roll-outs and the state of every estimate.
-    """
+    """Holds one compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation."""
 
     def __init__(self, spec: CompileSpec, folder: Path) -> None:
         self.spec, self.folder = spec, folder
@@ -84,8 +81,7 @@ class Workbench:
         self.prompts = calibration_prompts(corpora, self.loaded, spec)
         self.corpora = {corpus.name: corpus.sha256 for corpus in corpora}
         decided = spec.model_dump(mode="json", exclude={"published"})  # which adds stages and changes none
-        identity = {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora}
-        self.saved = SavedState(folder, identity)
+        self.saved = SavedState(folder, {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora})
         self._held: dict[int, Rollout] = {}
         probe = self.engine.prefill(self.prompts[0].ids[:8], Needs(window=1)).view
         queries, keys = probe.layers[0].queries, probe.layers[0].kv.keys
@@ -145,7 +141,6 @@ class Workbench:
         return torch.tensor([self.saved.found[stage, self.prompts[at].id] for at in prompts])
 
     def bar(self, what: str, total: int, done: int) -> Any:
-        """Return a progress bar with the time left."""
         slow = 0.5 if sys.stderr.isatty() else 30.0
         return tqdm(total=total, initial=done, desc=what, unit="prompt", mininterval=slow, dynamic_ncols=True)
 

@@ -213,14 +213,9 @@ def hooked(press: Any, layer: LayerView, *, whole: bool = False) -> KV:
     module: Any = source.module
     at = torch.arange(layer.tokens, device=kv.keys.device)
     own = SimpleNamespace(keys=kv.keys.clone(), values=kv.values.clone())
-    given = {
-        "hidden_states": source.hidden,
-        "position_embeddings": source.rope,
-        "past_key_values": SimpleNamespace(layers={module.layer_idx: own}),
-        "cache_position": at,
-        "position_ids": at.unsqueeze(0),
-        "attention_mask": None,
-    }
+    given: dict[str, Any] = {"hidden_states": source.hidden, "position_embeddings": source.rope, "attention_mask": None}
+    given |= {"past_key_values": SimpleNamespace(layers={module.layer_idx: own})}
+    given |= {"cache_position": at, "position_ids": at.unsqueeze(0)}
     seen = layer.attention(layer.tokens).flatten(1, 2).to(kv.keys.dtype) if whole else None
     module.masked_key_indices = None
     with Tracked(own.keys, own.values) as tracked:
@@ -233,13 +228,10 @@ def hooked(press: Any, layer: LayerView, *, whole: bool = False) -> KV:
     if masked is not None:
         positions = positions.clone()
         positions[tuple(x.to(at.device) for x in masked)] = -1
-    return packed(KV(own.keys, own.values, positions))
-
-
-def packed(kv: KV) -> KV:
-    """Return the same slots in the order of their tokens, without the columns that are empty for every head."""
-    absent = kv.positions < 0
-    order = kv.positions.masked_fill(absent, WHOLE).argsort(dim=-1)
+    kv = KV(
+        own.keys, own.values, positions
+    )  # now in the order of tokens, without columns that are empty for every head
+    order = positions.masked_fill(positions < 0, WHOLE).argsort(dim=-1)
     return kv.take(order[..., : int(kv.live.max())])
 
 

@@ -68,6 +68,10 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     Raises HarnessError, in one line, for bad input.
     """
 
+    batch_size = 1
+    max_gen_toks = 256
+    """Tokens to generate where a task names no number, as in `hf`."""
+
     def __init__(
         self,
         pretrained: str | LoadedModel = "smollm2-135m",
@@ -95,6 +99,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.loaded, self.tokenizer, self.add_bos_token = pretrained, pretrained.tokenizer, add_bos_token
         self.spec, planned = method_cells(pretrained, method, budget, {**(set or {}), **params})
         self.answers = Answerer(pretrained, planned, max_length=max_length, side=truncation_side)
+        self.max_length, self._device = self.answers.max_length, self.answers.engine.model.device
         self.notes: dict[str, None] = {}
 
     @classmethod
@@ -104,8 +109,8 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
         check_own_options(arg_dict)
-        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        return cls(**arg_dict, **given)
+        made: Self = super().create_from_arg_obj(arg_dict, additional_config)
+        return made
 
     @property
     def eot_token_id(self) -> int:
@@ -117,23 +122,6 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """What stands in for an empty context: BOS, or end of text where there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
-
-    @property
-    def max_length(self) -> int:
-        return self.answers.max_length
-
-    @property
-    def max_gen_toks(self) -> int:
-        """The tokens to generate where a task names no number, as in `hf`."""
-        return 256
-
-    @property
-    def batch_size(self) -> int:
-        return 1
-
-    @property
-    def device(self) -> Any:
-        return self.answers.engine.model.device
 
     @property
     def tokenizer_name(self) -> str:

@@ -68,7 +68,7 @@ def load_model(
     if device_map is not None:
         need("accelerate", f"device_map={device_map} spreads a model", other="name one device")
     options = {"trust_remote_code": trust_remote_code, "device_map": device_map, "place": place}
-    with _quiet(), _one_line(source):
+    with _quiet(source):
         parts = read_model(source, kind, **options)
         model = parts[0]
         if attn is not None:
@@ -88,7 +88,7 @@ def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: boo
     away = dtype == "auto" and place.type == "cuda" and not torch.cuda.is_available()
     kind = torch.bfloat16 if away else resolve_dtype(dtype, place)
     options = {"trust_remote_code": trust_remote_code, "weights": False}
-    with _quiet(), _one_line(source):
+    with _quiet(source):
         parts = read_model(source, kind, **options)
     return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
 
@@ -132,10 +132,7 @@ def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | No
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return a device that is there. `auto`, and the first of `auto-map`: cuda or cpu; mps only when asked for.
-
-    Raises HarnessError.
-    """
+    """Return a device that is there, or raise HarnessError. `auto`, and the first of `auto-map`: cuda or cpu, not mps."""
     if device in ("auto", AUTO_MAP):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -149,10 +146,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
-    """Return the dtype weights and cache are held in.
-
-    auto is bfloat16 where the processor multiplies it natively, else float16 on a GPU and float32 on a CPU.
-    """
+    """The dtype of weights and cache; auto: bfloat16 if the processor multiplies it, else float16 (GPU), float32 (CPU)."""
     check_dtype(dtype)
     if dtype != "auto":
         return DTYPES[dtype]
@@ -171,22 +165,14 @@ def _native_bf16() -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bars and no advice of transformers; as before afterwards."""
+def _quiet(source: ModelSource) -> Iterator[None]:
+    """No loading bars and no advice of transformers, and what a loader raises as one line.
+
+    Hub, file and architecture troubles all arrive as these types.
+    """
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _one_line(source: ModelSource) -> Iterator[None]:
-    """What a loader raises, as one line. Hub, file and architecture troubles all arrive as these types."""
     try:
         yield
     except HarnessError:
@@ -195,6 +181,10 @@ def _one_line(source: ModelSource) -> Iterator[None]:
         line = " ".join(str(error).split()) or type(error).__name__
         why = line if len(line) <= 300 else f"{line[:300]}..."
         raise HarnessError(f"model {source.name!r} cannot be loaded: {why}; {_remedy(source, line)}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _remedy(source: ModelSource, line: str) -> str:

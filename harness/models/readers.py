@@ -73,8 +73,7 @@ def read_model(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
 
 def _read_adapted(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """The base model with the adapter's weights added to its own. revision: of the base and of the adapter's files."""
-    base, folder = source.adapted, source.path
-    assert base is not None and folder is not None
+    base, folder = str(source.adapted), Path(source.name).expanduser()
     need("peft", f"{source.name!r} is a peft adapter of {base}", other="merge it and give the merged folder")
     whole = ModelSource(base, "folder", Path(base)) if Path(base).is_dir() else ModelSource(base, "hub")
     model, tokenizer, revision = read_model(whole, kind, **options)
@@ -163,13 +162,12 @@ def _dequantised(name: str) -> Path:
         gguf = next(fetch(name).glob("*.gguf"))
         print(f"preparing {name}, once", file=sys.stderr, flush=True)
         model, tokenizer = _read(str(gguf.parent), torch.float32, gguf_file=gguf.name)
-        config = model.config
+        config, into = model.config, scratch / "files"
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.architectures = [type(model).__name__]
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if key not in tied}
-        into = scratch / "files"
         into.mkdir()
         save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
         for part in (config, model.generation_config, tokenizer):

@@ -23,6 +23,7 @@ from harness.records.run_folder import find_runs, load_run
 from methods.compilerkv.form import Form
 from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.tables import load_tables
+from tests.tiny_run import FAST
 
 FORMS = (Form(window=4, kernel=9, whole=0.3), Form(window=8, kernel=9, whole=0.0), Form(window=8, kernel=1, whole=0.0))
 
@@ -76,17 +77,16 @@ def test_an_artefact_says_what_it_is_and_how_sure(compiled: Path, corpus: Path) 
     tables = load_tables(compiled)
     manifest = tables.manifest
     assert (manifest.kind, manifest.model, manifest.budgets, manifest.seed) == ("compiled", "tiny", (64, 128), 0)
-    assert manifest.form is not None and manifest.command == ("harness", "compile")
-    assert tables.budget.shape == (2, 4, 2)
+    assert manifest.command == ("harness", "compile") and tables.budget.shape == (2, 4, 2)
     prompts = Compiler(spec(corpus), compiled).bench.prompts
     assert len(prompts) == 20 and set(manifest.prompts) == {token_sha256(prompt.ids) for prompt in prompts}
     assert {prompt.family for prompt in prompts} == {"continuation", "copy", "needle", "multikey", "tracking"}
     report = manifest.report
     assert (report["training_prompts"], report["validation_prompts"]) == (15, 5)
     assert -1 <= report["halves_spearman"] <= 1
-    first, form = Form.model_validate_json(next(iter(report["form"]["best"]))), manifest.form
+    first, form = (Form.model_validate_json(next(iter(report[stage]["best"]))) for stage in ("form", "basis"))
     assert first in FORMS and form.model_copy(update={"basis": first.basis, "gate": first.gate}) == first
-    assert form == Form.model_validate_json(next(iter(report["basis"]["best"])))
+    assert form == manifest.form
     for i, budget in enumerate((64, 128)):
         gains = {rival: report["validation"][str(budget)][f"over_{rival}"] for rival in ("uniform", "shuffled")}
         assert all(gain["low"] <= gain["mean"] <= gain["high"] for gain in gains.values())
@@ -131,10 +131,8 @@ def test_the_same_seed_gives_the_same_tables_and_a_stopped_compilation_goes_on(
 def test_a_run_uses_the_tables_but_not_on_their_own_prompts(
     compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["run", "--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "compilerkv", "--budgets"]
-    run += ["64", "--tasks", "stdlib/next_line", "--lengths", "512", "--limit", "2", "--max-new-tokens", "4"]
-    run += ["--set", f"compilerkv.tables={compiled}", "--out", str(tmp_path)]
-    assert main(run) == 0
+    run = ["run", *FAST, "--methods", "compilerkv", "--budgets", "64", "--limit", "2", "--set"]
+    assert main([*run, f"compilerkv.tables={compiled}", "--out", str(tmp_path)]) == 0
     manifest, records = load_run(*find_runs(tmp_path))
     assert [record.status for record in records] == ["ok", "ok"]
     assert manifest.spec.methods[0].params["tables_sha256"] == load_tables(compiled).manifest.tensors_sha256
@@ -146,7 +144,7 @@ def test_a_run_uses_the_tables_but_not_on_their_own_prompts(
         ({"model_revision": "another"}, "this model is"),
     ):
         (seen / "manifest.json").write_text(json.dumps(fields | changed))
-        assert main([*run[:-3], f"compilerkv.tables={seen}", "--out", str(tmp_path / "other")]) == 2
+        assert main([*run, f"compilerkv.tables={seen}", "--out", str(tmp_path / "other")]) == 2
         assert complaint in capsys.readouterr().err
 
 
