@@ -55,7 +55,7 @@ class Observed:
 
 
 class Published:
-    """Compiles both tables from training prompts. signals: [P, 2] of all prompts, their entropy in nats and perplexity."""
+    """Compiles both tables from training prompts. signals: [P, 2] of all prompts, entropy in nats and perplexity."""
 
     def __init__(self, bench: Workbench, signals: Tensor) -> None:
         self.bench, self.budgets, self.seed = bench, bench.spec.budgets, bench.spec.seed

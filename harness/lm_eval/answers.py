@@ -140,7 +140,7 @@ class Answerer:
         return str(postprocess_generated_text(generated, list(until), None))
 
     def score(self, pairs: Iterable[ScoredPair]) -> Iterator[list[tuple[ScoredPair, float, bool]]]:
-        """Yield, each context once, its continuations' log-probability in nats and whether greedy decoding gives them."""
+        """Yield, each context once, its continuations' log-probability (nats) and whether greedy decoding gives it."""
         fitted = sorted(map(self._fitted, pairs), key=lambda pair: (-len(pair.context), pair.context, pair.place))
         for context, group in groupby(fitted, key=lambda pair: pair.context):
             own, ids = list(group), list(context)

@@ -132,7 +132,7 @@ def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | No
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return a device that is there, or raise HarnessError. `auto`, and the first of `auto-map`: cuda or cpu, not mps."""
+    """A device that is there, or HarnessError. `auto` and the first of `auto-map`: cuda or cpu; mps when asked for."""
     if device in ("auto", AUTO_MAP):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -146,7 +146,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
-    """The dtype of weights and cache; auto: bfloat16 if the processor multiplies it, else float16 (GPU), float32 (CPU)."""
+    """The dtype of weights and cache. auto: bfloat16 where it is native, else float16 on a GPU and float32 on a CPU."""
     check_dtype(dtype)
     if dtype != "auto":
         return DTYPES[dtype]
