@@ -79,22 +79,22 @@ def _read(path: Path) -> ResultsFile | None:
     if "kv_method" not in config:
         log.warning("%s: a run of model %s, of which nothing was measured; left out", path, config.get("model"))
         return None
-    samples = {}
-    for file in sorted(path.parent.glob(f"samples_*_{stamp[1]}.jsonl")):
+    samples, ending = {}, f"_{stamp[1]}.jsonl"
+    for file in sorted(path.parent.glob(f"samples_*{ending}")):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        task = file.name.removeprefix("samples_").removesuffix(f"_{stamp[1]}.jsonl")
-        samples[task] = [line for line in lines if line["filter"] == lines[0]["filter"]]
+        own = [line for line in lines if line["filter"] == lines[0]["filter"]]
+        samples[file.name.removeprefix("samples_").removesuffix(ending)] = own
     if not samples:
         raise HarnessError(f"{path} has no samples beside it; run lm-eval again with --log_samples")
     return ResultsFile(path, results, samples)
 
 
 def _spec(one: ResultsFile) -> RunSpec:
-    results, config = one.results, one.results["config"]
+    config = one.results["config"]
     limit = config.get("limit")
     return RunSpec(
         model=ModelSpec(**config["kv_model"]),
-        tasks=tuple(_task_spec(results, task, lines) for task, lines in one.samples.items()),
+        tasks=tuple(_task_spec(one.results, task, lines) for task, lines in one.samples.items()),
         methods=(MethodSpec(**config["kv_method"]),),
         budgets=(config["kv_budget"],),
         lengths=(),

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -26,12 +26,8 @@ NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
 """Generation arguments that change nothing at these values."""
 
 
-class Generation(NamedTuple):
-    """How long a generation is and where its text is cut."""
-
-    max_new_tokens: int
-    min_new_tokens: int
-    until: tuple[str, ...]
+Generation = tuple[int, int, tuple[str, ...]]
+"""The most and the least tokens of a generation, and where its text is cut."""
 
 
 def generation(gen_kwargs: Mapping[str, Any], *, default: int, eos: str | None) -> Generation:
@@ -50,7 +46,7 @@ def generation(gen_kwargs: Mapping[str, Any], *, default: int, eos: str | None) 
             raise HarnessError(f"generation argument {name}={value!r} is not supported by kvpolicy; leave it out")
     if length < 1:
         raise HarnessError(f"max_gen_toks {length} generates nothing; give at least 1")
-    return Generation(length, least, tuple(text for text in until if text))
+    return length, least, tuple(text for text in until if text)
 
 
 def method_cells(

@@ -1,16 +1,19 @@
-"""The lm-eval plugin on the tiny model: beside lm-eval's own `hf`, on compressed caches, and what it refuses."""
+"""The lm-eval plugin on the tiny and the packaged model: beside `hf`, on compressed caches, and what it refuses."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from harness.engine.types import Limits, Prompt
 from harness.errors import HarnessError
@@ -18,6 +21,8 @@ from harness.lm_eval.plugin import KVPolicyLM
 from harness.lm_eval.requests import generation
 from harness.models.load import LoadedModel, load_model
 
+ROOT = Path(__file__).resolve().parents[2]
+RULER = Path(lm_eval.__file__).parent / "tasks" / "ruler"
 TEXT = "The ferry left the harbour at noon and the lantern on its mast was lit although the sun stood high. "
 GREEDY = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 24, "until": []}
 CHOICES = (" a lantern", " no", " the harbour at noon", " x")
@@ -72,8 +77,7 @@ def test_log_probabilities_are_those_of_hf(hf: HFLM, full: KVPolicyLM) -> None:
 
 
 def test_what_greedy_decoding_gives_is_greedy(full: KVPolicyLM) -> None:
-    prompt = full.tok_encode(TEXT)
-    ids = greedy_ids(full)
+    prompt, ids = full.tok_encode(TEXT), greedy_ids(full)
     pairs = [(("", ""), prompt, ids), (("", ""), prompt, [*ids[:-1], ids[-1] ^ 1])]
     assert [greedy for _, greedy in full._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True, False]
 
@@ -137,9 +141,9 @@ def test_generation_is_compressed_and_measured(tiny: LoadedModel, full: KVPolicy
     assert lm.generate_until(requests, disable_tqdm=True) != full.generate_until(requests, disable_tqdm=True)
     info, tokens = lm.get_model_info(), len(lm.tok_encode(TEXT * 4))
     assert (info["kv_method"]["label"], info["kv_budget"]) == ("snapkv[recent=8]", "0.25")
-    assert info["kv_kept_tokens"] == round(tokens / 4)
-    assert info["kv_bytes"] == 4 * 2 * round(tokens / 4) * 16 * 4 * 2  # layers, heads, tokens, dims, float32, k and v
-    assert info["kv_full_bytes"] == 4 * 2 * tokens * 16 * 4 * 2
+    quarter, token = round(tokens / 4), 4 * 2 * 16 * 4 * 2  # layers, heads, dims, float32, k and v
+    assert (info["kv_kept_tokens"], info["kv_bytes"]) == (quarter, quarter * token)
+    assert info["kv_full_bytes"] == tokens * token
 
 
 def test_a_context_below_the_budget_is_marked_and_said_once(
@@ -196,9 +200,12 @@ def test_a_generation_ends_at_every_end_of_text(tiny: LoadedModel, full: KVPolic
         ({"method": "snapkv", "budget": 8, "recnt": 4}, "did you mean 'recent'"),
         ({"truncation_side": "up"}, "truncation_side 'up' is unknown"),
         ({"max_length": 1}, "max_length 1 is too small"),
+        ({}, "WORLD_SIZE is 2"),
     ],
 )
-def test_refusals(tiny: LoadedModel, arguments: dict[str, Any], message: str) -> None:
+def test_refusals(tiny: LoadedModel, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not arguments:
+        monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HarnessError, match=message) as refusal:
         KVPolicyLM(pretrained=tiny, **arguments)
     assert "\n" not in str(refusal.value)
@@ -225,12 +232,6 @@ def test_refused_generation_arguments(full: KVPolicyLM, changed: dict[str, Any],
         full.generate_until(ask("generate_until", (TEXT, {**GREEDY, **changed})), disable_tqdm=True)
 
 
-def test_a_launcher_of_several_processes_is_refused(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(HarnessError, match="WORLD_SIZE is 2"):
-        KVPolicyLM(pretrained=tiny)
-
-
 def test_a_response_cache_of_another_policy_is_refused(tiny: LoadedModel, full: KVPolicyLM) -> None:
     hook = SimpleNamespace(dbdict={})
     for lm in (full, KVPolicyLM(pretrained=tiny)):
@@ -239,3 +240,34 @@ def test_a_response_cache_of_another_policy_is_refused(tiny: LoadedModel, full: 
         KVPolicyLM(pretrained=tiny, method="snapkv", budget=8).set_cache_hook(hook)
     with pytest.raises(HarnessError, match="answers of another model"):
         full.set_cache_hook(SimpleNamespace(dbdict={"some hash": "an answer"}))
+
+
+def built(known: TaskManager, name: str, samples: int) -> list[Any]:
+    (task,) = known.load([name])["tasks"].values()
+    task.build_all_requests(limit=samples)
+    return list(task.instances)
+
+
+@pytest.mark.model
+def test_the_packaged_model_answers_as_hf_and_loses_the_names_with_their_half_of_the_cache(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nltk")
+    hf = HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=1, max_length=smollm2.context)
+    own = load_model("smollm2-135m", dtype="float32", device="cpu")  # the plugin replaces a model's attention
+    full, half = KVPolicyLM(pretrained=own), KVPolicyLM(pretrained=own, method="streamingllm", budget=0.5)
+    metadata = {"tokenizer": full.tokenizer_folder, "max_seq_lengths": [512]}
+    asked = built(TaskManager(include_path=RULER, include_defaults=False, metadata=metadata), "niah_single_1", 1)
+    texts = full.generate_until(asked, disable_tqdm=True)
+    assert texts == hf.generate_until(asked, disable_tqdm=True)
+    assert asked[0].doc["outputs"][0] in texts[0]
+    monkeypatch.chdir(ROOT)  # the example names its rows from there
+    questions = built(TaskManager(include_defaults=False), "examples/lm_eval/kv_choices.yaml", 4)  # of 4 choices each
+    mine, other = (lm.loglikelihood(questions[:4], disable_tqdm=True) for lm in (full, hf))
+    assert [x for x, _ in mine] == pytest.approx([x for x, _ in other], abs=1e-4)
+    assert [greedy for _, greedy in mine] == [greedy for _, greedy in other]
+    right = []
+    for lm in (full, half):
+        scores = torch.tensor([x for x, _ in lm.loglikelihood(questions, disable_tqdm=True)]).view(4, 4)
+        right.append(sum(map(int.__eq__, scores.argmax(dim=1).tolist(), [q.doc["label"] for q in questions[::4]])))
+    assert right[0] == 4 and right[1] <= 1  # a guess

@@ -84,11 +84,9 @@ def test_tiny_is_the_same_every_time_and_does_not_touch_the_generator(tiny: Load
 def test_tiny_as_described(tiny: LoadedModel) -> None:
     config = tiny.model.config
     heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    assert heads == (4, 4, 2, 16)
-    assert tiny.context == 4096
+    assert (*heads, tiny.context) == (4, 4, 2, 16, 4096)
     assert tiny.eos_ids == {tiny.tokenizer.convert_tokens_to_ids("<|end|>")}
-    assert not tiny.model.training
-    assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
+    assert not tiny.model.training and not any(parameter.requires_grad for parameter in tiny.model.parameters())
 
 
 def test_bfloat16_tiny_keeps_its_rope_exact(tiny: LoadedModel) -> None:
@@ -155,12 +153,9 @@ def test_the_hub_out_of_reach_is_one_line() -> None:
 
 
 def test_manifest_facts_are_json_and_name_what_runs() -> None:
-    facts = machine()
-    assert json.loads(json.dumps(facts)) == facts
-    assert facts["cores"] >= 1
-    assert facts["torch_threads"] == torch.get_num_threads()
-    assert versions()["torch"] == torch.__version__
-    commit = git_commit()
+    facts, commit = machine(), git_commit()
+    assert json.loads(json.dumps(facts)) == facts and facts["cores"] >= 1
+    assert (facts["torch_threads"], versions()["torch"]) == (torch.get_num_threads(), torch.__version__)
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
 
 
@@ -189,17 +184,13 @@ def test_a_missing_package_is_one_line(folder: Path, adapter: Path, monkeypatch:
             load_model(str(path), device=device)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{"])
-def test_an_adapter_without_a_base_is_one_line(adapter: Path, text: str) -> None:
-    (adapter / "adapter_config.json").write_text(text)
-    with pytest.raises(HarnessError, match="that names no base model"):
-        load_model(str(adapter), device="cpu")
-
-
-def test_an_adapter_beside_a_whole_model_is_refused(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/name"}))
-    with pytest.raises(HarnessError, match="and a config.json of a whole model; keep the one"):
-        load_model(str(folder), device="cpu")
+def test_an_adapter_without_a_base_or_beside_a_whole_model_is_refused(adapter: Path, folder: Path) -> None:
+    nameless, whole = "that names no base model", "and a config.json of a whole model; keep the one"
+    named = '{"base_model_name_or_path": "org/name"}'
+    for path, text, complaint in (*((adapter, text, nameless) for text in ("{}", "[]", "{")), (folder, named, whole)):
+        (path / "adapter_config.json").write_text(text)
+        with pytest.raises(HarnessError, match=complaint):
+            load_model(str(path), device="cpu")
 
 
 @without_peft
@@ -228,12 +219,9 @@ def test_an_adapter_is_merged(folder: Path, tmp_path: Path, tiny: LoadedModel) -
 @without_accelerate
 def test_a_device_map_is_passed_on_and_recorded(folder: Path, tiny: LoadedModel) -> None:
     loaded = load_model(str(folder), dtype="float32", device="auto-map")
-    torch.testing.assert_close(logits(loaded).cpu(), logits(tiny))
+    torch.testing.assert_close(logits(loaded), logits(tiny))
     assert loaded.spec.loaded_as[0].startswith(f"device_map auto: {loaded.spec.device}")
     assert loaded.spec.device in ("cpu", "cuda")
-
-
-def test_tiny_takes_a_device_map_too() -> None:
     assert load_model("tiny", device="auto-map").spec.loaded_as == ()
 
 

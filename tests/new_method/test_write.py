@@ -34,10 +34,10 @@ def test_a_checkout_gets_a_method_its_test_and_a_line(checkout: Path) -> None:
     assert written == [checkout / name for name in names]
     change = "## Unreleased\n\n- Method `made_up`: tokens whose keys have the smallest norm.\n- Before.\n\n## 0.1\n"
     assert change in written[2].read_text()
-    again = [path.read_text() for path in written]
+    texts = [path.read_text() for path in written]
     with pytest.raises(HarnessError, match=r"made_up.py is there already and stays"):
         new_method("made_up", where=checkout)
-    assert [path.read_text() for path in written] == again
+    assert [path.read_text() for path in written] == texts
 
 
 def test_a_package_passes_its_tests_and_the_linters(tmp_path: Path) -> None:
