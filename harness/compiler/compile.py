@@ -30,6 +30,7 @@ from harness.compiler.retrieval_heads import by_retrieval
 from harness.compiler.stage import Candidate, CompileSpec, Workbench
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
+from harness.models.prompt import token_sha256
 from methods.compilerkv.form import Form
 from methods.compilerkv.manifest import Manifest
 from methods.compilerkv.policy import folder_of
@@ -66,8 +67,7 @@ class Compiler:
         tensors = {"budget": shares.clone(), "retrieval": by_retrieval(self.bench, form, training)}
         reasons: dict[str, str] = {}
         for row, budget in enumerate(self.spec.budgets):
-            why = no_gain(report["validation"][str(budget)], "uniform")
-            if why:
+            if why := no_gain(report["validation"][str(budget)], "uniform"):
                 tensors["budget"][row] = 1.0
                 reasons[f"budget {budget}"] = why
         signals = self.signals()
@@ -80,7 +80,7 @@ class Compiler:
             tensors, reasons = tensors | found, reasons | unearned
         else:
             reasons |= {"head": "not compiled", "gate": "not compiled"}
-        return self._write(form, tensors, reasons, report, command)
+        return self._write(tensors, command, form=form, neutral=reasons, report=report)
 
     def choose_form(self) -> tuple[Form, dict[str, Any]]:
         """Return the score with the least divergence at uniform budgets, or the one asked for, and a report."""
@@ -97,8 +97,9 @@ class Compiler:
     def _best(self, stage: str, forms: Sequence[Form]) -> tuple[Form, dict[str, Any]]:
         names = [form.model_dump_json(exclude_defaults=True) for form in forms]
         asked = self.bench.training[:FORM_PROMPTS]
+        tight = [budget for budget in self.spec.budgets if budget <= self.spec.lengths[0] / 2]  # tells forms apart
         uniform: list[Candidate] = [(form, ()) for form in forms]
-        losses = self.bench.compare(stage, asked, [(budget, uniform) for budget in self._tight()])
+        losses = self.bench.compare(stage, asked, [(budget, uniform) for budget in tight or self.spec.budgets[:1]])
         best, report = choose(losses, [self.bench.prompts[at].family for at in asked])
         ranked = sorted(range(len(forms)), key=lambda i: report["scores"][i])[:5]
         summary = {name: report[name] for name in ("left_out_ratio", "often")}
@@ -126,13 +127,12 @@ class Compiler:
         checked = bench.found("check", bench.validation)[:, :, 1]
         report = risk_gain(checked, signals[bench.validation], budgets, risk=risk, seed=self.spec.seed)
         still = "training prompts lost least with slopes of 0"
-        reasons = {
-            budget: no_gain(found, "even shares") if any(found["slopes"]) else still for budget, found in report.items()
-        }
-        for row, budget in enumerate(budgets):
-            if reasons[str(budget)]:
+        reasons = dict[str, str]()
+        for row, (budget, gained) in enumerate(report.items()):
+            if why := no_gain(gained, "even shares") if any(gained["slopes"]) else still:
                 risk[row, :, 0] = 0.0
-        return risk, report | {"neutral": {budget: why for budget, why in reasons.items() if why}}
+                reasons[budget] = why
+        return risk, report | {"neutral": reasons}
 
     def check(self, form: Form, shares: Tensor) -> dict[str, Any]:
         """Return the gains of the tables on validation prompts, for each budget."""
@@ -145,19 +145,7 @@ class Compiler:
         losses = self.bench.compare("check", self.bench.validation, compared)
         return {str(budget): gains(losses[:, i], seed=self.spec.seed) for i, budget in enumerate(self.spec.budgets)}
 
-    def _tight(self) -> tuple[int, ...]:
-        """Budgets at which forms are told apart: those of at most a third of the shortest prompt."""
-        tight = tuple(budget for budget in self.spec.budgets if budget <= self.spec.lengths[0] / 2)
-        return tight or self.spec.budgets[:1]
-
-    def _write(
-        self,
-        form: Form,
-        tensors: dict[str, Tensor],
-        reasons: dict[str, str],
-        report: dict[str, Any],
-        command: Sequence[str],
-    ) -> Tables:
+    def _write(self, tensors: dict[str, Tensor], command: Sequence[str], **decided: Any) -> Tables:
         spec, bench = self.spec, self.bench
         named = ", ".join(f"{name} ({sha256[:12]})" for name, sha256 in bench.corpora.items())
         manifest = Manifest(
@@ -169,12 +157,10 @@ class Compiler:
             seed=spec.seed,
             model=bench.loaded.spec.name,
             model_revision=bench.loaded.spec.revision,
-            form=form,
-            neutral=reasons,
-            prompts=tuple(sorted(prompt.sha256 for prompt in bench.prompts)),
-            report=report,
+            prompts=tuple(sorted(token_sha256(prompt.ids) for prompt in bench.prompts)),
             command=tuple(command),
             git_commit=git_commit(),
             made_on={**machine(), "versions": versions()},
+            **decided,
         )
         return save_tables(Tables(manifest, **(neutral(bench.shapes, spec.budgets).tensors | tensors)), self.folder)

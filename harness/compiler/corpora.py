@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import punkt
@@ -62,12 +62,10 @@ class Corpus:
         """
         at = int(place % 1.0 * self.starts[-1])
         first = bisect_right(self.starts, at) - 1
-        offsets = [start for start, _ in _sentences(self.paragraphs[first])]
-        skipped = sum(start < at - self.starts[first] for start in offsets)
-        yield from _pieces(self.paragraphs[first])[skipped:]
-        for paragraph in (*self.paragraphs[first + 1 :], *self.paragraphs[:first]):
-            yield from _pieces(paragraph)
-        yield from _pieces(self.paragraphs[first])[:skipped]
+        pieces = _pieces(self.paragraphs[first])
+        skipped = sum(start < at - self.starts[first] for start, _ in _sentences(self.paragraphs[first]))
+        others = map(_pieces, (*self.paragraphs[first + 1 :], *self.paragraphs[:first]))
+        yield from chain(pieces[skipped:], chain.from_iterable(others), pieces[:skipped])
 
 
 def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
@@ -83,8 +81,7 @@ def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
 def load_corpus(name: str) -> Corpus:
     """Return the corpus of this name, or of the folder at this path. Its name is then the folder's.
 
-    Raises:
-        HarnessError: unknown name, a folder without readable text, too little prose, or an asset that cannot be had.
+    Raises HarnessError: unknown name, a folder without readable text, too little prose, an asset that cannot be had.
     """
     if name in CORPORA:
         return corpus_of(name, CORPORA[name]())
@@ -130,26 +127,14 @@ def _read(path: Path) -> str:
 
 
 def _kjv() -> list[str]:
-    (path,) = fetch("kjv").iterdir()
-    return kjv_paragraphs(_read(path))
+    """The longest string literal of `plain_text_readers_bible.py`, its text without verse numbers.
 
-
-def kjv_paragraphs(module: str) -> list[str]:
-    """Return paragraphs of a `plain_text_readers_bible.py`: its text without verse numbers, the longest string literal.
-
-    The module is parsed and never run. Brackets mark words that the translators added; only the marks are dropped.
-    One missing line break between two books is put back.
-
-    Raises:
-        HarnessError: this is no Python module, or one without a string.
+    The module, an asset whose checksum was checked, is parsed and never run. Brackets mark words that the translators
+    added; only the marks are dropped. One missing line break between two books is put back.
     """
-    try:
-        nodes = list(ast.walk(ast.parse(module)))
-    except (SyntaxError, ValueError) as error:
-        raise HarnessError(f"the asset kjv is not the module it should be ({error}); fetch it again") from None
+    (path,) = fetch("kjv").iterdir()
+    nodes = ast.walk(ast.parse(_read(path)))
     literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    if not literals:
-        raise HarnessError("the asset kjv has no text; fetch it again")
     text = re.sub(r"[\[\]]", "", max(literals, key=len)).replace("( ", "(").replace(".(", ". (")
     return _prose(re.split(r"\n|(?<=[a-z]\.)(?=[A-Z])", text))
 

@@ -2,7 +2,7 @@
 
 gradient  Adam through a soft eviction (harness.compiler.gradient)
 ridge     effects of foldover designs (methods.compilerkv.designs): every layer and KV head up or down at once, each
-row with its mirror image; the strength of the table is chosen on training prompts
+          row with its mirror image; the strength of the table is chosen on training prompts
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.compiler.gradient import Descent, descend
+from harness.compiler.gradient import Descent
 from harness.compiler.stage import Candidate, Workbench
 from methods.compilerkv.designs import foldovers, multipliers, ridge, split_half
 from methods.compilerkv.form import Form
@@ -35,16 +35,15 @@ def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int])
     order = [prompts[i] for _ in range(rounds) for i in torch.randperm(len(prompts), generator=generator).tolist()]
     order = order[: bench.spec.steps]
     size = {"layers": bench.shapes.layers, "heads": bench.shapes.kv_heads}
-    fresh = Descent.start(form, bench.spec.budgets, steps=len(order), **size)
-    descent = bench.saved.restore(name, fresh)
-    with bench.bar(f"budgets ({name})", len(order), len(descent.losses)) as bar:
-
-        def seen(state: Descent) -> None:
+    descent = bench.saved.restore(name, Descent(form, bench.spec.budgets, steps=len(order), **size))
+    done = len(descent.losses)
+    with bench.bar(f"budgets ({name})", len(order), done) as bar:
+        for step, at in enumerate(order[done:], start=done + 1):
+            descent.step(bench.rollout(at))
             bar.update()
-            if len(state.losses) % KEEP_EVERY == 0 or len(state.losses) == len(order):
-                bench.saved.keep(name, state)
-
-        return descend(descent, order, bench.rollout, seen=seen)
+            if step % KEEP_EVERY == 0 or step == len(order):
+                bench.saved.keep(name, descent)
+    return descent.shares().detach()
 
 
 def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
@@ -72,10 +71,8 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
 def ridge_reliability(bench: Workbench, name: str, prompts: Sequence[int]) -> dict[str, dict[str, float]]:
     """Return how far the effects of `by_ridge` from random halves of its prompts agree, at each budget."""
     designs, losses = _designs(bench, prompts), bench.found(f"ridge {name}", prompts)
-    return {
-        str(budget): split_half(designs, losses[:, i], seed=bench.spec.seed)._asdict()
-        for i, budget in enumerate(bench.spec.budgets)
-    }
+    halves = (split_half(designs, losses[:, i], seed=bench.spec.seed) for i in range(len(bench.spec.budgets)))
+    return {str(budget): half._asdict() for budget, half in zip(bench.spec.budgets, halves, strict=True)}
 
 
 def _designs(bench: Workbench, prompts: Sequence[int]) -> Tensor:

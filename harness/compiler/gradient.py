@@ -5,11 +5,8 @@ own deviation from them. One step is one calibration prompt at all budgets; ever
 running mean, so that the small losses of large budgets count as much.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,33 +25,23 @@ MEMORY = 0.9
 """Weight of the past in the running mean of a budget's loss."""
 
 
-@dataclass
 class Descent:
-    """State of one estimate. shared: [L, H], own: [N, L, H] log-weights; a copy of it goes on where it stopped."""
+    """One estimate. shared: [L, H], own: [N, L, H] log-weights. losses: of every step taken, at each budget."""
 
-    form: Form
-    budgets: tuple[int, ...]
-    steps: int
-    shared: Tensor
-    own: Tensor
-    losses: list[list[float]] = field(default_factory=list)
-    _mean: Tensor | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, form: Form, budgets: Sequence[int], *, steps: int, layers: int, heads: int) -> None:
+        self.form, self.budgets, self.steps = form, budgets, steps
+        self.shared = torch.zeros(layers, heads, requires_grad=True)
+        self.own = torch.zeros(len(budgets), layers, heads, requires_grad=True)
+        self.losses: list[list[float]] = []
+        self._mean: Tensor | None = None
         self._optimizer = torch.optim.Adam([self.shared, self.own], lr=RATE)
-
-    @classmethod
-    def start(cls, form: Form, budgets: Sequence[int], *, steps: int, layers: int, heads: int) -> Descent:
-        shared = torch.zeros(layers, heads, requires_grad=True)
-        own = torch.zeros(len(budgets), layers, heads, requires_grad=True)
-        return cls(form, tuple(budgets), steps, shared, own)
 
     def state(self) -> dict[str, Any]:
         """Return everything that `at` needs to go on from here: tensors, numbers and lists."""
         tensors = {"shared": self.shared.detach().clone(), "own": self.own.detach().clone(), "mean": self._mean}
         return {**tensors, "losses": self.losses, "optimizer": self._optimizer.state_dict()}
 
-    def at(self, state: dict[str, Any]) -> Descent:
+    def at(self, state: dict[str, Any]) -> Self:
         """Return this estimate as it was when `state` was taken."""
         with torch.no_grad():
             self.shared.copy_(state["shared"])
@@ -63,14 +50,12 @@ class Descent:
         self._optimizer.load_state_dict(state["optimizer"])
         return self
 
-    @property
     def shares(self) -> Tensor:
-        """Slot multiples [N, L, H], mean 1 for each budget."""
-        with torch.no_grad():
-            return torch.stack([shares_of(self.shared + own) for own in self.own])
+        """Return slot multiples [N, L, H], mean 1 for each budget."""
+        return torch.stack([shares_of(self.shared + own) for own in self.own])
 
-    def step(self, rollout: Rollout) -> list[float]:
-        """Take one step and return the divergence at every budget before it, in nats a token."""
+    def step(self, rollout: Rollout) -> None:
+        """Take one step, and note the divergence at every budget before it, in nats a token."""
         done = len(self.losses) / max(1, self.steps - 1)
         found = self._divergence(rollout, tau=WARM + (COLD - WARM) * min(1.0, done))
         if not bool(found.isfinite().all()):
@@ -82,25 +67,12 @@ class Descent:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.losses.append(found.tolist())
-        return self.losses[-1]
 
     def _divergence(self, rollout: Rollout, *, tau: float) -> Tensor:
-        view = rollout.view
-        weights = torch.stack([shares_of(self.shared + own) for own in self.own])  # [N, L, H]
         beyond = (torch.tensor(self.budgets) - self.form.window).clamp(min=0)
-        counts = self.form.window + beyond[:, None, None] * weights
+        counts = self.form.window + beyond[:, None, None] * self.shares()
         biases = [
             soft_bias(scores[0].clone(), counts[:, i], window=self.form.window, tau=tau)
-            for i, scores in enumerate(self.form.scores(view))
+            for i, scores in enumerate(self.form.scores(rollout.view))
         ]
         return rollout.losses(rollout.logprobs(biases, grad=True))[0]
-
-
-def descend(
-    descent: Descent, order: Sequence[int], prepare: Callable[[int], Rollout], *, seen: Callable[[Descent], None]
-) -> Tensor:
-    """Run the steps that `descent` lacks; its shares. order: prompt of each step. seen: called after every step."""
-    for at in order[len(descent.losses) :]:
-        descent.step(prepare(at))
-        seen(descent)
-    return descent.shares

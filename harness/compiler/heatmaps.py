@@ -16,8 +16,7 @@ from methods.compilerkv.tables import Tables
 
 def write_page(tables: Tables, folder: Path) -> list[Path]:
     """Write `tables.png` and `tables.html` into `folder` and return their paths. Raises HarnessError when it cannot."""
-    picture = heat_maps(tables)
-    manifest = tables.manifest
+    picture, manifest = heat_maps(tables), tables.manifest
     facts = {
         "model": f"{manifest.model} ({manifest.model_revision[:12] or 'any revision'})",
         "shapes": str(manifest.shapes),
@@ -60,11 +59,10 @@ def heat_maps(tables: Tables) -> bytes:
 
 def shown(tables: Tables) -> list[tuple[str, Tensor]]:
     """Name and [L, columns] of every table that was compiled."""
-    neutral, maps = tables.manifest.neutral, []
-    for i, budget in enumerate(tables.manifest.budgets):
-        maps.append((f"slots at {budget}", tables.budget[i]))
-    maps.append((f"HeadKV at {tables.manifest.budgets[0]}", tables.retrieval[0]))
-    for i, budget in enumerate(tables.manifest.budgets):
+    neutral, budgets = tables.manifest.neutral, tables.manifest.budgets
+    maps = [(f"slots at {budget}", tables.budget[i]) for i, budget in enumerate(budgets)]
+    maps.append((f"HeadKV at {budgets[0]}", tables.retrieval[0]))
+    for i, budget in enumerate(budgets):
         if not {"head", f"head {budget}"} & neutral.keys():
             maps.append((f"weights at {budget}", tables.head[i]))
         if not {"gate", f"gate {budget}"} & neutral.keys():

@@ -20,12 +20,12 @@ SHUFFLES = 4
 ARMS = ("head", "gate", "head_alone", "gate_alone")
 NEUTRAL = {"head": UNSUPPORTED_HEAD, "gate": UNSUPPORTED_GATE}
 
-TablePair = tuple[Tensor, Tensor]
-"""Head weights [L, Hq] and thresholds [L, 20, 4] of one budget."""
 
+def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Return, for each table, what is compared at a budget: the neutral one, the table, and shuffles of it.
 
-def arms(tensors: Mapping[str, Tensor], row: int, *, seed: int) -> dict[str, list[TablePair]]:
-    """Return, for each table, what is compared at a budget: the neutral one, the table, and shuffles of it."""
+    Each is a pair of head weights [L, Hq] and thresholds [L, 20, 4].
+    """
     draws = torch.Generator().manual_seed(seed)
     plain = {name: torch.full_like(tensors[name][row], value) for name, value in NEUTRAL.items()}
     found = {}
@@ -64,8 +64,7 @@ def check_published(
         for row, budget in enumerate(budgets):
             gained = gains(losses[:, row, arm], seed=bench.spec.seed)
             report[f"{name} {budget}"] = gained
-            why = no_gain(gained, "neutral")
-            if why:
+            if why := no_gain(gained, "neutral"):
                 kept[name][row] = NEUTRAL[name.removesuffix("_alone")]
                 reasons[f"{name} {budget}"] = why
     return tensors | kept, reasons, report

@@ -7,10 +7,7 @@ over the first tokens of the answer (`CompileSpec.answer`), where the paper cont
 less their prompt's mean at a budget, because Q cannot travel to a common level far from 0 (`methods.compilerkv.cql`).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +16,7 @@ from torch import Tensor
 from harness.compiler.rollouts import Rollout
 from harness.compiler.stage import Workbench
 from methods.compilerkv.alternation import Alternation, Records, alternate, checksum, fit_records
-from methods.compilerkv.cql import (
-    Fitted,
-    Space,
-    bin_edges,
-    bins,
-    gate_reward,
-    gate_space,
-    head_space,
-    reward,
-)
+from methods.compilerkv.cql import Space, bin_edges, bins, gate_reward, gate_space, head_space, reward
 from methods.compilerkv.designs import foldover_levels
 from methods.compilerkv.manifest import PERPLEXITY_BINS
 from methods.compilerkv.paper import prompt_risk, prompt_utility, value_norms
@@ -40,21 +28,13 @@ PAIRS = 8
 MOST_ROUNDS = 4
 
 
-@dataclass
 class Observed:
     """What the published form reads of a prompt: alpha [T], rho [L][H, T], entropy in nats, perplexity."""
 
-    rollout: Rollout
-    alpha: Tensor
-    rho: list[Tensor]
-    entropy: float
-    perplexity: float
-
-    @classmethod
-    def of(cls, rollout: Rollout) -> Observed:
-        alpha = prompt_utility(rollout.view, WINDOW)
-        entropy, perplexity = prompt_risk(rollout.view, alpha, WINDOW)
-        return cls(rollout, alpha, [value_norms(layer) for layer in rollout.view.layers], entropy, perplexity)
+    def __init__(self, rollout: Rollout) -> None:
+        self.rollout, self.alpha = rollout, prompt_utility(rollout.view, WINDOW)
+        self.rho = [value_norms(layer) for layer in rollout.view.layers]
+        self.entropy, self.perplexity = prompt_risk(rollout.view, self.alpha, WINDOW)
 
     def lose(self, weights: Tensor, thresholds: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """Return each row's answer NLL, [R] nats a token, and how many tokens pass each layer's gate, [R, L] int64.
@@ -75,57 +55,58 @@ class Observed:
 
 
 class Published:
-    """Compiles both tables from the training prompts of a workbench.
-
-    signals: [P, 2] of all its prompts, their entropy in nats and perplexity.
-    """
+    """Compiles both tables from training prompts. signals: [P, 2] of all prompts, entropy in nats and perplexity."""
 
     def __init__(self, bench: Workbench, signals: Tensor) -> None:
         self.bench, self.budgets, self.seed = bench, bench.spec.budgets, bench.spec.seed
         entropy, perplexity = signals[bench.training].unbind(dim=1)
         self.edges = bin_edges(entropy, perplexity)
         self.risk_bins = dict(zip(bench.training, bins(self.edges, entropy, perplexity).tolist(), strict=True))
-        self.head = head_space(len(self.budgets), bench.shapes.layers, bench.shapes.query_heads)
-        self.gate = gate_space(len(self.budgets), bench.shapes.layers)
+        sizes = len(self.budgets), bench.shapes.layers
+        self.spaces = {"head": head_space(*sizes, bench.shapes.query_heads), "gate": gate_space(*sizes)}
 
     def compile(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the artefact's tensors by name, and the report. Raises PolicyError as `alternation.alternate` does."""
-        coupled = alternate(
-            self.head_records, self.gate_records, head=self.head, gate=self.gate, seed=self.seed, max_rounds=MOST_ROUNDS
-        )
-        alone = [
-            self._alone(self.head_records, self.head, self.gate),
-            self._alone(self.gate_records, self.gate, self.head),
-        ]
-        return self._tensors(coupled, alone), self._report(coupled)
+        heads, gates = (partial(self._records, kind) for kind in self.spaces)
+        head, gate = self.spaces.values()
+        coupled = alternate(heads, gates, head=head, gate=gate, seed=self.seed, max_rounds=MOST_ROUNDS)
+        tensors = {
+            "head": coupled.head_table,
+            "gate": coupled.gate_table,
+            "head_alone": self._alone("head", gate),
+            "gate_alone": self._alone("gate", head),
+            "entropy_edges": self.edges.entropy,
+            "perplexity_edges": self.edges.perplexity,
+            "head_support": coupled.head.support.sum(dim=1).view(head.shape),
+            "gate_support": coupled.gate.support.sum(dim=1).view(gate.shape),
+        }
+        return tensors, self._report(coupled)
 
-    def head_records(self, gate_table: Tensor) -> list[Records]:
-        """Return roll-outs of head weights with a gate table active."""
-        return self._records("head", self.head, gate_table)
+    def _alone(self, kind: str, other: Space) -> Tensor:
+        """A table compiled against the neutral one, without alternation."""
+        space, records = self.spaces[kind], self._records(kind, torch.full(other.shape, other.neutral))
+        return space.table(fit_records(records, space, seed=self.seed).actions)
 
-    def gate_records(self, head_table: Tensor) -> list[Records]:
-        """Return roll-outs of thresholds with a head table active."""
-        return self._records("gate", self.gate, head_table)
-
-    def _records(self, kind: str, space: Space, opposite: Tensor) -> list[Records]:
+    def _records(self, kind: str, opposite: Tensor) -> list[Records]:
+        """Roll-outs of head weights, or of thresholds, with a table of the other kind active."""
         digest = checksum(opposite)
         stage = f"{kind} against {digest[:12]}"
         training = self.bench.training
-        stored = self.bench.measure(stage, training, lambda at: self._roll(kind, at, space, opposite))
+        stored = self.bench.measure(stage, training, lambda at: self._roll(kind, at, opposite))
         found = []
         for at, rows in zip(training, stored, strict=True):
             for row, rewards in enumerate(rows):
-                actions, states = self._levels(kind, at, row, space), self._states(kind, at, row)
+                actions, states = self._levels(kind, at, row), self._states(kind, at, row)
                 found.append(Records.of(actions, rewards, states=states, opposite=digest))
         return found
 
-    def _roll(self, kind: str, at: int, space: Space, opposite: Tensor) -> list[Any]:
+    def _roll(self, kind: str, at: int, opposite: Tensor) -> list[Any]:
         """Rewards of every roll-out of a prompt at each budget: [N][R] for heads, [N][R][L] for thresholds."""
         seen, layers = Observed(self.bench.rollout(at)), self.bench.shapes.layers
         high, wide = divmod(self.risk_bins[at], PERPLEXITY_BINS)
         found = []
         for row, budget in enumerate(self.budgets):
-            drawn = space.values[self._levels(kind, at, row, space)]  # [R, F]
+            drawn = self.spaces[kind].values[self._levels(kind, at, row)]  # [R, F]
             if kind == "head":
                 weights = drawn.view(len(drawn), layers, -1)
                 thresholds = opposite[row, :, high, wide].expand(len(drawn), -1)
@@ -140,35 +121,19 @@ class Published:
             found.append(rewards.tolist())
         return found
 
-    def _levels(self, kind: str, at: int, row: int, space: Space) -> Tensor:
+    def _levels(self, kind: str, at: int, row: int) -> Tensor:
         factors = self.bench.shapes.layers * (self.bench.shapes.query_heads if kind == "head" else 1)
         draw = rng(self.seed, kind, self.bench.prompts[at].id, self.budgets[row])
-        return foldover_levels(factors, PAIRS, space.count, seed=draw.randrange(2**31))
+        return foldover_levels(factors, PAIRS, self.spaces[kind].count, seed=draw.randrange(2**31))
 
     def _states(self, kind: str, at: int, row: int) -> Tensor:
         """Entries that a roll-out set: [F]."""
-        space = self.head if kind == "head" else self.gate
+        space = self.spaces[kind]
         entries = torch.arange(space.states).view(space.shape)[row]
         if kind == "head":
             return entries.flatten()
         high, wide = divmod(self.risk_bins[at], PERPLEXITY_BINS)
         return entries[:, high, wide]
-
-    def _alone(self, records: Callable[[Tensor], list[Records]], space: Space, other: Space) -> Fitted:
-        """A table compiled against the neutral one, without alternation."""
-        return fit_records(records(torch.full(other.shape, other.neutral)), space, seed=self.seed)
-
-    def _tensors(self, coupled: Alternation, alone: Sequence[Fitted]) -> dict[str, Tensor]:
-        return {
-            "head": coupled.head_table,
-            "gate": coupled.gate_table,
-            "head_alone": self.head.table(alone[0].actions),
-            "gate_alone": self.gate.table(alone[1].actions),
-            "entropy_edges": self.edges.entropy,
-            "perplexity_edges": self.edges.perplexity,
-            "head_support": coupled.head.support.sum(dim=1).view(self.head.shape),
-            "gate_support": coupled.gate.support.sum(dim=1).view(self.gate.shape),
-        }
 
     def _report(self, coupled: Alternation) -> dict[str, Any]:
         return {

@@ -18,14 +18,14 @@ where two sequences of base 2 would tie the depth to the length and to the place
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from math import ceil
 from random import Random
 from typing import Any
 
 from harness.compiler.corpora import Corpus
 from harness.compiler.wordings import ASIDES, COPIES, FACTS, INTROS, TRAILS, invented
-from harness.errors import HarnessError, did_you_mean
+from harness.errors import HarnessError
 from tasks.base import Sample, Tokenizer, point, rng
 
 FAMILIES = ("continuation", "copy", "needle", "multikey", "tracking")
@@ -69,30 +69,13 @@ def calibration_samples(
 
     lengths: least and most tokens of a prompt, chat template included. A prompt ends with a whole sentence, so it has
     between `LEAST_FILL` of its drawn length and all of it; where least and most are closer than that, it may have
-    fewer than the least. Ids are `{corpus}/{family}/{index}`. Meta: family, corpus, length (the
-    drawn one), depth in percent and needles where something is asked for.
-
-    Raises:
-        HarnessError: unknown or repeated family, a count below 1, lengths too short or reversed, too small a corpus.
+    fewer than the least. Ids are `{corpus}/{family}/{index}`. Meta: family, corpus, length (the drawn one), depth in
+    percent and needles where something is asked for. Raises HarnessError for lengths that the corpus has no prompt of.
     """
-    _check(count, lengths, families)
-    return [
-        _sample(_plan(corpus, families[n % len(families)], n // len(families), seed=seed, lengths=lengths), tokenizer)
-        for n in range(count)
-    ]
-
-
-def _check(count: int, lengths: tuple[int, int], families: Sequence[str]) -> None:
-    for name in families:
-        if name not in FAMILIES:
-            hint = did_you_mean(name, FAMILIES)
-            raise HarnessError(f"unknown calibration family {name!r}{hint} known: {', '.join(FAMILIES)}")
-    if not families or len(set(families)) < len(families):
-        raise HarnessError(f"calibration families {', '.join(families) or '(none)'}: name at least one, and each once")
-    if count < 1:
-        raise HarnessError(f"{count} calibration prompts are asked for; ask for at least 1")
     if not 1 <= lengths[0] <= lengths[1]:
         raise HarnessError(f"calibration lengths {lengths[0]} to {lengths[1]}: give the least and the most tokens")
+    turns = ((families[n % len(families)], n // len(families)) for n in range(count))
+    return [_sample(_plan(corpus, *turn, seed=seed, lengths=lengths), tokenizer) for turn in turns]
 
 
 def _plan(corpus: Corpus, family: str, index: int, *, seed: int, lengths: tuple[int, int]) -> PromptPlan:
@@ -109,8 +92,7 @@ def _sample(plan: PromptPlan, tokenizer: Tokenizer) -> Sample:
     place = point(number, plan.seed, plan.corpus.sha256, "place")
     for attempt in range(ATTEMPTS):
         pieces, most = _window(plan, tokenizer, place=place, skip=attempt)
-        found = _longest(plan, pieces, most, tokenizer)
-        if found is not None:
+        if found := _longest(plan, pieces, most, tokenizer):
             return found
     raise HarnessError(
         f"corpus {plan.corpus.name!r}: no {plan.family} prompt of {plan.length} tokens can be made of whole "
@@ -124,7 +106,9 @@ def _longest(plan: PromptPlan, pieces: Sequence[str], most: int, tokenizer: Toke
         found = BUILDERS[plan.family](plan, pieces, size, tokenizer)
         if found is None:
             return None
-        tokens = _tokens(found, tokenizer)
+        text = found.context + found.question + found.answer_prefix
+        around = max(1, tokenizer.template_tokens if found.chat else 0)  # raw text may get a beginning-of-text token
+        tokens = around + len(tokenizer.encode(text))
         if tokens <= plan.length:
             return found if tokens >= LEAST_FILL * plan.length else None
     return None
@@ -149,35 +133,14 @@ def _window(plan: PromptPlan, tokenizer: Tokenizer, *, place: float, skip: int) 
     )
 
 
-def _tokens(sample: Sample, tokenizer: Tokenizer) -> int:
-    around = max(1, tokenizer.template_tokens if sample.chat else 0)  # raw text may get a beginning-of-text token
-    return around + len(tokenizer.encode(sample.context + sample.question + sample.answer_prefix))
-
-
 def _finish(
-    plan: PromptPlan,
-    tokenizer: Tokenizer,
-    *,
-    context: str,
-    question: str,
-    answer: str,
-    answer_prefix: str = "",
-    needles: Sequence[str] = (),
-    chat: bool = True,
+    plan: PromptPlan, tokenizer: Tokenizer, *, context: str, answer: str, needles: Sequence[str] = (), **said: Any
 ) -> Sample:
     meta: dict[str, Any] = {"family": plan.family, "corpus": plan.corpus.name, "length": plan.length}
     if needles:
         meta |= {"depth": round(100 * context.index(needles[0]) / len(context)), "needles": [*needles]}
-    return Sample(
-        id=f"{plan.corpus.name}/{plan.family}/{plan.index}",
-        context=context,
-        question=question,
-        answers=(answer,),
-        max_new_tokens=len(tokenizer.encode(answer)) + 1,
-        answer_prefix=answer_prefix,
-        chat=chat,
-        meta=meta,
-    )
+    name, room = f"{plan.corpus.name}/{plan.family}/{plan.index}", len(tokenizer.encode(answer)) + 1
+    return Sample(name, context, answers=(answer,), max_new_tokens=room, meta=meta, **said)
 
 
 def _continuation(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
@@ -193,7 +156,7 @@ def _continuation(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer:
 
 def _copy(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
     draws = plan.draws()
-    wording, opening_words = draws.choice(COPIES), draws.randint(4, 6)
+    (question, prefix), opening_words = draws.choice(COPIES), draws.randint(4, 6)
     text = "".join(pieces[:size]).strip()
     starts = [0, *accumulate(map(len, pieces[:size]))]
     for at in sorted(range(size), key=lambda i: abs(starts[i] - plan.depth * starts[-1])):
@@ -208,24 +171,17 @@ def _copy(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokeniz
         plan,
         tokenizer,
         context=draws.choice(INTROS) + text,
-        question="\n\n" + wording.question.format(opening=opening),
-        answer_prefix=wording.prefix.format(opening=opening),
+        question="\n\n" + question.format(opening=opening),
+        answer_prefix=prefix.format(opening=opening),
         answer=" ".join(words[opening_words:]),
         needles=[sentence],
     )
 
 
-def _needle(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
-    return _facts(plan, pieces[:size], tokenizer, count=1)
-
-
-def _multikey(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
-    return _facts(plan, pieces[:size], tokenizer, count=plan.draws().randint(3, 5))
-
-
-def _facts(plan: PromptPlan, pieces: Sequence[str], tokenizer: Tokenizer, *, count: int) -> Sample:
+def _facts(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
     """The first fact is asked for, at the plan's depth; the others are anywhere."""
-    draws = plan.draws()
+    count = 1 if plan.family == "needle" else plan.draws().randint(3, 5)
+    draws, pieces = plan.draws(), pieces[:size]
     fact = draws.choice(FACTS)
     keys, values = draws.sample(fact.owners, count), _values(fact.words, count, draws=draws, prose=pieces)
     told = [fact.says.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
@@ -243,10 +199,10 @@ def _facts(plan: PromptPlan, pieces: Sequence[str], tokenizer: Tokenizer, *, cou
 
 def _tracking(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
     """One to three hand-overs after the first owner, who is named in the first three quarters of the prose."""
-    draws = plan.draws()
+    draws, pieces = plan.draws(), pieces[:size]
     trail, hops = draws.choice(TRAILS), draws.randint(1, 3)
     *keys, other = draws.sample(trail.owners, hops + 2)
-    value, decoy = _values(trail.words, 2, draws=draws, prose=pieces[:size])
+    value, decoy = _values(trail.words, 2, draws=draws, prose=pieces)
     chain = [trail.says.format(key=keys[0], value=value)]
     chain += [trail.passes.format(key=key, source=source) for source, key in pairwise(keys)]
     first = 0.75 * plan.depth
@@ -255,7 +211,7 @@ def _tracking(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tok
     return _finish(
         plan,
         tokenizer,
-        context=draws.choice(INTROS) + _hide(pieces[:size], sorted(told, key=lambda item: item[0])),
+        context=draws.choice(INTROS) + _hide(pieces, sorted(told, key=lambda item: item[0])),
         question="\n\n" + draws.choice(ASIDES) + trail.question.format(key=keys[-1]),
         answer_prefix=trail.prefix.format(key=keys[-1]),
         answer=value,
@@ -277,17 +233,17 @@ def _hide(pieces: Sequence[str], told: Sequence[tuple[float, str]]) -> str:
     """The prose with sentences between its own, each at the nearest gap to its depth, in the order given."""
     pieces = [f" {pieces[0].lstrip()}", *pieces[1:]]
     borders = [0, *accumulate(map(len, pieces))]
-    gaps = [min(range(len(borders)), key=lambda i: abs(borders[i] - depth * borders[-1])) for depth, _ in told]
-    text = ""
-    for at, piece in enumerate((*pieces, "")):
-        text += "".join(f" {sentence}" for gap, (_, sentence) in zip(gaps, told, strict=True) if gap == at) + piece
-    return text.strip()
+    hidden = [""] * len(borders)
+    for depth, sentence in told:
+        gap = min(range(len(borders)), key=lambda i: abs(borders[i] - depth * borders[-1]))
+        hidden[gap] += f" {sentence}"
+    return "".join(chain.from_iterable(zip(hidden, (*pieces, ""), strict=True))).strip()
 
 
 BUILDERS: dict[str, Callable[[PromptPlan, Sequence[str], int, Tokenizer], Sample | None]] = {
     "continuation": _continuation,
     "copy": _copy,
-    "needle": _needle,
-    "multikey": _multikey,
+    "needle": _facts,
+    "multikey": _facts,
     "tracking": _tracking,
 }

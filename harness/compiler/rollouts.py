@@ -5,17 +5,14 @@ a slot, minus infinity evicts it, and what lies between is a soft eviction that 
 last prompt token votes, gives its slot up and is fed again, so the first answer token is compressed too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from harness.engine.engine import Engine
 from harness.engine.layer_cache import LayerCache
-from methods.base import KV, Needs, PromptView
+from methods.base import KV, Needs
 
 
 class BiasedLayer(LayerCache):
@@ -57,34 +54,24 @@ class BiasedLayer(LayerCache):
         return out.reshape(rows, -1, count, out.shape[-1])
 
 
-@dataclass
 class Rollout:
-    """A prefilled prompt and its answer. view: as policies see it. full: [A, V] log-probabilities of the full cache."""
+    """A prompt, prefilled with the full cache, and its answer of A >= 1 tokens.
 
-    engine: Engine
-    view: PromptView
-    kvs: list[KV]
-    compressible: list[int]
-    feed: list[int]
-    answer: Tensor
-    full: Tensor
+    view: as policies see it. full: [A, V] log-probabilities of the full cache.
+    """
 
-    @classmethod
-    def prepare(cls, engine: Engine, ids: Sequence[int], answer: Sequence[int], needs: Needs) -> Rollout:
-        """Prefill `ids` with the full cache and score `answer` (A >= 1 tokens) on it."""
+    def __init__(self, engine: Engine, ids: Sequence[int], answer: Sequence[int], needs: Needs) -> None:
         prefilled = engine.prefill(ids, needs)
-        kvs = []
+        self.engine, self.view, self.compressible = engine, prefilled.view, prefilled.compressible
+        self.kvs = []
         for layer in prefilled.layers:
             kv = layer.kv()  # cloned: tensors made in inference mode cannot take part in a gradient
-            kvs.append(KV(kv.keys.clone(), kv.values.clone(), kv.positions.clone()))
-        compressible = prefilled.compressible
-        for seen, i in zip(prefilled.view.layers, compressible, strict=True):
-            seen.kv = kvs[i]  # the prefill's own tensors die here
-        feed = [int(ids[-1]), *answer[:-1]]
-        truth = torch.tensor(list(answer), device=engine.model.device)
-        own = cls(engine, prefilled.view, kvs, compressible, feed, truth, torch.empty(0))
-        own.full = own.logprobs([own.all_kept(i) for i in compressible])[0]
-        return own
+            self.kvs.append(KV(kv.keys.clone(), kv.values.clone(), kv.positions.clone()))
+        for seen, i in zip(self.view.layers, self.compressible, strict=True):
+            seen.kv = self.kvs[i]  # the prefill's own tensors die here
+        self.feed = [int(ids[-1]), *answer[:-1]]
+        self.answer = torch.tensor(list(answer), device=engine.model.device)
+        self.full = self.logprobs(self.all_kept())[0]
 
     @property
     def nbytes(self) -> int:
@@ -92,46 +79,38 @@ class Rollout:
         seen = [x for layer in self.view.layers for x in (layer.queries, layer.column_sums) if x is not None]
         return sum(kv.nbytes for kv in self.kvs) + sum(x.numel() * x.element_size() for x in [*seen, self.full])
 
-    def all_kept(self, layer: int) -> Tensor:
-        kv = self.kvs[layer]
-        return torch.zeros(1, kv.keys.shape[1], kv.keys.shape[2], device=kv.keys.device)
+    def all_kept(self) -> list[Tensor]:
+        """Biases [1, H, T] of the full cache."""
+        return [torch.zeros(self.kvs[i].positions.shape, device=self.answer.device) for i in self.compressible]
+
+    def kept(self, kvs: Sequence[KV]) -> list[Tensor]:
+        """Biases [1, H, T] of what a policy left."""
+        biases = [torch.full_like(bias, float("-inf")) for bias in self.all_kept()]
+        for bias, kv in zip(biases, kvs, strict=True):  # the last slot is shut anyway
+            bias.scatter_(2, kv.positions.masked_fill(kv.positions < 0, self.view.tokens - 1), 0.0)
+        return biases
 
     def attention_on(self, tokens: Sequence[int]) -> Tensor:
         """Attention mass that the answer pays to some of the prompt's tokens with the full cache: [L, H] float32."""
-        caches = self._caches([self.all_kept(i) for i in self.compressible], torch.tensor(list(tokens)))
-        self._forward(caches, 1, grad=False)
+        _, caches = self._forward(self.all_kept(), watch=torch.tensor(list(tokens)))
         return torch.stack([caches[i].watched[0] for i in self.compressible]).cpu()
 
     def logprobs(self, biases: Sequence[Tensor], *, grad: bool = False) -> Tensor:
         """Log-probabilities of the answer's tokens: [R, A, V] float32. biases: [R, H, T] of each compressible layer."""
-        logits = self._forward(self._caches(biases), biases[0].shape[0], grad=grad)
+        logits, _ = self._forward(biases, grad=grad)
         return logits.float().log_softmax(dim=-1)
 
-    def _caches(self, biases: Sequence[Tensor], watch: Tensor | None = None) -> list[BiasedLayer]:
-        caches = []
-        given = dict(zip(self.compressible, biases, strict=True))
-        for i, kv in enumerate(self.kvs):
-            bias = given.get(i)
-            if bias is not None:
-                last = torch.zeros_like(bias)
-                last[..., -1] = float("-inf")
-                bias = bias + last
-            caches.append(BiasedLayer(kv, bias, watch))
-        return caches
-
-    def _forward(self, caches: Sequence[LayerCache], rows: int, *, grad: bool) -> Tensor:
-        ids = torch.tensor([self.feed] * rows, device=self.answer.device)
-        return self.engine.model.forward(ids, caches, position=self.view.tokens - 1, grad=grad)
-
-    def kept(self, kvs: Sequence[KV]) -> list[Tensor]:
-        """Biases [1, H, T] of what a policy left."""
-        biases = []
-        for layer, kv in zip(self.compressible, kvs, strict=True):
-            bias = torch.full_like(self.all_kept(layer), float("-inf"))
-            live = kv.positions >= 0
-            bias.scatter_(2, kv.positions.masked_fill(~live, self.view.tokens - 1), 0.0)  # the last slot is shut anyway
-            biases.append(bias)
-        return biases
+    def _forward(
+        self, biases: Sequence[Tensor], *, watch: Tensor | None = None, grad: bool = False
+    ) -> tuple[Tensor, list[BiasedLayer]]:
+        given: dict[int, Tensor] = {}
+        for i, bias in zip(self.compressible, biases, strict=True):
+            last = torch.zeros_like(bias)
+            last[..., -1] = float("-inf")
+            given[i] = bias + last
+        caches = [BiasedLayer(kv, given.get(i), watch) for i, kv in enumerate(self.kvs)]
+        ids = torch.tensor([self.feed] * len(biases[0]), device=self.answer.device)
+        return self.engine.model.forward(ids, caches, position=self.view.tokens - 1, grad=grad), caches
 
     def losses(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """(divergence from the full cache, answer NLL) of each row: [R] each, nats a token, mean over the answer."""

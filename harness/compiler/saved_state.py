@@ -19,30 +19,31 @@ ROLLOUTS, IDENTITY = "rollouts.jsonl", "compile.json"
 
 
 class SavedState:
-    """Reads and writes the folder of one compilation. identity: everything that decides the numbers, JSON values."""
+    """Reads and writes the folder of one compilation. found: values by stage and prompt.
+
+    identity: everything that decides the numbers, JSON values. Raises HarnessError when the folder belongs to another
+    compilation, or is damaged.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Raises HarnessError when the folder belongs to another compilation, or is damaged."""
         self.folder = folder
-        self._found: dict[tuple[str, str], Any] = {}
+        self.found: dict[tuple[str, str], Any] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HarnessError(f"cannot create {folder}: {error.strerror}; choose another folder") from None
-        self._claim(json.dumps(identity, indent=2, sort_keys=True) + "\n")
-        self._read()
-
-    def has(self, stage: str, prompt: str) -> bool:
-        return (stage, prompt) in self._found
-
-    def get(self, stage: str, prompt: str) -> Any:
-        return self._found[stage, prompt]
+        path, text = folder / IDENTITY, json.dumps(identity, indent=2, sort_keys=True) + "\n"
+        if not path.is_file():
+            write_text(path, text)
+        elif path.read_text(encoding="utf-8") != text:
+            raise HarnessError(f"{folder} holds another compilation (see {path.name}); choose another --out")
+        self._read(folder / ROLLOUTS)
 
     def add(self, stage: str, prompt: str, values: Any) -> None:
         """Store one roll-out; on return it is on the disk."""
         line = json.dumps({"stage": stage, "prompt": prompt, "values": values}, separators=(",", ":"))
         append(self.folder / ROLLOUTS, f"{line}\n".encode())
-        self._found[stage, prompt] = values
+        self.found[stage, prompt] = values
 
     def keep(self, name: str, descent: Descent) -> None:
         """Store the state of an estimate in one step."""
@@ -62,21 +63,12 @@ class SavedState:
             reason = " ".join(str(error).split())[:120]
             raise HarnessError(f"{path} is damaged ({reason}); delete it and repeat the command") from None
 
-    def _claim(self, text: str) -> None:
-        path = self.folder / IDENTITY
-        if not path.is_file():
-            write_text(path, text)
-        elif path.read_text(encoding="utf-8") != text:
-            raise HarnessError(f"{self.folder} holds another compilation (see {path.name}); choose another --out")
-
-    def _read(self) -> None:
-        path = self.folder / ROLLOUTS
+    def _read(self, path: Path) -> None:
         for number, line in enumerate(whole_lines(path, quiet=True), start=1):
             try:
                 entry = json.loads(line)
-                self._found[entry["stage"], entry["prompt"]] = entry["values"]
+                self.found[entry["stage"], entry["prompt"]] = entry["values"]
             except (ValueError, KeyError, TypeError):
-                raise HarnessError(
-                    f"{path} line {number} is damaged; delete that line and repeat the command"
-                ) from None
+                advice = "delete that line and repeat the command"
+                raise HarnessError(f"{path} line {number} is damaged; {advice}") from None
         cut(path)

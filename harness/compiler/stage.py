@@ -2,11 +2,11 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel, load_model
-from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
+from harness.models.prompt import TaskTokenizer, answer_tokens, wrap
 from harness.records.spec import Frozen
 from methods.base import Needs
 from methods.compilerkv.form import Form, FormPolicy
@@ -60,27 +60,18 @@ class CompileSpec(Frozen):
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(NamedTuple):
     """A calibration prompt as token ids, with its answer's first tokens, and where what is asked for stands."""
 
     id: str
     family: str
-    corpus: str
-    ids: tuple[int, ...]
-    answer: tuple[int, ...]
-    needle: tuple[int, ...]
-
-    @cached_property
-    def sha256(self) -> str:
-        return token_sha256(self.ids)
+    ids: Sequence[int]
+    answer: Sequence[int]
+    needle: Sequence[int]
 
 
 class Workbench:
-    """Holds one compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation.
-
-    folder: gets the roll-outs and the state of every estimate.
-    """
+    """Holds one compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation."""
 
     def __init__(self, spec: CompileSpec, folder: Path) -> None:
         self.spec, self.folder = spec, folder
@@ -90,18 +81,14 @@ class Workbench:
         self.prompts = calibration_prompts(corpora, self.loaded, spec)
         self.corpora = {corpus.name: corpus.sha256 for corpus in corpora}
         decided = spec.model_dump(mode="json", exclude={"published"})  # which adds stages and changes none
-        identity = {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora}
-        self.saved = SavedState(folder, identity)
+        self.saved = SavedState(folder, {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora})
         self._held: dict[int, Rollout] = {}
         probe = self.engine.prefill(self.prompts[0].ids[:8], Needs(window=1)).view
         queries, keys = probe.layers[0].queries, probe.layers[0].kv.keys
         self.shapes = Shapes(layers=len(probe.layers), query_heads=queries.shape[1], kv_heads=keys.shape[1])
-        places = dict.fromkeys(FAMILIES, 0)
-        self.training: list[int] = []
-        self.validation: list[int] = []
-        for i, prompt in enumerate(self.prompts):
-            places[prompt.family] += 1
-            (self.validation if places[prompt.family] % 4 == 0 else self.training).append(i)
+        families = [[i for i, prompt in enumerate(self.prompts) if prompt.family == family] for family in FAMILIES]
+        self.validation = sorted(i for own in families for i in own[3::4])
+        self.training = [i for i in range(len(self.prompts)) if i not in self.validation]
         if spec.published and len(self.training) < ENTROPY_BINS:
             raise HarnessError(
                 f"{len(self.training)} training prompts do not fill {ENTROPY_BINS} risk bins; raise --prompts "
@@ -112,7 +99,7 @@ class Workbench:
         """Return the roll-out of a prompt, which is prefilled once as far as memory goes."""
         if at not in self._held:
             prompt = self.prompts[at]
-            made = Rollout.prepare(self.engine, prompt.ids, prompt.answer, NEEDS)
+            made = Rollout(self.engine, prompt.ids, prompt.answer, NEEDS)
             if (len(self._held) + 1) * made.nbytes > HELD_BYTES:
                 return made
             self._held[at] = made
@@ -122,27 +109,25 @@ class Workbench:
         """Return the divergence from the full cache of each candidate at a budget, on one prompt, nats a token."""
         rollout, found = self.rollout(at), list[float]()
         for start in range(0, len(candidates), ROWS):
-            kept = [
-                rollout.kept(FormPolicy(form, shares).compress(rollout.view, budget))
-                for form, shares in candidates[start : start + ROWS]
-            ]
+            policies = [FormPolicy(form, shares) for form, shares in candidates[start : start + ROWS]]
+            kept = [rollout.kept(policy.compress(rollout.view, budget)) for policy in policies]
             biases = [torch.cat(rows) for rows in zip(*kept, strict=True)]
             found += rollout.losses(rollout.logprobs(biases))[0].tolist()
-        self._check_finite(at, found)
-        return found
-
-    def _check_finite(self, at: int, losses: Sequence[float]) -> None:
-        if not all(map(math.isfinite, losses)):
+        if not all(map(math.isfinite, found)):
             name = self.prompts[at].id
             raise HarnessError(f"the roll-outs of prompt {name} have losses that are no numbers; try --dtype float32")
+        return found
 
     def measure(self, stage: str, prompts: Sequence[int], roll: Callable[[int], Any]) -> Tensor:
         """Run `roll` on the prompts that the stage lacks, store what it finds, and return all of it: [P, ...] float32.
 
         roll: takes a prompt's place in `prompts` of the bench and returns numbers or nested lists of them.
         """
-        for at in self.missing(stage, prompts):
-            self.saved.add(stage, self.prompts[at].id, roll(at))
+        left = [at for at in prompts if (stage, self.prompts[at].id) not in self.saved.found]
+        with self.bar(stage, len(prompts), len(prompts) - len(left)) as bar:
+            for at in left:
+                self.saved.add(stage, self.prompts[at].id, roll(at))
+                bar.update()
         return self.found(stage, prompts)
 
     def compare(
@@ -153,18 +138,9 @@ class Workbench:
 
     def found(self, stage: str, prompts: Sequence[int]) -> Tensor:
         """Return what a stage found on some prompts: [P, ...] float32."""
-        return torch.tensor([self.saved.get(stage, self.prompts[at].id) for at in prompts])
-
-    def missing(self, stage: str, prompts: Sequence[int]) -> Iterator[int]:
-        """Yield the places of the prompts that a stage has no roll-out of, with a progress bar."""
-        left = [at for at in prompts if not self.saved.has(stage, self.prompts[at].id)]
-        with self.bar(stage, len(prompts), len(prompts) - len(left)) as bar:
-            for at in left:
-                yield at
-                bar.update()
+        return torch.tensor([self.saved.found[stage, self.prompts[at].id] for at in prompts])
 
     def bar(self, what: str, total: int, done: int) -> Any:
-        """Return a progress bar with the time left."""
         slow = 0.5 if sys.stderr.isatty() else 30.0
         return tqdm(total=total, initial=done, desc=what, unit="prompt", mininterval=slow, dynamic_ncols=True)
 
@@ -174,18 +150,15 @@ def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: Co
     if spec.lengths[1] + spec.answer > loaded.context:
         raise HarnessError(f"--lengths {spec.lengths} exceed the model's context of {loaded.context}; lower them")
     if spec.lengths[0] <= NEEDS.window:
-        raise HarnessError(
-            f"--lengths {spec.lengths[0]} has no token before the observation window of {NEEDS.window}; raise it, or "
-            "take a model with a longer context"
-        )
+        advice = "raise it, or take a model with a longer context"
+        before = f"no token before the observation window of {NEEDS.window}"
+        raise HarnessError(f"--lengths {spec.lengths[0]} has {before}; {advice}")
     tokenizer = TaskTokenizer(loaded.tokenizer)
-    each = -(-spec.prompts // len(corpora))
+    sized = partial(calibration_samples, count=-(-spec.prompts // len(corpora)), lengths=spec.lengths)
+    every = [sized(corpus, tokenizer, seed=spec.seed) for corpus in corpora]
     found = []
-    for corpus in corpora:
-        for sample in calibration_samples(corpus, tokenizer, count=each, seed=spec.seed, lengths=spec.lengths):
-            wrapped = wrap(loaded.tokenizer, sample)
-            answer = answer_tokens(loaded.tokenizer, wrapped, sample.answers[0], limit=spec.answer)
-            family, ids = sample.meta["family"], tuple(wrapped.ids)
-            found.append(Calibration(sample.id, family, corpus.name, ids, tuple(answer), wrapped.needle))
-    turns = sorted(range(len(found)), key=lambda i: (i % each, i // each))
-    return [found[i] for i in turns][: spec.prompts]
+    for sample in chain.from_iterable(zip(*every, strict=True)):
+        wrapped = wrap(loaded.tokenizer, sample)
+        answer = answer_tokens(loaded.tokenizer, wrapped, sample.answers[0], limit=spec.answer)
+        found.append(Calibration(sample.id, sample.meta["family"], wrapped.ids, answer, wrapped.needle))
+    return found[: spec.prompts]

@@ -3,8 +3,8 @@
 In a template `{key}` is who or what owns a value, `{source}` the owner before it, `{value}` the value.
 """
 
-from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 INTROS = (
     "",
@@ -34,37 +34,25 @@ def invented(draws: Random) -> str:
     return "".join(syllables) + draws.choice(CLOSERS)
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A request for a whole sentence. prefix: how the reply begins, up to and with the words that are given."""
+class Fact(NamedTuple):
+    """One value of one owner. prefix: how the reply begins. words: the value is an invented word, else a number.
 
-    question: str
-    prefix: str
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One value of one owner. words: the value is an invented word, else a number. prefix: how the reply begins."""
+    passes: of a value that is handed on, says so of each later owner.
+    """
 
     says: str
     question: str
     prefix: str
     owners: tuple[str, ...]
-    words: bool
+    words: bool = False
+    passes: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trail(Fact):
-    """A value and how it passes from owner to owner. passes: says so of each later owner."""
-
-    passes: str
-
-
-COPIES = (
-    Copy("Write out again, word for word, the sentence that begins: {opening}", "{opening}"),
-    Copy("One sentence of this starts with the words: {opening}\nPlease give all of it.", "It reads: {opening}"),
-    Copy("How does the sentence go on that opens like this? {opening} ...", "{opening}"),
-    Copy("Copy out in full the one sentence whose first words are these: {opening}", "Here it is. {opening}"),
+COPIES = (  # question, and how the reply begins, up to and with the words that are given
+    ("Write out again, word for word, the sentence that begins: {opening}", "{opening}"),
+    ("One sentence of this starts with the words: {opening}\nPlease give all of it.", "It reads: {opening}"),
+    ("How does the sentence go on that opens like this? {opening} ...", "{opening}"),
+    ("Copy out in full the one sentence whose first words are these: {opening}", "Here it is. {opening}"),
 )
 
 FACTS = (
@@ -73,14 +61,12 @@ FACTS = (
         "On which hook does the spare key of the {key} hang?",
         "It hangs on hook",
         PLACES,
-        words=False,
     ),
     Fact(
         "{key} paid {value} crowns for the old piano.",
         "How many crowns did {key} pay for the old piano?",
         "{key} paid",
         NAMES,
-        words=False,
     ),
     Fact(
         "Whoever calls at the {key} has to say {value} at the door.",
@@ -101,28 +87,25 @@ FACTS = (
         "What is the weight of the crate with the {key} label, in ounces?",
         "It weighs",
         COLOURS,
-        words=False,
     ),
 )
 
 TRAILS = (
-    Trail(
+    Fact(
         "Somebody counted {value} beads into the {key} jar.",
         "How many beads does the {key} jar hold?",
         "The {key} jar holds",
         COLOURS,
-        words=False,
         passes="Just as many beads as the {source} jar holds went into the {key} jar.",
     ),
-    Trail(
+    Fact(
         "{key} was promised a pension of {value} florins.",
         "What pension was {key} promised, in florins?",
         "{key} was promised",
         NAMES,
-        words=False,
         passes="{key} was promised the same pension as {source}.",
     ),
-    Trail(
+    Fact(
         "The watchman of the {key} uses the signal {value}.",
         "Which signal does the watchman of the {key} use?",
         "The signal is",
@@ -130,7 +113,7 @@ TRAILS = (
         words=True,
         passes="The watchman of the {key} has taken over the signal of the {source}.",
     ),
-    Trail(
+    Fact(
         "{key} named the new boat {value}.",
         "What is the name of the boat that belongs to {key}?",
         "Its name is",

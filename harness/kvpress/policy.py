@@ -47,17 +47,17 @@ class Press(KVPolicy):
 
     @property
     def memory(self) -> Literal["physical", "simulated"]:
-        """Whether what is dropped is freed."""
         return "simulated" if self._has(SIMULATED) else "physical"
 
     def provenance(self) -> dict[str, Any]:
         """Return versions, and every parameter with its default filled in."""
-        parameters = _parameters(build(self.press))
+        parameters = _json(build(self.press))
         return {"kvpress": version("kvpress"), "transformers": version("transformers"), "parameters": parameters}
 
     def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
         press = build(self.press)
-        found = [f"simulated: {type(p).__name__} {SIMULATED[type(p).__name__]}" for p in _nested(press) if _named(p)]
+        names = [type(own).__name__ for own in _nested(press)]
+        found = [f"simulated: {name} {SIMULATED[name]}" for name in names if name in SIMULATED]
         if not _set_ratio(press, 0.5):
             found.append("this press takes no ratio: it ran as given, whatever the budget")
         return tuple(found)
@@ -136,10 +136,8 @@ def _kvpress() -> Any:
 
 def _presses() -> dict[str, Any]:
     package = _kvpress()
-    known = {name: getattr(package, name) for name in package.__all__}
-    abstract = {package.BasePress, package.ScorerPress}
-    classes = {name: c for name, c in known.items() if isinstance(c, type) and issubclass(c, package.BasePress)}
-    return {name: c for name, c in classes.items() if c not in abstract}
+    known = {name: getattr(package, name) for name in package.__all__ if name not in ("BasePress", "ScorerPress")}
+    return {name: c for name, c in known.items() if isinstance(c, type) and issubclass(c, package.BasePress)}
 
 
 def _nested(press: Any) -> Iterator[Any]:
@@ -151,21 +149,13 @@ def _nested(press: Any) -> Iterator[Any]:
                 yield from _nested(item)
 
 
-def _named(press: Any) -> bool:
-    return type(press).__name__ in SIMULATED
-
-
-def _parameters(press: Any) -> dict[str, Any]:
-    """A press's name with every parameter as JSON values, presses inside it likewise; the ratio is the budget's."""
-    own = {f.name: getattr(press, f.name) for f in fields(press) if f.init and f.name != "compression_ratio"}
-    return {type(press).__name__: {name: _json(value) for name, value in own.items()}}
-
-
 def _json(value: Any) -> Any:
+    """A press as its name with every parameter, presses inside it likewise; the ratio is the budget's."""
     if isinstance(value, list | tuple):
         return [_json(item) for item in value]
     if is_dataclass(value) and isinstance(value, _kvpress().BasePress):
-        return _parameters(value)
+        names = [f.name for f in fields(value) if f.init and f.name != "compression_ratio"]
+        return {type(value).__name__: {name: _json(getattr(value, name)) for name in names}}
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
@@ -223,14 +213,9 @@ def hooked(press: Any, layer: LayerView, *, whole: bool = False) -> KV:
     module: Any = source.module
     at = torch.arange(layer.tokens, device=kv.keys.device)
     own = SimpleNamespace(keys=kv.keys.clone(), values=kv.values.clone())
-    given = {
-        "hidden_states": source.hidden,
-        "position_embeddings": source.rope,
-        "past_key_values": SimpleNamespace(layers={module.layer_idx: own}),
-        "cache_position": at,
-        "position_ids": at.unsqueeze(0),
-        "attention_mask": None,
-    }
+    given: dict[str, Any] = {"hidden_states": source.hidden, "position_embeddings": source.rope, "attention_mask": None}
+    given |= {"past_key_values": SimpleNamespace(layers={module.layer_idx: own})}
+    given |= {"cache_position": at, "position_ids": at.unsqueeze(0)}
     seen = layer.attention(layer.tokens).flatten(1, 2).to(kv.keys.dtype) if whole else None
     module.masked_key_indices = None
     with Tracked(own.keys, own.values) as tracked:
@@ -243,13 +228,10 @@ def hooked(press: Any, layer: LayerView, *, whole: bool = False) -> KV:
     if masked is not None:
         positions = positions.clone()
         positions[tuple(x.to(at.device) for x in masked)] = -1
-    return packed(KV(own.keys, own.values, positions))
-
-
-def packed(kv: KV) -> KV:
-    """Return the same slots in the order of their tokens, without the columns that are empty for every head."""
-    absent = kv.positions < 0
-    order = kv.positions.masked_fill(absent, WHOLE).argsort(dim=-1)
+    kv = KV(
+        own.keys, own.values, positions
+    )  # now in the order of tokens, without columns that are empty for every head
+    order = positions.masked_fill(positions < 0, WHOLE).argsort(dim=-1)
     return kv.take(order[..., : int(kv.live.max())])
 
 
@@ -260,26 +242,16 @@ def fit(act: Callable[[float | None], list[KV]], budget: int, tokens: int) -> li
     ends when a step lies between two ratios half a token apart.
     """
     low, high, asked = 0.0, float(tokens), float(budget)
-    best: tuple[int, list[KV]] | None = None
+    tried: list[tuple[int, list[KV]]] = []
     for _ in range(ATTEMPTS):
         left = act(1 - asked / tokens)
-        kept = sum(int(kv.live.sum()) for kv in left)
         heads = sum(kv.live.numel() for kv in left)
-        over = kept - heads * budget
-        if best is None or _better(kept, best[0], heads * budget):
-            best = kept, left
+        over = sum(int(kv.live.sum()) for kv in left) - heads * budget
+        tried.append((over, left))
         low, high = (low, asked) if over > 0 else (asked, high)
         if over == 0 or high - low < 0.5:
             break
         short = asked == budget and over < 0  # a press that rounds down loses a slot to the last bit of the ratio
         guess = asked + 1e-6 if short else asked - over / heads
         asked = guess if low < guess < high else (low + high) / 2
-    assert best is not None
-    return best[1]
-
-
-def _better(kept: int, before: int, allowed: int) -> bool:
-    """Whether `kept` slots are nearer to the most allowed; too many are worse than too few."""
-    if (kept > allowed) != (before > allowed):
-        return kept <= allowed
-    return kept < before if kept > allowed else kept > before
+    return min(tried, key=lambda found: (found[0] > 0, abs(found[0])))[1]  # too many are worse than too few

@@ -14,11 +14,7 @@ SAME = {torch.Tensor.contiguous, torch.Tensor.clone, torch.clone}
 
 
 class Tracked(TorchFunctionMode):
-    """Follows keys and values through `gather` along the slots while it is entered.
-
-    Args:
-        tensors: [B, H, T, D] each; slot t of them holds token t.
-    """
+    """Follows tensors [B, H, T, D], whose slot t holds token t, through `gather` along the slots while entered."""
 
     def __init__(self, *tensors: Tensor) -> None:
         super().__init__()

@@ -1,35 +1,103 @@
-"""Answers to lm-eval's requests, from token ids on: what is truncated, compressed, generated, scored and noted."""
+"""Answers to lm-eval's requests, from token ids on: what is truncated, compressed, generated, scored and noted.
+
+A context is prefilled and compressed once and serves all its continuations. Its last token is held back: fed again on
+the compressed cache at its true position, so that the first scored token is compressed too. Without that, tasks whose
+choices are one token long (MMLU, A to D) would show no loss at any budget.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
+import torch
 from lm_eval.models.utils import postprocess_generated_text, truncate_tokens
+from torch import Tensor
 
+from harness.engine.decode import Decoding
+from harness.engine.engine import CellRun, Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Limits, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.lm_eval.kept_facts import KeptFacts
-from harness.lm_eval.requests import Generation, full_cell
-from harness.lm_eval.scoring import ScoringEngine, border
+from harness.lm_eval.requests import Generation
 from harness.models.load import LoadedModel
 from harness.models.prompt import token_sha256
-from harness.plan.sweep import PlannedCell
+from harness.plan.methods import plan_method
+from harness.plan.sweep import PlannedCell, plan_cells
+from methods.base import Needs
 
 SIDES = ("left", "middle", "right")
 
 
-@dataclass(frozen=True)
-class ScoredPair:
+class ScoredPair(NamedTuple):
     """A continuation to score after a context of at least one token. text: the context as lm-eval gave it."""
 
-    index: int
+    place: int
     task: str
     text: str
     context: tuple[int, ...]
     continuation: tuple[int, ...]
     truncated: bool = False
+
+
+Scored = tuple[float, bool]
+"""A continuation's log-probability in nats, summed over its tokens, and whether each is the most likely one."""
+
+
+class ScoringEngine(Engine):
+    """An engine that scores continuations, query-aware and with the first token from the compressed cache."""
+
+    def score(
+        self, ids: Sequence[int], cell: Cell, continuations: Sequence[Sequence[int]]
+    ) -> tuple[Outcome, list[Scored]]:
+        """Every continuation after the context `ids`, which is compressed once.
+
+        An outcome that is not ok says why there are no scores. Raises what the model raises while it scores.
+        """
+        runs, _ = self.compress_cells(ids, [cell])
+        return runs[cell].outcome, self._scored(runs[cell], ids[-1], continuations)
+
+    def score_text(self, ids: Sequence[int], cell: Cell, *, context: int) -> tuple[Outcome, float]:
+        """Log-probability of ids[context:]; up to `border` with the full cache, from there on what is left of it."""
+        at = border(len(ids), context)
+        first = Needs(window=at - context, logprobs=True)  # those of ids[context:at] come with the prefill
+        runs, prefilled = self.compress_cells(ids[:at], [cell], also=first)
+        scored = self._scored(runs[cell], ids[at - 1], [ids[at:]])
+        if prefilled is None or not scored:
+            return runs[cell].outcome, 0.0
+        logprobs = prefilled.logprobs  # [1, W], of the last W tokens, which the method's own needs may make more
+        told = 0.0 if logprobs is None else float(logprobs[0, logprobs.shape[1] - (at - context) :].sum())
+        return runs[cell].outcome, told + scored[0][0]
+
+    def _scored(self, run: CellRun, held_back: int, continuations: Sequence[Sequence[int]]) -> list[Scored]:
+        """Of every continuation; none when the cell was not compressed."""
+        if run.compressed is None:
+            return []
+        with torch.inference_mode():
+            room = 1 + max(map(len, continuations))
+            decoding = Decoding.of(self.model, [run.compressed], again=True, room=room)
+            first = decoding.feed([held_back])  # [1, V], of each continuation's first token
+            scored = []
+            for tokens in continuations:  # teacher-forced, in one forward unless the logits are many
+                parts = [_judge(logits[0], own) for logits, own in decoding.forced(first, tokens, alone=True)]
+                logprobs, greedy = zip(*parts, strict=True)
+                scored.append((sum(logprobs), all(greedy)))
+            run.outcome.kv_bytes_end = decoding.nbytes(0)
+        return scored
+
+
+def border(tokens: int, context: int) -> int:
+    """Where a text of so many tokens is cut in two to be scored: in the middle, or where its context ends."""
+    return max(tokens // 2, context)
+
+
+def _judge(logits: Tensor, tokens: Sequence[int]) -> Scored:
+    """Logits [Q, V] against the tokens that came, Q of them."""
+    came = torch.tensor(list(tokens), dtype=torch.int64, device=logits.device)
+    logprobs = logits.float().log_softmax(dim=-1)
+    total = logprobs.gather(1, came.unsqueeze(1)).sum()
+    return float(total), bool((logprobs.argmax(dim=-1) == came).all())
 
 
 class Answerer:
@@ -45,7 +113,7 @@ class Answerer:
             raise HarnessError(f"max_length {max_length} is too small; give at least 2")
         self.loaded, self.planned, self.side = loaded, planned, side
         self.max_length = max_length or loaded.context
-        self.full = full_cell()
+        (self.full,) = plan_cells([plan_method("fullkv")], ())  # of a prompt that is no longer than its budget
         self.fitted_on = planned.cell.policy.fitted_on()
         self.engine = ScoringEngine(AttachedModel(loaded.model))
         self.engine.check([planned.cell.policy], list(range(8)))
@@ -53,30 +121,27 @@ class Answerer:
 
     def generate(self, task: str, text: str, whole: Sequence[int], asked: Generation) -> str:
         """Return greedy text after the prompt `whole`, cut at the first stop string."""
-        room = self.max_length - asked.max_new_tokens
-        if room < 1:
+        most, least, until = asked
+        if self.max_length <= most:
             limit = f"{self.max_length} tokens"
-            raise HarnessError(f"max_gen_toks {asked.max_new_tokens} leaves no room for a prompt in {limit}; lower it")
-        ids, tokenizer = self._cut(whole, room), self.loaded.tokenizer
+            raise HarnessError(f"max_gen_toks {most} leaves no room for a prompt in {limit}; lower it")
+        ids, tokenizer = self._cut(whole, self.max_length - most), self.loaded.tokenizer
         limits = Limits(
-            max_new_tokens=asked.max_new_tokens,
+            max_new_tokens=most,
             eos_ids=self.loaded.eos_ids,
-            min_new_tokens=asked.min_new_tokens,
-            stop=asked.until,
+            min_new_tokens=least,
+            stop=until,
             text=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=False)),
         )
         cell = self._cell(ids)
         outcome = self.engine.run(Prompt(ids, len(ids), (), limits), [cell.cell])[0]
         self._note(task, text, ids, outcome, cell=cell, truncated=len(ids) < len(whole))
         generated = str(tokenizer.decode(list(outcome.token_ids), skip_special_tokens=True))
-        return str(postprocess_generated_text(generated, list(asked.until), None))
+        return str(postprocess_generated_text(generated, list(until), None))
 
     def score(self, pairs: Iterable[ScoredPair]) -> Iterator[list[tuple[ScoredPair, float, bool]]]:
-        """Yield, a context at a time, each continuation's log-probability in nats and whether greedy decoding gives it.
-
-        Contexts come in order of their tokens, each once.
-        """
-        fitted = sorted(map(self._fitted, pairs), key=lambda pair: (-len(pair.context), pair.context, pair.index))
+        """Yield, each context once, its continuations' log-probability (nats) and whether greedy decoding gives it."""
+        fitted = sorted(map(self._fitted, pairs), key=lambda pair: (-len(pair.context), pair.context, pair.place))
         for context, group in groupby(fitted, key=lambda pair: pair.context):
             own, ids = list(group), list(context)
             cell = self._cell(ids)
@@ -84,7 +149,7 @@ class Answerer:
                 outcome, scored = self.engine.score(ids, cell.cell, [pair.continuation for pair in own])
             for pair in {(pair.task, pair.text): pair for pair in own}.values():
                 self._note(pair.task, pair.text, ids, outcome, cell=cell, truncated=pair.truncated)
-            yield [(pair, one.logprob, one.greedy) for pair, one in zip(own, scored, strict=True)]
+            yield [(pair, *one) for pair, one in zip(own, scored, strict=True)]
 
     def score_text(self, task: str, text: str, context: Sequence[int], predicted: Sequence[int]) -> float:
         """Return the log-probability of `predicted` after `context`, both with at least one token.
@@ -100,10 +165,7 @@ class Answerer:
         return total
 
     def _cell(self, ids: Sequence[int]) -> PlannedCell:
-        """The method's, or that of the full cache where the budget is not below the prompt.
-
-        Raises HarnessError for a prompt that the method was fitted on.
-        """
+        """The method's, or that of the full cache where the budget is not below the prompt."""
         if self.fitted_on and token_sha256(ids) in self.fitted_on:
             raise HarnessError(f"method {self.planned.method} was fitted on one of these prompts; leave that task out")
         budget = self.planned.cell.budget
@@ -124,12 +186,12 @@ class Answerer:
         """With room for the continuation but its last token, which is never fed."""
         room = self.max_length + 1 - len(pair.continuation)
         if room < 1:
+            what = f"a continuation of {len(pair.continuation)} tokens"
             raise HarnessError(
-                f"lm-eval task {pair.task}: a continuation of {len(pair.continuation)} tokens does not fit into "
-                f"max_length {self.max_length}; raise it"
+                f"lm-eval task {pair.task}: {what} does not fit into max_length {self.max_length}; raise it"
             )
         ids = tuple(self._cut(pair.context, room))
-        return replace(pair, context=ids, truncated=len(ids) < len(pair.context))
+        return pair._replace(context=ids, truncated=len(ids) < len(pair.context))
 
 
 @contextmanager

@@ -58,13 +58,9 @@ def _complete(args: argparse.Namespace) -> None:
         args.device = "auto"
     name = given.get("pretrained", "smollm2-135m")
     metadata = _arguments(config.get("metadata")) | _arguments(args.metadata)
-    if "tokenizer" not in given | metadata and not readable(name):
+    by_name = {"hub", "folder"}  # whose tokenizer transformers finds by the model's name
+    if "tokenizer" not in given | metadata and resolve_model(name).kind not in by_name:
         args.metadata = {"tokenizer": tokenizer_of(name), **metadata}
-
-
-def readable(name: str) -> bool:
-    """Whether transformers finds the tokenizer of that model by the same name."""
-    return resolve_model(name).kind in {"hub", "folder"}
 
 
 def tokenizer_of(name: str) -> str:

@@ -11,10 +11,9 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -32,18 +31,12 @@ TRUNCATED = "longer than the model's context: truncated by the lm-eval plugin"
 FACTS = ("prompt_sha256", *(name for name in STORED if name != "notes"))
 
 
-@dataclass(frozen=True)
-class ResultsFile:
+class ResultsFile(NamedTuple):
     """A results file and its samples. samples: lines of one filter, by task."""
 
     path: Path
     results: Mapping[str, Any]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        own: Mapping[str, Any] = self.results["config"]
-        return own
 
 
 def import_results(
@@ -68,7 +61,7 @@ def import_results(
             raise HarnessError(f"{one.path}: {one_line(error)}") from None
         except (KeyError, TypeError) as error:
             raise HarnessError(f"{one.path} is not what this harness's lm-eval plugin writes: {error!r}") from None
-        with RunStore.open(root, _manifest(one, spec, records=len(records), command=command)) as store:
+        with RunStore.open(root, _manifest(one.results, spec, records=len(records), command=command)) as store:
             store.append([record for record in records if record.key not in store.done])
             yield store.folder, len(records)
 
@@ -86,22 +79,22 @@ def _read(path: Path) -> ResultsFile | None:
     if "kv_method" not in config:
         log.warning("%s: a run of model %s, of which nothing was measured; left out", path, config.get("model"))
         return None
-    samples = {}
-    for file in sorted(path.parent.glob(f"samples_*_{stamp[1]}.jsonl")):
+    samples, ending = {}, f"_{stamp[1]}.jsonl"
+    for file in sorted(path.parent.glob(f"samples_*{ending}")):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        task = file.name.removeprefix("samples_").removesuffix(f"_{stamp[1]}.jsonl")
-        samples[task] = [line for line in lines if line["filter"] == lines[0]["filter"]]
+        own = [line for line in lines if line["filter"] == lines[0]["filter"]]
+        samples[file.name.removeprefix("samples_").removesuffix(ending)] = own
     if not samples:
         raise HarnessError(f"{path} has no samples beside it; run lm-eval again with --log_samples")
     return ResultsFile(path, results, samples)
 
 
 def _spec(one: ResultsFile) -> RunSpec:
-    results, config = one.results, one.config
+    config = one.results["config"]
     limit = config.get("limit")
     return RunSpec(
         model=ModelSpec(**config["kv_model"]),
-        tasks=tuple(_task_spec(results, task, lines) for task, lines in one.samples.items()),
+        tasks=tuple(_task_spec(one.results, task, lines) for task, lines in one.samples.items()),
         methods=(MethodSpec(**config["kv_method"]),),
         budgets=(config["kv_budget"],),
         lengths=(),
@@ -129,18 +122,18 @@ def _task_spec(results: Mapping[str, Any], task: str, lines: Sequence[Mapping[st
     return TaskSpec(name=f"lm-eval/{task}", protocol=protocol, provenance=provenance)
 
 
-def _manifest(one: ResultsFile, spec: RunSpec, *, records: int, command: Sequence[str]) -> RunManifest:
-    results = one.results
+def _manifest(results: Mapping[str, Any], spec: RunSpec, *, records: int, command: Sequence[str]) -> RunManifest:
     began = float(results["date"])
-    took = float(results.get("total_evaluation_time_seconds") or 0.0)
+    ended = began + float(results.get("total_evaluation_time_seconds") or 0.0)
+    started, finished = (datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") for at in (began, ended))
     versions = {"lm-eval": results.get("lm_eval_version"), "transformers": results.get("transformers_version")}
     return RunManifest(
         run_id=spec.run_id,
         status="finished",
         command=tuple(command),
         spec=spec,
-        started=_iso(began),
-        finished=_iso(began + took),
+        started=started,
+        finished=finished,
         samples=records,
         cells=1,
         versions={name: str(version) for name, version in versions.items() if version},
@@ -148,26 +141,35 @@ def _manifest(one: ResultsFile, spec: RunSpec, *, records: int, command: Sequenc
 
 
 def _records(one: ResultsFile, spec: RunSpec, metric: str | None) -> Iterator[Record]:
-    prompts, notes = one.config["kv_prompts"], one.config["kv_notes"]
+    config = one.results["config"]
     for task, lines in one.samples.items():
         raised = one.results.get("higher_is_better", {}).get(task, {})
         for line in lines:
-            shared, facts = _shared(spec, task, line), prompts.get(line["prompt_hash"])
+            prediction, shared = _shared(spec, task, line)
+            facts = config["kv_prompts"].get(line["prompt_hash"])
             if facts is None:
                 why = "its answer came from lm-eval's response cache, so nothing was measured"
                 yield Record(**shared, status="skipped", error=why)
-            else:
-                measured: dict[str, Any] = {name: facts[name] for name in FACTS}
-                measured["memory"] = one.config["kv_memory"]
-                measured["prompt_tokens"] = facts["compressed_tokens"]
-                measured["metrics"] = _metrics(line, metric, raised, where=f"{one.path}: {task}")
-                measured["notes"] = (*_notes(facts), *notes)
-                yield Record(**shared, **measured, prediction=_texts(line)[0], status="ok")
+                continue
+            marks = {UNCOMPRESSED: not facts["compressed"], TRUNCATED: facts["truncated"]}
+            measured: dict[str, Any] = {name: facts[name] for name in FACTS}
+            measured["memory"] = config["kv_memory"]
+            measured["prompt_tokens"] = facts["compressed_tokens"]
+            measured["metrics"] = _metrics(line, metric, raised, where=f"{one.path}: {task}")
+            measured["notes"] = (
+                *facts["notes"],
+                *(note for note, holds in marks.items() if holds),
+                *config["kv_notes"],
+            )
+            yield Record(**shared, **measured, prediction=prediction, status="ok")
 
 
-def _shared(spec: RunSpec, task: str, line: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of its run and its sample."""
-    return {
+def _shared(spec: RunSpec, task: str, line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A sample's prediction, and what a record says of its run and the sample."""
+    prediction, answers = _texts(line)
+    length = line["doc"].get("max_length") if isinstance(line["doc"], dict) else None  # RULER's
+    meta = {"doc_hash": line["doc_hash"], "target_hash": line["target_hash"]}
+    return prediction, {
         "run_id": spec.run_id,
         "model": spec.model.name,
         "dtype": spec.model.dtype,
@@ -178,8 +180,8 @@ def _shared(spec: RunSpec, task: str, line: Mapping[str, Any]) -> dict[str, Any]
         "query": spec.query,
         "first_token": spec.first_token,
         "seed": spec.seed,
-        "meta": _meta(line),
-        "answers": _texts(line)[1],
+        "meta": meta | ({"length": length} if isinstance(length, int) else {}),
+        "answers": answers,
     }
 
 
@@ -207,18 +209,3 @@ def _texts(line: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     best = max(range(len(choices)), key=lambda i: float(responses[i][0]))
     right = choices[int(target)] if target.isdigit() and int(target) < len(choices) else target
     return choices[best], (right,)
-
-
-def _meta(line: Mapping[str, Any]) -> dict[str, Any]:
-    length = line["doc"].get("max_length") if isinstance(line["doc"], dict) else None  # RULER's
-    meta = {"doc_hash": line["doc_hash"], "target_hash": line["target_hash"]}
-    return meta | ({"length": length} if isinstance(length, int) else {})
-
-
-def _notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    marks = {UNCOMPRESSED: not facts["compressed"], TRUNCATED: facts["truncated"]}
-    return (*facts["notes"], *(note for note, holds in marks.items() if holds))
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

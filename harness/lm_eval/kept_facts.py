@@ -16,6 +16,12 @@ from harness.models.prompt import token_sha256
 
 log = logging.getLogger("harness")
 
+STORED = (
+    *("over_budget", "notes", "compressed_tokens", "budget_tokens", "kept_slots", "kv_bytes", "kv_bytes_end"),
+    *("asked_bytes", "full_bytes", "prefill_s", "compress_s"),
+)
+"""Fields of an outcome that are facts of its prompt."""
+
 
 @dataclass
 class TaskFacts:
@@ -66,7 +72,7 @@ class KeptFacts:
         facts.full_bytes.append(outcome.full_bytes)
         facts.notes |= dict.fromkeys(outcome.notes)
         self._warn(task, facts, outcome, compressed=compressed, truncated=truncated)
-        self.prompts[prompt_hash(text)] = {
+        self.prompts[hashlib.sha256(text.encode()).hexdigest()] = {  # as lm-eval hashes it for its samples file
             "prompt_sha256": token_sha256(ids),
             "compressed": compressed,
             "truncated": truncated,
@@ -81,43 +87,12 @@ class KeptFacts:
             found[f"kv_{name.removeprefix('kv_')}"] = fmean(values) if values else None
         return found
 
-    def by_task(self) -> dict[str, dict[str, Any]]:
-        """Return what `results["config"]` shows of each task, by its name."""
-        return {task: facts.summary() for task, facts in self.tasks.items()}
-
     def _warn(self, task: str, facts: TaskFacts, outcome: Outcome, *, compressed: bool, truncated: bool) -> None:
+        line = "lm-eval task %s: %s; such prompts are counted as `%s` in the results' kv_tasks, %s"
         if not compressed and facts.uncompressed == 1:
-            log.warning(
-                "lm-eval task %s: a context of %d tokens is not above budget %s, so it stays uncompressed; such "
-                "prompts are counted as `uncompressed` in the results' kv_tasks, lower the budget to compress them",
-                task,
-                outcome.compressed_tokens,
-                self.budget,
-            )
+            why = f"a context of {outcome.compressed_tokens} tokens is not above budget {self.budget}"
+            advice = "lower the budget to compress them"
+            log.warning(line, task, f"{why}, so it stays uncompressed", "uncompressed", advice)
         if truncated and facts.truncated == 1:
-            log.warning(
-                "lm-eval task %s: a prompt exceeds the model's context and lost tokens; such prompts are counted as "
-                "`truncated` in the results' kv_tasks, see max_length and truncation_side",
-                task,
-            )
-
-
-STORED = (
-    "over_budget",
-    "notes",
-    "compressed_tokens",
-    "budget_tokens",
-    "kept_slots",
-    "kv_bytes",
-    "kv_bytes_end",
-    "asked_bytes",
-    "full_bytes",
-    "prefill_s",
-    "compress_s",
-)
-"""Fields of an outcome that are facts of its prompt."""
-
-
-def prompt_hash(text: str) -> str:
-    """Return the hash of a prompt's text as lm-eval computes it for its samples file."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+            why = "a prompt exceeds the model's context and lost tokens"
+            log.warning(line, task, why, "truncated", "see max_length and truncation_side")

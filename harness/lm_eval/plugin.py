@@ -34,7 +34,6 @@ from harness.errors import HarnessError
 from harness.lm_eval.answers import Answerer, ScoredPair
 from harness.lm_eval.requests import (
     check_alone,
-    check_batch,
     check_own_options,
     device_here,
     generation,
@@ -52,27 +51,26 @@ IDENTITY = "kvpolicy"  # a key of lm-eval's response cache, whose others are has
 class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """A model under one method at one budget.
 
+    dtype, trust_remote_code and device_map are those of `harness.models.load_model`. batch_size is 1; max_batch_size is
+    ignored, and tokenizer too: tasks that size their prompts by tokens (RULER) read it among the model arguments.
+
     Args:
         pretrained: a model as `harness run --model` takes it, or a loaded one.
         method: `name` or `name@preset`.
         budget: tokens per layer and KV head (128) or a kept fraction of each prompt (0.25); none for fullkv.
-        dtype: auto, float32, bfloat16 or float16.
         device: what lm-eval passes from `--device`.
-        batch_size: 1.
-        max_batch_size: ignored, since there is one batch size.
         max_length: tokens of prompt and answer together; the model's context when it is not given.
         truncation_side: which end of a longer prompt goes: left (as `hf`), right, or the middle (as LongBench).
         add_bos_token: whether texts get the tokenizer's special tokens; None is the tokenizer's own choice.
-        tokenizer: ignored; tasks that size their prompts by tokens (RULER) read it among the model arguments.
-        trust_remote_code: run the Python code that a hub repository brings.
-        device_map: of transformers, such as `auto`.
-        set: parameters of the method, as `--set METHOD.PARAM=VALUE` of `harness run`; in `--model_args` they stand
-            for themselves (`recent=16`).
-        params: the same, one by one.
+        set: parameters of the method, as `--set METHOD.PARAM=VALUE` of `harness run`.
+        params: the same one by one, as they stand in `--model_args` (`recent=16`).
 
-    Raises:
-        HarnessError: bad input, in one line.
+    Raises HarnessError, in one line, for bad input.
     """
+
+    batch_size = 1
+    max_gen_toks = 256
+    """Tokens to generate where a task names no number, as in `hf`."""
 
     def __init__(
         self,
@@ -94,16 +92,14 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         **params: Any,
     ) -> None:
         super().__init__()
-        check_batch(batch_size)
-        check_alone()
+        check_alone(batch_size)
         if not isinstance(pretrained, LoadedModel):
-            place = device_here(device)
-            pretrained = load_model(
-                pretrained, dtype=dtype, device=place, trust_remote_code=trust_remote_code, device_map=device_map
-            )
+            remote: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+            pretrained = load_model(pretrained, dtype=dtype, device=device_here(device), **remote)
         self.loaded, self.tokenizer, self.add_bos_token = pretrained, pretrained.tokenizer, add_bos_token
         self.spec, planned = method_cells(pretrained, method, budget, {**(set or {}), **params})
         self.answers = Answerer(pretrained, planned, max_length=max_length, side=truncation_side)
+        self.max_length, self._device = self.answers.max_length, self.answers.engine.model.device
         self.notes: dict[str, None] = {}
 
     @classmethod
@@ -113,8 +109,8 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
         check_own_options(arg_dict)
-        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        return cls(**arg_dict, **given)
+        made: Self = super().create_from_arg_obj(arg_dict, additional_config)
+        return made
 
     @property
     def eot_token_id(self) -> int:
@@ -126,23 +122,6 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """What stands in for an empty context: BOS, or end of text where there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
-
-    @property
-    def max_length(self) -> int:
-        return self.answers.max_length
-
-    @property
-    def max_gen_toks(self) -> int:
-        """The tokens to generate where a task names no number, as in `hf`."""
-        return 256
-
-    @property
-    def batch_size(self) -> int:
-        return 1
-
-    @property
-    def device(self) -> Any:
-        return self.answers.engine.model.device
 
     @property
     def tokenizer_name(self) -> str:
@@ -206,8 +185,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             context, continuation = request.args
             ids, following = self._encoded(context, continuation)
             pairs.append(ScoredPair(index, _task(request), context, tuple(ids), tuple(following)))
-        texts = [request.args for request in requests]
-        return self._scores(pairs, texts, disable_tqdm=disable_tqdm)
+        return self._scores(pairs, [request.args for request in requests], disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -216,18 +194,18 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             ScoredPair(index, "", (text or ("",))[0], tuple(ids), tuple(following))
             for index, (text, ids, following) in enumerate(requests)
         ]
-        return self._scores(pairs, [text for text, _, _ in requests], disable_tqdm=disable_tqdm)
+        return self._scores(pairs, [text for text, _, _ in requests], disable_tqdm)
 
     def _scores(
-        self, pairs: Sequence[ScoredPair], texts: Sequence[Any], *, disable_tqdm: bool
+        self, pairs: Sequence[ScoredPair], texts: Sequence[Any], disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for group in self.answers.score(pairs):
                 for pair, logprob, greedy in group:
-                    found[pair.index] = logprob, greedy
-                    if texts[pair.index] is not None:
-                        self.cache_hook.add_partial("loglikelihood", texts[pair.index], found[pair.index])
+                    found[pair.place] = logprob, greedy
+                    if texts[pair.place] is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts[pair.place], found[pair.place])
                 bar.update(len(group))
         return [found[index] for index in range(len(pairs))]
 
@@ -269,7 +247,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             **answers.facts.means(),
             "kv_prefills": answers.engine.prefills,
             "kv_notes": list(self.notes),
-            "kv_tasks": answers.facts.by_task(),
+            "kv_tasks": {task: facts.summary() for task, facts in answers.facts.tasks.items()},
             "kv_prompts": answers.facts.prompts,
         }
 

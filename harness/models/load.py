@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from harness.errors import HarnessError
 from harness.models.assets import cache_dir
 from harness.models.prompt import template_tokens
-from harness.models.readers import Parts, need, read_pretrained, read_tiny
+from harness.models.readers import Parts, need, read_model
 from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, resolve_model
 from harness.records.spec import ModelSpec
 
@@ -53,19 +52,15 @@ def load_model(
     attn: str | None = None,
     device_map: str | None = None,
 ) -> LoadedModel:
-    """Load the model that `name` stands for, with its tokenizer.
+    """Load the model that `name` stands for (see the head of this module), with its tokenizer.
 
-    Args:
-        name: see the head of this module.
-        dtype: float32, bfloat16, float16, or auto (`resolve_dtype`).
-        device: cpu, cuda, cuda:1, mps, auto (`resolve_device`), or auto-map: `device_map="auto"` on what auto is.
-        trust_remote_code: run the Python code that a hub repository or folder brings.
-        attn: attention implementation of transformers, or None for its default.
-        device_map: of transformers, such as `auto` to spread the layers over all GPUs there are; `device` is then
-            where the first of them is.
+    dtype: float32, bfloat16, float16, or auto (`resolve_dtype`). device: cpu, cuda, cuda:1, mps, auto
+    (`resolve_device`), or auto-map: `device_map="auto"` on what auto is. trust_remote_code: run the Python code that a
+    hub repository or folder brings. attn: attention implementation of transformers, or None for its default.
+    device_map: of transformers, such as `auto` to spread the layers over all GPUs there are; `device` is then where the
+    first of them is.
 
-    Raises:
-        HarnessError: unknown name, device or dtype; no network; damaged files; not a decoder-only language model.
+    Raises HarnessError: unknown name, device or dtype; no network; damaged files; not a decoder-only language model.
     """
     source, place = resolve_model(name), resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -73,8 +68,8 @@ def load_model(
     if device_map is not None:
         need("accelerate", f"device_map={device_map} spreads a model", other="name one device")
     options = {"trust_remote_code": trust_remote_code, "device_map": device_map, "place": place}
-    with _quiet(), _one_line(source):
-        parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
+    with _quiet(source):
+        parts = read_model(source, kind, **options)
         model = parts[0]
         if attn is not None:
             model.set_attn_implementation(attn)
@@ -93,8 +88,8 @@ def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: boo
     away = dtype == "auto" and place.type == "cuda" and not torch.cuda.is_available()
     kind = torch.bfloat16 if away else resolve_dtype(dtype, place)
     options = {"trust_remote_code": trust_remote_code, "weights": False}
-    with _quiet(), _one_line(source):
-        parts = read_tiny(kind) if source.kind == "tiny" else read_pretrained(source, kind, **options)
+    with _quiet(source):
+        parts = read_model(source, kind, **options)
     return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
 
 
@@ -110,14 +105,15 @@ def _loaded(
         trust_remote_code=trust_remote_code,
         loaded_as=tuple(_loaded_as(source, model, device_map)),
     )
-    return LoadedModel(
-        model=model,
-        tokenizer=tokenizer,
-        spec=spec,
-        context=_context(source.name, model.config),
-        eos_ids=_eos_ids(model, tokenizer),
-        template_tokens=template_tokens(tokenizer),
-    )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int):
+        unknown = "has no max_position_embeddings, so its context is unknown"
+        raise HarnessError(f"the config of {source.name!r} {unknown}; add it")
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    several = configured if isinstance(configured, list) else [configured]
+    # Both count: chat models end turns with a token that only the generation config names.
+    ends = frozenset(token for token in (*several, tokenizer.eos_token_id) if isinstance(token, int))
+    return LoadedModel(model, tokenizer, spec, context, ends, template_tokens(tokenizer))
 
 
 def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | None) -> Iterator[str]:
@@ -136,10 +132,7 @@ def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | No
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return a device that is there. `auto`, and the first of `auto-map`: cuda or cpu; mps only when asked for.
-
-    Raises HarnessError.
-    """
+    """A device that is there, or HarnessError. `auto` and the first of `auto-map`: cuda or cpu; mps when asked for."""
     if device in ("auto", AUTO_MAP):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -153,11 +146,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
-    """Return the dtype weights and cache are held in.
-
-    auto is bfloat16 where the processor multiplies it natively, else float16 on a GPU and float32 on a CPU.
-    Raises HarnessError for an unknown name.
-    """
+    """The dtype of weights and cache. auto: bfloat16 where it is native, else float16 on a GPU and float32 on a CPU."""
     check_dtype(dtype)
     if dtype != "auto":
         return DTYPES[dtype]
@@ -175,37 +164,15 @@ def _native_bf16() -> bool:
     return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
 
 
-def _context(name: str, config: Any) -> int:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        raise HarnessError(f"the config of {name!r} has no max_position_embeddings, so its context is unknown; add it")
-    return positions
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Both sources count: chat models end turns with a token that only the generation config names."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*several, tokenizer.eos_token_id) if isinstance(token, int))
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bars and no advice of transformers; as before afterwards."""
+def _quiet(source: ModelSource) -> Iterator[None]:
+    """No loading bars and no advice of transformers, and what a loader raises as one line.
+
+    Hub, file and architecture troubles all arrive as these types.
+    """
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _one_line(source: ModelSource) -> Iterator[None]:
-    """What a loader raises, as one line. Hub, file and architecture troubles all arrive as these types."""
     try:
         yield
     except HarnessError:
@@ -214,6 +181,10 @@ def _one_line(source: ModelSource) -> Iterator[None]:
         line = " ".join(str(error).split()) or type(error).__name__
         why = line if len(line) <= 300 else f"{line[:300]}..."
         raise HarnessError(f"model {source.name!r} cannot be loaded: {why}; {_remedy(source, line)}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _remedy(source: ModelSource, line: str) -> str:

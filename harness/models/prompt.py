@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -46,8 +45,7 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(tokenizer(text, add_special_tokens=not chat)["input_ids"])
 
 
-@dataclass(frozen=True)
-class Wrapped:
+class Wrapped(NamedTuple):
     """A prompt as token ids. context: how many leading ones hold nothing beyond the end of the sample's context.
 
     needle: indexes of the tokens that hold a part of one of the sample's needles.
@@ -63,30 +61,23 @@ def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
 
     A chat template brings its own special tokens; raw text gets the tokenizer's (a BOS, unless it starts with one).
     The answer prefix is joined as text, before tokenising, so that merges are those of natural text.
-
-    Raises:
-        HarnessError: the template fails or rewrites the message, or the tokenizer does not tell offsets.
+    Raises HarnessError: the template fails or rewrites the message, or the tokenizer does not tell offsets.
     """
     if not tokenizer.is_fast:
         raise HarnessError(f"{type(tokenizer).__name__} gives no character offsets; use a model with a fast tokenizer")
     content = sample.context + sample.question
+    text, border, bos = content, len(sample.context), tokenizer.bos_token
+    special = not (isinstance(bos, str) and text.startswith(bos))
     if sample.chat and tokenizer.chat_template:
-        text, border = _chat(tokenizer, content, len(sample.context))
+        text, border = _chat(tokenizer, content, border)
         special = False
-    else:
-        text, border = content, len(sample.context)
-        bos = tokenizer.bos_token
-        special = not (isinstance(bos, str) and text.startswith(bos))
-    encoded = tokenizer(
-        text + sample.answer_prefix, add_special_tokens=special, return_offsets_mapping=True, verbose=False
-    )
+    whole = text + sample.answer_prefix
+    encoded = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     context = next((index for index, (_, end) in enumerate(offsets) if end > border), len(offsets))
     places = [(text.find(needle), len(needle)) for needle in sample.meta.get("needles", ()) if needle in text]
-    touching = {
-        index for at, size in places for index, (a, b) in enumerate(offsets) if a < b and a < at + size and b > at
-    }
-    return Wrapped(list(encoded["input_ids"]), context, tuple(sorted(touching)))
+    touching = (i for i, (a, b) in enumerate(offsets) if any(a < b and a < at + size and b > at for at, size in places))
+    return Wrapped(list(encoded["input_ids"]), context, tuple(touching))
 
 
 def answer_tokens(
@@ -124,7 +115,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tup
         if text == head + body + tail and content[cut:].startswith(body) and not rest.strip():
             return text, len(head) + min(max(context - cut, 0), len(body))
     raise HarnessError(
-        "the chat template rewrites the message, so its context cannot be found in the prompt; " + ADVICE
+        f"the chat template rewrites the message, so its context cannot be found in the prompt; {ADVICE}"
     )
 
 

@@ -37,8 +37,7 @@ CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
 
 
-def read_tiny(kind: torch.dtype) -> Parts:
-    """Return the random model of `harness.models.tiny`."""
+def _read_tiny(kind: torch.dtype) -> Parts:
     tokenizer = tiny_tokenizer()
     model = tiny_model(len(tokenizer))
     weights = hashlib.sha256()
@@ -49,12 +48,14 @@ def read_tiny(kind: torch.dtype) -> Parts:
     return model, tokenizer, weights.hexdigest()
 
 
-def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
+def read_model(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """Return model, tokenizer and revision: the hub's commit, or a content hash of what is on disk.
 
     options: `trust_remote_code`, `device_map` of transformers, `weights`, which is False for a model without them, and
     `place`, the device of a quantised model, which cannot be moved. A peft adapter is merged into its base model.
     """
+    if source.kind == "tiny":
+        return _read_tiny(kind)
     if source.adapted is not None:
         return _read_adapted(source, kind, **options)
     if source.kind == "packaged":
@@ -72,11 +73,10 @@ def read_pretrained(source: ModelSource, kind: torch.dtype, **options: Any) -> P
 
 def _read_adapted(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """The base model with the adapter's weights added to its own. revision: of the base and of the adapter's files."""
-    base, folder = source.adapted, source.path
-    assert base is not None and folder is not None
+    base, folder = str(source.adapted), Path(source.name).expanduser()
     need("peft", f"{source.name!r} is a peft adapter of {base}", other="merge it and give the merged folder")
     whole = ModelSource(base, "folder", Path(base)) if Path(base).is_dir() else ModelSource(base, "hub")
-    model, tokenizer, revision = read_pretrained(whole, kind, **options)
+    model, tokenizer, revision = read_model(whole, kind, **options)
     own = _folder_sha256(folder)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, **_only(options, "trust_remote_code"))
@@ -96,10 +96,16 @@ def need(package: str, what: str, *, other: str) -> None:
         raise HarnessError(f"{what}, and {package} is not installed; `pip install {package}`, or {other}")
 
 
-def _check_quantised(where: str, config: Any) -> None:
+def _check(where: str, config: Any, *, weights: bool) -> None:
+    """Refuse a model that is no decoder alone, or whose quantised weights cannot be read here."""
+    architectures = config.architectures or []
+    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if config.is_encoder_decoder or (architectures and not remote and not architectures[0].endswith(CAUSAL)):
+        what = architectures[0] if architectures else config.model_type
+        raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
     quantised = getattr(config, "quantization_config", None) or {}
     named = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-    if str(getattr(named, "value", named)) == "bitsandbytes":
+    if weights and str(getattr(named, "value", named)) == "bitsandbytes":
         for package in ("bitsandbytes", "accelerate"):
             need(package, f"model {where!r} is quantised with bitsandbytes", other="give one in full precision")
 
@@ -114,15 +120,9 @@ def _read(
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = AutoConfig.from_pretrained(where, **options)
-    architectures = config.architectures or []
-    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if config.is_encoder_decoder or (architectures and not remote and not architectures[0].endswith(CAUSAL)):
-        what = architectures[0] if architectures else config.model_type
-        raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
+    _check(where, config, weights=weights)
     gguf = options.get("gguf_file")
     quantised = not gguf and getattr(config, "quantization_config", None) is not None
-    if weights:
-        _check_quantised(where, config)
     tokenizer = _gguf_tokenizer(where, gguf) if gguf else AutoTokenizer.from_pretrained(where, **options)
     bars = io.StringIO() if gguf else sys.stderr  # the GGUF reader draws its own progress bar
     with contextlib.redirect_stderr(bars):
@@ -162,13 +162,12 @@ def _dequantised(name: str) -> Path:
         gguf = next(fetch(name).glob("*.gguf"))
         print(f"preparing {name}, once", file=sys.stderr, flush=True)
         model, tokenizer = _read(str(gguf.parent), torch.float32, gguf_file=gguf.name)
-        config = model.config
+        config, into = model.config, scratch / "files"
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.architectures = [type(model).__name__]
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if key not in tied}
-        into = scratch / "files"
         into.mkdir()
         save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
         for part in (config, model.generation_config, tokenizer):

@@ -2,9 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from harness.errors import HarnessError, did_you_mean
 
@@ -18,8 +17,7 @@ DEVICE = re.compile(rf"auto|{AUTO_MAP}|(cpu|cuda|mps)(:\d+)?")
 GGUF_MAGIC = b"GGUF"
 
 
-@dataclass(frozen=True)
-class ModelSource:
+class ModelSource(NamedTuple):
     """Where a model comes from. path: folder or GGUF file of a local one."""
 
     name: str
@@ -43,10 +41,8 @@ class ModelSource:
 
 def resolve_model(name: str) -> ModelSource:
     """What `name` stands for; touches no network. Raises HarnessError, with the nearest known name, for nothing."""
-    if name == "tiny":
-        return ModelSource(name, "tiny")
-    if name in PACKAGED:
-        return ModelSource(name, "packaged")
+    if name in KNOWN:
+        return ModelSource(name, "tiny" if name == "tiny" else "packaged")
     path = Path(name).expanduser()
     if name and path.is_dir():
         return ModelSource(name, "folder", path)
@@ -66,13 +62,12 @@ def check_model(name: str) -> None:
     Raises HarnessError: an unknown name, a folder without a config, a .gguf file without its header, a model of the
     hub that is not in the cache while HF_HUB_OFFLINE is set.
     """
-    source = resolve_model(name)
-    if source.kind == "folder" and source.path is not None and source.adapted is None:
-        why = _trouble_of_config(source.path / "config.json")
-    elif source.kind == "gguf" and source.path is not None:
-        why = _trouble_of_gguf(source.path)
-    else:
-        why = _trouble_of_hub(name) if source.kind == "hub" else None
+    source, why = resolve_model(name), None
+    if source.path is not None and source.adapted is None:
+        folder = source.kind == "folder"
+        why = _trouble_of_config(source.path / "config.json") if folder else _trouble_of_gguf(source.path)
+    elif source.kind == "hub":
+        why = _trouble_of_hub(name)
     if why is not None:
         advice = "check the name and the network" if source.kind == "hub" else "check the files and the options"
         raise HarnessError(f"model {name!r} cannot be loaded: {why}; {advice}")

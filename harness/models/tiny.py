@@ -24,7 +24,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIAL))
     core.post_processor = TemplateProcessing(
-        single="<|bos|> $A", special_tokens=[("<|bos|>", SPECIAL.index("<|bos|>"))]
+        single="<|bos|> $A", special_tokens=[("<|bos|>", symbols.index("<|bos|>"))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -20,27 +20,32 @@ INTERNAL = ("base", "budget", "codes", "registry", "views")
 def new_method(name: str, *, where: Path) -> list[Path]:
     """Write the files of method `name` and return their paths.
 
-    Args:
-        name: as in `--methods`: lower case, an identifier.
-        where: a checkout of the project, or the folder that gets the package's folder.
-
-    Raises:
-        HarnessError: an unusable or taken name, or a file that is there already; then nothing is written.
+    where: a checkout of the project, or the folder that gets the package's folder.
+    Raises HarnessError: an unusable or taken name, or a file that is there already; then nothing is written.
     """
     _check_name(name)
-    inside = (where / "methods" / "registry.py").is_file() and (where / "tests").is_dir()
-    files = _inside(name, where) if inside else _package(name, where / f"kv-{name.replace('_', '-')}")
-    there = next((path for path in files if path.exists()), None)
+    dist = f"kv-{name.replace('_', '-')}"
+    if (where / "methods" / "registry.py").is_file() and (where / "tests").is_dir():
+        root, changes = where, _changes(where / "CHANGELOG.md")
+        files = {f"methods/{name}.py": METHOD, f"tests/methods/test_{name}.py": TEST}
+    else:
+        root, changes = where / dist, {}
+        files = {"pyproject.toml": PROJECT, "README.md": README, f"kv_{name}.py": METHOD, f"tests/test_{name}.py": TEST}
+    there = next((root / file for file in files if (root / file).exists()), None)
     if there is not None:
         raise HarnessError(f"{there} is there already and stays; choose another name than {name!r}")
-    changes = _changes(name, where / "CHANGELOG.md") if inside else {}
+    words = {"@NAME@": name, "@CLASS@": "".join(part.capitalize() for part in name.split("_")), "@DIST@": dist}
+    written = []
     try:
-        for path, text in (files | changes).items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        for file, text in (files | changes).items():
+            for mark, word in words.items():
+                text = text.replace(mark, word)
+            written.append(root / file)
+            written[-1].parent.mkdir(parents=True, exist_ok=True)
+            written[-1].write_text(text, encoding="utf-8")
     except OSError as error:
         raise HarnessError(f"cannot write {error.filename}: {error.strerror}; choose another folder") from None
-    return [*files, *changes]
+    return written
 
 
 def _check_name(name: str) -> None:
@@ -53,34 +58,11 @@ def _check_name(name: str) -> None:
         raise HarnessError(f"{name!r} is {what} already; choose another name")
 
 
-def _inside(name: str, root: Path) -> dict[Path, str]:
-    return {
-        root / "methods" / f"{name}.py": _filled(METHOD, name),
-        root / "tests" / "methods" / f"test_{name}.py": _filled(TEST, name),
-    }
-
-
-def _package(name: str, root: Path) -> dict[Path, str]:
-    return {
-        root / "pyproject.toml": _filled(PROJECT, name),
-        root / "README.md": _filled(README, name),
-        root / f"kv_{name}.py": _filled(METHOD, name),
-        root / "tests" / f"test_{name}.py": _filled(TEST, name),
-    }
-
-
-def _changes(name: str, path: Path) -> dict[Path, str]:
+def _changes(path: Path) -> dict[str, str]:
     """The changelog with a line more under its first heading of a version; nothing where there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
         return {}
     heading = re.search(r"^## .*\n+", text, re.MULTILINE)
-    if heading is None:
-        return {}
-    return {path: text[: heading.end()] + _filled(CHANGE, name) + text[heading.end() :]}
-
-
-def _filled(text: str, name: str) -> str:
-    words = "".join(part.capitalize() for part in name.split("_"))
-    return text.replace("@NAME@", name).replace("@CLASS@", words).replace("@DIST@", f"kv-{name.replace('_', '-')}")
+    return {path.name: text[: heading.end()] + CHANGE + text[heading.end() :]} if heading else {}

@@ -1,7 +1,5 @@
 """Our `snapkv@kvpress`, `streamingllm@kvpress` and `pyramidkv@kvpress` beside kvpress, run as its users run it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -11,22 +9,14 @@ from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 
 from harness.engine.engine import Engine  # noqa: E402
 from harness.engine.transformers_seam import AttachedModel  # noqa: E402
-from harness.engine.types import (  # noqa: E402
-    Cell,
-    Limits,
-    Prompt,
-)
+from harness.engine.types import Cell, Limits, Prompt  # noqa: E402
 from harness.kvpress.policy import build  # noqa: E402
 from harness.kvpress.slots import rows  # noqa: E402
 from harness.models.load import load_model  # noqa: E402
 from methods.base import Budget  # noqa: E402
 from methods.registry import make_policy  # noqa: E402
 
-PAIRS = {
-    "snapkv@kvpress": "SnapKVPress",
-    "streamingllm@kvpress": "StreamingLLMPress",
-    "pyramidkv@kvpress": "PyramidKVPress",
-}
+PAIRS = [("snapkv", "SnapKVPress"), ("streamingllm", "StreamingLLMPress"), ("pyramidkv", "PyramidKVPress")]
 SIZES = [(300, 100), (777, 333), (1000, 128), (1900, 1400), (1900, 1283)]  # the last two are no flat pyramids
 
 
@@ -51,36 +41,34 @@ def ratio(tokens: int, budget: int) -> float:
 
 
 @torch.inference_mode()
-def kept_by_kvpress(model: PreTrainedModel, press: object, ids: list[int]) -> list[torch.Tensor]:
-    """Tokens that each layer of its cache holds, ascending: [H, S] each, told by the bits of their keys."""
+def kept_by_kvpress(model: PreTrainedModel, press: object, ids: list[int]) -> list[list[list[int]]]:
+    """Tokens that each layer of its cache holds, ascending: [H][S] each, told by the bits of their keys."""
     whole, cache = DynamicCache(), DynamicCache()
     model(input_ids=torch.tensor([ids]), past_key_values=whole)
     with press(model):  # type: ignore[operator]
         model(input_ids=torch.tensor([ids]), past_key_values=cache)
     found = [rows(some.keys, full.keys) for some, full in zip(cache.layers, whole.layers, strict=True)]
-    return [layer[0].sort(dim=-1).values for layer in found if layer is not None]
+    return [layer[0].sort(dim=-1).values.tolist() for layer in found if layer is not None]
 
 
-def kept_by_us(engine: Engine, label: str, ids: list[int], budget: int) -> list[torch.Tensor]:
+@torch.inference_mode()
+def kept_by_us(engine: Engine, label: str, ids: list[int], budget: int) -> list[list[list[int]]]:
     policy = make_policy(label)
-    with torch.inference_mode():
-        kvs = policy.compress(engine.prefill(ids, policy.needs).view, budget)
-    return [kv.positions[0].sort(dim=-1).values for kv in kvs]
+    kvs = policy.compress(engine.prefill(ids, policy.needs).view, budget)
+    return [kv.positions[0].sort(dim=-1).values.tolist() for kv in kvs]
 
 
 @pytest.mark.parametrize(("tokens", "budget"), SIZES)
-@pytest.mark.parametrize("label", PAIRS)
+@pytest.mark.parametrize(("name", "press"), PAIRS)
 def test_our_preset_keeps_the_tokens_that_kvpress_keeps(
-    ours: Engine, theirs: PreTrainedModel, label: str, tokens: int, budget: int
+    ours: Engine, theirs: PreTrainedModel, name: str, press: str, tokens: int, budget: int
 ) -> None:
     ids = text(tokens)
-    press = getattr(kvpress, PAIRS[label])(compression_ratio=ratio(tokens, budget))
-    gold = kept_by_kvpress(theirs, press, ids)
+    gold = kept_by_kvpress(theirs, getattr(kvpress, press)(compression_ratio=ratio(tokens, budget)), ids)
     assert len(gold) == ours.model.layers
-    assert len({len(layer[0]) for layer in gold}) == (4 if "pyramid" in label and budget >= 1280 else 1)
-    for by in (label, f"kvpress:{PAIRS[label]}"):
-        found = kept_by_us(ours, by, ids, budget)
-        assert [layer.tolist() for layer in found] == [layer.tolist() for layer in gold]
+    assert len({len(layer[0]) for layer in gold}) == (4 if name == "pyramidkv" and budget >= 1280 else 1)
+    for label in (f"{name}@kvpress", f"kvpress:{press}"):
+        assert kept_by_us(ours, label, ids, budget) == gold
 
 
 @pytest.mark.parametrize("press", ["KnormPress()", "AdaKVPress(SnapKVPress())", "CriticalAdaKVPress(SnapKVPress())"])

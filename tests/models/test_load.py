@@ -1,7 +1,6 @@
-"""Names, dtypes, devices and loading, on the tiny model and on folders made from it."""
+"""Names, dtypes, devices and loading, on the tiny model and on what others leave: folders, adapters, quantised ones."""
 
-from __future__ import annotations
-
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,21 +8,28 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-import harness.models.load
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
-from harness.models.load import LoadedModel, load_model, resolve_device, resolve_dtype, resolve_model
+from harness.models.load import LoadedModel, describe_model, load_model, resolve_device, resolve_dtype, resolve_model
 from harness.models.prompt import wrap
 from tasks.base import Sample
+
+without_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+without_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="no accelerate")
+IDS = torch.arange(5, 40)[None]
+
+
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return loaded.model(IDS.to(loaded.model.device)).logits.cpu()  # type: ignore[no-any-return]
 
 
 @pytest.fixture
 def folder(tiny: LoadedModel, tmp_path: Path) -> Path:
     """The tiny model as a local folder."""
-    into = tmp_path / "model"
-    tiny.model.save_pretrained(into)
-    tiny.tokenizer.save_pretrained(into)
-    return into
+    for part in (tiny.model, tiny.tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
 
 
 def edit(path: Path, **fields: object) -> None:
@@ -38,23 +44,18 @@ def test_names(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path / "x.gguf")).path == tmp_path / "x.gguf"
 
 
-@pytest.mark.parametrize("name", ["smolm2-135m", "tinny"])
-def test_a_misspelt_name_is_told_the_nearest(name: str) -> None:
-    nearest = {"smolm2-135m": "smollm2-135m", "tinny": "tiny"}[name]
-    with pytest.raises(HarnessError, match=f"unknown model '{name}'; did you mean '{nearest}'"):
-        resolve_model(name)
-
-
 @pytest.mark.parametrize("name", ["a/b/c", "./missing", "/missing", "missing.gguf", "org/missing.gguf", "org/", ""])
 def test_a_missing_path_is_no_hub_name(name: str) -> None:
     with pytest.raises(HarnessError, match="give smollm2-135m, tiny, a folder"):
         resolve_model(name)
+    with pytest.raises(HarnessError, match="unknown model 'tinny'; did you mean 'tiny'"):
+        resolve_model("tinny")
 
 
 def test_dtype_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(harness.models.load, "_native_bf16", lambda native=native: native)
+        monkeypatch.setattr("harness.models.load._native_bf16", lambda native=native: native)
         assert resolve_dtype("auto", cpu) == expected
     assert resolve_dtype("float16", cpu) == torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -66,18 +67,15 @@ def test_dtype_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(HarnessError, match="unknown device 'gpu'"):
-        resolve_device("gpu")
-    with pytest.raises(HarnessError, match="'cuda:99' is not available"):
-        resolve_device("cuda:99")
+    for name, complaint in (("gpu", "unknown device 'gpu'"), ("cuda:99", "'cuda:99' is not available")):
+        with pytest.raises(HarnessError, match=complaint):
+            resolve_device(name)
 
 
 def test_tiny_is_the_same_every_time_and_does_not_touch_the_generator(tiny: LoadedModel) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
+    before = torch.get_rng_state()
     again = load_model("tiny", dtype="float32", device="cpu")
-    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(torch.get_rng_state(), before)
     assert again.spec == tiny.spec
     pairs = zip(again.model.parameters(), tiny.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
@@ -86,22 +84,16 @@ def test_tiny_is_the_same_every_time_and_does_not_touch_the_generator(tiny: Load
 def test_tiny_as_described(tiny: LoadedModel) -> None:
     config = tiny.model.config
     heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    assert heads == (4, 4, 2, 16)
-    assert tiny.context == 4096
+    assert (*heads, tiny.context) == (4, 4, 2, 16, 4096)
     assert tiny.eos_ids == {tiny.tokenizer.convert_tokens_to_ids("<|end|>")}
-    assert not tiny.model.training
-    assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
+    assert not tiny.model.training and not any(parameter.requires_grad for parameter in tiny.model.parameters())
 
 
 def test_bfloat16_tiny_keeps_its_rope_exact(tiny: LoadedModel) -> None:
     half = load_model("tiny", dtype="bfloat16", device="cpu")
     assert half.model.dtype == torch.bfloat16
-    assert half.spec.dtype == "bfloat16"
-    assert half.spec.revision == tiny.spec.revision
-    ids = torch.arange(5, 40)[None]
-    with torch.inference_mode():
-        cosine = torch.cosine_similarity(half.model(ids).logits.float(), tiny.model(ids).logits, dim=-1)
-    assert cosine.min() > 0.99
+    assert (half.spec.dtype, half.spec.revision) == ("bfloat16", tiny.spec.revision)
+    assert torch.cosine_similarity(logits(half).float(), logits(tiny), dim=-1).min() > 0.99
     assert half.model.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
 
 
@@ -110,16 +102,12 @@ def test_a_folder_loads_as_what_was_saved(tiny: LoadedModel, folder: Path, capfd
     loaded = load_model(str(folder), dtype="float32", device="cpu")
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr().err == ""
-    ids = torch.arange(5, 40)[None]
-    with torch.inference_mode():
-        assert torch.equal(loaded.model(ids).logits, tiny.model(ids).logits)
-    assert loaded.template_tokens == tiny.template_tokens
-    assert loaded.context == 4096
+    assert torch.equal(logits(loaded), logits(tiny))
+    assert (loaded.template_tokens, loaded.context, loaded.spec.loaded_as) == (tiny.template_tokens, 4096, ())
 
 
 def test_the_revision_of_a_folder_follows_its_contents(folder: Path) -> None:
     first = load_model(str(folder), device="cpu").spec.revision
-    assert load_model(str(folder), device="cpu").spec.revision == first
     (folder / "README.md").write_text("not part of the model")
     assert load_model(str(folder), device="cpu").spec.revision == first
     edit(folder / "generation_config.json", eos_token_id=[2, 7])
@@ -134,36 +122,29 @@ def test_attention_implementation_is_set() -> None:
         load_model("tiny", attn="no_such_kernel", device="cpu")
 
 
+EVIL = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+
+
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        (
-            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-            "T5ForConditionalGeneration is not a dec",
-        ),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration is not a"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a decoder-only"),
         ({"model_type": "no_such_model"}, "cannot be loaded: .*no_such_model"),
+        (EVIL, "pass --trust-remote-code"),
+        ({}, "cannot be loaded"),
     ],
 )
-def test_other_models_are_refused(folder: Path, fields: dict[str, object], complaint: str) -> None:
+def test_other_models_code_and_damaged_weights_are_refused(
+    folder: Path, fields: dict[str, object], complaint: str
+) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('this code ran')")
     edit(folder / "config.json", **fields)
-    with pytest.raises(HarnessError, match=complaint):
-        load_model(str(folder), device="cpu")
-
-
-def test_damaged_weights_are_one_line(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(HarnessError, match="cannot be loaded") as caught:
+    with pytest.raises(HarnessError, match=complaint) as caught:
         load_model(str(folder), device="cpu")
     assert "\n" not in str(caught.value)
-
-
-def test_code_of_a_folder_is_not_run_unasked(folder: Path) -> None:
-    (folder / "evil.py").write_text("raise SystemExit('this code ran')")
-    edit(folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
-    with pytest.raises(HarnessError, match="pass --trust-remote-code"):
-        load_model(str(folder), device="cpu")
 
 
 def test_the_hub_out_of_reach_is_one_line() -> None:
@@ -172,13 +153,76 @@ def test_the_hub_out_of_reach_is_one_line() -> None:
 
 
 def test_manifest_facts_are_json_and_name_what_runs() -> None:
-    facts = machine()
-    assert json.loads(json.dumps(facts)) == facts
-    assert facts["cores"] >= 1
-    assert facts["torch_threads"] == torch.get_num_threads()
-    assert versions()["torch"] == torch.__version__
-    commit = git_commit()
+    facts, commit = machine(), git_commit()
+    assert json.loads(json.dumps(facts)) == facts and facts["cores"] >= 1
+    assert (facts["torch_threads"], versions()["torch"]) == (torch.get_num_threads(), torch.__version__)
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+@pytest.fixture
+def adapter(folder: Path) -> Path:
+    """A folder as peft writes it, without its weights."""
+    into = folder.parent / "adapter"
+    into.mkdir()
+    (into / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(folder)}))
+    return into
+
+
+def test_a_missing_package_is_one_line(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.models.readers.find_spec", lambda name: None)
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    for path, device, line in (
+        (adapter, "cpu", r"is a peft adapter of .*base, and peft is not installed; `pip install peft`, or merge it"),
+        (
+            folder,
+            "cpu",
+            r"with bitsandbytes, and bitsandbytes is not installed; `pip install bitsandbytes`, or give one",
+        ),
+        (folder, "auto-map", "device_map=auto spreads a model, and accelerate is not installed"),
+    ):
+        with pytest.raises(HarnessError, match=line):
+            load_model(str(path), device=device)
+
+
+def test_an_adapter_without_a_base_or_beside_a_whole_model_is_refused(adapter: Path, folder: Path) -> None:
+    nameless, whole = "that names no base model", "and a config.json of a whole model; keep the one"
+    named = '{"base_model_name_or_path": "org/name"}'
+    for path, text, complaint in (*((adapter, text, nameless) for text in ("{}", "[]", "{")), (folder, named, whole)):
+        (path / "adapter_config.json").write_text(text)
+        with pytest.raises(HarnessError, match=complaint):
+            load_model(str(path), device="cpu")
+
+
+@without_peft
+def test_an_adapter_is_merged(folder: Path, tmp_path: Path, tiny: LoadedModel) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    own = load_model(str(folder), dtype="float32", device="cpu").model
+    wrapped = get_peft_model(own, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    into = tmp_path / "lora"
+    wrapped.save_pretrained(str(into))
+    loaded = load_model(str(into), dtype="float32", device="cpu")
+    with torch.inference_mode():
+        expected = wrapped(IDS).logits
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(loaded), logits(tiny), atol=1e-2)
+    assert loaded.spec.loaded_as == (f"peft adapter merged into {folder}",)
+    assert type(loaded.model) is type(tiny.model)
+    described = describe_model(str(into), dtype="float32", device="cpu")
+    assert described.spec == loaded.spec
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(tmp_path / "merged")
+    plain = load_model(str(tmp_path / "merged"), dtype="float32", device="cpu")
+    assert torch.equal(logits(plain), logits(loaded)) and plain.spec.loaded_as == ()
+
+
+@without_accelerate
+def test_a_device_map_is_passed_on_and_recorded(folder: Path, tiny: LoadedModel) -> None:
+    loaded = load_model(str(folder), dtype="float32", device="auto-map")
+    torch.testing.assert_close(logits(loaded), logits(tiny))
+    assert loaded.spec.loaded_as[0].startswith(f"device_map auto: {loaded.spec.device}")
+    assert loaded.spec.device in ("cpu", "cuda")
+    assert load_model("tiny", device="auto-map").spec.loaded_as == ()
 
 
 @pytest.mark.model
@@ -186,8 +230,7 @@ def test_the_packaged_model_talks(smollm2: LoadedModel) -> None:
     sample = Sample("0", "Complete the sentence: the capital of France is", " ...", ("Paris",), max_new_tokens=8)
     assert smollm2.tokenizer("hello world is ...")["input_ids"] == [28120, 905, 314, 4563]  # whatever the transformers
     assert smollm2.eos_ids == {2}
-    wrapped = wrap(smollm2.tokenizer, sample)
-    ids, border = wrapped.ids, wrapped.context
+    ids, border, _ = wrap(smollm2.tokenizer, sample)
     assert str(smollm2.tokenizer.decode(ids[:border])).endswith("the capital of France is")
     said: list[int] = []
     with torch.inference_mode():
@@ -200,6 +243,4 @@ def test_the_packaged_model_talks(smollm2: LoadedModel) -> None:
 def test_tiny_on_the_accelerator(tiny: LoadedModel) -> None:
     loaded = load_model("tiny", dtype="float32")
     assert loaded.spec.device == "cuda"
-    ids = torch.arange(5, 40)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded.model(ids.cuda()).logits.cpu(), tiny.model(ids).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(loaded), logits(tiny), rtol=1e-3, atol=1e-3)

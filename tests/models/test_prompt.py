@@ -1,7 +1,5 @@
 """Prompts on the byte-level tokenizer: one token per byte, so every border can be read off."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 
@@ -34,14 +32,8 @@ def sample(context: str, question: str, *, prefix: str = "", chat: bool = True) 
 
 
 def split(tokenizer: PreTrainedTokenizerBase, item: Sample) -> tuple[str, str]:
-    wrapped = wrap(tokenizer, item)
-    ids, border = wrapped.ids, wrapped.context
+    ids, border, _ = wrap(tokenizer, item)
     return str(tokenizer.decode(ids[:border])), str(tokenizer.decode(ids[border:]))
-
-
-def test_chat_prompt_and_border() -> None:
-    item = sample("some text.", " What?", prefix=" It is")
-    assert split(BYTES, item) == ("<|bos|><|user|>some text.", " What?<|end|><|assistant|> It is")
 
 
 def test_raw_prompt_gets_one_bos() -> None:
@@ -84,8 +76,7 @@ def test_border_is_exact_for_any_text(context: str, question: str, template: str
     cut = content.index(kept) if kept else 0
     of_context = kept[: max(len(context) - cut, 0)]
     tokenizer = with_template(template)
-    wrapped = wrap(tokenizer, sample(context, question))
-    ids, border = wrapped.ids, wrapped.context
+    ids, border, _ = wrap(tokenizer, sample(context, question))
     head = 2 + (2 if template == TRIMMING else 0)
     assert border - head == len(of_context.encode())
     assert tokenizer.decode(ids[head : head + len(kept.encode())]) == kept
@@ -94,10 +85,7 @@ def test_border_is_exact_for_any_text(context: str, question: str, template: str
 def test_a_token_across_the_border_belongs_to_the_question() -> None:
     merging = with_template(None)
     merging.add_tokens(["t.What"])
-    wrapped = wrap(merging, sample("some text.", "What?", chat=False))
-    ids, border = wrapped.ids, wrapped.context
-    assert merging.decode(ids[:border]) == "<|bos|>some tex"
-    assert merging.decode(ids[border:]) == "t.What?"
+    assert split(merging, sample("some text.", "What?", chat=False)) == ("<|bos|>some tex", "t.What?")
 
 
 def test_needle_tokens_are_found_where_the_text_is() -> None:
@@ -127,10 +115,8 @@ def test_templates_that_hide_the_context_are_refused(template: str, complaint: s
 
 
 def test_prompts_do_not_depend_on_the_day() -> None:
-    dated = with_template(
-        "{{ date_string if date_string is defined else strftime_now('%d') }}{{ messages[0]['content'] }}"
-    )
-    assert split(dated, sample("x", ""))[0] == "26 Jul 2024x"
+    day = "{{ date_string if date_string is defined else strftime_now('%d') }}"
+    assert split(with_template(day + "{{ messages[0]['content'] }}"), sample("x", ""))[0] == "26 Jul 2024x"
 
 
 def test_task_tokenizer(tiny: LoadedModel) -> None:

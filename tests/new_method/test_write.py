@@ -1,11 +1,8 @@
 """What `harness new-method` writes passes at once; bad names write nothing; a broken clause is named."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from harness.contract import CLAUSES, BrokenContract, check_method
 from harness.errors import HarnessError
 from harness.new_method.write import new_method
 from methods.base import KV, LayerPolicy, LayerView
-from methods.registry import METHODS, method
+from methods.registry import METHODS, Method
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,55 +28,38 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(*command: object, cwd: Path) -> None:
-    path = os.pathsep.join([str(cwd), str(ROOT)])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_a_checkout_gets_a_method_its_test_and_a_line(checkout: Path) -> None:
     written = new_method("made_up", where=checkout)
-    assert [str(path.relative_to(checkout)) for path in written] == [
-        "methods/made_up.py",
-        "tests/methods/test_made_up.py",
-        "CHANGELOG.md",
-    ]
+    names = ["methods/made_up.py", "tests/methods/test_made_up.py", "CHANGELOG.md"]
+    assert written == [checkout / name for name in names]
     change = "## Unreleased\n\n- Method `made_up`: tokens whose keys have the smallest norm.\n- Before.\n\n## 0.1\n"
     assert change in written[2].read_text()
-    again = [path.read_text() for path in written]
+    texts = [path.read_text() for path in written]
     with pytest.raises(HarnessError, match=r"made_up.py is there already and stays"):
         new_method("made_up", where=checkout)
-    assert [path.read_text() for path in written] == again
+    assert [path.read_text() for path in written] == texts
 
 
 def test_a_package_passes_its_tests_and_the_linters(tmp_path: Path) -> None:
-    written = new_method("two_words", where=tmp_path)
     root = tmp_path / "kv-two-words"
-    assert {path.relative_to(root).as_posix() for path in written} == {
-        "pyproject.toml",
-        "README.md",
-        "kv_two_words.py",
-        "tests/test_two_words.py",
-    }
+    names = ("pyproject.toml", "README.md", "kv_two_words.py", "tests/test_two_words.py")
+    assert new_method("two_words", where=tmp_path) == [root / name for name in names]
     info = root / "kv_two_words-0.1.0.dist-info"  # as installed
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-two-words\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[kv_policy_harness.methods]\ntwo_words = kv_two_words\n")
-    run(sys.executable, "-m", "pytest", "-q", "tests", cwd=root)  # finds the method by its entry point
-    run(sys.executable, "-m", "ruff", "check", ".", cwd=root)
-    run(sys.executable, "-m", "ruff", "format", "--check", ".", cwd=root)
+    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    for command in ("pytest -q tests", "ruff check .", "ruff format --check ."):  # finds the method by its entry point
+        called = [sys.executable, "-m", *command.split()]
+        done = subprocess.run(called, cwd=root, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("", "no name for a method"),
-        ("2fast", "no name for a method"),
-        ("Key", "no name for a method"),
+        *((name, "no name for a method") for name in ("", "2fast", "Key", "lambda", "../out")),
         ("key-norm", "such as key_norm"),
-        ("lambda", "no name for a method"),
-        ("../out", "no name for a method"),
         ("x" * 41, "at most 40 letters"),
         ("snapkv", r"is a method \(methods.snapkv\) already"),
         ("registry", r"is a module of methods/ \(registry.py\) already"),
@@ -92,29 +72,21 @@ def test_bad_names_write_nothing(checkout: Path, name: str, complaint: str) -> N
     assert sorted(checkout.rglob("*")) == before
 
 
-@pytest.fixture
-def broken() -> Iterator[None]:
-    """A registered method that returns the prompt's own slots, too many of them, in disorder."""
+@dataclass
+class Broken(LayerPolicy):
+    """Returns the prompt's own slots, too many of them, in disorder!"""
 
-    @method("broken", paper="none")
-    @dataclass
-    class Broken(LayerPolicy):
-        """No sentence!"""
-
-        def compress_layer(self, view: LayerView, budget: int) -> KV:
-            kv = view.kv
-            if view.index == 1:
-                return KV(kv.keys, kv.values.flip(2), kv.positions)
-            if view.index == 2:
-                return KV(kv.keys + 1, kv.values, kv.positions.flip(2))
-            return kv.take(torch.randint(0, view.tokens, kv.positions.shape))
-
-    yield
-    METHODS.pop("broken")
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        kv = view.kv
+        if view.index == 1:
+            return KV(kv.keys, kv.values.flip(2), kv.positions)
+        if view.index == 2:
+            return KV(kv.keys + 1, kv.values, kv.positions.flip(2))
+        return kv.take(torch.randint(0, view.tokens, kv.positions.shape))
 
 
-@pytest.mark.usefixtures("broken")
-def test_a_broken_clause_is_named_with_what_was_seen() -> None:
+def test_a_broken_clause_is_named_with_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "broken", Method("broken", Broken, "none", {}))
     found = {}
     for name in CLAUSES:
         try:
@@ -122,13 +94,8 @@ def test_a_broken_clause_is_named_with_what_was_seen() -> None:
         except BrokenContract as error:
             found[error.clause] = str(error)
     assert set(found) >= {
-        "the_budget_is_kept",
-        "positions_ascend",
-        "values_are_the_prompts",
-        "keys_are_the_prompts",
-        "compression_is_repeatable",
-        "policies_are_frozen_values",
-        "a_method_says_what_it_is",
+        *("the_budget_is_kept", "positions_ascend", "values_are_the_prompts", "keys_are_the_prompts"),
+        *("compression_is_repeatable", "policies_are_frozen_values", "a_method_says_what_it_is"),
     }
     start = "method broken breaks the contract, clause the_budget_is_kept: 16 slots, 1024 bytes where 8 slots of 64"
     assert found["the_budget_is_kept"].startswith(start)
