@@ -171,10 +171,8 @@ def test_equal_methods_are_seldom_told_apart() -> None:
     for _ in range(200):
         common = generator.normal(0.5, 0.1, 30)
         scores = np.clip(common + generator.normal(0, 0.1, (5, 30)), 0, 1)
-        grid = Grid.of(
-            [r for i, of in enumerate(scores) for r in cell(f"m{i}", "64", of.tolist())], seed=0, resamples=400
-        )
-        columns = rank_columns(grid, seed=0, resamples=400)
+        grid = Grid([r for i, of in enumerate(scores) for r in cell(f"m{i}", "64", of.tolist())], seed=0, resamples=400)
+        columns = rank_columns(grid)
         wrong += any((c["rank_low"], c["rank_high"]) != (1, 5) for c in columns.values())
     assert wrong <= 0.10 * 200
 
@@ -190,7 +188,7 @@ def test_equal_methods_are_seldom_told_apart_on_many_small_tasks() -> None:
             for i in range(6):
                 own = np.where(generator.random(5) < 0.5, base, generator.random(5)) < right
                 records += cell(f"m{i}", "64", own.astype(float).tolist(), task=f"t{task}")
-        columns = rank_columns(Grid.of(records, seed=0, resamples=400), seed=0, resamples=400)
+        columns = rank_columns(Grid(records, seed=0, resamples=400), seed=0, resamples=400)
         wrong += any((c["rank_low"], c["rank_high"]) != (1, 6) for c in columns.values())
     assert wrong <= 0.15 * 60
 
@@ -270,9 +268,9 @@ def spread_tasks(groups: int) -> list[Record]:
 
 @pytest.mark.parametrize("groups", [24, 8])
 def test_interval_over_tasks_is_that_of_the_rivals_and_of_the_textbook(groups: int) -> None:
-    grid = Grid.of(spread_tasks(groups), seed=0, resamples=8000)
-    found = rank_columns(grid, seed=0, resamples=8000)["a", "64"]
-    gain = compare(grid, "a", seed=0, resamples=8000).set_index(["measure", "family"]).loc[("score", "ruler")]
+    grid = Grid(spread_tasks(groups), seed=0, resamples=8000)
+    found = rank_columns(grid)["a", "64"]
+    gain = compare(grid, "a").set_index(["measure", "family"]).loc[("score", "ruler")]
     assert found["score_task_low"] == pytest.approx(gain.low, abs=0.6)
     assert found["score_task_high"] == pytest.approx(gain.high, abs=0.6)
     values = grid.values(("a", "64"), "score").reshape(8, 24)
