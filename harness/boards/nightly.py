@@ -86,8 +86,8 @@ def night_folder(out: Path) -> Path:
         print(f"going on with the unfinished night {nights[-1]}", file=sys.stderr)
         return nights[-1]
     name = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    names = (f"{name}-{n}" if n else name for n in count())
-    return next(out / unused for unused in names if not (out / unused).exists())
+    places = (out / (f"{name}-{n}" if n else name) for n in count())
+    return next(place for place in places if not place.exists())
 
 
 def _unfinished(night: Path) -> bool:

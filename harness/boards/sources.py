@@ -1,8 +1,8 @@
 """Where a board's records are: run folders, archives of `harness submit`, and the records of the published boards.
 
-A published board is made from `leaderboards/published/records/<board>/`, a folder of archives, and what
-`leaderboards/boards/<board>.toml` says of it, so that anyone can make it again. A folder that has timings
-(`bench.json`) is a board of speed; one that has a memory boundary (`boundary.json`) shows it beside the scores.
+A published board is made from the archives in `leaderboards/published/records/<board>/` and what
+`leaderboards/boards/<board>.toml` says of it. A folder that has timings (`bench.json`) is a board of speed; one that
+has a memory boundary (`boundary.json`) shows it beside the scores.
 """
 
 import tomllib
@@ -121,8 +121,7 @@ def load_pack(path: Path) -> Run:
 
 def _with(place: Path, layout: LogLayout[Any, Any]) -> list[Path]:
     """Folders at or right below `place` of that layout, in name order."""
-    patterns = (layout.manifest_file, f"*/{layout.manifest_file}")
-    return sorted(path.parent for pattern in patterns for path in place.glob(pattern))
+    return sorted(path.parent for here in ("", "*/") for path in place.glob(here + layout.manifest_file))
 
 
 def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:

@@ -117,10 +117,8 @@ def compare(before: Night, now: Night, options: NightlyOptions) -> NightComparis
     least = np.array([c.least for c in found])
     worse, counted = holm(np.array([c.worse for c in found]), least, options.alpha)
     better, _ = holm(np.array([c.better for c in found]), least, options.alpha)
-    changes = tuple(
-        replace(c, corrected_worse=float(w), corrected_better=float(b))
-        for c, w, b in zip(found, worse, better, strict=True)
-    )
+    corrected = zip(found, worse.tolist(), better.tolist(), strict=True)
+    changes = tuple(replace(c, corrected_worse=w, corrected_better=b) for c, w, b in corrected)
     big = [c for c in changes if abs(c.loss) > options.floor(c.measure)]
     return NightComparison(
         changes=changes,
@@ -175,12 +173,9 @@ def holm(p: Array, least: Array, alpha: float) -> tuple[Array, int]:
 
 def _drawn(parts: Array, seed: int) -> Array:
     """[DRAWS]: sums of `parts` [G] with random signs."""
-    generator = np.random.default_rng([SEED, seed])
-    rows = max(1, CHUNK // parts.size)
-    chunks = [
-        generator.integers(0, 2, size=(min(rows, DRAWS - first), parts.size), dtype=np.int8) @ parts
-        for first in range(0, DRAWS, rows)
-    ]
+    generator, rows = np.random.default_rng([SEED, seed]), max(1, CHUNK // parts.size)
+    sizes = [(min(rows, DRAWS - first), parts.size) for first in range(0, DRAWS, rows)]
+    chunks = [generator.integers(0, 2, size=size, dtype=np.int8) @ parts for size in sizes]
     return np.asarray(2 * np.concatenate(chunks) - parts.sum())
 
 

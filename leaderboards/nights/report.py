@@ -15,8 +15,8 @@ from leaderboards.nights.compare import Change, NightComparison, NightlyOptions,
 from leaderboards.nights.files import Night
 from leaderboards.text import TERMINAL_WIDTH, Section, clean, interval, keys, markdown, number, terminal
 
-DIGITS = {"score": 1, "nll": 3}
-WORDS = {"score": "score", "nll": "NLL"}
+SHOWN = {"score": ("score", 1), "nll": ("NLL", 3)}
+"""Measure to its name and its decimals."""
 
 
 @dataclass(frozen=True)
@@ -85,34 +85,28 @@ def to_terminal(verdict: NightVerdict, *, width: int = TERMINAL_WIDTH) -> str:
 
 def _facts(verdict: NightVerdict) -> list[str]:
     about, compared, options = verdict.night.about, verdict.comparison, verdict.options
+    seconds = round((datetime.fromisoformat(about.finished) - datetime.fromisoformat(about.started)).total_seconds())
     lines = [
-        f"tonight: {_told(verdict.night)}, {_duration(about.started, about.finished)}; {about.samples} samples, "
+        f"tonight: {_told(verdict.night)}, {seconds // 60} min {seconds % 60} s; {about.samples} samples, "
         f"{len(verdict.night.table)} records",
         f"machine class: {about.machine_class}; version {about.version}",
         f"baseline: {'none' if verdict.baseline is None else _told(verdict.baseline)}",
     ]
     if compared is not None:
         moved = sum(change.moved > 0 for change in compared.changes)
-        lines.append(
+        lines += [
             f"compared: {compared.cells} cells (method, budget, task) by score and NLL, with means over tasks "
-            f"{len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the correction"
-        )
-        lines.append(
+            f"{len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the correction",
             f"a regression: corrected one-sided p <= {options.alpha:g} and worse by more than {options.score_points:g} "
             f"points or {options.nll_nats:g} nats per token; a lost score; bytes grown by more than "
-            f"{options.bytes_percent:g} %"
-        )
+            f"{options.bytes_percent:g} %",
+        ]
     return [clean(line, longest=1000) for line in lines]
 
 
 def _told(night: Night) -> str:
     about = night.about
     return f"{about.finished}, run {about.run_id}, commit {(about.commit or 'unknown')[:12]}"
-
-
-def _duration(started: str, finished: str) -> str:
-    seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
-    return f"{seconds // 60} min {seconds % 60} s"
 
 
 def _sections(verdict: NightVerdict, *, level: int = 2) -> list[Section]:
@@ -144,16 +138,16 @@ HOW_TO_READ = (
 def _changes(changes: Sequence[Change], *, worse: bool) -> pd.DataFrame:
     rows = []
     for c in changes:
-        digits = DIGITS[c.measure]
+        measure, digits = SHOWN[c.measure]
         p, corrected = (c.worse, c.corrected_worse) if worse else (c.better, c.corrected_better)
         rows.append(
             {
                 **keys(vars(c)),
                 "task": clean(c.task),
-                "measure": WORDS[c.measure],
+                "measure": measure,
                 "before": number(c.before, digits=digits),
                 "now": number(c.now, digits=digits),
-                "change": interval(c.change.mean, c.change.low, c.change.high, digits=digits, sign="+"),
+                "change": interval(*c.change[:3], digits=digits, sign="+"),
                 "p": f"{p:.2g}",
                 "corrected p": f"{corrected:.2g}",
                 "n": str(c.change.n),
@@ -180,8 +174,5 @@ def _seconds(verdict: NightVerdict) -> list[str]:
 
 
 def _other(night: Night, compared: NightComparison) -> str:
-    worse, better = len(compared.regressed), len(compared.improved)
-    return (
-        f"{night.about.machine_class} ({_told(night)}): of {len(compared.changes)} comparisons {worse} worse and "
-        f"{better} better beyond floor and correction"
-    )
+    counts = f"{len(compared.changes)} comparisons {len(compared.regressed)} worse and {len(compared.improved)} better"
+    return f"{night.about.machine_class} ({_told(night)}): of {counts} beyond floor and correction"

@@ -60,10 +60,8 @@ class Note:
 class Table:
     """One board. `rows`: one per (budget, method), columns as `_row` writes them; `tasks`: one per cell and task.
 
-    summaries: one row per summary, cell and column (`leaderboards.stats.summaries.summarise`); empty when there is
-    none. rivals: the subject against the strongest other methods (`leaderboards.stats.subject.compare`); empty without
-    a subject. baselines: wanted label to the label used, or None. duplicates: cells measured in several runs; one of
-    each is used.
+    summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. baselines: wanted label
+    to the label used, or None. duplicates: cells measured in several runs; one of each is used.
     """
 
     axes: Axes
@@ -93,8 +91,7 @@ def aggregate(
     """Tables in the order of their axes. The order of `records` does not matter, nor whether they are in brief.
 
     manifests: of the runs the records come from; without them only the axes that are in the records are told apart.
-    subject: label of the method to judge against the strongest other one of each task family
-    (`leaderboards.stats.subject`).
+    subject: label of the method to judge against the strongest other one of each task family.
 
     Raises HarnessError when there is no record, an ok record has no score, one sample id stands for two prompts, or no
     table has the subject.
@@ -206,15 +203,13 @@ def _measured(grid: Grid) -> dict[CellKey, dict[str, Any]]:
     marks = fronts(grid)
     rows = {}
     for cell in grid.cells:
-        columns = {what: grid.values(cell, what) for what in MEASURED}
-        n = np.count_nonzero(~np.isnan(columns["tpot_s"]))
-        rows[cell] = {**{f"{what}_mean": _mean(x) for what, x in columns.items()}, "n_measured": n, **marks[cell]}
+        means = {f"{what}_mean": _mean(grid.values(cell, what)) for what in MEASURED}
+        rows[cell] = {**means, "n_measured": np.count_nonzero(~np.isnan(grid.values(cell, "tpot_s"))), **marks[cell]}
     return rows
 
 
 def _mean(column: Array) -> float:
-    values = column[~np.isnan(column)]
-    return float(np.nansum(column)) / values.size if values.size else math.nan
+    return math.nan if np.isnan(column).all() else float(np.nanmean(column))
 
 
 def _task_rows(grid: Grid, cell: CellKey) -> Iterator[dict[str, Any]]:
@@ -236,7 +231,8 @@ def _notes(records: Sequence[BoardRecord]) -> tuple[Note, ...]:
     """One per method and note, and one per method and status that is not ok, with the first error in key order."""
     found: dict[tuple[str, str], list[BoardRecord]] = defaultdict(list)
     for r in records:
-        for what in {*r.notes, r.status, "over budget" if r.over_budget else "ok"} - {"ok"}:
+        states = {r.status, "over budget" if r.over_budget else "ok"} - {"ok"}
+        for what in states | set(filter(None, r.notes)):
             found[r.method, what].append(r)
     notes = []
     for (method, what), where in sorted(found.items()):

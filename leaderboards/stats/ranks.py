@@ -17,11 +17,9 @@ every task and `FEW` - 1 degrees of freedom to be told apart: with tasks of 2 or
 methods are told apart too often. A cell that lacks samples is surely better than nobody: what it lacks may be what it
 fails.
 
-Best other. The method of another name (before `@`) that is complete and within its bytes and has the best mean at that
-budget, on the samples that the cell has. It is chosen on the samples that it is compared on, which favours it.
-
-Over tasks. A cell's mean with tasks redrawn, and in each drawn task its clusters, anew each time that it is drawn. From
-`MIN_TASKS` tasks on; too narrow with few, by about sqrt(1 - 1/tasks).
+Best other. The method of another name (before `@`), complete and within its bytes, with the best mean at that budget
+on the samples that the cell has, which favours it. Over tasks. A cell's mean with tasks and their clusters redrawn as
+in `leaderboards.stats.subject`, from `MIN_TASKS` tasks on.
 """
 
 import math

@@ -8,17 +8,13 @@ Gain. Per sample, positive where the subject is better, in nats per token or poi
 have; the mean of task means. Loss. NLL minus NLL of `fullkv`, on the samples that all three have, averaged the same
 way; ratio: the subject's loss by the rival's, where the latter is above 0.
 
-Intervals. Percentile task bootstrap, 95 %: the tasks of a family are redrawn with replacement, and in each drawn task,
-each time that it is drawn, its clusters of samples. So the interval speaks of other tasks like these, where that of
-`leaderboards.stats.bootstrap` speaks of other samples of these tasks. With few tasks it is too narrow, by about
-sqrt(1 - 1/tasks); a family of one task has the level of samples only. None below `MIN_PAIRS` clusters in the family or
-with a task of one cluster.
+Intervals. Percentile task bootstrap, 95 % a row: the tasks of a family are redrawn with replacement, and in each drawn
+task, each time that it is drawn, its clusters of samples. So the interval speaks of other tasks like these. It is too
+narrow with few, by about sqrt(1 - 1/tasks); a family of one has the level of samples only. None below `MIN_PAIRS`
+clusters in the family or with a task of one. For all families, the mean of their gains, the families are fixed.
 
-All families. The mean over families of their gains, each against its own strongest rival. Its interval redraws tasks
-within families and clusters within tasks; the families are fixed. None where a family has none.
-
-Verdict. `better` only where the whole interval is above 0, `worse` where it is below 0, else `not told apart`: 95 % per
-row, without a correction for the number of rows. A subject over budget or incomplete is not judged, and that is said.
+Verdict. `better` only where the whole interval is above 0, `worse` where it is below 0, else `not told apart`. A
+subject over budget or incomplete is not judged, and that is said.
 """
 
 import math

@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from harness.errors import HarnessError
-from leaderboards.stats.aggregate import Table, aggregate
+from harness.records.record import Record
+from leaderboards.stats.aggregate import aggregate
 from tests.pretend import cell, only, record, row
 
 ROOT = Path(__file__).parents[3]
-
-
-def marks(table: Table) -> dict[str, str]:
-    return dict(zip(table.rows.method, table.rows["mark"], strict=True))
 
 
 def test_mean_is_the_unweighted_mean_of_task_means() -> None:
@@ -45,16 +42,12 @@ def test_differences_are_paired_on_common_samples() -> None:
     ]
     table = only(records)
     h2o, snapkv, full = row(table, "h2o", "128"), row(table, "snapkv", "128"), row(table, "fullkv", "full")
-    assert snapkv["score_points_vs_fullkv_mean"] == pytest.approx((-50 - 100) / 2)
-    assert snapkv["score_points_vs_fullkv_n"] == 2
+    assert (snapkv["score_points_vs_fullkv_mean"], snapkv["score_points_vs_fullkv_n"]) == ((-50 - 100) / 2, 2)
     assert h2o["score_points_vs_snapkv_mean"] == pytest.approx((50 + 100 + 0) / 3)
-    assert h2o["nll_nats_vs_snapkv_mean"] == pytest.approx(1.0)
-    assert h2o["nll_nats_vs_snapkv_n"] == 3
-    assert h2o["nll_nats_vs_fullkv_mean"] == pytest.approx(1.5)
-    assert math.isnan(snapkv["score_points_vs_snapkv_mean"])
-    assert math.isnan(full["score_points_vs_fullkv_mean"])
-    assert full["score_points_mean"] == 100
-    assert full["n_failed"] == 1
+    assert (h2o["nll_nats_vs_snapkv_mean"], h2o["nll_nats_vs_snapkv_n"]) == (1.0, 3)
+    assert h2o["nll_nats_vs_fullkv_mean"] == 1.5
+    assert math.isnan(snapkv["score_points_vs_snapkv_mean"]) and math.isnan(full["score_points_vs_fullkv_mean"])
+    assert (full["score_points_mean"], full["n_failed"]) == (100, 1)
 
 
 def test_a_baseline_is_at_the_same_budget_and_may_be_the_only_preset() -> None:
@@ -89,17 +82,14 @@ def test_a_sample_skipped_by_all_is_not_missing_but_counted() -> None:
     for method in ("a", "b"):
         records += [*cell(method, "64", [1.0, 1.0]), record(method, "64", "2", None, status="skipped")]
     table = only(records)
-    assert row(table, "a", "64")["flags"] == "skipped few"
-    assert row(table, "a", "64")["n_expected"] == 2
-    assert row(table, "fullkv", "full")["n_expected"] == 3
+    a, full = row(table, "a", "64"), row(table, "fullkv", "full")
+    assert (a["flags"], a["n_expected"], full["n_expected"]) == ("skipped few", 2, 3)
 
 
 def test_a_cell_without_any_score_is_empty() -> None:
     found = row(only(cell("a", "64", [None, None]) + cell("b", "64", [1.0, 1.0])), "a", "64")
-    assert math.isnan(found["score_points_mean"])
-    assert math.isnan(found["kv_percent_of_full"])
-    assert found["mark"] == ""
-    assert found["flags"] == "incomplete failed"
+    assert math.isnan(found["score_points_mean"]) and math.isnan(found["kv_percent_of_full"])
+    assert (found["mark"], found["flags"]) == ("", "incomplete failed")
 
 
 def test_unusable_input_is_refused() -> None:
@@ -112,13 +102,14 @@ def test_unusable_input_is_refused() -> None:
 
 
 def test_mark_separates_only_what_the_interval_separates() -> None:
+    def marks(**scores: list[float]) -> dict[str, str]:
+        table = only([r for method, own in scores.items() for r in cell(method, "64", own)])
+        return dict(zip(table.rows.method, table.rows["mark"], strict=True))
+
     spread = [0.0, 1.0] * 20
-    close = [*spread[:-1], 0.0]
-    table = only(cell("a", "64", spread) + cell("b", "64", close) + cell("c", "64", [0.0] * 40))
-    assert marks(table) == {"a": "=", "b": "=", "c": ""}
-    table = only(cell("a", "64", [0.9] * 40) + cell("b", "64", [0.8] * 40))
-    assert marks(table) == {"a": "*", "b": ""}
-    assert marks(only(cell("a", "64", [0.9] * 40))) == {"a": ""}
+    assert marks(a=spread, b=[*spread[:-1], 0.0], c=[0.0] * 40) == {"a": "=", "b": "=", "c": ""}
+    assert marks(a=[0.9] * 40, b=[0.8] * 40) == {"a": "*", "b": ""}
+    assert marks(a=[0.9] * 40) == {"a": ""}
 
 
 def test_a_failed_record_keeps_the_sample_in_its_cluster() -> None:
@@ -131,14 +122,11 @@ def test_a_failed_record_keeps_the_sample_in_its_cluster() -> None:
 
 
 def test_needle_share_is_the_mean_over_layers_and_heads() -> None:
-    records = [
-        record("a", "64", "0", 1.0, needle_tokens=8, needle_kept=((8, 4), (0, 0))),  # (100 + 50 + 0 + 0) / 4
-        record("a", "64", "1", 1.0, needle_tokens=4, needle_kept=((4, 4), (4, 4))),
-        record("a", "64", "2", 1.0),
-        record("a", "64", "3", 1.0, needle_tokens=4),
-        record("a", "64", "4", None, needle_tokens=4, needle_kept=((0, 0), (0, 0))),
-        record("a", "64", "0", 1.0, task="vt", needle_tokens=10, needle_kept=((1, 0), (0, 1))),
-    ]
+    def at(sample: str, tokens: int, *kept: tuple[int, int], score: float | None = 1.0, task: str = "niah") -> Record:
+        return record("a", "64", sample, score, task=task, needle_tokens=tokens, needle_kept=kept)
+
+    records = [at("0", 8, (8, 4), (0, 0)), at("1", 4, (4, 4), (4, 4))]  # (100 + 50 + 0 + 0) / 4, and all
+    records += [at("2", 0), at("3", 4), at("4", 4, (0, 0), (0, 0), score=None), at("0", 10, (1, 0), (0, 1), task="vt")]
     table = only(records)
     assert row(table, "a", "64")["needle_percent_mean"] == pytest.approx(((37.5 + 100) / 2 + 5) / 2)
     assert row(table, "a", "64")["needle_percent_n"] == 3

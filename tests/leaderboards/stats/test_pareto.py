@@ -25,10 +25,9 @@ def measured(tpot: float, **changes: Any) -> Measured:
     """A measurement; only what the tests look at differs."""
     step = Spread(median=tpot, low=0.0, high=9.0)
     values: dict[str, Any] = dict.fromkeys(("prefill_s", "observe_s", "compress_s", "tpot_s"), step)
-    values |= {"ttft_s": Spread(median=100 * tpot, low=0.0, high=999.0), "tokens_per_s": 1 / tpot}
-    values |= {"tokens": 64, "batch": 1, "new_tokens": 8, "rounds": 1, "kv_bytes": (50, 50), "model_bytes": 1}
-    values |= {"peak_bytes": 3 * MIB, "predicted_bytes": 1, "memory": "resident set"}
-    return Measured(**{**values, **changes})
+    values |= {"ttft_s": Spread(median=100 * tpot, low=0.0, high=999.0), "tokens_per_s": 1 / tpot, "kv_bytes": (50, 50)}
+    values |= {"tokens": 64, "batch": 1, "new_tokens": 8, "rounds": 1, "model_bytes": 1, "peak_bytes": 3 * MIB}
+    return Measured(**{**values, "predicted_bytes": 1, "memory": "resident set", **changes})
 
 
 def timed(method: str, budget: str, scores: Sequence[float | None], tpots: Sequence[float], size: int) -> list[Record]:
@@ -76,12 +75,11 @@ def test_a_cheaper_cell_that_is_not_told_worse_makes_it_doubtful() -> None:
 
 def test_times_that_are_not_told_apart_put_no_cell_off() -> None:
     """The better cell is slower by noise alone: the worse one is neither on the front nor off it."""
-    first, second = [0.010, 0.012] * 10, [0.012, 0.010] * 9 + [0.010, 0.010]
-    table = only(timed("good", "64", [0.9] * 20, first, 100) + timed("bad", "64", [0.1] * 20, second, 100))
-    assert fronts(table, "front_tpot") == {"good 64": "*", "bad 64": "="}
-    later = [t + 0.01 for t in second]
-    table = only(timed("good", "64", [0.9] * 20, first, 100) + timed("bad", "64", [0.1] * 20, later, 100))
-    assert fronts(table, "front_tpot") == {"good 64": "*", "bad 64": ""}
+    good = timed("good", "64", [0.9] * 20, [0.010, 0.012] * 10, 100)
+    second = [0.012, 0.010] * 9 + [0.010, 0.010]
+    for later, mark in ((0.0, "="), (0.01, "")):
+        bad = timed("bad", "64", [0.1] * 20, [t + later for t in second], 100)
+        assert fronts(only(good + bad), "front_tpot") == {"good 64": "*", "bad 64": mark}
 
 
 def test_few_samples_tell_nothing() -> None:
@@ -109,11 +107,10 @@ def test_what_lacks_samples_or_measurements_puts_none_off() -> None:
 
 def test_costs_are_compared_on_common_samples() -> None:
     """`a` has only long prompts here and more bytes in the mean, but fewer on each prompt that both have."""
-    long = [r.model_copy(update={"sample_id": f"x{r.sample_id}"}) for r in timed("a", "64", [0.9] * 20, FLAT, 300)]
+    long = timed("a", "64", [0.9] * 20, FLAT, 300) + timed("b", "128", [0.1] * 20, FLAT, 400)
+    long = [r.model_copy(update={"sample_id": f"x{r.sample_id}"}) for r in long]
     skipped = cell("a", "64", [None] * 20, status="skipped")
-    other = timed("b", "128", [0.1] * 20, FLAT, 100)
-    other += [r.model_copy(update={"sample_id": f"x{r.sample_id}"}) for r in timed("b", "128", [0.1] * 20, FLAT, 400)]
-    table = only(long + skipped + other)
+    table = only(long + skipped + timed("b", "128", [0.1] * 20, FLAT, 100))
     assert row(table, "a", "64")["kv_bytes_mean"] == 300 > row(table, "b", "128")["kv_bytes_mean"]
     assert fronts(table, "front_bytes") == {"a 64": "*", "b 128": ""}
 

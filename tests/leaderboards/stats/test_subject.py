@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -42,20 +43,15 @@ def found(table: Table, family: str, *, measure: str = "nll", budget: str = "64"
 
 def small() -> list[Record]:
     """Two families, two rivals; `near` is the better one on needles, `far` on tracking, by NLL; by score `far`."""
-    return [
-        *scored("fullkv", SINGLE, [0.0, 1.0]),
-        *scored("fullkv", KAMRADT, [0.5]),
-        *scored("fullkv", VT, [1.0, 1.0]),
-        *scored("mine", SINGLE, [1.0, 2.0], scores=[1.0, 0.0]),
-        *scored("mine", KAMRADT, [0.5], scores=[1.0]),
-        *scored("mine", VT, [3.0, 2.0]),
-        *scored("near", SINGLE, [2.0, 2.0], scores=[0.0, 0.0]),
-        *scored("near", KAMRADT, [1.5], scores=[0.0]),
-        *scored("near", VT, [9.0, 9.0]),
-        *scored("far@p", SINGLE, [0.0, 0.0], scores=[0.0, 1.0]),
-        *scored("far@p", KAMRADT, [9.0], scores=[0.0]),
-        *scored("far@p", VT, [2.0, 2.0], scores=[1.0, 0.5]),
-    ]
+    cells: dict[str, tuple[list[float], list[float]]] = {  # NLLs and scores: two of SINGLE, one of KAMRADT, two of VT
+        "fullkv": ([0.0, 1.0, 0.5, 1.0, 1.0], [0.5] * 5),
+        "mine": ([1.0, 2.0, 0.5, 3.0, 2.0], [1.0, 0.0, 1.0, 0.5, 0.5]),
+        "near": ([2.0, 2.0, 1.5, 9.0, 9.0], [0.0, 0.0, 0.0, 0.5, 0.5]),
+        "far@p": ([0.0, 0.0, 9.0, 2.0, 2.0], [0.0, 1.0, 0.0, 1.0, 0.5]),
+    }
+    tasks = {SINGLE: slice(0, 2), KAMRADT: slice(2, 3), VT: slice(3, 5)}
+    made = [scored(m, t, n[at], scores=s[at]) for m, (n, s) in cells.items() for t, at in tasks.items()]
+    return [r for some in made for r in some]
 
 
 def test_means_rival_and_ratio_by_hand() -> None:
@@ -66,8 +62,7 @@ def test_means_rival_and_ratio_by_hand() -> None:
     expected = {"subject_mean": (1.5 + 0.5) / 2, "rival_mean": (2.0 + 1.5) / 2, "gain": (0.5 + 1.0) / 2}
     expected |= {"subject_loss": (1.0 + 0.0) / 2, "rival_loss": ((2.0 + 1.0) / 2 + 1.0) / 2, "loss_ratio": 0.5 / 1.25}
     assert {name: needles[name] for name in expected} == pytest.approx(expected)
-    assert (tracking["rival"], tracking["gain"]) == ("far@p", pytest.approx(-0.5))
-    assert tracking["loss_ratio"] == pytest.approx(1.5 / 1.0)
+    assert [tracking[name] for name in ("rival", "gain", "loss_ratio")] == ["far@p", *map(pytest.approx, (-0.5, 1.5))]
     assert every["gain"] == pytest.approx((0.75 - 0.5) / 2)
     assert every["loss_ratio"] == pytest.approx((0.5 + 1.5) / (1.25 + 1.0))
     assert (every["tasks"], every["n"], every["verdict"]) == (3, 5, "not told apart")
@@ -113,9 +108,7 @@ def test_presets_of_the_subject_are_no_rivals() -> None:
     for subject in others:
         assert found(only(records, subject=subject), "tracking")["rival"] == "miner"
     alone = only([r for r in records if r.method != "miner"], subject="mine").rivals
-    assert set(alone["verdict"]) == {"no rival"}
-    assert set(alone["family"]) == {"tracking"}
-    assert alone["gain"].isna().all()
+    assert set(zip(alone.verdict, alone.family, alone.gain.isna(), strict=True)) == {("no rival", "tracking", True)}
     assert bare_name("a@b[c=d@e]") == bare_name("a[c=d@e]") == "a"
 
 
@@ -179,20 +172,18 @@ def naive(families: Sequence[Samples], resamples: int) -> np.ndarray:
 def test_intervals_agree_with_a_plain_hierarchical_bootstrap() -> None:
     """Three tasks of unequal size and spread, groups of unequal size in one; another family of one task."""
     generator = np.random.default_rng(5)
-    needles: Samples = {
-        SINGLE: [(float(v), None) for v in generator.normal(0.5, 1.0, 20)],
-        KAMRADT: [(float(v), f"g{i % 7 if i < 20 else 0}") for i, v in enumerate(generator.normal(1.5, 2.0, 26))],
-        "niah/passkey": [(float(v), None) for v in generator.normal(-0.5, 0.3, 8)],
-    }
-    tracking: Samples = {VT: [(float(v), None) for v in generator.normal(1.0, 1.0, 12)]}
+
+    def of(mean: float, spread: float, n: int) -> list[tuple[float, str | None]]:
+        return [(value, None) for value in generator.normal(mean, spread, n).tolist()]
+
+    needles: Samples = {SINGLE: of(0.5, 1.0, 20), KAMRADT: of(1.5, 2.0, 26), "niah/passkey": of(-0.5, 0.3, 8)}
+    needles[KAMRADT] = [(v, f"g{i % 7 if i < 20 else 0}") for i, (v, _) in enumerate(needles[KAMRADT])]
+    tracking: Samples = {VT: of(1.0, 1.0, 12)}
     records = []
     for task, values in (needles | tracking).items():
         for i, (value, group) in enumerate(values):
-            meta = {} if group is None else {"group": group}
-            records += [
-                record(method, "64", str(i), 0.5, task=task, nll=nll, meta=meta)
-                for method, nll in (("mine", 3.0 - value), ("other", 3.0))
-            ]
+            for method, nll in (("mine", 3.0 - value), ("other", 3.0)):
+                records.append(record(method, "64", str(i), 0.5, task=task, nll=nll, meta={"group": group}))
     table = only(records, subject="mine", resamples=6000)
     for family, parts in (("needles", [needles]), ("tracking", [tracking]), (ALL, [needles, tracking])):
         gain = found(table, family)
@@ -208,12 +199,11 @@ def test_intervals_agree_with_a_plain_hierarchical_bootstrap() -> None:
 
 def test_no_interval_where_it_would_mean_nothing() -> None:
     def interval(*sizes: int, group: Callable[[int], str | None] = lambda i: None) -> tuple[float, float]:
-        records = [
-            record(method, "64", str(i), 0.5, task=f"niah/{t}", nll=nll + i, meta={"group": group(i)})
-            for t, size in enumerate(sizes)
-            for i in range(size)
-            for method, nll in (("mine", 1.0), ("other", 2.0))
-        ]
+        records = []
+        for t, size in enumerate(sizes):
+            for method, nll in (("mine", 1.0), ("other", 2.0)):
+                made = scored(method, f"niah/{t}", [nll + i for i in range(size)])
+                records += [r.model_copy(update={"meta": {"group": group(int(r.sample_id))}}) for r in made]
         gain = found(only(records, subject="mine"), "needles")
         assert gain["gain"] == 1
         return gain["low"], gain["high"]
@@ -235,13 +225,9 @@ def test_all_families_need_an_interval_in_each() -> None:
 
 def test_budgets_and_families_are_in_order_and_seeded() -> None:
     generator = np.random.default_rng(1)
-    records = [
-        r
-        for budget in ("128", "64", "0.25")
-        for task in ("longbench/qasper", VT, "a/b", SINGLE)
-        for m in ("mine", "other")
-        for r in scored(m, task, generator.random(8).tolist(), budget=budget)
-    ]
+    records = []
+    for names in product(("mine", "other"), ("longbench/qasper", VT, "a/b", SINGLE), ("128", "64", "0.25")):
+        records += scored(*names[:2], generator.random(8).tolist(), budget=names[2])
     rivals = only(records, subject="mine").rivals
     assert list(dict.fromkeys(rivals["budget"])) == ["64", "128", "0.25"]
     assert list(dict.fromkeys(rivals["family"])) == ["needles", "tracking", "a", "longbench", ALL]
