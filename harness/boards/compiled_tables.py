@@ -3,6 +3,7 @@
 A run names its tables and their hash. Tables that are not here, or no longer the same, are left out and said.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,20 +25,18 @@ class _Use(NamedTuple):
 
 def table_maps_of(manifests: Iterable[RunManifest]) -> tuple[list[TableMap], list[str]]:
     """Return maps of every table that gave budgets to a method of these runs, and a remark for each that is missing."""
-    uses: dict[_Use, dict[str, None]] = {}
-    for manifest in manifests:
-        for method in manifest.spec.methods:
-            use = _use(method.name, method.params)
-            if use is not None:
-                uses.setdefault(use, {})[method.label] = None
-    maps: list[TableMap] = []
-    remarks: list[str] = []
+    uses: dict[_Use, dict[str, None]] = defaultdict(dict)
+    for method in (method for manifest in manifests for method in manifest.spec.methods):
+        if use := _use(method.name, method.params):
+            uses[use][method.label] = None
+    maps, remarks = list[TableMap](), list[str]()
     for use, labels in uses.items():
-        found = _maps(use, list(labels))
-        if found is None:
-            where = f"tables {_short(use.tables)} ({use.sha256[:12]}) of {', '.join(labels)}"
-            remarks.append(clean(f"{where} are not on this machine as the run used them; no map of them"))
-        maps += found or []
+        name, users = f"{Path(use.tables).name} ({use.sha256[:12]})", ", ".join(labels)
+        if found := _maps(use, name, users):
+            maps += found
+        else:
+            gone = f"tables {name} of {users} are not on this machine as the run used them; no map of them"
+            remarks.append(clean(gone))
     return maps, remarks
 
 
@@ -49,23 +48,17 @@ def _use(name: str, params: dict[str, Any]) -> _Use | None:
     return _Use(str(tables), str(sha256), str(budgets)) if tables and sha256 else None
 
 
-def _maps(use: _Use, labels: list[str]) -> list[TableMap] | None:
-    """One per compiled budget, each [layers, KV heads]; None without these very tables."""
+def _maps(use: _Use, name: str, users: str) -> list[TableMap]:
+    """One per compiled budget, each [layers, KV heads]; none without these very tables."""
     from methods.compilerkv.policy import folder_of
     from methods.compilerkv.tables import load_tables
 
     try:
         tables = load_tables(folder_of(use.tables))
     except PolicyError:
-        return None
+        return []
     if tables.manifest.tensors_sha256 != use.sha256:
-        return None
+        return []
     tensor, words = USED[use.budgets]
-    name = f"{_short(use.tables)} ({use.sha256[:12]}), {words} of {', '.join(labels)}"
-    rows = tables.tensors[tensor].tolist()
-    return [TableMap(name, str(b), values) for b, values in zip(tables.manifest.budgets, rows, strict=True)]
-
-
-def _short(tables: str) -> str:
-    """The name of packaged tables, or of a folder without what leads there."""
-    return Path(tables).name
+    slots = zip(tables.manifest.budgets, tables.tensors[tensor].tolist(), strict=True)
+    return [TableMap(f"{name}, {words} of {users}", str(budget), values) for budget, values in slots]

@@ -54,23 +54,20 @@ def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[NightVerdict, 
     """Run a night, judge it, write its board and report; what came out, and the files written.
 
     They are written beside the run, and into the folder of published nights unless something regressed.
-
-    Raises:
-        HarnessError: bad input, a damaged stored night, or a folder that cannot be written.
-        KeyboardInterrupt: the night can be gone on with.
+    Raises HarnessError for bad input, a damaged stored night, or a folder that cannot be written.
     """
     if not re.fullmatch(r"\w[\w.-]*", ask.board):
         raise HarnessError(f"board name {ask.board!r} is no file name; rename the file to letters, digits, '-' and '_'")
     stored = read_nights(ask.baseline, ask.board)  # a night is long: what is damaged is found before it
     folder = night_folder(ask.out)
-    if ask.fan is not None:
+    if ask.fan is None:
+        manifest, records = load_run(run_sweep(ask.sweep, root=folder, command=command))
+        here = machine_id(manifest.machine, platform.node())
+    else:
         from harness.run.driver import run_fanout
 
-        run = run_fanout(ask.sweep, ask.fan, root=folder, command=command)
-    else:
-        run = run_sweep(ask.sweep, root=folder, command=command)
-    manifest, records = load_run(run)
-    here = "" if ask.fan is not None else machine_id(manifest.machine, platform.node())
+        manifest, records = load_run(run_fanout(ask.sweep, ask.fan, root=folder, command=command))
+        here = ""
     night = night_of(records, manifest, board=ask.board, version=ask.options.version, machine_id=here)
     verdict = judge(night, stored, ask.options, accept=ask.accept)
     written, tables = [], aggregate(records, manifests=[manifest], subject=ask.subject)
@@ -89,8 +86,8 @@ def night_folder(out: Path) -> Path:
         print(f"going on with the unfinished night {nights[-1]}", file=sys.stderr)
         return nights[-1]
     name = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    names = (f"{name}-{n}" if n else name for n in count())
-    return next(out / unused for unused in names if not (out / unused).exists())
+    places = (out / (f"{name}-{n}" if n else name) for n in count())
+    return next(place for place in places if not place.exists())
 
 
 def _unfinished(night: Path) -> bool:

@@ -13,18 +13,18 @@ def show(sources: Sources, *, out: Path, name: str, subject: str | None, html: b
 
     Raises HarnessError when there is no record, and as the writers do.
     """
-    records, manifests = sources.records, sources.manifests
+    records = sources.records
     if not records and not sources.benches and not sources.boundaries:
         raise HarnessError(f"no records for {name}; run a benchmark first")
-    pages = _scores(sources, out=out, name=name, subject=subject, html=html, quiet=quiet) if manifests else []
-    if not manifests:
-        pages += _speed(sources, out=out, name=name, quiet=quiet)
+    if sources.manifests:
+        pages = _scores(sources, out=out, name=name, subject=subject, html=html, quiet=quiet)
+    else:
+        pages = _speed(sources, out=out, name=name, quiet=quiet)
     for path in pages:
         print(f"wrote {path}", file=sys.stderr)
-    failed = sum(record.status == "failed" for record in records)
-    if failed:
-        advice = "repeat the command to try them again"
-        print(f"harness: {failed} of {len(records)} cells failed; {advice}", file=sys.stderr)
+    if failed := sum(record.status == "failed" for record in records):
+        told = f"{failed} of {len(records)} cells failed; repeat the command to try them again"
+        print(f"harness: {told}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -33,8 +33,8 @@ def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html
     from leaderboards.tables.board import to_terminal, write_board
     from leaderboards.tables.picture import write_picture
 
-    records, manifests = sources.records, sources.manifests
-    tables = aggregate(records, manifests=manifests, subject=subject)
+    manifests = sources.manifests
+    tables = aggregate(sources.records, manifests=manifests, subject=subject)
     if not quiet:
         print(to_terminal(tables, manifests=manifests))
     pages = write_board(tables, out, name, manifests=manifests)
@@ -45,7 +45,9 @@ def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html
         from leaderboards.pages.parts import find_searches
 
         extras = Extras(find_searches(sources.boundaries), *table_maps_of(manifests))
-        full = [record for record in records if isinstance(record, Record)]  # all are: they were collected whole
+        full = [
+            record for record in sources.records if isinstance(record, Record)
+        ]  # all are: they were collected whole
         pages.append(write_page(tables, full, out, name, manifests=manifests, extras=extras))
     return pages
 

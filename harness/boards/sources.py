@@ -1,13 +1,13 @@
 """Where a board's records are: run folders, archives of `harness submit`, and the records of the published boards.
 
-A published board is made from `leaderboards/published/records/<board>/`, a folder of archives, and what
-`leaderboards/boards/<board>.toml` says of it, so that anyone can make it again. A folder that has timings
-(`bench.json`) is a board of speed; one that has a memory boundary (`boundary.json`) shows it beside the scores.
+A published board is made from the archives in `leaderboards/published/records/<board>/` and what
+`leaderboards/boards/<board>.toml` says of it. A folder that has timings (`bench.json`) is a board of speed; one that
+has a memory boundary (`boundary.json`) shows it beside the scores.
 """
 
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from harness.records.spec import Frozen, Sweep
 from harness.submission.archive import MANIFEST, RECORDS, open_pack
 from methods.label import MethodLabel
 
-BOARDS = Path(leaderboards.__file__).resolve().parent / "boards"
-PUBLISHED = Path(leaderboards.__file__).resolve().parent / "published"
+HOME = Path(leaderboards.__file__).resolve().parent
+BOARDS, PUBLISHED = HOME / "boards", HOME / "published"
 KEPT = PUBLISHED / "records"
 
 Run = tuple[RunManifest, Sequence[Record | BoardRecord]]
@@ -47,9 +47,9 @@ class BoardOptions(Frozen):
 class Sources:
     """What a board is made of. boundaries: folders of searches."""
 
-    runs: Sequence[Run]
-    benches: Sequence[Bench] = ()
-    boundaries: Sequence[Path] = ()
+    runs: list[Run] = field(default_factory=list)
+    benches: list[Bench] = field(default_factory=list)
+    boundaries: list[Path] = field(default_factory=list)
 
     @property
     def manifests(self) -> list[RunManifest]:
@@ -89,8 +89,7 @@ def published_boards() -> list[str]:
 
 def options_of(name: str) -> BoardOptions:
     """Return what the board's TOML file adds; nothing where it has none."""
-    described = (BOARDS / f"{name}.toml").is_file()
-    return board_options(read_config(name).get("board", {})) if described else BoardOptions()
+    return board_options(read_config(name).get("board", {}) if (BOARDS / f"{name}.toml").is_file() else {})
 
 
 def collect(places: Iterable[Path], *, whole: bool = True) -> Sources:
@@ -98,20 +97,16 @@ def collect(places: Iterable[Path], *, whole: bool = True) -> Sources:
 
     Raises HarnessError for a place that holds nothing of the kind, and for damage.
     """
-    runs: list[Run] = []
-    boundaries: list[Path] = []
-    benches: list[Bench] = []
+    found = Sources()
     for place in places:
-        if place.is_file():
-            runs.append(load_pack(place))
-            continue
-        packs, edges, timed = sorted(place.glob("*.zip")), _with(place, BOUNDARIES), _with(place, BENCHES)
-        runs += map(load_pack, packs)
-        boundaries += edges
-        benches += map(load_bench, timed)
+        packs = [place] if place.is_file() else sorted(place.glob("*.zip"))
+        edges, timed = _with(place, BOUNDARIES), _with(place, BENCHES)
+        found.runs.extend(map(load_pack, packs))
+        found.boundaries.extend(edges)
+        found.benches.extend(map(load_bench, timed))
         if _with(place, RUNS) or not (packs or edges or timed):
-            runs += map(load_run if whole else load_board_records, find_runs(place))
-    return Sources(runs, benches, boundaries)
+            found.runs.extend(map(load_run if whole else load_board_records, find_runs(place)))
+    return found
 
 
 def load_pack(path: Path) -> Run:
@@ -126,8 +121,7 @@ def load_pack(path: Path) -> Run:
 
 def _with(place: Path, layout: LogLayout[Any, Any]) -> list[Path]:
     """Folders at or right below `place` of that layout, in name order."""
-    patterns = (layout.manifest_file, f"*/{layout.manifest_file}")
-    return sorted(path.parent for pattern in patterns for path in place.glob(pattern))
+    return sorted(path.parent for here in ("", "*/") for path in place.glob(here + layout.manifest_file))
 
 
 def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:

@@ -7,9 +7,8 @@ in both. A task with a sample whose prompt changed is retired: other prompts are
 Test. Under the hypothesis that nothing changed, the two nights of a prompt could be swapped, so each difference is as
 likely with the other sign (Fisher, The Design of Experiments, 1935). p is the share of sign patterns whose mean is at
 least as bad: exact up to 16 differences that are not 0, else of 65,536 drawn ones. Samples that share a context
-(`meta.group`) flip together. The interval beside it is the paired percentile bootstrap of
-`leaderboards.stats.bootstrap`. It is shown, not tested with: of eight samples that all got a little worse it excludes 0
-at any level, though chance does that once in 256 times, and the correction below would be fed with it.
+(`meta.group`) flip together. The bootstrap interval beside it is shown, not tested with: of eight samples that all got
+a little worse it excludes 0 at any level, though chance does that once in 256 times.
 
 Correction. Holm (Scandinavian Journal of Statistics 6, 1979) over scores and NLLs of all cells. Comparisons that cannot
 be significant however their signs fall are not counted (Tarone, Biometrics 46, 1990): with k differences that are not 0
@@ -24,17 +23,16 @@ Each night is compared with the one before: losses below the floors can add up o
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from pydantic import Field, FiniteFloat
 
 from harness.records.spec import Frozen
 from leaderboards.nights.files import KEY, Night
-from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate
+from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate, Indexes
 from leaderboards.stats.comparable import budget_order
 
 ALL = "all tasks"
@@ -69,7 +67,7 @@ class NightlyOptions(Frozen):
 class Change:
     """One comparison. change: now minus before, over `n` samples, of which `moved` clusters differ.
 
-    worse, better: one-sided p, as tested and after correction.
+    worse, better: one-sided p, as tested and after correction. least: the smallest that the differences allow.
     """
 
     budget: str
@@ -81,21 +79,15 @@ class Change:
     change: Estimate
     moved: int
     least: float
-    """The smallest p that the sizes of the differences allow."""
     worse: float
     better: float
     corrected_worse: float = 1.0
     corrected_better: float = 1.0
 
-
-@dataclass(frozen=True)
-class Fact:
-    """A change that needs no test, in words."""
-
-    budget: str
-    method: str
-    task: str
-    what: str
+    @property
+    def loss(self) -> float:
+        """Positive where tonight is worse."""
+        return SIGNS[self.measure] * self.change.mean
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,7 @@ class NightComparison:
     changes: tuple[Change, ...]
     regressed: tuple[Change, ...]
     improved: tuple[Change, ...]
-    facts: tuple[Fact, ...]
+    facts: tuple[str, ...]
     retired: tuple[str, ...]
     cells: int
     counted: int
@@ -125,20 +117,13 @@ def compare(before: Night, now: Night, options: NightlyOptions) -> NightComparis
     least = np.array([c.least for c in found])
     worse, counted = holm(np.array([c.worse for c in found]), least, options.alpha)
     better, _ = holm(np.array([c.better for c in found]), least, options.alpha)
-    changes = tuple(
-        replace(c, corrected_worse=float(w), corrected_better=float(b))
-        for c, w, b in zip(found, worse, better, strict=True)
-    )
-    loss = [SIGNS[c.measure] * c.change.mean for c in changes]
-    pairs = list(zip(changes, loss, strict=True))
+    corrected = zip(found, worse.tolist(), better.tolist(), strict=True)
+    changes = tuple(replace(c, corrected_worse=w, corrected_better=b) for c, w, b in corrected)
+    big = [c for c in changes if abs(c.loss) > options.floor(c.measure)]
     return NightComparison(
         changes=changes,
-        regressed=tuple(
-            c for c, lost in pairs if c.corrected_worse <= options.alpha and lost > options.floor(c.measure)
-        ),
-        improved=tuple(
-            c for c, lost in pairs if c.corrected_better <= options.alpha and -lost > options.floor(c.measure)
-        ),
+        regressed=tuple(c for c in big if c.corrected_worse <= options.alpha and c.loss > 0),
+        improved=tuple(c for c in big if c.corrected_better <= options.alpha and c.loss < 0),
         facts=(*_lost(both), *_grown(both, options), *_slower(before, now, options)),
         retired=retired,
         cells=both.groupby(["method", "budget", "task"]).ngroups,
@@ -188,25 +173,23 @@ def holm(p: Array, least: Array, alpha: float) -> tuple[Array, int]:
 
 def _drawn(parts: Array, seed: int) -> Array:
     """[DRAWS]: sums of `parts` [G] with random signs."""
-    generator = np.random.default_rng([SEED, seed])
-    rows = max(1, CHUNK // parts.size)
-    chunks = [
-        generator.integers(0, 2, size=(min(rows, DRAWS - first), parts.size), dtype=np.int8) @ parts
-        for first in range(0, DRAWS, rows)
-    ]
+    generator, rows = np.random.default_rng([SEED, seed]), max(1, CHUNK // parts.size)
+    sizes = [(min(rows, DRAWS - first), parts.size) for first in range(0, DRAWS, rows)]
+    chunks = [generator.integers(0, 2, size=size, dtype=np.int8) @ parts for size in sizes]
     return np.asarray(2 * np.concatenate(chunks) - parts.sum())
 
 
 def _paired(before: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Lines of both nights with equal prompts, sorted, the earlier columns behind `_before`; and what is left out."""
     retired, kept = [], []
-    prompts = {name: table.groupby(["task", "sample_id"]).prompt.max() for name, table in _named(before, now)}
-    tasks = {name: set(table.task) for name, table in _named(before, now)}
-    for task in sorted(tasks["before"] | tasks["now"]):
-        if task not in tasks["before"] or task not in tasks["now"]:
-            retired.append(f"{task}: {'not run tonight' if task in tasks['before'] else 'new tonight'}")
+    prompts = [table.groupby(["task", "sample_id"]).prompt.max() for table in (before, now)]
+    tasks = [set(table.task) for table in (before, now)]
+    for task in sorted(tasks[0] | tasks[1]):
+        if task not in tasks[0] & tasks[1]:
+            retired.append(f"{task}: {_absent(task in tasks[0])}")
             continue
-        old, new = prompts["before"][task].align(prompts["now"][task], join="inner")
+        old, new = (of[task] for of in prompts)
+        old, new = old.align(new, join="inner")
         changed = int(((old != new) | (new == "")).sum())
         if changed or not len(new):
             retired.append(f"{task}: {changed} of {len(new)} prompts changed" if len(new) else f"{task}: other samples")
@@ -214,15 +197,13 @@ def _paired(before: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, tupl
             kept.append(task)
     both = now.merge(before, on=KEY, suffixes=("", "_before"))
     both = both[both.task.isin(kept)].sort_values(KEY, ignore_index=True)
-    cells = {name: set(zip(table.method, table.budget, strict=True)) for name, table in _named(before, now)}
-    for method, budget in sorted(cells["before"] ^ cells["now"]):
-        gone = (method, budget) in cells["before"]
-        retired.append(f"{method} at {budget}: {'not run tonight' if gone else 'new tonight'}")
+    cells = [set(zip(table.method, table.budget, strict=True)) for table in (before, now)]
+    retired += [f"{c[0]} at {c[1]}: {_absent(c in cells[0])}" for c in sorted(cells[0] ^ cells[1])]
     return both, tuple(retired)
 
 
-def _named(before: pd.DataFrame, now: pd.DataFrame) -> tuple[tuple[str, pd.DataFrame], ...]:
-    return ("before", before), ("now", now)
+def _absent(gone: bool) -> str:
+    return "not run tonight" if gone else "new tonight"
 
 
 def _changes(both: pd.DataFrame) -> Iterator[Change]:
@@ -233,57 +214,48 @@ def _changes(both: pd.DataFrame) -> Iterator[Change]:
         bootstrap = Bootstrap(rows.task.tolist(), groups=[group or None for group in rows.group])
         for measure in SIGNS:
             pair = (rows[f"{measure}_before"].to_numpy(np.float64), rows[measure].to_numpy(np.float64))
-            present = ~np.isnan(pair[0] - pair[1])
-            tasks = {task: here[present[here]] for task, here in bootstrap.rows.items() if present[here].any()}
-            wholes = {ALL: tasks} if len(tasks) > 1 else {}
-            for task, of in {**{task: {task: here} for task, here in tasks.items()}, **wholes}.items():
+            tasks = bootstrap.present(pair[0] - pair[1])
+            parts = {task: {task: here} for task, here in tasks.items()}
+            for task, of in {**parts, **({ALL: tasks} if len(tasks) > 1 else {})}.items():
                 yield _change(bootstrap, pair, of, names=(budget, method, task, measure))
 
 
 def _change(
-    bootstrap: Bootstrap, pair: tuple[Array, Array], tasks: Mapping[str, npt.NDArray[np.intp]], *, names: Sequence[str]
+    bootstrap: Bootstrap, pair: tuple[Array, Array], tasks: Mapping[str, Indexes], *, names: tuple[str, str, str, str]
 ) -> Change:
     """One comparison. pair: values before and now, [S]; tasks: task to the indexes of its samples that have both."""
-    budget, method, task, measure = names
     before, now = (float(np.mean([values[here].mean() for here in tasks.values()])) for values in pair)
     difference = np.round(pair[1] - pair[0], 9)  # what both nights have in common leaves exactly 0
-    sums = [bootstrap.cluster_sums(difference, here)[0] / here.size for here in tasks.values()]
-    parts = SIGNS[measure] * np.concatenate(sums) / len(tasks)  # [G], each cluster's part of the mean
+    sums = [bootstrap.cluster_sums(difference, here)[:, 1] / here.size for here in tasks.values()]
+    parts = SIGNS[names[-1]] * np.concatenate(sums) / len(tasks)  # [G], each cluster's part of the mean
     worse, better, least = flip_p(parts, seed=zlib.crc32(" ".join(names).encode()))
-    return Change(
-        budget=budget,
-        method=method,
-        task=task,
-        measure=measure,
-        before=before,
-        now=now,
-        change=bootstrap.estimate(difference, weights=dict.fromkeys(tasks, 1.0)),
-        moved=int(np.count_nonzero(parts)),
-        least=least,
-        worse=worse,
-        better=better,
-    )
+    change = bootstrap.estimate(difference, weights=dict.fromkeys(tasks, 1.0))
+    return Change(*names, before, now, change, int(np.count_nonzero(parts)), least, worse, better)
 
 
-def _lost(both: pd.DataFrame) -> Iterator[Fact]:
+def _by_cell(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each cell's rows, and how it is called."""
+    for (budget, method, task), own in rows.groupby(["budget", "method", "task"]):
+        yield f"{method} at {budget}, {task}", own
+
+
+def _lost(both: pd.DataFrame) -> Iterator[str]:
     """Cells with samples that were ok and are not any more."""
-    lost = both[(both.status_before == "ok") & (both.status != "ok")]
-    for (budget, method, task), rows in lost.groupby(["budget", "method", "task"]):
+    for cell, rows in _by_cell(both[(both.status_before == "ok") & (both.status != "ok")]):
         counts = ", ".join(f"{n} {status}" for status, n in sorted(rows.status.value_counts().items()))
-        yield Fact(str(budget), str(method), str(task), f"were ok: {counts}")
+        yield f"{cell}: were ok: {counts}"
 
 
-def _grown(both: pd.DataFrame, options: NightlyOptions) -> Iterator[Fact]:
+def _grown(both: pd.DataFrame, options: NightlyOptions) -> Iterator[str]:
     """Cells that keep more bytes on the samples that are ok in both nights."""
-    ok = both[(both.status_before == "ok") & (both.status == "ok")]
-    for (budget, method, task), rows in ok.groupby(["budget", "method", "task"]):
+    for cell, rows in _by_cell(both[(both.status_before == "ok") & (both.status == "ok")]):
         before, now = int(rows.kv_bytes_before.sum()), int(rows.kv_bytes.sum())
         if now > before * (1 + options.bytes_percent / 100):
             grown = f"+{100 * (now / before - 1):.2f} %" if before else "from none"
-            yield Fact(str(budget), str(method), str(task), f"kept bytes {grown}: {before:,} to {now:,}")
+            yield f"{cell}: kept bytes {grown}: {before:,} to {now:,}"
 
 
-def _slower(before: Night, now: Night, options: NightlyOptions) -> Iterator[Fact]:
+def _slower(before: Night, now: Night, options: NightlyOptions) -> Iterator[str]:
     """Phases that take longer than the floor allows, on the very machine for as many samples and cells."""
     same = before.about.machine_id == now.about.machine_id != "" and len(before.table) == len(now.table)
     if options.speed_percent is None or not same:
@@ -292,4 +264,4 @@ def _slower(before: Night, now: Night, options: NightlyOptions) -> Iterator[Fact
         old = getattr(before.about.seconds, phase)
         if seconds > old * (1 + options.speed_percent / 100) and old:
             grown = f"{phase} +{100 * (seconds / old - 1):.1f} %: {old:.4g} to {seconds:.4g} s a sample"
-            yield Fact("-", "all methods", ALL, grown)
+            yield f"all methods at -, {ALL}: {grown}"

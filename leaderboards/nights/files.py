@@ -1,8 +1,7 @@
 """A night as it is kept for comparison: `NAME.json` says what it was, `NAME.samples.csv` holds its samples.
 
-Boards hold means, a paired test needs samples. So the samples of a published night stay beside its board: one line per
-sample and cell, sorted, plain, numbers rounded (scores to 6 decimals, NLL to 9), so that equal nights are equal bytes
-and version control shows what changed.
+Boards hold means, a paired test needs samples. So those of a published night stay beside its board: one line per sample
+and cell, sorted, numbers rounded (scores to 6 decimals, NLL to 9), so that equal nights are equal bytes.
 
 Machine class: device kind, the name of the GPU or processor, dtype, and torch's major.minor. These choose the kernels,
 so they decide how sums round and which token wins a near tie: within a class a night repeats itself to the bit or
@@ -15,6 +14,7 @@ import io
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +92,13 @@ def night_of(
         raise HarnessError(f"no records in run {manifest.run_id}; there is nothing to compare")
     table = pd.DataFrame([_line(r) for r in chosen], columns=COLUMNS)
     spec = manifest.spec
+    settings = {name: str(getattr(spec, name)) for name in SETTINGS}
     about = About(
         board=board,
         version=version,
         machine_class=machine_class(manifest, chosen),
         machine_id=machine_id,
-        settings={
-            "model": f"{spec.model.name} {spec.model.revision}",
-            **{name: str(getattr(spec, name)) for name in SETTINGS},
-        },
+        settings={"model": f"{spec.model.name} {spec.model.revision}", **settings},
         run_id=manifest.run_id,
         commit=manifest.git_commit,
         started=manifest.started,
@@ -148,8 +146,7 @@ def read_nights(folder: Path, board: str) -> list[Night]:
 
 
 def _line(r: Record) -> tuple[object, ...]:
-    score = r.metrics.get("score") if r.status == "ok" else None
-    nll = r.nll if r.status == "ok" else None
+    score, nll = (r.metrics.get("score"), r.nll) if r.status == "ok" else (None, None)
     group = r.meta.get("group")
     return (
         r.task,
@@ -166,7 +163,7 @@ def _line(r: Record) -> tuple[object, ...]:
 
 
 def _seconds(records: Sequence[Record]) -> Seconds:
-    samples = {(r.task, r.sample_id): r.prefill_s for r in records}
+    samples: dict[tuple[str, str], float] = defaultdict(float)
     for r in records:
         key = (r.task, r.sample_id)
         samples[key] = max(samples[key], r.prefill_s)  # a cell that failed early has none

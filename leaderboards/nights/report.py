@@ -11,17 +11,17 @@ from datetime import datetime
 
 import pandas as pd
 
-from leaderboards.nights.compare import Change, Fact, NightComparison, NightlyOptions, compare
+from leaderboards.nights.compare import Change, NightComparison, NightlyOptions, compare
 from leaderboards.nights.files import Night
 from leaderboards.text import TERMINAL_WIDTH, Section, clean, interval, keys, markdown, number, terminal
 
-DIGITS = {"score": 1, "nll": 3}
-WORDS = {"score": "score", "nll": "NLL"}
+SHOWN = {"score": ("score", 1), "nll": ("NLL", 3)}
+"""Measure to its name and its decimals."""
 
 
 @dataclass(frozen=True)
 class NightVerdict:
-    """What is known of a night. aside: why stored nights were not compared with, one line each."""
+    """What is known of a night. others: of other machine classes; aside: why stored nights were not compared with."""
 
     night: Night
     options: NightlyOptions
@@ -43,24 +43,16 @@ class NightVerdict:
 
 def judge(night: Night, stored: Sequence[Night], options: NightlyOptions, *, accept: bool = False) -> NightVerdict:
     """Tonight against the nights of its board that are kept, the newest first (`nights.read_nights`)."""
-    newest: dict[str, Night] = {}
-    aside = []
+    newest, aside = dict[str, Night](), []
     for old in stored:
-        why = _unlike(old, night)
-        if why:
+        if why := _unlike(old, night):
             aside.append(f"{old.about.name} of {old.about.finished}: {why}")
         else:
             newest.setdefault(old.about.machine_class, old)
     baseline = newest.pop(night.about.machine_class, None)
-    return NightVerdict(
-        night=night,
-        options=options,
-        baseline=baseline,
-        comparison=None if baseline is None else compare(baseline, night, options),
-        others=tuple((old, compare(old, night, options)) for _, old in sorted(newest.items())),
-        aside=tuple(aside),
-        accepted=accept,
-    )
+    comparison = None if baseline is None else compare(baseline, night, options)
+    others = tuple((old, compare(old, night, options)) for _, old in sorted(newest.items()))
+    return NightVerdict(night, options, baseline, comparison, others, tuple(aside), accept)
 
 
 def _unlike(old: Night, night: Night) -> str:
@@ -76,45 +68,39 @@ def headline(verdict: NightVerdict) -> str:
     """What came out, in one line."""
     if verdict.comparison is None:
         return "no baseline: this night becomes one"
-    many = verdict.regressions
-    if not many:
+    if not (many := verdict.regressions):
         return "no regression"
     return f"{many} regression{'s' if many > 1 else ''}" + (", accepted" if verdict.accepted else "")
 
 
 def to_markdown(verdict: NightVerdict) -> str:
     """The report as a page."""
-    return markdown([Section(_title(verdict), _facts(verdict), level=1), *_sections(verdict)])
+    return markdown(_sections(verdict, level=1))
 
 
 def to_terminal(verdict: NightVerdict, *, width: int = TERMINAL_WIDTH) -> str:
     """The report as text of at most `width` columns."""
-    return terminal([Section(_title(verdict), _facts(verdict)), *_sections(verdict)], width=width)
-
-
-def _title(verdict: NightVerdict) -> str:
-    return clean(f"{verdict.night.about.board}: {headline(verdict)}")
+    return terminal(_sections(verdict), width=width)
 
 
 def _facts(verdict: NightVerdict) -> list[str]:
     about, compared, options = verdict.night.about, verdict.comparison, verdict.options
+    seconds = round((datetime.fromisoformat(about.finished) - datetime.fromisoformat(about.started)).total_seconds())
     lines = [
-        f"tonight: {_told(verdict.night)}, {_duration(about.started, about.finished)}; {about.samples} samples, "
+        f"tonight: {_told(verdict.night)}, {seconds // 60} min {seconds % 60} s; {about.samples} samples, "
         f"{len(verdict.night.table)} records",
         f"machine class: {about.machine_class}; version {about.version}",
         f"baseline: {'none' if verdict.baseline is None else _told(verdict.baseline)}",
     ]
     if compared is not None:
         moved = sum(change.moved > 0 for change in compared.changes)
-        lines.append(
+        lines += [
             f"compared: {compared.cells} cells (method, budget, task) by score and NLL, with means over tasks "
-            f"{len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the correction"
-        )
-        lines.append(
+            f"{len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the correction",
             f"a regression: corrected one-sided p <= {options.alpha:g} and worse by more than {options.score_points:g} "
             f"points or {options.nll_nats:g} nats per token; a lost score; bytes grown by more than "
-            f"{options.bytes_percent:g} %"
-        )
+            f"{options.bytes_percent:g} %",
+        ]
     return [clean(line, longest=1000) for line in lines]
 
 
@@ -123,30 +109,22 @@ def _told(night: Night) -> str:
     return f"{about.finished}, run {about.run_id}, commit {(about.commit or 'unknown')[:12]}"
 
 
-def _duration(started: str, finished: str) -> str:
-    seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
-    return f"{seconds // 60} min {seconds % 60} s"
-
-
-def _sections(verdict: NightVerdict) -> list[Section]:
-    """The sections of the report that have something to say."""
-    compared = verdict.comparison
-    found = []
+def _sections(verdict: NightVerdict, *, level: int = 2) -> list[Section]:
+    """The sections of the report that have something to say. level: of the title."""
+    compared, bodies = verdict.comparison, dict[str, pd.DataFrame | Sequence[str]]()
     if compared is not None:
-        found += [
-            Section("Regressed", _changes(compared.regressed, worse=True)),
-            Section("Regressed, without a test", _listed(compared.facts)),
-            Section("Improved", _changes(compared.improved, worse=False)),
-            Section("Not compared", [clean(line) for line in compared.retired]),
-        ]
-    found += [
-        Section("Seconds", _seconds(verdict)),
-        Section("Other machine classes, for information", [_other(*other) for other in verdict.others]),
-        Section("Set aside", [clean(line) for line in verdict.aside]),
-    ]
+        bodies["Regressed"] = _changes(compared.regressed, worse=True)
+        bodies["Regressed, without a test"] = compared.facts
+        bodies["Improved"] = _changes(compared.improved, worse=False)
+        bodies["Not compared"] = compared.retired
+    bodies["Seconds"] = _seconds(verdict)
+    bodies["Other machine classes, for information"] = [_other(*other) for other in verdict.others]
+    bodies["Set aside"] = verdict.aside
     if compared is not None and (compared.regressed or compared.improved):
-        found.append(Section("How to read", HOW_TO_READ))
-    return [section for section in found if len(section.body)]
+        bodies["How to read"] = HOW_TO_READ
+    title = Section(clean(f"{verdict.night.about.board}: {headline(verdict)}"), _facts(verdict), level=level)
+    lines = {name: body if isinstance(body, pd.DataFrame) else [*map(clean, body)] for name, body in bodies.items()}
+    return [title, *(Section(name, body) for name, body in lines.items() if len(body))]
 
 
 HOW_TO_READ = (
@@ -160,26 +138,22 @@ HOW_TO_READ = (
 def _changes(changes: Sequence[Change], *, worse: bool) -> pd.DataFrame:
     rows = []
     for c in changes:
-        digits = DIGITS[c.measure]
+        measure, digits = SHOWN[c.measure]
         p, corrected = (c.worse, c.corrected_worse) if worse else (c.better, c.corrected_better)
         rows.append(
             {
                 **keys(vars(c)),
                 "task": clean(c.task),
-                "measure": WORDS[c.measure],
+                "measure": measure,
                 "before": number(c.before, digits=digits),
                 "now": number(c.now, digits=digits),
-                "change": interval(c.change.mean, c.change.low, c.change.high, digits=digits, sign="+"),
+                "change": interval(*c.change[:3], digits=digits, sign="+"),
                 "p": f"{p:.2g}",
                 "corrected p": f"{corrected:.2g}",
                 "n": str(c.change.n),
             }
         )
     return pd.DataFrame(rows)
-
-
-def _listed(facts: Sequence[Fact]) -> list[str]:
-    return [clean(f"{fact.method} at {fact.budget}, {fact.task}: {fact.what}") for fact in facts]
 
 
 def _seconds(verdict: NightVerdict) -> list[str]:
@@ -200,8 +174,5 @@ def _seconds(verdict: NightVerdict) -> list[str]:
 
 
 def _other(night: Night, compared: NightComparison) -> str:
-    worse, better = len(compared.regressed), len(compared.improved)
-    return clean(
-        f"{night.about.machine_class} ({_told(night)}): of {len(compared.changes)} comparisons {worse} worse and "
-        f"{better} better beyond floor and correction"
-    )
+    counts = f"{len(compared.changes)} comparisons {len(compared.regressed)} worse and {len(compared.improved)} better"
+    return f"{night.about.machine_class} ({_told(night)}): of {counts} beyond floor and correction"

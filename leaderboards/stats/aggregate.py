@@ -1,34 +1,29 @@
 """From records to one table per comparable setting: the one place where scores are averaged and intervals computed.
 
-Only records with equal axes share a table (`leaderboards.stats.comparable`).
+Averages. A task's score (0-100) is the mean over its samples; a cell's is the unweighted mean of its task means. NLL
+(nats per token) is averaged as the score is, over the samples that have one; bytes are means over samples. Only `ok`
+records count; what is missing is counted beside the mean, never scored 0.
 
-Averages. A score is 0-100. A task's score is the mean over its samples; a cell's score is the unweighted mean of its
-task means. The averages that LongBench, RULER and NIAH report are beside it (`leaderboards.stats.summaries`). NLL (nats
-per token) is averaged as the score is, over the samples that have one.
-Bytes are means over samples. Only `ok` records count; what is missing is counted beside the mean, never scored 0.
-
-Intervals. Percentile bootstrap, 95 %: samples are redrawn within each task, task means averaged, 2,000 times, with a
-seed kept in the table. Samples of one task whose `meta.group` is the same share a context, so they are one cluster and
-are redrawn together: a task's redrawn mean is the sum over the drawn clusters by the number of samples in them. Without
-groups every sample is its own cluster. A difference is paired: it is taken per sample, on the samples that both cells
-have, and the differences are redrawn. There is no interval where it would mean nothing: below 6 clusters (no two-sided
-sign test can reach 5 % with fewer) or with a task of one cluster. With few clusters per task the interval is too
-narrow, by about sqrt(1 - 1/n); cells with fewer than 10 in some task are flagged. `n` always counts samples.
+Intervals. Percentile bootstrap, 95 % (`leaderboards.stats.bootstrap`): clusters of samples that share `meta.group` are
+redrawn within each task, 2,000 times, with a seed kept in the table. A difference is paired: it is taken per sample, on
+the samples that both cells have, and the differences are redrawn. There is no interval below 6 clusters (no two-sided
+sign test can reach 5 % with fewer) or with a task of one. With few clusters per task the interval is too narrow, by
+about sqrt(1 - 1/n); cells with fewer than 10 in some task are flagged. `n` always counts samples.
 
 Marks. They follow the rank intervals (`leaderboards.stats.ranks`), which are corrected for the number of methods. At
 each budget the cells that may be first, of those within their bytes, are `=`; a cell is `*` only when it is the one
 that may be, and is told apart from every other. `=` is no proof of equality. Nothing is marked where there are fewer
-than two methods or none is complete. The fronts of a measured table are in `leaderboards.stats.pareto`; what a mean
-hides is in `leaderboards.stats.worst`.
+than two methods or none is complete.
 
-Memory. A cell of which some record has simulated memory is `simulated`: scored and ranked as any other, but no such
-memory was held, so it has no place on the fronts. The column `memory` is there when some table has such a cell.
+Memory. A cell of which some record has simulated memory is `simulated`: scored and ranked as any other, but with no
+place on the fronts. The column `memory` is there when some table has such a cell.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,7 +32,7 @@ import pandas as pd
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import CellKey, Record, RunManifest
-from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Estimate
+from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
 from leaderboards.stats.pareto import fronts
@@ -45,6 +40,9 @@ from leaderboards.stats.ranks import rank_columns
 from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import summarise
 from leaderboards.stats.worst import tail_columns
+
+BASELINES = ("fullkv", "snapkv")
+"""Methods that every cell is compared with."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,8 @@ class Note:
 class Table:
     """One board. `rows`: one per (budget, method), columns as `_row` writes them; `tasks`: one per cell and task.
 
-    summaries: one row per summary, cell and column (`leaderboards.stats.summaries.summarise`); empty when there is
-    none. rivals: the subject against the strongest other methods (`leaderboards.stats.subject.compare`); empty without
-    a subject. baselines: wanted label to the label used, or None. duplicates: cells measured in several runs; one of
-    each is used.
+    summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. baselines: wanted label
+    to the label used, or None. duplicates: cells measured in several runs; one of each is used.
     """
 
     axes: Axes
@@ -88,7 +84,6 @@ def aggregate(
     records: Iterable[Record | BoardRecord],
     *,
     manifests: Sequence[RunManifest] = (),
-    baselines: Sequence[str] = ("fullkv", "snapkv"),
     subject: str | None = None,
     seed: int = SEED,
     resamples: int = RESAMPLES,
@@ -96,8 +91,7 @@ def aggregate(
     """Tables in the order of their axes. The order of `records` does not matter, nor whether they are in brief.
 
     manifests: of the runs the records come from; without them only the axes that are in the records are told apart.
-    subject: label of the method to judge against the strongest other one of each task family
-    (`leaderboards.stats.subject`).
+    subject: label of the method to judge against the strongest other one of each task family.
 
     Raises HarnessError when there is no record, an ok record has no score, one sample id stands for two prompts, or no
     table has the subject.
@@ -109,34 +103,28 @@ def aggregate(
     if subject is not None and subject not in labels:
         known = ", ".join(sorted(labels)) or "none"
         raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
-    tables = [
-        _table(axes, group, baselines=baselines, subject=subject, seed=seed, resamples=resamples)
-        for axes, group in groups.items()
-    ]
+    tables = [_table(axes, group, subject, seed=seed, resamples=resamples) for axes, group in groups.items()]
     if all((table.rows["memory"] == "physical").all() for table in tables):
         for table in tables:
             del table.rows["memory"]
     return tables
 
 
-def _table(
-    axes: Axes, records: list[BoardRecord], *, baselines: Sequence[str], subject: str | None, seed: int, resamples: int
-) -> Table:
+def _table(axes: Axes, records: list[BoardRecord], subject: str | None, *, seed: int, resamples: int) -> Table:
     chosen, duplicates = one_per_key(records)
-    grid = Grid.of(chosen, seed=seed, resamples=resamples)
-    used = {wanted: _baseline(wanted, grid.cells) for wanted in baselines}
+    grid = Grid(chosen, seed=seed, resamples=resamples)
+    used = {wanted: _baseline(wanted, grid.cells) for wanted in BASELINES}
     grid.prepare(_wanted(grid, used))
     means = {c: grid.estimate(c, "score").mean for c in grid.cells}
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
-    ranked, tailed, timed = rank_columns(grid, seed=seed, resamples=resamples), tail_columns(grid), _measured(grid)
+    ranked, tailed, timed = rank_columns(grid), tail_columns(grid), _measured(grid)
     marks = _marks(grid, ranked)
     own = {c: {**_row(grid, c, used), "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
     rows = pd.DataFrame([{**asdict(axes), **own[c]} for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
-    summaries = summarise(grid, order)
-    rivals = compare(grid, subject, seed=seed, resamples=resamples)
+    summaries, rivals = summarise(grid, order), compare(grid, subject)
     return Table(axes, rows, tasks, summaries, rivals, runs, len(grid.samples), used, _notes(chosen), duplicates)
 
 
@@ -159,7 +147,7 @@ def _wanted(grid: Grid, baselines: dict[str, str | None]) -> Iterator[Wanted]:
     for cell in grid.cells:
         bases = [_base(grid, cell, label) for label in baselines.values()]
         yield cell, "needle", None
-        yield from ((cell, what, base) for what in ("score", "nll") for base in [None, *filter(None, bases)])
+        yield from product([cell], ["score", "nll"], [None, *filter(None, bases)])
 
 
 def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[str, Any]:
@@ -177,14 +165,14 @@ def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[st
             row |= _columns(f"{name}_vs_{wanted}", paired)
     row |= _columns("needle_percent", grid.estimate(cell, "needle"))
     counts = grid.counts(cell)
-    sizes = {what: np.nansum(grid.values(cell, what)) for what in ("kv_bytes", "asked_bytes", "full_bytes")}
-    row |= {f"{what}_mean": size / counts["ok"] if counts["ok"] else math.nan for what, size in sizes.items()}
-    full = sizes["full_bytes"]
+    sizes = {what: grid.values(cell, what) for what in ("kv_bytes", "asked_bytes", "full_bytes")}
+    row |= {f"{what}_mean": _mean(column) for what, column in sizes.items()}
+    kept, full = np.nansum(sizes["kv_bytes"]), np.nansum(sizes["full_bytes"])
     row |= {
-        "kv_percent_of_full": 100 * sizes["kv_bytes"] / full if full else math.nan,
+        "kv_percent_of_full": 100 * kept / full if full else math.nan,
         **{f"n_{status}": counts[status] for status in STATUSES},
         "n_over_budget": grid.over_budget(cell),
-        "n_expected": int(grid.expected(cell[1]).sum()),
+        "n_expected": np.count_nonzero(grid.expected(cell[1])),
     }
     present = {"incomplete": not grid.complete(cell), **{s: counts[s] for s in STATUSES[1:]}}
     present |= {"over_budget": row["n_over_budget"], "few": grid.few(cell)}
@@ -192,7 +180,7 @@ def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[st
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {f"{name}_{part}": value for part, value in asdict(estimate).items()}
+    return {f"{name}_{part}": value for part, value in estimate._asdict().items()}
 
 
 def _marks(grid: Grid, ranked: Mapping[CellKey, Mapping[str, Any]]) -> dict[CellKey, str]:
@@ -215,35 +203,36 @@ def _measured(grid: Grid) -> dict[CellKey, dict[str, Any]]:
     marks = fronts(grid)
     rows = {}
     for cell in grid.cells:
-        columns = {what: grid.values(cell, what) for what in MEASURED}
-        n = int((~np.isnan(columns["tpot_s"])).sum())
-        means = {f"{what}_mean": np.nansum(column) / n if n else math.nan for what, column in columns.items()}
-        rows[cell] = {**means, "n_measured": n, **marks[cell]}
+        means = {f"{what}_mean": _mean(grid.values(cell, what)) for what in MEASURED}
+        rows[cell] = {**means, "n_measured": np.count_nonzero(~np.isnan(grid.values(cell, "tpot_s"))), **marks[cell]}
     return rows
 
 
-def _task_rows(grid: Grid, cell: CellKey) -> list[dict[str, Any]]:
-    expected = grid.expected(cell[1])
-    rows = []
+def _mean(column: Array) -> float:
+    return math.nan if np.isnan(column).all() else float(np.nanmean(column))
+
+
+def _task_rows(grid: Grid, cell: CellKey) -> Iterator[dict[str, Any]]:
     for task, here in grid.bootstrap.rows.items():
-        row: dict[str, Any] = {"budget": cell[1], "method": cell[0], "task": task}
-        columns = {what: grid.values(cell, what)[here] for what in ("score", "nll", "needle")}
-        counts = {what: int((~np.isnan(column)).sum()) for what, column in columns.items()}
-        row |= {"n_ok": counts["score"], "n_expected": int(expected[here].sum())}
-        for name, what in (("score_points", "score"), ("nll_nats", "nll"), ("needle_percent", "needle")):
-            row[f"{name}_mean"] = np.nansum(columns[what]) / counts[what] if counts[what] else math.nan
-        rows.append(row)
-    return rows
+        score, nll, needle = (grid.values(cell, what)[here] for what in ("score", "nll", "needle"))
+        yield {
+            "budget": cell[1],
+            "method": cell[0],
+            "task": task,
+            "n_ok": np.count_nonzero(~np.isnan(score)),
+            "n_expected": np.count_nonzero(grid.expected(cell[1])[here]),
+            "score_points_mean": _mean(score),
+            "nll_nats_mean": _mean(nll),
+            "needle_percent_mean": _mean(needle),
+        }
 
 
 def _notes(records: Sequence[BoardRecord]) -> tuple[Note, ...]:
     """One per method and note, and one per method and status that is not ok, with the first error in key order."""
     found: dict[tuple[str, str], list[BoardRecord]] = defaultdict(list)
     for r in records:
-        if r.status == "ok" and not (r.notes or r.over_budget):
-            continue
-        states = {r.status if r.status != "ok" else "", "over budget" if r.over_budget else ""}
-        for what in {*r.notes, *states} - {""}:
+        states = {r.status, "over budget" if r.over_budget else "ok"} - {"ok"}
+        for what in states | set(filter(None, r.notes)):
             found[r.method, what].append(r)
     notes = []
     for (method, what), where in sorted(found.items()):

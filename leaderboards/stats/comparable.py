@@ -6,7 +6,7 @@ timed their cells on different machines: speed is ranked within one machine only
 of one machine, for its scores do.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -84,9 +84,7 @@ def budget_order(budget: str) -> tuple[int, float, str]:
 
 def _check_prompts(records: Iterable[Record | BoardRecord]) -> None:
     prompts: dict[tuple[str, str], Record | BoardRecord] = {}
-    for r in records:
-        if not r.prompt_sha256:
-            continue
+    for r in (r for r in records if r.prompt_sha256):
         first = prompts.setdefault((r.task, r.sample_id), r)
         if first.prompt_sha256 != r.prompt_sha256:
             raise HarnessError(
@@ -103,9 +101,6 @@ def _settings(manifests: Sequence[RunManifest]) -> dict[str, str]:
         timed = {} if m.spec.measured_on is None else {"measured on": m.spec.measured_on}
         protocols = {f"{task.name} protocol": task.protocol for task in m.spec.tasks}
         runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols, **timed}
-    seen: dict[str, set[str]] = defaultdict(set)
-    for values in runs.values():
-        for name, value in values.items():
-            seen[name].add(value)
-    differ = sorted(name for name, values in seen.items() if len(values) > 1)
+    seen = {pair for values in runs.values() for pair in values.items()}
+    differ = sorted(name for name, n in Counter(name for name, _ in seen).items() if n > 1)
     return {run: ", ".join(f"{name} {v[name]}" for name in differ if name in v) for run, v in runs.items()}

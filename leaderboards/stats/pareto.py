@@ -2,12 +2,10 @@
 
 A cell is off the front when another one surely costs no more and is told better: the interval of their paired
 difference in score lies above 0. It is on the front, `*`, when it is told better than every cell that may cost no
-more; the cheapest one is, whatever its score. Every other cell is `=`: some cell that may cost no more is not told
-apart from it.
+more; the cheapest one is, whatever its score. Every other cell is `=`.
 
-Costs are compared on the samples that both cells have. Bytes are exact, so their mean decides. TPOT is a noisy time:
-a cell surely costs no more when the whole interval of the paired difference is at most 0, and may cost no more unless
-the whole interval is above 0. Without an interval nothing is sure.
+Costs are compared on the samples that both cells have. Bytes are exact, so their mean decides. A cell's TPOT surely is
+no more when the whole interval of the paired difference is at most 0, and may be unless the whole interval is above 0.
 
 A cell that lacks samples, or measurements where TPOT counts, puts no other off and is never `*`; one without any has no
 mark. One with simulated memory has none either and puts no other off: no such memory was held. Like the other marks
@@ -41,9 +39,14 @@ def is_measured(rows: pd.DataFrame) -> bool:
 
 
 def _front(grid: Grid, cost: str) -> dict[CellKey, str]:
-    known = {cell: int((~np.isnan(grid.values(cell, cost))).sum()) for cell in grid.cells}
+    known = {cell: np.count_nonzero(~np.isnan(grid.values(cell, cost))) for cell in grid.cells}
     here = [cell for cell in grid.cells if grid.memory(cell) == "physical" and grid.counts(cell)["ok"] and known[cell]]
     whole = {cell for cell in here if grid.complete(cell) and known[cell] == grid.counts(cell)["ok"]}
+    few = {cell for cell in here if grid.few(cell)}
+
+    def told_better(one: CellKey, other: CellKey) -> bool:
+        return not few & {one, other} and grid.estimate(one, "score", minus=other).low > 0
+
     off: set[CellKey] = set()
     doubtful = set(here) - whole
     pairs = list(permutations(here, 2))
@@ -52,9 +55,9 @@ def _front(grid: Grid, cost: str) -> dict[CellKey, str]:
     cheaper = {pair: costs for pair in pairs if (costs := _costs_no_more(grid, pair[1], pair[0], cost))[1]}
     grid.prepare((a, "score", b) for pair in cheaper for a, b in (pair, pair[::-1]))
     for (cell, other), (surely, _) in cheaper.items():
-        if surely and other in whole and grid.told_apart(other, cell):
+        if surely and other in whole and told_better(other, cell):
             off.add(cell)
-        elif not grid.told_apart(cell, other):
+        elif not told_better(cell, other):
             doubtful.add(cell)
     return {cell: "=" if cell in doubtful else "*" for cell in here if cell not in off}
 

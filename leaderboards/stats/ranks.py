@@ -2,34 +2,29 @@
 
 Ranks. Per budget and measure, `low` is 1 plus the number of methods that are surely better, `high` the number of
 methods less those that are surely worse (Mogstad, Romano, Shaikh and Wilhelm, "Inference for Ranks with Applications to
-Mobility across Neighbourhoods and Academic Achievement across Countries", Review of Economic Studies 91(1), 2024). So
-methods that are not told apart have intervals that overlap, and equal outputs give equal intervals.
+Mobility across Neighbourhoods and Academic Achievement across Countries", Review of Economic Studies 91(1), 2024).
 
-Surely. All ordered pairs of methods of a budget are tested at once: A is better than B, by the paired difference on
-the samples both have, mean of task means. The step-down max-t bootstrap (Romano and Wolf, "Exact and Approximate
-Stepdown Methods for Multiple Hypothesis Testing", JASA 100, 2005) holds the chance of any wrong claim, direction
-included, at 5 % per budget and measure; there is no correction over budgets and measures. The chance that some interval
-of a budget misses its method's true rank is then at most that as well. All pairs see the same redraws of clusters,
-within tasks; the spread of a difference is that of its redraws, times sqrt(g/(g-1)) in a task of g clusters. It rests
-on few clusters, so a difference in units of it is read as Student's t, with the degrees of freedom of Welch and
-Satterthwaite, and turned into the normal deviate of the same probability before it is compared with the redraws.
+Surely. All ordered pairs of methods of a budget are tested at once, by the paired difference. The step-down max-t
+bootstrap (Romano and Wolf, "Exact and Approximate Stepdown Methods for Multiple Hypothesis Testing", JASA 100, 2005)
+holds the chance of any wrong claim, direction included, at 5 % per budget and measure, and so that of an interval that
+misses its method's true rank. All pairs see the same redraws of clusters, within tasks; the spread of a difference is
+that of its redraws, times sqrt(g/(g-1)) in a task of g clusters. It rests on few clusters, so a difference in units of
+it is read as Student's t, with the degrees of freedom of Welch and Satterthwaite, and turned into the normal deviate of
+the same probability before it is compared with the redraws.
 
 Who counts. Cells with a budget that are scored and within their bytes. A pair needs `FEW` clusters in all, `LEAST` in
 every task and `FEW` - 1 degrees of freedom to be told apart: with tasks of 2 or 3 clusters beside larger ones, equal
 methods are told apart too often. A cell that lacks samples is surely better than nobody: what it lacks may be what it
 fails.
 
-Best other. The method of another name (before `@`) that is complete and within its bytes and has the best mean at that
-budget, on the samples that the cell has. It is chosen on the samples that it is compared on, which favours it; the
-interval of that difference is that of every paired difference (`leaderboards.stats.aggregate`), per comparison.
-
-Over tasks. A cell's mean with tasks redrawn, and in each drawn task its clusters, anew each time that it is drawn. From
-`MIN_TASKS` tasks on; too narrow with few, by about sqrt(1 - 1/tasks).
+Best other. The method of another name (before `@`), complete and within its bytes, with the best mean at that budget
+on the samples that the cell has, which favours it. Over tasks. A cell's mean with tasks and their clusters redrawn as
+in `leaderboards.stats.subject`, from `MIN_TASKS` tasks on.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from itertools import combinations_with_replacement, product
 from typing import Any
 
 import numpy as np
@@ -37,10 +32,9 @@ import pandas as pd
 from scipy import special
 
 from harness.records.record import CellKey
-from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS, NOTHING, Array
+from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS, NOTHING, Array, Drawn, Mask, Request, percentiles
 from leaderboards.stats.comparable import FULL
-from leaderboards.stats.grid import Grid, Mask
-from leaderboards.stats.joint_bootstrap import Drawn, Redraws, Request
+from leaderboards.stats.grid import Grid
 from leaderboards.stats.subject import SIGNS, bare_name
 
 LEAST = 5
@@ -68,7 +62,7 @@ def step_down(statistics: Array, draws: Array, *, level: float = LEVEL) -> Mask:
     return ~left
 
 
-def normal_deviate(mean: float, error: float, *, freedom: float) -> float:
+def _normal_deviate(mean: float, error: float, *, freedom: float) -> float:
     """The normal deviate that is as improbable as mean / error is for Student's t; infinite without an error."""
     if not error:
         return math.copysign(math.inf, mean) if mean else 0.0
@@ -79,61 +73,53 @@ def normal_deviate(mean: float, error: float, *, freedom: float) -> float:
 class _Field:
     """The cells of one budget by one measure. whole: cells that lack no sample that another one has."""
 
-    def __init__(self, grid: Grid, cells: Sequence[CellKey], measure: str, *, redraws: Redraws) -> None:
-        self.cells = cells
-        self.sign = SIGNS[measure]
+    def __init__(self, grid: Grid, cells: Sequence[CellKey], measure: str) -> None:
+        self.cells, self.sign, self.seed = cells, SIGNS[measure], grid.bootstrap.seed
         values = np.stack([grid.values(cell, measure) for cell in cells], axis=1)  # [S, K]
         has = ~np.isnan(values)
-        self.scored = [int(i) for i in np.flatnonzero(has.any(axis=0))]
+        self.scored = np.flatnonzero(has.any(axis=0)).tolist()
         self.inside = [i for i in self.scored if not grid.over_budget(cells[i])]
         every = has.any(axis=1)
-        self.whole = {i for i in self.scored if grid.complete(cells[i]) and has[every, i].all()}
+        self.whole = [i for i in self.inside if grid.complete(cells[i]) and has[every, i].all()]
         self._keys = [has[:, i].tobytes() for i in range(len(cells))]
-        masks: dict[tuple[bytes, ...], Mask] = {}
-        for key in sorted({self._key(i, j) for i in self.scored for j in self.scored}):
-            masks[key] = np.all([np.frombuffer(k, dtype=bool) for k in key], axis=0)
-        requests = {}
-        for key, where in masks.items():
-            members = tuple(i for i in self.scored if where.any() and has[where, i].all())
-            requests[key] = Request(where, members, values[:, members])
-        self._drawn = dict(zip(requests, redraws.means(list(requests.values())), strict=True))
+        requests: dict[frozenset[bytes], Request] = {}
+        for i, j in combinations_with_replacement(self.scored, 2):
+            where = has[:, i] & has[:, j]
+            if self._key(i, j) not in requests and where.any():
+                members = tuple(k for k in self.scored if has[where, k].all())
+                requests[self._key(i, j)] = Request(where, members, values[:, members])
+        self._drawn = dict(zip(requests, grid.bootstrap.joint(list(requests.values())), strict=True))
 
-    def _key(self, i: int, j: int) -> tuple[bytes, ...]:
+    def _key(self, i: int, j: int) -> frozenset[bytes]:
         """What `_drawn` keeps the means over the samples of both cells under."""
-        return tuple(sorted({self._keys[i], self._keys[j]}))
+        return frozenset((self._keys[i], self._keys[j]))
 
-    def of(self, i: int, j: int) -> Drawn:
-        """Means over the samples that both cells have; of one cell with itself over its own."""
-        return self._drawn[self._key(i, j)]
+    def _own(self, i: int) -> Drawn:
+        """Means over the samples of a cell."""
+        return self._drawn[self._key(i, i)]
 
     def beats(self) -> Mask:
         """[K, K]: whether the first is surely better than the second."""
-        pairs: list[tuple[int, int]] = []
-        statistics: list[float] = []
-        draws: list[Array] = []
         known = {key: d for key, d in self._drawn.items() if d.clusters.sum() >= FEW and d.clusters.min() >= LEAST}
-        spread, freedom = dict[tuple[bytes, ...], Array](), dict[tuple[bytes, ...], Array]()
-        for key, found in known.items():
-            parts = found.deviations()  # [T, R, K]
-            spread[key], freedom[key] = parts.mean(axis=0), found.freedom(parts)
-        for i in sorted(self.whole.intersection(self.inside)):
-            for j in self.inside:
-                key = self._key(i, j)
-                if i == j or key not in known:
-                    continue
-                found, (a, b) = known[key], (known[key].members.index(c) for c in (i, j))
-                if freedom[key][a, b] < FEW - 1:
-                    continue
-                mean = round(self.sign * float(found.observed[:, a].mean() - found.observed[:, b].mean()), 9)
-                drawn = self.sign * (spread[key][:, a] - spread[key][:, b])
-                error = round(float(drawn.std()), 9)
-                pairs.append((i, j))
-                statistics.append(normal_deviate(mean, error, freedom=float(freedom[key][a, b])))
-                draws.append(drawn / error if error else np.zeros_like(drawn))
+        spreads = {key: drawn.spread() for key, drawn in known.items()}
+        pairs, statistics, draws = list[tuple[int, int]](), list[float](), list[Array]()
+        for i, j in product(self.whole, self.inside):
+            key = self._key(i, j)
+            if i == j or key not in known:
+                continue
+            (spread, freedom), found = spreads[key], known[key]
+            a, b = (found.members.index(cell) for cell in (i, j))
+            if freedom[a, b] < FEW - 1:
+                continue
+            mean = round(self.sign * float(found.observed[:, a].mean() - found.observed[:, b].mean()), 9)
+            drawn = self.sign * (spread[:, a] - spread[:, b])
+            error = round(float(drawn.std()), 9)
+            pairs.append((i, j))
+            statistics.append(_normal_deviate(mean, error, freedom=float(freedom[a, b])))
+            draws.append(drawn / error if error else np.zeros_like(drawn))
         better = np.zeros((len(self.cells), len(self.cells)), dtype=bool)
         if pairs:
-            for (i, j), sure in zip(pairs, step_down(np.array(statistics), np.stack(draws, axis=1)), strict=True):
-                better[i, j] = sure
+            better[tuple(zip(*pairs, strict=True))] = step_down(np.array(statistics), np.stack(draws, axis=1))
         return better
 
     def ranks(self) -> dict[CellKey, tuple[int, int]]:
@@ -148,59 +134,47 @@ class _Field:
         """The strongest other method on the samples of this cell; of equal means the first label."""
         if i not in self.scored:
             return None
-        own = self.of(i, i)
-        rivals = [j for j in self.whole.intersection(self.inside) if bare_name(self.cells[j][0]) != self._name(i)]
+        own, name = self._own(i), bare_name(self.cells[i][0])
+        rivals = [j for j in self.whole if bare_name(self.cells[j][0]) != name]
         means = {j: self.sign * round(float(own.observed[:, own.members.index(j)].mean()), 9) for j in rivals}
         return min(((-mean, self.cells[j]) for j, mean in means.items()), default=(0.0, None))[1]
 
-    def _name(self, i: int) -> str:
-        return bare_name(self.cells[i][0])
+    def task_interval(self, i: int) -> tuple[float, float]:
+        """(low, high) of a cell's mean over other tasks; NaN without enough tasks and clusters."""
+        own = self._own(i) if i in self.scored else None
+        if own is None or len(own.clusters) < MIN_TASKS or own.clusters.min() < 2 or own.clusters.sum() < MIN_PAIRS:
+            return math.nan, math.nan
+        means = own.redrawn[:, :, own.members.index(i)]  # [T, R]
+        tasks, resamples = means.shape
+        drawn = np.random.default_rng([self.seed, tasks]).integers(tasks, size=(resamples, tasks))
+        shift = np.arange(tasks) * max(1, resamples // tasks)  # a task drawn twice has two redraws of its clusters
+        others = (np.arange(resamples)[:, None] + shift) % resamples
+        return percentiles(means[drawn, others].mean(axis=1))
 
 
-def rank_columns(grid: Grid, *, seed: int, resamples: int) -> dict[CellKey, dict[str, Any]]:
+def rank_columns(grid: Grid) -> dict[CellKey, dict[str, Any]]:
     """Columns of every cell's row.
 
     `rank_low _high`, `rank_nll_low _high`; `score_task_low _high`, 0-100; `best_other` and `best_other_nll`, labels;
     `score_points_vs_best` and `nll_nats_vs_best`, each with `_mean _low _high _n`. NaN or empty where there is none.
     """
-    redraws = Redraws(grid, seed=seed, resamples=resamples)
-    found: dict[CellKey, dict[str, Any]] = {}
-    for budget in dict.fromkeys(b for _, b in sorted(grid.cells, key=lambda c: c[1])):
+    found: dict[CellKey, dict[str, Any]] = {cell: {} for cell in grid.cells}
+    for budget in sorted({budget for _, budget in grid.cells}):
         cells = sorted(c for c in grid.cells if c[1] == budget)
         for measure, suffix in SUFFIXES.items():
-            field = _Field(grid, cells, measure, redraws=redraws)
+            field = _Field(grid, cells, measure)
             ranks = {} if budget == FULL else field.ranks()
-            ends = task_intervals(field, seed=seed) if measure == "score" else {}
-            others = {} if budget == FULL else {i: field.best_other(i) for i in range(len(cells))}
-            grid.prepare((cells[i], measure, best) for i, best in others.items() if best)
-            for i, cell in enumerate(cells):
-                row = found.setdefault(cell, {})
+            others = [None if budget == FULL else field.best_other(i) for i in range(len(cells))]
+            grid.prepare((cell, measure, best) for cell, best in zip(cells, others, strict=True) if best)
+            for i, (cell, best) in enumerate(zip(cells, others, strict=True)):
+                row = found[cell]
                 row[f"rank{suffix}_low"], row[f"rank{suffix}_high"] = ranks.get(cell, (math.nan, math.nan))
                 if measure == "score":
-                    row["score_task_low"], row["score_task_high"] = ends.get(cell, (math.nan, math.nan))
-                best = others.get(i)
+                    row["score_task_low"], row["score_task_high"] = field.task_interval(i)
                 paired = grid.estimate(cell, measure, minus=best) if best else NOTHING
                 row[f"best_other{suffix}"] = best[0] if best else ""
-                row |= {f"{PAIRED[measure]}_{part}": value for part, value in asdict(paired).items()}
+                row |= {f"{PAIRED[measure]}_{part}": value for part, value in paired._asdict().items()}
     return found
-
-
-def task_intervals(field: _Field, *, seed: int) -> dict[CellKey, tuple[float, float]]:
-    """(low, high) of the mean of the cells that have enough tasks and clusters."""
-    edge = (1 - LEVEL) / 2
-    ends = {}
-    for i in field.scored:
-        own = field.of(i, i)
-        tasks, resamples, _ = own.redrawn.shape
-        if tasks < MIN_TASKS or own.clusters.min() < 2 or own.clusters.sum() < MIN_PAIRS:
-            continue
-        means = own.redrawn[:, :, own.members.index(i)]  # [T, R]
-        drawn = np.random.default_rng([seed, tasks]).integers(tasks, size=(resamples, tasks))
-        shift = np.arange(tasks) * max(1, resamples // tasks)  # a task drawn twice has two redraws of its clusters
-        others = (np.arange(resamples)[:, None] + shift) % resamples
-        low, high = np.quantile(np.round(means[drawn, others].mean(axis=1), 9), [edge, 1 - edge])
-        ends[field.cells[i]] = (float(low), float(high))
-    return ends
 
 
 def is_ranked(rows: pd.DataFrame) -> bool:

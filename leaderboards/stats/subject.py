@@ -1,56 +1,49 @@
 """Is one method, the subject, better than the strongest other method of each task family?
 
-Families. `FAMILIES` names those that are not simply the task's name before its last `/`.
-
 Rivals. Every method with a budget and another name before its `@` that is complete at that budget and within its bytes.
-The strongest is the one with the best mean of task means in the family, per budget and apart for NLL and for score.
-It is chosen on the same samples that it is then compared on, which favours the rival.
+The strongest has the best mean of task means in the family, per budget and apart for NLL and for score. It is chosen on
+the samples that it is then compared on, which favours it.
 
-Gain. Per sample, positive where the subject is better: NLL of the rival minus NLL of the subject (nats per token) or
-score of the subject minus score of the rival (points, 0-100). On the samples that both have; the mean of task means.
-Loss. NLL minus NLL of `fullkv`, on the samples that all three have, averaged the same way; ratio: the subject's loss by
-the rival's, where the latter is above 0.
+Gain. Per sample, positive where the subject is better, in nats per token or points (0-100), on the samples that both
+have; the mean of task means. Loss. NLL minus NLL of `fullkv`, on the samples that all three have, averaged the same
+way; ratio: the subject's loss by the rival's, where the latter is above 0.
 
-Intervals. Percentile task bootstrap, 95 %, with the level, resamples and seed of `leaderboards.stats.bootstrap`: the
-tasks of a family are redrawn with replacement, and in each drawn task, each time that it is drawn, its clusters of
-samples (`meta.group`). So the interval speaks of other tasks like these, where that of `leaderboards.stats.bootstrap`
-speaks of other samples of these tasks. With few tasks it is too narrow, by about sqrt(1 - 1/tasks); a family of one
-task has the level of samples only. No interval below `MIN_PAIRS` clusters in the family or with a task of one cluster.
+Intervals. Percentile task bootstrap, 95 % a row: the tasks of a family are redrawn with replacement, and in each drawn
+task, each time that it is drawn, its clusters of samples. So the interval speaks of other tasks like these. It is too
+narrow with few, by about sqrt(1 - 1/tasks); a family of one has the level of samples only. None below `MIN_PAIRS`
+clusters in the family or with a task of one. For all families, the mean of their gains, the families are fixed.
 
-All families. The mean over families of their gains, each against its own strongest rival. Its interval redraws tasks
-within families and clusters within tasks; the families are fixed. None where a family has none.
-
-Verdict. `better` only where the whole interval is above 0, `worse` where it is below 0, else `not told apart`. That is
-95 % per row, without a correction for the number of rows. A subject that is over budget or incomplete is not judged,
-and its verdict says so.
+Verdict. `better` only where the whole interval is above 0, `worse` where it is below 0, else `not told apart`. A
+subject over budget or incomplete is not judged, and that is said.
 """
 
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from harness.records.record import CellKey
-from leaderboards.stats.bootstrap import LEVEL, MIN_PAIRS, Array, Counts, Kept, draw_counts, drawn_sums
+from leaderboards.stats.bootstrap import MIN_PAIRS, Array, Counts, Indexes, draw_counts, drawn_sums, percentiles, seeded
 from leaderboards.stats.comparable import FULL, budget_order
 from leaderboards.stats.grid import Grid
 
-FAMILIES: tuple[tuple[str, str], ...] = (
-    ("ruler/niah_single_*", "needles"),
-    ("niah/*", "needles"),
-    ("ruler/niah_multikey_*", "multi-key"),
-    ("ruler/niah_multivalue", "multi-key"),
-    ("ruler/niah_multiquery", "multi-key"),
-    ("ruler/vt", "tracking"),
-)
-"""Pattern of task names to family; the first that fits. Families are listed in this order, the others behind them."""
+FAMILIES: Mapping[str, str] = {
+    "ruler/niah_single_*": "needles",
+    "niah/*": "needles",
+    "ruler/niah_multikey_*": "multi-key",
+    "ruler/niah_multivalue": "multi-key",
+    "ruler/niah_multiquery": "multi-key",
+    "ruler/vt": "tracking",
+}
+"""Pattern of task names to family, the first that fits; else it is the task's name before its last `/`.
+
+Families are listed in this order, the others behind them.
+"""
 ALL = "all families"
 OWN = "strongest of each"
 """What stands for the rival of `ALL`."""
@@ -63,12 +56,8 @@ COLUMNS = [
     *("gain", "low", "high", "subject_loss", "rival_loss", "loss_ratio", "verdict"),
 ]
 
-Tasks = dict[str, npt.NDArray[np.intp]]
-"""Task to the indexes of its samples."""
 
-
-@dataclass(frozen=True)
-class SubjectComparison:
+class _Comparison(NamedTuple):
     """The subject and its strongest rival. draws: [resamples], the gain in each; None where it has no interval."""
 
     rival: str
@@ -84,7 +73,7 @@ class SubjectComparison:
 
 def family_of(task: str) -> str:
     """The family that a task is counted in."""
-    named = next((family for pattern, family in FAMILIES if fnmatchcase(task, pattern)), "")
+    named = next((family for pattern, family in FAMILIES.items() if fnmatchcase(task, pattern)), "")
     return named or task.rpartition("/")[0] or task
 
 
@@ -93,149 +82,106 @@ def bare_name(label: str) -> str:
     return re.split(r"[@\[]", label, maxsplit=1)[0]
 
 
-class _Draws:
-    """Redraws of the tasks of a family and of their clusters; those of equal numbers of clusters are the same."""
-
-    def __init__(self, seed: int, resamples: int) -> None:
-        self._seed, self._resamples, self._kept = seed, resamples, Kept()
-
-    def of(self, family: str, counts: Sequence[int]) -> tuple[npt.NDArray[np.intp], list[Counts]]:
-        """[R, T], the tasks drawn, and of each task, for each time it is drawn, how often each cluster is.
-
-        counts: [T], the number of clusters of each task.
-        """
-        generator = np.random.default_rng([self._seed, zlib.crc32(family.encode())])
-        drawn = generator.integers(len(counts), size=(self._resamples, len(counts)))
-        times = np.bincount(drawn.ravel(), minlength=len(counts))
-        key = (family, *counts)
-        return drawn, self._kept.of(
-            key, lambda: [draw_counts(generator, n, int(often)) for n, often in zip(counts, times, strict=True)]
-        )
-
-
-def compare(grid: Grid, subject: str | None, *, seed: int, resamples: int) -> pd.DataFrame:
+def compare(grid: Grid, subject: str | None) -> pd.DataFrame:
     """One row per budget, measure and family of the subject, columns as `COLUMNS`; empty without a subject.
 
     A family for which there is no rival has a row that says so.
     """
-    rows, draws = [], _Draws(seed, resamples)
+    rows = []
     for cell in sorted((c for c in grid.cells if c[0] == subject and c[1] != FULL), key=lambda c: budget_order(c[1])):
-        over, whole = grid.over_budget(cell), grid.complete(cell)
-        unfair = "over budget" if over else "" if whole else "incomplete"
+        unfair = "over budget" if grid.over_budget(cell) else "" if grid.complete(cell) else "incomplete"
         for measure in SIGNS:
-            found = dict(_families(grid, cell, measure, draws=draws))
-            known = [comparison for comparison in found.values() if comparison.rival]
-            for family, comparison in {**found, **({ALL: _all(known)} if known else {})}.items():
+            found = dict(_families(grid, cell, measure))
+            if known := [comparison for comparison in found.values() if comparison.rival]:
+                found[ALL] = _all(known)
+            for family, comparison in found.items():
                 row = {"subject": cell[0], "budget": cell[1], "family": family, "measure": measure}
                 rows.append({**row, **_row(comparison, unfair)})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _families(grid: Grid, cell: CellKey, measure: str, *, draws: _Draws) -> Iterator[tuple[str, SubjectComparison]]:
+def _families(grid: Grid, cell: CellKey, measure: str) -> Iterator[tuple[str, _Comparison]]:
     """The families where the subject has values, each with its strongest rival."""
-    families: dict[str, Tasks] = {}
-    for task, rows in grid.bootstrap.rows.items():
-        families.setdefault(family_of(task), {})[task] = rows
-    order = list(dict.fromkeys(family for _, family in FAMILIES))
-    own = grid.values(cell, measure)
-    rivals = _rivals(grid, cell)
+    own, families = grid.values(cell, measure), dict[str, list[str]]()
+    for task in grid.bootstrap.present(own):
+        families.setdefault(family_of(task), []).append(task)
+    others = [c for c in grid.cells if c[1] == cell[1] and bare_name(c[0]) != bare_name(cell[0])]
+    rivals = [c for c in others if grid.complete(c) and not grid.over_budget(c)]
+    order = list(dict.fromkeys(FAMILIES.values()))
     for family in sorted(families, key=lambda f: (order.index(f) if f in order else len(order), f)):
         tasks = families[family]
-        present = _present(own, tasks)
-        if not present:
-            continue
-        means = {c: _mean(np.where(np.isnan(own), np.nan, grid.values(c, measure)), tasks) for c in rivals}
-        ranked = sorted((-SIGNS[measure] * mean, c) for c, mean in means.items() if not math.isnan(mean))
-        if not ranked:
-            n = sum(rows.size for rows in present.values())
-            yield family, SubjectComparison("", len(present), n, _mean(own, tasks))
-            continue
-        pair = (cell, ranked[0][1])  # of equal means the first label
-        yield family, _comparison(grid, pair, measure, tasks, family=family, draws=draws)
-
-
-def _rivals(grid: Grid, cell: CellKey) -> list[CellKey]:
-    others = [c for c in grid.cells if c[1] == cell[1] and bare_name(c[0]) != bare_name(cell[0])]
-    return [c for c in others if grid.complete(c) and not grid.over_budget(c)]
+        masked = {c: np.where(np.isnan(own), np.nan, grid.values(c, measure)) for c in rivals}
+        means = {c: SIGNS[measure] * grid.bootstrap.mean(values, tasks) for c, values in masked.items()}
+        ranked = sorted((-mean, c) for c, mean in means.items() if not math.isnan(mean))
+        if ranked:
+            rival = ranked[0][1]  # of equal means the first label
+            yield family, _comparison(grid, cell, rival, measure, tasks=tasks, family=family)
+        else:
+            n = sum(rows.size for rows in grid.bootstrap.present(own, tasks).values())
+            yield family, _Comparison("", len(tasks), n, grid.bootstrap.mean(own, tasks))
 
 
 def _comparison(
-    grid: Grid,
-    pair: tuple[CellKey, CellKey],
-    measure: str,
-    tasks: Tasks,
-    *,
-    family: str,
-    draws: _Draws,
-) -> SubjectComparison:
-    own, other = (grid.values(cell, measure) for cell in pair)
+    grid: Grid, cell: CellKey, rival: CellKey, measure: str, *, tasks: Sequence[str], family: str
+) -> _Comparison:
+    own, other = (grid.values(c, measure) for c in (cell, rival))
     difference = SIGNS[measure] * (own - other)
-    both = ~np.isnan(difference)
-    paired = _present(difference, tasks)
-    full = ("fullkv", FULL)
-    unknown = np.full(own.shape, np.nan)
-    base = np.where(both, grid.values(full, measure), np.nan) if measure == "nll" and full in grid.cells else unknown
-    return SubjectComparison(
-        rival=pair[1][0],
+    both, mean = ~np.isnan(difference), partial(grid.bootstrap.mean, tasks=tasks)
+    full, unknown = ("fullkv", FULL), np.full(own.shape, np.nan)
+    base = grid.values(full, measure) if measure == "nll" and full in grid.cells else unknown
+    base = np.where(both, base, np.nan)
+    paired = grid.bootstrap.present(difference, tasks)
+    return _Comparison(
+        rival=rival[0],
         tasks=len(paired),
         n=sum(rows.size for rows in paired.values()),
-        subject_mean=_mean(np.where(both, own, np.nan), tasks),
-        rival_mean=_mean(np.where(both, other, np.nan), tasks),
-        gain=_mean(difference, tasks),
-        subject_loss=_mean(own - base, tasks),
-        rival_loss=_mean(other - base, tasks),
-        draws=_redraw(grid, difference, paired, family=family, draws=draws),
+        subject_mean=mean(np.where(both, own, np.nan)),
+        rival_mean=mean(np.where(both, other, np.nan)),
+        gain=mean(difference),
+        subject_loss=mean(own - base),
+        rival_loss=mean(other - base),
+        draws=_redraw(grid, difference, paired, family),
     )
 
 
-def _all(parts: Sequence[SubjectComparison]) -> SubjectComparison:
+def _all(parts: Sequence[_Comparison]) -> _Comparison:
     """The mean of the families, which weigh the same; their draws are independent of each other."""
     draws = [part.draws for part in parts if part.draws is not None]
     names = ("subject_mean", "rival_mean", "gain", "subject_loss", "rival_loss")
     means = {name: float(np.mean([getattr(part, name) for part in parts])) for name in names}
     tasks, n = (sum(counts) for counts in zip(*((part.tasks, part.n) for part in parts), strict=True))
-    return SubjectComparison(OWN, tasks, n, **means, draws=np.mean(draws, axis=0) if len(draws) == len(parts) else None)
+    return _Comparison(OWN, tasks, n, **means, draws=np.mean(draws, axis=0) if len(draws) == len(parts) else None)
 
 
-def _row(c: SubjectComparison, unfair: str) -> dict[str, Any]:
-    edge = (1 - LEVEL) / 2
-    ends = (math.nan, math.nan)
-    if c.draws is not None:
-        low, high = np.quantile(np.round(c.draws, 9), [edge, 1 - edge])  # rounded: a sum that is 0 must compare as 0
-        ends = (float(low), float(high))
-    verdict = unfair or ("better" if ends[0] > 0 else "worse" if ends[1] < 0 else "not told apart")
-    columns = {name: value for name, value in vars(c).items() if name != "draws"}
+def _row(c: _Comparison, unfair: str) -> dict[str, Any]:
+    low, high = (math.nan, math.nan) if c.draws is None else percentiles(c.draws)
+    told = "better" if low > 0 else "worse" if high < 0 else "not told apart"
     ratio = c.subject_loss / c.rival_loss if c.rival_loss > 0 else math.nan
-    return {
-        **columns,
-        "low": ends[0],
-        "high": ends[1],
-        "loss_ratio": ratio,
-        "verdict": verdict if c.rival else "no rival",
-    }
+    verdict = unfair or told if c.rival else "no rival"
+    return {**c._asdict(), "low": low, "high": high, "loss_ratio": ratio, "verdict": verdict}
 
 
-def _present(values: Array, tasks: Tasks) -> Tasks:
-    """The tasks that have values [S], with the indexes of those."""
-    kept = {task: rows[~np.isnan(values[rows])] for task, rows in tasks.items()}
-    return {task: rows for task, rows in kept.items() if rows.size}
+@lru_cache(maxsize=16)
+def _draws(seed: int, family: str, counts: tuple[int, ...], resamples: int) -> tuple[Indexes, list[Counts]]:
+    """[R, T], the tasks drawn, and of each task, for each time it is drawn, how often each of its clusters is.
+
+    counts: [T], the number of clusters of each task.
+    """
+    generator = seeded(seed, family)
+    drawn = generator.integers(len(counts), size=(resamples, len(counts)))
+    times = np.bincount(drawn.ravel(), minlength=len(counts))
+    return drawn, [draw_counts(generator, n, int(often)) for n, often in zip(counts, times, strict=True)]
 
 
-def _mean(values: Array, tasks: Tasks) -> float:
-    """Mean of task means of values [S]; NaN where there is none."""
-    means = [values[rows].mean() for rows in _present(values, tasks).values()]
-    return float(np.mean(means)) if means else math.nan
-
-
-def _redraw(grid: Grid, values: Array, tasks: Tasks, *, family: str, draws: _Draws) -> Array | None:
+def _redraw(grid: Grid, values: Array, tasks: Mapping[str, Indexes], family: str) -> Array | None:
     """[resamples]: the mean of as many redrawn tasks as there are, each of its redrawn clusters."""
     clusters = [grid.bootstrap.cluster_sums(values, rows) for rows in tasks.values()]
-    counts = [sums.size for sums, _ in clusters]
+    counts = tuple(map(len, clusters))
     if sum(counts) < MIN_PAIRS or min(counts) < 2:
         return None
-    drawn, often = draws.of(family, counts)
+    drawn, often = _draws(grid.bootstrap.seed, family, counts, grid.bootstrap.resamples)
     means = np.empty(drawn.shape)
-    for t, parts in enumerate(clusters):
-        sums, sizes = drawn_sums(often[t], np.stack(parts, axis=1)).T
+    for t, own in enumerate(clusters):
+        sizes, sums = drawn_sums(often[t], own).T
         means[drawn == t] = sums / sizes
     return np.asarray(means.mean(axis=1))

@@ -13,17 +13,16 @@ tasks or samples than belong to it, it is the mean of what there is and its row 
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from harness.records.record import CellKey
-from leaderboards.stats.bootstrap import Array, Estimate
+from leaderboards.stats.bootstrap import Mask
 from leaderboards.stats.comparable import STATUSES
-from leaderboards.stats.grid import Grid, Mask
+from leaderboards.stats.grid import Grid
 
 ENGLISH: Mapping[str, tuple[str, ...]] = {
     "single-doc QA": ("narrativeqa", "qasper", "multifieldqa_en"),
@@ -57,8 +56,7 @@ COLUMNS = [
 ]
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """One column of a summary. where: [S], its samples. kinds: task to category, each of which weighs the same.
 
     tasks_expected: by the protocol; those that have samples there, when it names none.
@@ -71,13 +69,12 @@ class Mean:
     kinds: Mapping[str, str] | None = None
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """What one protocol reports. name: `longbench/en`; title: of the section on a page."""
 
     name: str
     title: str
-    means: tuple[Mean, ...]
+    means: list[Mean]
 
 
 def summarise(grid: Grid, order: Sequence[CellKey]) -> pd.DataFrame:
@@ -86,69 +83,52 @@ def summarise(grid: Grid, order: Sequence[CellKey]) -> pd.DataFrame:
     `mean`, `low`, `high`: 0-100. `n`: samples in the mean, of `n_expected` that some cell of the budget did not skip.
     `tasks_present`: tasks with a value, of `tasks_expected`. `flags`: as in the main table.
     """
-    summaries = [*_longbench(grid), *_longbench_e(grid), *_ruler(grid), *_needles(grid)]
     rows: list[dict[str, Any]] = []
-    for s in summaries:
-        columns = [_rows(grid, order, mean) for mean in s.means]
-        names = ({"summary": s.name, "title": s.title, "budget": cell[1], "method": cell[0]} for cell in order)
-        rows += [{**name, **row} for name, *own in zip(names, *columns, strict=True) for row in own]
+    for name, title, means in [*_longbench(grid), *_longbench_e(grid), *_ruler(grid), *_needles(grid)]:
+        columns = [_rows(grid, order, mean) for mean in means]
+        for cell, *own in zip(order, *columns, strict=True):
+            rows += [{"summary": name, "title": title, "budget": cell[1], "method": cell[0], **row} for row in own]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _rows(grid: Grid, order: Sequence[CellKey], mean: Mean) -> list[dict[str, Any]]:
+def _rows(grid: Grid, order: Sequence[CellKey], mean: Mean) -> Iterator[dict[str, Any]]:
     """One column of a summary, of every cell."""
-    tasks = [task for task, rows in grid.bootstrap.rows.items() if mean.where[rows].any()]
-    shares = {cell: _weights(grid, _values(grid, cell, mean), mean) for cell in order}
-    estimates = grid.bootstrap.estimates((_values(grid, cell, mean) for cell in order), weights=shares.values())
-    return [
-        _row(grid, cell, mean, estimate=estimate, tasks=(len(shares[cell]), len(tasks)))
-        for cell, estimate in zip(order, estimates, strict=True)
-    ]
+    tasks = sum(mean.where[rows].any() for rows in grid.bootstrap.rows.values())
+    values = [np.where(mean.where, grid.values(cell, mean.what), np.nan) for cell in order]
+    shares = [_weights(grid.bootstrap.present(own), mean.kinds) for own in values]
+    estimates = grid.bootstrap.estimates(values, weights=shares)
+    for cell, own, share, estimate in zip(order, values, shares, estimates, strict=True):
+        expected = np.count_nonzero(mean.where & grid.expected(cell[1]))
+        counts = grid.counts(cell, mean.where)
+        flags = {"incomplete": estimate.n < expected, **{s: counts[s] for s in STATUSES[1:]}}
+        flags["over_budget"] = (grid.values(cell, "over_budget")[mean.where] > 0).any()
+        flags["few"] = grid.bootstrap.few(own)
+        yield {
+            "column": mean.column,
+            **estimate._asdict(),
+            "n_expected": expected,
+            "tasks_present": len(share),
+            "tasks_expected": tasks if mean.tasks_expected is None else mean.tasks_expected,
+            "flags": " ".join(name for name, here in flags.items() if here),
+        }
 
 
-def _values(grid: Grid, cell: CellKey, mean: Mean) -> Array:
-    return np.where(mean.where, grid.values(cell, mean.what), np.nan)
-
-
-def _weights(grid: Grid, values: Array, mean: Mean) -> dict[str, float]:
-    """Task to weight, of the tasks that have values [S]: those of one category share its weight."""
-    present = [task for task, rows in grid.bootstrap.rows.items() if not np.isnan(values[rows]).all()]
-    kinds = {task: mean.kinds[task] if mean.kinds else task for task in present}
-    members = Counter(kinds.values())
-    return {task: 1 / members[kind] for task, kind in kinds.items()}
-
-
-def _row(grid: Grid, cell: CellKey, mean: Mean, *, estimate: Estimate, tasks: tuple[int, int]) -> dict[str, Any]:
-    """The row of one cell. tasks: how many have a value, and how many have samples."""
-    expected = int((mean.where & grid.expected(cell[1])).sum())
-    counts = grid.counts(cell, mean.where)
-    flags = {"incomplete": estimate.n < expected, **{s: counts[s] for s in STATUSES[1:]}}
-    flags["over_budget"] = bool((grid.values(cell, "over_budget")[mean.where] > 0).any())
-    flags["few"] = grid.bootstrap.few(_values(grid, cell, mean))
-    return {
-        "column": mean.column,
-        **asdict(estimate),
-        "n_expected": expected,
-        "tasks_present": tasks[0],
-        "tasks_expected": tasks[1] if mean.tasks_expected is None else mean.tasks_expected,
-        "flags": " ".join(name for name, here in flags.items() if here),
-    }
+def _weights(tasks: Iterable[str], kinds: Mapping[str, str] | None) -> dict[str, float]:
+    """Task to weight: those of one category share its weight."""
+    of = {task: kinds[task] if kinds else task for task in tasks}
+    members = Counter(of.values())
+    return {task: 1 / members[kind] for task, kind in of.items()}
 
 
 def _longbench(grid: Grid) -> Iterator[Summary]:
-    for family in _families(grid):
+    families = {task.rpartition("/")[0] for task in grid.bootstrap.rows}
+    for family in sorted(f for f in families if f == "longbench" or f.startswith("longbench/")):
         variant = family.removeprefix("longbench").removeprefix("/")
         title = f"LongBench{f' ({variant})' if variant else ''} averages, "
         for code, language, categories in (("en", "English", ENGLISH), ("zh", "Chinese", CHINESE)):
             own = {name for kind, names in categories.items() if code == "en" or kind != "code" for name in names}
             if _of(grid, family, own).any():
                 yield Summary(f"{family}/{code}", title + language, _averages(grid, family, categories))
-
-
-def _families(grid: Grid) -> list[str]:
-    """`longbench` and its variants, `longbench/<variant>`."""
-    families = {task.rpartition("/")[0] for task in grid.bootstrap.rows}
-    return sorted(f for f in families if f == "longbench" or f.startswith("longbench/"))
 
 
 def _of(grid: Grid, family: str, names: Collection[str] | None = None) -> Mask:
@@ -160,22 +140,20 @@ def _of(grid: Grid, family: str, names: Collection[str] | None = None) -> Mask:
     return here
 
 
-def _averages(grid: Grid, family: str, categories: Mapping[str, Sequence[str]]) -> tuple[Mean, ...]:
+def _averages(grid: Grid, family: str, categories: Mapping[str, Sequence[str]]) -> list[Mean]:
     kinds = {f"{family}/{name}": kind for kind, names in categories.items() for name in names}
     every = {name for names in categories.values() for name in names}
     means = [Mean(kind, _of(grid, family, names), len(names)) for kind, names in categories.items()]
-    means = [mean for mean in means if mean.where.any()]
     means.append(Mean("Avg", _of(grid, family, every), len(every), kinds=kinds))
     if categories is ENGLISH:
         means.append(Mean(str(len(every)), _of(grid, family, every), len(every)))
-    return tuple(means)
+    return [mean for mean in means if mean.where.any()]
 
 
 def _longbench_e(grid: Grid) -> Iterator[Summary]:
     here = _of(grid, "longbench_e", BY_LENGTH)
     classes = [meta["length_bin"] if meta.get("length_bin") in CLASSES else UNKNOWN for meta in grid.metas]
-    means = _split(here, classes, CLASSES, tasks_expected=len(BY_LENGTH))
-    if means:
+    if means := _split(here, classes, CLASSES, tasks_expected=len(BY_LENGTH)):
         yield Summary("longbench_e", "LongBench-E by length", means)
 
 
@@ -183,38 +161,34 @@ def _ruler(grid: Grid) -> Iterator[Summary]:
     here = _of(grid, "ruler", RULER)
     lengths = [meta["length"] if isinstance(meta.get("length"), int) else -1 for meta in grid.metas]
     names = [str(length) for length in sorted({n for n in lengths if n >= 0})]
-    means = _split(here, [str(n) if n >= 0 else UNKNOWN for n in lengths], names, tasks_expected=len(RULER))
-    if means:
+    parts = [str(n) if n >= 0 else UNKNOWN for n in lengths]
+    if means := _split(here, parts, names, tasks_expected=len(RULER)):
         yield Summary("ruler", "RULER by length", means)
 
 
 def _needles(grid: Grid) -> Iterator[Summary]:
     bands = [band_of(meta.get("depth")) for meta in grid.metas]
-    deep = np.array([band != "" for band in bands], dtype=bool)
-    needles = np.zeros(len(grid.samples), dtype=bool)
-    for cell in grid.cells:
-        needles |= ~np.isnan(grid.values(cell, "needle"))
+    deep = np.array(bands) != ""
+    needles = np.any([~np.isnan(grid.values(cell, "needle")) for cell in grid.cells], axis=0)
     for family, wanted, title in (("niah", None, "NIAH"), ("ruler", NEEDLES, "RULER needles")):
         here = _of(grid, family, wanted) & deep
-        if not here.any():
+        if not (means := _split(here, bands, BANDS)):
             continue
-        means = _split(here, bands, BANDS)
         kept = here & needles
         if kept.any():
-            means += (Mean("needle %", kept, what="needle"),)
+            means.append(Mean("needle %", kept, what="needle"))
         yield Summary(f"{family}/depth", f"{title} by depth", means)
-        if kept.any():
-            parts = _split(kept, bands, BANDS, what="needle")
+        if parts := _split(kept, bands, BANDS, what="needle"):
             yield Summary(f"{family}/needle", f"{title}: needle tokens still cached by depth, %", parts)
 
 
 def _split(
     here: Mask, parts: Sequence[str], names: Sequence[str], *, tasks_expected: int | None = None, what: str = "score"
-) -> tuple[Mean, ...]:
+) -> list[Mean]:
     """A mean per part that has samples, in the order of `names`, and one for the samples of unknown part."""
     of = np.array(parts, dtype=object)
     found = {name: here & (of == name) for name in (*names, UNKNOWN)}
-    return tuple(Mean(name, where, tasks_expected, what) for name, where in found.items() if where.any())
+    return [Mean(name, where, tasks_expected, what) for name, where in found.items() if where.any()]
 
 
 def band_of(depth: object) -> str:

@@ -24,8 +24,8 @@ def test_a_large_board(note: Callable[..., None]) -> None:
         for t in range(10)
         for r in scored(m, f"{'niah' if t < 5 else 'longbench'}/{t}", generator.random(10).tolist(), budget=budget)
     ]
-    grid = Grid.of(records, seed=0, resamples=2000)
+    grid = Grid(records, seed=0, resamples=2000)
     begin = time.perf_counter()
-    rivals = compare(grid, "mine", seed=0, resamples=2000)
+    rivals = compare(grid, "mine")
     note("rivals of 90 cells, 100 samples: seconds", [time.perf_counter() - begin], ("<=", 5))
     assert len(rivals) == 6 * 2 * 3

@@ -1,7 +1,5 @@
 """Which records share a table, and which one of several stands for a cell."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -40,11 +38,8 @@ def test_settings_of_the_runs_are_axes_where_they_differ(change: dict[str, Any],
 
 
 def test_runs_that_add_methods_budgets_or_tasks_share_a_table() -> None:
-    runs = [
-        manifest(),
-        manifest(methods=(MethodSpec(label="b", name="b"),)),
-        manifest(tasks=(TaskSpec(name="ruler/vt", protocol="own"),)),
-    ]
+    other = {"methods": (MethodSpec(label="b", name="b"),)}, {"tasks": (TaskSpec(name="ruler/vt", protocol="own"),)}
+    runs = [manifest(), *(manifest(**change) for change in other)]
     records = [r for m, name in zip(runs, "abc", strict=True) for r in cell(name, "64", [1.0] * 8, run_id=m.run_id)]
     assert len(aggregate(records, manifests=runs)) == 1
 
@@ -58,7 +53,5 @@ def test_one_sample_id_with_two_prompts_is_refused() -> None:
 def test_a_cell_of_two_runs_is_used_once_and_ok_goes_first() -> None:
     table = only(cell("a", "64", [None, 1.0]) + cell("a", "64", [0.5, 0.0], run_id="run2"))
     found = row(table, "a", "64")
-    assert found["n_ok"] == 2
-    assert found["score_points_mean"] == 75  # 0.5 of run2, 1.0 of run1
-    assert table.duplicates == 2
-    assert table.run_ids == ("run1", "run2")
+    assert (found["n_ok"], found["score_points_mean"]) == (2, 75)  # 0.5 of run2, 1.0 of run1
+    assert (table.duplicates, table.run_ids) == (2, ("run1", "run2"))

@@ -1,7 +1,5 @@
 """The protocols' averages against values computed by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -13,7 +11,7 @@ import pytest
 
 from harness.records.record import Record
 from leaderboards.stats.aggregate import Table
-from leaderboards.stats.bootstrap import Bootstrap
+from leaderboards.stats.bootstrap import RESAMPLES, SEED, task_counts
 from leaderboards.stats.summaries import BANDS, BY_LENGTH, CHINESE, ENGLISH, NEEDLES, RULER, band_of
 from tasks import load_tasks
 from tasks.longbench import DATASETS
@@ -53,12 +51,10 @@ def test_the_names_are_those_of_the_tasks() -> None:
 def test_gpt_3_5_averages_to_the_published_44_0() -> None:
     """The README's category means of GPT-3.5-Turbo-16k; the six give its Avg, whatever the datasets in each."""
     published = dict(zip(ENGLISH, (39.8, 38.7, 26.5, 67.1, 54.1, 37.8), strict=True))
-    records = [
-        r
-        for kind, names in ENGLISH.items()
-        for name, shift in zip(names, {2: (-5.0, 5.0), 3: (-5.0, 1.0, 4.0)}[len(names)], strict=True)
-        for r in scored(f"longbench/{name}", [(published[kind] + shift) / 100] * 2)
-    ]
+    records = []
+    for kind, names in ENGLISH.items():
+        for name, shift in zip(names, {2: (-5.0, 5.0), 3: (-5.0, 1.0, 4.0)}[len(names)], strict=True):
+            records += scored(f"longbench/{name}", [(published[kind] + shift) / 100] * 2)
     table = only(records)
     plain = sum(published[kind] * len(names) for kind, names in ENGLISH.items()) / 16
     assert means(table, "longbench/en") == {**published, "Avg": pytest.approx(44.0), "16": pytest.approx(plain)}
@@ -72,12 +68,8 @@ def test_a_dataset_weighs_the_same_whatever_its_samples_and_missing_ones_are_tol
     records = scored("longbench/qasper", [1.0] * 6) + scored("longbench/narrativeqa", [0.0, 0.5])
     records += scored("longbench/lcc", [0.2])
     table = only(records)
-    assert means(table, "longbench/en") == {
-        "single-doc QA": (100 + 25) / 2,
-        "code": 20,
-        "Avg": (62.5 + 20) / 2,
-        "16": (100 + 25 + 20) / 3,
-    }
+    averages = {"Avg": (62.5 + 20) / 2, "16": (100 + 25 + 20) / 3}
+    assert means(table, "longbench/en") == {"single-doc QA": (100 + 25) / 2, "code": 20, **averages}
     counts = {c: (r["tasks_present"], r["tasks_expected"]) for c, r in found(table, "longbench/en").items()}
     assert counts == {"single-doc QA": (2, 3), "code": (1, 2), "Avg": (3, 16), "16": (3, 16)}
     assert found(table, "longbench/en")["16"]["n"] == 9
@@ -91,58 +83,46 @@ def test_chinese_counts_the_code_datasets_too_and_variants_stay_apart() -> None:
     assert found(table, "longbench/zh")["Avg"]["tasks_expected"] == 7
     assert means(table, "longbench/en") == {"code": 60, "Avg": 60, "16": 60}
     assert means(table, "longbench/kvpress/en") == {"code": 100, "Avg": 100, "16": 100}
-    assert set(table.summaries["title"]) == {
-        "LongBench averages, English",
-        "LongBench averages, Chinese",
-        "LongBench (kvpress) averages, English",
-    }
+    titles = {"LongBench averages, English", "LongBench averages, Chinese", "LongBench (kvpress) averages, English"}
+    assert set(table.summaries["title"]) == titles
 
 
 def test_avg_has_the_interval_of_the_mean_of_category_means() -> None:
     """Three datasets of one category and two of another: weights 1/6 and 1/4, against numpy on the same draws."""
-    names = ["2wikimqa", "hotpotqa", "lcc", "musique", "repobench-p"]
-    generator = np.random.default_rng(3)
+    names = ["2wikimqa", "hotpotqa", "musique", "lcc", "repobench-p"]
+    generator, order = np.random.default_rng(3), sorted(range(12), key=str)
     scores = {name: generator.random(12).round(3) for name in names}
     table = only([r for name in names for r in scored(f"longbench/{name}", scores[name].tolist())])
-    draws = {}
-    for name in names:
-        order = sorted(range(12), key=str)
-        task = f"longbench/{name}"
-        counts = Bootstrap([task] * 12)._counts(task, 12)
-        draws[name] = counts @ (100 * scores[name][order]) / 12
-    multi = np.mean([draws[n] for n in names if n in ENGLISH["multi-doc QA"]], axis=0)
-    code = np.mean([draws["lcc"], draws["repobench-p"]], axis=0)
-    for column, expected in (("Avg", (multi + code) / 2), ("16", np.mean([*draws.values()], axis=0)), ("code", code)):
+    counts = [task_counts(SEED, f"longbench/{name}", 12, RESAMPLES) for name in names]
+    draws = [n @ (100 * scores[name][order]) / 12 for name, n in zip(names, counts, strict=True)]
+    multi, code = np.mean(draws[:3], axis=0), np.mean(draws[3:], axis=0)
+    for column, expected in (("Avg", (multi + code) / 2), ("16", np.mean(draws, axis=0)), ("code", code)):
         row = found(table, "longbench/en")[column]
         assert [row["low"], row["high"]] == pytest.approx(np.quantile(expected, [0.025, 0.975]).tolist(), abs=1e-6)
         assert row["low"] < row["mean"] < row["high"]
 
 
 def test_longbench_e_by_length() -> None:
-    parts = [("qasper", "0-4k", [0.0, 1.0]), ("qasper", "8k+", [0.4]), ("lcc", "0-4k", [0.8]), ("lcc", "4-8k", [0.3])]
+    parts = [("qasper", "0-4k", 0.0), ("qasper", "0-4k", 1.0), ("qasper", "8k+", 0.4), ("lcc", "0-4k", 0.8)]
     records = [
-        record("snapkv", "64", f"{name}/{size}/{i}", s, task=f"longbench_e/{name}", meta={"length_bin": size})
-        for name, size, scores in parts
-        for i, s in enumerate(scores)
+        record("snapkv", "64", str(i), score, task=f"longbench_e/{name}", meta={"length_bin": size})
+        for i, (name, size, score) in enumerate([*parts, ("lcc", "4-8k", 0.3)])
     ]
     table = only(records)
     assert means(table, "longbench_e") == {"0-4k": (50 + 80) / 2, "4-8k": 30, "8k+": 40}
     assert [r["tasks_present"] for r in found(table, "longbench_e").values()] == [2, 1, 1]
     assert {r["tasks_expected"] for r in found(table, "longbench_e").values()} == {13}
-    lost = only([*records, *scored("longbench_e/trec", [0.5])])
-    assert means(lost, "longbench_e")["unknown"] == 50
-    odd = only([*records, *scored("longbench_e/trec", [0.5], meta={"length_bin": ["8k+"]})])
-    assert found(odd, "longbench_e")["unknown"]["n"] == 1
+    for meta in ({}, {"length_bin": ["8k+"]}):
+        lost = only([*records, *scored("longbench_e/trec", [0.5], meta=meta)])
+        assert means(lost, "longbench_e")["unknown"] == 50
 
 
 def test_ruler_by_length_in_the_order_of_numbers() -> None:
     records = []
     for length, score in ((16384, 0.2), (4096, 0.9), (131072, 0.1)):
-        names = sorted(RULER) if length == 4096 else ["vt", "cwe"]
-        for i, name in enumerate(names):
-            scores = [score + (0.1 if i == 0 else 0.0)] * (i + 1)
-            records += scored(f"ruler/{name}", scores, meta={"length": length}, prompt_tokens=length)
-    records = [r.model_copy(update={"sample_id": f"{r.prompt_tokens}/{r.sample_id}"}) for r in records]
+        for i, name in enumerate(sorted(RULER) if length == 4096 else ["vt", "cwe"]):
+            made = scored(f"ruler/{name}", [score + (0.1 if i == 0 else 0.0)] * (i + 1), meta={"length": length})
+            records += [r.model_copy(update={"sample_id": f"{length}/{r.sample_id}"}) for r in made]
     table = only([*records, *scored("multiquery/vt", [0.0], meta={"length": 4096})])
     assert list(found(table, "ruler")) == ["4096", "16384", "131072"]
     assert means(table, "ruler") == {"4096": (100 + 12 * 90) / 13, "16384": (30 + 20) / 2, "131072": (20 + 10) / 2}
@@ -157,38 +137,34 @@ def test_bands_of_depth() -> None:
 
 
 def test_scores_and_needles_by_depth() -> None:
-    def at(task: str, depth: int, score: float, kept: tuple[tuple[int, ...], ...]) -> list[Record]:
-        meta = {"depth": depth, "length": 4096}
-        sample = f"{depth}"
-        return [
-            record(
-                "snapkv", "64", sample, score, task=task, meta=meta, needle_tokens=4 if kept else 0, needle_kept=kept
-            )
-        ]
+    def at(task: str, depth: int, score: float, *kept: int) -> Record:
+        needles: dict[str, Any] = {"needle_tokens": 4, "needle_kept": (kept,)} if kept else {}
+        return record("snapkv", "64", f"{depth}", score, task=task, meta={"depth": depth, "length": 4096}, **needles)
 
-    records = at("niah/kamradt", 0, 0.2, ((4, 4),)) + at("niah/kamradt", 11, 0.4, ((0, 0),))
-    records += at("niah/snapkv", 11, 1.0, ((2, 0),)) + at("niah/snapkv", 100, 0.5, ())
-    records += at("ruler/niah_single_1", 50, 0.6, ((1, 1),)) + at("ruler/qa_1", 50, 0.0, ())
+    records = [at("niah/kamradt", 0, 0.2, 4, 4), at("niah/kamradt", 11, 0.4, 0, 0), at("niah/snapkv", 11, 1.0, 2, 0)]
+    records += [at("niah/snapkv", 100, 0.5), at("ruler/niah_single_1", 50, 0.6, 1, 1), at("ruler/qa_1", 50, 0.0)]
     table = only(records)
     assert means(table, "niah/depth") == {"0-20": (30 + 100) / 2, "80-100": 50, "needle %": (50 + 25) / 2}
     assert means(table, "niah/needle") == {"0-20": (50 + 25) / 2}
     assert means(table, "ruler/depth") == {"40-60": 60, "needle %": 25}
-    assert found(table, "niah/depth")["80-100"]["tasks_expected"] == 1
-    assert found(table, "niah/depth")["0-20"]["n_expected"] == 3
-    assert found(table, "niah/depth")["needle %"]["n_expected"] == 3
+    depth = found(table, "niah/depth")
+    assert (depth["80-100"]["tasks_expected"], depth["0-20"]["n_expected"], depth["needle %"]["n_expected"]) == (
+        1,
+        3,
+        3,
+    )
 
 
 def test_incomplete_cells_say_so() -> None:
     full = scored("longbench/lcc", [1.0] * 3, method="h2o") + scored("longbench/trec", [1.0] * 3, method="h2o")
     lacking = scored("longbench/lcc", [1.0, None, None]) + scored("longbench/trec", [None] * 3)
     table = only(full + lacking)
-    whole, part = (found(table, "longbench/en", method=m)["Avg"] for m in ("h2o", "snapkv"))
-    assert (whole["n"], whole["n_expected"], whole["tasks_present"], whole["flags"]) == (6, 6, 2, "few")
-    assert (part["n"], part["n_expected"], part["tasks_present"]) == (1, 6, 1)
-    assert part["flags"] == "incomplete failed few"
-    nothing = found(table, "longbench/en", method="snapkv")["few-shot"]
-    assert math.isnan(nothing["mean"])
-    assert (nothing["n"], nothing["n_expected"], nothing["flags"]) == (0, 3, "incomplete failed")
+    whole, part = (found(table, "longbench/en", method=m) for m in ("h2o", "snapkv"))
+    names = ("n", "n_expected", "tasks_present", "flags")
+    assert [whole["Avg"][name] for name in names] == [6, 6, 2, "few"]
+    assert [part["Avg"][name] for name in names] == [1, 6, 1, "incomplete failed few"]
+    assert [part["few-shot"][name] for name in names] == [0, 3, 0, "incomplete failed"]
+    assert math.isnan(part["few-shot"]["mean"])
 
 
 def test_overspending_is_flagged() -> None:
@@ -199,15 +175,10 @@ def test_overspending_is_flagged() -> None:
 
 def test_other_tasks_have_no_summary_and_order_does_not_matter() -> None:
     assert only(scored("stdlib/next_line", [1.0]) + scored("multiquery/qasper", [0.5])).summaries.empty
-    generator = Random(1)
-    records = [
-        r
-        for method in ("fullkv", "snapkv", "h2o")
-        for task in ("longbench/lcc", "longbench/trec", "niah/kamradt", "ruler/niah_single_1")
-        for r in scored(
-            task, [generator.random() for _ in range(12)], method=method, meta={"depth": 44, "length": 1024}
-        )
-    ]
+    generator, records, meta = Random(1), list[Record](), {"depth": 44, "length": 1024}
+    for method in ("fullkv", "snapkv", "h2o"):
+        for task in ("longbench/lcc", "longbench/trec", "niah/kamradt", "ruler/niah_single_1"):
+            records += scored(task, [generator.random() for _ in range(12)], method=method, meta=meta)
     one = only(records).summaries
     generator.shuffle(records)
     pd.testing.assert_frame_equal(one, only(records).summaries)
