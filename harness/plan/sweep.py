@@ -65,8 +65,7 @@ class PlannedSample:
         return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle)
 
 
-Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]
-"""Samples of one context, with the cells wanted of each."""
+Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]  # samples of one context, with the cells wanted of each
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,10 @@ def plan_names(sweep: Sweep) -> NamedSweep:
 
 
 def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | None) -> Plan:
-    """What is run of a sweep on a model.
+    """What is run of a sweep on a model, or on what is known of it without its weights. measured_on: see `RunSpec`.
 
-    Args:
-        named: the sweep with its names resolved.
-        loaded: the model, or what is known of it without its weights.
-        measured_on: see `RunSpec`.
-
-    Raises:
-        HarnessError: a method made for another model or fitted on one of the prompts, missing or damaged data, a
-            prompt that does not fit, a budget that is below no prompt.
+    Raises HarnessError for a method made for another model or fitted on one of the prompts, missing or damaged data, a
+    prompt that does not fit, a budget that is below no prompt.
     """
     sweep = named.sweep
     methods = [method.on(loaded.spec.revision) for method in named.methods]
@@ -206,19 +199,11 @@ def check_budgets(samples: Sequence[PlannedSample], cells: Sequence[PlannedCell]
 
 def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
     """The resolved spec. resolved: methods, tasks and max_tokens as planned."""
-    return RunSpec(
-        model=loaded.spec,
-        budgets=tuple(map(str, sweep.parsed_budgets)),
-        lengths=sweep.lengths,
-        limit=sweep.limit,
-        seed=sweep.seed,
-        max_new_tokens=sweep.max_new_tokens,
-        first_token="compressed" if sweep.query == "agnostic" else sweep.first_token,
-        query=sweep.query,
-        nll_tokens=sweep.nll_tokens,
-        whole=sweep.whole,
-        **resolved,
-    )
+    values = {name: getattr(sweep, name) for name in Sweep.model_fields.keys() & RunSpec.model_fields.keys()}
+    values |= {"model": loaded.spec, "budgets": tuple(map(str, sweep.parsed_budgets))}
+    if sweep.query == "agnostic":
+        values["first_token"] = "compressed"
+    return RunSpec(**values | resolved)
 
 
 def _stop_ids(stop: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:

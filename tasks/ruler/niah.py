@@ -12,7 +12,7 @@ from random import Random
 
 from tasks.essays import Essays
 from tasks.ruler.corpus import DRAWS, NOISE, distinct
-from tasks.ruler.fit import SMALL, FittedPrompt, Generator, SamplePlan
+from tasks.ruler.family import SMALL, FittedPrompt, Generator, SamplePlan
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 TEMPLATE = (
@@ -22,8 +22,7 @@ TEMPLATE = (
 QUESTION = "What are all the special magic {type_needle_v} for {query} mentioned in the provided text?"
 ANSWER_PREFIX = " The special magic {type_needle_v} for {query} mentioned in the provided text are"
 SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"))
-DEPTHS = tuple(round(100 * i / 39) for i in range(40))
-"""The 40 rounded points of linspace(0, 100) in percent."""
+DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # the 40 rounded points of linspace(0, 100) in percent
 
 
 @dataclass(frozen=True)

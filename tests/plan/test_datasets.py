@@ -1,7 +1,5 @@
 """Fetching data sets: a local archive and local hub folders of the hub's shapes, locks, and everything refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +16,7 @@ import pytest
 import harness.plan.datasets
 from harness.cli import main
 from harness.errors import HarnessError
-from harness.plan.datasets import DATA, fetch_data, find_asset
-from harness.plan.qa_rows import hotpotqa_json, squad_json
+from harness.plan.datasets import DATA, fetch_data, find_asset, hotpotqa_json, squad_json
 from tasks.base import TaskError, TaskOptions
 from tasks.datafile import find_file, read_file
 

@@ -1,7 +1,5 @@
 """What is known of names before torch is imported: labels, the catalogue, models, and what a command imports."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence

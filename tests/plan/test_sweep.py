@@ -1,7 +1,5 @@
 """What a sweep is turned into, and what is refused before anything runs."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

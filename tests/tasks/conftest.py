@@ -1,7 +1,5 @@
 """What the tests of tasks share: options over small generated data, and the real essays."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

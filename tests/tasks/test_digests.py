@@ -4,8 +4,6 @@ A digest changes when a template, a draw, wonderwords' lists or punkt's paramete
 after are of different data: bump what the record says of it, and the digest.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The essays: reading them, punkt's sentences, and the words that a haystack takes."""
 
-from __future__ import annotations
-
 import random
 import re
 import time

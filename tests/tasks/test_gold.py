@@ -4,8 +4,6 @@ LongBench and RULER's questions are real rows where the test data are present; L
 is generated. Essays come from the cache.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

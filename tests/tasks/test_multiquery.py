@@ -1,7 +1,5 @@
 """Several questions over one context: what they share, what they ask, and that one compression serves them all."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Needle in a haystack: the grid, where the needle stands, the three layouts and their scores."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Continuations of essays: spans that fit, references that follow them, places that take turns, and refusals."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """RULER's tasks: wording against literals, and answers against naive solvers."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -14,9 +12,8 @@ from scipy.special import zeta
 from tasks.base import TASKS, Sample, find_tasks
 from tasks.essays import Essays
 from tasks.ruler import corpus
-from tasks.ruler.cwe import CommonWords
-from tasks.ruler.fit import SamplePlan
-from tasks.ruler.fwe import counts
+from tasks.ruler.aggregation import CommonWords, counts
+from tasks.ruler.family import SamplePlan
 from tasks.ruler.niah import DEPTHS, ROWS, NeedleGenerator
 from tests.task_data import NEEDLES, RULER, Options, Words, draw_samples
 

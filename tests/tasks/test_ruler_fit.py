@@ -1,13 +1,11 @@
 """RULER's lengths: prompts fill them and fit, draws depend on the seed and the id alone, answers spread over depth."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.base import TASKS, TaskError
-from tasks.ruler import fit
+from tasks.ruler import family as fit
 from tests.task_data import RULER, Options, Words, draw_samples, user_message
 
 GENERATION = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}

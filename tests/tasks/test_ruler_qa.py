@@ -1,7 +1,5 @@
 """RULER's question answering: which questions, where their documents stand, and files that are missing or damaged."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.base import TASKS, TaskError
-from tasks.ruler.fit import SamplePlan
+from tasks.ruler.family import SamplePlan
 from tasks.ruler.qa import Documents, Item
 from tests.task_data import Options, Words, draw_samples, hotpot, user_message
 

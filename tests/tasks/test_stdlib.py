@@ -1,7 +1,5 @@
 """Generated tasks: they fit, repeat, score themselves, and never show their answer."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import platform
