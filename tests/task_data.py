@@ -83,6 +83,22 @@ def hotpot(draw: random.Random, rows: int = 30) -> list[dict[str, Any]]:
     ]
 
 
+PROSE_SENTENCES = {"brief": 30, "short": 120, "middle": 250, "long": 400, "saga": 600}
+
+
+def write_prose(folder: Path) -> None:
+    """Five essays of 30 to 600 sentences, no two alike, with line breaks, footnotes and an abbreviation."""
+    draw = random.Random(1)
+    folder.mkdir(parents=True)
+    for name, count in PROSE_SENTENCES.items():
+        lines = []
+        for i in range(count):
+            words = draw.choices(["river", "stone,", "cloud", "gardens", "Dr. No", "paper"], k=draw.randint(4, 18))
+            note = f".[{i}]" if i % 9 == 4 else "."
+            lines.append(f"The {name}{i} {' '.join(words)} end{note}{draw.choice([' ', '  ', chr(10)])}")
+        (folder / f"{name}.txt").write_text("".join(lines).replace(" cloud ", "\ncloud "), encoding="utf-8")
+
+
 def small_options(folder: Path) -> Options:
     """Options over small generated essays and question files, written into `folder`."""
     draw = random.Random(1)
@@ -140,6 +156,10 @@ def draw_samples(name: str, options: TaskOptions) -> list[Sample]:
 
 def user_message(sample: Sample) -> str:
     return sample.context + sample.question
+
+
+def prompt(sample: Sample) -> str:
+    return user_message(sample) + sample.answer_prefix
 
 
 def digest(samples: Iterable[Sample]) -> str:

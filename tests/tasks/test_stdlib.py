@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import stdlib
-from tasks.base import Sample, TaskError, TaskOptions, find_tasks, rng
+from tasks.base import Sample, TaskError, TaskOptions, rng
 from tasks.stdlib import NextLine, PassageRetrieval
 from tests.task_data import Words
 
@@ -32,13 +32,6 @@ def tokens(sample: Sample, opts: TaskOptions) -> int:
 
 
 @every_task
-def test_registered_and_not_called_longbench(task: stdlib.Generated) -> None:
-    (found,) = find_tasks([task.name])
-    assert type(found) is type(task)
-    assert task.protocol == "stdlib"
-
-
-@every_task
 def test_samples_fit_their_length_closely(task: stdlib.Generated) -> None:
     opts = options()
     samples = list(task.samples(opts))
@@ -51,28 +44,10 @@ def test_samples_fit_their_length_closely(task: stdlib.Generated) -> None:
 
 
 @every_task
-def test_same_seed_same_samples_and_a_limit_is_a_prefix(task: stdlib.Generated) -> None:
-    first = list(task.samples(options()))
-    assert first == list(task.samples(options()))
-    assert [s for s in first if s.id in ("600/0", "600/1")] == list(task.samples(options(lengths=(600,), limit=2)))
-    other = list(task.samples(options(seed=7)))
-    assert all(one.context != two.context for one, two in zip(first, other, strict=True))
-
-
-@every_task
-def test_the_official_number_is_fifty_a_length(task: stdlib.Generated) -> None:
-    samples = list(task.samples(options(lengths=(400,), limit=None)))
-    assert len(samples) == stdlib.SAMPLES == 50
-    assert len({(s.context, s.question) for s in samples}) > 45
-
-
-@every_task
 def test_lengths_that_cannot_be_filled_are_refused(task: stdlib.Generated, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: getattr(stdlib, name)()[:9] for name in ("source_files", "paragraphs")}
     monkeypatch.setattr(stdlib, "source_files", lambda: few["source_files"])
     monkeypatch.setattr(stdlib, "paragraphs", lambda: few["paragraphs"])
-    with pytest.raises(TaskError, match=r"length 5000 exceeds the 4096 tokens"):
-        next(task.samples(options(max_tokens=4096, lengths=(5000,))))
     with pytest.raises(TaskError, match=r"nothing fits a length of 50 tokens; ask for a longer one"):
         next(task.samples(options(lengths=(50,))))
     with pytest.raises(TaskError, match=r"ask for a shorter length"):

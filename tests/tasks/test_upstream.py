@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tasks import load_tasks, scoring
 from tasks.base import Sample, TaskOptions
-from tests.task_data import read_rows
-from tests.upstream import Chars, prompt, task_file
+from tests.task_data import prompt, read_rows
+from tests.upstream import Chars, task_file
 
 fuzz = pytest.importorskip("fuzzywuzzy.fuzz", reason="fuzzywuzzy is not installed; pip install '.[dev]'")
 theirs = pytest.importorskip("lm_eval.tasks.longbench.metrics")

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from tasks import load_tasks, scoring
 from tasks.base import Sample, TaskOptions
-from tests.task_data import Options
-from tests.upstream import Chars, prompt, task_file
+from tests.task_data import Options, prompt
+from tests.upstream import Chars, task_file
 
 pytest.importorskip("lm_eval.tasks.ruler.common_utils")
 TASKS = load_tasks()
