@@ -28,12 +28,8 @@ def test_short_essays_start_over() -> None:
 
 
 def test_an_abbreviation_does_not_end_a_sentence() -> None:
-    essays = Essays(text='Mr. Graham spoke to Dr. Smith at 5 p.m. on Monday. He said "No." Then he left.', files=1)
-    assert essays.sentences == [
-        "Mr. Graham spoke to Dr. Smith at 5 p.m. on Monday.",
-        'He said "No."',
-        "Then he left.",
-    ]
+    sentences = ["Mr. Graham spoke to Dr. Smith at 5 p.m. on Monday.", 'He said "No."', "Then he left."]
+    assert Essays(text=" ".join(sentences), files=1).sentences == sentences
 
 
 def test_the_real_essays(real: Essays) -> None:

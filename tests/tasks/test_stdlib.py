@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import stdlib
-from tasks.base import Sample, TaskError, TaskOptions, rng
+from tasks.base import TaskError, TaskOptions, rng
 from tasks.stdlib import NextLine, PassageRetrieval
-from tests.task_data import Words
+from tests.task_data import Words, tokens
 
 TASKS = (NextLine(), PassageRetrieval())
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
@@ -23,12 +23,6 @@ every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 
 def options(**changes: Any) -> TaskOptions:
     return replace(TaskOptions(tokenizer=Words(), max_tokens=100_000, lengths=(600, 1500), limit=4), **changes)
-
-
-def tokens(sample: Sample, opts: TaskOptions) -> int:
-    prompt = sample.context + sample.question + sample.answer_prefix
-    wrap = opts.tokenizer.template_tokens if sample.chat else 1
-    return len(opts.tokenizer.encode(prompt)) + sample.max_new_tokens + wrap
 
 
 @every_task
@@ -39,7 +33,7 @@ def test_samples_fit_their_length_closely(task: stdlib.Generated) -> None:
     for sample in samples:
         length = sample.meta["length"]
         # what is left is less than the shortest paragraph or one line of code, which may be followed by blank ones
-        assert length - 60 <= tokens(sample, opts) <= length
+        assert length - 60 <= tokens(sample, opts.tokenizer) + sample.max_new_tokens + (not sample.chat) <= length
         assert task.score(sample, sample.answers[0])["score"] == 1.0
 
 
@@ -122,19 +116,15 @@ def test_a_sentence_is_in_its_own_paragraph_alone() -> None:
         blocks = sample.context.split("\n\n")[1:]
         holding = [block for block in blocks if sentence in block]
         assert len(blocks) == sample.meta["paragraphs"] == len(set(blocks))
-        assert len(holding) == 1
-        assert holding[0].startswith(f"{sample.answers[0]}: ")
-        assert len(holding[0]) > len(sentence) + 20
+        (block,) = holding
+        assert block.startswith(f"{sample.answers[0]}: ") and len(block) > len(sentence) + 20
         assert [block.split(":")[0] for block in blocks] == [f"Paragraph {i + 1}" for i in range(len(blocks))]
 
 
 def test_the_paragraph_asked_for_is_anywhere() -> None:
-    places = {
-        s.meta["paragraph"] / s.meta["paragraphs"]
-        for s in PassageRetrieval().samples(options(lengths=(1500,), limit=30))
-    }
-    assert min(places) < 0.3
-    assert max(places) > 0.7
+    samples = PassageRetrieval().samples(options(lengths=(1500,), limit=30))
+    places = [sample.meta["paragraph"] / sample.meta["paragraphs"] for sample in samples]
+    assert min(places) < 0.3 and max(places) > 0.7
 
 
 @settings(max_examples=40)
