@@ -56,9 +56,9 @@ EDITS: Mapping[str, tuple[str, str]] = {
 class Dataset:
     """One row of LongBench's tables (config/*.json, task.md).
 
-    samples, samples_e: official number of rows, of LongBench-E too where it has the dataset.
-    template: first 12 hex digits of the official prompt template's sha256.
-    first_line: only the first line of a prediction is scored. newline_ends: so does generation, after one token.
+    samples, samples_e: rows, of LongBench-E too where it has the dataset. template: first 12 hex digits of the official
+    prompt template's sha256. first_line: only the first line of a prediction is scored. newline_ends: so does
+    generation, after one token.
     """
 
     name: str
@@ -234,13 +234,6 @@ def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Da
     return text[:border], text[border:], True
 
 
-class TolerantLoader(yaml.SafeLoader):
-    """Reads lm-eval's task files without importing the functions that their tags name."""
-
-
-TolerantLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
 @cache
 def official_template(dataset: Dataset) -> str:
     """Return the official prompt template, with `{context}` and `{input}`, from the installed lm-eval's task file.
@@ -253,7 +246,7 @@ def official_template(dataset: Dataset) -> str:
         raise TaskError(f"LongBench's prompts are read from lm-eval, which is not installed; {remedy}")
     path = Path(next(iter(spec.submodule_search_locations)), "tasks", "longbench", f"{dataset.name}.yaml")
     try:
-        content = TolerantLoader(path.read_text(encoding="utf-8")).get_single_data()
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # imports nothing for a tag
         text = str(content["doc_to_text"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise TaskError(f"lm-eval {version('lm_eval')} has no prompt of longbench/{dataset.name}; {remedy}") from None

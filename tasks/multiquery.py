@@ -21,7 +21,7 @@ from tasks.essays import read_essays
 from tasks.longbench import DATASETS, SINGLE, LongBench, cut_middle, official_template
 from tasks.ruler import qa
 from tasks.ruler.family import FittedPrompt, RulerTask, SamplePlan
-from tasks.ruler.niah import ANSWER_PREFIX, QUESTION, ROWS, NeedleGenerator, Wording
+from tasks.ruler.niah import ANSWER_PREFIX, QUESTION, ROWS, NeedleGenerator, fill
 from tasks.scoring import string_match_all, string_match_part
 
 QUESTIONS = 4  # questions of each generated context
@@ -38,8 +38,8 @@ class KeyByKey(NeedleGenerator):
         asked = []
         for needle, answer in zip(prompt.meta["needles"], prompt.answers, strict=True):
             key = needle.partition(" for ")[2].partition(" is: ")[0]
-            fill = Wording(kind=self.row.values, query=key, singular=True)
-            fields = {"question": fill(QUESTION, ""), "answer_prefix": fill(ANSWER_PREFIX, ""), "answers": (answer,)}
+            filled = partial(fill, kind=self.row.values, query=key, singular=True)
+            fields = {"question": filled(QUESTION), "answer_prefix": filled(ANSWER_PREFIX), "answers": (answer,)}
             asked.append((fields, {"needles": [needle]}))
         return replace(prompt, meta={"asked": asked})
 

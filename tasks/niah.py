@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, rng, spread_order, task
-from tasks.essays import Essays, read_essays
+from tasks.essays import SOURCE, Essays, read_essays
 from tasks.scoring import keyword_recall, string_match_all
 
 TEN_DEPTHS = tuple(round(100 * i / 9) for i in range(10))
@@ -240,7 +240,7 @@ task(
         "kamradt",
         KAMRADT,
         *("one user message", "keyword recall instead of a GPT judge", "50 tokens, not 300"),
-        source="gkamradt/LLMTest_NeedleInAHaystack",
+        source=SOURCE,
         revision="needlehaystack 0.1.0",
     )
 )

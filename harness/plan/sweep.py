@@ -18,10 +18,10 @@ from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
-from harness.plan.names import check_sweep
+from harness.plan.names import check_sweep, refusals
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
-from tasks.base import Sample, Task, TaskError, TaskOptions
+from tasks.base import Sample, Task, TaskOptions
 
 NO_TEMPLATE = "the model has no chat template: raw prompts"
 
@@ -159,12 +159,10 @@ def plan_samples(
     )
     samples, specs = [], []
     for task in tasks:
-        try:
+        with refusals(f"task {task.name}: "):
             drawn = [_plan_sample(task, sample, loaded, sweep.nll_tokens) for sample in task.samples(options)]
             provenance = {**asdict(task.about), **task.provenance(options)}
             specs.append(TaskSpec(name=task.name, protocol=task.protocol, provenance=provenance))
-        except TaskError as error:
-            raise HarnessError(f"task {task.name}: {error}") from None
         if not drawn:
             raise HarnessError(f"task {task.name} has no samples for these options; raise --limit or check the data")
         for planned in drawn:

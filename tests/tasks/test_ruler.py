@@ -123,7 +123,7 @@ def assigned(text: str, value: str) -> list[str]:
 
 @pytest.mark.parametrize("length", [512, 1024, 4096])
 def test_variable_tracking_asks_for_a_chain_of_five_after_an_example(length: int, options: Options) -> None:
-    order, question, prefix = (part.split("{")[0] for part in (vt.TEMPLATE, vt.QUESTION, vt.ANSWER_PREFIX))
+    order, question = (part.split("{")[0] for part in (vt.TEMPLATE, vt.QUESTION))
     for sample in draw_samples("ruler/vt", options(lengths=(length,))):
         empty, example, asked = sample.context.split(order)
         value = sample.question.removeprefix(question).split()[0]
