@@ -59,8 +59,7 @@ def test_a_head_is_what_nvidia_splits(real: Essays) -> None:
 
 def test_essays_are_found_nested_directly_and_by_folder_name(options: Options, tmp_path: Path) -> None:
     nested = read_essays(options())
-    assert nested.files == 5
-    assert "not an essay" not in nested.text
+    assert nested.files == 5 and "not an essay" not in nested.text
     write_essays(tmp_path / "flat")
     write_essays(tmp_path / "PaulGrahamEssays")
     for folder in (tmp_path / "flat", tmp_path / "PaulGrahamEssays"):

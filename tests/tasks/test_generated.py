@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import astuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import load_tasks
@@ -133,6 +133,7 @@ def test_the_first_answers_are_spread_over_depth(name: str, options: Options) ->
         assert all(abs(in_quarter - first / 4) <= 1 for in_quarter in quarters), (first, depths)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=120), st.integers(0, 2000), st.integers(1, 9))
 def test_the_search_equals_a_linear_scan(costs: list[int], room: int, least: int) -> None:
     def spare(units: int) -> int:
@@ -146,6 +147,7 @@ def test_the_search_equals_a_linear_scan(costs: list[int], room: int, least: int
     assert fit.largest(spare, least) == expected
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 60), st.integers(0, 3000))
 def test_a_sample_shrinks_until_it_fits(units: int, cost: int, room: int) -> None:
     def build(size: int) -> fit.FittedPrompt:

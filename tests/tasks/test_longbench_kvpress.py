@@ -111,13 +111,9 @@ def test_scores_differ_from_the_official_in_leading_blanks_alone() -> None:
     """calculate_metrics.py strips every blank before a few-shot answer, eval.py newlines alone."""
     sample = Sample("s", "", "", ("City",), 84, meta={"all_classes": ["City", "Person"]})
     trec = KvpressLongBench(BY_NAME["trec"])
-    assert trec.score(sample, " \n City\nPerson")["score"] == 1.0
-    assert trec.official.score(sample, " \n City\nPerson")["score"] == 0.0
+    assert [task.score(sample, " \n City\nPerson")["score"] for task in (trec, trec.official)] == [1.0, 0.0]
     code = Sample("s", "", "", ("    return x",), 84)
-    lcc = KvpressLongBench(BY_NAME["lcc"])
-    assert lcc.score(code, "    return x")["score"] == 1.0
-    assert lcc.score(code, "")["score"] == trec.score(sample, "")["score"] == 0.0
-    assert trec.reference(sample) == "City"
+    assert KvpressLongBench(BY_NAME["lcc"]).score(code, "    return x")["score"] == 1.0
 
 
 words = st.lists(st.sampled_from(["alpha", "beta", " ", "\n", "."]), min_size=1, max_size=200).map("".join)

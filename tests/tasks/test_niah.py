@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.models.load import LoadedModel
@@ -131,6 +131,7 @@ def test_the_kamradt_prompt_word_for_word(options: Options) -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["word", "end.", "3.14", "x"]), min_size=1, max_size=40), st.sampled_from(TEN))
 def test_hiding_keeps_the_text_and_follows_the_last_full_stop(words: list[str], depth: int) -> None:
     tokenizer = Words()

@@ -23,8 +23,6 @@ theirs = pytest.importorskip("lm_eval.tasks.longbench.metrics")
 TASKS = load_tasks()
 LONGBENCH = sorted(n.removeprefix("longbench/") for n in TASKS if re.fullmatch(r"longbench/[^/]+", n))
 FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")
-# ---- LongBench: metrics -----------------------------------------------------------------------------------------
-
 WORDS = ("the", "a cat", "an", "Cat.", "dog", "7", "17", "Paragraph 7", "段落7", "北京", "大学。", "x = 1", "!")
 text = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join) | st.text(max_size=30)
 SAME: tuple[tuple[Callable[[str, str], float], Callable[[str, str], float]], ...] = (
@@ -46,11 +44,9 @@ def test_metrics_that_are_the_same(prediction: str, reference: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(text, st.integers(1, 30))
 def test_retrieval_is_the_same(prediction: str, paragraph: int) -> None:
-    for ours, other, label in (
-        (scoring.retrieval, theirs.retrieval_score, "Paragraph "),
-        (scoring.retrieval_zh, theirs.retrieval_zh_score, "段落"),
-    ):
-        assert ours(prediction, f"{label}{paragraph}") == other(prediction, f"{label}{paragraph}")
+    english, chinese = f"Paragraph {paragraph}", f"段落{paragraph}"
+    assert scoring.retrieval(prediction, english) == theirs.retrieval_score(prediction, english)
+    assert scoring.retrieval_zh(prediction, chinese) == theirs.retrieval_zh_score(prediction, chinese)
 
 
 line = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=30).filter(str.strip)
@@ -89,9 +85,6 @@ def test_real_answers_score_the_same(name: str, shared_data: Path) -> None:
         for prediction in (*gold, own[: len(own) // 2].rstrip(), f"{own} {gold[0]}"):
             expected = score(rows[sample.id], [prediction])["score"]
             assert task.score(sample, prediction)["score"] == pytest.approx(expected, abs=1e-12), prediction
-
-
-# ---- LongBench: where lm-eval differs ---------------------------------------------------------------------------
 
 
 def scored(name: str, prediction: str, *answers: str, classes: Sequence[str] = ()) -> tuple[float, float]:
@@ -163,9 +156,6 @@ def test_prompts_and_lengths_of_longbench(name: str, shared_data: Path) -> None:
         rendered = f"{head}\n\n{tail}"
     assert ours == rendered
     assert content["generation_kwargs"]["max_gen_toks"] == sample.max_new_tokens
-
-
-# ---- Edit similarity: rapidfuzz and fuzzywuzzy ------------------------------------------------------------------
 
 
 def test_fuzzywuzzy_is_installed_with_levenshtein() -> None:
