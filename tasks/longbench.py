@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tasks import scoring
-from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, Tokenizer, draw, task
-from tasks.datafile import find_file
-from tasks.longbench_data import DataFile, load
-from tasks.rouge import rouge_l
+from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, draw, task
+from tasks.datafile import FileBytes, find_file, longbench_rows, read_file
 
 LM_EVAL = "0.4.13"  # the release whose templates the checksums were taken from
 
@@ -34,7 +33,7 @@ DEVIATIONS = (
 METRICS: Mapping[str, Callable[[str, str], float]] = {
     "f1": scoring.token_f1,
     "f1_zh": scoring.token_f1_zh,
-    "rouge_l": rouge_l,
+    "rouge_l": scoring.rouge_l,
     "rouge_l_zh": scoring.rouge_l_zh,
     "count": scoring.count,
     "retrieval": scoring.retrieval,
@@ -57,9 +56,9 @@ EDITS: Mapping[str, tuple[str, str]] = {
 class Dataset:
     """One row of LongBench's tables (config/*.json, task.md).
 
-    samples, samples_e: official number of rows, of LongBench-E too where it has the dataset.
-    template: first 12 hex digits of the official prompt template's sha256.
-    first_line: only the first line of a prediction is scored. newline_ends: so does generation, after one token.
+    samples, samples_e: rows, of LongBench-E too where it has the dataset. template: first 12 hex digits of the official
+    prompt template's sha256. first_line: only the first line of a prediction is scored. newline_ends: so does
+    generation, after one token.
     """
 
     name: str
@@ -132,36 +131,36 @@ class LongBench(Task):
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         official_template(self.dataset)
-        data = self.data(options)
+        rows, data = self.data(options)
         return {
             "data": data.source,
             "file": self.file,
             "sha256": data.sha256,
             "data_revision": data.revision,
-            "rows": len(data.rows),
+            "rows": len(rows),
             "official_rows": self.about.samples,
             "template_source": f"lm-eval {version('lm_eval')}",
             "template_sha256": self.dataset.template,
             "deviations": list(DEVIATIONS),
         }
 
-    def data(self, options: TaskOptions) -> DataFile:
-        """Return all rows of the dataset. Raises TaskError when they are missing or damaged."""
-        return load(options, self.file, with_classes=self.dataset.metric == "classification")
+    def data(self, options: TaskOptions) -> tuple[list[dict[str, Any]], FileBytes]:
+        """Return all rows of the dataset and their file. Raises TaskError when it is missing or damaged."""
+        read = read_file(find_file(options, "longbench", self.file))
+        return longbench_rows(read.blob, self.file, with_classes=self.dataset.metric == "classification"), read
 
-    def rows(self, options: TaskOptions) -> list[dict[str, Any]]:
-        """Return the rows to draw from: all, or those that fit uncut. Raises TaskError when there is none."""
-        rows = self.data(options).rows
+    def drawn(self, options: TaskOptions) -> list[dict[str, Any]]:
+        """Return `limit` of the rows, or of those that fit uncut, spread evenly over their lengths.
+
+        Raises TaskError when there is none.
+        """
+        rows, _ = self.data(options)
         if options.whole:
             template = official_template(self.dataset)
             rows = [row for row in rows if not self._sample(row, template, options).meta["truncated"]]
         if not rows:
             raise TaskError(f"no row of {self.file} fits {options.max_tokens} tokens uncut; drop the task or --whole")
-        return rows
-
-    def drawn(self, options: TaskOptions) -> list[dict[str, Any]]:
-        """Return `limit` of the rows, spread evenly over their lengths. Raises TaskError as `rows` does."""
-        return draw(self.rows(options), options.limit, options.seed, self.name, by=lambda row: row["length"])
+        return draw(rows, options.limit, options.seed, self.name, by=lambda row: row["length"])
 
     def meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a record says of a row. Rows of one context share `group`."""
@@ -209,12 +208,10 @@ def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Da
     """Return (context, question, whether it was cut): the first and last half of max_length tokens, as pred.py does.
 
     The border is found again as the longest common end with the question, unless the context alone survived whole. A
-    cut text that encodes to more tokens than there is room for is cut shorter, by the excess.
-
-    Raises:
-        TaskError: the model's context leaves no room for a prompt.
+    cut text that encodes to more tokens than there is room for is cut shorter, by the excess. Raises TaskError when the
+    model's context leaves no room for a prompt.
     """
-    tokenizer: Tokenizer = options.tokenizer
+    tokenizer = options.tokenizer
     length, room = longest_prompt(options, dataset)
     ids = tokenizer.encode(context + question)
     if len(ids) <= length:
@@ -232,29 +229,16 @@ def cut_middle(context: str, question: str, *, options: TaskOptions, dataset: Da
             break
         length -= excess
     lost = not text.endswith(question)  # some of it; else it survived whole, whatever the text begins with
-    border = len(context) if lost and text.startswith(context) else len(text) - common_end(text, question)
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(text), reversed(question), strict=False))
+    border = len(context) if lost and text.startswith(context) else len(text) - sum(1 for _ in common)
     return text[:border], text[border:], True
-
-
-def common_end(text: str, other: str) -> int:
-    """Return how many characters the ends of two texts have in common."""
-    most = min(len(text), len(other))
-    return next((n for n in range(most) if text[-1 - n] != other[-1 - n]), most)
-
-
-class TolerantLoader(yaml.SafeLoader):
-    """Reads lm-eval's task files without importing the functions that their tags name."""
-
-
-TolerantLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 @cache
 def official_template(dataset: Dataset) -> str:
     """Return the official prompt template, with `{context}` and `{input}`, from the installed lm-eval's task file.
 
-    Raises:
-        TaskError: lm-eval is missing, has no such template, or one that is not the official one after `EDITS`.
+    Raises TaskError when lm-eval is missing, or its template is, or is not the official one after `EDITS`.
     """
     remedy = f"install lm_eval=={LM_EVAL}"
     spec = find_spec("lm_eval")
@@ -262,7 +246,7 @@ def official_template(dataset: Dataset) -> str:
         raise TaskError(f"LongBench's prompts are read from lm-eval, which is not installed; {remedy}")
     path = Path(next(iter(spec.submodule_search_locations)), "tasks", "longbench", f"{dataset.name}.yaml")
     try:
-        content = TolerantLoader(path.read_text(encoding="utf-8")).get_single_data()
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # imports nothing for a tag
         text = str(content["doc_to_text"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise TaskError(f"lm-eval {version('lm_eval')} has no prompt of longbench/{dataset.name}; {remedy}") from None

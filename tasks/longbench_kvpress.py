@@ -52,9 +52,8 @@ class KvpressLongBench(Task):
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         pieces = parts(official_template(self.official.dataset))
         rows = self.official.drawn(options)
-        first: dict[str, int] = {}
-        for number, row in enumerate(rows):
-            first.setdefault(row["context"], number)
+        order = list(dict.fromkeys(row["context"] for row in rows))
+        first = {text: number for number, text in enumerate(order)}
         for row in sorted(rows, key=lambda row: first[row["context"]]):
             yield self._sample(row, pieces, options)
 
@@ -109,8 +108,7 @@ def parts(template: str) -> tuple[str, str, str]:
 def cut_end(context: str, question: str, prefix: str, *, options: TaskOptions, room: int) -> str:
     """Return the context, or as many of its first tokens as leave the whole prompt within `room` tokens.
 
-    Raises:
-        TaskError: there is no room for any of it.
+    Raises TaskError when there is no room for any of it.
     """
     tokenizer = options.tokenizer
     ids = tokenizer.encode(context)

@@ -10,8 +10,8 @@ independent draws. A limit counts questions.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,28 +20,14 @@ from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions,
 from tasks.essays import read_essays
 from tasks.longbench import DATASETS, SINGLE, LongBench, cut_middle, official_template
 from tasks.ruler import qa
-from tasks.ruler.family import Metric, Origin, RulerTask
-from tasks.ruler.fit import FittedPrompt, Generator, SamplePlan
-from tasks.ruler.niah import ANSWER_PREFIX, QUESTION, ROWS, NeedleGenerator, Wording
+from tasks.ruler.family import FittedPrompt, RulerTask, SamplePlan
+from tasks.ruler.niah import ANSWER_PREFIX, QUESTION, ROWS, NeedleGenerator, fill
 from tasks.scoring import string_match_all, string_match_part
 
-QUESTIONS = 4
-"""Questions of each generated context."""
-CONTEXTS = 125
-"""Contexts of each length when no limit is given."""
+QUESTIONS = 4  # questions of each generated context
+CONTEXTS = 125  # contexts of each length when no limit is given
 
-DataRow = tuple[LongBench, Mapping[str, Any]]
-"""A dataset and one of its rows."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question over a context; fields as in `tasks.base.Sample`."""
-
-    question: str
-    answer_prefix: str
-    answers: tuple[str, ...]
-    needles: tuple[str, ...] = ()
+DataRow = tuple[LongBench, Mapping[str, Any]]  # a dataset and one of its rows
 
 
 class KeyByKey(NeedleGenerator):
@@ -52,32 +38,33 @@ class KeyByKey(NeedleGenerator):
         asked = []
         for needle, answer in zip(prompt.meta["needles"], prompt.answers, strict=True):
             key = needle.partition(" for ")[2].partition(" is: ")[0]
-            fill = Wording(kind=self.row.values, query=key, singular=True)
-            asked.append(Asked(fill(QUESTION, ""), fill(ANSWER_PREFIX, ""), (answer,), (needle,)))
+            filled = partial(fill, kind=self.row.values, query=key, singular=True)
+            fields = {"question": filled(QUESTION), "answer_prefix": filled(ANSWER_PREFIX), "answers": (answer,)}
+            asked.append((fields, {"needles": [needle]}))
         return replace(prompt, meta={"asked": asked})
 
 
 class QuestionByQuestion(qa.Documents):
     """The documents of `QUESTIONS` questions of a data file, hidden among others."""
 
-    def __init__(self, items: Sequence[qa.Item], documents: Sequence[str]) -> None:
-        super().__init__(items, documents)
-        self.available = len(items) // QUESTIONS
+    def __init__(self, found: qa.Documents) -> None:
+        super().__init__(found.items, found.documents)
+        self.available = len(found.items) // QUESTIONS
 
     def least(self, length: int, index: int) -> int:
         return len(self._together(index).own)
 
     def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
-        asked = [Asked(qa.QUESTION.format(query=i.query), qa.ANSWER_PREFIX, i.answers) for i in self._items(plan.index)]
-        longest = max(asked, key=lambda one: len(one.question))
+        items = self._items(plan.index)
+        fields = [{"question": qa.QUESTION.format(query=item.query), "answers": item.answers} for item in items]
+        longest: dict[str, Any] = max(fields, key=lambda one: len(one["question"]))
         chosen = self._choose(self._together(plan.index), units, plan.draw)
         plan.draw.shuffle(chosen)
         return FittedPrompt(
             context=qa.TEMPLATE.format(context=self.listed(chosen)),
-            question=longest.question,
-            answer_prefix=longest.answer_prefix,
-            answers=longest.answers,
-            meta={"asked": asked, "documents": len(chosen)},
+            **longest,
+            answer_prefix=qa.ANSWER_PREFIX,
+            meta={"asked": [(one, {}) for one in fields], "documents": len(chosen)},
         )
 
     def _items(self, index: int) -> list[qa.Item]:
@@ -96,33 +83,22 @@ class ManyQuestions(RulerTask):
     """A RULER task asked several questions a context; each is a sample of its own, with id `{length}/{i}/{j}`."""
 
     query = "agnostic"
-
-    def __init__(
-        self, name: str, opened: Callable[[TaskOptions], Generator], *, metric: Metric, origin: Origin
-    ) -> None:
-        super().__init__(name, opened, metric=metric, any_of=True, origin=origin)
-        self.name = f"multiquery/{name}"
-        self.protocol = "multiquery"
-        self.about = replace(self.about, samples=CONTEXTS * QUESTIONS)
+    family = protocol = "multiquery"
+    official = CONTEXTS * QUESTIONS
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """Yield `limit` questions a length, 125 contexts of 4 by default. Raises as `RulerTask.samples` does."""
-        contexts = CONTEXTS if options.limit is None else -(-options.limit // QUESTIONS)
-        shared = super().samples(replace(options, limit=contexts))
-        return self._questions(shared, most=contexts * QUESTIONS if options.limit is None else options.limit)
+        most = self.official if options.limit is None else options.limit
+        return self._questions(super().samples(replace(options, limit=-(-most // QUESTIONS))), most)
 
-    def _questions(self, shared: Iterator[Sample], *, most: int) -> Iterator[Sample]:
+    def _questions(self, shared: Iterator[Sample], most: int) -> Iterator[Sample]:
         made: Counter[int] = Counter()
         for sample in shared:
             length = sample.meta["length"]
             meta = {name: value for name, value in sample.meta.items() if name not in ("asked", "prompt_tokens")}
-            for number, asked in enumerate(sample.meta["asked"]):
-                if made[length] == most:
-                    break
-                made[length] += 1
-                own = meta | {"group": sample.id} | ({"needles": list(asked.needles)} if asked.needles else {})
-                fields = {"question": asked.question, "answer_prefix": asked.answer_prefix, "answers": asked.answers}
-                yield replace(sample, id=f"{sample.id}/{number}", meta=own, **fields)
+            for number, (fields, own) in enumerate(sample.meta["asked"][: most - made[length]]):
+                yield replace(sample, id=f"{sample.id}/{number}", meta=meta | {"group": sample.id} | own, **fields)
+            made[length] += QUESTIONS
 
 
 class SharedDocuments(Task):
@@ -144,7 +120,7 @@ class SharedDocuments(Task):
         shared: list[list[DataRow]] = []
         for source in self._tasks.values():
             documents: dict[str, list[DataRow]] = defaultdict(list)
-            for row in source.data(options).rows:
+            for row in source.data(options)[0]:
                 documents[row["context"]].append((source, row))
             shared += [rows for rows in documents.values() if len(rows) > 1]
         if not shared:
@@ -181,23 +157,28 @@ class SharedDocuments(Task):
             )
 
 
-def _keys(options: TaskOptions) -> Generator:
-    return KeyByKey(ROWS["niah_multiquery"], read_essays(options))
+def _documents(options: TaskOptions, *, file: qa.QuestionFile) -> QuestionByQuestion:
+    return QuestionByQuestion(file.load(options))
 
 
-def _documents(options: TaskOptions, *, source: qa.QuestionFile) -> Generator:
-    found = qa.load(options, source)
-    return QuestionByQuestion(found.items, found.documents)
-
-
-def _register() -> None:
-    essays = Origin(deviations=("one key a question",), facts=lambda options: read_essays(options).provenance())
-    task(ManyQuestions("niah", _keys, metric=string_match_all, origin=essays))
-    for name, source in {"qa_1": qa.SQUAD, "qa_2": qa.HOTPOT}.items():
-        facts, find = partial(qa.provenance, source=source), partial(qa.find_file, source=source)
-        origin = Origin(deviations=("four questions a context",), facts=facts, find=find)
-        task(ManyQuestions(name, partial(_documents, source=source), metric=string_match_part, origin=origin))
-    task(SharedDocuments())
-
-
-_register()
+task(
+    ManyQuestions(
+        "niah",
+        lambda options: KeyByKey(ROWS["niah_multiquery"], read_essays(options)),
+        string_match_all,
+        "one key a question",
+        facts=lambda options: read_essays(options).provenance(),
+    )
+)
+for _name, _file in qa.FILES.items():
+    task(
+        ManyQuestions(
+            _name,
+            partial(_documents, file=_file),
+            string_match_part,
+            "four questions a context",
+            facts=_file.provenance,
+            find=_file.find,
+        )
+    )
+task(SharedDocuments())

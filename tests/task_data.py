@@ -1,7 +1,5 @@
 """What the tests of generated tasks share: a tokenizer, small essays and question files, and digests of samples."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.base import TASKS, Sample, TaskOptions, Tokenizer
+from tasks.longbench import Dataset
 
 RULER = (
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
@@ -24,14 +23,14 @@ Options = Callable[..., TaskOptions]
 class Words(Tokenizer):
     """A token is a word, a mark or `1.` with the white space before it; decoding gives the text back."""
 
+    pattern = r"\s*(?:\d+\.|\w+|[^\w\s])|\s+"
+
     def __init__(self, template_tokens: int = 12) -> None:
         self.template_tokens = template_tokens
         self._ids: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
-        return [
-            self._ids.setdefault(word, len(self._ids)) for word in re.findall(r"\s*(?:\d+\.|\w+|[^\w\s])|\s+", text)
-        ]
+        return [self._ids.setdefault(word, len(self._ids)) for word in re.findall(self.pattern, text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         words = list(self._ids)
@@ -84,6 +83,22 @@ def hotpot(draw: random.Random, rows: int = 30) -> list[dict[str, Any]]:
     ]
 
 
+PROSE_SENTENCES = {"brief": 30, "short": 120, "middle": 250, "long": 400, "saga": 600}
+
+
+def write_prose(folder: Path) -> None:
+    """Five essays of 30 to 600 sentences, no two alike, with line breaks, footnotes and an abbreviation."""
+    draw = random.Random(1)
+    folder.mkdir(parents=True)
+    for name, count in PROSE_SENTENCES.items():
+        lines = []
+        for i in range(count):
+            words = draw.choices(["river", "stone,", "cloud", "gardens", "Dr. No", "paper"], k=draw.randint(4, 18))
+            note = f".[{i}]" if i % 9 == 4 else "."
+            lines.append(f"The {name}{i} {' '.join(words)} end{note}{draw.choice([' ', '  ', chr(10)])}")
+        (folder / f"{name}.txt").write_text("".join(lines).replace(" cloud ", "\ncloud "), encoding="utf-8")
+
+
 def small_options(folder: Path) -> Options:
     """Options over small generated essays and question files, written into `folder`."""
     draw = random.Random(1)
@@ -98,12 +113,53 @@ def small_options(folder: Path) -> Options:
     return lambda **changes: replace(base, **changes)
 
 
+LONGBENCH_ANSWERS = {"retrieval": "Paragraph 2", "retrieval_zh": "段落2", "count": "12", "classification": "City"}
+
+
+def longbench_row(dataset: Dataset, number: int = 0, **changes: Any) -> dict[str, Any]:
+    """A made row with an answer that its metric can score 1."""
+    answer = "北京大学" if dataset.language == "zh" else "x = call(12)"
+    return {
+        "input": f"What is item {number}?",
+        "context": f"Paragraph 1: nothing.\nParagraph 2: item {number} is here.",
+        "answers": [LONGBENCH_ANSWERS.get(dataset.metric, answer)],
+        "length": 10,
+        "dataset": dataset.name,
+        "language": dataset.language,
+        "all_classes": ["City", "Person"] if dataset.metric == "classification" else None,
+        "_id": f"id{number}",
+        **changes,
+    }
+
+
+def write_rows(folder: Path, name: str, rows: Sequence[Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(folder: Path, name: str) -> list[Any]:
+    """The real rows of a data set of LongBench."""
+    return [json.loads(line) for line in (folder / "longbench" / f"{name}.jsonl").open(encoding="utf-8")]
+
+
+def tokens(sample: Sample, tokenizer: Tokenizer) -> int:
+    """Tokens of a prompt as tasks count them, chat template included."""
+    prompt = len(tokenizer.encode(user_message(sample))) + len(tokenizer.encode(sample.answer_prefix))
+    return prompt + sample.chat * tokenizer.template_tokens
+
+
 def draw_samples(name: str, options: TaskOptions) -> list[Sample]:
     return list(TASKS[name].samples(options))
 
 
 def user_message(sample: Sample) -> str:
     return sample.context + sample.question
+
+
+def prompt(sample: Sample) -> str:
+    return user_message(sample) + sample.answer_prefix
 
 
 def digest(samples: Iterable[Sample]) -> str:

@@ -1,7 +1,5 @@
 """What the comparisons with lm-eval share: its task files, and a tokenizer for both sides."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,8 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import yaml
-
-from tasks.base import Sample
 
 FOLDER = Path(next(iter(find_spec("lm_eval").submodule_search_locations)), "tasks")  # type: ignore[union-attr,arg-type]
 
@@ -45,7 +41,3 @@ class Chars:
 def task_file(family: str, name: str) -> dict[str, Any]:
     content: dict[str, Any] = Functions((FOLDER / family / f"{name}.yaml").read_text(encoding="utf-8")).get_data()
     return content
-
-
-def prompt(sample: Sample) -> str:
-    return sample.context + sample.question + sample.answer_prefix

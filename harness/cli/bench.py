@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from harness.cli.arguments import names, numbers
 from harness.errors import HarnessError, one_line
-from harness.plan.options import assignment
+from harness.plan.names import assignment
 
 BENCHES = Path("benches")
 

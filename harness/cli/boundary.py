@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.cli.arguments import names
 from harness.errors import checked
-from harness.plan.options import assignment
+from harness.plan.names import assignment
 
 
 def boundary_parser(parser: argparse.ArgumentParser) -> None:

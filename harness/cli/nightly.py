@@ -39,8 +39,7 @@ def nightly_options(table: Any, config: str) -> NightlyOptions:
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.boards.sources import read_config, subject_of
-    from harness.plan.names import check_sweep
-    from harness.plan.options import sweep_of
+    from harness.plan.names import check_sweep, sweep_of
 
     table = read_config(args.config)
     options = nightly_options(table.pop("nightly", None), args.config)

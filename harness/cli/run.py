@@ -8,8 +8,7 @@ from typing import Any
 from harness.boards.sources import collect, read_config, subject_of
 from harness.cli.arguments import RESULTS, names, numbers
 from harness.cli.ray import fan_out, ray_options
-from harness.plan.names import check_sweep
-from harness.plan.options import sweep_of
+from harness.plan.names import check_sweep, sweep_of
 
 
 def run_parser(run: argparse.ArgumentParser) -> None:

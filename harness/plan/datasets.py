@@ -8,56 +8,43 @@ They lie in `cache_dir()/data/<name>`, or in DIR/<name> with `--to DIR`, beside 
     hotpotqa   hotpotqa/hotpot_qa (distractor, validation), in the shape of hotpot_dev_distractor_v1.json.
 """
 
-import hashlib
 import json
 import logging
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, did_you_mean
 from harness.models import assets
-from harness.plan.qa_rows import hotpotqa_json, squad_json
 from tasks.base import TaskError
-from tasks.datafile import LOCK
+from tasks.datafile import LOCK, json_lines
 from tasks.longbench import DATASETS
-from tasks.longbench_data import json_lines
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to fetch. revision: as asked. commit: what it means on the hub. sha256: of the archive or file, or None."""
-
-    name: str
-    repo: str
-    revision: str
-    commit: str
-    sha256: str | None
-
-
-@dataclass(frozen=True)
 class HubData:
     """A data set of the hub.
 
-    revision: the pinned commit. sha256: of what is downloaded, where that is one file. fill: writes the files into a
-    folder and returns what the lock says of the source.
+    revision: the pinned commit. sha256: of what is downloaded or, made of rows, written; None for any. rows: official
+    number by file. fill: writes the files into a folder, given what to fetch and the revision as asked for, and
+    returns that sha256.
     """
 
     repo: str
     revision: str
     sha256: str | None
     rows: Mapping[str, int]
-    fill: Callable[[Wanted, Mapping[str, int], Path], str]
+    fill: Callable[["HubData", str, Path], str]
 
 
 def find_asset(name: str) -> Path:
@@ -78,9 +65,7 @@ def find_asset(name: str) -> Path:
 def hub_data(name: str) -> HubData:
     """A data set by name. Raises HarnessError for an unknown one."""
     if name not in DATA:
-        close = get_close_matches(name, DATA, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise HarnessError(f"unknown data set {name!r}{hint} known: {', '.join(sorted(DATA))}")
+        raise HarnessError(f"unknown data set {name!r}{did_you_mean(name, DATA)} known: {', '.join(sorted(DATA))}")
     return DATA[name]
 
 
@@ -102,12 +87,15 @@ def fetch_data(name: str, *, to: Path | None = None, revision: str | None = None
         sha256 = data.sha256
 
     def fill(scratch: Path) -> None:
-        wanted = Wanted(name, data.repo, asked, _commit(data.repo, asked), sha256)
-        print(f"fetching {name}: {data.repo} @ {wanted.commit[:12]}", file=sys.stderr, flush=True)
+        wanted = replace(data, revision=_commit(data.repo, asked), sha256=sha256)
+        print(f"fetching {name}: {data.repo} @ {wanted.revision[:12]}", file=sys.stderr, flush=True)
         files = scratch / "files"
         files.mkdir()
-        digest = data.fill(wanted, data.rows, files)
-        _write_lock(wanted, data.rows, files, source_sha256=digest)
+        lock = {"name": name, "repo": data.repo, "revision": asked, "commit": wanted.revision}
+        lock["sha256"] = data.fill(wanted, asked, files)
+        digests = {file: assets.content_sha256([files / file]) for file in data.rows}
+        content = {file: {"sha256": digests[file], "rows": count} for file, count in data.rows.items()}
+        (files / LOCK).write_text(json.dumps({**lock, "files": content}, indent=1) + "\n", encoding="utf-8")
 
     if folder.is_dir() and not (folder / LOCK).is_file():
         raise HarnessError(f"{folder} exists and was not made by this command; name another folder with --to")
@@ -146,19 +134,6 @@ def _hub(repo: str, revision: str) -> Iterator[None]:
         talk.setLevel(level)
 
 
-def _write_lock(wanted: Wanted, rows: Mapping[str, int], files: Path, *, source_sha256: str) -> None:
-    content = {file: {"sha256": assets.content_sha256([files / file]), "rows": count} for file, count in rows.items()}
-    lock = {
-        "name": wanted.name,
-        "repo": wanted.repo,
-        "revision": wanted.revision,
-        "commit": wanted.commit,
-        "sha256": source_sha256,
-        "files": content,
-    }
-    (files / LOCK).write_text(json.dumps(lock, indent=1) + "\n", encoding="utf-8")
-
-
 def _check(folder: Path, asked: str, sha256: str | None) -> None:
     """Raises HarnessError when a folder is not what is asked for, or its files are not what its lock says."""
     remedy = f"delete {folder} and repeat the command"
@@ -178,7 +153,7 @@ def _check(folder: Path, asked: str, sha256: str | None) -> None:
             raise HarnessError(f"{file} has sha256 {digest[:12]}, {expected[file][:12]} was fetched; {remedy}")
 
 
-def _match(what: str, found: str, wanted: Wanted) -> None:
+def _match(what: str, found: str, wanted: HubData) -> None:
     if wanted.sha256 not in (None, found):
         raise HarnessError(
             f"{what} of {wanted.repo} has sha256 {found[:12]}, {str(wanted.sha256)[:12]} was expected; "
@@ -186,25 +161,25 @@ def _match(what: str, found: str, wanted: Wanted) -> None:
         )
 
 
-def _longbench(wanted: Wanted, rows: Mapping[str, int], files: Path) -> str:
+def _longbench(wanted: HubData, asked: str, files: Path) -> str:
     """Extract the official files from data.zip; its sha256. Paths in the archive are not followed."""
     from huggingface_hub import hf_hub_download
 
-    with _hub(wanted.repo, wanted.revision):
-        archive = Path(hf_hub_download(wanted.repo, "data.zip", repo_type="dataset", revision=wanted.commit))
+    with _hub(wanted.repo, asked):
+        archive = Path(hf_hub_download(wanted.repo, "data.zip", repo_type="dataset", revision=wanted.revision))
     digest = assets.content_sha256([archive])
     _match("data.zip", digest, wanted)
     try:
         with ZipFile(archive) as opened:
-            lacking = sorted({f"data/{file}" for file in rows} - set(opened.namelist()))
+            lacking = sorted({f"data/{file}" for file in wanted.rows} - set(opened.namelist()))
             if lacking:
                 raise HarnessError(
                     f"data.zip of {wanted.repo} lacks {', '.join(lacking)}; it is not LongBench's archive"
                 )
-            for file, count in rows.items():
-                with opened.open(f"data/{file}") as source, (files / file).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-                _count(file, sum(1 for _ in json_lines((files / file).read_bytes(), file)), count)
+            for file, count in wanted.rows.items():
+                blob = opened.read(f"data/{file}")
+                _count(file, sum(1 for _ in json_lines(blob, file)), count)
+                (files / file).write_bytes(blob)
     except TaskError as error:
         raise HarnessError(str(error)) from None
     except (BadZipFile, EOFError) as error:
@@ -218,14 +193,14 @@ def _count(file: str, found: int, official: int) -> None:
 
 
 def _from_rows(
-    wanted: Wanted, rows: Mapping[str, int], files: Path, *, config: str | None, shape: Callable[[list[Any]], Any]
+    wanted: HubData, asked: str, files: Path, *, config: str | None, shape: Callable[[list[Any]], Any]
 ) -> str:
     """Write the validation split as one JSON file of another shape; its sha256. Only that split is downloaded."""
     from datasets import load_dataset
 
-    ((file, count),) = rows.items()
-    with _hub(wanted.repo, wanted.revision):
-        loaded = load_dataset(wanted.repo, config, split="validation", revision=wanted.commit, streaming=True)
+    ((file, count),) = wanted.rows.items()
+    with _hub(wanted.repo, asked):
+        loaded = load_dataset(wanted.repo, config, split="validation", revision=wanted.revision, streaming=True)
         found = [dict(row) for row in loaded]
     _count(file, len(found), count)
     try:
@@ -233,29 +208,58 @@ def _from_rows(
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} {error}"
         raise HarnessError(f"rows of {wanted.repo} do not have the known columns ({reason}); pin --revision") from None
-    digest = hashlib.sha256(blob).hexdigest()
-    _match(file, digest, wanted)
     (files / file).write_bytes(blob)
+    digest = assets.content_sha256([files / file])
+    _match(file, digest, wanted)
     return digest
 
 
-def _squad(wanted: Wanted, rows: Mapping[str, int], files: Path) -> str:
-    return _from_rows(wanted, rows, files, config=None, shape=squad_json)
+def squad_json(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows in the shape of SQuAD's file. Articles and paragraphs are runs of rows with one title and context.
+
+    The hub's rows have no plausible answers of unanswerable questions and no paragraphs without a question.
+    """
+    articles = []
+    for title, article in groupby(rows, key=lambda row: row["title"]):
+        paragraphs = [
+            {"context": context, "qas": [_squad_question(row) for row in paragraph]}
+            for context, paragraph in groupby(article, key=lambda row: row["context"])
+        ]
+        articles.append({"title": title, "paragraphs": paragraphs})
+    return {"version": "v2.0", "data": articles}
 
 
-def _hotpotqa(wanted: Wanted, rows: Mapping[str, int], files: Path) -> str:
-    return _from_rows(wanted, rows, files, config="distractor", shape=hotpotqa_json)
+def _squad_question(row: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+    answers = [{"text": text, "answer_start": start} for text, start in pairs]
+    return {"question": row["question"], "id": row["id"], "answers": answers, "is_impossible": not answers}
 
 
-_LONGBENCH_ROWS = {f"{d.name}.jsonl": d.samples for d in DATASETS} | {
-    f"{d.name}_e.jsonl": d.samples_e for d in DATASETS if d.samples_e is not None
-}
+def hotpotqa_json(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the shape of HotpotQA's file: paragraphs as [title, sentences], facts as [title, sentence]."""
+    same = ("question", "answer", "type", "level")
+    return [
+        {
+            "_id": row["id"],
+            **{key: row[key] for key in same},
+            "supporting_facts": _pairs(row["supporting_facts"], "title", "sent_id"),
+            "context": _pairs(row["context"], "title", "sentences"),
+        }
+        for row in rows
+    ]
+
+
+def _pairs(columns: Mapping[str, Any], first: str, second: str) -> list[list[Any]]:
+    return [list(pair) for pair in zip(columns[first], columns[second], strict=True)]
+
+
 DATA: dict[str, HubData] = {
     "longbench": HubData(
         repo="THUDM/LongBench",
         revision="5e628be450b7e67fb7ae6e201bd6d8f7056f7672",
         sha256="cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64",
-        rows=_LONGBENCH_ROWS,
+        rows={f"{d.name}.jsonl": d.samples for d in DATASETS}
+        | {f"{d.name}_e.jsonl": d.samples_e for d in DATASETS if d.samples_e is not None},
         fill=_longbench,
     ),
     "squad": HubData(
@@ -263,13 +267,13 @@ DATA: dict[str, HubData] = {
         revision="3ffb306f725f7d2ce8394bc1873b24868140c412",
         sha256=None,
         rows={"squad-dev-v2.0.json": 11_873},
-        fill=_squad,
+        fill=partial(_from_rows, config=None, shape=squad_json),
     ),
     "hotpotqa": HubData(
         repo="hotpotqa/hotpot_qa",
         revision="1908d6afbbead072334abe2965f91bd2709910ab",
         sha256=None,
         rows={"hotpot_dev_distractor_v1.json": 7_405},
-        fill=_hotpotqa,
+        fill=partial(_from_rows, config="distractor", shape=hotpotqa_json),
     ),
 }

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
 from harness.errors import HarnessError
-from harness.plan.names import asked_methods
+from harness.plan.names import asked_methods, refusals
 from harness.records.spec import Asked, MethodSpec
 from methods.base import Budget, KVPolicy, PolicyError
 from methods.label import MethodLabel
@@ -25,11 +25,9 @@ class PlannedMethod(NamedTuple):
 
     def on(self, revision: str) -> PlannedMethod:
         """The method on the model of that revision. Raises HarnessError for one that was made for another model."""
-        try:
+        with refusals(f"method {self.spec.label}: "):
             policy = self.policy.for_model(revision)
             params = _params(policy)
-        except PolicyError as error:
-            raise HarnessError(f"method {self.spec.label}: {error}") from None
         return PlannedMethod(self.spec.model_copy(update={"params": params}), policy)
 
 
@@ -39,29 +37,20 @@ def plan_methods(asked: Asked) -> list[PlannedMethod]:
 
 
 def plan_method(label: str, changed: Mapping[str, Any] | None = None, *, revision: str | None = None) -> PlannedMethod:
-    """One method by its label.
+    """One method by its label, `name`, `name@preset` or `prefix:rest`.
 
-    Args:
-        label: `name`, `name@preset` or `prefix:rest`.
-        changed: parameters that are changed, by name.
-        revision: of the model that it runs on; None leaves the method as it is before a model is known.
-
-    Raises:
-        HarnessError: an unknown name, preset or parameter, a value that the method refuses, or another model's method.
+    revision: of the model that it runs on; None leaves the method as it is before a model is known. Raises HarnessError
+    for an unknown name, preset or parameter, a value that the method refuses, or another model's method.
     """
-    try:
+    with refusals():
         planned = _planned(MethodLabel.parse(label), changed or {})
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
     return planned if revision is None else planned.on(revision)
 
 
 def plan_budget(budget: object) -> Budget:
     """A budget as typed: tokens (512) or a fraction of the prompt (0.25, 25%). Raises HarnessError for another."""
-    try:
+    with refusals():
         return Budget.parse(str(budget))
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
 
 
 def _planned(label: MethodLabel, changed: Mapping[str, Any]) -> PlannedMethod:

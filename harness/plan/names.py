@@ -1,10 +1,14 @@
-"""What of a request can be refused by its names alone: methods, tasks, model, dtype and device. Imports no torch."""
+"""What of a request can be refused before torch is imported: options, methods, tasks, model, dtype and device."""
 
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
-from harness.errors import HarnessError
+from harness.errors import HarnessError, checked
 from harness.models.source import check_device, check_dtype, check_model
 from harness.plan.datasets import find_asset
 from harness.records.spec import Asked, Sweep
@@ -13,6 +17,40 @@ from methods.label import MethodLabel
 from methods.registry import check_method
 from tasks import load_tasks
 from tasks.base import DataOptions, Task, TaskError, find_tasks
+
+
+@contextmanager
+def refusals(what: str = "") -> Iterator[None]:
+    """What a method or a task refuses, as an error for the user, after `what`."""
+    try:
+        yield
+    except (PolicyError, TaskError) as error:
+        raise HarnessError(f"{what}{error}") from None
+
+
+def sweep_of(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
+    """The sweep that options of a TOML file ask for, overridden by those of the command line.
+
+    Raises HarnessError for an option that is unknown, of another type or out of range.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise HarnessError(f"--threads {args.threads} is too small; give at least 1")
+    typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
+    if args.set:
+        given = options.get("set", {})
+        typed["set"] = {**given, **dict(map(assignment, args.set))} if isinstance(given, dict) else given
+    return checked(Sweep, {"methods": (), "tasks": (), **options, **typed})
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """A `--set` option as parameter and value: JSON, or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise HarnessError(f"--set {text!r} has no value; write method.parameter=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def check_sweep(sweep: Sweep) -> list[Task]:
@@ -24,10 +62,8 @@ def check_sweep(sweep: Sweep) -> list[Task]:
     tasks = plan_tasks(sweep)
     places = DataOptions(data_dir=None if sweep.data_dir is None else Path(sweep.data_dir), fetch=find_asset)
     for task in tasks:
-        try:
+        with refusals(f"task {task.name}: "):
             task.find_data(places)
-        except TaskError as error:
-            raise HarnessError(f"task {task.name}: {error}") from None
     return tasks
 
 
@@ -41,7 +77,7 @@ def check_asked(asked: Asked) -> None:
 
 def asked_methods(asked: Asked) -> list[tuple[MethodLabel, dict[str, Any]]]:
     """Every method asked for, once, with its changed parameters. Raises HarnessError for unknown names of any kind."""
-    try:
+    with refusals():
         labels = [MethodLabel.parse(text) for text in asked.methods]
         names = {label.name for label in labels}
         for key in asked.set:
@@ -50,18 +86,14 @@ def asked_methods(asked: Asked) -> list[tuple[MethodLabel, dict[str, Any]]]:
         found = {label: label.own(asked.set) for label in labels}
         for label, changed in found.items():
             check_method(label, changed)
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
     return list(found.items())
 
 
 def plan_tasks(sweep: Sweep) -> list[Task]:
     """Tasks by name or family. Raises HarnessError, with the nearest known name, or for another way of asking."""
     load_tasks()
-    try:
+    with refusals():
         tasks = find_tasks(sweep.tasks)
-    except TaskError as error:
-        raise HarnessError(str(error)) from None
     other = next((task for task in tasks if task.query not in (None, sweep.query)), None)
     if other is not None:
         raise HarnessError(

@@ -18,10 +18,10 @@ from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
-from harness.plan.names import check_sweep
+from harness.plan.names import check_sweep, refusals
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
-from tasks.base import Sample, Task, TaskError, TaskOptions
+from tasks.base import Sample, Task, TaskOptions
 
 NO_TEMPLATE = "the model has no chat template: raw prompts"
 
@@ -65,8 +65,7 @@ class PlannedSample:
         return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle)
 
 
-Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]
-"""Samples of one context, with the cells wanted of each."""
+Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]  # samples of one context, with the cells wanted of each
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,10 @@ def plan_names(sweep: Sweep) -> NamedSweep:
 
 
 def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | None) -> Plan:
-    """What is run of a sweep on a model.
+    """What is run of a sweep on a model, or on what is known of it without its weights. measured_on: see `RunSpec`.
 
-    Args:
-        named: the sweep with its names resolved.
-        loaded: the model, or what is known of it without its weights.
-        measured_on: see `RunSpec`.
-
-    Raises:
-        HarnessError: a method made for another model or fitted on one of the prompts, missing or damaged data, a
-            prompt that does not fit, a budget that is below no prompt.
+    Raises HarnessError for a method made for another model or fitted on one of the prompts, missing or damaged data, a
+    prompt that does not fit, a budget that is below no prompt.
     """
     sweep = named.sweep
     methods = [method.on(loaded.spec.revision) for method in named.methods]
@@ -166,12 +159,10 @@ def plan_samples(
     )
     samples, specs = [], []
     for task in tasks:
-        try:
+        with refusals(f"task {task.name}: "):
             drawn = [_plan_sample(task, sample, loaded, sweep.nll_tokens) for sample in task.samples(options)]
             provenance = {**asdict(task.about), **task.provenance(options)}
             specs.append(TaskSpec(name=task.name, protocol=task.protocol, provenance=provenance))
-        except TaskError as error:
-            raise HarnessError(f"task {task.name}: {error}") from None
         if not drawn:
             raise HarnessError(f"task {task.name} has no samples for these options; raise --limit or check the data")
         for planned in drawn:
@@ -206,19 +197,11 @@ def check_budgets(samples: Sequence[PlannedSample], cells: Sequence[PlannedCell]
 
 def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
     """The resolved spec. resolved: methods, tasks and max_tokens as planned."""
-    return RunSpec(
-        model=loaded.spec,
-        budgets=tuple(map(str, sweep.parsed_budgets)),
-        lengths=sweep.lengths,
-        limit=sweep.limit,
-        seed=sweep.seed,
-        max_new_tokens=sweep.max_new_tokens,
-        first_token="compressed" if sweep.query == "agnostic" else sweep.first_token,
-        query=sweep.query,
-        nll_tokens=sweep.nll_tokens,
-        whole=sweep.whole,
-        **resolved,
-    )
+    values = {name: getattr(sweep, name) for name in Sweep.model_fields.keys() & RunSpec.model_fields.keys()}
+    values |= {"model": loaded.spec, "budgets": tuple(map(str, sweep.parsed_budgets))}
+    if sweep.query == "agnostic":
+        values["first_token"] = "compressed"
+    return RunSpec(**values | resolved)
 
 
 def _stop_ids(stop: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:

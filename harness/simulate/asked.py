@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from harness.errors import HarnessError
-from harness.plan.options import assignment
+from harness.plan.names import assignment
 from harness.records.record import RunManifest
 from harness.records.run_folder import RUNS, load_run
 from harness.records.spec import Frozen

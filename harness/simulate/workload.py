@@ -222,9 +222,8 @@ def longbench(*, max_tokens: int, seed: int) -> Iterator[tuple[int, int]]:
 
 def ruler(*, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield (prompt tokens, tokens to generate) of every sample of RULER's 13 tasks. A length counts both."""
-    from tasks.ruler.cwe import CommonWords
-    from tasks.ruler.fit import OFFICIAL_SAMPLES
-    from tasks.ruler.fwe import CodedWords
+    from tasks.ruler.aggregation import CodedWords, CommonWords
+    from tasks.ruler.family import OFFICIAL_SAMPLES
     from tasks.ruler.niah import ROWS, NeedleGenerator
     from tasks.ruler.qa import Documents
     from tasks.ruler.vt import ChainGenerator

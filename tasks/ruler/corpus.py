@@ -35,31 +35,21 @@ def draw_word(draw: Random) -> str:
     return f"{draw.choice(word_list('adjective'))}-{draw.choice(word_list('noun'))}"
 
 
-def draw_number(draw: Random) -> str:
-    """Return seven digits, the first one not 0."""
-    return str(draw.randint(1_000_000, 9_999_999))
+DRAWS: dict[str, Callable[[Random], str]] = {
+    "words": draw_word,
+    "numbers": lambda draw: str(draw.randint(1_000_000, 9_999_999)),
+    "uuids": lambda draw: str(UUID(int=draw.getrandbits(128), version=4)),
+}
 
 
-def draw_uuid(draw: Random) -> str:
-    """Return a version 4 UUID."""
-    return str(UUID(int=draw.getrandbits(128), version=4))
-
-
-DRAWS = {"words": draw_word, "numbers": draw_number, "uuids": draw_uuid}
-
-
-def distinct(kind: str, count: int, draw: Random) -> list[str]:
-    """Return `count` different values of a kind of `DRAWS`, in drawing order."""
-    return _different(count, lambda: DRAWS[kind](draw))
-
-
-def letters(count: int, *, alphabet: str, size: int, draw: Random) -> list[str]:
-    """Return `count` different words of `size` letters of an alphabet, in drawing order."""
-    return _different(count, lambda: "".join(draw.choices(alphabet, k=size)))
-
-
-def _different(count: int, drawn: Callable[[], str]) -> list[str]:
+def distinct(count: int, drawn: Callable[[], str]) -> list[str]:
+    """Return `count` different values, in drawing order."""
     values: dict[str, None] = {}
     while len(values) < count:
         values[drawn()] = None
     return list(values)
+
+
+def letters(count: int, *, alphabet: str, size: int, draw: Random) -> list[str]:
+    """Return `count` different words of `size` letters of an alphabet, in drawing order."""
+    return distinct(count, lambda: "".join(draw.choices(alphabet, k=size)))

@@ -1,22 +1,28 @@
-"""A RULER task: a generator, a metric and what a record says of both.
+"""A RULER task: a generator, a metric, what a record says of both, and prompts that fill a length.
 
-Source: NVIDIA/RULER@c3f5e3b, scripts/data/prepare.py (500 samples a length) and scripts/eval/synthetic/constants.py.
+Source: NVIDIA/RULER@c3f5e3b, scripts/data/prepare.py (500 samples a length) and scripts/eval/synthetic/constants.py. A
+length includes the prompt, the answer prefix, the tokens to generate and what the chat template adds. As there, the
+haystack's units are searched once per length with a drawn sample, and single samples that exceed it shrink.
+Differences: they shrink by their own overshoot and not by a fixed 5 to 500 units, so they end close to the length, and
+a length that fits nothing raises instead of looping.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
+from random import Random
 from typing import Any
 
-from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, point, rng, spread_order
-from tasks.ruler.fit import LARGEST_LENGTH, OFFICIAL_SAMPLES, Generator, SamplePlan, room, shrink, tokens
+from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, Tokenizer, point, rng, spread_order
+from tasks.scoring import string_match_part
 
-PROBES = 16
-"""Samples that are tried before a length is accepted."""
-SLACK = 16
-"""Tokens that those must leave over, because later samples may be a little longer."""
-STEP = 64
-"""The smallest length that works is searched in these steps."""
+OFFICIAL_SAMPLES = 500
+LARGEST_LENGTH = 131072
+SMALL = 4096  # below this length NVIDIA's generators use smaller variants
+PROBES = 16  # samples that are tried before a length is accepted
+SLACK = 16  # tokens that those must leave over, because later samples may be a little longer
+STEP = 64  # the smallest length that works is searched in these steps
 
 GENERAL = (
     "every random choice is seeded per sample",
@@ -24,36 +30,77 @@ GENERAL = (
     "a sample that is too long shrinks by its overshoot, not by NVIDIA's fixed increment",
 )
 
-Metric = Callable[[str, Sequence[str]], float]
+
+@dataclass(frozen=True)
+class FittedPrompt:
+    """A drawn sample. context ends where the question begins; context + question is the user's message."""
+
+    context: str
+    question: str
+    answer_prefix: str
+    answers: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a record says of the data.
+class SamplePlan:
+    """What one sample is drawn from.
 
-    facts: computed from the options. find: the data file, for a task that reads one. deviations: from NVIDIA's
-    generator.
+    index: which sample. draw: every random choice comes from it. at: in [0, 1), the place of the one answer in the
+    haystack.
     """
 
-    deviations: tuple[str, ...] = ()
-    facts: Callable[[TaskOptions], Mapping[str, Any]] | None = None
-    find: Callable[[DataOptions], object] | None = None
+    length: int
+    index: int
+    draw: Random
+    at: float
+
+
+class Generator(ABC):
+    """Draws prompts of one task. A unit is what the haystack is measured in: words, lines, documents."""
+
+    generation: int
+    """Tokens to generate."""
+
+    available: int | None = None
+    """Samples that exist, or None for any number. Where they are counted, those that do not fit are passed over."""
+
+    @abstractmethod
+    def least(self, length: int, index: int) -> int:
+        """Return the fewest units of sample `index` at this length."""
+
+    @abstractmethod
+    def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
+        """Return the sample of a plan with a haystack of `units`."""
+
+    def search(self, spare: Callable[[int], int], *, length: int, least: int) -> int:
+        """Find the units for a length. spare: units -> tokens left over, negative when too long; `least` fits."""
+        return largest(spare, least)
 
 
 class RulerTask(Task):
-    """One of the 13 tasks. any_of: one answer is enough and the answers are aliases, else all of them are wanted."""
+    """A task of RULER: what `opened` draws, scored by `metric`.
 
-    protocol = "official"
+    facts: what a record says of the data, beside the deviations from NVIDIA's generator. find: looks for the data file,
+    for a task that reads one.
+    """
+
+    family = "ruler"
+    official = OFFICIAL_SAMPLES
+    """Samples of each length when no limit is given."""
 
     def __init__(
-        self, name: str, opened: Callable[[TaskOptions], Generator], *, metric: Metric, any_of: bool, origin: Origin
+        self,
+        name: str,
+        opened: Callable[[TaskOptions], Generator],
+        metric: Callable[[str, Sequence[str]], float],
+        *deviations: str,
+        facts: Callable[[TaskOptions], Mapping[str, Any]] = lambda options: {},
+        find: Callable[[DataOptions], object] = lambda options: None,
     ) -> None:
-        self.name = f"ruler/{name}"
-        self._open = opened
-        self._metric = metric
-        self._any_of = any_of
-        self.about = About("NVIDIA/RULER", "c3f5e3b", "Apache-2.0", metric.__name__, OFFICIAL_SAMPLES)
-        self._origin = origin
+        self.name = f"{self.family}/{name}"
+        self.about = About("NVIDIA/RULER", "c3f5e3b", "Apache-2.0", metric.__name__, self.official)
+        self._open, self._metric, self._deviations, self._facts, self._find = opened, metric, deviations, facts, find
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """Return `limit` samples a length, 500 by default; ids `{length}/{i}`, a smaller limit draws a prefix.
@@ -71,24 +118,24 @@ class RulerTask(Task):
         return {"score": self._metric(prediction, sample.answers)}
 
     def reference(self, sample: Sample) -> str | None:
-        return sample.answers[0] if self._any_of else ", ".join(sample.answers)
+        """Return all answers, or the first one where they are aliases."""
+        return sample.answers[0] if self._metric is string_match_part else ", ".join(sample.answers)
 
     def find_data(self, options: DataOptions) -> None:
-        if self._origin.find is not None:
-            self._origin.find(options)
+        self._find(options)
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
-        facts = self._origin.facts(options) if self._origin.facts else {}
-        return {"deviations": [*GENERAL, *self._origin.deviations], **facts}
+        return {"deviations": [*GENERAL, *self._deviations], **self._facts(options)}
 
     def _draw(self, generator: Generator, sizes: Mapping[int, int], options: TaskOptions) -> Iterator[Sample]:
-        wanted = OFFICIAL_SAMPLES if options.limit is None else options.limit
+        wanted = self.official if options.limit is None else options.limit
         for length, units in sizes.items():
             made = 0
             for rank, index in enumerate(self._order(generator, length, options.seed)):
                 if made == wanted:
                     break
-                sample = self._fitted(generator, units, plan=self._plan(length, index, rank, options), options=options)
+                at = point(rank, options.seed, self.name, length)
+                sample = self._fitted(generator, units, length, index, at=at, options=options)
                 if sample is not None:
                     yield sample
                     made += 1
@@ -102,37 +149,28 @@ class RulerTask(Task):
         first = min(OFFICIAL_SAMPLES, generator.available)
         return chain(spread_order(first, seed, self.name, length), range(first, generator.available))
 
-    def _plan(self, length: int, index: int, rank: int, options: TaskOptions) -> Callable[[], SamplePlan]:
-        at = point(rank, options.seed, self.name, length)
-        return lambda: SamplePlan(length, index, rng(options.seed, self.name, length, index), at)
-
     def _fitted(
-        self, generator: Generator, units: int, *, plan: Callable[[], SamplePlan], options: TaskOptions
+        self, generator: Generator, units: int, length: int, index: int, *, at: float, options: TaskOptions
     ) -> Sample | None:
-        """The sample of a plan with at most `units` units, or None when its least haystack is too long."""
-        place = plan()
+        """Sample `index` with at most `units` units, or None when its least haystack is too long."""
         fitted = shrink(
-            lambda size: generator.build(size, plan()),
+            lambda size: generator.build(size, SamplePlan(length, index, self._rng(length, index, options), at)),
             lambda prompt: tokens(prompt, options.tokenizer),
-            room=room(place.length, generator.generation, options.tokenizer),
+            room=room(length, generator.generation, options.tokenizer),
             units=units,
-            least=generator.least(place.length, place.index),
+            least=generator.least(length, index),
         )
         if fitted is None:
             return None
         prompt, size = fitted
         return Sample(
-            id=f"{place.length}/{place.index}",
+            id=f"{length}/{index}",
             context=prompt.context,
             question=prompt.question,
             answers=prompt.answers,
             max_new_tokens=generator.generation,
             answer_prefix=prompt.answer_prefix,
-            meta={
-                **prompt.meta,
-                "length": place.length,
-                "prompt_tokens": size + options.tokenizer.template_tokens,
-            },
+            meta={**prompt.meta, "length": length, "prompt_tokens": size + options.tokenizer.template_tokens},
         )
 
     def _units(self, generator: Generator, length: int, options: TaskOptions) -> int:
@@ -146,23 +184,77 @@ class RulerTask(Task):
             later = range(length - length % STEP + STEP, LARGEST_LENGTH + 1, STEP)
             works = next((size for size in later if self._first_fitting(generator, size, options) is not None), "none")
             raise TaskError(f"{self.name}: {length} tokens are too few; the smallest length that works is {works}")
-        available = room(length, generator.generation, options.tokenizer)
 
         def spare(units: int) -> int:
-            plan = SamplePlan(length, index, rng(options.seed, self.name, length, "fit"), at=0.5)
-            return available - tokens(generator.build(units, plan), options.tokenizer)
+            plan = SamplePlan(length, index, self._rng(length, "fit", options), 0.5)
+            return self._spare(generator, units, plan, options)
 
         return generator.search(spare, length=length, least=generator.least(length, index))
 
     def _first_fitting(self, generator: Generator, length: int, options: TaskOptions) -> int | None:
         """The first of the probed samples that fits; None unless all of them do, or half where samples are counted."""
-        available = room(length, generator.generation, options.tokenizer) - SLACK
-        probed = range(PROBES if generator.available is None else min(PROBES, generator.available))
 
         def fits(index: int) -> bool:
-            plan = SamplePlan(length, index, rng(options.seed, self.name, length, index), at=0.5)
-            return tokens(generator.build(generator.least(length, index), plan), options.tokenizer) <= available
+            plan = SamplePlan(length, index, self._rng(length, index, options), 0.5)
+            return self._spare(generator, generator.least(length, index), plan, options) >= SLACK
 
+        probed = range(PROBES if generator.available is None else min(PROBES, generator.available))
         fitting = [index for index in probed if fits(index)]
         enough = len(probed) if generator.available is None else -(-len(probed) // 2)
         return fitting[0] if len(fitting) >= enough else None
+
+    def _spare(self, generator: Generator, units: int, plan: SamplePlan, options: TaskOptions) -> int:
+        available = room(plan.length, generator.generation, options.tokenizer)
+        return available - tokens(generator.build(units, plan), options.tokenizer)
+
+    def _rng(self, length: int, index: int | str, options: TaskOptions) -> Random:
+        return rng(options.seed, self.name, length, index)
+
+
+def tokens(prompt: FittedPrompt, tokenizer: Tokenizer) -> int:
+    """Return the number of tokens of the user's message and the answer prefix, without what the chat template adds."""
+    message = len(tokenizer.encode(prompt.context + prompt.question))
+    return message + len(tokenizer.encode(prompt.answer_prefix))
+
+
+def room(length: int, generation: int, tokenizer: Tokenizer) -> int:
+    """Return how many tokens a prompt may have at a length."""
+    return length - generation - tokenizer.template_tokens
+
+
+def largest(spare: Callable[[int], int], least: int) -> int:
+    """Return the largest number of units with tokens to spare, for a `spare` that falls with the units; `least` fits.
+
+    The bracket is halved, or cut where a straight line through its ends crosses zero.
+    """
+    low, left = least, spare(least)
+    step = max(1, least)
+    high, right = low + step, spare(low + step)
+    while right >= 0:
+        low, left, step = high, right, 2 * step
+        high, right = low + step, spare(low + step)
+    line = True
+    while high - low > 1:
+        guess = low + left * (high - low) // max(1, left - right) if line else (low + high) // 2
+        middle = min(max(guess, low + 1), high - 1)
+        here = spare(middle)
+        low, left, high, right = (middle, here, high, right) if here >= 0 else (low, left, middle, here)
+        line = not line
+    return low
+
+
+def shrink(
+    build: Callable[[int], FittedPrompt], used: Callable[[FittedPrompt], int], *, room: int, units: int, least: int
+) -> tuple[FittedPrompt, int] | None:
+    """Return a prompt of at most `units` that fits `room` tokens, and its tokens; None when `least` do not fit.
+
+    A prompt that is too long loses its overshoot's share of the units.
+    """
+    units = max(units, least)
+    prompt = build(units)
+    while (size := used(prompt)) > room:
+        if units == least:
+            return None
+        units = max(least, units + (room - size) * units // size)
+        prompt = build(units)
+    return prompt, size

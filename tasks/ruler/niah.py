@@ -5,14 +5,13 @@ needles is drawn per sample (NVIDIA shuffles with one fixed seed, so it is the s
 tokens, where a haystack may be a single line, a needle may also come after the last line.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from tasks.essays import Essays
 from tasks.ruler.corpus import DRAWS, NOISE, distinct
-from tasks.ruler.fit import SMALL, FittedPrompt, Generator, SamplePlan
+from tasks.ruler.family import SMALL, FittedPrompt, Generator, SamplePlan
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 TEMPLATE = (
@@ -22,8 +21,7 @@ TEMPLATE = (
 QUESTION = "What are all the special magic {type_needle_v} for {query} mentioned in the provided text?"
 ANSWER_PREFIX = " The special magic {type_needle_v} for {query} mentioned in the provided text are"
 SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"))
-DEPTHS = tuple(round(100 * i / 39) for i in range(40))
-"""The 40 rounded points of linspace(0, 100) in percent."""
+DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # the 40 rounded points of linspace(0, 100) in percent
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class NeedleGenerator(Generator):
 
     def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
         row, draw = self.row, plan.draw
-        keys = distinct(row.keys, row.k, draw)
-        values = distinct(row.values, row.k * row.v, draw)
+        keys = distinct(row.k, lambda: DRAWS[row.keys](draw))
+        values = distinct(row.k * row.v, lambda: DRAWS[row.values](draw))
         owned = {key: values[i * row.v : (i + 1) * row.v] for i, key in enumerate(keys)}
         asked = draw.sample(keys, row.q)
         wanted = [self._needle(key, value) for key in asked for value in owned[key]]
@@ -74,17 +72,13 @@ class NeedleGenerator(Generator):
         meta: dict[str, object] = {"needles": wanted}
         if len(wanted) == 1:
             meta["depth"] = round(100 * haystack.index(wanted[0]) / max(1, len(haystack) - len(wanted[0])))
-        fill = self._wording(asked)
+        query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
+        filled = partial(fill, kind=row.values, query=query, singular=len(wanted) == 1)
         answers = tuple(value for key in asked for value in owned[key])
-        context, question, prefix = (fill(part, haystack) for part in (TEMPLATE, QUESTION, ANSWER_PREFIX))
-        return FittedPrompt(context=context, question=question, answer_prefix=prefix, answers=answers, meta=meta)
+        return FittedPrompt(filled(TEMPLATE, haystack), filled(QUESTION), filled(ANSWER_PREFIX), answers, meta)
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(type_needle_v=self.row.values, key=key, value=value)
-
-    def _wording(self, asked: list[str]) -> Wording:
-        query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
-        return Wording(kind=self.row.values, query=query, singular=self.row.q * self.row.v == 1)
 
     def _lines(self, units: int, keys: list[str], draw: Random) -> list[str]:
         """The haystack without needles: essay sentences of `units` words, or `units` lines."""
@@ -120,18 +114,10 @@ class NeedleGenerator(Generator):
         return lines
 
 
-@dataclass(frozen=True)
-class Wording:
-    """Fills a template, in the singular where one value is asked for."""
-
-    kind: str
-    query: str
-    singular: bool
-
-    def __call__(self, template: str, context: str) -> str:
-        kind = self.kind
-        if self.singular:
-            for plural, single in SINGULAR:
-                template = template.replace(plural, single)
-            kind = kind.removesuffix("s")
-        return template.format(type_needle_v=kind, query=self.query, context=context)
+def fill(template: str, context: str = "", *, kind: str, query: str, singular: bool) -> str:
+    """Return a template filled, in the singular where one value is asked for."""
+    if singular:
+        for plural, single in SINGULAR:
+            template = template.replace(plural, single)
+        kind = kind.removesuffix("s")
+    return template.format(type_needle_v=kind, query=query, context=context)

@@ -7,15 +7,15 @@ the length is passed over (NVIDIA's loop does not end there).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from tasks import datafile
 from tasks.base import DataOptions, TaskError, TaskOptions
-from tasks.ruler.fit import FittedPrompt, Generator, SamplePlan
+from tasks.datafile import find_file, read_file
+from tasks.ruler.family import FittedPrompt, Generator, SamplePlan
 
 ORDER = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
@@ -33,21 +33,6 @@ class Item:
     answers: tuple[str, ...]
     own: tuple[int, ...]
     related: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class QuestionFile:
-    """Where a data set is found: name of the asset and of its command, file name patterns, and what it is."""
-
-    asset: str
-    patterns: tuple[str, ...]
-    what: str
-
-
-SQUAD = QuestionFile("squad", ("squad*.json", "dev-v2.0.json"), "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)")
-HOTPOT = QuestionFile(
-    "hotpotqa", ("hotpot*.json",), "HotpotQA dev distractor (hotpot_dev_distractor_v1.json of the HotpotQA site)"
-)
 
 
 class Documents(Generator):
@@ -96,25 +81,6 @@ class Documents(Generator):
         return own + related + fill[: more - len(related)]
 
 
-def find_file(options: DataOptions, source: QuestionFile) -> Path:
-    """Return the data file; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
-    return datafile.find_file(options, source.asset, *source.patterns, also=("ruler",))
-
-
-def load(options: TaskOptions, source: QuestionFile) -> Documents:
-    """Read a data file. Raises TaskError when it is missing, damaged, not what was fetched, or holds no question."""
-    path = find_file(options, source)
-    blob = datafile.read_file(path).blob
-    try:
-        data = json.loads(blob)
-        items, documents = read_squad(data) if source is SQUAD else read_hotpot(data)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise TaskError(f"{path} does not have the shape of {source.what}: {type(error).__name__} {error}") from error
-    if not items:
-        raise TaskError(f"{path} holds no answerable question; expected {source.what}")
-    return Documents(items, documents)
-
-
 def read_squad(data: Any) -> tuple[list[Item], list[str]]:
     """Return answerable questions in file order and all paragraphs, sorted; related are those of the same article."""
     articles = [article["paragraphs"] for article in data["data"]]
@@ -145,9 +111,48 @@ def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
     return items, documents
 
 
-def provenance(options: TaskOptions, source: QuestionFile) -> dict[str, Any]:
-    """Return the file name and checksum of the data, and where it came from."""
-    path = find_file(options, source)
-    read = datafile.read_file(path)
-    facts = {"data": source.what, "file": path.name, "sha256": read.sha256}
-    return facts | {"data_source": read.source, "data_revision": read.revision}
+@dataclass(frozen=True)
+class QuestionFile:
+    """A data file. asset: its name in `harness data fetch`. read: to questions and documents."""
+
+    asset: str
+    patterns: tuple[str, ...]
+    what: str
+    read: Callable[[Any], tuple[list[Item], list[str]]]
+
+    def find(self, options: DataOptions) -> Path:
+        """Return its path; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
+        return find_file(options, self.asset, *self.patterns, also=("ruler",))
+
+    def load(self, options: TaskOptions) -> Documents:
+        """Read it. Raises TaskError when it is missing, damaged, not what was fetched, or holds no question."""
+        path = self.find(options)
+        blob = read_file(path).blob
+        try:
+            items, documents = self.read(json.loads(blob))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise TaskError(f"{path} does not have the shape of {self.what}: {reason}") from error
+        if not items:
+            raise TaskError(f"{path} holds no answerable question; expected {self.what}")
+        return Documents(items, documents)
+
+    def provenance(self, options: TaskOptions) -> dict[str, Any]:
+        """Return the file name and checksum of the data, and where it came from."""
+        path = self.find(options)
+        read = read_file(path)
+        facts = {"data": self.what, "file": path.name, "sha256": read.sha256}
+        return facts | {"data_source": read.source, "data_revision": read.revision}
+
+
+FILES = {
+    "qa_1": QuestionFile(
+        "squad", ("squad*.json", "dev-v2.0.json"), "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)", read_squad
+    ),
+    "qa_2": QuestionFile(
+        "hotpotqa",
+        ("hotpot*.json",),
+        "HotpotQA dev distractor (hotpot_dev_distractor_v1.json of the HotpotQA site)",
+        read_hotpot,
+    ),
+}

@@ -12,7 +12,7 @@ from random import Random
 
 from tasks.base import Tokenizer
 from tasks.ruler.corpus import NOISE, letters
-from tasks.ruler.fit import SMALL, FittedPrompt, Generator, SamplePlan, largest, tokens
+from tasks.ruler.family import SMALL, FittedPrompt, Generator, SamplePlan, largest, tokens
 
 TEMPLATE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
 QUESTION = "Question: Find all variables that are assigned the value {query} in the text above."

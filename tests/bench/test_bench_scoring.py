@@ -17,7 +17,7 @@ import pytest
 
 from tasks import load_tasks
 from tasks.base import Sample
-from tasks.rouge import rouge_l
+from tasks.scoring import rouge_l
 
 pytestmark = pytest.mark.bench
 SHARE = 0.75  # words a token in English; a token of Chinese is about one word

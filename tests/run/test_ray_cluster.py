@@ -27,7 +27,7 @@ from ray.scripts.scripts import cli as ray_command
 
 from harness.cli.parser import command_line
 from harness.cli.ray import fan_out
-from harness.plan.options import sweep_of
+from harness.plan.names import sweep_of
 from harness.plan.sweep import plan_methods
 from harness.records.run_folder import find_runs, load_run
 from harness.run.driver import FanOut

@@ -1,19 +1,25 @@
 """What the tests of tasks share: options over small generated data, and the real essays."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from harness.models.assets import asset_folder
-from tests.task_data import Options, small_options
+from tests.task_data import Options, small_options, write_prose
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Options:
     """Options over small generated essays and question files."""
     return small_options(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def longer(small: Options, tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """Those of `small` over five longer essays: a continuation is of one."""
+    folder = tmp_path_factory.mktemp("prose")
+    write_prose(folder / "PaulGrahamEssays")
+    return lambda **changes: small(**{"fetch": {"essays": folder}.__getitem__, **changes})
 
 
 @pytest.fixture

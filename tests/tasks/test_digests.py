@@ -4,15 +4,12 @@ A digest changes when a template, a draw, wonderwords' lists or punkt's paramete
 after are of different data: bump what the record says of it, and the digest.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from tasks import load_tasks
 from tests.task_data import RULER, Options, digest, draw_samples
-from tests.tasks.test_prose import write_prose
 
 SMALL = {
     "niah/snapkv": "e9a97a1a63aed9e09a3aefa3045aabfe2821dd2303492cbd3872f654820c53fb",
@@ -56,20 +53,12 @@ def test_every_generated_task_has_a_digest() -> None:
     assert (len(SMALL), len(PROSE)) == (len(RULER) + 3, 2)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_samples_over_small_essays(name: str, options: Options) -> None:
-    samples = draw_samples(name, options(lengths=(1024, 4096), limit=3))
+@pytest.mark.parametrize("name", SMALL | PROSE)
+def test_samples_over_made_essays(name: str, options: Options, longer: Options) -> None:
+    chosen = longer if name in PROSE else options
+    samples = draw_samples(name, chosen(lengths=(1024, 4096), limit=3))
     assert len(samples) == 6
-    assert digest(samples) == SMALL[name]
-
-
-@pytest.mark.parametrize("name", PROSE)
-def test_samples_over_longer_essays(name: str, options: Options, tmp_path: Path) -> None:
-    """A continuation is of one essay, and the small ones have no 1024 tokens."""
-    write_prose(tmp_path / "prose")
-    samples = draw_samples(name, options(fetch=lambda _: tmp_path / "prose", lengths=(1024, 4096), limit=3))
-    assert len(samples) == 6
-    assert digest(samples) == PROSE[name]
+    assert digest(samples) == (SMALL | PROSE)[name]
 
 
 @pytest.mark.parametrize("name", REAL)

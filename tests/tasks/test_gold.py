@@ -4,41 +4,17 @@ LongBench and RULER's questions are real rows where the test data are present; L
 is generated. Essays come from the cache.
 """
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.models.assets import asset_folder
 from tasks import load_tasks
-from tasks.base import Sample, Task, TaskError, TaskOptions
-from tests.task_data import Words
+from tasks.base import Sample, TaskError, TaskOptions
+from tasks.longbench import DATASETS
+from tests.task_data import Words, longbench_row, read_rows, write_rows
 
 TASKS = load_tasks()
-MADE_ANSWERS = {
-    "passage_count": "12",
-    "passage_retrieval_en": "Paragraph 2",
-    "trec": "City",
-    "lcc": "x = call(12)",
-    "repobench-p": "return self.size",
-}
-NOT_CODE = ("`", "#", "//")
-
-
-def made_row(dataset: str, number: int) -> dict[str, Any]:
-    return {
-        "input": f"What is item {number}?",
-        "context": f"Paragraph 1: nothing.\nParagraph 2: item {number} is here.",
-        "answers": [MADE_ANSWERS.get(dataset, f"the old town of item {number}. It is not a city")],
-        "length": 3999 + number,
-        "dataset": dataset,
-        "language": "en",
-        "all_classes": ["City", "Person"] if dataset == "trec" else None,
-        "_id": f"made{number}",
-    }
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +24,13 @@ def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "longbench").mkdir()
     for path in (shared_data / "longbench").glob("*.jsonl"):
         (folder / "longbench" / path.name).symlink_to(path)
-    for name in [n.removeprefix("longbench_e/") for n in TASKS if n.startswith("longbench_e/")]:
-        rows = "".join(json.dumps(made_row(name, number)) + "\n" for number in (1, 2))
-        (folder / "longbench" / f"{name}_e.jsonl").write_text(rows)
-    real = (folder / "longbench" / "qasper.jsonl").read_text(encoding="utf-8")
+    datasets = {dataset.name: dataset for dataset in DATASETS}
+    for dataset in [dataset for dataset in DATASETS if dataset.samples_e]:
+        made = [longbench_row(dataset, number, length=3999 + number) for number in (1, 2)]
+        write_rows(folder / "longbench", f"{dataset.name}_e", made)
     (folder / "longbench" / "qasper.jsonl").unlink()
-    shared = [made_row("qasper", number) | {"context": "One text."} for number in (3, 4)]
-    with (folder / "longbench" / "qasper.jsonl").open("w", encoding="utf-8") as file:
-        file.write(real + "".join(json.dumps(row) + "\n" for row in shared))
+    shared = [longbench_row(datasets["qasper"], number, context="One text.") for number in (3, 4)]
+    write_rows(folder / "longbench", "qasper", [*read_rows(shared_data, "qasper"), *shared])
     (folder / "ruler").symlink_to(shared_data / "ruler")
     return folder
 
@@ -76,15 +51,9 @@ def options(name: str, folder: Path | None) -> TaskOptions:
     )
 
 
-def gold(task: Task, sample: Sample) -> str:
-    """What a perfect model says: the reference, or all answers where that is None."""
-    reference = task.reference(sample)
-    return ", ".join(sample.answers) if reference is None else reference
-
-
 def out_of_reach(name: str, sample: Sample) -> bool:
     """Lines of code with a mark of comments: LongBench's metric passes over them, whatever the reference is."""
-    return name.endswith(("/lcc", "/repobench-p")) and any(mark in sample.answers[0] for mark in NOT_CODE)
+    return name.endswith(("/lcc", "/repobench-p")) and any(mark in sample.answers[0] for mark in ("`", "#", "//"))
 
 
 def needs_data(name: str) -> bool:
@@ -98,26 +67,22 @@ def test_gold_scores_1_and_nothing_scores_0(name: str, request: pytest.FixtureRe
     samples = list(task.samples(options(name, folder)))
     assert samples
     for sample in samples:
-        score = task.score(sample, gold(task, sample))["score"]
+        reference = task.reference(sample)
+        assert reference is not None
+        score = task.score(sample, reference)["score"]
         if out_of_reach(name, sample):
-            assert score < 1, sample.id
+            assert score == 0, sample.id
         else:
-            assert 0.999 <= score <= 1, (sample.id, gold(task, sample))
+            assert 0.999 <= score <= 1, (sample.id, reference)
         assert task.score(sample, "")["score"] == 0, sample.id
+    assert sum(out_of_reach(name, sample) for sample in samples) < len(samples) / 2
 
 
-def test_references_with_a_comment_cannot_score_1(data: Path) -> None:
+def test_references_with_a_comment_cannot_score_1() -> None:
     """Nor do they in the official script: its metric takes the first line without `, # or //."""
-    for name in ("longbench/lcc", "longbench/repobench-p"):
-        task = TASKS[name]
-        samples = list(task.samples(options(name, data)))
-        marked = [sample for sample in samples if out_of_reach(name, sample)]
-        assert len(marked) < len(samples) / 2
-        for sample in marked:
-            assert task.score(sample, sample.answers[0])["score"] == 0.0
     made = Sample("s", "", "", ("x = 1  # one",), 64)
-    assert TASKS["longbench/lcc"].score(made, "x = 1  # one")["score"] == 0.0
-    assert TASKS["longbench/lcc"].score(made, "x = 1")["score"] == 0.59  # 2 * 5 / 17, the best there is
+    scores = [TASKS["longbench/lcc"].score(made, said)["score"] for said in ("x = 1  # one", "x = 1")]
+    assert scores == [0.0, 0.59]  # 2 * 5 / 17, the best there is
 
 
 @pytest.mark.parametrize("name", TASKS)

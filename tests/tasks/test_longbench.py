@@ -1,11 +1,8 @@
 """LongBench: prompts against official checksums, truncation against a naive loop, and damaged files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,81 +13,56 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks import longbench
-from tasks.base import TASKS, Sample, TaskError, TaskOptions, find_tasks
+from tasks.base import Sample, TaskError, TaskOptions, find_tasks
 from tasks.longbench import DATASETS, Dataset, LongBench, cut_middle, longest_prompt, official_template
+from tests.task_data import Words, read_rows, write_rows
+from tests.task_data import longbench_row as row
 
 BY_NAME = {dataset.name: dataset for dataset in DATASETS}
-ANSWERS = {"retrieval": "Paragraph 2", "retrieval_zh": "段落2", "count": "12", "classification": "City"}
 
 
-class Words:
-    """A tokenizer whose tokens are words, blanks and marks; it round-trips."""
+class Blanks(Words):
+    """A token is a word, a blank or a mark."""
 
-    def __init__(self, template_tokens: int = 7) -> None:
-        self.template_tokens = template_tokens
-        self.known: dict[str, int] = {}
-
-    def encode(self, text: str) -> list[int]:
-        return [self.known.setdefault(word, len(self.known)) for word in re.findall(r"\w+|\s|[^\w\s]", text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        words = list(self.known)
-        return "".join(words[i] for i in ids)
+    pattern = r"\w+|\s|[^\w\s]"
 
 
 def options(folder: Path | None = None, **changes: Any) -> TaskOptions:
-    return replace(TaskOptions(tokenizer=Words(), max_tokens=10**9, data_dir=folder), **changes)
+    return replace(TaskOptions(tokenizer=Blanks(7), max_tokens=10**9, data_dir=folder), **changes)
 
 
-def row(dataset: Dataset, number: int = 0, **changes: Any) -> dict[str, Any]:
-    made = {
-        "input": f"What is item {number}?",
-        "context": f"Paragraph 1: nothing.\nParagraph 2: item {number} is here.",
-        "answers": [ANSWERS.get(dataset.metric, "北京大学" if dataset.language == "zh" else "x = call(12)")],
-        "length": 10,
-        "dataset": dataset.name,
-        "language": dataset.language,
-        "all_classes": ["City", "Person"] if dataset.metric == "classification" else None,
-        "_id": f"id{number}",
-    }
-    return made | changes
+def samples(dataset: Dataset, asked: TaskOptions) -> list[Sample]:
+    return list(LongBench(dataset).samples(asked))
 
 
-def write(folder: Path, name: str, rows: Sequence[Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    return path
-
-
-def test_the_table_is_the_official_one() -> None:
-    assert len(find_tasks(["longbench"])) == len(DATASETS) == 21
-    assert len(find_tasks(["longbench_e"])) == 13
-    assert sum(dataset.samples for dataset in DATASETS) == 4750
-    assert {d.name for d in DATASETS if not d.chat} == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
-    assert {d.name for d in DATASETS if d.first_line} == {"trec", "triviaqa", "samsum", "lsht"}
-    assert all(TASKS[f"longbench/{d.name}"].protocol == "official" for d in DATASETS)
-    assert find_tasks(["longbench/official"]) == find_tasks(["longbench"])
+def made(folder: Path, name: str, *changes: dict[str, Any], **asked: Any) -> list[Sample]:
+    """Samples of made rows, one for each set of changes."""
+    write_rows(folder, name, [row(BY_NAME[name], number, **own) for number, own in enumerate(changes)])
+    return samples(BY_NAME[name], options(folder, **asked))
 
 
 def test_every_task_says_what_it_is() -> None:
     """Counts of THUDM/LongBench's task.md: 4750 rows of LongBench, 3668 of LongBench-E."""
-    about = {task.name: task.about for task in find_tasks(["longbench", "longbench_e"])}
+    official, by_length = find_tasks(["longbench"]), find_tasks(["longbench_e"])
+    assert official == find_tasks(["longbench/official"])
+    assert (len(official), len(by_length)) == (len(DATASETS), 13) == (21, 13)
+    assert {task.protocol for task in official} == {"official"}
+    assert [sum(task.about.samples for task in tasks) for tasks in (official, by_length)] == [4750, 3668]
+    assert {d.name for d in DATASETS if not d.chat} == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    assert {d.name for d in DATASETS if d.first_line} == {"trec", "triviaqa", "samsum", "lsht"}
+    about = {task.name: task.about for task in (*official, *by_length)}
     assert {(a.source, a.revision, a.licence) for a in about.values()} == {("THUDM/LongBench", "2e00731", "MIT")}
-    assert about["longbench/lcc"].samples == 500
-    assert about["longbench_e/multi_news"].samples == 294
-    assert about["longbench_e/qasper"].samples == 224
-    assert sum(a.samples for name, a in about.items() if name.startswith("longbench_e/")) == 3668
+    counts = {"longbench/lcc": 500, "longbench_e/multi_news": 294, "longbench_e/qasper": 224}
+    assert {name: about[name].samples for name in counts} == counts
     assert (about["longbench/trec"].metric, about["longbench/vcsum"].metric) == ("classification", "rouge_l_zh")
 
 
 @pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.name)
 def test_every_real_row_renders_to_the_official_prompt(dataset: Dataset, shared_data: Path) -> None:
     checksums = json.loads((shared_data / "longbench_prompt_sha256.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (shared_data / "longbench" / f"{dataset.name}.jsonl").open(encoding="utf-8")]
-    samples = list(LongBench(dataset).samples(options(shared_data)))
-    assert [sample.id for sample in samples] == [r["_id"] for r in rows]
-    for sample, official in zip(samples, rows, strict=True):
+    rows, drawn = read_rows(shared_data, dataset.name), samples(dataset, options(shared_data))
+    assert [sample.id for sample in drawn] == [r["_id"] for r in rows]
+    for sample, official in zip(drawn, rows, strict=True):
         prompt = sample.context + sample.question + sample.answer_prefix
         assert hashlib.sha256(prompt.encode()).hexdigest() == checksums[sample.id]["sha256"], sample.id
         assert sample.context.endswith(official["context"])
@@ -102,7 +74,7 @@ def test_every_real_row_renders_to_the_official_prompt(dataset: Dataset, shared_
 @pytest.mark.parametrize("dataset", DATASETS, ids=lambda d: d.name)
 def test_a_made_row_scores_from_its_stored_record(dataset: Dataset, by_length: bool, tmp_path: Path) -> None:
     task = LongBench(dataset, by_length=by_length)
-    write(tmp_path, task.file.removesuffix(".jsonl"), [row(dataset)])
+    write_rows(tmp_path, task.file.removesuffix(".jsonl"), [row(dataset)])
     (sample,) = task.samples(options(tmp_path))
     kept = json.loads(json.dumps({"meta": dict(sample.meta), "answers": sample.answers}))
     stored = Sample("s", "", "", tuple(kept["answers"]), dataset.max_new_tokens, meta=kept["meta"])
@@ -114,23 +86,19 @@ def test_a_made_row_scores_from_its_stored_record(dataset: Dataset, by_length: b
 
 def test_few_shot_answers_are_scored_by_their_first_line_and_the_best_reference() -> None:
     trec, hotpot = LongBench(BY_NAME["trec"]), LongBench(BY_NAME["hotpotqa"])
-    meta = {"all_classes": ["City", "Person"]}
-    assert trec.score(Sample("s", "", "", ("City",), 64, meta=meta), "\nCity\nPerson")["score"] == 1.0
-    assert trec.score(Sample("s", "", "", ("City",), 64, meta=meta), "Person\nCity")["score"] == 0.0
-    assert hotpot.score(Sample("s", "", "", ("no", "New York"), 32), "new york\nor not")["score"] == pytest.approx(
-        2 / 3
-    )
+    city = Sample("s", "", "", ("City",), 64, meta={"all_classes": ["City", "Person"]})
+    assert [trec.score(city, said)["score"] for said in ("\nCity\nPerson", "Person\nCity")] == [1.0, 0.0]
+    york = Sample("s", "", "", ("no", "New York"), 32)
+    assert hotpot.score(york, "new york\nor not")["score"] == pytest.approx(2 / 3)
 
 
 def test_samsum_ends_at_a_newline_after_one_token(tmp_path: Path) -> None:
-    write(tmp_path, "samsum", [row(BY_NAME["samsum"])])
-    (sample,) = LongBench(BY_NAME["samsum"]).samples(options(tmp_path))
+    (sample,) = made(tmp_path, "samsum", {})
     assert (sample.stop, sample.min_new_tokens, sample.chat) == (("\n",), 1, False)
 
 
 def test_placeholders_in_the_data_are_left_alone(tmp_path: Path) -> None:
-    write(tmp_path, "qasper", [row(BY_NAME["qasper"], context="a {input} b {context}", input="{context}?")])
-    (sample,) = LongBench(BY_NAME["qasper"]).samples(options(tmp_path))
+    (sample,) = made(tmp_path, "qasper", {"context": "a {input} b {context}", "input": "{context}?"})
     assert sample.context.endswith("Article: a {input} b {context}")
     assert "Question: {context}?" in sample.question
 
@@ -191,7 +159,7 @@ def test_cutting_keeps_the_first_and_last_half_and_finds_the_border(context: str
 
 
 def test_a_cut_that_encodes_to_more_tokens_is_cut_shorter() -> None:
-    class Growing(Words):
+    class Growing(Blanks):
         """Joining the halves costs 40 tokens, once."""
 
         def encode(self, text: str) -> list[int]:
@@ -199,7 +167,7 @@ def test_a_cut_that_encodes_to_more_tokens_is_cut_shorter() -> None:
             return ids if text == whole else ids + [0] * 40
 
     whole = "word " * 3000 + "?"
-    opts = options(max_tokens=2000, tokenizer=Growing())
+    opts = options(max_tokens=2000, tokenizer=Growing(7))
     before, after, truncated = cut_middle(whole[:-1], "?", options=opts, dataset=BY_NAME["gov_report"])
     _, room = longest_prompt(opts, BY_NAME["gov_report"])
     assert truncated
@@ -213,58 +181,47 @@ def test_no_room_for_a_prompt_is_refused() -> None:
 
 
 def test_a_limit_draws_a_seeded_subset(tmp_path: Path) -> None:
-    write(tmp_path / "longbench", "qasper", [row(BY_NAME["qasper"], n) for n in range(30)])
-    task = LongBench(BY_NAME["qasper"])
-    few, more = (list(task.samples(options(tmp_path, limit=n))) for n in (5, 12))
-    assert [s.id for s in few] == [s.id for s in task.samples(options(tmp_path, limit=5))]
-    assert {s.id for s in few} < {s.id for s in more}
-    assert [s.id for s in few] != [s.id for s in task.samples(options(tmp_path, limit=5, seed=1))]
+    rows = [{}] * 30
+    few, again, more, other = (
+        [sample.id for sample in made(tmp_path / "longbench", "qasper", *rows, data_dir=tmp_path, **asked)]
+        for asked in ({"limit": 5}, {"limit": 5}, {"limit": 12}, {"limit": 5, "seed": 1})
+    )
+    assert few == again != other
+    assert set(few) < set(more)
 
 
 def test_a_limit_is_spread_over_the_lengths(tmp_path: Path) -> None:
     """Of 40 rows, whatever their order, 8 are drawn: 2 of each quarter by length."""
-    lengths = [(7 * n) % 40 for n in range(40)]
-    write(tmp_path, "qasper", [row(BY_NAME["qasper"], n, length=length) for n, length in enumerate(lengths)])
+    lengths = [{"length": (7 * n) % 40} for n in range(40)]
     for seed in range(5):
-        drawn = LongBench(BY_NAME["qasper"]).samples(options(tmp_path, limit=8, seed=seed))
-        quarters = [sample.meta["length"] // 10 for sample in drawn]
-        assert sorted(quarters) == [0, 0, 1, 1, 2, 2, 3, 3]
+        drawn = made(tmp_path, "qasper", *lengths, limit=8, seed=seed)
+        assert sorted(sample.meta["length"] // 10 for sample in drawn) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_whole_leaves_out_rows_that_would_be_cut(tmp_path: Path) -> None:
-    task, most = LongBench(BY_NAME["qasper"]), options(max_tokens=1500)
-    rows = [row(task.dataset, number, context="word " * (20 if number % 2 else 3000)) for number in range(6)]
-    write(tmp_path, "qasper", rows)
-    most = replace(most, data_dir=tmp_path)
-    assert sum(sample.meta["truncated"] for sample in task.samples(most)) == 3
-    assert [sample.id for sample in task.samples(replace(most, whole=True))] == ["id1", "id3", "id5"]
-    write(tmp_path, "qasper", rows[::2])
+    rows = [{"context": "word " * (20 if number % 2 else 3000)} for number in range(6)]
+    assert sum(sample.meta["truncated"] for sample in made(tmp_path, "qasper", *rows, max_tokens=1500)) == 3
+    whole = made(tmp_path, "qasper", *rows, max_tokens=1500, whole=True)
+    assert [sample.id for sample in whole] == ["id1", "id3", "id5"]
     with pytest.raises(TaskError, match=r"no row of qasper.jsonl fits 1500 tokens uncut"):
-        next(iter(task.samples(replace(most, whole=True))))
+        made(tmp_path, "qasper", *rows[::2], max_tokens=1500, whole=True)
 
 
 def test_rows_of_one_context_share_a_group(tmp_path: Path) -> None:
-    rows = [row(BY_NAME["qasper"], n, context=text) for n, text in enumerate(["one", "two", "one"])]
-    write(tmp_path, "qasper", rows)
-    first, second, third = (s.meta["group"] for s in LongBench(BY_NAME["qasper"]).samples(options(tmp_path)))
+    rows = ({"context": text} for text in ("one", "two", "one"))
+    first, second, third = (sample.meta["group"] for sample in made(tmp_path, "qasper", *rows))
     assert first == third != second
 
 
-def test_an_official_row_of_no_words_is_kept(tmp_path: Path) -> None:
-    write(tmp_path, "multi_news", [row(BY_NAME["multi_news"], context="", length=0)])
-    (sample,) = LongBench(BY_NAME["multi_news"]).samples(options(tmp_path))
+def test_an_official_row_of_no_words_is_kept_and_one_without_an_id_named_by_its_line(tmp_path: Path) -> None:
+    (sample,) = made(tmp_path, "multi_news", {"context": "", "length": 0})
     assert sample.context.endswith("News:\n")
-
-
-def test_rows_without_an_id_are_named_by_their_line(tmp_path: Path) -> None:
-    rows = [{k: v for k, v in row(BY_NAME["qasper"], n).items() if k != "_id"} for n in range(2)]
-    write(tmp_path, "qasper", rows)
-    assert [s.id for s in LongBench(BY_NAME["qasper"]).samples(options(tmp_path))] == ["line-1", "line-2"]
+    assert [sample.id for sample in made(tmp_path, "qasper", {"_id": None}, {"_id": ""})] == ["line-1", "line-2"]
 
 
 def damaged(**changes: Any) -> str:
-    made = row(BY_NAME["trec"], 1) | changes
-    return json.dumps({key: value for key, value in made.items() if value != "gone"})
+    changed = row(BY_NAME["trec"], 1) | changes
+    return json.dumps({key: value for key, value in changed.items() if value != "gone"})
 
 
 @pytest.mark.parametrize(
@@ -282,22 +239,21 @@ def damaged(**changes: Any) -> str:
     ],
 )
 def test_a_damaged_line_is_named(second: str, message: str, tmp_path: Path) -> None:
-    path = write(tmp_path, "trec", [row(BY_NAME["trec"])])
+    path = write_rows(tmp_path, "trec", [row(BY_NAME["trec"])])
     path.write_text(path.read_text() + second + "\n")
     with pytest.raises(TaskError, match=re.escape(message)):
-        list(LongBench(BY_NAME["trec"]).samples(options(tmp_path)))
+        samples(BY_NAME["trec"], options(tmp_path))
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"no lcc_e\.jsonl in .*longbench; .*`harness data fetch longbench --to "):
         list(LongBench(BY_NAME["lcc"], by_length=True).samples(options(tmp_path)))
-    write(tmp_path, "lcc", [])
     with pytest.raises(TaskError, match=r"lcc\.jsonl is empty"):
-        list(LongBench(BY_NAME["lcc"]).samples(options(tmp_path)))
+        made(tmp_path, "lcc")
 
 
 def test_provenance_names_file_checksum_and_template(tmp_path: Path) -> None:
-    path = write(tmp_path, "lcc", [row(BY_NAME["lcc"])])
+    path = write_rows(tmp_path, "lcc", [row(BY_NAME["lcc"])])
     said = LongBench(BY_NAME["lcc"]).provenance(options(tmp_path))
     assert said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (said["rows"], said["official_rows"]) == (1, 500)
@@ -309,7 +265,7 @@ def test_provenance_names_file_checksum_and_template(tmp_path: Path) -> None:
 
 def locked(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A data file as `harness data fetch` leaves it: beside a lock."""
-    path = write(tmp_path, "lcc", [row(BY_NAME["lcc"])])
+    path = write_rows(tmp_path, "lcc", [row(BY_NAME["lcc"])])
     entry = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": 1}
     lock = {"repo": "THUDM/LongBench", "commit": "5e628be", "files": {"lcc.jsonl": entry}}
     (tmp_path / "fetched.json").write_text(json.dumps(lock))
@@ -318,33 +274,24 @@ def locked(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 
 def test_fetched_files_are_found_through_the_asset_and_say_their_commit(tmp_path: Path) -> None:
     locked(tmp_path)
-    asked = []
-
-    def fetch(name: str) -> Path:
-        asked.append(name)
-        return tmp_path
-
-    task = LongBench(BY_NAME["lcc"])
-    assert len(list(task.samples(options(fetch=fetch)))) == 1
-    said = task.provenance(options(fetch=fetch))
+    asked = options(fetch={"longbench": tmp_path}.__getitem__)
+    assert len(samples(BY_NAME["lcc"], asked)) == 1
+    said = LongBench(BY_NAME["lcc"]).provenance(asked)
     assert (said["data"], said["data_revision"]) == ("THUDM/LongBench", "5e628be")
-    assert set(asked) == {"longbench"}
-    with pytest.raises(
-        TaskError, match=r"no trec\.jsonl in .*delete that folder and run `harness data fetch longbench`"
-    ):
-        list(LongBench(BY_NAME["trec"]).samples(options(fetch=fetch)))
+    says = r"no trec\.jsonl in .*delete that folder and run `harness data fetch longbench`"
+    with pytest.raises(TaskError, match=says):
+        samples(BY_NAME["trec"], asked)
 
 
 def test_a_file_that_is_not_the_fetched_one_is_refused(tmp_path: Path) -> None:
     path, lock = locked(tmp_path)
-    write(tmp_path, "trec", [row(BY_NAME["trec"])])  # beside them, but not of them
+    write_rows(tmp_path, "trec", [row(BY_NAME["trec"])])  # beside them, but not of them
     assert LongBench(BY_NAME["trec"]).provenance(options(tmp_path))["data"] == "data_dir"
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(
-        TaskError, match=rf"lcc\.jsonl has sha256 .*{lock['files']['lcc.jsonl']['sha256'][:12]} was fetch"
-    ):
-        list(LongBench(BY_NAME["lcc"]).samples(options(tmp_path)))
+    says = rf"lcc\.jsonl has sha256 .*{lock['files']['lcc.jsonl']['sha256'][:12]} was fetch"
+    with pytest.raises(TaskError, match=says):
+        samples(BY_NAME["lcc"], options(tmp_path))
     for damage in ("{", "[]", '{"files": 1}', '{"files": {"lcc.jsonl": {"sha256": "x"}}}'):
         (tmp_path / "fetched.json").write_text(damage)
         with pytest.raises(TaskError, match=r"fetched\.json is damaged"):
-            list(LongBench(BY_NAME["lcc"]).samples(options(tmp_path)))
+            samples(BY_NAME["lcc"], options(tmp_path))

@@ -1,11 +1,7 @@
 """kvpress's form of LongBench: where each template is split, what is generated and scored, and what is cut."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +12,8 @@ from hypothesis import strategies as st
 from tasks.base import TASKS, Sample, TaskError, find_tasks
 from tasks.longbench import DATASETS, Dataset, LongBench, official_template
 from tasks.longbench_kvpress import KvpressLongBench, cut_end, parts
-from tests.tasks.test_longbench import options
-
-BY_NAME = {dataset.name: dataset for dataset in DATASETS}
+from tests.task_data import longbench_row, read_rows, tokens, write_rows
+from tests.tasks.test_longbench import BY_NAME, options
 
 # Read from kvpress's create_huggingface_dataset.py: (end of the context template, start of the question template, its
 # end, answer prefix of every row).
@@ -48,13 +43,10 @@ SPLITS = {
 }
 
 
-def write(folder: Path, dataset: Dataset, rows: Sequence[dict[str, Any]]) -> None:
-    own = {"dataset": dataset.name, "language": dataset.language, "length": 10}
-    own["all_classes"] = ["City", "Person"] if dataset.metric == "classification" else None
-    filled = [
-        {"input": "in", "context": "text", "answers": ["City"], "_id": f"id{i}"} | own | r for i, r in enumerate(rows)
-    ]
-    (folder / f"{dataset.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in filled))
+def made(folder: Path, name: str, *changes: dict[str, Any], **asked: Any) -> list[Sample]:
+    """Samples of made rows, one for each set of changes."""
+    write_rows(folder, name, [longbench_row(BY_NAME[name], number, **own) for number, own in enumerate(changes)])
+    return list(KvpressLongBench(BY_NAME[name]).samples(options(folder, **asked)))
 
 
 def test_it_is_a_variant_of_21_tasks() -> None:
@@ -70,9 +62,7 @@ def test_the_split_is_that_of_kvpress(dataset: Dataset, tmp_path: Path) -> None:
     """What kvpress's builder makes of a row, worked out from its templates."""
     context_end, question_start, question_end, prefix = SPLITS[dataset.name]
     cue = prefix if dataset.name in ("trec", "triviaqa", "samsum") else ""
-    write(tmp_path, dataset, [{"input": f"line\nlast\n{cue}", "context": "A {input} B"}])
-    (sample,) = KvpressLongBench(dataset).samples(options(tmp_path))
-
+    (sample,) = made(tmp_path, dataset.name, {"input": f"line\nlast\n{cue}", "context": "A {input} B"})
     template = official_template(dataset)
     assert "".join(parts(template)) == template
     assert sample.context.endswith(context_end.replace("{context}", "A {input} B"))
@@ -88,10 +78,7 @@ def test_the_split_is_that_of_kvpress(dataset: Dataset, tmp_path: Path) -> None:
 def test_real_rows_join_to_the_official_prompt(dataset: Dataset, shared_data: Path) -> None:
     """But for rows whose cue is followed by a blank: kvpress does not take it off, so it comes twice."""
     checksums = json.loads((shared_data / "longbench_prompt_sha256.json").read_text(encoding="utf-8"))
-    rows = {
-        r["_id"]: r
-        for r in map(json.loads, (shared_data / "longbench" / f"{dataset.name}.jsonl").open(encoding="utf-8"))
-    }
+    rows = {row["_id"]: row for row in read_rows(shared_data, dataset.name)}
     samples = list(KvpressLongBench(dataset).samples(options(shared_data)))
     assert {sample.id for sample in samples} == set(rows)
     for sample in samples:
@@ -103,37 +90,30 @@ def test_real_rows_join_to_the_official_prompt(dataset: Dataset, shared_data: Pa
 
 
 def test_the_cue_of_a_row_is_taken_off_only_at_its_very_end(tmp_path: Path) -> None:
-    write(tmp_path, BY_NAME["triviaqa"], [{"input": "Q?\nAnswer:"}, {"input": "Q?\nAnswer:\n"}])
-    exact, blank = KvpressLongBench(BY_NAME["triviaqa"]).samples(options(tmp_path))
+    exact, blank = made(tmp_path, "triviaqa", {"input": "Q?\nAnswer:"}, {"input": "Q?\nAnswer:\n"})
     assert (exact.question, blank.question) == ("Q?\n", "Q?\nAnswer:\n")
     assert exact.answer_prefix == blank.answer_prefix == "Answer:"
 
 
 def test_samples_of_one_context_follow_each_other(tmp_path: Path) -> None:
-    write(tmp_path, BY_NAME["qasper"], [{"context": text} for text in ("one", "two", "one", "three", "two")])
-    samples = list(KvpressLongBench(BY_NAME["qasper"]).samples(options(tmp_path)))
+    samples = made(tmp_path, "qasper", *({"context": text} for text in ("one", "two", "one", "three", "two")))
     assert [sample.id for sample in samples] == ["id0", "id2", "id1", "id4", "id3"]
     assert samples[0].meta["group"] == samples[1].meta["group"] != samples[2].meta["group"]
 
 
 def test_a_limit_draws_the_rows_that_the_official_task_draws(tmp_path: Path) -> None:
-    write(tmp_path, BY_NAME["qasper"], [{"context": f"text {n}", "length": n} for n in range(30)])
-    asked = options(tmp_path, limit=6)
-    official = [sample.id for sample in LongBench(BY_NAME["qasper"]).samples(asked)]
-    assert [sample.id for sample in KvpressLongBench(BY_NAME["qasper"]).samples(asked)] == official
+    drawn = made(tmp_path, "qasper", *({"context": f"text {n}", "length": n} for n in range(30)), limit=6)
+    official = LongBench(BY_NAME["qasper"]).samples(options(tmp_path, limit=6))
+    assert [sample.id for sample in drawn] == [sample.id for sample in official]
 
 
 def test_scores_differ_from_the_official_in_leading_blanks_alone() -> None:
     """calculate_metrics.py strips every blank before a few-shot answer, eval.py newlines alone."""
     sample = Sample("s", "", "", ("City",), 84, meta={"all_classes": ["City", "Person"]})
     trec = KvpressLongBench(BY_NAME["trec"])
-    assert trec.score(sample, " \n City\nPerson")["score"] == 1.0
-    assert trec.official.score(sample, " \n City\nPerson")["score"] == 0.0
+    assert [task.score(sample, " \n City\nPerson")["score"] for task in (trec, trec.official)] == [1.0, 0.0]
     code = Sample("s", "", "", ("    return x",), 84)
-    lcc = KvpressLongBench(BY_NAME["lcc"])
-    assert lcc.score(code, "    return x")["score"] == 1.0
-    assert lcc.score(code, "")["score"] == trec.score(sample, "")["score"] == 0.0
-    assert trec.reference(sample) == "City"
+    assert KvpressLongBench(BY_NAME["lcc"]).score(code, "    return x")["score"] == 1.0
 
 
 words = st.lists(st.sampled_from(["alpha", "beta", " ", "\n", "."]), min_size=1, max_size=200).map("".join)
@@ -160,22 +140,17 @@ def test_a_long_context_loses_its_end(context: str, question: str, room: int) ->
 
 def test_truncation_leaves_room_for_question_template_and_generation(tmp_path: Path) -> None:
     """Of 300 tokens 84 are generated and 7 are the template's."""
-    write(tmp_path, BY_NAME["trec"], [{"context": "word " * 1000, "input": "(Who?) Type:"}])
-    opts = options(tmp_path, max_tokens=300)
-    (sample,) = KvpressLongBench(BY_NAME["trec"]).samples(opts)
-    used = len(opts.tokenizer.encode(sample.context + sample.question)) + len(opts.tokenizer.encode("Type:"))
-    assert used == 300 - 84 - 7
+    long = {"context": "word " * 1000, "input": "(Who?) Type:"}
+    (sample,) = made(tmp_path, "trec", long, max_tokens=300)
+    assert tokens(sample, options().tokenizer) == 300 - 84
     assert sample.meta["truncated"] is True
     assert sample.context.startswith("Please determine")
     with pytest.raises(TaskError, match="90 tokens leave no room for a context; raise max_tokens"):
-        list(KvpressLongBench(BY_NAME["trec"]).samples(replace(opts, max_tokens=90)))
+        made(tmp_path, "trec", long, max_tokens=90)
 
 
 def test_provenance_lists_what_differs(tmp_path: Path) -> None:
-    write(tmp_path, BY_NAME["lcc"], [{}])
+    made(tmp_path, "lcc", {})
     said = KvpressLongBench(BY_NAME["lcc"]).provenance(options(tmp_path))
-    assert any("chat template" in text for text in said["differs_from_official"])
-    assert len(said["differs_from_official"]) == 9
-    assert len(said["deviations"]) == 4
-    assert said["template_source"].startswith("lm-eval 0.4.")
+    assert (len(said["differs_from_official"]), len(said["deviations"])) == (9, 4)
     assert (said["file"], said["rows"]) == ("lcc.jsonl", 1)

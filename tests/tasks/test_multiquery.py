@@ -1,11 +1,7 @@
 """Several questions over one context: what they share, what they ask, and that one compression serves them all."""
 
-from __future__ import annotations
-
-import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +9,8 @@ from harness.cli import main
 from harness.records.run_folder import find_runs, load_run
 from tasks import load_tasks
 from tasks.base import TASKS, Sample, TaskError
-from tests.task_data import Options
+from tasks.longbench import DATASETS, SINGLE
+from tests.task_data import Options, longbench_row, tokens, write_rows
 
 load_tasks()
 GENERATED = ("niah", "qa_1", "qa_2")
@@ -37,8 +34,7 @@ def test_four_questions_share_a_context_that_answers_them(name: str, options: Op
         assert len({sample.question for sample in group}) == len({sample.answers for sample in group}) == 4
         for sample in group:
             assert any(answer in sample.context for answer in sample.answers)
-            tokens = len(asked.tokenizer.encode(sample.context + sample.question + sample.answer_prefix))
-            assert tokens + sample.max_new_tokens + asked.tokenizer.template_tokens <= 2048
+            assert tokens(sample, asked.tokenizer) + sample.max_new_tokens <= 2048
             assert "asked" not in sample.meta and "prompt_tokens" not in sample.meta
             assert task.score(sample, f"It is {sample.answers[0]}.")["score"] == 1
             assert task.score(sample, group[0].answers[0])["score"] == (sample is group[0])
@@ -62,41 +58,33 @@ def test_a_limit_counts_questions_of_each_length_and_draws_a_prefix(name: str, o
     assert {sample.id: sample for sample in few}.items() <= {sample.id: sample for sample in many}.items()
 
 
-def longbench(folder: Path, **rows: list[tuple[str, str]]) -> Path:
-    """Files of the single-document QA sets with (context, question) rows."""
-    for name in ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"):
-        language = "zh" if name.endswith("zh") else "en"
-        fields: dict[str, Any] = {"answers": ["gold"], "dataset": name, "language": language, "all_classes": None}
-        given = rows.get(name, [("alone", "Who?")])
-        lines = [
-            {"input": q, "context": c, "length": len(c), "_id": f"r{i}", **fields} for i, (c, q) in enumerate(given)
+def longbench(folder: Path, *rows: tuple[str, str]) -> Path:
+    """Files of the single-document QA sets: qasper with (context, question) rows, the others with one row."""
+    for dataset in [dataset for dataset in DATASETS if dataset.category == SINGLE]:
+        given = rows if dataset.name == "qasper" and rows else [("alone", "Who?")]
+        made = [
+            longbench_row(dataset, i, context=context, input=question, answers=["gold"])
+            for i, (context, question) in enumerate(given)
         ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(folder, dataset.name, made)
     return folder
 
 
 def test_rows_of_one_document_are_asked_together(options: Options, tmp_path: Path) -> None:
     words = " ".join(f"w{i}" for i in range(3000))
-    rows = [
-        ("short text", "Who?"),
-        (words, "Which of them?"),
-        ("short text", "Where?"),
-        (words, "What " * 30),
-        ("x", "y"),
-    ]
-    data = longbench(tmp_path, qasper=rows)
+    rows = [("short text", "Who?"), (words, "Which of them?"), ("short text", "Where?"), (words, "What " * 30)]
+    data = longbench(tmp_path, *rows, ("x", "y"))
     task = TASKS["multiquery/longbench"]
     asked = options(data_dir=data, max_tokens=2048)
     whole, cut = sorted(groups(list(task.samples(asked))), key=lambda group: len(group[0].context))
-    assert {sample.id for sample in whole} == {"qasper/r0", "qasper/r2"}
-    assert {sample.id for sample in cut} == {"qasper/r1", "qasper/r3"}
+    assert {sample.id for sample in whole} == {"qasper/id0", "qasper/id2"}
+    assert {sample.id for sample in cut} == {"qasper/id1", "qasper/id3"}
     assert [sample.meta["truncated"] for sample in (*whole, *cut)] == [False, False, True, True]
     for group in (whole, cut):
         assert group[0].context == group[1].context
         assert group[0].context.startswith("You are given a scientific article")
         for sample in group:
-            tokens = len(asked.tokenizer.encode(sample.context + sample.question))
-            assert tokens + sample.max_new_tokens + asked.tokenizer.template_tokens <= 2048
+            assert tokens(sample, asked.tokenizer) + sample.max_new_tokens <= 2048
             assert task.score(sample, "gold") == {"score": 1.0}
     assert "Who?" in whole[0].question + whole[1].question
     assert len(list(task.samples(options(data_dir=data, max_tokens=2048, limit=3)))) == 3
@@ -108,9 +96,7 @@ def test_rows_of_one_document_are_asked_together(options: Options, tmp_path: Pat
 
 def test_a_run_prefills_each_context_once(tmp_path: Path) -> None:
     text = "The town of Ash lies by the river. " * 12
-    data = longbench(
-        tmp_path, qasper=[(text, "Which town?"), (text, "Which river?"), (text + "!", "a"), (text + "!", "b")]
-    )
+    data = longbench(tmp_path, (text, "Which town?"), (text, "Which river?"), (text + "!", "a"), (text + "!", "b"))
     run = ["run", "--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv", "--budgets"]
     run += ["64", "--tasks", "multiquery/longbench", "--data-dir", str(data), "--max-new-tokens", "4"]
     assert main([*run, "--out", str(tmp_path / "aware")]) == 2

@@ -1,22 +1,18 @@
 """Needle in a haystack: the grid, where the needle stands, the three layouts and their scores."""
 
-from __future__ import annotations
-
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, wrap
-from tasks.base import TASKS, Sample, TaskError, find_tasks
+from tasks.base import TASKS, Sample
 from tasks.essays import read_essays
 from tasks.niah import hide
-from tests.task_data import Options, Words, draw_samples
+from tests.task_data import Options, Words, draw_samples, prompt, tokens
 
 NAMES = ["niah/snapkv", "niah/kamradt", "niah/passkey"]
 CLASSIC = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
@@ -32,24 +28,9 @@ def options(small: Options) -> Options:
 
 def haystack(sample: Sample) -> str:
     """The essays of a prompt, needle included."""
-    if "<book>" in sample.context:
-        start, end = "<book> ", " </book>.\n"
-    elif "magic" in sample.context:
-        start, end = "memorize it.\n", "\n"
-    else:
-        start, end = "direct\n\n", "\n\n"
+    frames = (("<book> ", " </book>.\n"), ("memorize it.\n", "\n"), ("direct\n\n", "\n\n"))
+    start, end = next(frame for frame in frames if frame[0] in sample.context)
     return sample.context.split(start, 1)[1].removesuffix(end)
-
-
-def test_the_family_is_three_layouts() -> None:
-    assert [task.name for task in find_tasks(["niah"])] == NAMES
-    assert [task.protocol for task in find_tasks(["niah"])] == ["snapkv", "kamradt", "passkey"]
-    about = {task.name: task.about for task in find_tasks(["niah"])}
-    assert [about[name].samples for name in NAMES] == [50, 175, 50]
-    assert [about[name].metric for name in NAMES] == ["keyword_recall", "keyword_recall", "string_match_all"]
-    snapkv, kamradt = about["niah/snapkv"], about["niah/kamradt"]
-    assert (snapkv.source, snapkv.revision, snapkv.licence) == ("Zefan-Cai/KVCache-Factory", "c97f9d7", "MIT")
-    assert (kamradt.revision, kamradt.licence) == ("needlehaystack 0.1.0", "MIT")
 
 
 def test_the_classic_needle_is_scored_by_keywords_with_rouge_beside(options: Options) -> None:
@@ -63,10 +44,10 @@ def test_the_classic_needle_is_scored_by_keywords_with_rouge_beside(options: Opt
 
 def test_the_passkey_is_found_exactly_or_not(options: Options) -> None:
     samples = draw_samples("niah/passkey", options())
-    keys = [sample.answers[0] for sample in samples]
-    assert len(set(keys)) == len(samples)
-    assert all(re.fullmatch(r"[1-9]\d{6}", key) for key in keys)
-    for sample, key in zip(samples, keys, strict=True):
+    assert len({sample.answers for sample in samples}) == len(samples)
+    for sample in samples:
+        (key,) = sample.answers
+        assert re.fullmatch(r"[1-9]\d{6}", key)
         assert sample.meta["needles"] == [f"The special magic number is: {key}."]
         assert TASKS["niah/passkey"].score(sample, f"It is {key}!")["score"] == 1
         assert TASKS["niah/passkey"].score(sample, f"It is {key[:-1]}")["score"] == 0
@@ -80,11 +61,9 @@ def test_haystack_and_needle_leave_a_buffer_of_200_tokens(name: str, length: int
         needle = len(chosen.tokenizer.encode(f"\n{sample.meta['needles'][0]}\n"))
         text = haystack(sample).replace(f"\n{sample.meta['needles'][0]}\n", "")
         assert len(chosen.tokenizer.encode(text)) == length - 200 - needle
-        message = len(chosen.tokenizer.encode(sample.context + sample.question))
-        prompt = message + len(chosen.tokenizer.encode(sample.answer_prefix)) + (12 if sample.chat else 0)
+        prompt = tokens(sample, chosen.tokenizer)
         assert prompt + sample.max_new_tokens <= length
-        assert sample.meta["prompt_tokens"] == prompt
-        assert sample.meta["length"] == length
+        assert (sample.meta["prompt_tokens"], sample.meta["length"]) == (prompt, length)
 
 
 @pytest.mark.parametrize("name", ["niah/kamradt", "niah/passkey"])
@@ -120,93 +99,39 @@ def test_the_first_depths_of_a_haystack_are_spread(name: str, options: Options) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_samples_depend_on_the_seed_and_their_id_alone(name: str, options: Options) -> None:
-    many = draw_samples(name, options(lengths=(1024, 512), limit=23))
-    assert many == draw_samples(name, options(lengths=(1024, 512), limit=23, tokenizer=Words()))
-    assert draw_samples(name, options(lengths=(512,), limit=12)) == many[23:35]
-    assert len({sample.id for sample in many}) == 46
-    other = draw_samples(name, options(lengths=(512,), limit=12, seed=7))
-    assert [sample.id for sample in other] != [sample.id for sample in many[23:35]]
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_the_needle_stands_once_after_a_sentence_near_its_depth(name: str, options: Options) -> None:
     for sample in draw_samples(name, options(lengths=(4096,))):
-        needle = sample.meta["needles"][0]
-        text = haystack(sample)
-        assert sample.context.count(needle) == 1
         assert sample.question not in sample.context
-        before, after = text.split(f"\n{needle}\n")
+        before, after = haystack(sample).split(f"\n{sample.meta['needles'][0]}\n")
         depth = sample.meta["depth"]
         assert 100 * len(before) / len(before + after) == pytest.approx(depth, abs=1)
-        if depth == 0:
-            assert before == ""
-        elif depth < 100:
-            assert before.endswith(".")
-        else:
-            assert after == ""
-
-
-def test_the_first_haystack_begins_with_the_first_essay(options: Options) -> None:
-    text = read_essays(options()).text
-    for sample in draw_samples("niah/snapkv", options()):
-        assert sample.meta["haystack"] == 0
-        plain = haystack(sample).replace(f"\n{CLASSIC}\n", "")
-        assert text.startswith(plain)
+        assert before == "" if depth == 0 else after == "" if depth == 100 else before.endswith(".")
 
 
 def test_the_snapkv_prompt_word_for_word(options: Options) -> None:
     sample = draw_samples("niah/snapkv", options(limit=1))[0]
-    assert not sample.chat
-    assert sample.stop == ("\n",)
-    assert sample.max_new_tokens == 30
+    assert (sample.chat, sample.stop, sample.max_new_tokens) == (False, ("\n",), 30)
     assert sample.answers == ("eat a sandwich and sit in Dolores Park on a sunny day.",)
-    assert sample.context + sample.question + sample.answer_prefix == (
+    assert prompt(sample) == (
         f"<|im_start|> This is a very long story book: <book> {haystack(sample)} </book>.\n Based on the content of "
         "the book, Question: The best thing to do in San Francisco is: \nAnswer:"
     )
-    assert f"\n{CLASSIC}\n" in haystack(sample)
+    first, second = haystack(sample).split(f"\n{CLASSIC}\n")
+    assert read_essays(options()).text.startswith(first + second)
 
 
 def test_the_kamradt_prompt_word_for_word(options: Options) -> None:
     sample = draw_samples("niah/kamradt", options(limit=1))[0]
     assert sample.chat
-    assert sample.context.startswith(
+    assert f"\n{CLASSIC}\n" in haystack(sample)
+    assert prompt(sample) == (
         "You are a helpful AI bot that answers questions for a user. Keep your response short and direct\n\n"
-    )
-    assert sample.question == (
-        "What is the best thing to do in San Francisco? "
+        f"{haystack(sample)}\n\nWhat is the best thing to do in San Francisco? "
         "Don't give information outside the document or repeat your findings"
     )
-    assert f"\n{CLASSIC}\n" in sample.context
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_length_that_is_too_small_names_the_smallest_one(name: str, options: Options) -> None:
-    with pytest.raises(TaskError, match="64 tokens are too few; the smallest length that works is") as error:
-        TASKS[name].samples(options(lengths=(64,)))
-    smallest = int(str(error.value).rsplit(" ", 1)[1])
-    samples = draw_samples(name, options(lengths=(smallest,)))
-    assert all(len(haystack(sample).split()) >= 100 for sample in samples)
-    with pytest.raises(TaskError, match="too few"):
-        TASKS[name].samples(options(lengths=(smallest - 1,)))
-
-
-def test_lengths_beyond_the_run_and_missing_essays_are_refused(options: Options, tmp_path: Path) -> None:
-    task = TASKS["niah/snapkv"]
-    with pytest.raises(TaskError, match="length 2048 exceeds the 2000 tokens"):
-        task.samples(options(lengths=(2048,), max_tokens=2000))
-    with pytest.raises(TaskError, match=f"no essays in {re.escape(str(tmp_path))}"):
-        task.samples(options(fetch=lambda _: tmp_path))
-
-
-def test_provenance_is_json_with_a_checksum(options: Options) -> None:
-    said = TASKS["niah/kamradt"].provenance(options())
-    assert json.loads(json.dumps(said)) == said
-    assert re.fullmatch("[0-9a-f]{64}", said["essays_sha256"])
-    assert said["essays"].startswith("5 ")
-
-
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["word", "end.", "3.14", "x"]), min_size=1, max_size=40), st.sampled_from(TEN))
 def test_hiding_keeps_the_text_and_follows_the_last_full_stop(words: list[str], depth: int) -> None:
     tokenizer = Words()

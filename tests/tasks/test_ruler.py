@@ -1,8 +1,5 @@
-"""RULER's tasks: wording against literals, and answers against naive solvers."""
+"""RULER's tasks: answers against naive solvers. Their wording is compared with lm-eval's in test_upstream_ruler.py."""
 
-from __future__ import annotations
-
-import json
 import random
 import re
 from collections import Counter
@@ -11,58 +8,38 @@ import numpy as np
 import pytest
 from scipy.special import zeta
 
-from tasks.base import TASKS, Sample, find_tasks
+from tasks.base import TASKS, Sample
 from tasks.essays import Essays
-from tasks.ruler import corpus
-from tasks.ruler.cwe import CommonWords
-from tasks.ruler.fit import SamplePlan
-from tasks.ruler.fwe import counts
+from tasks.ruler import aggregation, corpus, vt
+from tasks.ruler.aggregation import CommonWords, counts
+from tasks.ruler.family import SamplePlan
 from tasks.ruler.niah import DEPTHS, ROWS, NeedleGenerator
 from tests.task_data import NEEDLES, RULER, Options, Words, draw_samples
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
-def test_the_family_is_the_thirteen_tasks() -> None:
-    tasks = find_tasks(["ruler"])
-    assert [task.name for task in tasks] == [f"ruler/{name}" for name in RULER]
-    assert {task.protocol for task in tasks} == {"official"}
-    for task in tasks:
-        about = task.about
-        assert (about.source, about.revision, about.licence) == ("NVIDIA/RULER", "c3f5e3b", "Apache-2.0")
-        assert about.samples == 500
-        assert about.metric == ("string_match_part" if "qa" in task.name else "string_match_all")
-
-
 def test_a_part_of_the_answers_is_a_part_of_the_score(options: Options) -> None:
     sample = draw_samples("ruler/vt", options())[0]
-    assert TASKS["ruler/vt"].score(sample, " ".join(sample.answers[:2]))["score"] == pytest.approx(0.4)
-    asked = draw_samples("ruler/qa_1", options())[0]
-    assert len(asked.answers) == 2
-    assert TASKS["ruler/qa_1"].score(asked, asked.answers[1])["score"] == 1
+    said = " ".join(sample.answers[:2]), f" {', '.join(sample.answers).lower()}."
+    assert [TASKS["ruler/vt"].score(sample, text)["score"] for text in said] == pytest.approx([0.4, 1])
     assert TASKS["ruler/vt"].reference(sample) == ", ".join(sample.answers)
-    assert TASKS["ruler/vt"].score(sample, f" {', '.join(sample.answers).lower()}.")["score"] == 1
-    assert TASKS["ruler/qa_1"].reference(asked) == asked.answers[0]
+    asked = draw_samples("ruler/qa_1", options())[0]
+    answer, alias = asked.answers
+    assert TASKS["ruler/qa_1"].score(asked, alias)["score"] == 1
+    assert TASKS["ruler/qa_1"].reference(asked) == answer
 
 
 @pytest.mark.parametrize("name", RULER)
-def test_the_question_is_not_in_the_context(name: str, options: Options) -> None:
-    for sample in draw_samples(f"ruler/{name}", options(lengths=(512,))):
-        assert (sample.chat, sample.stop) == (True, ())
-        asked = sample.question.rsplit("\n", 1)[-1]
-        if name != "cwe":  # its worked example asks the same question
-            assert asked not in sample.context
-        assert sample.context.rsplit("\n", 1)[-1] == ""
-
-
-@pytest.mark.parametrize("name", [*NEEDLES, "vt"])
-def test_needles_stand_in_the_context_verbatim(name: str, options: Options) -> None:
+def test_needles_stand_in_the_context_verbatim_and_the_question_does_not(name: str, options: Options) -> None:
     for sample in draw_samples(f"ruler/{name}", options(lengths=(512, 1024))):
-        needles = sample.meta["needles"]
-        assert len(needles) == len(sample.answers)
-        for needle, answer in zip(needles, sample.answers, strict=True):
-            assert sample.context.count(needle) == 1
-            assert answer in needle
+        assert (sample.chat, sample.stop, sample.context[-1]) == (True, (), "\n")
+        if name != "cwe":  # its worked example asks the same question
+            assert sample.question.rsplit("\n", 1)[-1] not in sample.context
+        if name in (*NEEDLES, "vt"):
+            for needle, answer in zip(sample.meta["needles"], sample.answers, strict=True):
+                assert sample.context.count(needle) == 1
+                assert answer in needle
 
 
 def found_values(sample: Sample, kind: str) -> list[str]:
@@ -90,37 +67,17 @@ def test_answers_are_the_values_of_the_asked_keys(name: str, options: Options) -
         assert (NOISE in sample.context) == (row.haystack == "noise")
 
 
-def test_one_needle_is_spoken_of_in_the_singular(options: Options) -> None:
-    sample = draw_samples("ruler/niah_single_1", options(lengths=(512,)))[0]
-    key = sample.question.removeprefix("What is the special magic number for ").split(" mentioned")[0]
-    assert re.fullmatch(r"\S+-.+", key)
-    assert sample.context.startswith(
-        "A special magic number is hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the number afterwards.\n"
-    )
-    assert sample.question == f"What is the special magic number for {key} mentioned in the provided text?"
-    assert sample.answer_prefix == f" The special magic number for {key} mentioned in the provided text is"
-    assert sample.meta["needles"] == [f"One of the special magic numbers for {key} is: {sample.answers[0]}."]
-    lines = sample.context.split("\n")[1:-1]
-    assert Counter(lines) == {NOISE: len(lines) - 1, sample.meta["needles"][0]: 1}
-    uuid = draw_samples("ruler/niah_single_3", options(lengths=(512,)))[0]
-    assert uuid.question.startswith("What is the special magic uuid for ")
-    assert "about the uuid afterwards." in uuid.context
-
-
-def test_several_needles_are_spoken_of_in_the_plural(options: Options) -> None:
+def test_keys_are_asked_for_in_a_list_and_noise_is_lines(options: Options) -> None:
     sample = draw_samples("ruler/niah_multiquery", options(lengths=(512,)))[0]
     keys = [re.sub(r".* for (.*) is: .*", r"\1", needle) for needle in sample.meta["needles"]]
     query = f"{keys[0]}, {keys[1]}, {keys[2]}, and {keys[3]}"
-    assert sample.context.startswith(
-        "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the numbers afterwards.\nThe "
-    )
     assert sample.question == f"What are all the special magic numbers for {query} mentioned in the provided text?"
     assert sample.answer_prefix == f" The special magic numbers for {query} mentioned in the provided text are"
     values = draw_samples("ruler/niah_multivalue", options(lengths=(512,)))[0]
-    assert values.question.startswith("What are all the special magic numbers for ")
     assert len({needle.split(" is: ")[0] for needle in values.meta["needles"]}) == 1
+    noise = draw_samples("ruler/niah_single_1", options(lengths=(512,)))[0]
+    lines = noise.context.split("\n")[1:-1]
+    assert Counter(lines) == {NOISE: len(lines) - 1, noise.meta["needles"][0]: 1}
 
 
 @pytest.mark.parametrize(
@@ -166,25 +123,19 @@ def assigned(text: str, value: str) -> list[str]:
 
 @pytest.mark.parametrize("length", [512, 1024, 4096])
 def test_variable_tracking_asks_for_a_chain_of_five_after_an_example(length: int, options: Options) -> None:
-    order = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-    prefix = (
-        " Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assigned the "
-        "value {}, they are: "
-    )
+    order, question = (part.split("{")[0] for part in (vt.TEMPLATE, vt.QUESTION))
     for sample in draw_samples("ruler/vt", options(lengths=(length,))):
         empty, example, asked = sample.context.split(order)
-        value = sample.question[-24:].split()[0]
+        value = sample.question.removeprefix(question).split()[0]
         assert empty == ""
-        assert sample.question == f"Question: Find all variables that are assigned the value {value} in the text above."
-        assert sample.answer_prefix == prefix.format(value)
         assert assigned(asked, value) == list(sample.answers)
         assert all(re.fullmatch("[A-Z]{5}", answer) for answer in sample.answers)
-        text, question, solved = re.split(r"\n(?=Question)|(?<=above\.)(?= Answer)", example)
-        shown = question.split()[-5]
+        text, solved = example.split(question)
+        shown = solved.split()[0]
         names = assigned(text, shown)
         assert len(names) == 5
         assert all(re.fullmatch("[A-Z]{3}", name) for name in names)
-        assert solved == prefix.format(shown) + " " + " ".join(names) + "\n\n"
+        assert solved.endswith(vt.ANSWER_PREFIX.format(query=shown, num_v=5) + " " + " ".join(names) + "\n\n")
         assert shown != value
         assert len(Words().encode(example)) <= 500
         assert set(asked.split("\n")) - {""} <= {NOISE, *NOISE.replace(". ", ".\n").split("\n"), *chain_lines(sample)}
@@ -197,21 +148,14 @@ def chain_lines(sample: Sample) -> set[str]:
 
 @pytest.mark.parametrize(("length", "common", "rare"), [(1024, 6, 1), (4096, 30, 3)])
 def test_common_words_are_the_ten_most_frequent(length: int, common: int, rare: int, options: Options) -> None:
-    order = (
-        "Below is a numbered list of words. In these words, some appear more often than others. "
-        "Memorize the ones that appear most often.\n"
-    )
-    question = "Question: What are the 10 most common words in the above list?"
-    prefix = " Answer: The top 10 words that appear most often in the list are:"
     for sample in draw_samples("ruler/cwe", options(lengths=(length,))):
-        assert (sample.question, sample.answer_prefix) == (question, prefix)
-        empty, example, asked = sample.context.split(order)
+        empty, example, asked = sample.context.split(aggregation.COMMON_TEMPLATE.split("{")[0])
         assert empty == ""
         seen = numbered(asked)
         assert set(seen.values()) == {common, rare}
         assert {word for word, times in seen.items() if times == common} == set(sample.answers)
         assert len(sample.answers) == 10
-        shown, solved = example.split(f"\n{question}{prefix} ")
+        shown, solved = example.split(f"\n{sample.question}{sample.answer_prefix} ")
         times = (3, 1) if length < 4096 else (10, 3)
         assert Counter(numbered(shown).values()) == {times[0]: 10, times[1]: 10 if length < 4096 else 30}
         assert set(numbered(solved)) == {word for word, n in numbered(shown).items() if n == times[0]}
@@ -234,19 +178,8 @@ def test_words_beyond_the_list_are_pairs() -> None:
 
 @pytest.mark.parametrize("length", [512, 4096])
 def test_frequent_words_are_ranks_two_to_four(length: int, options: Options) -> None:
-    order = (
-        "Read the following coded text and track the frequency of each coded word. "
-        "Find the three most frequently appeared coded words. "
-    )
+    order = aggregation.CODED_TEMPLATE.split("{")[0]
     for sample in draw_samples("ruler/fwe", options(lengths=(length,))):
-        assert sample.context.startswith(order)
-        assert sample.question == (
-            "Question: Do not provide any explanation. Please ignore the dots '....'. "
-            "What are the three most frequently appeared words in the above coded text?"
-        )
-        assert sample.answer_prefix == (
-            " Answer: According to the coded text above, the three most frequently appeared words are:"
-        )
         assert sample.context.endswith("\n") and sample.context.count("\n") == 1
         ranked = Counter(sample.context.removeprefix(order).split()).most_common()
         assert ranked[0][0] == "..."
@@ -262,10 +195,3 @@ def test_counts_are_those_of_the_zeta_distribution() -> None:
     ranks = np.arange(1, 656)
     for units in (1, 97, 5_461, 20_480, 131_072):
         assert list(counts(units, 655)) == (units * ranks**-2.0 / zeta(2.0)).astype(int).tolist()
-
-
-@pytest.mark.parametrize("name", RULER)
-def test_provenance_is_json_and_names_what_differs(name: str, options: Options) -> None:
-    said = json.dumps(TASKS[f"ruler/{name}"].provenance(options()))
-    assert "every random choice is seeded per sample" in said
-    assert ("169 web pages" in said) == (name in ROWS and ROWS[name].haystack == "essay")

@@ -1,7 +1,5 @@
 """RULER's question answering: which questions, where their documents stand, and files that are missing or damaged."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -10,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tasks.base import TASKS, TaskError
-from tasks.ruler.fit import SamplePlan
+from tasks.ruler.family import SamplePlan
 from tasks.ruler.qa import Documents, Item
 from tests.task_data import Options, Words, draw_samples, hotpot, user_message
+
+ORDER = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 
 
 def test_a_prompt_in_full() -> None:
@@ -20,11 +20,8 @@ def test_a_prompt_in_full() -> None:
     prompt = generator.build(2, SamplePlan(512, 0, random.Random(0), 0.6))
     other = "It rains." if "rains" in prompt.context else "It snows."
     assert prompt.context + prompt.question + prompt.answer_prefix == (
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-        "\n\nThe following are given documents.\n\n"
-        f"Document 1:\n{other}\n\nDocument 2:\nAnn\nis here.\n\n"
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-        "\n\nQuestion: Who? Answer:"
+        f"{ORDER}\n\nThe following are given documents.\n\nDocument 1:\n{other}\n\nDocument 2:\nAnn\nis here.\n\n"
+        f"{ORDER}\n\nQuestion: Who? Answer:"
     )
     assert prompt.answers == ("Ann", "Anna")
     assert prompt.meta["depth"] == 100
@@ -32,12 +29,9 @@ def test_a_prompt_in_full() -> None:
 
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
 def test_documents_hold_the_answer(name: str, options: Options) -> None:
-    order = (
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-    )
     for sample in draw_samples(f"ruler/{name}", options(lengths=(1024,), limit=20)):
-        assert sample.context.startswith(f"{order}\n\nThe following are given documents.\n\nDocument 1:\n")
-        assert sample.question.startswith(f"{order}\n\nQuestion: W")
+        assert sample.context.startswith(f"{ORDER}\n\nThe following are given documents.\n\nDocument 1:\n")
+        assert sample.question.startswith(f"{ORDER}\n\nQuestion: W")
         assert sample.answer_prefix == " Answer:"
         texts = re.split(r"\n\nDocument \d+:\n", sample.context)[1:]
         assert len(texts) == len(set(texts)) == sample.meta["documents"]

@@ -1,7 +1,5 @@
 """Generated tasks: they fit, repeat, score themselves, and never show their answer."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import platform
@@ -15,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import stdlib
-from tasks.base import Sample, TaskError, TaskOptions, find_tasks, rng
+from tasks.base import TaskError, TaskOptions, rng
 from tasks.stdlib import NextLine, PassageRetrieval
-from tests.task_data import Words
+from tests.task_data import Words, tokens
 
 TASKS = (NextLine(), PassageRetrieval())
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
@@ -25,19 +23,6 @@ every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 
 def options(**changes: Any) -> TaskOptions:
     return replace(TaskOptions(tokenizer=Words(), max_tokens=100_000, lengths=(600, 1500), limit=4), **changes)
-
-
-def tokens(sample: Sample, opts: TaskOptions) -> int:
-    prompt = sample.context + sample.question + sample.answer_prefix
-    wrap = opts.tokenizer.template_tokens if sample.chat else 1
-    return len(opts.tokenizer.encode(prompt)) + sample.max_new_tokens + wrap
-
-
-@every_task
-def test_registered_and_not_called_longbench(task: stdlib.Generated) -> None:
-    (found,) = find_tasks([task.name])
-    assert type(found) is type(task)
-    assert task.protocol == "stdlib"
 
 
 @every_task
@@ -48,24 +33,8 @@ def test_samples_fit_their_length_closely(task: stdlib.Generated) -> None:
     for sample in samples:
         length = sample.meta["length"]
         # what is left is less than the shortest paragraph or one line of code, which may be followed by blank ones
-        assert length - 60 <= tokens(sample, opts) <= length
+        assert length - 60 <= tokens(sample, opts.tokenizer) + sample.max_new_tokens + (not sample.chat) <= length
         assert task.score(sample, sample.answers[0])["score"] == 1.0
-
-
-@every_task
-def test_same_seed_same_samples_and_a_limit_is_a_prefix(task: stdlib.Generated) -> None:
-    first = list(task.samples(options()))
-    assert first == list(task.samples(options()))
-    assert [s for s in first if s.id in ("600/0", "600/1")] == list(task.samples(options(lengths=(600,), limit=2)))
-    other = list(task.samples(options(seed=7)))
-    assert all(one.context != two.context for one, two in zip(first, other, strict=True))
-
-
-@every_task
-def test_the_official_number_is_fifty_a_length(task: stdlib.Generated) -> None:
-    samples = list(task.samples(options(lengths=(400,), limit=None)))
-    assert len(samples) == stdlib.SAMPLES == 50
-    assert len({(s.context, s.question) for s in samples}) > 45
 
 
 @every_task
@@ -73,8 +42,6 @@ def test_lengths_that_cannot_be_filled_are_refused(task: stdlib.Generated, monke
     few = {name: getattr(stdlib, name)()[:9] for name in ("source_files", "paragraphs")}
     monkeypatch.setattr(stdlib, "source_files", lambda: few["source_files"])
     monkeypatch.setattr(stdlib, "paragraphs", lambda: few["paragraphs"])
-    with pytest.raises(TaskError, match=r"length 5000 exceeds the 4096 tokens"):
-        next(task.samples(options(max_tokens=4096, lengths=(5000,))))
     with pytest.raises(TaskError, match=r"nothing fits a length of 50 tokens; ask for a longer one"):
         next(task.samples(options(lengths=(50,))))
     with pytest.raises(TaskError, match=r"ask for a shorter length"):
@@ -149,22 +116,18 @@ def test_a_sentence_is_in_its_own_paragraph_alone() -> None:
         blocks = sample.context.split("\n\n")[1:]
         holding = [block for block in blocks if sentence in block]
         assert len(blocks) == sample.meta["paragraphs"] == len(set(blocks))
-        assert len(holding) == 1
-        assert holding[0].startswith(f"{sample.answers[0]}: ")
-        assert len(holding[0]) > len(sentence) + 20
+        (block,) = holding
+        assert block.startswith(f"{sample.answers[0]}: ") and len(block) > len(sentence) + 20
         assert [block.split(":")[0] for block in blocks] == [f"Paragraph {i + 1}" for i in range(len(blocks))]
 
 
 def test_the_paragraph_asked_for_is_anywhere() -> None:
-    places = {
-        s.meta["paragraph"] / s.meta["paragraphs"]
-        for s in PassageRetrieval().samples(options(lengths=(1500,), limit=30))
-    }
-    assert min(places) < 0.3
-    assert max(places) > 0.7
+    samples = PassageRetrieval().samples(options(lengths=(1500,), limit=30))
+    places = [sample.meta["paragraph"] / sample.meta["paragraphs"] for sample in samples]
+    assert min(places) < 0.3 and max(places) > 0.7
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=20), st.integers(0, 200))
 def test_fill_never_overruns_and_leaves_nothing_that_fits(sizes: list[int], room: int) -> None:
     others = [f"{i}:" + "x" * size for i, size in enumerate(sizes)]

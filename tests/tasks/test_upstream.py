@@ -4,14 +4,10 @@ The differences are those of lm-eval from the official protocols, or named at ou
 values, so that a release of lm-eval that changes is noticed. Nothing here downloads; no index of tasks is built.
 """
 
-from __future__ import annotations
-
-import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,15 +15,14 @@ from hypothesis import strategies as st
 
 from tasks import load_tasks, scoring
 from tasks.base import Sample, TaskOptions
-from tests.upstream import Chars, prompt, task_file
+from tests.task_data import prompt, read_rows
+from tests.upstream import Chars, task_file
 
 fuzz = pytest.importorskip("fuzzywuzzy.fuzz", reason="fuzzywuzzy is not installed; pip install '.[dev]'")
 theirs = pytest.importorskip("lm_eval.tasks.longbench.metrics")
 TASKS = load_tasks()
 LONGBENCH = sorted(n.removeprefix("longbench/") for n in TASKS if re.fullmatch(r"longbench/[^/]+", n))
 FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")
-# ---- LongBench: metrics -----------------------------------------------------------------------------------------
-
 WORDS = ("the", "a cat", "an", "Cat.", "dog", "7", "17", "Paragraph 7", "段落7", "北京", "大学。", "x = 1", "!")
 text = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join) | st.text(max_size=30)
 SAME: tuple[tuple[Callable[[str, str], float], Callable[[str, str], float]], ...] = (
@@ -49,11 +44,9 @@ def test_metrics_that_are_the_same(prediction: str, reference: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(text, st.integers(1, 30))
 def test_retrieval_is_the_same(prediction: str, paragraph: int) -> None:
-    for ours, other, label in (
-        (scoring.retrieval, theirs.retrieval_score, "Paragraph "),
-        (scoring.retrieval_zh, theirs.retrieval_zh_score, "段落"),
-    ):
-        assert ours(prediction, f"{label}{paragraph}") == other(prediction, f"{label}{paragraph}")
+    english, chinese = f"Paragraph {paragraph}", f"段落{paragraph}"
+    assert scoring.retrieval(prediction, english) == theirs.retrieval_score(prediction, english)
+    assert scoring.retrieval_zh(prediction, chinese) == theirs.retrieval_zh_score(prediction, chinese)
 
 
 line = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=30).filter(str.strip)
@@ -74,14 +67,18 @@ def test_classification_is_the_same_where_no_name_is_part_of_another(prediction:
         assert scoring.classification(prediction, gold, classes) == expected
 
 
+def their_score(name: str) -> Callable[..., dict[str, float]]:
+    return getattr(theirs, task_file("longbench", name)["process_results"].removeprefix("metrics."))
+
+
 @pytest.mark.parametrize("name", LONGBENCH)
 def test_real_answers_score_the_same(name: str, shared_data: Path) -> None:
     """Each row's own answer, its first half, and the answers of other rows, without blanks around prose."""
     task = TASKS[f"longbench/{name}"]
-    rows = {row["_id"]: row for row in real_rows(shared_data, name)}
+    rows = {row["_id"]: row for row in read_rows(shared_data, name)}
     samples = list(islice(task.samples(TaskOptions(tokenizer=Chars(), max_tokens=10**9, data_dir=shared_data)), 2))
-    score = getattr(theirs, task_file("longbench", name)["process_results"].removeprefix("metrics."))
-    code = task_file("longbench", name)["process_results"] == "metrics.get_code_sim_with_score"
+    score = their_score(name)
+    code = score is theirs.get_code_sim_with_score
     gold = [sample.answers[0] if code else sample.answers[0].strip() for sample in samples]
     assert samples
     for sample, own in zip(samples, gold, strict=True):
@@ -90,19 +87,12 @@ def test_real_answers_score_the_same(name: str, shared_data: Path) -> None:
             assert task.score(sample, prediction)["score"] == pytest.approx(expected, abs=1e-12), prediction
 
 
-def real_rows(folder: Path, name: str) -> list[Any]:
-    return [json.loads(row) for row in (folder / "longbench" / f"{name}.jsonl").open(encoding="utf-8")]
-
-
-# ---- LongBench: where lm-eval differs ---------------------------------------------------------------------------
-
-
 def scored(name: str, prediction: str, *answers: str, classes: Sequence[str] = ()) -> tuple[float, float]:
     """(our score, lm-eval's) of one prediction."""
     sample = Sample("s", "", "", answers, 64, meta={"all_classes": list(classes)})
-    score = getattr(theirs, task_file("longbench", name)["process_results"].removeprefix("metrics."))
     doc = {"answers": list(answers), "all_classes": list(classes)}
-    return TASKS[f"longbench/{name}"].score(sample, prediction)["score"], score(doc, [prediction])["score"]
+    ours = TASKS[f"longbench/{name}"].score(sample, prediction)["score"]
+    return ours, their_score(name)(doc, [prediction])["score"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +132,7 @@ def test_class_names_that_are_part_of_the_gold_name() -> None:
 
 def test_no_class_of_the_real_rows_is_part_of_another(shared_data: Path) -> None:
     for name in ("trec", "lsht"):
-        classes = {c for row in real_rows(shared_data, name) for c in row["all_classes"]}
+        classes = {c for row in read_rows(shared_data, name) for c in row["all_classes"]}
         assert len(classes) >= 24
         assert not [(a, b) for a in classes for b in classes if a != b and a in b]
 
@@ -150,7 +140,7 @@ def test_no_class_of_the_real_rows_is_part_of_another(shared_data: Path) -> None
 @pytest.mark.parametrize("name", LONGBENCH)
 def test_prompts_and_lengths_of_longbench(name: str, shared_data: Path) -> None:
     """Six templates lack white space; the others render to the official prompt, and all generation lengths agree."""
-    content, row = task_file("longbench", name), real_rows(shared_data, name)[0]
+    content, row = task_file("longbench", name), read_rows(shared_data, name)[0]
     fields = {"context": row["context"], "question": row["input"], "input": row["input"]}
     rendered = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: fields[match[1]], content["doc_to_text"])
     options = TaskOptions(tokenizer=Chars(), max_tokens=10**9, data_dir=shared_data)
@@ -166,9 +156,6 @@ def test_prompts_and_lengths_of_longbench(name: str, shared_data: Path) -> None:
         rendered = f"{head}\n\n{tail}"
     assert ours == rendered
     assert content["generation_kwargs"]["max_gen_toks"] == sample.max_new_tokens
-
-
-# ---- Edit similarity: rapidfuzz and fuzzywuzzy ------------------------------------------------------------------
 
 
 def test_fuzzywuzzy_is_installed_with_levenshtein() -> None:

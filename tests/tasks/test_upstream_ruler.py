@@ -4,15 +4,11 @@ The differences are those of lm-eval from NVIDIA/RULER. A test of one shows both
 that changes is noticed. Nothing here downloads; no index of tasks is built.
 """
 
-from __future__ import annotations
-
 import importlib
-import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,7 +19,8 @@ from hypothesis import strategies as st
 
 from tasks import load_tasks, scoring
 from tasks.base import Sample, TaskOptions
-from tests.upstream import Chars, prompt, task_file
+from tests.task_data import Options, prompt
+from tests.upstream import Chars, task_file
 
 pytest.importorskip("lm_eval.tasks.ruler.common_utils")
 TASKS = load_tasks()
@@ -66,38 +63,9 @@ def _unload() -> Iterator[None]:
         sys.modules.pop(f"lm_eval.tasks.ruler.{name}", None)
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TaskOptions]:
-    """Options over made essays and questions."""
-    folder, draw = tmp_path_factory.mktemp("data"), random.Random(3)
-
-    def prose(words: int) -> str:
-        return f"The {' '.join(draw.choices(['river', 'stone', 'cloud', 'garden', 'paper'], k=words))}."
-
-    (folder / "PaulGrahamEssays").mkdir()
-    for i in range(3):
-        (folder / "PaulGrahamEssays" / f"{i}.txt").write_text("\n".join(prose(9) for _ in range(60)))
-    paragraphs = [
-        {
-            "context": f"{prose(12)} It is answer{i}. {prose(12)}",
-            "qas": [{"question": f"What is {i}?", "answers": [{"text": f"answer{i}"}], "is_impossible": False}],
-        }
-        for i in range(8)
-    ]
-    (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    rows = [
-        {
-            "question": f"Which is {i}?",
-            "answer": f"answer{i}",
-            "context": [[f"Title {i}.{k}", [prose(8), f" It is answer{i}."]] for k in range(4)],
-        }
-        for i in range(8)
-    ]
-    (folder / "hotpot.json").write_text(json.dumps(rows))
-    base = TaskOptions(
-        tokenizer=Chars(), max_tokens=100_000, lengths=(4096,), limit=2, data_dir=folder, fetch=lambda name: folder
-    )
-    return lambda **changes: replace(base, **changes)
+@pytest.fixture
+def options(small: Options) -> Options:
+    return lambda **changes: small(**{"tokenizer": Chars(), "lengths": (4096,), "limit": 2, **changes})
 
 
 def ruler(name: str, options: TaskOptions) -> list[Sample]:
@@ -126,7 +94,7 @@ def test_string_match_part_of_aliases() -> None:
 
 
 @pytest.mark.parametrize("name", RULER_FILES)
-def test_generation_lengths_of_ruler(name: str, options: Callable[..., TaskOptions]) -> None:
+def test_generation_lengths_of_ruler(name: str, options: Options) -> None:
     content = task_file("ruler", RULER_FILES[name])
     while "generation_kwargs" not in content:
         content = task_file("ruler", content["include"].removesuffix(".yaml"))
@@ -153,7 +121,7 @@ def frame(whole: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", NEEDLES)
-def test_needle_prompts(name: str, options: Callable[..., TaskOptions]) -> None:
+def test_needle_prompts(name: str, options: Options) -> None:
     """Instruction, question, prefix, needle and how many are hidden: the same, in singular and plural."""
     (other,) = their_needles(name)
     for sample in ruler(name, options()):
@@ -185,7 +153,7 @@ def test_rows_of_the_needle_table(name: str) -> None:
     assert (*kinds, *counts) == NEEDLES[name]
 
 
-def test_variable_tracking(options: Callable[..., TaskOptions]) -> None:
+def test_variable_tracking(options: Options) -> None:
     """Lm-eval misspells the answer prefix, and joins lines by blanks."""
     chains = module("vt_utils")
     head, tail = chains.TEMPLATE.split("{context}")
@@ -203,7 +171,7 @@ def test_variable_tracking(options: Callable[..., TaskOptions]) -> None:
     assert not [part for part in whole.split("\n") if re.fullmatch(r"VAR [A-Z]+ = (VAR )?\w+ ?", part)]
 
 
-def test_common_words(options: Callable[..., TaskOptions]) -> None:
+def test_common_words(options: Options) -> None:
     """Lm-eval leaves the worked example out of the prompt; sized for it all the same."""
     words = module("cwe_utils")
     head, tail = words.TEMPLATE.split("{context}")
@@ -216,7 +184,7 @@ def test_common_words(options: Callable[..., TaskOptions]) -> None:
     assert task_file("ruler", "cwe")["target_delimiter"] == "\n\n"  # before the prefix; NVIDIA has a blank
 
 
-def test_frequent_words(options: Callable[..., TaskOptions]) -> None:
+def test_frequent_words(options: Options) -> None:
     """Lm-eval does not subtract the tokens to generate."""
     words = module("fwe_utils")
     head, tail = words.TEMPLATE.split("{context}")
@@ -236,7 +204,7 @@ def size(sample: Sample) -> int:
     return len(chars.encode(prompt(sample))) + sample.max_new_tokens + chars.template_tokens
 
 
-def test_lengths_are_filled_in_steps_by_lm_eval(options: Callable[..., TaskOptions]) -> None:
+def test_lengths_are_filled_in_steps_by_lm_eval(options: Options) -> None:
     """Steps of 25 lines leave up to 700 tokens empty; a binary search leaves less than two lines."""
     random.seed(0)
     (other,) = their_needles("niah_multikey_3", max_seq_length=4400)
@@ -244,7 +212,7 @@ def test_lengths_are_filled_in_steps_by_lm_eval(options: Callable[..., TaskOptio
     assert all(0.98 < size(sample) / 4400 <= 1 for sample in ruler("niah_multikey_3", options(lengths=(4400,))))
 
 
-def test_samples_depend_on_the_global_state_in_lm_eval(options: Callable[..., TaskOptions]) -> None:
+def test_samples_depend_on_the_global_state_in_lm_eval(options: Options) -> None:
     """What was drawn before decides; here a sample depends on the seed and its id."""
     made = []
     for state in (0, 0, 1):
@@ -256,7 +224,7 @@ def test_samples_depend_on_the_global_state_in_lm_eval(options: Callable[..., Ta
 
 
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
-def test_question_answering(name: str, options: Callable[..., TaskOptions]) -> None:
+def test_question_answering(name: str, options: Options) -> None:
     """The prompt is the same. lm-eval does not repeat documents when there are too few; NVIDIA does."""
     answering = module("qa_utils")
     head, tail = answering.TEMPLATE.split("{context}")
@@ -268,6 +236,6 @@ def test_question_answering(name: str, options: Callable[..., TaskOptions]) -> N
     docs, item = ["one", "two"], {"query": "?", "outputs": ["x"], "context": [0]}
     other, _ = answering.generate_input_output(0, 50, [item], docs)
     assert other.count("Document ") == 2
-    (sample, _) = ruler(name, options(lengths=(16_384,)))
+    (sample, _) = ruler(name, options(lengths=(32_768,)))
     titles = re.findall(r"Document \d+:\n(.+)", sample.context)
     assert len(titles) > 2 * len(set(titles)) * 0.9 and len(set(titles)) < len(titles)
