@@ -170,7 +170,7 @@ def _footnotes(table: SpeedTable) -> list[str]:
         lines += ["TPOT: one decode step of the whole batch; tokens/s: batch over TPOT, [slowest, fastest] step"]
         lines += ["compress %: of prefill; KV: keys and values left after compression"]
         lines += [f"peak: highest {' and '.join(kinds)} above the loaded model, prefill and decode included"]
-        lines += ["predicted: the same from shapes alone, before anything ran (harness/footprint.py)"]
+        lines += ["predicted: the same from shapes alone, before anything ran (harness/speed/predicted_memory.py)"]
     lines += [_alarm(row, row.found) for row in table.rows if row.alarm and row.found is not None]
     if any(row.alarm for row in table.rows):
         lines.append(
