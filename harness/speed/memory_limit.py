@@ -103,10 +103,8 @@ def fill_holes() -> int:
     """Take the free blocks inside the heap for good, untouched, so that large allocations are mapped (glibc only).
 
     An allocation of any size goes into a hole that fits it, and what is freed there stays resident, whatever
-    `map_from` says; nor does an address-space limit see it. Call `map_from` afterwards: this changes its sizes.
-
-    Returns:
-        The bytes taken, none of them resident.
+    `map_from` says; nor does an address-space limit see it. Call `map_from` afterwards: this changes its sizes. Returns
+    the bytes taken, none of them resident.
     """
     taken = 0
     with suppress(OSError, AttributeError):
@@ -140,9 +138,7 @@ def die_with_parent(parent: int) -> None:
 def apply(limit_bytes: int) -> Limit:
     """Hold this process below `limit_bytes`, what it holds already included.
 
-    Raises:
-        MemoryError: it holds more than that already.
-        HarnessError: no limit can be set here.
+    Raises MemoryError when it holds more than that already, HarnessError where no limit can be set.
     """
     resident = status_bytes("VmRSS")
     if limit_bytes <= resident:
@@ -151,9 +147,8 @@ def apply(limit_bytes: int) -> Limit:
     if not refused:
         return Limit("cgroup", limit_bytes)
     limit_address_space(limit_bytes, resident)
-    _, swapped = swap()
     note = f"no cgroup of its own: {refused}"
-    if swapped:
+    if swapped := swap()[1]:
         note += f"; {swapped} bytes of swap are in use, so peaks of resident memory may come out too low"
     return Limit("address space", limit_bytes, note)
 
@@ -168,9 +163,7 @@ def limit_address_space(limit_bytes: int, resident: int) -> None:
 
 
 def join_cgroup(room: int) -> str:
-    """Move this process into a cgroup v2 of its own with `room` bytes and no swap.
-
-    Returns why that is not possible, or an empty string.
+    """Move this process into a cgroup v2 of its own with `room` bytes and no swap; return why it cannot, or "".
 
     What was allocated before stays with the old cgroup, so `room` is of new memory alone.
     """
@@ -219,12 +212,9 @@ def _delegated() -> Path | None:
         lines = (PROC / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    path = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if path is None:
-        return None
-    here = CGROUPS / path.lstrip("/")
-    for group in (here, here.parent) if here != CGROUPS else (here,):
-        with suppress(OSError):
-            if "memory" in (group / "cgroup.subtree_control").read_text(encoding="ascii").split():
-                return group
+    for here in [CGROUPS / line[3:].lstrip("/") for line in lines if line.startswith("0::")]:
+        for group in (here, here.parent) if here != CGROUPS else (here,):
+            with suppress(OSError):
+                if "memory" in (group / "cgroup.subtree_control").read_text(encoding="ascii").split():
+                    return group
     return None
