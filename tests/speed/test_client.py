@@ -207,16 +207,16 @@ def _abort() -> None:
 @pytest.mark.parametrize(
     ("act", "status", "words"),
     [
-        (lambda: _raise(MemoryError()), "oom", "MemoryError"),
-        (lambda: _raise(torch.OutOfMemoryError("CUDA out of memory.")), "oom", "CUDA out of memory"),
+        (partial(_raise, MemoryError()), "oom", "MemoryError"),
+        (partial(_raise, torch.OutOfMemoryError("CUDA out of memory.")), "oom", "CUDA out of memory"),
         (
             lambda: _raise(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
             "oom",
             "DefaultCPU",
         ),
-        (lambda: _raise(RuntimeError("could not create a primitive")), "oom", "primitive"),
-        (lambda: _raise(OSError(12, "Cannot allocate memory")), "oom", "Cannot allocate"),
-        (lambda: _raise(RuntimeError("shapes\ndiffer")), "failed", "RuntimeError: shapes differ"),
+        (partial(_raise, RuntimeError("could not create a primitive")), "oom", "primitive"),
+        (partial(_raise, OSError(12, "Cannot allocate memory")), "oom", "Cannot allocate"),
+        (partial(_raise, RuntimeError("shapes\ndiffer")), "failed", "RuntimeError: shapes differ"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "oom", "killed by SIGKILL"),
         (_crash, "failed", "killed by SIGSEGV"),
         (lambda: os._exit(3), "failed", "exit code 3"),
