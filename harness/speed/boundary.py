@@ -57,15 +57,10 @@ class BoundaryAsk(Asked):
     timeout_s: float = 600.0
     threads: int | None = None
 
-    @field_validator("max_batch", "chunk", "threads", "timeout_s")
+    @field_validator("max_batch", "chunk", "threads", "timeout_s", "context", "max_tokens")
     @classmethod
-    def _at_least_one(cls, given: Any, field: ValidationInfo) -> Any:
-        return check_least(given, 1, field)
-
-    @field_validator("context", "max_tokens")
-    @classmethod
-    def _at_least_two(cls, given: Any, field: ValidationInfo) -> Any:
-        return check_least(given, 2, field)
+    def _large_enough(cls, given: Any, field: ValidationInfo) -> Any:
+        return check_least(given, 2 if field.field_name in ("context", "max_tokens") else 1, field)
 
     @field_validator("timeout_s")
     @classmethod
@@ -94,13 +89,11 @@ def run_boundary(
             created=now(),
             model=target.model,
             context=target.context,
-            limit_bytes=ask.limit_bytes,
+            **ask.model_dump(include={"limit_bytes", "chunk", "timeout_s"}),
             limit_kind=kind,
             model_bytes=asker.prober.model_bytes,
             threads=target.threads,
-            chunk=ask.chunk,
             new_tokens=NEW_TOKENS,
-            timeout_s=ask.timeout_s,
             notes=tuple(notes),
             git_commit=git_commit(),
             versions=versions(),

@@ -19,7 +19,6 @@ from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
 from harness.speed import memory_limit
 from harness.speed.one_method import Isolated
-from harness.speed.peak_memory import Meter
 from harness.speed.predicted_memory import predict
 from methods.base import Budget, KVPolicy, PolicyError
 
@@ -49,7 +48,7 @@ def measure(
     budget, prompts = _budget(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
     _prepare(model, policy, prompts[0])
-    meter = Meter(model.device)
+    meter = memory_limit.Meter(model.device)
     first = run_round(runner, prompts, spec.new_tokens)
     peak = meter.peak()
     timed = [] if spec.warm_up else [first]

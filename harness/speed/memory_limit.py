@@ -1,10 +1,11 @@
-"""Memory of this process: what it holds, the most it held, and a hard limit on it (Linux).
+"""Memory of this process: what it holds, the peak of what runs in it, and a hard limit on it (Linux).
 
 A limit is a cgroup v2 of its own where one can be made, else an address space (RLIMIT_AS) that leaves room for the
 limit above what is mapped but not resident, such as libraries: resident plus new mappings stay below the limit.
 """
 
 import ctypes
+import gc
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BeforeValidator, ByteSize
 
 from harness.errors import HarnessError
@@ -218,3 +220,51 @@ def _delegated() -> Path | None:
                 if "memory" in (group / "cgroup.subtree_control").read_text(encoding="ascii").split():
                     return group
     return None
+
+
+class Meter:
+    """Memory above what is held when it starts, and apart from it what the process keeps for itself.
+
+    On a CPU the peak is VmHWM, reset at the start, less `stays`: what is resident once everything is freed and is no
+    tensor. Those are pages of library code, and kernels made for shapes that were not met before. A process pays for
+    them once and for every method alike, so they are none of a method's. A tensor that a policy keeps is its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kind: Literal["resident set", "cuda allocated"]
+        self.stays = 0
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.kind, self.before = "cuda allocated", torch.cuda.memory_allocated(device)
+        elif device.type == "cpu":
+            self.tensors = tensor_bytes()
+            give_back()
+            if not reset_peak():
+                print("the peak cannot be reset here: that of the whole process is taken", file=sys.stderr)
+            self.kind, self.before = "resident set", status_bytes("VmRSS")
+        else:
+            raise HarnessError(f"memory on device {str(device)!r} cannot be measured; give cpu or cuda")
+
+    def peak(self) -> int:
+        """Return the most bytes that were held above the start. Ask once, when what was measured is over."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        highest = peak_bytes()
+        gc.collect()
+        give_back()
+        left = status_bytes("VmRSS") - self.before
+        self.stays = max(0, left - max(0, tensor_bytes() - self.tensors))
+        return max(0, highest - self.before - self.stays)
+
+
+def tensor_bytes() -> int:
+    """Count the bytes of the CPU tensors that this process holds, those frozen by `gc.freeze` apart."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout is torch.strided:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

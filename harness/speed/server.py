@@ -1,11 +1,10 @@
 """The server of `harness.speed.client.Prober`: it loads the model once and forks a child for every probe.
 
-    python -m harness.speed.server MODEL --dtype float32 --device cpu --threads 2
+    python -m harness.speed.server MODEL --dtype float32 --device cpu --threads 2 --reply 3
 
-reads a JSON line a probe (`Job`) and writes one (`Reply`) to the descriptor --reply, or else to standard output;
-what else is printed goes to standard error. The server computes on one thread, so that it holds no thread pool when
-it forks; a child sets its own number of threads. A GPU cannot be used after a fork: there, every probe is a process
-that loads the model itself (--once).
+reads a JSON line a probe (`Job`) and writes one (`Reply`) to the descriptor --reply. The server computes on one thread,
+so that it holds no thread pool when it forks; a child sets its own number of threads. A GPU cannot be used after a
+fork: there, every probe is a process that loads the model itself (--once).
 """
 
 from __future__ import annotations
@@ -258,14 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--reply", type=int, help="descriptor to answer on")
+    parser.add_argument("--reply", type=int, required=True, help="descriptor to answer on")
     parser.add_argument("--once", action="store_true", help="load the model, run one job of standard input, end")
     options = parser.parse_args(arguments)
-    reply = options.reply
-    if reply is None:
-        reply = os.dup(1)
-        os.dup2(2, 1)  # what others print is no reply
-    return (once if options.once else serve)(options, reply)
+    return (once if options.once else serve)(options, options.reply)
 
 
 if __name__ == "__main__":

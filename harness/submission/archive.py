@@ -50,27 +50,26 @@ WHEN = (1980, 1, 1, 0, 0, 0)
 
 
 class PackedFile(Frozen):
-    """A member of the archive."""
+    """A member of the archive, with the bytes of its contents and their sha256 in hex."""
 
     name: str
     size: int = Field(ge=0)
-    """Bytes of its contents."""
     sha256: str
-    """Of its contents, in hex."""
 
 
 class Index(Frozen):
-    """index.json: what else is in the archive."""
+    """index.json: what else is in the archive.
+
+    harness: the version that packed it. partial: whether the run may lack records. references: whether the records have
+    theirs.
+    """
 
     kind: Literal["kv-policy-harness submission"] = "kv-policy-harness submission"
     schema_version: int = SCHEMA_VERSION
     harness: str = __version__
-    """The version that packed it."""
     run_id: str
     partial: bool = False
-    """Whether the run may lack records."""
     references: bool = True
-    """Whether the records have their references."""
     files: tuple[PackedFile, ...]
 
 

@@ -18,8 +18,8 @@ from harness.errors import HarnessError
 from harness.records.measured import ProbeSpec
 from harness.speed import memory_limit
 from harness.speed.client import Job
+from harness.speed.memory_limit import Meter, tensor_bytes
 from harness.speed.one_method import Isolated
-from harness.speed.peak_memory import Meter, tensor_bytes
 from harness.speed.server import ServerReady, fork, run_job
 
 pytestmark = pytest.mark.xdist_group("memory")
