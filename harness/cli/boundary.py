@@ -37,7 +37,7 @@ def boundary_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.speed.boundary_run import BoundaryAsk, run_boundary
+    from harness.speed.boundary import BoundaryAsk, run_boundary
     from harness.speed.client import Prober
     from leaderboards.tables.boundary import to_terminal, write_boundary
 

@@ -21,11 +21,10 @@ def verify_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.submission.told import told
     from harness.submission.verify import verify_pack
 
     verdict = verify_pack(args.pack, partial=args.partial, decode=_decoder(args.tokenizer))
-    print("\n".join(told(verdict)))
+    print("\n".join(verdict.told()))
     return 0 if verdict.ok else 1
 
 

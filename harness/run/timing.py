@@ -21,7 +21,6 @@ from harness.errors import HarnessError
 from harness.plan.sweep import Group, PlannedSample
 from harness.records.record import Record
 from harness.records.spec import ModelSpec, Sweep
-from harness.speed.boundary import Asks
 from harness.speed.target import Restarting, probe_spec
 
 TIMEOUT_S = 1800.0
@@ -60,7 +59,7 @@ def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
     threads = torch.get_num_threads()
     start = partial(Prober, model=sweep.model, dtype=model.dtype, device=model.device, threads=threads)
     with ExitStack() as stack:
-        opened: list[Asks] = []
+        opened: list[Restarting] = []
 
         def finish(records: list[Record], group: Group) -> list[Record]:
             if not opened:  # a run with nothing left to do starts no server
@@ -72,7 +71,7 @@ def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
         yield finish
 
 
-def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prober: Asks) -> Record:
+def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prober: Restarting) -> Record:
     """Return the record with what its cell takes by itself, or with a note on why that is not known.
 
     planned: the record's sample. A record without a score stays as it is.

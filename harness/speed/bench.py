@@ -4,13 +4,13 @@ The passes go over all methods in turn, every second one backwards, so that a ma
 The same for one prompt at a time (`harness bench`) and for a batch that is decoded together (`harness serve-bench`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -22,19 +22,19 @@ from harness.models.load import DTYPES
 from harness.plan.sweep import PlannedCell
 from harness.records.bench_folder import BenchKind, BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
 from harness.records.log_folder import now
-from harness.records.measured import ProbeResult
+from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import Asked
 from harness.speed.memory_limit import Size
-from harness.speed.target import Restarting, Serves, Target, limit_in_force, probe_spec, say, swap_note
+from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
+
+if TYPE_CHECKING:
+    from harness.speed.client import Prober
 
 MIB = 2**20
 
 
 class BenchAsk(Asked):
-    """What a person asked for, by command line.
-
-    limit_bytes: of a probe, the model's own included.
-    """
+    """What a person asked for, by command line. limit_bytes: of a probe, the model's own included."""
 
     kind: BenchKind = "bench"
     budgets: tuple[str, ...] = ("128", "512")
@@ -49,11 +49,7 @@ class BenchAsk(Asked):
     limit_bytes: Size | None = None
 
 
-MakeProber = Callable[..., AbstractContextManager[Serves]]
-"""Called with model, dtype, device and threads; `Prober` itself."""
-
-
-def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: MakeProber) -> Path:
+def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: type[Prober]) -> Path:
     """Run what is not yet recorded of a bench and return its folder.
 
     Raises:
@@ -62,18 +58,18 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: Make
     """
     _check_lengths(ask)
     target = Target.load(ask, ask.threads)
-    spec = resolve(ask, target)
+    spec = _resolved(ask, target)
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
-    start = partial(prober, model=spec.model, dtype=spec.dtype, device=spec.device, threads=spec.threads)
-    with Restarting(start) as asker:
-        held = _held(asker, spec.limit_bytes)
+    with target.prober(prober) as asker:
+        kind, notes = limit_in_force(asker, spec.limit_bytes)
+        held = {name: value for name, value in (("limit_kind", kind), ("notes", notes)) if value}
         manifest = BenchManifest(
             bench_id=spec.bench_id(found),
             status="started",
             command=tuple(command),
             spec=spec,
             started=now(),
-            model_bytes=asker.model_bytes,
+            model_bytes=asker.prober.model_bytes,
             git_commit=git_commit(),
             versions=versions(),
             machine=found | held,
@@ -84,19 +80,18 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: Make
             return store.folder
 
 
-def resolve(ask: BenchAsk, target: Target) -> BenchSpec:
-    """Resolve what was asked: the model's revision, dtype, device, threads, methods and kernel as they are."""
+def _resolved(ask: BenchAsk, target: Target) -> BenchSpec:
+    """What was asked, with the model's revision, dtype, device, threads, methods and kernel as they are."""
     model = target.model
+    shared = {"kind", "model", "budgets", "lengths", "batch", "new_tokens", "chunk", "rounds", "warm_up", "limit_bytes"}
     return BenchSpec(
-        **ask.model_dump(include={"kind", "model", "lengths", "batch", "new_tokens", "chunk", "rounds", "warm_up"}),
+        **ask.model_dump(include=shared),
         model_revision=model.revision,
         dtype=model.dtype,
         device=model.device,
         kernel=prefill_kernel(torch.device(model.device), DTYPES[model.dtype]),
         threads=target.threads,
         methods=tuple(target.methods.values()),
-        budgets=ask.budgets,
-        limit_bytes=ask.limit_bytes,
     )
 
 
@@ -114,14 +109,6 @@ def _check_lengths(ask: BenchAsk) -> None:
         raise HarnessError(f"{option} {min(ask.lengths)} is too short for a prompt; give at least 2")
 
 
-def _held(asker: Restarting, limit_bytes: int | None) -> dict[str, Any]:
-    """What holds the probes, and what is to be known of this machine's memory; both said, for the manifest."""
-    kind, notes = (None, []) if limit_bytes is None else limit_in_force(asker, limit_bytes)
-    notes += [] if any("swap" in note for note in notes) else swap_note()
-    say(f"note: {note}" for note in notes)
-    return {name: value for name, value in (("limit_kind", kind), ("notes", notes)) if value}
-
-
 @dataclass
 class _Bench:
     """Asks for what a store lacks."""
@@ -136,36 +123,33 @@ class _Bench:
         spec, stored = self.store.manifest.spec, self.store.stored
         places = [(cell, tokens) for tokens in spec.lengths for cell in self.target.cells]
         lost: set[tuple[str, str, int]] = set()
-        for cell, tokens, round_ in _passes(places, spec.rounds):
-            place = (cell.method, cell.budget, tokens)
-            key = (*place, round_)
-            if not self.store.done(key) and place not in lost:
-                blank, name = self._blank(cell, tokens, round_), f"{cell.method} at {cell.budget}, {tokens} tokens"
-                why = self.target.refusal(cell, tokens)
-                if why is not None:
-                    say([f"{name}: skipped: {why}"])
-                    self.store.append([blank.model_copy(update={"status": "skipped", "error": why})])
-                else:
-                    say([f"{name}, pass {round_ + 1}"])
-                    self.store.append([self._probed(blank, cell)])
-            if place not in lost and stored[key].status != "ok":
-                lost.add(place)
+        for round_ in range(spec.rounds):
+            for cell, tokens in places[::-1] if round_ % 2 else places:
+                place = (cell.method, cell.budget, tokens)
+                if place in lost:
+                    continue
+                if not self.store.done((*place, round_)):
+                    self.store.append([self._probed(self._blank(cell, tokens, round_), cell)])
+                if stored[*place, round_].status != "ok":
+                    lost.add(place)
 
     def _probed(self, blank: BenchRecord, cell: PlannedCell) -> BenchRecord:
+        name, why = f"{cell.method} at {cell.budget}, {blank.tokens} tokens", self.target.refusal(cell, blank.tokens)
+        if why is not None:
+            say([f"{name}: skipped: {why}"])
+            return blank.model_copy(update={"status": "skipped", "error": why})
+        say([f"{name}, pass {blank.round + 1}"])
         shape = blank.model_dump(include={"tokens", "batch", "new_tokens", "chunk", "warm_up"})
         spec = probe_spec(cell.method, cell.budget, self.ask.set, **shape, rounds=1)
-        result = self.asker.ask(spec, limit_bytes=blank.limit_bytes, timeout_s=self.ask.timeout_s)
-        if result.status == "ok" and result.measured is None:
-            raise ValueError(f"a probe of {cell.method} ended well and measured nothing")
-        error = self._short_of(blank, cell, result) if result.status == "oom" else result.error
+        result = self.asker.ask(spec, limit_bytes=self.ask.limit_bytes, timeout_s=self.ask.timeout_s)
+        error = self._short_of(spec, cell, result) if result.status == "oom" else result.error
         return blank.model_copy(update={"status": result.status, "error": error, "measured": result.measured})
 
-    def _short_of(self, blank: BenchRecord, cell: PlannedCell, result: ProbeResult) -> str:
+    def _short_of(self, spec: ProbeSpec, cell: PlannedCell, result: ProbeResult) -> str:
         """Why memory ran out, with what was expected to be needed."""
-        shape = blank.model_dump(include={"tokens", "batch", "new_tokens", "chunk"})
-        wanted, own = self.target.predict(cell, **shape), self.store.manifest.model_bytes
+        wanted, own, limit = self.target.predict(cell, spec), self.store.manifest.model_bytes, self.ask.limit_bytes
         known = [] if wanted is None else [f"{wanted / MIB:.0f} MiB were predicted above the model's {own / MIB:.0f}"]
-        known += [] if blank.limit_bytes is None else [f"the limit is {blank.limit_bytes / MIB:.0f} MiB"]
+        known += [] if limit is None else [f"the limit is {limit / MIB:.0f} MiB"]
         return "; ".join([*known, result.error or "out of memory"])
 
     def _blank(self, cell: PlannedCell, tokens: int, round_: int) -> BenchRecord:
@@ -184,9 +168,3 @@ class _Bench:
             clock_mhz=clocks_mhz().get("median"),
             at=now(),
         )
-
-
-def _passes(places: Sequence[tuple[PlannedCell, int]], rounds: int) -> Iterator[tuple[PlannedCell, int, int]]:
-    for round_ in range(rounds):
-        for cell, tokens in places[::-1] if round_ % 2 else places:
-            yield cell, tokens, round_

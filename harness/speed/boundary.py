@@ -1,174 +1,282 @@
 """Where a method runs out of memory: the largest context at batch 1, the largest batch at a context.
 
-A size fits when its probe ends `ok`; `oom`, `timeout` and `failed` do not fit, and the record says which it was.
-Memory is taken to grow with the size. A model of bytes gives the first size; every probe is recorded.
+Every probe is a process of its own under the limit. A size fits when its probe ends `ok`; `oom`, `timeout` and `failed`
+do not fit, and the record says which it was. Memory is taken to grow with the size. A model of bytes gives the first
+size; every probe is recorded.
 """
 
-import json
+from __future__ import annotations
+
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationInfo, field_validator
 
 from harness.errors import HarnessError
-from harness.records.boundary_folder import BoundaryRecord, BoundaryStore, Found, SizeKind, Tried
-from harness.records.measured import ProbeResult, ProbeSpec
+from harness.machine import git_commit, machine, versions
+from harness.plan.sweep import PlannedCell
+from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, BoundaryStore, Found, SizeKind, Tried
+from harness.records.log_folder import now
+from harness.records.measured import ProbeResult, ProbeSpec, ProbeStatus
+from harness.records.spec import Asked, check_least
+from harness.speed.memory_limit import Size
+from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
+
+if TYPE_CHECKING:
+    from harness.speed.client import Prober
+
+NEW_TOKENS = 32
+STEP = 256
+"""Contexts are multiples of it."""
+LONGEST_TIMEOUT_S = 1e6
+CONTEXT = 8192
+"""Tokens of each prompt of the batch search, or the most there can be where that is less."""
+MIB = 2**20
 
 
-class Asks(Protocol):
-    """What a search needs of a prober."""
+class BoundaryAsk(Asked):
+    """What a person asked for, by command line.
 
-    def ask(self, spec: ProbeSpec, *, limit_bytes: int | None = None, timeout_s: float = ...) -> ProbeResult:
-        """Run one probe in a process of its own."""
-
-
-def largest(fits: Callable[[int], ProbeResult], *, first: int, least: int, most: int, step: int) -> Found:
-    """Find the largest of `least`, `least + step`, ... up to `most` that fits: gallop away from `first`, then halve.
-
-    Asks about 2 log2(d) sizes for an answer d steps from `first`, none twice. Raises HarnessError without a size.
+    limit_bytes: of a probe, the model's own included. context: tokens of each prompt of the batch search, None for
+    `CONTEXT`. max_tokens: longest context to try, None for the model's. chunk: tokens of a prefill forward, None for
+    the whole prompt at once. timeout_s: of one probe, in seconds.
     """
-    if least > most:
-        raise HarnessError(f"the least size, {least}, is above the most, {most}; raise the most")
-    count = (most - least) // step + 1
-    low, high, status = -1, count, None  # the last that fits, the first that does not; both may lie outside
-    at, pace = min(max((first - least) // step, 0), count - 1), 1
-    while high - low > 1:
-        result = fits(least + at * step)
-        if result.status == "ok":
-            low = at
-        else:
-            high, status = at, result.status
-        if low < 0:
-            at = max(high - pace, 0)
-        elif high == count:
-            at = min(low + pace, count - 1)
-        else:
-            at = (low + high) // 2
-        pace *= 2
-    answer = least + low * step if low >= 0 else 0
-    if high == count:
-        return Found(answer=answer, whole=True)
-    return Found(answer=answer, next_size=least + high * step, next_status=status)
+
+    budgets: tuple[str, ...] = ("128",)
+    limit_bytes: Size
+    context: int | None = None
+    max_tokens: int | None = None
+    max_batch: int = 64
+    chunk: int | None = None
+    timeout_s: float = 600.0
+    threads: int | None = None
+
+    @field_validator("max_batch", "chunk", "threads", "timeout_s", "context", "max_tokens")
+    @classmethod
+    def _large_enough(cls, given: Any, field: ValidationInfo) -> Any:
+        return check_least(given, 2 if field.field_name in ("context", "max_tokens") else 1, field)
+
+    @field_validator("timeout_s")
+    @classmethod
+    def _ends(cls, seconds: float) -> float:
+        if seconds > LONGEST_TIMEOUT_S:
+            raise ValueError(f"--timeout {seconds:g} is too long; give at most {LONGEST_TIMEOUT_S:g} seconds")
+        return seconds
 
 
-def first_guess(predict: Callable[[int], int], *, room: int, least: int, most: int, step: int) -> int:
-    """Find the largest size that `predict`, bytes by size, puts within `room`; `least` where it puts none there."""
-    low, high = 0, max((most - least) // step, 0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if predict(least + middle * step) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return least + low * step
+def run_boundary(
+    ask: BoundaryAsk, *, out: Path, command: Sequence[str], prober: type[Prober]
+) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
+    """Search what is not yet recorded in `out`; the manifest, and the context and the batch of every cell.
+
+    Raises:
+        HarnessError: bad input, before a probe is spent on it; a limit that leaves nothing beside the model; a folder
+            that cannot be written, or that holds other searches.
+    """
+    target = Target.load(ask, ask.threads)
+    sizes = _sizes(ask, target.context)
+    least = [_least(cell, sizes) for cell in target.cells]  # refuses a budget before the first probe
+    with target.prober(prober) as asker:
+        kind, notes = limit_in_force(asker, ask.limit_bytes)
+        manifest = BoundaryManifest(
+            command=tuple(command),
+            created=now(),
+            model=target.model,
+            context=target.context,
+            **ask.model_dump(include={"limit_bytes", "chunk", "timeout_s"}),
+            limit_kind=kind,
+            model_bytes=asker.prober.model_bytes,
+            threads=target.threads,
+            new_tokens=NEW_TOKENS,
+            notes=tuple(notes),
+            git_commit=git_commit(),
+            versions=versions(),
+            machine=machine(),
+        )
+        with BoundaryStore.open(out, manifest) as store:
+            records = [
+                run_search(search, asker, store)
+                for cell, shortest in zip(target.cells, least, strict=True)
+                for search in _searches(ask, target, cell, sizes._replace(least=shortest))
+            ]
+    return manifest, records
+
+
+class _Sizes(NamedTuple):
+    """Tokens of prompts. longest, least: of the context search, multiples of `STEP`. context: of the batch search."""
+
+    longest: int
+    context: int
+    least: int = STEP
+
+
+def _sizes(ask: BoundaryAsk, model_context: int) -> _Sizes:
+    """None is beyond the model's context. Raises HarnessError."""
+    most = ask.max_tokens or model_context
+    if most > model_context:
+        raise HarnessError(f"--max-tokens {most} exceeds the model's context of {model_context}; lower it")
+    longest = most // STEP * STEP
+    if longest < STEP:
+        raise HarnessError(f"a longest context of {most} is below {STEP}; raise it")
+    context = ask.context or min(CONTEXT, longest)
+    if context > most:
+        raise HarnessError(f"--context {context} exceeds {most}, the model's context or --max-tokens; lower it")
+    return _Sizes(longest, context)
+
+
+def _least(cell: PlannedCell, sizes: _Sizes) -> int:
+    """The shortest context that is above the cell's budget. Raises HarnessError without one."""
+    budget, (longest, context, _) = cell.cell.budget, sizes
+    if budget is None:
+        return STEP
+    if budget.resolve(context) >= context:
+        raise HarnessError(f"budget {cell.budget} is not below the --context of {context} tokens; lower --budgets")
+    for tokens in range(STEP, longest + 1, STEP):
+        if budget.resolve(tokens) < tokens:
+            return tokens
+    raise HarnessError(f"budget {cell.budget} is not below the longest context, {longest} tokens; lower --budgets")
 
 
 @dataclass(frozen=True)
 class Search:
     """What is searched."""
 
+    record: BoundaryRecord
+    """As it is before the first probe."""
     spec: ProbeSpec
     """A probe with the method and its budget; its tokens and batch are replaced."""
-    method: str
-    """Label with the changed parameters, as it goes into the record."""
-    kind: SizeKind
-    first: int
-    """A guess at the answer."""
-    least: int
-    most: int
-    step: int
-    at_context: int | None = None
-    """Tokens of each prompt where the batch is searched."""
-    params: dict[str, Any] = field(default_factory=dict)
-    """All parameters of the method, as they go into the record."""
-    model_revision: str = ""
-    predict: Callable[[int], int | None] = lambda size: None
-    """Bytes above the model by size, for the record of a probe that brings none back."""
+    predict: Callable[[ProbeSpec], int | None]
+    """Bytes above the model's own: for the first guess, and for the record of a probe that brings none back."""
 
     def probe(self, size: int) -> ProbeSpec:
         """Make the probe of that size."""
-        tokens, batch = (size, 1) if self.at_context is None else (self.at_context, size)
+        context = self.record.at_context
+        tokens, batch = (size, 1) if context is None else (context, size)
         return self.spec.model_copy(update={"tokens": tokens, "batch": batch})
 
-    def record(self, limit_bytes: int) -> BoundaryRecord:
-        """Make the record as it is before the first probe."""
-        return BoundaryRecord(
-            model_revision=self.model_revision,
-            method=self.method,
-            params=json.loads(json.dumps(self.params, default=str)),  # as a file gives them back
-            budget=self.spec.budget or "full",
-            kind=self.kind,
-            at_context=self.at_context,
-            limit_bytes=limit_bytes,
-            least=self.least,
-            most=self.most,
-            step=self.step,
+
+def _searches(ask: BoundaryAsk, target: Target, cell: PlannedCell, sizes: _Sizes) -> Iterator[Search]:
+    """The context and the batch of one method at one budget."""
+    shape: dict[str, Any] = {"tokens": sizes.context, "new_tokens": NEW_TOKENS, "chunk": ask.chunk, "warm_up": False}
+    kinds: list[tuple[SizeKind, int | None, range]] = [
+        ("context", None, range(sizes.least, sizes.longest + 1, STEP)),
+        ("batch", sizes.context, range(1, ask.max_batch + 1)),
+    ]
+    for kind, at_context, grid in kinds:
+        record = BoundaryRecord(
+            model_revision=target.model.revision,
+            method=cell.method,
+            params=target.methods[cell.method].params,
+            budget=cell.budget,
+            kind=kind,
+            at_context=at_context,
+            limit_bytes=ask.limit_bytes,
+            least=grid[0],
+            most=grid[-1],
+            step=grid.step,
         )
+        yield Search(record, probe_spec(cell.method, cell.budget, ask.set, **shape), partial(target.predict, cell))
 
 
-class BoundarySearches:
-    """Runs searches one after another; `say` takes a line of progress for each probe."""
+def first_guess(predict: Callable[[int], int], room: int, sizes: range) -> int:
+    """Find the largest size that `predict`, bytes by size, puts within `room`; the least where there is none."""
+    return sizes[max(0, bisect_right(sizes, room, key=predict) - 1)]
 
-    def __init__(
-        self, prober: Asks, store: BoundaryStore, *, limit_bytes: int, timeout_s: float, say: Callable[[str], None]
-    ) -> None:
-        self.prober, self.store, self.say = prober, store, say
-        self.limit_bytes, self.timeout_s = limit_bytes, timeout_s
 
-    def run(self, search: Search) -> BoundaryRecord:
-        """Finish a search; one that is stored as finished is returned as it is. A probe that fails never ends it."""
-        record = search.record(self.limit_bytes)
-        stored = self.store.records.get(record.key)
-        if stored is not None and stored.params == record.params:
-            record = record.model_copy(update={"probes": stored.probes})
-            if stored.found and stored == record.model_copy(update={"found": stored.found}):
-                return stored
+def largest(fits: Callable[[int], ProbeStatus], sizes: range, *, first: int) -> Found:
+    """Find the largest of the sizes that fits: gallop away from `first`, then halve.
 
-        def fits(size: int) -> ProbeResult:
-            nonlocal record
-            spec = search.probe(size)
-            tried = record.probe(size) or self._known(record, spec)
-            if tried is None:
-                tried = self._try(record, spec, search.predict(size))
-            if tried not in record.probes:
-                record = record.model_copy(update={"probes": (*record.probes, tried)})
-                self.store.put(record)
-            return ProbeResult(status=tried.status, error=tried.error)
+    Asks about 2 log2(d) sizes for an answer d steps from `first`, none twice.
+    """
+    low, high, status = -1, len(sizes), None  # the last that fits, the first that does not; both may lie outside
+    at, pace = min(max((first - sizes[0]) // sizes.step, 0), high - 1), 1
+    while high - low > 1:
+        found = fits(sizes[at])
+        if found == "ok":
+            low = at
+        else:
+            high, status = at, found
+        if low < 0:
+            at = max(high - pace, 0)
+        elif high == len(sizes):
+            at = min(low + pace, high - 1)
+        else:
+            at = (low + high) // 2
+        pace *= 2
+    answer = sizes[low] if low >= 0 else 0
+    if high == len(sizes):
+        return Found(answer=answer, whole=True)
+    return Found(answer=answer, next_size=sizes[high], next_status=status)
 
-        found = largest(fits, first=search.first, least=search.least, most=search.most, step=search.step)
-        record = record.model_copy(update={"found": found})
-        self.store.put(record)
-        return record
 
-    def _known(self, record: BoundaryRecord, spec: ProbeSpec) -> Tried | None:
-        """The same probe in another search of the same method."""
-        same = (r for r in self.store.records.values() if (r.method, r.budget) == (record.method, record.budget))
-        probes = (tried for r in same if r.params == record.params for tried in r.probes)
-        return next((p for p in probes if (p.tokens, p.batch) == (spec.tokens, spec.batch)), None)
+def run_search(search: Search, asker: Restarting, store: BoundaryStore) -> BoundaryRecord:
+    """Finish a search; one that is stored as finished is returned as it is. A probe that fails never ends it.
 
-    def _try(self, record: BoundaryRecord, spec: ProbeSpec, predicted: int | None) -> Tried:
-        start = time.perf_counter()
-        try:
-            result = self.prober.ask(spec, limit_bytes=self.limit_bytes, timeout_s=self.timeout_s)
-        except HarnessError:
-            raise  # nothing can be probed here
-        except Exception as error:  # a search outlives whatever a probe does
-            result = ProbeResult(status="failed", error=f"{type(error).__name__}: {error}")
-        seconds, measured = time.perf_counter() - start, result.measured
-        line = None if result.error is None else " ".join(result.error.split())
-        tried = Tried(
-            tokens=spec.tokens,
-            batch=spec.batch,
-            status=result.status,
-            seconds=round(seconds, 3),
-            peak_bytes=None if measured is None else measured.peak_bytes,
-            predicted_bytes=predicted if measured is None else measured.predicted_bytes,
-            error=line,
-        )
-        peak = f", peak {tried.peak_bytes / 2**20:.1f} MiB" if tried.peak_bytes is not None else ""
-        if tried.status == "oom" and predicted is not None:
-            peak = f", {predicted / 2**20:.1f} MiB were predicted"
-        why = f": {line}" if line and result.status == "failed" else ""
-        size = f"{spec.tokens} tokens x {spec.batch}"
-        self.say(f"{record.method} {record.budget}: {size}: {tried.status} in {seconds:.1f} s{peak}{why}")
-        return tried
+    Raises HarnessError where nothing can be probed.
+    """
+    record = BoundaryRecord.model_validate_json(search.record.model_dump_json())  # as a file gives it back
+    stored = store.records.get(record.key)
+    if stored is not None and stored.params == record.params:
+        record = record.model_copy(update={"probes": stored.probes})
+        if stored.found and stored == record.model_copy(update={"found": stored.found}):
+            return stored
+
+    def fits(size: int) -> ProbeStatus:
+        nonlocal record
+        spec = search.probe(size)
+        tried = _known(store, record, spec) or _try(search, spec, asker, store.manifest)
+        if tried not in record.probes:
+            record = record.model_copy(update={"probes": (*record.probes, tried)})
+            store.put(record)
+        return tried.status
+
+    sizes = range(record.least, record.most + 1, record.step)
+    room = record.limit_bytes - store.manifest.model_bytes
+    first = first_guess(lambda size: search.predict(search.probe(size)) or sys.maxsize, room, sizes)
+    found = largest(fits, sizes, first=first)
+    record = record.model_copy(update={"found": found})
+    store.put(record)
+    return record
+
+
+def _known(store: BoundaryStore, record: BoundaryRecord, spec: ProbeSpec) -> Tried | None:
+    """The same probe, in this search or in another of the same method."""
+    same = [r for r in store.records.values() if (r.method, r.budget) == (record.method, record.budget)]
+    probes = (tried for r in (record, *same) if r.params == record.params for tried in r.probes)
+    return next((tried for tried in probes if (tried.tokens, tried.batch) == (spec.tokens, spec.batch)), None)
+
+
+def _try(search: Search, spec: ProbeSpec, asker: Restarting, manifest: BoundaryManifest) -> Tried:
+    start, predicted = time.perf_counter(), search.predict(spec)
+    try:
+        result = asker.ask(spec, limit_bytes=manifest.limit_bytes, timeout_s=manifest.timeout_s)
+    except HarnessError:
+        raise  # nothing can be probed here
+    except Exception as error:  # a search outlives whatever a probe does
+        result = ProbeResult(status="failed", error=f"{type(error).__name__}: {error}")
+    seconds, measured = time.perf_counter() - start, result.measured
+    line = None if result.error is None else " ".join(result.error.split())
+    tried = Tried(
+        tokens=spec.tokens,
+        batch=spec.batch,
+        status=result.status,
+        seconds=round(seconds, 3),
+        peak_bytes=None if measured is None else measured.peak_bytes,
+        predicted_bytes=predicted if measured is None else measured.predicted_bytes,
+        error=line,
+    )
+    told = f"{tried.status} in {seconds:.1f} s"
+    if tried.peak_bytes is not None:
+        told += f", peak {tried.peak_bytes / MIB:.1f} MiB"
+    if tried.status == "oom" and predicted is not None:
+        told += f", {predicted / MIB:.1f} MiB were predicted"
+    if tried.status == "failed" and line:
+        told += f": {line}"
+    say([f"{search.record.method} {search.record.budget}: {spec.tokens} tokens x {spec.batch}: {told}"])
+    return tried

@@ -1,6 +1,5 @@
 """Ask for probes that each run in a fresh process: the client of `harness.speed.server`."""
 
-import json
 import os
 import select
 import signal
@@ -10,7 +9,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Self
 
 import torch
 
@@ -25,13 +24,11 @@ CLOSE_S = 2.0
 
 
 class Job(Frozen):
-    """What the server is asked."""
+    """What the server is asked, as `Prober.ask` is."""
 
     spec: ProbeSpec
     limit_bytes: int | None = None
-    """Of the whole child, the model included."""
     timeout_s: float = 600.0
-    """From the child's start."""
 
 
 class Reply(Frozen):
@@ -46,14 +43,8 @@ class Reply(Frozen):
 class Prober:
     """Asks a server of its own for probes, each of which runs in a fresh process. A context manager.
 
-    Args:
-        model: as in `harness run`.
-        dtype: as in `harness run`.
-        device: as in `harness run`.
-        threads: CPU threads of a probe; None for PyTorch's choice.
-
-    Raises:
-        HarnessError: the model cannot be loaded; the server ended or does not answer.
+    model, dtype, device: as in `harness run`. threads: CPU threads of a probe; None for PyTorch's choice. Raises
+    HarnessError when the model cannot be loaded, the server ended or does not answer.
     """
 
     def __init__(self, *, model: str, dtype: str = "auto", device: str = "auto", threads: int | None = None) -> None:
@@ -102,13 +93,8 @@ class Prober:
     def ask(self, spec: ProbeSpec, limit_bytes: int | None = None, timeout_s: float = 600.0) -> ProbeResult:
         """Run one probe.
 
-        Args:
-            spec: what it runs.
-            limit_bytes: of memory for its process, the model included.
-            timeout_s: until it is killed; on CUDA loading the model is included.
-
-        Raises:
-            HarnessError: the server ended or does not answer.
+        limit_bytes: of memory for its process, the model included. timeout_s: until it is killed; on CUDA loading the
+        model is included. Raises HarnessError when the server ended or does not answer.
         """
         job = Job(spec=spec, limit_bytes=limit_bytes, timeout_s=timeout_s)
         assert self._server.stdin is not None
@@ -132,7 +118,7 @@ class Prober:
                 raise self._gone()
             self._rest += part
         line, _, self._rest = self._rest.partition(b"\n")
-        reply = Reply.model_validate(json.loads(line))
+        reply = Reply.model_validate_json(line)
         if reply.error is not None:
             raise HarnessError(reply.error)
         return reply
@@ -140,13 +126,13 @@ class Prober:
     def _gone(self) -> HarnessError:
         with suppress(subprocess.TimeoutExpired):
             self._server.wait(CLOSE_S)
-        why: Any = self._server.returncode
         said = last_line(self._errors)
-        return HarnessError(f"the probe server of {self.model} ended ({why}){said and ': '}{said}; try again")
+        why = f"({self._server.returncode}){said and ': '}{said}"
+        return HarnessError(f"the probe server of {self.model} ended {why}; try again")
 
 
-def last_line(stream: Any) -> str:
-    """Return the last line that says something in a binary file; empty when there is none."""
+def last_line(stream: IO[bytes]) -> str:
+    """Return the last line that says something in a file; empty when there is none."""
     stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
-    lines: list[str] = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    lines = stream.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip()[:300] if lines else ""

@@ -10,25 +10,23 @@ count only where the warm-up is off.
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from harness.engine.compress import Compressed
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
-from harness.speed import memory_limit, predicted_memory
+from harness.speed import memory_limit
 from harness.speed.one_method import Isolated
-from harness.speed.peak_memory import Meter
+from harness.speed.predicted_memory import predict
 from methods.base import Budget, KVPolicy, PolicyError
 
 MAPPED_FROM = 2**17  # while memory is measured: what is freed leaves the resident set at once
 MAPPED_FROM_TIMED = 2**25  # while time is measured: glibc's own upper bound, which it reaches after a few forwards
 
 
-@dataclass
-class Round:
+class Round(NamedTuple):
     """One pass over all prompts of a probe."""
 
     phases: list[tuple[float, float, float, float]]
@@ -42,22 +40,15 @@ class Round:
 def measure(
     model: AttachedModel, policy: KVPolicy, spec: ProbeSpec, *, vocabulary: Sequence[int] | None = None
 ) -> Measured:
-    """Run a probe and return its seconds and its memory.
+    """Run a probe of a policy, as made for the model, and return its seconds and its memory.
 
-    Args:
-        model: attached, in evaluation mode.
-        policy: as made for the model.
-        spec: its method and set are taken as done.
-        vocabulary: token ids that prompts are drawn from; None for all.
-
-    Raises:
-        HarnessError: a budget where there is none or none where there is one, ids of another length, an unknown device.
-        PolicyError: what the policy refuses.
+    vocabulary: token ids that prompts are drawn from; None for all. Raises HarnessError for a budget that is missing or
+    cannot be read, ids of another length and an unknown device; PolicyError for what the policy refuses.
     """
-    budget, prompts = budget_of(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
+    budget, prompts = _budget(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
     _prepare(model, policy, prompts[0])
-    meter = Meter(model.device)
+    meter = memory_limit.Meter(model.device)
     first = run_round(runner, prompts, spec.new_tokens)
     peak = meter.peak()
     timed = [] if spec.warm_up else [first]
@@ -76,22 +67,13 @@ def measure(
         kv_bytes=first.kv_bytes,
         model_bytes=meter.before,
         peak_bytes=peak,
-        predicted_bytes=predict(model, policy, spec, budget),
+        predicted_bytes=predict(model.config, model.dtype.itemsize, policy, spec, budget),
         memory=meter.kind,
     )
 
 
-def predict(model: AttachedModel, policy: KVPolicy, spec: ProbeSpec, budget: int | None) -> int:
-    """Return the bytes that `harness.speed.predicted_memory` expects of a probe at `budget` slots a layer and head."""
-    shape = spec.model_dump(include={"tokens", "batch", "new_tokens", "chunk"})
-    return predicted_memory.predict(model.config, model.dtype.itemsize, policy, budget=budget, **shape)
-
-
-def budget_of(policy: KVPolicy, spec: ProbeSpec) -> int | None:
-    """Resolve the budget: slots per layer and KV head, None for a policy that keeps everything.
-
-    Raises HarnessError for a budget that is missing or cannot be read.
-    """
+def _budget(policy: KVPolicy, spec: ProbeSpec) -> int | None:
+    """Slots per layer and KV head, None for a policy that keeps everything."""
     if not policy.budgeted:
         return None
     if spec.budget is None:
@@ -116,24 +98,22 @@ def draw_prompts(spec: ProbeSpec, vocabulary: Sequence[int]) -> list[list[int]]:
 
 def run_round(runner: Isolated, prompts: list[list[int]], new_tokens: int) -> Round:
     """Prefill and compress the prompts one at a time, and decode them together."""
-    done: list[Compressed] = []
-    found = Round([], [], ())
+    done, phases = [], []
     for ids in prompts:
-        done.append(runner.prefill(ids))
+        done.append(prompt := runner.prefill(ids))
         start = time.perf_counter()
-        int(done[-1].logits.argmax())  # waits for a GPU
-        seconds = (done[-1].prefill_s, done[-1].observe_s, done[-1].compress_s)
-        found.phases.append((*seconds, sum(seconds) + time.perf_counter() - start))
-    found.kv_bytes = tuple(done[0].layer_bytes)
-    found.step_s = runner.decode(done, new_tokens).step_s
-    return found
+        int(prompt.logits.argmax())  # waits for a GPU
+        seconds = (prompt.prefill_s, prompt.observe_s, prompt.compress_s)
+        phases.append((*seconds, sum(seconds) + time.perf_counter() - start))
+    kv_bytes = tuple(done[0].layer_bytes)
+    return Round(phases, runner.decode(done, new_tokens).step_s, kv_bytes)
 
 
 def _prepare(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
     """Run the start of a prompt, so that weights and code are resident and kernels chosen; then ready the heap."""
     short = ids[: min(64, len(ids) - 1)]
+    runner = Isolated(model, policy, max(1, len(short) // 2) if policy.budgeted else None)
     with suppress(PolicyError):  # so short a prompt may be refused
-        runner = Isolated(model, policy, max(1, len(short) // 2) if policy.budgeted else None)
         runner.decode([runner.prefill(short)], 2)
     memory_limit.fill_holes()
     memory_limit.map_from(MAPPED_FROM)

@@ -1,10 +1,11 @@
-"""Memory of this process: what it holds, the most it held, and a hard limit on it (Linux).
+"""Memory of this process: what it holds, the peak of what runs in it, and a hard limit on it (Linux).
 
 A limit is a cgroup v2 of its own where one can be made, else an address space (RLIMIT_AS) that leaves room for the
 limit above what is mapped but not resident, such as libraries: resident plus new mappings stay below the limit.
 """
 
 import ctypes
+import gc
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BeforeValidator, ByteSize
 
 from harness.errors import HarnessError
@@ -103,10 +105,8 @@ def fill_holes() -> int:
     """Take the free blocks inside the heap for good, untouched, so that large allocations are mapped (glibc only).
 
     An allocation of any size goes into a hole that fits it, and what is freed there stays resident, whatever
-    `map_from` says; nor does an address-space limit see it. Call `map_from` afterwards: this changes its sizes.
-
-    Returns:
-        The bytes taken, none of them resident.
+    `map_from` says; nor does an address-space limit see it. Call `map_from` afterwards: this changes its sizes. Returns
+    the bytes taken, none of them resident.
     """
     taken = 0
     with suppress(OSError, AttributeError):
@@ -140,9 +140,7 @@ def die_with_parent(parent: int) -> None:
 def apply(limit_bytes: int) -> Limit:
     """Hold this process below `limit_bytes`, what it holds already included.
 
-    Raises:
-        MemoryError: it holds more than that already.
-        HarnessError: no limit can be set here.
+    Raises MemoryError when it holds more than that already, HarnessError where no limit can be set.
     """
     resident = status_bytes("VmRSS")
     if limit_bytes <= resident:
@@ -151,9 +149,8 @@ def apply(limit_bytes: int) -> Limit:
     if not refused:
         return Limit("cgroup", limit_bytes)
     limit_address_space(limit_bytes, resident)
-    _, swapped = swap()
     note = f"no cgroup of its own: {refused}"
-    if swapped:
+    if swapped := swap()[1]:
         note += f"; {swapped} bytes of swap are in use, so peaks of resident memory may come out too low"
     return Limit("address space", limit_bytes, note)
 
@@ -168,9 +165,7 @@ def limit_address_space(limit_bytes: int, resident: int) -> None:
 
 
 def join_cgroup(room: int) -> str:
-    """Move this process into a cgroup v2 of its own with `room` bytes and no swap.
-
-    Returns why that is not possible, or an empty string.
+    """Move this process into a cgroup v2 of its own with `room` bytes and no swap; return why it cannot, or "".
 
     What was allocated before stays with the old cgroup, so `room` is of new memory alone.
     """
@@ -219,12 +214,57 @@ def _delegated() -> Path | None:
         lines = (PROC / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    path = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if path is None:
-        return None
-    here = CGROUPS / path.lstrip("/")
-    for group in (here, here.parent) if here != CGROUPS else (here,):
-        with suppress(OSError):
-            if "memory" in (group / "cgroup.subtree_control").read_text(encoding="ascii").split():
-                return group
+    for here in [CGROUPS / line[3:].lstrip("/") for line in lines if line.startswith("0::")]:
+        for group in (here, here.parent) if here != CGROUPS else (here,):
+            with suppress(OSError):
+                if "memory" in (group / "cgroup.subtree_control").read_text(encoding="ascii").split():
+                    return group
     return None
+
+
+class Meter:
+    """Memory above what is held when it starts, and apart from it what the process keeps for itself.
+
+    On a CPU the peak is VmHWM, reset at the start, less `stays`: what is resident once everything is freed and is no
+    tensor. Those are pages of library code, and kernels made for shapes that were not met before. A process pays for
+    them once and for every method alike, so they are none of a method's. A tensor that a policy keeps is its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kind: Literal["resident set", "cuda allocated"]
+        self.stays = 0
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.kind, self.before = "cuda allocated", torch.cuda.memory_allocated(device)
+        elif device.type == "cpu":
+            self.tensors = tensor_bytes()
+            give_back()
+            if not reset_peak():
+                print("the peak cannot be reset here: that of the whole process is taken", file=sys.stderr)
+            self.kind, self.before = "resident set", status_bytes("VmRSS")
+        else:
+            raise HarnessError(f"memory on device {str(device)!r} cannot be measured; give cpu or cuda")
+
+    def peak(self) -> int:
+        """Return the most bytes that were held above the start. Ask once, when what was measured is over."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        highest = peak_bytes()
+        gc.collect()
+        give_back()
+        left = status_bytes("VmRSS") - self.before
+        self.stays = max(0, left - max(0, tensor_bytes() - self.tensors))
+        return max(0, highest - self.before - self.stays)
+
+
+def tensor_bytes() -> int:
+    """Count the bytes of the CPU tensors that this process holds, those frozen by `gc.freeze` apart."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout is torch.strided:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

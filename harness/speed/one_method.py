@@ -7,7 +7,7 @@ chunks, which bounds the activations. The first token comes from the prefill, as
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ from harness.engine.transformers_seam import AttachedModel
 from methods.base import KVPolicy
 
 
-@dataclass
-class Decoded:
+class Decoded(NamedTuple):
     """Tokens of each prompt and the seconds of every step after the first token, which the prefill gave."""
 
     tokens: list[list[int]]
@@ -27,13 +26,10 @@ class Decoded:
 
 
 class Isolated:
-    """Runs prompts under one policy and budget.
+    """Runs prompts under one policy, as made for the model, and budget.
 
-    Args:
-        model: attached.
-        policy: as made for the model.
-        budget: slots per layer and KV head; None for a policy that keeps everything.
-        chunk: tokens of a prefill forward; None for all at once.
+    budget: slots per layer and KV head; None for a policy that keeps everything. chunk: tokens of a prefill forward;
+    None for all at once.
     """
 
     def __init__(self, model: AttachedModel, policy: KVPolicy, budget: int | None, *, chunk: int | None = None) -> None:
@@ -49,14 +45,11 @@ class Isolated:
 
     def decode(self, prompts: list[Compressed], new_tokens: int) -> Decoded:
         """Greedy tokens of prompts of the same length, as one batch, end-of-text ignored. Takes the prompts' caches."""
-        picked = [int(prompt.logits.argmax()) for prompt in prompts]
-        decoded = Decoded([[token] for token in picked], [])
+        steps, seconds = [[int(prompt.logits.argmax()) for prompt in prompts]], list[float]()
         with torch.inference_mode():
             decoding = Decoding.of(self.model, prompts, room=new_tokens - 1, release=True)
             for _ in range(new_tokens - 1):
                 start = time.perf_counter()
-                picked = decoding.step(picked).max(dim=-1).indices.tolist()  # waits for a GPU
-                decoded.step_s.append(time.perf_counter() - start)
-                for own, token in zip(decoded.tokens, picked, strict=True):
-                    own.append(token)
-        return decoded
+                steps.append(decoding.step(steps[-1]).max(dim=-1).indices.tolist())  # waits for a GPU
+                seconds.append(time.perf_counter() - start)
+        return Decoded([list(tokens) for tokens in zip(*steps, strict=True)], seconds)

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.engine.kernels import PAD
+from harness.records.measured import ProbeSpec
 from methods.base import KVPolicy, Needs, Sizes
 from methods.codes import Coding
 from methods.quant import Quant
@@ -47,10 +48,12 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Dims:
-    """The shapes of a model."""
+    """The shapes of a model.
+
+    windows: sliding window of each layer, None where attention is full. number: bytes of one.
+    """
 
     windows: tuple[int | None, ...]
-    """Sliding window of each layer, None where attention is full."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -58,14 +61,12 @@ class Dims:
     intermediate: int
     vocab: int
     number: int
-    """Bytes of a number."""
 
     @classmethod
     def of(cls, config: Any, dtype_bytes: int) -> Dims:
         """Read a transformers text config; a field that it leaves out has the value that models take for it."""
         heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
-        layers = int(config.num_hidden_layers)
-        types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+        types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
         window = getattr(config, "sliding_window", None)
         return cls(
             windows=tuple(window if kind == "sliding_attention" else None for kind in types),
@@ -96,22 +97,21 @@ class Dims:
 
 @dataclass(frozen=True)
 class ProbeShape:
-    """What is run."""
+    """What is run.
+
+    per_layer: whether a layer is compressed without the others. tokens: of each prompt. slots: kept of each
+    compressible layer and KV head, on average. coding: how they become codes, None where they stay as they are.
+    """
 
     needs: Needs
     per_layer: bool
-    """Whether a layer is compressed without the others."""
     keeps_all: bool
     tokens: int
-    """Of each prompt."""
     slots: int
-    """Kept of each compressible layer and KV head, on average."""
     batch: int
     new_tokens: int
     chunk: int | None
-    """Tokens of a prefill forward, None for all at once."""
     coding: Coding | None = None
-    """How slots become codes, None where they stay as they are."""
 
     @property
     def step(self) -> int:
@@ -119,38 +119,21 @@ class ProbeShape:
         return min(self.chunk or self.tokens, self.tokens)
 
 
-def predict(
-    config: Any,
-    dtype_bytes: int,
-    policy: KVPolicy,
-    *,
-    tokens: int,
-    budget: int | None,
-    batch: int = 1,
-    new_tokens: int = 32,
-    chunk: int | None = None,
-) -> int:
+def predict(config: Any, dtype_bytes: int, policy: KVPolicy, spec: ProbeSpec, budget: int | None) -> int:
     """Predict the peak bytes above the model of a probe under `policy`, as the head of this module says.
 
-    Args:
-        config: the model's text config.
-        dtype_bytes: of a weight and of a number of the cache.
-        policy: with its needs; it is asked whether its layers stand alone.
-        tokens: of each prompt.
-        budget: slots per layer and KV head; None for a policy that keeps everything.
-        batch: prompts, prefilled one at a time and decoded together.
-        new_tokens: generated for each, the first by the prefill.
-        chunk: tokens of a prefill forward, None for all at once.
+    config: the model's text config. dtype_bytes: of a weight and of a number of the cache. budget: slots per layer and
+    KV head; None for a policy that keeps everything.
     """
-    dims, slots = Dims.of(config, dtype_bytes), tokens if budget is None else min(budget, tokens)
+    dims, tokens = Dims.of(config, dtype_bytes), spec.tokens
+    slots = tokens if budget is None else min(budget, tokens)
     sizes = Sizes(tokens, dims.seen, dims.heads, dims.kv_heads)
     alone = policy.per_layer(slots, sizes) is not None
     coding = policy.coding if isinstance(policy, Quant) else None
     if isinstance(policy, Quant) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
-    shape = ProbeShape(
-        policy.needs, alone, budget is None and not coding, tokens, slots, batch, new_tokens, chunk, coding
-    )
+    all_ = budget is None and not coding
+    shape = ProbeShape(policy.needs, alone, all_, tokens, slots, spec.batch, spec.new_tokens, spec.chunk, coding)
     return max(prefill(dims, shape), batching(dims, shape), decoding(dims, shape))
 
 
@@ -165,11 +148,6 @@ def observed(dims: Dims, shape: ProbeShape) -> int:
     return window + (shape.tokens * dims.heads * FLOAT32 if shape.needs.column_sums else 0)
 
 
-def kept_layer(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of one compressible layer of one prompt after compression."""
-    return slot_bytes(dims, shape) + (0 if shape.keeps_all else shape.slots * POSITION * dims.kv_heads)
-
-
 def slot_bytes(dims: Dims, shape: ProbeShape) -> int:
     """Bytes of the keys and values of such a layer, without positions."""
     if shape.coding is None:
@@ -177,6 +155,11 @@ def slot_bytes(dims: Dims, shape: ProbeShape) -> int:
     older = max(0, shape.slots - shape.coding.residual)
     codes = dims.kv_heads * shape.coding.nbytes(older, dims.head_dim, dims.head_dim)
     return min(shape.slots * dims.slot, codes + (shape.slots - older) * dims.slot)
+
+
+def kept_layer(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of one compressible layer of one prompt after compression."""
+    return slot_bytes(dims, shape) + (0 if shape.keeps_all else shape.slots * POSITION * dims.kv_heads)
 
 
 def kept(dims: Dims, shape: ProbeShape) -> int:
@@ -230,14 +213,9 @@ def column_sums(dims: Dims, shape: ProbeShape) -> int:
 
 
 def _attended(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of hidden states, queries, keys, values, the output and every query's softmax denominator."""
-    return _asked(dims, shape) + shape.step * dims.heads * (dims.head_dim * dims.number + FLOAT32)
-
-
-def _asked(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of embeddings, the layer's input, its normed copy; queries, keys and values of the chunk."""
-    projected = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
-    return shape.step * (3 * dims.hidden + projected) * dims.number
+    """Bytes of embeddings, a layer's input and its normed copy; queries, keys, values, outputs, softmax sums."""
+    vectors = (2 * dims.heads + 2 * dims.kv_heads) * dims.head_dim
+    return shape.step * ((3 * dims.hidden + vectors) * dims.number + dims.heads * FLOAT32)
 
 
 def score_bytes(dims: Dims, shape: ProbeShape) -> int:

@@ -1,11 +1,10 @@
 """The server of `harness.speed.client.Prober`: it loads the model once and forks a child for every probe.
 
-    python -m harness.speed.server MODEL --dtype float32 --device cpu --threads 2
+    python -m harness.speed.server MODEL --dtype float32 --device cpu --threads 2 --reply 3
 
-reads a JSON line a probe (`Job`) and writes one (`Reply`) to the descriptor --reply, or else to standard output;
-what else is printed goes to standard error. The server computes on one thread, so that it holds no thread pool when
-it forks; a child sets its own number of threads. A GPU cannot be used after a fork: there, every probe is a process
-that loads the model itself (--once).
+reads a JSON line a probe (`Job`) and writes one (`Reply`) to the descriptor --reply. The server computes on one thread,
+so that it holds no thread pool when it forks; a child sets its own number of threads. A GPU cannot be used after a
+fork: there, every probe is a process that loads the model itself (--once).
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import signal
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 import torch
@@ -130,74 +129,61 @@ def ended(status: int, said: str) -> ProbeResult:
     return ProbeResult(status="oom" if empty else "failed", error=f"the probe ended without a result, {how}{tail}")
 
 
-class ProbeRunner(ABC):
-    """Runs jobs in processes of their own."""
+Start = Callable[[Job | None, int, IO[bytes]], int]
+"""Starts a process that writes its reply to a descriptor and what else it prints to a file; returns its id."""
 
-    @abstractmethod
-    def start(self, job: Job | None, reply: int, errors: IO[bytes]) -> int:
-        """Start a process that writes a reply to the descriptor `reply`, and return its id."""
 
-    def run(self, job: Job | None, timeout_s: float) -> Reply:
-        """Wait for a job's reply, or for its time to be up. A None job asks for the model's bytes."""
-        read, write = os.pipe()
-        with tempfile.TemporaryFile() as errors:
-            try:
-                child = self.start(job, write, errors)
-            finally:
-                os.close(write)
-            told = _told(read, child, timeout_s)
-            os.close(read)
-            if told is None:
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            memory_limit.leave_cgroup(child)
-            said = last_line(errors)
-        if told is None:
-            return Reply(result=ProbeResult(status="timeout", error=f"not finished after {timeout_s:g} s; killed"))
+def run_job(start: Start, job: Job | None, timeout_s: float) -> Reply:
+    """Wait for a job's reply, or for its time to be up. A None job asks for the model's bytes."""
+    read, write = os.pipe()
+    with tempfile.TemporaryFile() as errors:
         try:
-            return Reply.model_validate_json(told)
-        except ValidationError:
-            return Reply(result=ended(status, said))
-
-
-class Forked(ProbeRunner):
-    """Children share the loaded model with this process."""
-
-    def __init__(self, ready: ServerReady, threads: int) -> None:
-        self.ready, self.threads = ready, threads
-
-    def start(self, job: Job | None, reply: int, errors: IO[bytes]) -> int:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        parent = os.getpid()
-        child = os.fork()
-        if child:
-            return child
-        try:
-            memory_limit.die_with_parent(parent)
-            os.dup2(errors.fileno(), 1)
-            os.dup2(errors.fileno(), 2)
-            torch.set_num_threads(self.threads)
-            _send(reply, self.ready.answer(job))
+            child = start(job, write, errors)
         finally:
-            os._exit(0)  # nothing of the server's is flushed or ended twice
+            os.close(write)
+        told = _told(read, child, timeout_s)
+        os.close(read)
+        if told is None:
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        memory_limit.leave_cgroup(child)
+        said = last_line(errors)
+    if told is None:
+        return Reply(result=ProbeResult(status="timeout", error=f"not finished after {timeout_s:g} s; killed"))
+    try:
+        return Reply.model_validate_json(told)
+    except ValidationError:
+        return Reply(result=ended(status, said))
 
 
-class Fresh(ProbeRunner):
-    """Children load the model themselves. options: of the command line, model first."""
+def fork(ready: ServerReady, threads: int, job: Job | None, reply: int, errors: IO[bytes]) -> int:
+    """Start a child that shares the loaded model with this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        memory_limit.die_with_parent(parent)
+        os.dup2(errors.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+        torch.set_num_threads(threads)
+        _send(reply, ready.answer(job))
+    finally:
+        os._exit(0)  # nothing of the server's is flushed or ended twice
 
-    def __init__(self, options: Sequence[str]) -> None:
-        self.options = options
 
-    def start(self, job: Job | None, reply: int, errors: IO[bytes]) -> int:
-        command = [sys.executable, "-m", "harness.speed.server", *self.options, "--once", "--reply", "3"]
-        with tempfile.TemporaryFile() as given:
-            given.write(b"" if job is None else job.model_dump_json().encode())
-            given.seek(0)
-            moves = [(given.fileno(), 0), (errors.fileno(), 1), (errors.fileno(), 2), (reply, 3)]
-            actions = [(os.POSIX_SPAWN_DUP2, *move) for move in moves]
-            os.set_inheritable(reply, True)  # it may be 3 already, and then no move makes it so
-            return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
+def spawn(options: Sequence[str], job: Job | None, reply: int, errors: IO[bytes]) -> int:
+    """Start a child that loads the model itself. options: of the command line, model first."""
+    command = [sys.executable, "-m", "harness.speed.server", *options, "--once", "--reply", "3"]
+    with tempfile.TemporaryFile() as given:
+        given.write(b"" if job is None else job.model_dump_json().encode())
+        given.seek(0)
+        moves = [(given.fileno(), 0), (errors.fileno(), 1), (errors.fileno(), 2), (reply, 3)]
+        actions = [(os.POSIX_SPAWN_DUP2, *move) for move in moves]
+        os.set_inheritable(reply, True)  # it may be 3 already, and then no move makes it so
+        return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
 
 
 def _told(read: int, child: int, timeout_s: float) -> bytes | None:
@@ -221,7 +207,7 @@ def _send(reply: int, message: Reply) -> None:
 
 
 def once(options: argparse.Namespace, reply: int) -> int:
-    """Load the model, and run the one job of standard input if there is one."""
+    """Run the one job of standard input, or tell the model's bytes where there is none."""
     memory_limit.die_with_parent(os.getppid())
     torch.set_num_threads(options.threads)
     try:
@@ -242,11 +228,11 @@ def serve(options: argparse.Namespace, reply: int) -> int:
             gc.collect()
             gc.freeze()
             memory_limit.give_back()
-            runner: ProbeRunner = Forked(ready, options.threads)
+            start: Start = partial(fork, ready, options.threads)
         else:
             given = ("--dtype", options.dtype, "--device", options.device, "--threads", str(options.threads))
-            runner = Fresh((options.model, *given))
-        first = runner.run(None, LOAD_S)
+            start = partial(spawn, (options.model, *given))
+        first = run_job(start, None, LOAD_S)
         if first.result is not None:
             first = Reply(error=f"model {options.model} cannot be probed: {first.result.error}")
     except HarnessError as error:
@@ -260,25 +246,21 @@ def serve(options: argparse.Namespace, reply: int) -> int:
         except ValidationError as error:
             _send(reply, Reply(result=failure(error)))
         else:
-            _send(reply, runner.run(job, job.timeout_s))
+            _send(reply, run_job(start, job, job.timeout_s))
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve probes, or run a single one, as the options say; return the exit code."""
+    """Serve probes, or run a single one; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m harness.speed.server", description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--reply", type=int, help="descriptor to answer on")
+    parser.add_argument("--reply", type=int, required=True, help="descriptor to answer on")
     parser.add_argument("--once", action="store_true", help="load the model, run one job of standard input, end")
     options = parser.parse_args(arguments)
-    reply = options.reply
-    if reply is None:
-        reply = os.dup(1)
-        os.dup2(2, 1)  # what others print is no reply
-    return (once if options.once else serve)(options, reply)
+    return (once if options.once else serve)(options, options.reply)
 
 
 if __name__ == "__main__":

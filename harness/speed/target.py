@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,57 +21,40 @@ from harness.plan.names import check_asked
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import Asked, MethodSpec, ModelSpec
-from harness.speed.boundary import Asks
 from harness.speed.memory_limit import MEMINFO, Limit, swap
 from harness.speed.predicted_memory import predict
 from methods.base import PolicyError
 from methods.label import MethodLabel
 
+if TYPE_CHECKING:
+    from harness.speed.client import Prober
+
 SHORT = 16
 """Tokens of the probe that shows which limit holds."""
-SHORT_S = 600.0
-"""That it gets; on CUDA the model is loaded in it."""
-
-
-class Serves(Asks, Protocol):
-    """What is used of `client.Prober`."""
-
-    limit: Limit | None
-    """What held the last probe."""
-    model_bytes: int
-    """Of the loaded model."""
 
 
 class Restarting:
     """A prober, and another one in its place when it goes down with a probe, which is then `failed`. A context."""
 
-    def __init__(self, start: Callable[[], AbstractContextManager[Serves]]) -> None:
+    prober: Prober
+
+    def __init__(self, start: Callable[[], Prober]) -> None:
         self._start, self._stack = start, ExitStack()
 
     def __enter__(self) -> Restarting:
-        self._prober = self._stack.enter_context(self._start())
+        self.prober = self._stack.enter_context(self._start())
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    @property
-    def model_bytes(self) -> int:
-        """Of the loaded model."""
-        return self._prober.model_bytes
-
-    @property
-    def limit(self) -> Limit | None:
-        """What held the last probe."""
-        return self._prober.limit
-
     def ask(self, spec: ProbeSpec, *, limit_bytes: int | None = None, timeout_s: float = 600.0) -> ProbeResult:
         """Run one probe. Raises HarnessError when no prober can be started any more."""
         try:
-            return self._prober.ask(spec, limit_bytes=limit_bytes, timeout_s=timeout_s)
+            return self.prober.ask(spec, limit_bytes=limit_bytes, timeout_s=timeout_s)
         except HarnessError as error:
-            self._stack.__exit__(type(error), error, None)
-            self._prober = self._stack.enter_context(self._start())
+            self.__exit__(type(error), error, None)
+            self.__enter__()
             return ProbeResult(status="failed", error=str(error))
 
 
@@ -91,10 +75,10 @@ class Target:
 
     @classmethod
     def load(cls, asked: Asked, threads: int | None) -> Target:
-        """Refuse what can be refused, loading the model once on the CPU; it is let go before the first probe.
+        """Load the model once on the CPU, to be let go before the first probe.
 
-        Raises HarnessError: unknown names, a missing device, a model that cannot be loaded, and methods made for
-        another model.
+        Raises HarnessError for unknown names, a missing device, a model that cannot be loaded or that a method is not
+        made for.
         """
         check_asked(asked)
         planned, budgets = plan_methods(asked), asked.parsed_budgets
@@ -116,12 +100,19 @@ class Target:
             cells=plan_cells(fitted, budgets),
         )
 
-    def predict(self, cell: PlannedCell, *, tokens: int, batch: int, new_tokens: int, chunk: int | None) -> int | None:
-        """Predict the bytes above the model's own; None where the method refuses."""
-        budget, shape = cell.cell.budget, dict[str, Any](tokens=tokens, batch=batch, new_tokens=new_tokens, chunk=chunk)
-        slots, number = None if budget is None else budget.resolve(tokens), DTYPES[self.model.dtype].itemsize
+    def prober(self, prober: type[Prober]) -> Restarting:
+        """Make what starts probers of this model."""
+        model = self.model
+        return Restarting(
+            partial(prober, model=model.name, dtype=model.dtype, device=model.device, threads=self.threads)
+        )
+
+    def predict(self, cell: PlannedCell, spec: ProbeSpec) -> int | None:
+        """Predict the bytes of a probe above the model's own; None where the method refuses."""
+        budget = cell.cell.budget
+        slots = None if budget is None else budget.resolve(spec.tokens)
         try:
-            return predict(self.config, number, cell.cell.policy, budget=slots, **shape)
+            return predict(self.config, DTYPES[self.model.dtype].itemsize, cell.cell.policy, spec, slots)
         except PolicyError:
             return None
 
@@ -136,34 +127,40 @@ class Target:
 
 
 def probe_spec(method: str, budget: str, changed: Mapping[str, Any], **shape: Any) -> ProbeSpec:
-    """A probe of a cell.
+    """Make the probe of a cell from the label and budget of its records.
 
-    Args:
-        method: the cell's label.
-        budget: as its records say, `full` for a method that keeps everything.
-        changed: parameters of methods, `method.parameter` to value, as the run was asked for.
-        shape: the other fields of the probe.
+    changed: parameters of methods, `method.parameter` to value. shape: the other fields.
     """
     label = MethodLabel.parse(method)
     kept = None if budget == "full" else budget
     return ProbeSpec(method=label.asked, set=label.own(changed), budget=kept, **shape)
 
 
-def limit_in_force(prober: Serves | Restarting, limit: int) -> tuple[str, list[str]]:
-    """Find out on a short probe what holds one below a limit, and what is to be said of it.
+def limit_in_force(asker: Restarting, limit: int | None) -> tuple[str, list[str]]:
+    """Find out on a short probe what kind of limit holds one, "" for none; with notes on it and on swap, said too.
 
     Raises HarnessError for a limit that leaves nothing beside the model, or under which not even that probe runs.
     """
-    own = prober.model_bytes
+    found, notes = None if limit is None else _held(asker, limit), list[str]()
+    if found is not None and found.note:
+        notes = [f"limit by {found.kind}, {found.note}"]
+    if not any("swap" in note for note in notes):
+        notes += swap_note()
+    say(f"note: {note}" for note in notes)
+    return "" if found is None else found.kind, notes
+
+
+def _held(asker: Restarting, limit: int) -> Limit:
+    own = asker.prober.model_bytes
     if limit <= own:
         raise HarnessError(f"--memory-limit of {limit} bytes is not above the loaded model's own {own}; raise it")
     short = ProbeSpec(method="fullkv", budget=None, tokens=SHORT, new_tokens=2, warm_up=False)
-    result = prober.ask(short, limit_bytes=limit, timeout_s=SHORT_S)
-    found = prober.limit
+    result = asker.ask(short, limit_bytes=limit)  # its time is enough to load the model, which CUDA does in it
+    found = asker.prober.limit
     if found is None:
         advice = "raise --memory-limit" if result.status == "oom" else "try again"
         raise HarnessError(f"no probe runs under {limit} bytes: {result.error or result.status}; {advice}")
-    return found.kind, [f"limit by {found.kind}, {found.note}"] if found.note else []
+    return found
 
 
 def swap_note(meminfo: Path = MEMINFO) -> list[str]:

@@ -50,41 +50,33 @@ WHEN = (1980, 1, 1, 0, 0, 0)
 
 
 class PackedFile(Frozen):
-    """A member of the archive."""
+    """A member of the archive, with the bytes of its contents and their sha256 in hex."""
 
     name: str
     size: int = Field(ge=0)
-    """Bytes of its contents."""
     sha256: str
-    """Of its contents, in hex."""
 
 
 class Index(Frozen):
-    """index.json: what else is in the archive."""
+    """index.json: what else is in the archive.
+
+    harness: the version that packed it. partial: whether the run may lack records. references: whether the records have
+    theirs.
+    """
 
     kind: Literal["kv-policy-harness submission"] = "kv-policy-harness submission"
     schema_version: int = SCHEMA_VERSION
     harness: str = __version__
-    """The version that packed it."""
     run_id: str
     partial: bool = False
-    """Whether the run may lack records."""
     references: bool = True
-    """Whether the records have their references."""
     files: tuple[PackedFile, ...]
 
 
 def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool = True) -> Index:
-    """Write the archive of a run.
+    """Write the archive of a run to the file `out`. partial: also of a run that is not whole.
 
-    Args:
-        folder: of the run.
-        out: the archive's file.
-        partial: also of a run that is not whole.
-        references: with those of the samples.
-
-    Raises:
-        HarnessError: a damaged run, one that is not whole, or a file that cannot be written.
+    Raises HarnessError for a damaged run, one that is not whole, or a file that cannot be written.
     """
     manifest, records = load_run(folder)
     wanted = manifest.samples * manifest.cells
@@ -95,11 +87,12 @@ def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool
         )
     if not references:
         records = [record.model_copy(update={"answers": (), "prompt_tail": ""}) for record in records]
-    members = {path.name: _kept(path, manifest) for path in _kept_paths(folder)}
-    members = {MANIFEST: _packed(manifest), **members, RECORDS: b"".join(map(to_line, records))}
+    members = {MANIFEST: _packed(manifest), **_kept(folder, manifest), RECORDS: b"".join(map(to_line, records))}
     if sum(map(len, members.values())) > LARGE or len(members) >= MEMBERS:
         raise HarnessError(f"{folder} is more than {LARGE >> 20} MiB in {MEMBERS} files; hand it in as several runs")
-    files = tuple(PackedFile(name=name, size=len(data), sha256=_sha256(data)) for name, data in members.items())
+    files = tuple(
+        PackedFile(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in members.items()
+    )
     index = Index(run_id=manifest.run_id, partial=partial, references=references, files=files)
     write_bytes(out, zipped({INDEX: (index.model_dump_json(indent=2) + "\n").encode(), **members}))
     return index
@@ -116,27 +109,20 @@ def zipped(members: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _kept_paths(folder: Path) -> list[Path]:
-    """Find the manifests that were kept of earlier sessions, the earliest first."""
-    found = {int(match[1]): path for path in folder.iterdir() if (match := KEPT.fullmatch(path.name))}
-    return [path for _, path in sorted(found.items())]
+def _kept(folder: Path, manifest: RunManifest) -> dict[str, bytes]:
+    """The manifests that were kept of earlier sessions, the earliest first."""
+    numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := KEPT.fullmatch(path.name)))
+    kept = {name: RUNS.read_manifest(folder, name) for name in (f"run.{number}.json" for number in numbers)}
+    for name, earlier in kept.items():
+        if earlier.spec.run_id != manifest.run_id:
+            raise HarnessError(f"{folder / name} is of run {earlier.spec.run_id}, not {manifest.run_id}; move it away")
+    return {name: _packed(earlier) for name, earlier in kept.items()}
 
 
 def _packed(manifest: RunManifest) -> bytes:
     """A manifest with its command's paths cut to their last name."""
     command = tuple(Path(word).name if Path(word).is_absolute() else word for word in manifest.command)
     return (manifest.model_copy(update={"command": command}).model_dump_json(indent=2) + "\n").encode()
-
-
-def _kept(path: Path, manifest: RunManifest) -> bytes:
-    earlier = RUNS.read_manifest(path.parent, path.name)
-    if earlier.spec.run_id != manifest.run_id:
-        raise HarnessError(f"{path} is of run {earlier.spec.run_id}, not {manifest.run_id}; move it away")
-    return _packed(earlier)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -168,27 +154,20 @@ class Pack:
 def open_pack(path: Path) -> Iterator[Pack]:
     """Open and check an archive. Raises HarnessError, in one line, for one that is not what `pack_run` writes."""
     with ExitStack() as stack:
-        with _one_line(path):
+        try:
             file = stack.enter_context(path.open("rb"))
             size = file.seek(0, 2)
             file.seek(max(0, size - END.size))
             _check_end(file.read(), size)
             archive = stack.enter_context(ZipFile(file))
             index = _checked(archive)
+        except HarnessError:
+            raise
+        except (BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+            raise HarnessError(f"bad archive: {path.name} is no sound zip ({error}); ask for another copy") from None
+        except OSError as error:
+            raise HarnessError(f"cannot read {path}: {error.strerror or error}") from None
         yield Pack(index, archive)
-
-
-@contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Turn what a damaged zip and a file that cannot be read raise into an error for the user."""
-    try:
-        yield
-    except HarnessError:
-        raise
-    except (BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
-        raise HarnessError(f"bad archive: {path.name} is no sound zip ({error}); ask for another copy") from None
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _check_end(end: bytes, size: int) -> None:
@@ -203,7 +182,7 @@ def _check_end(end: bytes, size: int) -> None:
 
 
 def _checked(archive: ZipFile) -> Index:
-    """Read the index. Raises HarnessError unless all members are sound and as it says."""
+    """Read the index, once all members are sound and as it says."""
     infos = archive.infolist()
     for info in infos:
         _check_member(info)

@@ -9,7 +9,7 @@ b over the bits of a plain number of that.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from harness.records.record import CellKey, Record
 from methods.base import Budget
@@ -19,8 +19,7 @@ ROUNDING = 1e-6
 MOST = 1 << 48  # bytes or tokens
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """What is kept of a record until the uncompressed cell of its sample is known."""
 
     where: str
@@ -32,8 +31,7 @@ class _Asked:
     least: float
 
 
-@dataclass(frozen=True)
-class _Full:
+class _Full(NamedTuple):
     held: int
     slots: int
     even: bool
@@ -42,13 +40,11 @@ class _Full:
 class Budgets:
     """Takes the `ok` records of a run one by one.
 
-    Args:
-        cells: those of the run, with the budget read.
-        least: by method, the least part of a plain slot that one of its slots takes.
+    cells: those of the run. least: by method, the least part of a plain slot that one of its slots takes.
     """
 
-    def __init__(self, cells: Mapping[CellKey, Budget | None], least: Mapping[str, float] | None = None) -> None:
-        self.cells, self.least = cells, least or {}
+    def __init__(self, cells: Mapping[CellKey, Budget | None], least: Mapping[str, float]) -> None:
+        self.cells, self.least = cells, least
         self._asked: list[_Asked] = []
         self._full: dict[tuple[str, str], _Full] = {}
         self._same: dict[tuple[int, int, int], int] = {}
@@ -65,8 +61,7 @@ class Budgets:
         if record.budget_tokens != resolved:
             yield f"budget {record.budget} of {tokens} tokens is {resolved} slots, not {record.budget_tokens}"
             return
-        yield from _bytes(record)
-        yield from _needles(record)
+        yield from _own_problems(record)
         slots = sum(record.kept_slots)
         if resolved is None or resolved >= tokens:
             if record.asked_bytes != record.full_bytes:
@@ -74,9 +69,8 @@ class Budgets:
             if resolved is None and slots:
                 self._full[sample] = _Full(record.full_bytes, slots, len(set(record.kept_slots)) == 1)
         else:
-            share = resolved / tokens
-            least = self.least.get(record.method, 1.0)
-            self._asked.append(_Asked(where, sample, share, record.asked_bytes, record.kv_bytes, slots, least))
+            part, least = resolved / tokens, self.least.get(record.method, 1.0)
+            self._asked.append(_Asked(where, sample, part, record.asked_bytes, record.kv_bytes, slots, least))
             same = self._same.setdefault((resolved, tokens, record.full_bytes), record.asked_bytes)
             if same != record.asked_bytes:
                 yield f"{record.asked_bytes} bytes asked for, another record of the same budget has {same}"
@@ -101,16 +95,13 @@ def _slot(asked: _Asked, full: _Full) -> float:
     return (full.held - asked.asked) / (full.slots * (1 - asked.share))
 
 
-def _bytes(record: Record) -> Iterator[str]:
+def _own_problems(record: Record) -> Iterator[str]:
     over = record.kv_bytes > OVER * record.asked_bytes
     if over != record.over_budget:
-        told = "over_budget is set" if record.over_budget else "over_budget is not set"
-        yield f"{record.kv_bytes} bytes of {record.asked_bytes} asked for, and {told}"
+        told = "" if record.over_budget else "not "
+        yield f"{record.kv_bytes} bytes of {record.asked_bytes} asked for, and over_budget is {told}set"
     if record.asked_bytes > record.full_bytes:
         yield f"{record.asked_bytes} bytes asked for, more than the {record.full_bytes} of the whole cache"
-
-
-def _needles(record: Record) -> Iterator[str]:
     kept = [count for layer in record.needle_kept for count in layer]
     if kept and not 0 <= min(kept) <= max(kept) <= record.needle_tokens:
         yield f"{max(kept)} of {record.needle_tokens} needle tokens are said to be kept"

@@ -37,14 +37,9 @@ class Samples:
 
     def _foreign(self, record: Record) -> Iterator[str]:
         spec = self.manifest.spec
-        wanted = {
-            "run_id": self.manifest.run_id,
-            "model": spec.model.name,
-            "dtype": spec.model.dtype,
-            "query": spec.query,
-            "first_token": spec.first_token,
-            "seed": spec.seed,
-        }
+        wanted: dict[str, object] = {"run_id": self.manifest.run_id}
+        wanted |= {"model": spec.model.name, "dtype": spec.model.dtype}
+        wanted |= {"query": spec.query, "first_token": spec.first_token, "seed": spec.seed}
         for name, value in wanted.items():
             if (own := getattr(record, name)) != value:
                 yield f"{name} is {ascii(own)[:80]}, the run's is {ascii(value)[:80]}"

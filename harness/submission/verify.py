@@ -16,7 +16,7 @@ seen with a tokenizer alone. A cell that was lost (out of memory, failed) has no
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -42,17 +42,14 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass
 class Check:
-    """A kind of check."""
+    """A kind of check: how many things it looked at and refused, and the first `REASONS` of its reasons."""
 
     name: str
     counted: int = 0
-    """How many things it looked at."""
     refused: int = 0
-    """How many of them it refused."""
     reasons: list[str] = field(default_factory=list)
-    """The first `REASONS` of the refusals."""
 
-    def see(self, problems: Iterator[str], where: str = "", *, counted: int = 1) -> bool:
+    def see(self, problems: Iterable[str], where: str = "", *, counted: int = 1) -> bool:
         """Note the problems of one thing, and return whether there was none; several count once."""
         found = [f"{where}: {problem}" if where else problem for problem in problems]
         self.counted += counted
@@ -85,26 +82,42 @@ class Verification:
         self.checks.append(Check(name))
         return self.checks[-1]
 
+    def told(self) -> list[str]:
+        """Write the verdict: what it is of, a table of checks, what was not recomputed, OK or REFUSED with reasons."""
+        lines = []
+        if (m := self.manifest) is not None:
+            model = f"{m.spec.model.name} {m.spec.model.dtype}"
+            what = f"{model}, {m.samples} samples x {m.cells} cells, commit {m.git_commit}"
+            lines.append(_shown(f"run {m.run_id}: {what}, packed by version {self.index.harness}"))
+        lines.append(f"{'check':<12} {'counted':>9} {'refused':>9}")
+        for check in self.checks:
+            note = "  values reported, not recomputed" if check.name == "likelihood" else ""
+            lines.append(f"{check.name:<12} {check.counted:>9,} {check.refused:>9,}{note}")
+        others = [f"{count} {status}" for status, count in sorted(self.statuses.items()) if status != "ok"]
+        if others:
+            lines.append(f"without a score: {', '.join(others)}")
+        if not self.ok:
+            return [*lines, "REFUSED", *(f"  {reason}" for reason in self.reasons)]
+        part = " Cells may be missing: it is a part of a run." if self.index.partial else ""
+        return [*lines, f"OK: the scores follow from the predictions. Seconds and NLL are as reported.{part}"]
+
+
+def _shown(text: object, most: int | None = None) -> str:
+    """At most so many characters of what an archive says, without those that a terminal obeys."""
+    return ascii(str(text))[1:-1][:most]
+
 
 def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = None) -> Verification:
-    """Check an archive.
+    """Check an archive; what is wrong with a sound one is in what is returned.
 
-    Args:
-        path: its file.
-        partial: whether missing cells are no fault.
-        decode: of the model's tokenizer, to check tokens too.
-
-    Returns:
-        What was found; what is wrong with a sound archive is in it.
-
-    Raises:
-        HarnessError: an archive that is not sound.
+    partial: whether missing cells are no fault. decode: of the model's tokenizer, to check tokens too. Raises
+    HarnessError for an archive that is not sound.
     """
     with open_pack(path) as pack:
         verification = Verification(pack.index)
         archive = verification.check("archive")
         without = () if pack.index.references else ("it was packed without references: no score can be recomputed",)
-        archive.see(iter(without), counted=len(pack.index.files))
+        archive.see(without, counted=len(pack.index.files))
         manifest = _manifest(pack, verification.check("manifest"))
         verification.manifest = manifest
         if manifest is not None and pack.index.references:
@@ -118,16 +131,13 @@ def _manifest(pack: Pack, check: Check) -> RunManifest | None:
         manifest = _parse(RunManifest, pack.read(MANIFEST))
         kept = [_parse(RunManifest, pack.read(name)) for name in pack.manifests]
     except HarnessError as error:
-        check.see(iter([str(error)]), MANIFEST)
+        check.see([str(error)], MANIFEST)
         return None
     given, ids = manifest.spec.run_id, [m.run_id for m in (manifest, *kept)]
     ids += [m.spec.run_id for m in kept] + [pack.index.run_id]
-    problems = [
-        f"run id {ascii(other)[1:-1][:40]} is not the hash of the spec, {given}" for other in ids if other != given
-    ]
-    if not problems:
-        problems = list(_spec_problems(manifest))
-    return manifest if check.see(iter(problems), MANIFEST, counted=1 + len(kept)) else None
+    problems = [f"run id {_shown(other, 40)} is not the hash of the spec, {given}" for other in ids if other != given]
+    problems = problems or list(_spec_problems(manifest))
+    return manifest if check.see(problems, MANIFEST, counted=1 + len(kept)) else None
 
 
 def _spec_problems(manifest: RunManifest) -> Iterator[str]:
@@ -143,7 +153,7 @@ def _spec_problems(manifest: RunManifest) -> Iterator[str]:
     try:
         cells = cells_of(manifest)
     except PolicyError as error:
-        yield ascii(str(error))[1:-1][:200]
+        yield _shown(error, 200)
         return
     if manifest.cells != len(cells):
         yield f"it says {manifest.cells} cells a sample, methods and budgets make {len(cells)}"
@@ -151,15 +161,16 @@ def _spec_problems(manifest: RunManifest) -> Iterator[str]:
 
 def cells_of(manifest: RunManifest) -> dict[CellKey, Budget | None]:
     """Read the budget of every cell of the spec. Raises PolicyError for one that is none."""
-    spec = manifest.spec
-    budgets = {str(budget): budget for budget in map(Budget.parse, spec.budgets)}
-    cells: dict[CellKey, Budget | None] = {}
-    for method in spec.methods:
-        if method.budgeted:
-            cells |= {(method.label, text): budget for text, budget in budgets.items()}
-        else:
-            cells[method.label, "full"] = None
-    return cells
+    budgets: dict[str, Budget | None] = {str(budget): budget for budget in map(Budget.parse, manifest.spec.budgets)}
+    return {
+        (method.label, text): budget
+        for method in manifest.spec.methods
+        for text, budget in (budgets if method.budgeted else {"full": None}).items()
+    }
+
+
+class _Versioned(BaseModel):
+    schema_version: int = SCHEMA_VERSION
 
 
 def _parse(kind: type[Any], data: bytes) -> Any:
@@ -172,11 +183,7 @@ def _parse(kind: type[Any], data: bytes) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise HarnessError(f"damaged: {ascii(where)[1:-1][:80]}: {ascii(first['msg'])[1:-1][:120]}") from None
-
-
-class _Versioned(BaseModel):
-    schema_version: int = SCHEMA_VERSION
+        raise HarnessError(f"damaged: {_shown(where, 80)}: {_shown(first['msg'], 120)}") from None
 
 
 def _least(manifest: RunManifest) -> dict[str, float]:
@@ -189,15 +196,16 @@ def _least(manifest: RunManifest) -> dict[str, float]:
 def _records(pack: Pack, manifest: RunManifest, found: Verification, *, partial: bool, decode: Decode | None) -> None:
     cells, tasks = cells_of(manifest), load_tasks()
     samples, budgets = Samples(manifest, cells), Budgets(cells, _least(manifest))
-    own, whole, bytes_ = found.check("records"), found.check("complete"), found.check("budgets")
-    scores, likelihood = found.check("scores"), found.check("likelihood")
+    own, whole, bytes_, scores, likelihood = map(
+        found.check, ("records", "complete", "budgets", "scores", "likelihood")
+    )
     tokens = found.check("tokens") if decode is not None else None
     for number, line in enumerate(pack.lines(), start=1):
         where = f"{RECORDS}:{number}"
         try:
             record = _parse(Record, line)
         except HarnessError as error:
-            own.see(iter([str(error)]), where)
+            own.see([str(error)], where)
             continue
         if not own.see(samples.problems(record), where):
             continue
@@ -205,17 +213,17 @@ def _records(pack: Pack, manifest: RunManifest, found: Verification, *, partial:
         if record.status != "ok":
             scores.see(_no_score(record), where, counted=0)
             continue
-        where = f"{where} ({ascii(' '.join(record.key))[1:-1][:120]})"
+        where = f"{where} ({_shown(' '.join(record.key), 120)})"
         bytes_.see(budgets.problems(record, where), where)
         scores.see(score_problems(tasks[record.task], record), where)
         likelihood.see(_likelihood_problems(record, manifest), where, counted=record.nll is not None)
         if tokens is not None and decode is not None:
             tokens.see(_token_problems(record, decode), where)
     for problem in budgets.across():
-        bytes_.see(iter([problem]), counted=0)
+        bytes_.see([problem], counted=0)
     whole.counted = samples.wanted
     for problem in samples.missing() if not partial else ():
-        whole.see(iter([problem]), counted=0)
+        whole.see([problem], counted=0)
 
 
 def _no_score(record: Record) -> Iterator[str]:
@@ -226,12 +234,12 @@ def _no_score(record: Record) -> Iterator[str]:
 def score_problems(task: Task, record: Record) -> Iterator[str]:
     """Say what the stored metrics have against them; a record that its task cannot score again is refused too."""
     try:
-        found = dict(task.score(cast(Sample, Stored(record)), record.prediction))
+        found = dict(task.score(cast(Sample, _Stored(record)), record.prediction))
     except NotRecorded as missing:
         yield f"cannot be recomputed: {task.name} scores with the sample's {missing}, which no record holds"
         return
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        told = ascii(f"{type(error).__name__}: {error}")[1:-1][:120]
+        told = _shown(f"{type(error).__name__}: {error}", 120)
         yield f"cannot be recomputed: answers or meta are not what {task.name} scores with ({told})"
         return
     if found.keys() != record.metrics.keys():
@@ -246,7 +254,7 @@ class NotRecorded(Exception):
     """A field of a sample that is in no record."""
 
 
-class Stored:
+class _Stored:
     """What a record holds of a sample; any other field raises NotRecorded."""
 
     def __init__(self, record: Record) -> None:

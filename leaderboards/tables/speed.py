@@ -147,7 +147,7 @@ def _footnotes(table: SpeedTable) -> list[str]:
             "TPOT: one decode step of the whole batch; tokens/s: batch over TPOT, [slowest, fastest] step",
             "compress %: of prefill; KV: keys and values left after compression",
             f"peak: highest {' and '.join(kinds)} above the loaded model, prefill and decode included",
-            "predicted: the same from shapes alone, before anything ran (harness/footprint.py)",
+            "predicted: the same from shapes alone, before anything ran (harness/speed/predicted_memory.py)",
         ]
     alarms = [_alarm(row, row.found) for row in table.rows if row.alarm and row.found is not None]
     lines += alarms

@@ -10,7 +10,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,25 +35,18 @@ DTYPES = sorted({"float32", str(resolve_dtype("auto", torch.device("cpu"))).remo
 Goal = tuple[Literal["<=", ">="], float]
 
 
-@dataclass(frozen=True)
-class Line:
+LINES = pytest.StashKey[list[str]]()
+
+
+def line(name: str, values: list[float], goal: Goal | None = None) -> str:
     """One line of the final table. values: a ratio per round."""
-
-    name: str
-    values: list[float]
-    goal: Goal | None
-
-    def __str__(self) -> str:
-        middle = statistics.median(self.values)
-        spread = f"{min(self.values):.2f} to {max(self.values):.2f}, {len(self.values)} rounds"
-        if self.goal is None:
-            return f"{self.name:<58} {middle:7.2f}x  ({spread})"
-        sign, bound = self.goal
-        met = middle <= bound if sign == "<=" else middle >= bound
-        return f"{self.name:<58} {middle:7.2f}x  ({spread})  goal {sign} {bound:g}x {'met' if met else 'MISSED'}"
-
-
-LINES = pytest.StashKey[list[Line]]()
+    middle = statistics.median(values)
+    told = f"{name:<58} {middle:7.2f}x  ({min(values):.2f} to {max(values):.2f}, {len(values)} rounds)"
+    if goal is None:
+        return told
+    sign, bound = goal
+    met = middle <= bound if sign == "<=" else middle >= bound
+    return f"{told}  goal {sign} {bound:g}x {'met' if met else 'MISSED'}"
 
 
 @pytest.fixture(autouse=True)
@@ -62,19 +54,11 @@ def _threads() -> None:
     torch.set_num_threads(THREADS)
 
 
-@pytest.fixture(scope="session")
-def lines(pytestconfig: pytest.Config) -> list[Line]:
-    return pytestconfig.stash.setdefault(LINES, [])
-
-
 @pytest.fixture
-def note(lines: list[Line]) -> Callable[..., None]:
+def note(pytestconfig: pytest.Config) -> Callable[..., None]:
     """Put a ratio into the final table."""
-
-    def add(name: str, values: list[float], goal: Goal | None = None) -> None:
-        lines.append(Line(name, values, goal))
-
-    return add
+    lines = pytestconfig.stash.setdefault(LINES, [])
+    return lambda *given: lines.append(line(*given))
 
 
 @pytest.fixture(scope="session", params=DTYPES)
@@ -135,5 +119,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     lines = config.stash.get(LINES, [])
     if lines:
         terminalreporter.section(f"ratios: median of the rounds, {THREADS} torch threads")
-        for line in lines:
-            terminalreporter.write_line(str(line))
+        for told in lines:
+            terminalreporter.write_line(told)

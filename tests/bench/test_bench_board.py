@@ -12,15 +12,20 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from harness.records.record import Record
 from harness.records.spec import SCHEMA_VERSION
+from leaderboards.stats.grid import Grid
+from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import ENGLISH, RULER
+from tests.leaderboards.stats.test_subject import scored
 from tests.pretend import manifest, record
 
 pytestmark = pytest.mark.bench
@@ -60,14 +65,9 @@ def of_sample(i: int, generator: random.Random) -> dict[str, Any]:
     else:
         meta = {"length": 4096, "depth": generator.randrange(101)}
     return {
-        "task": task,
-        "sample_id": f"{meta['length']}/{place}",
-        "meta": meta,
-        "prompt_tokens": 4000,
-        "compressed_tokens": 4000,
-        "prompt_sha256": f"{i:064x}",
-        "needle_tokens": 0 if "needles" not in meta else 23,
-        "answers": ["6266715"],
+        **{"task": task, "sample_id": f"{meta['length']}/{place}", "meta": meta, "answers": ["6266715"]},
+        **{"prompt_tokens": 4000, "compressed_tokens": 4000, "prompt_sha256": f"{i:064x}"},
+        "needle_tokens": 23 if "needles" in meta else 0,
     }
 
 
@@ -75,26 +75,16 @@ def line(sample: dict[str, Any], cell: tuple[str, str], generator: random.Random
     """One record; one in 20,000 ran out of memory."""
     strength = 0.3 + (CELLS.index(cell) % 16) / 40
     ok = generator.random() > 1 / 20_000
-    needles = (
-        [[generator.randrange(24) for _ in range(HEADS)] for _ in range(LAYERS)] if sample["needle_tokens"] else []
-    )
+    layers = LAYERS if sample["needle_tokens"] else 0
     own = {
-        "status": "ok" if ok else "oom",
-        "error": None if ok else "out of memory",
-        "budget_tokens": 128,
-        "kept_slots": [generator.randrange(100, 999) for _ in range(LAYERS)],
-        "kv_bytes": 1474560,
-        "kv_bytes_end": 1681920,
-        "needle_kept": needles,
-        "prediction": " 6266715.",
+        **{"status": "ok" if ok else "oom", "error": None if ok else "out of memory", "decode_rows": 32},
+        **{"budget_tokens": 128, "kept_slots": [generator.randrange(100, 999) for _ in range(LAYERS)]},
+        **{"kv_bytes": 1474560, "kv_bytes_end": 1681920, "prediction": " 6266715.", "nll_tokens": 8},
+        "needle_kept": [[generator.randrange(24) for _ in range(HEADS)] for _ in range(layers)],
         "token_ids": [generator.randrange(49152) for _ in range(9)],
         "metrics": {"score": float(generator.random() < strength)} if ok else {},
         "nll": generator.random() + 1 - strength if ok else None,
-        "nll_tokens": 8,
-        "prefill_s": generator.random(),
-        "compress_s": generator.random(),
-        "decode_s": generator.random(),
-        "decode_rows": 32,
+        **{name: generator.random() for name in ("prefill_s", "compress_s", "decode_s")},
     }
     return json.dumps({**TEMPLATE, **sample, "method": cell[0], "budget": cell[1], **own}, separators=(",", ":"))
 
@@ -143,3 +133,20 @@ def test_a_million_records(tmp_path: Path, note: Callable[..., None], capsys: py
             note("board of 1,000,000 records: seconds", [load + work], ("<=", 60))
             note("board of 1,000,000 records: peak GB", [peak / 1e9], ("<=", 2))
     note("board of 1,000,000 records by 100,000: seconds", [seconds[1_000_000] / seconds[100_000]], ("<=", 10))
+
+
+def test_a_subject_against_its_rivals(note: Callable[..., None]) -> None:
+    """90 cells, 100 samples, 2,000 resamples."""
+    generator = np.random.default_rng(1)
+    records = [
+        r
+        for m in ("mine", *(f"m{i}" for i in range(14)))
+        for budget in ("32", "64", "128", "256", "512", "1024")
+        for t in range(10)
+        for r in scored(m, f"{'niah' if t < 5 else 'longbench'}/{t}", generator.random(10).tolist(), budget=budget)
+    ]
+    grid = Grid(records, seed=0, resamples=2000)
+    begin = time.perf_counter()
+    rivals = compare(grid, "mine")
+    note("rivals of 90 cells, 100 samples: seconds", [time.perf_counter() - begin], ("<=", 5))
+    assert len(rivals) == 6 * 2 * 3

@@ -3,8 +3,6 @@
 Beside the seconds to the load event, which a busy machine stretches, it prints the processor time of the page's thread.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import statistics
@@ -58,9 +56,7 @@ def test_page_of_two_hundred_rows(tmp_path: Path) -> None:
     path = write_page(aggregate(records), records, tmp_path, "bench", manifests=())
     html = path.read_text(encoding="utf-8")
     whole, without = len(html.encode()), len(re.sub(SAMPLES_OF_PAGE, "", html, flags=re.S).encode())
-    loads: list[float] = []
-    paints: list[float] = []
-    works: list[float] = []
+    loads, paints, works = list[float](), list[float](), list[float]()
     with api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for _ in range(ROUNDS):

@@ -4,13 +4,10 @@ Text is made: words drawn by rank (Zipf), with full stops, in the lengths that p
 Every prediction is as long as generation allows.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jieba
 import pytest
@@ -23,8 +20,7 @@ pytestmark = pytest.mark.bench
 SHARE = 0.75  # words a token in English; a token of Chinese is about one word
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """samples of a dataset, tokens of a prediction, references of a sample and words of one."""
 
     samples: int
@@ -39,23 +35,19 @@ SIZES = {
     "qasper": Size(200, 128, 2, 10),
     "multifieldqa_en": Size(150, 64, 1, 10),
     "multifieldqa_zh": Size(200, 64, 1, 12, True),
-    "hotpotqa": Size(200, 32, 1, 3),
-    "2wikimqa": Size(200, 32, 1, 3),
+    **dict.fromkeys(("hotpotqa", "2wikimqa"), Size(200, 32, 1, 3)),
     "musique": Size(200, 32, 2, 3),
     "dureader": Size(200, 128, 2, 100, True),
     "gov_report": Size(200, 512, 1, 640),
     "qmsum": Size(200, 512, 1, 65),
     "multi_news": Size(200, 512, 1, 250),
     "vcsum": Size(200, 512, 1, 200, True),
-    "trec": Size(200, 64, 1, 1),
+    **dict.fromkeys(("trec", "lsht"), Size(200, 64, 1, 1)),
     "triviaqa": Size(200, 32, 15, 4),
     "samsum": Size(200, 128, 1, 20),
-    "lsht": Size(200, 64, 1, 1),
-    "passage_count": Size(200, 32, 1, 1),
-    "passage_retrieval_en": Size(200, 32, 1, 1),
+    **dict.fromkeys(("passage_count", "passage_retrieval_en"), Size(200, 32, 1, 1)),
     "passage_retrieval_zh": Size(200, 32, 1, 1, True),
-    "lcc": Size(500, 64, 1, 6),
-    "repobench-p": Size(500, 64, 1, 6),
+    **dict.fromkeys(("lcc", "repobench-p"), Size(500, 64, 1, 6)),
 }
 GOLD = {"passage_count": "7", "passage_retrieval_en": "Paragraph 7", "passage_retrieval_zh": "段落7"}
 
@@ -86,14 +78,8 @@ def made(name: str, size: Size, write: Writer) -> list[tuple[Sample, str]]:
         answers = tuple(write(size.words, chinese=size.chinese) for _ in range(size.references))
         if name in ("trec", "lsht"):
             answers = (classes[number % 50],)
-        sample = Sample(
-            id=str(number),
-            context="",
-            question="",
-            answers=(GOLD[name],) if name in GOLD else answers,
-            max_new_tokens=size.tokens,
-            meta={"all_classes": classes, "dataset": name},
-        )
+        meta = {"all_classes": classes, "dataset": name}
+        sample = Sample(str(number), "", "", (GOLD[name],) if name in GOLD else answers, size.tokens, meta=meta)
         words = size.tokens if size.chinese else round(size.tokens * SHARE)
         pairs.append((sample, write(words, chinese=size.chinese)))
     return pairs

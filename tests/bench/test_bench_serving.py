@@ -9,24 +9,25 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 from harness.engine.compress import Compressed
 from harness.models.assets import asset_folder
-from harness.records.measured import Measured, ProbeSpec
+from harness.records.measured import ProbeSpec
+from harness.speed.client import Prober
 from harness.speed.one_method import Isolated
 from methods.base import KV
 from methods.fullkv import FullKV
 from methods.registry import make_policy
 
 if TYPE_CHECKING:
-    from harness.speed.client import Prober
     from tests.bench.sides import Ours, Text, Theirs
 
 pytestmark = pytest.mark.bench
@@ -36,12 +37,8 @@ BUDGET = 128 if LONG >= 512 else 32
 BATCH = 16 if LONG == 8192 else 2
 NEW_TOKENS = 32
 STEPS = 8
-TIMEOUT_S = 3000.0
 ROUNDS = 3
-SELECTING = {
-    **{"snapkv": ("<=", 0.02), "compilerkv@window": ("<=", 0.02)},
-    **{"compilerkv": ("<=", 0.25), "h2o": ("<=", 0.25)},
-}
+SELECTING = {"snapkv": 0.02, "compilerkv@window": 0.02, "compilerkv": 0.25, "h2o": 0.25}
 
 
 def isolated(ours: Ours, label: str) -> Isolated:
@@ -49,26 +46,25 @@ def isolated(ours: Ours, label: str) -> Isolated:
     return Isolated(ours.model, policy, BUDGET if policy.budgeted else None)
 
 
-def step_of_generate(theirs: Theirs, text: Text) -> Iterator[float]:
+class Watch(BaseStreamer):
+    """Notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+
+def step_of_generate(theirs: Theirs, text: Text) -> list[float]:
     """Seconds of every token of plain `generate` after the first, which its prefill gives."""
-    from transformers.generation.streamers import BaseStreamer
-
-    class Watch(BaseStreamer):
-        def __init__(self) -> None:
-            self.at: list[float] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.at.append(time.perf_counter())
-
-        def end(self) -> None: ...
-
     watch, ids = Watch(), text.tensor
-    theirs.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, streamer=watch
-    )
-    at = watch.at[1:]  # the prompt itself comes first
-    assert len(at) == NEW_TOKENS
-    yield from (later - earlier for earlier, later in pairwise(at))
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    theirs.model.generate(ids, streamer=watch, **given)
+    assert len(watch.at) == NEW_TOKENS + 1  # the prompt itself comes first
+    return [later - earlier for earlier, later in pairwise(watch.at[1:])]
 
 
 def test_decoding_beside_generate(
@@ -105,33 +101,9 @@ def test_compression_beside_prefill(
                 found.setdefault(label, []).append(done)
     for label, goal in SELECTING.items():
         name = f"{tokens} tokens, {dtype}: {label}"
-        note(f"{name} compresses / prefills", [done.compress_s / done.prefill_s for done in found[label]], goal)
+        ratios = [done.compress_s / done.prefill_s for done in found[label]]
+        note(f"{name} compresses / prefills", ratios, ("<=", goal))
         note(f"{name} observes / prefills", [done.observe_s / done.prefill_s for done in found[label]])
-
-
-@pytest.fixture
-def prober(dtype: str) -> Iterator[Prober]:
-    """Fresh processes on the packaged model."""
-    from harness.speed.client import Prober
-
-    if not asset_folder("smollm2-135m").is_dir():
-        pytest.skip("smollm2-135m is not in the cache; run `harness fetch smollm2-135m`")
-    with Prober(model="smollm2-135m", dtype=dtype, device="cpu", threads=torch.get_num_threads()) as made:
-        yield made
-
-
-def probed(prober: Prober, label: str, *, batch: int, new_tokens: int) -> Measured:
-    spec = ProbeSpec(
-        method=label,
-        budget=None if label == "fullkv" else str(BUDGET),
-        tokens=LONG,
-        batch=batch,
-        new_tokens=new_tokens,
-        warm_up=False,
-    )
-    result = prober.ask(spec, timeout_s=TIMEOUT_S)
-    assert result.status == "ok" and result.measured is not None, result.error
-    return result.measured
 
 
 def ready_made(ours: Ours, slots: int) -> Compressed:
@@ -174,8 +146,17 @@ def test_a_batch_beside_the_full_cache(note: Callable[..., None], sides: tuple[O
 
 
 @pytest.mark.parametrize("label", ["h2o", "compilerkv"])
-def test_the_peak_of_a_prefill(note: Callable[..., None], prober: Prober, label: str, dtype: str) -> None:
-    """Memory above the model of a prefill and one decoded token, over that of the full cache."""
-    full, kept = (probed(prober, name, batch=1, new_tokens=2).peak_bytes for name in ("fullkv", label))
+def test_the_peak_of_a_prefill(note: Callable[..., None], label: str, dtype: str) -> None:
+    """Memory above the model of a prefill and one decoded token, over that of the full cache; each by itself."""
+    if not asset_folder("smollm2-135m").is_dir():
+        pytest.skip("smollm2-135m is not in the cache; run `harness fetch smollm2-135m`")
+    peaks = []
+    with Prober(model="smollm2-135m", dtype=dtype, device="cpu", threads=torch.get_num_threads()) as prober:
+        for method, budget in (("fullkv", None), (label, str(BUDGET))):
+            spec = ProbeSpec(method=method, budget=budget, tokens=LONG, new_tokens=2, warm_up=False)
+            result = prober.ask(spec, timeout_s=3000.0)
+            assert result.measured is not None, result.error
+            peaks.append(result.measured.peak_bytes)
+    full, kept = peaks
     name = f"peak, {LONG} tokens, {dtype}: {label} / fullkv, {kept / 2**20:.0f} / {full / 2**20:.0f} MiB"
     note(name, [kept / full], ("<=", 1.15))

@@ -6,8 +6,6 @@ worked example left out), which is in its favour. `KVH_BENCH_SAMPLES` sets the s
 task; 500 are the official number.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -41,57 +39,30 @@ def tokenizer() -> Any:
     return load_model("smollm2-135m", dtype="float32", device="cpu").tokenizer
 
 
-def _needles(tokenizer: Any, haystack: str, keys: str, values: str) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler import niah_utils, prepare_niah
-
-    docs: list[dict[str, Any]] = prepare_niah.generate_samples(
-        prepare_niah.get_haystack(haystack),
-        max_seq_length=LENGTH,
-        template=niah_utils.TEMPLATE,
-        type_haystack=haystack,
-        type_needle_k=keys,
-        type_needle_v=values,
-        num_samples=SAMPLES,
-        TOKENIZER=tokenizer,
-    )
-    return docs
-
-
-def _chains(tokenizer: Any) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler.vt_utils import sys_vartrack_w_noise_random as generate
-
-    example = generate(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
-    docs: list[dict[str, Any]] = generate(
-        tokenizer=tokenizer, num_samples=SAMPLES, max_seq_length=LENGTH, icl_example=example
-    )
-    return docs
-
-
-def _common(tokenizer: Any) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler.cwe_utils import sys_word_pair_random as generate
-
-    docs: list[dict[str, Any]] = generate(num_samples=SAMPLES, max_seq_length=LENGTH, tokenizer=tokenizer)
-    return docs
-
-
-def _frequent(tokenizer: Any) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler.fwe_utils import sys_kwext as generate
-
-    docs: list[dict[str, Any]] = generate(tokenizer=tokenizer, max_seq_length=LENGTH, num_samples=SAMPLES)
-    return docs
-
-
-THEIRS: dict[str, Callable[[Any], list[dict[str, Any]]]] = {
-    "niah_single_1": lambda tokenizer: _needles(tokenizer, "repeat", "words", "numbers"),
-    "niah_multikey_2": lambda tokenizer: _needles(tokenizer, "needle", "words", "numbers"),
-    "niah_multikey_3": lambda tokenizer: _needles(tokenizer, "needle", "uuids", "uuids"),
-    "vt": _chains,
-    "cwe": _common,
-    "fwe": _frequent,
+NEEDLES = {
+    "niah_single_1": ("repeat", "words", "numbers"),
+    "niah_multikey_2": ("needle", "words", "numbers"),
+    "niah_multikey_3": ("needle", "uuids", "uuids"),
 }
 
 
-@pytest.mark.parametrize("name", THEIRS)
+def theirs(name: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """The task's docs by lm-eval."""
+    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils
+
+    size: dict[str, Any] = {"max_seq_length": LENGTH, "num_samples": SAMPLES}
+    if name in NEEDLES:
+        kinds = dict(zip(("type_haystack", "type_needle_k", "type_needle_v"), NEEDLES[name], strict=True))
+        hay = prepare_niah.get_haystack(NEEDLES[name][0])
+        return prepare_niah.generate_samples(hay, template=niah_utils.TEMPLATE, TOKENIZER=tokenizer, **kinds, **size)
+    chains = vt_utils.sys_vartrack_w_noise_random
+    if name == "vt":
+        size["icl_example"] = chains(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
+    generate = {"vt": chains, "cwe": cwe_utils.sys_word_pair_random, "fwe": fwe_utils.sys_kwext}[name]
+    return generate(tokenizer=tokenizer, **size)
+
+
+@pytest.mark.parametrize("name", [*NEEDLES, "vt", "cwe", "fwe"])
 def test_generation(race: Callable[..., Any], tokenizer: Any, name: str) -> None:
     task = load_tasks()[f"ruler/{name}"]
     options = TaskOptions(tokenizer=TaskTokenizer(tokenizer), max_tokens=LENGTH, lengths=(LENGTH,), limit=SAMPLES)
@@ -99,9 +70,9 @@ def test_generation(race: Callable[..., Any], tokenizer: Any, name: str) -> None
     def ours() -> list[Sample]:
         return list(task.samples(options))
 
-    theirs = THEIRS[name]
     label = f"{name}, {LENGTH} tokens x {SAMPLES}: ours / lm-eval"
-    samples, docs = race(label, ours, lambda: theirs(tokenizer), goal=("<=", 1.0), rounds=3 if SAMPLES < 100 else 1)
+    rounds = 3 if SAMPLES < 100 else 1
+    samples, docs = race(label, ours, lambda: theirs(name, tokenizer), goal=("<=", 1.0), rounds=rounds)
     assert len(samples) == len(docs) == SAMPLES
     sizes = [sample.meta["prompt_tokens"] + sample.max_new_tokens for sample in samples]
     assert max(sizes) <= LENGTH

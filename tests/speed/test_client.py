@@ -1,26 +1,26 @@
 """Probes: what is measured, in processes that end well, hang, run out of memory, or are killed."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from harness.errors import HarnessError
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed import memory_limit, server
-from harness.speed.client import Job, Prober, Reply
+from harness.speed.client import Job, Prober
 from harness.speed.measure import Round, draw_prompts, measure
-from harness.speed.server import Forked, Fresh, ProbeRunner, ServerReady
+from harness.speed.server import ServerReady, fork, run_job, spawn
 from methods.registry import make_policy
 
 pytestmark = pytest.mark.xdist_group("memory")
@@ -29,28 +29,25 @@ SPEC = ProbeSpec(method="snapkv", budget="20", tokens=90, batch=2, new_tokens=4,
 HEAVY = SPEC.model_copy(update={"tokens": 3000, "method": "h2o", "rounds": 500})
 
 
-@pytest.fixture(scope="module")
-def ready() -> ServerReady:
-    return ServerReady.load("tiny", dtype="float32", device="cpu")
+TINY = {"model": "tiny", "dtype": "float32", "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def prober() -> Iterator[Prober]:
-    with Prober(model="tiny", dtype="float32", device="cpu", threads=2) as own:
+    with Prober(**TINY, threads=2) as own:
         yield own
 
 
 def processes_of(group: int) -> list[int]:
     """Ids of live processes of a process group."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+    dead = ("zombie", "dead")
+    return [p.pid for p in psutil.process_iter(["status"]) if p.info["status"] not in dead and _group(p.pid) == group]
+
+
+def _group(pid: int) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
 
 
 def children() -> set[str]:
@@ -73,24 +70,18 @@ def test_a_measurement(ready: ServerReady) -> None:
     assert found.ttft_s.median >= found.prefill_s.low + found.compress_s.low
     assert found.tokens_per_s == pytest.approx(2 / found.tpot_s.median)
     assert found.predicted_bytes > 0 and found.memory == "resident set" and found.model_bytes > 0
+    assert ready.vocabulary == list(range(5, 261))  # the tiny tokenizer's first five are special
 
 
 @pytest.mark.parametrize(("warm_up", "rounds", "expected"), [(True, 2, 3), (False, 1, 1)])
 def test_a_warm_up_is_a_round_more_whose_seconds_are_dropped(
     ready: ServerReady, monkeypatch: pytest.MonkeyPatch, warm_up: bool, rounds: int, expected: int
 ) -> None:
-    ran: list[int] = []
-
-    def fake(*args: object) -> Round:
-        ran.append(len(ran))
-        seconds = float(len(ran))
-        return Round([(seconds, 0.0, 0.0, seconds)], [seconds], (1,))
-
-    monkeypatch.setattr("harness.speed.measure.run_round", fake)
-    spec = SPEC.model_copy(update={"warm_up": warm_up, "rounds": rounds})
-    found = measure(ready.model, make_policy("snapkv"), spec)
-    assert len(ran) == expected
-    assert (found.prefill_s.low, found.prefill_s.high) == (float(1 + warm_up), float(expected))
+    ran = (Round([(second, 0.0, 0.0, second)], [second], (1,)) for second in range(1, expected + 1))
+    monkeypatch.setattr("harness.speed.measure.run_round", lambda *_: next(ran))
+    found = measure(ready.model, make_policy("snapkv"), SPEC.model_copy(update={"warm_up": warm_up, "rounds": rounds}))
+    assert next(ran, None) is None
+    assert (found.prefill_s.low, found.prefill_s.high) == (1 + warm_up, expected)
 
 
 def test_prompts() -> None:
@@ -103,16 +94,11 @@ def test_prompts() -> None:
         draw_prompts(SPEC.model_copy(update={"ids": (1, 2)}), range(50))
 
 
-def test_prompts_hold_no_special_token(ready: ServerReady) -> None:
-    assert ready.vocabulary == list(range(5, 261))  # the tiny tokenizer's first five are special
-
-
 def test_a_probe_twice_the_same(prober: Prober) -> None:
-    first, second = prober.ask(SPEC), prober.ask(SPEC)
-    assert first.status == second.status == "ok" and first.measured and second.measured
-    assert first.measured.kv_bytes == second.measured.kv_bytes
-    assert first.measured.predicted_bytes == second.measured.predicted_bytes
-    assert first.measured.model_bytes == pytest.approx(prober.model_bytes, rel=0.05)
+    first, second = prober.ask(SPEC).measured, prober.ask(SPEC).measured
+    assert first and second
+    assert (first.kv_bytes, first.predicted_bytes) == (second.kv_bytes, second.predicted_bytes)
+    assert first.model_bytes == pytest.approx(prober.model_bytes, rel=0.05)
     assert prober.limit is None
 
 
@@ -169,7 +155,7 @@ def test_what_cannot_be_run_fails_in_one_line(prober: Prober, changed: dict[str,
 
 
 def test_no_process_is_left() -> None:
-    own = Prober(model="tiny", dtype="float32", device="cpu", threads=1).__enter__()
+    own = Prober(**TINY, threads=1).__enter__()
     server = own._server
     assert server.stdin is not None
     server.stdin.write(Job(spec=HEAVY).model_dump_json().encode() + b"\n")
@@ -180,7 +166,7 @@ def test_no_process_is_left() -> None:
 
 
 def test_a_server_that_dies_is_one_error_and_takes_its_child_along() -> None:
-    with Prober(model="tiny", dtype="float32", device="cpu", threads=1) as own:
+    with Prober(**TINY, threads=1) as own:
         server = own._server.pid
         dies = pytest.raises(HarnessError, match=r"the probe server of tiny ended \(-9\).*; try again")
         with killed_at_work(server, child=False), dies:
@@ -195,19 +181,8 @@ def test_a_model_that_cannot_be_loaded() -> None:
         Prober(model="tinny").__enter__()
 
 
-def forked(
-    ready: ServerReady, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], timeout_s: float = 30
-) -> Reply:
-    """The reply of a forked child that does `act` instead of measuring."""
-    monkeypatch.setattr(server, "measure", lambda *args, **kwargs: act())
-    return Forked(ready, 1).run(Job(spec=SPEC), timeout_s)
-
-
-def _raise(error: Exception) -> Callable[[], object]:
-    def act() -> object:
-        raise error
-
-    return act
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _crash() -> None:
@@ -224,12 +199,16 @@ def _abort() -> None:
 @pytest.mark.parametrize(
     ("act", "status", "words"),
     [
-        (_raise(MemoryError()), "oom", "MemoryError"),
-        (_raise(torch.OutOfMemoryError("CUDA out of memory.")), "oom", "CUDA out of memory"),
-        (_raise(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")), "oom", "DefaultCPU"),
-        (_raise(RuntimeError("could not create a primitive")), "oom", "primitive"),
-        (_raise(OSError(12, "Cannot allocate memory")), "oom", "Cannot allocate"),
-        (_raise(RuntimeError("shapes\ndiffer")), "failed", "RuntimeError: shapes differ"),
+        (partial(_raise, MemoryError()), "oom", "MemoryError"),
+        (partial(_raise, torch.OutOfMemoryError("CUDA out of memory.")), "oom", "CUDA out of memory"),
+        (
+            lambda: _raise(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
+            "oom",
+            "DefaultCPU",
+        ),
+        (partial(_raise, RuntimeError("could not create a primitive")), "oom", "primitive"),
+        (partial(_raise, OSError(12, "Cannot allocate memory")), "oom", "Cannot allocate"),
+        (partial(_raise, RuntimeError("shapes\ndiffer")), "failed", "RuntimeError: shapes differ"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "oom", "killed by SIGKILL"),
         (_crash, "failed", "killed by SIGSEGV"),
         (lambda: os._exit(3), "failed", "exit code 3"),
@@ -241,7 +220,8 @@ def test_how_a_child_may_end(
     ready: ServerReady, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], status: str, words: str
 ) -> None:
     before = children()
-    found = forked(ready, monkeypatch, act, timeout_s=0.5 if status == "timeout" else 30).result
+    monkeypatch.setattr(server, "measure", lambda *args, **kwargs: act())
+    found = run_job(partial(fork, ready, 1), Job(spec=SPEC), 0.5 if status == "timeout" else 30).result
     assert found is not None and found.status == status and words in (found.error or "")
     assert children() == before
 
@@ -255,15 +235,15 @@ def test_what_a_child_prints_is_no_reply(ready: ServerReady, monkeypatch: pytest
         return plain(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(server, "measure", loud)
-    found = Forked(ready, 1).run(Job(spec=SPEC), 30).result
+    found = run_job(partial(fork, ready, 1), Job(spec=SPEC), 30).result
     assert found is not None and found.status == "ok"
 
 
 def test_where_a_fork_is_impossible_a_probe_loads_the_model_itself() -> None:
-    runner: ProbeRunner = Fresh(("tiny", "--dtype", "float32", "--device", "cpu", "--threads", "1"))
-    found = runner.run(Job(spec=SPEC), 120).result
+    start = partial(spawn, ("tiny", "--dtype", "float32", "--device", "cpu", "--threads", "1"))
+    found = run_job(start, Job(spec=SPEC), 120).result
     assert found is not None and found.status == "ok" and found.measured is not None
-    assert runner.run(None, 0.1).result == ProbeResult(status="timeout", error="not finished after 0.1 s; killed")
+    assert run_job(start, None, 0.1).result == ProbeResult(status="timeout", error="not finished after 0.1 s; killed")
 
 
 def test_a_limit_on_a_gpu_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,11 +12,11 @@ from harness.engine.clock import PhaseClock
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
-from harness.models.load import LoadedModel
 from harness.speed.one_method import Isolated
 from methods.base import Budget, KVPolicy, LayerView
 from methods.compilerkv.form import Form, FormPolicy
 from methods.registry import load_methods, make_policy
+from tests.speed.conftest import ids
 
 TOKENS, BUDGET, NEW = 90, 20, 6
 SHARES = ((1.0, 3.0), (0.5, 1.0), (2.0, 0.2), (1.0, 1.0))
@@ -31,19 +29,6 @@ POLICIES: dict[str, KVPolicy] = {
 every_policy = pytest.mark.parametrize("label", POLICIES)
 CHUNKED = [(label, chunk) for label in POLICIES for chunk in ((7,) if "@" in label else (None, 7, 64, 89))]
 """A preset takes the path of its method with other numbers, so one chunk size that no window divides is enough."""
-
-
-@pytest.fixture(scope="module")
-def model(tiny: LoadedModel) -> Iterator[AttachedModel]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield AttachedModel(copy.deepcopy(tiny.model))
-    torch.set_num_threads(threads)
-
-
-def ids(tokens: int = TOKENS, seed: int = 3) -> list[int]:
-    found: list[int] = torch.randint(5, 260, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return found
 
 
 def alone(model: AttachedModel, label: str, chunk: int | None = None) -> Isolated:

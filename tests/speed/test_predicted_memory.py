@@ -1,34 +1,25 @@
 """Predicted memory: its cache parts are the measured live bytes, and more work never takes less."""
 
-from __future__ import annotations
-
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from harness.engine.decode import Decoding
+from harness.engine.kernels import causal_attention, column_sums
+from harness.engine.prefill import PrefillLayer
 from harness.engine.row_cache import GrowingRows
 from harness.engine.transformers_seam import AttachedModel
-from harness.models.load import LoadedModel
+from harness.records.measured import ProbeSpec
 from harness.speed import predicted_memory
 from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import Dims, ProbeShape
 from methods.base import Needs
 from methods.registry import load_methods, make_policy
+from tests.speed.conftest import ids
 
 TOKENS, BUDGET, NEW = 90, 20, 6
-
-
-@pytest.fixture(scope="module")
-def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(copy.deepcopy(tiny.model))
-
-
-def ids() -> list[int]:
-    found: list[int] = torch.randint(5, 260, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
-    return found
 
 
 def work(label: str, **changed: object) -> ProbeShape:
@@ -65,8 +56,6 @@ def test_the_rows_part_is_what_a_batch_allocates(model: AttachedModel, label: st
 
 
 def test_what_is_observed_is_what_a_layer_holds(model: AttachedModel) -> None:
-    from harness.engine.prefill import PrefillLayer
-
     layer = PrefillLayer(Needs(window=8, column_sums=True), TOKENS)
     layers = [layer, *(PrefillLayer(Needs(), TOKENS) for _ in range(model.layers - 1))]
     model.forward(torch.tensor([ids()]), layers, position=0, keep=1)
@@ -79,12 +68,8 @@ def test_what_is_observed_is_what_a_layer_holds(model: AttachedModel) -> None:
 @pytest.mark.parametrize("label", [name for name in load_methods() if name != "compilerkv"])
 @pytest.mark.parametrize("chunk", [None, 32])
 def test_more_work_never_takes_less(model: AttachedModel, label: str, chunk: int | None) -> None:
-    policy = make_policy(label)
-
-    def bytes_of(tokens: int = 200, budget: int = BUDGET, batch: int = 2, new_tokens: int = 8, number: int = 4) -> int:
-        own = budget if policy.budgeted else None
-        shape = {"tokens": tokens, "batch": batch, "new_tokens": new_tokens, "chunk": chunk}
-        return predicted_memory.predict(model.config, number, policy, budget=own, **shape)
+    def bytes_of(**changed: int) -> int:
+        return predicted(model, label, **{"tokens": 200, "batch": 2, "new_tokens": 8, "chunk": chunk, **changed})
 
     least = bytes_of()
     assert bytes_of(tokens=400) > least
@@ -94,17 +79,19 @@ def test_more_work_never_takes_less(model: AttachedModel, label: str, chunk: int
     assert bytes_of(number=2) < least
 
 
+def predicted(model: AttachedModel, label: str, budget: int = BUDGET, number: int = 4, **shape: int | None) -> int:
+    policy, spec = make_policy(label), ProbeSpec(method=label, budget=None, **shape)
+    return predicted_memory.predict(model.config, number, policy, spec, budget if policy.budgeted else None)
+
+
 def test_what_saves_memory(model: AttachedModel) -> None:
-    shape = {"tokens": 4000, "batch": 4}
-    full = predicted_memory.predict(model.config, 4, make_policy("fullkv"), budget=None, **shape)
-    small = predicted_memory.predict(model.config, 4, make_policy("snapkv"), budget=64, **shape)
-    chunked = predicted_memory.predict(model.config, 4, make_policy("snapkv"), budget=64, chunk=128, **shape)
+    full, small = (predicted(model, label, 64, tokens=4000, batch=4) for label in ("fullkv", "snapkv"))
+    chunked = predicted(model, "snapkv", 64, tokens=4000, batch=4, chunk=128)
     assert small < full / 2
     dims = Dims.of(model.config, 4)
     assert chunked >= 4 * 4000 * dims.slot  # in chunks, every layer is whole until the last chunk
-    assert predicted_memory.activations(dims, work("snapkv", tokens=4000, chunk=128)) < predicted_memory.activations(
-        dims, work("snapkv", tokens=4000)
-    )
+    cut, whole = (predicted_memory.activations(dims, work("snapkv", tokens=4000, chunk=n)) for n in (128, None))
+    assert cut < whole
 
 
 def test_shapes_by_hand() -> None:
@@ -124,19 +111,14 @@ def test_column_sums_cost_no_more_than_a_layers_mlp(number: int) -> None:
     shapes = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "intermediate": 1536, "vocab": 49152}
     dims = Dims((None,) * 30, **shapes, number=number)
     for tokens in (512, 2048, 8192, 32768):
-        plain, summed = (
-            work("snapkv", tokens=tokens, needs=Needs(window=8, column_sums=sums)) for sums in (False, True)
-        )
-        assert predicted_memory.activations(dims, plain) == predicted_memory.activations(dims, summed)
+        needs = (Needs(window=8, column_sums=sums) for sums in (False, True))
+        plain, summed = (predicted_memory.activations(dims, work("snapkv", tokens=tokens, needs=own)) for own in needs)
+        assert plain == summed
 
 
 @pytest.mark.parametrize("chunk", [None, 24])
 def test_column_sums_are_the_tensors_that_are_made(chunk: int | None) -> None:
     """Every tensor of the function alive at once, as PyTorch's own profiler of memory sees it, kernel buffers apart."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from harness.engine.kernels import causal_attention, column_sums
-
     tokens, new = 192, chunk or 192
     dims = Dims((None,), heads=6, kv_heads=2, head_dim=32, hidden=192, intermediate=384, vocab=100, number=4)
     drawn = torch.Generator().manual_seed(0)

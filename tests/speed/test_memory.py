@@ -1,50 +1,57 @@
-"""Limits on memory: sizes as typed, a cgroup where one can be made, an address space elsewhere, and that they hold."""
+"""Memory of a process: sizes as typed, limits that hold, peaks that see what is held and nothing else."""
 
-from __future__ import annotations
-
+import ctypes
 import multiprocessing
 import os
 import resource
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from harness.engine.compress import Compressed
 from harness.errors import HarnessError
+from harness.records.measured import ProbeSpec
 from harness.speed import memory_limit
+from harness.speed.client import Job
+from harness.speed.memory_limit import Meter, tensor_bytes
+from harness.speed.one_method import Isolated
+from harness.speed.server import ServerReady, fork, run_job
 
 pytestmark = pytest.mark.xdist_group("memory")
 MIB = 2**20
 
 
-def in_child(work: Callable[[], object]) -> object:
-    """What `work` returns in a forked process, or the name of what it raises."""
+def in_child(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a forked process, whose heap is its own from then on, or the name of what it raises."""
     receive, send = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_report, args=(work, send))
     child.start()
     send.close()
-    found: object = receive.recv()
+    found = receive.recv()
     child.join()
     return found
 
 
-def _report(work: Callable[[], object], send: Connection) -> None:
+def _report(work: Callable[[], Any], send: Connection) -> None:
     try:
         send.send(work())
     except Exception as error:
         send.send(f"{type(error).__name__}: {error}")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        *(("4GiB", 4 * 2**30), ("512MiB", 512 * MIB), ("512 mib", 512 * MIB), ("1.5GB", 1_500_000_000), (123, 123)),
-        *(("2e9", 2_000_000_000), ("1k", 1000), ("3Ki", 3072), ("7B", 7), ("1TiB", 2**40)),
-    ],
-)
-def test_sizes(text: str | int, expected: int) -> None:
-    assert memory_limit.parse_bytes(text) == expected
+SIZES = {
+    **{"4GiB": 4 * 2**30, "512MiB": 512 * MIB, "512 mib": 512 * MIB, "1.5GB": 1_500_000_000, 123: 123},
+    **{"2e9": 2_000_000_000, "1k": 1000, "3Ki": 3072, "7B": 7, "1TiB": 2**40},
+}
+
+
+def test_sizes() -> None:
+    assert {text: memory_limit.parse_bytes(text) for text in SIZES} == SIZES
 
 
 NO_SIZE = ("", "GiB", "4 apples", "-1", "1.2.3MiB", "4iB", "nan", "inf", "1e", "4GiBs")
@@ -109,9 +116,12 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tree
 
 
+def _refuse(error: Exception, *_: object) -> None:
+    raise error
+
+
 def test_a_cgroup_where_one_can_be_made(groups: Path) -> None:
-    limit = memory_limit.apply(1000 * 1024)
-    assert limit == memory_limit.Limit("cgroup", 1000 * 1024)
+    assert memory_limit.apply(1000 * 1024) == memory_limit.Limit("cgroup", 1000 * 1024)
     own = groups / "user" / f"kv-harness-probe-{os.getpid()}"
     assert (own / "memory.max").read_text() == str(900 * 1024)  # what is resident stays with the old group
     assert (own / "memory.swap.max").read_text() == "0"
@@ -127,11 +137,8 @@ def test_the_cgroup_of_an_ended_process_is_removed(groups: Path) -> None:
 
 
 def test_without_permission_it_is_an_address_space_and_says_so(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *args: object, **kwargs: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
     asked: list[tuple[int, tuple[int, int]]] = []
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "mkdir", lambda _: _refuse(PermissionError(13, "Permission denied")))
     monkeypatch.setattr(resource, "setrlimit", lambda what, value: asked.append((what, value)))
     monkeypatch.setattr(memory_limit, "swap", lambda: (8192, 0))
     limit = memory_limit.apply(1000 * 1024)
@@ -149,11 +156,8 @@ def test_swap_in_use_is_noted(groups: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_limit_that_the_system_refuses(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(what: int, value: object) -> None:
-        raise ValueError("not allowed to raise maximum limit")
-
     (groups / "user" / "cgroup.subtree_control").unlink()
-    monkeypatch.setattr(resource, "setrlimit", refuse)
+    monkeypatch.setattr(resource, "setrlimit", partial(_refuse, ValueError("not allowed to raise maximum limit")))
     with pytest.raises(HarnessError, match="memory cannot be limited to 1024000 bytes here: not allowed"):
         memory_limit.apply(1000 * 1024)
 
@@ -173,3 +177,83 @@ def test_the_address_space_holds(extra: int, expected: str) -> None:
         return "ok"
 
     assert in_child(work) == expected
+
+
+def test_an_extra_allocation_is_seen(ready: ServerReady, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB that live inside one prefill are in the peak, even where a warm-up held as much before."""
+    plain = Isolated.prefill
+
+    def greedy(self: Isolated, ids: list[int]) -> Compressed:
+        held = torch.ones(64 * MIB // 4)
+        done = plain(self, ids)
+        assert held[-1] == 1
+        return done
+
+    def peak() -> int:
+        spec = ProbeSpec(method="snapkv", budget="20", tokens=90, batch=2, new_tokens=4, rounds=2)
+        found = run_job(partial(fork, ready, 1), Job(spec=spec), 60).result
+        assert found is not None and found.measured is not None
+        return found.measured.peak_bytes
+
+    before = peak()
+    monkeypatch.setattr(Isolated, "prefill", greedy)
+    assert peak() - before == pytest.approx(64 * MIB, abs=3 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("make", "peak", "stays"),
+    [(lambda: bytearray(32 * MIB), 64, 32), (lambda: torch.ones(32 * MIB // 4), 96, 0)],
+    ids=["no tensor: the process's own", "a tensor: the method's"],
+)
+def test_what_stays(make: Callable[[], object], peak: int, stays: int) -> None:
+    def work() -> tuple[int, int, bool]:
+        meter = Meter(torch.device("cpu"))
+        kept, passing = make(), torch.ones(64 * MIB // 4)
+        del passing
+        return meter.peak(), meter.stays, kept is None
+
+    assert in_child(work)[:2] == pytest.approx((peak * MIB, stays * MIB), abs=4 * MIB)
+
+
+def test_tensors_are_counted_once() -> None:
+    before = tensor_bytes()
+    held = torch.zeros(1000)
+    views = held[10:], held.view(10, 100)
+    assert tensor_bytes() - before == 4000 and len(views) == 2
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
+@pytest.mark.parametrize("filled", [False, True])
+def test_what_is_freed_in_a_hole_of_the_heap_does_not_stay_resident(filled: bool) -> None:
+    """A hole is made between small blocks; without `fill_holes` a large block goes there and stays when it is freed."""
+
+    def work() -> tuple[bool, bool, int]:
+        memory_limit.fill_holes()  # those that earlier tests left
+        memory_limit.map_from(2**25)  # what follows comes from the heap
+        hole, pin = torch.ones(8 * MIB // 4), [bytes(5000) for _ in range(100)]
+        del hole
+        memory_limit.give_back()
+        taken = memory_limit.fill_holes() if filled else 0
+        memory_limit.map_from(2**17)
+        before = memory_limit.status_bytes("VmRSS")
+        large = torch.ones(6 * MIB // 4)
+        del large
+        return memory_limit.status_bytes("VmRSS") - before > 5 * MIB, taken >= 7 * MIB, len(pin)
+
+    assert in_child(work) == (not filled, filled, 100)
+
+
+def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1750)
+    meter = Meter(torch.device("cuda"))
+    assert asked == ["wait", "reset"]
+    assert (meter.kind, meter.before, meter.peak()) == ("cuda allocated", 1000, 750)
+
+
+def test_a_device_whose_memory_cannot_be_measured() -> None:
+    with pytest.raises(HarnessError, match="memory on device 'mps' cannot be measured; give cpu or cuda"):
+        Meter(torch.device("mps"))
