@@ -50,8 +50,7 @@ def _attention(
     if isinstance(cache, _Probe):
         cache.module = module
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = cache.attend(query, scaling=scale, window=sliding_window)
-    return out.transpose(1, 2), None
+    return cache.attend(query, scaling=scale, window=sliding_window).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -126,8 +125,7 @@ class AttachedModel:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
         self.layers = int(self.config.num_hidden_layers)
         self.vocab = int(self.config.vocab_size)
-        other = set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES
-        if other:
+        if other := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
             raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
         head = model.get_output_embeddings()
         if head is not None:
@@ -164,8 +162,7 @@ class AttachedModel:
         at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         with torch.enable_grad() if grad else torch.inference_mode():
             out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        logits: Tensor = out.logits
-        return logits
+        return out.logits  # type: ignore[no-any-return]
 
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
@@ -195,21 +192,20 @@ class AttachedModel:
         """
         if self.config.model_type not in HALF_ROTATION:
             raise HarnessError(f"re-assigning positions is not checked for model type {self.config.model_type!r}")
-        angle = by * self._frequencies().to(keys.device, torch.float32).repeat(2)  # [rotated dimensions]
+        frequencies: Tensor = getattr(*self._rotary)
+        angle = by * frequencies.to(keys.device, torch.float32).repeat(2)  # [rotated dimensions]
         cos, sin, width = angle.cos(), angle.sin(), angle.shape[0]
         turned, rest = keys[..., :width].float(), keys[..., width:]
         first, second = turned.chunk(2, dim=-1)
         out = turned * cos + torch.cat([-second, first], dim=-1) * sin
         return torch.cat([out.to(keys.dtype), rest], dim=-1)
 
-    def _frequencies(self) -> Tensor:
-        """Radians a position of each rotated pair, as the last forward used them; Gemma 3 has a set per layer type."""
-        found: Tensor = getattr(*self._rotary)
-        return found
-
     @cached_property
     def _rotary(self) -> tuple[torch.nn.Module, str]:
-        """The module that holds the frequencies, and the name of them there."""
+        """Where radians a position of each rotated pair are, as the last forward used them: a module and their name.
+
+        Gemma 3 has a set per layer type.
+        """
         for module in self.model.modules():
             for name in ("full_attention_inv_freq", "inv_freq"):
                 if isinstance(getattr(module, name, None), Tensor):

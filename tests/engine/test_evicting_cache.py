@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.engine.evicting_cache import EvictingRow, EvictingRows, copy_kv, with_room
+from harness.engine.evicting_cache import EvictingRow, EvictingRows, each_tensor, with_room
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import LoadedModel
 from harness.speed.one_method import Isolated
@@ -44,7 +44,7 @@ class Oldest(LayerPolicy):
 
 def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, room: int = 1) -> EvictingRows:
     slots = [[7, 8, 9], [7, 8, 9]]
-    rows = [EvictingRow(policy, 3, with_room(kept(keys, values, slots), 3 + room)) for _ in range(2)]
+    rows = [EvictingRow(policy, 3, with_room(kept(keys, values, slots), room)) for _ in range(2)]
     return EvictingRows(rows, TOKENS)
 
 
@@ -102,12 +102,14 @@ def compressed(tiny: LoadedModel, names: Sequence[str]) -> list[EvictingRow]:
     for name in names:
         policy = make_policy(name)
         kv = Isolated(model, policy, BUDGET).prefill(torch.randint(5, 250, (PROMPT,)).tolist()).kvs[0]
-        rows.append(EvictingRow(policy, BUDGET, with_room(kv, kv.positions.shape[2] + 1)))
+        rows.append(EvictingRow(policy, BUDGET, with_room(kv, 1)))
     return rows
 
 
 def layer(rows: Sequence[EvictingRow]) -> EvictingRows:
-    return EvictingRows([EvictingRow(row.policy, row.budget, copy_kv(row.kv)) for row in rows], PROMPT)
+    return EvictingRows(
+        [EvictingRow(row.policy, row.budget, each_tensor(Tensor.clone, row.kv)) for row in rows], PROMPT
+    )
 
 
 def step(rows: Sequence[EvictingRow]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.engine.evicting_cache import copy_kv, with_room
+from harness.engine.evicting_cache import each_tensor, with_room
 from harness.engine.kernels import causal_attention, slot_attention
 from harness.engine.layer_cache import LayerCache
 from harness.engine.prefill import PrefillLayer
@@ -133,7 +133,7 @@ def ragged(counts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) 
 def padded(kvs: Sequence[KV], fed: Sequence[Sequence[Tensor]], window: int | None) -> Tensor:
     """The last queries' attention [R, Hq, Q, D] over rows padded to one width and masked. fed: as given to `ask`."""
     width = max(kv.positions.shape[2] for kv in kvs)
-    wide = [with_room(kv, width) for kv in kvs]
+    wide = [with_room(kv, width - kv.positions.shape[2]) for kv in kvs]
     new = sum(key.shape[2] for _, key, _ in fed)
     queries = fed[-1][0]
     keys = torch.cat([torch.cat([kv.keys for kv in wide]), *(key for _, key, _ in fed)], dim=2)
@@ -283,15 +283,15 @@ def test_without_and_room_leave_their_argument_alone() -> None:
     _, keys, values = tokens_of(TOKENS)
     kv = kept(keys, values, [[0, 8, 9], [7, 8, 9]])
     kv.extra["sums"] = torch.ones(1, HEADS, 3)
-    before = copy_kv(kv)
+    before = each_tensor(Tensor.clone, kv)
     assert without(kv, 5) is kv
     assert without(kv, 0).positions.tolist() == [[[-1, 8, 9], [7, 8, 9]]]
     assert without(kv, 9).positions.tolist() == [[[0, 8, -1], [7, 8, -1]]]
     plain_kv = KV(kv.keys, kv.values, kv.positions)
     assert without(plain_kv, 9).positions.tolist() == [[[0, 8], [7, 8]]]
-    roomy = with_room(kv, 3)
+    roomy = with_room(kv, 0)
     roomy.keys.zero_(), roomy.positions.fill_(-1), roomy.extra["sums"].zero_()
-    assert with_room(kv, 5).positions.tolist() == [[[0, 8, 9, -1, -1], [7, 8, 9, -1, -1]]]
-    assert with_room(kv, 5).extra["sums"].shape == (1, HEADS, 5)
+    assert with_room(kv, 2).positions.tolist() == [[[0, 8, 9, -1, -1], [7, 8, 9, -1, -1]]]
+    assert with_room(kv, 2).extra["sums"].shape == (1, HEADS, 5)
     for a, b in ((kv.keys, before.keys), (kv.positions, before.positions), (kv.extra["sums"], before.extra["sums"])):
         assert torch.equal(a, b)
