@@ -1,10 +1,8 @@
 """When a generation ends, and what happens to the other cells when one fails or memory runs out."""
 
-from __future__ import annotations
-
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +31,8 @@ OTHERS = [Cell(SnapKV(recent=4), Budget(tokens=n)) for n in (6, 12)] + [
 
 
 @pytest.fixture(scope="module")
-def model(tiny: LoadedModel) -> Iterator[AttachedModel]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads cost more than they do on a model this small
-    yield AttachedModel(copy.deepcopy(tiny.model))
-    torch.set_num_threads(threads)
+def model(tiny: LoadedModel) -> AttachedModel:
+    return AttachedModel(copy.deepcopy(tiny.model))
 
 
 def words(tokens: Sequence[int]) -> str:
@@ -48,10 +43,10 @@ def prompt(eos: Sequence[int] = (), **limits: Any) -> Prompt:
     return Prompt(IDS, 24, (70, 80, 90), Limits(limits.pop("new", NEW), frozenset(eos), text=words, **limits))
 
 
-def generate(model: AttachedModel, asked: Prompt) -> tuple[int, ...]:
-    outcome = Engine(model).run(asked, [FULL])[0]
+def generate(model: AttachedModel, **limits: Any) -> list[int]:
+    outcome = Engine(model).run(prompt(**limits), [FULL])[0]
     assert outcome.status == "ok"
-    return outcome.token_ids
+    return list(outcome.token_ids)
 
 
 def plain(tiny: LoadedModel, count: int, barred: Sequence[int] = (), until: int = 0) -> list[int]:
@@ -68,14 +63,14 @@ def plain(tiny: LoadedModel, count: int, barred: Sequence[int] = (), until: int 
 def test_generation_is_greedy_up_to_its_limit(model: AttachedModel, tiny: LoadedModel) -> None:
     gold = plain(tiny, NEW)
     for new in (1, 2, NEW):
-        assert list(generate(model, prompt(new=new))) == gold[:new]
+        assert generate(model, new=new) == gold[:new]
 
 
 def test_end_of_text_ends_a_generation_and_is_left_out(model: AttachedModel, tiny: LoadedModel) -> None:
     gold = plain(tiny, NEW)
     never = min(set(range(260)) - set(gold))
     for end in set(gold):
-        assert list(generate(model, prompt(eos=[end, never]))) == gold[: gold.index(end)]
+        assert generate(model, eos=[end, never]) == gold[: gold.index(end)]
 
 
 @pytest.mark.parametrize("until", [1, 3, NEW])
@@ -84,19 +79,16 @@ def test_end_of_text_is_barred_before_the_minimum(model: AttachedModel, tiny: Lo
     gold = plain(tiny, NEW, barred=eos, until=until)
     end = next((i for i, token in enumerate(gold) if token in eos), NEW)
     assert end >= until
-    assert list(generate(model, prompt(eos=eos, min_new_tokens=until))) == gold[:end]
+    assert generate(model, eos=eos, min_new_tokens=until) == gold[:end]
 
 
-def test_a_stop_string_ends_a_generation_whatever_tokens_it_is_spread_over(
-    model: AttachedModel, tiny: LoadedModel
-) -> None:
+def test_a_stop_string_ends_a_generation_however_it_is_spread(model: AttachedModel, tiny: LoadedModel) -> None:
     gold = plain(tiny, NEW)
     for first, last in ((0, 0), (3, 4), (1, 5), (0, NEW - 2)):
         stop = words(gold[first : last + 1])
         ends = next(n for n in range(1, NEW + 1) if stop in words(gold[:n]))
-        assert list(generate(model, prompt(stop=("never", stop)))) == gold[:ends]
-        kept = list(generate(model, prompt(stop=(stop,), min_new_tokens=NEW - 1)))
-        assert len(kept) == NEW
+        assert generate(model, stop=("never", stop)) == gold[:ends]
+        assert len(generate(model, stop=(stop,), min_new_tokens=NEW - 1)) == NEW
 
 
 @pytest.mark.parametrize("length", [1, 12, 40])

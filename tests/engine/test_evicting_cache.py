@@ -1,7 +1,5 @@
 """Rows that evict while decoding: each sees its budget, whatever the company that it is held and evicted with."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from methods.base import KV, KVPolicy, LayerPolicy, LayerView, PolicyError, Step
 from methods.fullkv import FullKV
 from methods.registry import make_policy
 from methods.streamingllm import ReassignedKV
-from tests.engine.test_row_cache import HEADS, SLOT, TOKENS, ask, kept, plain, tokens_of
+from tests.engine.test_row_cache import HEADS, SLOT, TOKENS, ask, kept, new, plain, tokens_of
 
 PROMPT, BUDGET = 40, 12
 POLICIES = ["h2o@paper", "streamingllm@paper", "compilerkv@streaming"]
@@ -42,18 +40,18 @@ class Oldest(LayerPolicy):
         return old.masked_fill((step.kv.live <= step.budget) | torch.tensor(self.lazy), -1)
 
 
-def evicting(policy: KVPolicy, keys: Tensor, values: Tensor, *, room: int = 1) -> EvictingRows:
-    slots = [[7, 8, 9], [7, 8, 9]]
-    rows = [EvictingRow(policy, 3, with_room(kept(keys, values, slots), room)) for _ in range(2)]
+def evicting(policy: KVPolicy, feed: Sequence[Tensor], *, room: int = 1) -> EvictingRows:
+    keys, values = (x[:, :, :TOKENS] for x in feed[1:])
+    rows = [EvictingRow(policy, 3, with_room(kept(keys, values, [[7, 8, 9]] * HEADS), room)) for _ in range(2)]
     return EvictingRows(rows, TOKENS)
 
 
 def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
-    queries, keys, values = tokens_of(TOKENS + 5)
-    cache = evicting(Oldest(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+    queries, keys, values = feed = tokens_of(TOKENS + 5)
+    cache = evicting(Oldest(), feed)
     assert cache.nbytes(0) == 3 * HEADS * SLOT
     for at in range(TOKENS, TOKENS + 5):
-        out = ask(cache, *(x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+        out = ask(cache, *new(feed, at, 2))
         gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 3, at - 2, at - 1, at]] * HEADS)
         torch.testing.assert_close(out, gold.expand(2, -1, -1, -1))
         assert cache.nbytes(1) == 3 * HEADS * SLOT
@@ -61,9 +59,9 @@ def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
 
 
 def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
-    queries, keys, values = tokens_of(TOKENS + 2)
-    cache = evicting(Oldest(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
-    feeds = [[x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11)]
+    feed = tokens_of(TOKENS + 2)
+    cache = evicting(Oldest(), feed)
+    feeds = [new(feed, at, 2) for at in (10, 11)]
     state = cache.mark()
     first = [ask(cache, *feed) for feed in feeds]
     cache.rewind(state)
@@ -78,19 +76,11 @@ def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
         cache.nbytes(1)
 
 
-def test_a_policy_that_frees_nothing_is_told_so() -> None:
-    queries, keys, values = tokens_of(TOKENS + 2)
-    cache = evicting(Oldest(lazy=True), keys[:, :, :TOKENS], values[:, :, :TOKENS])
-    ask(cache, *(x[:, :, 10:11].expand(2, -1, -1, -1) for x in (queries, keys, values)))
-    with pytest.raises(PolicyError, match="Oldest left no slot"):
-        ask(cache, *(x[:, :, 11:12].expand(2, -1, -1, -1) for x in (queries, keys, values)))
-
-
 def test_a_sliding_layer_of_an_evicting_row_follows_its_window() -> None:
-    queries, keys, values = tokens_of(TOKENS + 4)
-    cache = evicting(FullKV(), keys[:, :, :TOKENS], values[:, :, :TOKENS], room=4)
+    queries, keys, values = feed = tokens_of(TOKENS + 4)
+    cache = evicting(FullKV(), feed, room=4)
     for at in range(TOKENS, TOKENS + 4):
-        out = ask(cache, *(x[:, :, at : at + 1].expand(2, -1, -1, -1) for x in (queries, keys, values)), window=3)
+        out = ask(cache, *new(feed, at, 2), window=3)
         gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 2, at - 1, at]] * HEADS)
         torch.testing.assert_close(out[:1], gold)
         assert cache.nbytes(0) == 2 * HEADS * SLOT  # what the next token's window still reaches
@@ -115,11 +105,7 @@ def layer(rows: Sequence[EvictingRow]) -> EvictingRows:
 def step(rows: Sequence[EvictingRow]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one token, another for every row."""
     _, heads, _, dim = rows[0].kv.keys.shape
-    return (
-        torch.randn(len(rows), 2 * heads, 1, dim),
-        torch.randn(len(rows), heads, 1, dim),
-        torch.randn(len(rows), heads, 1, dim),
-    )
+    return (torch.randn(len(rows), 2 * heads, 1, dim), *torch.randn(2, len(rows), heads, 1, dim))
 
 
 def check_company(rows: Sequence[EvictingRow], batches: int) -> None:
@@ -172,8 +158,11 @@ class Single(Oldest):
         return super().after_step(step)[:1]
 
 
-def test_a_policy_that_does_not_answer_for_every_row_is_told_so() -> None:
-    queries, keys, values = tokens_of(TOKENS + 1)
-    cache = evicting(Single(), keys[:, :, :TOKENS], values[:, :, :TOKENS])
+def test_a_policy_that_frees_nothing_or_forgets_a_row_is_told_so() -> None:
+    feed = tokens_of(TOKENS + 2)
+    cache = evicting(Oldest(lazy=True), feed)
+    ask(cache, *new(feed, 10, 2))
+    with pytest.raises(PolicyError, match="Oldest left no slot"):
+        ask(cache, *new(feed, 11, 2))
     with pytest.raises(PolicyError, match=r"Single.after_step returned shape \[1, 2\]; .* \[2, 2\]"):
-        ask(cache, *(x[:, :, 10:11].expand(2, -1, -1, -1) for x in (queries, keys, values)))
+        ask(evicting(Single(), feed), *new(feed, 10, 2))
