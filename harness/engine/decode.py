@@ -33,16 +33,17 @@ class Generated:
     done: bool = False
 
 
+@dataclass
 class Decoding:
     """R rows at the same position of prompts of one length. caches: one per model layer.
 
     first: [R, V] float32, logits after the prompts' last tokens, from the full cache.
     """
 
-    def __init__(
-        self, model: AttachedModel, caches: Sequence[DecodingLayer], rows: int, first: Tensor | None = None
-    ) -> None:
-        self.model, self.caches, self.rows, self.first = model, caches, rows, first
+    model: AttachedModel
+    caches: Sequence[DecodingLayer]
+    rows: int
+    first: Tensor | None = None
 
     @classmethod
     def of(

@@ -210,7 +210,10 @@ def attached(
         raise HarnessError(f"this model is attached to {taken} already; leave that context before another")
     spec, policy = plan_method(method, params, revision=revision)
     label = spec.label
-    compressor = Compressor(label, policy, _budget(label, policy, budget), first_token)
+    if policy.budgeted and (budget is None or isinstance(budget, bool)):
+        raise HarnessError(f"method {label} needs a budget, got {budget}; give tokens (512) or a fraction (0.25)")
+    slots = plan_budget(budget) if policy.budgeted and budget is not None else None
+    compressor = Compressor(label, policy, slots, first_token)
     with _replaced_attention(model) as whole:
         Engine(whole).check([policy], [0] * 8)
     plain: Any = model.generate
@@ -225,14 +228,6 @@ def attached(
 
     with _replaced(model, "generate", generate), _replaced(model, TAKEN, label):
         yield compressor.report
-
-
-def _budget(label: str, policy: KVPolicy, budget: int | float | str | None) -> Budget | None:
-    if not policy.budgeted:
-        return None
-    if budget is None or isinstance(budget, bool):
-        raise HarnessError(f"method {label} needs a budget, got {budget}; give tokens (512) or a fraction (0.25)")
-    return plan_budget(budget)
 
 
 def _refuse(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
