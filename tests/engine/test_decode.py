@@ -176,23 +176,19 @@ def test_a_policy_that_forgets_a_layer_is_told_so(model: AttachedModel) -> None:
     assert "left 3 layers of 4" in (outcomes[0].error or "")
 
 
-class Held:
-    """Stands for the tensors of a decode batch."""
-
-
 @pytest.mark.parametrize(("fits", "statuses"), [(3, {"ok"}), (1, {"ok"}), (0, {"oom"})])
 def test_a_decode_batch_that_does_not_fit_is_halved_with_its_memory_freed(
     model: AttachedModel, monkeypatch: pytest.MonkeyPatch, fits: int, statuses: set[str]
 ) -> None:
     cells = [Cell(RandomEviction(seed=seed), Budget(tokens=10)) for seed in range(7)]
     gold = Engine(model).run(prompt(), cells)
-    batches: list[weakref.ref[Held]] = []
+    batches: list[weakref.ref[Tensor]] = []
     real = Decoding.step
 
     def step(self: Decoding, tokens: Sequence[int]) -> Tensor:
         assert all(ref() is None for ref in batches), "the batch that did not fit is still in memory"
         if self.rows > fits:
-            held = Held()
+            held = torch.empty(0)  # stands for the tensors of the batch
             batches.append(weakref.ref(held))
             raise torch.OutOfMemoryError(f"no room for {self.rows} rows beside {held}")
         return real(self, tokens)

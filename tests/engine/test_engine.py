@@ -216,18 +216,15 @@ def test_eviction_while_decoding_is_that_of_loops(model: AttachedModel, first_to
     prompt = make_prompt(20, Limits(24, frozenset()), seed=3)
     engine = Engine(model, query=query, first_token=first_token)
     sizes = (11, 4, 3)
-    heavy = [cell("h2o@paper", size) for size in sizes]
-    cells = [cell("streamingllm@reassign", 9), cell("streamingllm@paper", 9), *heavy]
-    found = ok(engine.run(prompt, cells))
-    same(found[1], by_loops(engine, cells[1], prompt, oldest(4, 9), in_cache=True))
-    same(found[0], by_loops(engine, cells[0], prompt, in_cache=True))
-    assert found[1].kv_bytes == found[1].kv_bytes_end == found[1].asked_bytes == 9 * LAYERS * HEADS * SLOT
-    for size, asked, outcome in zip(sizes, heavy, found[2:], strict=True):
+    cells = [cell("streamingllm@reassign", 9), cell("streamingllm@paper", 9), *(cell("h2o@paper", n) for n in sizes)]
+    reassigned, sinks, *heavy = ok(engine.run(prompt, cells))
+    same(reassigned, by_loops(engine, cells[0], prompt, in_cache=True))
+    same(sinks, by_loops(engine, cells[1], prompt, oldest(4, 9), in_cache=True))
+    assert sinks.kv_bytes == sinks.kv_bytes_end == sinks.asked_bytes == 9 * LAYERS * HEADS * SLOT
+    for size, asked, outcome in zip(sizes, cells[2:], heavy, strict=True):
         slots = size * SLOT // (SLOT + 4)
         same(outcome, by_loops(engine, asked, prompt, least_attended(slots)))
-        assert outcome.kv_bytes == slots * LAYERS * HEADS * (SLOT + 4)
-        assert outcome.kv_bytes_end == outcome.kv_bytes
-        assert outcome.kv_bytes_end <= outcome.asked_bytes
+        assert outcome.kv_bytes_end == outcome.kv_bytes == slots * LAYERS * HEADS * (SLOT + 4) <= outcome.asked_bytes
 
 
 @pytest.mark.parametrize("eos", [frozenset[int](), frozenset(range(0, 261, 3))])
