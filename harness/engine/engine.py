@@ -27,7 +27,7 @@ from methods.base import KVPolicy, Needs, PolicyError
 
 @dataclass
 class CellRun:
-    """A cell on its way through one prompt. compressed: None until it is, and when the outcome says why not."""
+    """A cell on its way through one prompt. compressed: None until it is, and where the outcome says why not."""
 
     cell: Cell
     outcome: Outcome

@@ -7,7 +7,7 @@ never exists at once.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from methods.views import LayerSource
 Act = Callable[[LayerView], KV]
 
 
+@dataclass(eq=False, repr=False)
 class PrefillLayer(LayerCache):
     """Keeps a prompt of `tokens` tokens (R = 1) and what `needs` asks for: window queries, streamed column sums.
 
@@ -32,28 +33,21 @@ class PrefillLayer(LayerCache):
     `LayerView`. sources: those of all layers, filled as the prompt passes them; empty when no policy asks.
     """
 
-    def __init__(
-        self,
-        needs: Needs,
-        tokens: int,
-        *,
-        index: int = 0,
-        act: Act | None = None,
-        clock: PhaseClock | None = None,
-        rotate: Callable[[Tensor, int], Tensor] | None = None,
-        sources: Sequence[LayerSource] = (),
-    ) -> None:
-        self.needs, self.tokens, self.index, self.act = needs, tokens, index, act
-        self.clock = clock or PhaseClock(torch.device("cpu"))
-        self.rotate, self.sources = rotate, sources
-        self.left: KV | None = None  # by `act`
-        self.window: int | None = None  # known once it has attended; such a layer is neither observed nor compressed
-        self.seen = 0
-        self.whole: list[Tensor] = []  # keys and values of a prompt in chunks, allocated once
-        self.keys: Tensor
-        self.values: Tensor
-        self.queries: Tensor
-        self.sums: Tensor | None = None
+    needs: Needs
+    tokens: int
+    index: int = 0
+    act: Act | None = None
+    clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
+    rotate: Callable[[Tensor, int], Tensor] | None = None
+    sources: Sequence[LayerSource] = ()
+    left: KV | None = field(default=None, init=False)  # by `act`
+    window: int | None = field(default=None, init=False)  # known once it attended; one with it no policy sees
+    seen: int = field(default=0, init=False)
+    whole: list[Tensor] = field(default_factory=list, init=False)  # keys and values of a prompt in chunks
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    queries: Tensor = field(init=False)
+    sums: Tensor | None = field(default=None, init=False)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         first, self.seen = self.seen, self.seen + keys.shape[2]
