@@ -59,18 +59,15 @@ def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
 
 
 def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
-    feed = tokens_of(TOKENS + 2)
+    feed = tokens_of(TOKENS + 3)
     cache = evicting(Oldest(), feed)
-    feeds = [new(feed, at, 2) for at in (10, 11)]
+    feeds = [new(feed, at, 2) for at in (10, 11, 12)]
     state = cache.mark()
-    first = [ask(cache, *feed) for feed in feeds]
+    first = [ask(cache, *own) for own in feeds]
     cache.rewind(state)
-    assert all(torch.equal(a, ask(cache, *feed)) for a, feed in zip(first, feeds, strict=True))
-    state = cache.mark()
-    whole = ask(cache, *feeds[0])
-    cache.rewind(state)
+    assert all(torch.equal(a, ask(cache, *own)) for a, own in zip(first[:2], feeds, strict=False))
     cache.keep([1])
-    assert torch.equal(ask(cache, *(x[1:] for x in feeds[0])), whole[1:])
+    assert torch.equal(ask(cache, *(x[1:] for x in feeds[2])), first[2][1:])
     assert cache.nbytes(0) == 3 * HEADS * SLOT
     with pytest.raises(IndexError, match="row 1 of 1"):
         cache.nbytes(1)

@@ -166,19 +166,12 @@ def test_the_model_comes_back_after_an_exception(model: PreTrainedModel) -> None
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds=Tensor"),
         ({"past_key_values": object()}, "past_key_values=object"),
         ({"output_attentions": True}, "output_attentions=True"),
+        ({"attention_mask": (torch.arange(30) < 20).long()[None]}, "padding_side='left'"),
     ],
 )
-def test_a_generate_that_needs_another_cache_is_refused(
-    model: PreTrainedModel, options: dict[str, Any], complaint: str
-) -> None:
+def test_another_cache_or_padding_is_refused(model: PreTrainedModel, options: dict[str, Any], complaint: str) -> None:
     with attached(model, method="snapkv", budget=8), pytest.raises(HarnessError, match=complaint):
         model.generate(ids_of(30), max_new_tokens=2, **options)
-
-
-def test_right_padding_is_refused(model: PreTrainedModel) -> None:
-    ids = ids_of(30, 20).flip(1)
-    with attached(model, method="snapkv", budget=8), pytest.raises(HarnessError, match="padding_side='left'"):
-        model.generate(ids, attention_mask=(ids > 0).long(), **SURE)
 
 
 @pytest.mark.parametrize(
