@@ -1,9 +1,4 @@
-"""The contract of a method, clause by clause, for the tests of its author.
-
-    from harness.contract import check_method
-
-    def test_the_contract_holds() -> None:
-        check_method("mine@paper")
+"""The contract of a method, clause by clause, for the tests of its author: `check_method("mine@paper")`.
 
 Every clause is tried on random prompts of several lengths at budgets below and above them.
 """
@@ -38,20 +33,14 @@ class BrokenContract(HarnessError):
 
 
 def check_method(label: str, *, without: Collection[str] = ()) -> None:
-    """Hold a registered method to every clause.
+    """Hold a registered method, `name` or `name@preset`, to every clause.
 
-    Args:
-        label: `name` or `name@preset`.
-        without: clauses that it does not keep to by design, such as `keys_are_the_prompts` for one that turns keys.
-
-    Raises:
-        BrokenContract: with the clause's name and what was seen.
-        PolicyError: an unknown label.
-        HarnessError: `without` names no clause.
+    without: clauses that it does not keep to by design, such as `keys_are_the_prompts` for one that turns keys. Raises
+    BrokenContract with the clause's name and what was seen; PolicyError for an unknown label, HarnessError for an
+    unknown clause.
     """
     make_policy(label)
-    unknown = sorted(set(without) - set(CLAUSES))
-    if unknown:
+    if unknown := sorted(set(without) - set(CLAUSES)):
         raise HarnessError(f"unknown clause {unknown[0]!r}; known: {', '.join(CLAUSES)}")
     for name, hold in CLAUSES.items():
         if name not in without:
@@ -91,45 +80,42 @@ def clause(flaws: Callable[[str], Iterator[str]]) -> Callable[[str], Iterator[st
 @clause
 def one_kv_a_layer(label: str) -> Iterator[str]:
     """`compress` returns one KV per layer, with keys, values and positions of one shape."""
-    for _, view, budget, kvs in tried(label):
-        where = f"{view.tokens} tokens, budget {budget}"
+    for *_, kvs, where in tried(label):
         if len(kvs) != LAYERS:
-            yield f"{len(kvs)} KVs for {LAYERS} layers ({where})"
+            yield f"{len(kvs)} KVs for {LAYERS} layers {where}"
         for kv in kvs:
             shapes = [list(x.shape[:3]) for x in (*kv.load(), kv.positions)]
             if not (shapes[0] == shapes[1] == shapes[2] and kv.positions.dtype == torch.int64):
-                yield f"keys, values, int64 positions of {shapes} ({where})"
+                yield f"keys, values, int64 positions of {shapes} {where}"
 
 
 @clause
 def the_budget_is_kept(label: str) -> Iterator[str]:
     """Slots and bytes stay within the budget, on average over layers and heads; a method without one keeps all."""
-    for policy, view, budget, kvs in tried(label):
+    for policy, view, budget, kvs, where in tried(label):
         live, held = sum(int(kv.live.sum()) for kv in kvs), sum(kv.nbytes for kv in kvs)
         asked = (budget if policy.budgeted else view.tokens) * LAYERS * HEADS
         side = budget == 1 and any(kv.extra for kv in kvs)  # one slot always stays, whatever its side data
         coded = any(type(kv) is not KV for kv in kvs)  # more slots may fit into the same bytes
         kept = live > 0 and (live <= asked or coded) and (held <= asked * PLAIN or side)
         if not (kept and (policy.budgeted or live == asked)):
-            seen = f"{live} slots, {held} bytes where {asked} slots of {PLAIN} bytes were asked"
-            yield f"{seen} ({view.tokens} tokens, budget {budget})"
+            yield f"{live} slots, {held} bytes where {asked} slots of {PLAIN} bytes were asked {where}"
 
 
 @clause
 def bytes_are_those_of_live_slots(label: str) -> Iterator[str]:
     """`KV.nbytes` is what the live slots and their side data take; that of a subclass, which may code them, no more."""
-    for _, view, budget, kvs in tried(label):
+    for *_, kvs, where in tried(label):
         for kv in kvs:
-            expected = int((kv.positions >= 0).sum()) * PLAIN
-            expected += sum(x.numel() * x.element_size() for x in kv.extra.values())
+            expected = int((kv.positions >= 0).sum()) * PLAIN + sum(x.nbytes for x in kv.extra.values())
             if not (kv.nbytes == expected if type(kv) is KV else 0 < kv.nbytes <= expected):
-                yield f"nbytes {kv.nbytes}, {expected} counted ({view.tokens} tokens, budget {budget})"
+                yield f"nbytes {kv.nbytes}, {expected} counted {where}"
 
 
 @clause
 def positions_ascend(label: str) -> Iterator[str]:
     """Every slot names a token of the prompt, each at most once, in order; -1 is an empty slot."""
-    for _, view, budget, kvs in tried(label):
+    for _, view, budget, kvs, _ in tried(label):
         for kept in (head for kv in kvs for head in kv.positions[0].tolist()):
             own = [p for p in kept if p >= 0]
             if own != sorted(set(own)) or not set(kept) <= set(range(-1, view.tokens)):
@@ -229,23 +215,26 @@ def a_method_says_what_it_is(label: str) -> Iterator[str]:
 
 
 @cache
-def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV]]]:
-    """Return the method on prompts of several lengths, at every budget below the length. Clauses only read them."""
+def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV], str]]:
+    """Return the method on prompts of several lengths, at every budget below the length, and where that was, in words.
+
+    Clauses only read them.
+    """
     policy = make_policy(label)
     views = [make_view(tokens, policy.needs) for tokens in LENGTHS]
     asked = [(view, budget) for view in views for budget in (*BUDGETS, view.tokens - 1) if budget < view.tokens]
-    return [(policy, view, budget, policy.compress(view, budget)) for view, budget in asked]
+    return [(policy, view, n, policy.compress(view, n), f"({view.tokens} tokens, budget {n})") for view, n in asked]
 
 
 def _differing(label: str, part: int, what: str) -> Iterator[str]:
     """Where a slot does not hold what the prompt has there. part: 0 for keys, 1 for values, as `KV.load` gives them."""
-    for _, view, budget, kvs in tried(label):
+    for _, view, _, kvs, where in tried(label):
         for layer, kv in zip(view.layers, kvs, strict=True):
             own, prompt = kv.load()[part], layer.kv.load()[part]  # [1, H, S, D] and [1, H, T, D]
             source = prompt.gather(2, kv.positions.clamp(min=0).unsqueeze(-1).expand(own.shape))
             wrong = sorted(set(kv.positions[(own != source).any(dim=-1) & (kv.positions >= 0)].tolist()))
             if wrong:
-                yield f"positions whose {what} differs: {wrong} ({view.tokens} tokens, budget {budget})"
+                yield f"positions whose {what} differs: {wrong} {where}"
 
 
 def _tensors(kv: KV) -> list[Tensor]:
@@ -255,11 +244,10 @@ def _tensors(kv: KV) -> list[Tensor]:
 
 def _shown(view: PromptView) -> list[Tensor]:
     """Every tensor of a view."""
-    tensors = [] if view.logprobs is None else [view.logprobs]
+    shown = [view.logprobs]
     for layer in view.layers:
-        tensors += [layer.kv.keys, layer.kv.values, layer.kv.positions, layer.queries]
-        tensors += [] if layer.column_sums is None else [layer.column_sums]
-    return tensors
+        shown += [layer.kv.keys, layer.kv.values, layer.kv.positions, layer.queries, layer.column_sums]
+    return [x for x in shown if x is not None]
 
 
 def _turn(keys: Tensor, by: int) -> Tensor:

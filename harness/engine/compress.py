@@ -15,11 +15,11 @@ from methods.base import KV, KVPolicy, PolicyError
 class Compressed:
     """A prompt under one policy at one budget.
 
-    policy, budget: what compressed it; budget in slots per layer and KV head. kvs: one per model layer, sliding-window
-    layers included. compressible: indexes of the others. logits: [1, V] float32 after the last token, from the full
-    cache. kept_slots: live slots of each compressible layer, summed over its KV heads. layer_bytes: live key, value and
-    side-data bytes of each model layer. asked_bytes, full_bytes: of the budget, and of the uncompressed cache.
-    prefill_s, observe_s, compress_s: seconds apart; their sum is the time to the first token but for its choice.
+    budget: slots per layer and KV head. kvs: one per model layer, sliding-window layers included. compressible: indexes
+    of the others. logits: [1, V] float32 after the last token, from the full cache. kept_slots: live slots of each
+    compressible layer, summed over its KV heads. layer_bytes: live key, value and side-data bytes of each model layer.
+    asked_bytes, full_bytes: of the budget, and of the uncompressed cache. prefill_s, observe_s, compress_s: seconds
+    apart; their sum is the time to the first token but for its choice.
     """
 
     policy: KVPolicy
@@ -57,15 +57,15 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
     leave one KV for each layer that it saw, and whatever else it raises.
     """
     on_the_way, after = prefilled.clock, PhaseClock(prefilled.logits.device)
-    layers = [prefilled.layers[i] for i in prefilled.compressible]
-    kept = [layer.left for layer in layers if layer.left is not None]
+    kept = [layer.left for layer in prefilled.layers if layer.left is not None]
     if not kept:
         with after.part("compress"), torch.inference_mode():
             kept = policy.compress(prefilled.view, budget)
-    if len(kept) != len(layers):
-        name = type(policy).__name__
-        raise PolicyError(f"{name} left {len(kept)} layers of {len(layers)}; return one KV a layer")
-    kvs = prefilled.interleaved(kept)
+    if len(kept) != len(prefilled.compressible):
+        name, seen = type(policy).__name__, len(prefilled.compressible)
+        raise PolicyError(f"{name} left {len(kept)} layers of {seen}; return one KV a layer")
+    left = dict(zip(prefilled.compressible, kept, strict=True))
+    kvs = [left[i] if i in left else layer.kv() for i, layer in enumerate(prefilled.layers)]
     observe_s, compress_s = on_the_way.seconds("observe"), on_the_way.seconds("compress")
     return Compressed(
         policy,
@@ -76,8 +76,8 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
         prefilled.tokens,
         kept_slots=tuple(int(kv.live.sum()) for kv in kept),
         layer_bytes=[kv.nbytes for kv in kvs],
-        asked_bytes=prefilled.asked_bytes(budget),
-        full_bytes=prefilled.full_bytes,
+        asked_bytes=prefilled.nbytes(budget),
+        full_bytes=prefilled.nbytes(prefilled.tokens),
         prefill_s=on_the_way.seconds("prefill") - observe_s - compress_s,
         observe_s=observe_s,
         compress_s=compress_s + after.seconds("compress"),

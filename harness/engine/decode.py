@@ -21,7 +21,7 @@ from harness.engine.types import Limits
 
 ROOM = 64  # tokens that a cache can take before it grows, where nobody knows how many will come
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
-CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Decoding._chunks`
+CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Decoding._forwards`
 
 
 @dataclass
@@ -33,16 +33,17 @@ class Generated:
     done: bool = False
 
 
+@dataclass
 class Decoding:
     """R rows at the same position of prompts of one length. caches: one per model layer.
 
     first: [R, V] float32, logits after the prompts' last tokens, from the full cache.
     """
 
-    def __init__(
-        self, model: AttachedModel, caches: Sequence[DecodingLayer], rows: int, first: Tensor | None = None
-    ) -> None:
-        self.model, self.caches, self.rows, self.first = model, caches, rows, first
+    model: AttachedModel
+    caches: Sequence[DecodingLayer]
+    rows: int
+    first: Tensor | None = None
 
     @classmethod
     def of(
@@ -58,31 +59,25 @@ class Decoding:
 
         Args:
             model: that they were prefilled by.
-            rows: prompts of one length.
+            rows: prompts of one length; else ValueError.
             again: the prompts' last token is to be fed again, so its slot is given up.
             room: tokens to come, all rows alike; None when that is not known.
             release: take the rows' own KVs, layer by layer, so that they need not be held twice.
-
-        Raises:
-            ValueError: prompts of several lengths.
         """
         lengths = {row.tokens for row in rows}
         if len(lengths) > 1:
             raise ValueError(f"prompts of {sorted(lengths)} tokens; a batch has one length")
-        position = rows[0].tokens - again
-        evicts = rows[0].policy.evicts_while_decoding
-        caches: list[DecodingLayer] = []
+        position, caches = rows[0].tokens - again, list[DecodingLayer]()
         for i, window in enumerate(model.windows):
             kvs = [row.kvs.pop(0) if release else row.kvs[i] for row in rows]
-            if evicts:
-                evicting = []
-                for row, kv in zip(rows, kvs, strict=True):
-                    width = kv.positions.shape[2] + _free_slots(row, window, room)
-                    evicting.append(EvictingRow(row.policy, row.budget, with_room(without(kv, position), width)))
+            if rows[0].policy.evicts_while_decoding:
+                roomy = [with_room(kv, _free_slots(row, window, room)) for row, kv in zip(rows, kvs, strict=True)]
+                own = [without(kv, position) for kv in roomy]
+                evicting = [EvictingRow(row.policy, row.budget, kv) for row, kv in zip(rows, own, strict=True)]
                 caches.append(EvictingRows(evicting, position))
             else:
-                held = [without(kv, position) for kv in kvs]
-                caches.append(GrowingRows(held, position=position, room=ROOM if room is None else room))
+                own = [without(kv, position) for kv in kvs]
+                caches.append(GrowingRows(own, position=position, room=ROOM if room is None else room))
         return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]))
 
     @property
@@ -96,12 +91,11 @@ class Decoding:
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append the same tokens to every row; logits after the last one, [R, V] float32; `first` after none."""
-        if not tokens and self.first is not None:
-            return self.first
-        logits = torch.empty(0)
-        for chunk in self._chunks(tokens):
-            logits = self._forward(torch.tensor([chunk] * self.rows), keep=1)
-        return logits[:, -1].float()
+        logits = self.first
+        for _, own in self._forwards(tokens, keep=1):
+            logits = own[:, -1].float()
+        assert logits is not None
+        return logits
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each row; next logits [R, V] float32."""
@@ -113,37 +107,41 @@ class Decoding:
         """Teacher-forced: logits [R, Q, V] and the Q tokens that they should tell, in pieces of some length.
 
         The rows are afterwards as they were. logits: [R, V], the distribution of the first token. alone: no other
-        company will be compared with, so a CPU may take many tokens at once (see `_chunks`).
+        company will be compared with, so a CPU may take many tokens at once (see `_forwards`).
         """
         marks = [cache.mark() for cache in self.caches]
         yield logits.unsqueeze(1), tokens[:1]
-        at = 1
-        for chunk in self._chunks(tokens[:-1], alone=alone):
-            yield self._forward(torch.tensor([chunk] * self.rows), keep=0), tokens[at : at + len(chunk)]
-            at += len(chunk)
+        for at, own in self._forwards(tokens[:-1], keep=0, alone=alone):
+            yield own, tokens[at + 1 : at + 1 + own.shape[1]]
         for cache, mark in zip(self.caches, marks, strict=True):
             cache.rewind(mark)
 
     def answer_nll(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
         """Negative log-likelihood of every answer token: [R, len(answer)] float32, nats. logits: as in `forced`."""
-        return torch.cat([_nll(own, tokens) for own, tokens in self.forced(logits, answer)], dim=1)
+        found = []
+        for own, tokens in self.forced(logits, answer):
+            told = torch.tensor(tokens, device=own.device).expand(self.rows, -1).unsqueeze(-1)
+            found.append(-own.float().log_softmax(dim=-1).gather(2, told).squeeze(-1))
+        return torch.cat(found, dim=1)
 
     def greedy(self, logits: Tensor, limits: Limits) -> list[Generated]:
         """Greedy generation of every row from its first logits [R, V]; a row stops on its own."""
         results = [Generated() for _ in range(self.rows)]
-        active = list(range(self.rows))  # batch row -> result
+        active = results.copy()  # those of the batch's rows
         eos = torch.tensor(sorted(limits.eos_ids), dtype=torch.int64, device=logits.device)
         for count in range(limits.max_new_tokens):
             if count < limits.min_new_tokens:
                 logits[:, eos] = float("-inf")
             picked: list[int] = logits.max(dim=-1).indices.tolist()  # on a CPU faster than argmax
             for row, token in enumerate(picked):
-                self._take(row, results[active[row]], token, limits)
-            left = [row for row, result in enumerate(active) if not results[result].done]
+                self._take(row, active[row], token, limits)
+            left = [row for row, result in enumerate(active) if not result.done]
             if not left:
                 break
             if len(left) <= len(active) // 2:
-                self._keep(left)
+                for cache in self.caches:
+                    cache.keep(left)
+                self.rows = len(left)
                 active, picked = [active[row] for row in left], [picked[row] for row in left]
             logits = self.step(picked)
         return results
@@ -159,23 +157,19 @@ class Decoding:
         if result.done:
             result.kv_bytes_end = self.nbytes(row)
 
-    def _chunks(self, tokens: Sequence[int], *, alone: bool = False) -> list[list[int]]:
-        """Tokens cut into forwards.
+    def _forwards(self, tokens: Sequence[int], *, keep: int, alone: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Feed the same tokens to every row: where each piece of them starts, and its logits.
 
         On a CPU every token goes by itself, so that a cell computes the same in any company: wider products pick
         another kernel, which rounds differently.
         """
         one = self.caches[0].single_step or (self.model.device.type == "cpu" and not alone)
         size = 1 if one else max(1, LOGITS_AT_ONCE // (self.rows * self.model.vocab))
-        return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+        for at in range(0, len(tokens), size):
+            yield at, self._forward(torch.tensor([tokens[at : at + size]] * self.rows), keep=keep)
 
     def _forward(self, ids: Tensor, *, keep: int) -> Tensor:
         return self.model.forward(ids.to(self.model.device), self.caches, position=self.position, keep=keep)
-
-    def _keep(self, rows: Sequence[int]) -> None:
-        for cache in self.caches:
-            cache.keep(rows)
-        self.rows = len(rows)
 
 
 def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:
@@ -187,8 +181,3 @@ def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:
     if window is None:
         return max(1, row.budget + 1 - row.tokens)
     return window if room is None else min(room, window)
-
-
-def _nll(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    index = torch.tensor(tokens, device=logits.device).expand(logits.shape[0], -1).unsqueeze(-1)
-    return -logits.float().log_softmax(dim=-1).gather(2, index).squeeze(-1)

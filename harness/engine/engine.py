@@ -37,11 +37,9 @@ class CellRun:
 class Engine:
     """Runs prompts through a model under many policies.
 
-    Args:
-        model: the model, attached.
-        query: whether a policy sees the question (`aware`) or the context only (`agnostic`).
-        first_token: whether the first generated token comes from the compressed cache or from the prefill.
-        rows: most that are decoded together; a row's tokens do not depend on it.
+    query: whether a policy sees the question (`aware`) or the context only (`agnostic`). first_token: whether the first
+    generated token comes from the compressed cache or from the prefill. rows: most that are decoded together; a row's
+    tokens do not depend on it.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class Engine:
 
     def _answer(self, runs: Sequence[CellRun], prompt: Prompt, *, tail: list[int]) -> None:
         """Decode one prompt under every cell that was compressed. tail: its tokens after what was compressed."""
-        ready: dict[bool, list[CellRun]] = {False: [], True: []}
+        ready: dict[bool, list[CellRun]] = {False: [], True: []}  # by whether they evict while decoding
         for run in runs:
             if run.compressed is None:
                 continue
@@ -159,9 +157,8 @@ class Engine:
         seconds = time.perf_counter() - start
         for run, result, own in zip(runs, results, nll, strict=True):
             outcome = run.outcome
-            outcome.token_ids, outcome.kv_bytes_end = tuple(result.tokens), result.kv_bytes_end
-            outcome.nll_per_token = tuple(own)
-            outcome.decode_s, outcome.decode_rows = seconds, len(runs)
+            outcome.token_ids, outcome.nll_per_token = tuple(result.tokens), tuple(own)
+            outcome.kv_bytes_end, outcome.decode_s, outcome.decode_rows = result.kv_bytes_end, seconds, len(runs)
             if not all(map(math.isfinite, own)):
                 outcome.fail("the answer's log-likelihood is not a finite number; try --dtype float32")
 
@@ -169,7 +166,7 @@ class Engine:
 def _compress(run: CellRun, prefilled: Prefilled) -> None:
     """Compress one cell and note what that left. Raises SkippedCell when there is nothing to compress."""
     cell, outcome, tokens = run.cell, run.outcome, prefilled.tokens
-    outcome.compressed_tokens, outcome.full_bytes = tokens, prefilled.full_bytes
+    outcome.compressed_tokens, outcome.full_bytes = tokens, prefilled.nbytes(tokens)
     outcome.prefill_s = prefilled.clock.seconds("prefill")
     budget = tokens if cell.budget is None else cell.budget.resolve(tokens)
     if cell.budget is not None:
@@ -177,8 +174,7 @@ def _compress(run: CellRun, prefilled: Prefilled) -> None:
         if budget >= tokens:
             raise SkippedCell(f"budget {budget} is not below the prompt's {tokens} tokens; nothing to compress")
         outcome.notes = cell.policy.notes(budget, tokens, len(prefilled.compressible))
-    run.compressed = compressed = compress(prefilled, cell.policy, budget)
-    outcome.compress_s = compressed.compress_s
-    outcome.kept_slots, outcome.kv_bytes = compressed.kept_slots, compressed.kv_bytes
-    outcome.asked_bytes = compressed.asked_bytes
+    run.compressed = left = compress(prefilled, cell.policy, budget)
+    outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
+    outcome.kv_bytes, outcome.asked_bytes = left.kv_bytes, left.asked_bytes
     outcome.over_budget = outcome.kv_bytes > 1.01 * outcome.asked_bytes

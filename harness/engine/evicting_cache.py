@@ -1,11 +1,13 @@
 """The layer cache of rows whose policy evicts while decoding: they stay at their budget while they grow."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from harness.engine.kernels import slot_attention, slot_weights
 from harness.engine.layer_cache import DecodingLayer, Parts, visible
@@ -22,13 +24,10 @@ class EvictingRow:
 
 
 @dataclass
-class _Batch:
+class _Batch(EvictingRow):
     """Rows of one policy, budget and number of slots, in one KV: they are asked, and evict, at once."""
 
-    rows: list[int]  # ascending
-    policy: KVPolicy
-    budget: int
-    kv: KV  # B = len(rows)
+    rows: list[int]  # ascending; B of the KV
 
 
 class EvictingRows(DecodingLayer):
@@ -47,11 +46,12 @@ class EvictingRows(DecodingLayer):
         self.position = position
         alike: dict[Hashable, list[int]] = {}
         for i, row in enumerate(rows):
-            alike.setdefault(_alike(row, i), []).append(i)
+            alike.setdefault(_alike(row) or i, []).append(i)
         batches = []
         for own in alike.values():
-            first = rows[own[0]]
-            batches.append(_Batch(own, first.policy, first.budget, _merged([rows[i].kv for i in own])))
+            first, kvs = rows[own[0]], [rows[i].kv for i in own]
+            kv = first.kv if len(own) == 1 else each_tensor(lambda *tensors: torch.cat(tensors), *kvs)
+            batches.append(_Batch(first.policy, first.budget, kv, own))
         self._hold(batches)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -61,9 +61,8 @@ class EvictingRows(DecodingLayer):
             if int(lowest.max()) >= 0:
                 name = type(batch.policy).__name__
                 raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
-            wide = free.unsqueeze(-1)
-            kv.keys.scatter_(2, wide.expand(k.shape), k)
-            kv.values.scatter_(2, wide.expand(v.shape), v)
+            for held, x in ((kv.keys, k), (kv.values, v)):
+                held.scatter_(2, free.unsqueeze(-1).expand(x.shape), x)
             kv.positions.scatter_(2, free, self.position)
         self.position += 1
 
@@ -83,7 +82,7 @@ class EvictingRows(DecodingLayer):
         return self._parts.join(outputs)
 
     def mark(self) -> Any:
-        return self.position, [copy_kv(batch.kv) for batch in self.batches]
+        return self.position, [each_tensor(Tensor.clone, batch.kv) for batch in self.batches]
 
     def rewind(self, mark: Any) -> None:
         self.position, kvs = mark
@@ -94,58 +93,40 @@ class EvictingRows(DecodingLayer):
         place = {row: new for new, row in enumerate(rows)}
         kept = []
         for batch in self.batches:
-            members = [i for i, row in enumerate(batch.rows) if row in place]
-            if members:
-                kv = batch.kv if len(members) == len(batch.rows) else _merged([_row(batch.kv, i) for i in members])
-                kept.append(replace(batch, rows=[place[batch.rows[i]] for i in members], kv=kv))
+            at = [i for i, row in enumerate(batch.rows) if row in place]
+            if at:
+                kv = batch.kv if len(at) == len(batch.rows) else each_tensor(itemgetter(at), batch.kv)
+                kept.append(replace(batch, rows=[place[batch.rows[i]] for i in at], kv=kv))
         self._hold(kept)
 
     def nbytes(self, row: int) -> int:
-        batch = next((batch for batch in self.batches if row in batch.rows), None)
-        if batch is None:
-            raise IndexError(f"row {row} of {sum(len(batch.rows) for batch in self.batches)}")
-        return (batch.kv if len(batch.rows) == 1 else _row(batch.kv, batch.rows.index(row))).nbytes
+        for batch in self.batches:
+            if row in batch.rows:
+                at = batch.rows.index(row)
+                kv = batch.kv if len(batch.rows) == 1 else each_tensor(itemgetter(slice(at, at + 1)), batch.kv)
+                return kv.nbytes
+        raise IndexError(f"row {row} of {sum(len(batch.rows) for batch in self.batches)}")
 
     def _hold(self, batches: list[_Batch]) -> None:
         self.batches = batches
         self._parts = Parts([batch.rows for batch in batches], batches[0].kv.positions.device)
 
 
-def _alike(row: EvictingRow, alone: int) -> Hashable:
-    """Equal for rows that one KV can hold. alone: the row's number, which sets apart what cannot be held with others.
+def _alike(row: EvictingRow) -> Hashable:
+    """Equal for rows that one KV can hold, None for one that is held alone.
 
     What a subclass of KV holds besides tensors is one for the whole batch. It changes alike in rows that start alike:
     with the same fields and as many live slots in every head.
     """
-    kv = row.kv
-    if any(x.shape[:2] != kv.positions.shape[:2] for x in kv.extra.values()):
-        return alone
-    side = tuple((name, x.shape, x.dtype) for name, x in sorted(kv.extra.items()))
-    tensors = (type(kv), kv.keys.shape, kv.keys.dtype, kv.values.shape, kv.values.dtype, kv.positions.shape, side)
-    if type(kv) is KV:
-        return row.policy, row.budget, tensors
-    own = {field.name for field in fields(kv)} - {field.name for field in fields(KV)}
-    state = tuple((name, getattr(kv, name)) for name in sorted(own))
-    if any(isinstance(value, Tensor) or not isinstance(value, Hashable) for _, value in state):
-        return alone
-    return row.policy, row.budget, tensors, state, tuple(kv.live[0].tolist())
-
-
-def _merged(kvs: Sequence[KV]) -> KV:
-    """The KVs of alike rows as one."""
-    first = kvs[0]
-    if len(kvs) == 1:
-        return first
-    extra = {name: torch.cat([kv.extra[name] for kv in kvs]) for name in first.extra}
-    keys, values = torch.cat([kv.keys for kv in kvs]), torch.cat([kv.values for kv in kvs])
-    return replace(first, keys=keys, values=values, positions=torch.cat([kv.positions for kv in kvs]), extra=extra)
-
-
-def _row(kv: KV, row: int) -> KV:
-    """One row of a batch's KV, not a copy."""
-    at = slice(row, row + 1)
-    extra = {name: x[at] for name, x in kv.extra.items()}
-    return replace(kv, keys=kv.keys[at], values=kv.values[at], positions=kv.positions[at], extra=extra)
+    kv, side = row.kv, sorted(row.kv.extra.items())
+    state = tuple(getattr(kv, field.name) for field in fields(kv)[len(fields(KV)) :])
+    apart = any(x.shape[:2] != kv.positions.shape[:2] for _, x in side)
+    if apart or any(isinstance(value, Tensor) or not isinstance(value, Hashable) for value in state):
+        return None
+    own = (("keys", kv.keys), ("values", kv.values), ("positions", kv.positions), *side)
+    shapes = tuple((name, x.shape, x.dtype) for name, x in own)
+    live = () if type(kv) is KV else tuple(kv.live[0].tolist())
+    return row.policy, row.budget, type(kv), shapes, state, live
 
 
 def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
@@ -159,20 +140,20 @@ def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
     kv.positions.scatter_(2, at, kv.positions.gather(2, at).masked_fill_(slot >= 0, -1))
 
 
-def with_room(kv: KV, slots: int) -> KV:
-    """A copy with `slots` columns, the added ones empty (side data 0)."""
-    add = slots - kv.positions.shape[2]
+def each_tensor(change: Callable[..., Tensor], *kvs: KV) -> KV:
+    """A KV of what `change` makes of each tensor of one KV, or of the same tensors of several alike."""
+    own = {name: change(*(getattr(kv, name) for kv in kvs)) for name in ("keys", "values", "positions")}
+    extra = {name: change(*(kv.extra[name] for kv in kvs)) for name in kvs[0].extra}
+    return replace(kvs[0], **own, extra=extra)
 
-    def grow(x: Tensor, value: float) -> Tensor:
-        shape = list(x.shape)
-        shape[2] = add
-        return torch.cat([x, x.new_full(shape, value)], dim=2)
 
+def with_room(kv: KV, more: int) -> KV:
+    """A copy with `more` columns, which are empty (side data 0)."""
     sized = kv.positions.shape
-    extra = {name: grow(x, 0) if x.shape[:3] == sized else x.clone() for name, x in kv.extra.items()}
-    return replace(kv, keys=grow(kv.keys, 0), values=grow(kv.values, 0), positions=grow(kv.positions, -1), extra=extra)
 
+    def grown(x: Tensor) -> Tensor:
+        if x.shape[:3] != sized:
+            return x.clone()
+        return pad(x, (*[0] * 2 * (x.dim() - 3), 0, more), value=-1 if x is kv.positions else 0)
 
-def copy_kv(kv: KV) -> KV:
-    extra = {name: x.clone() for name, x in kv.extra.items()}
-    return replace(kv, keys=kv.keys.clone(), values=kv.values.clone(), positions=kv.positions.clone(), extra=extra)
+    return each_tensor(grown, kv)

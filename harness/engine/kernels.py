@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from harness.engine.layer_cache import visible
+
 LSE_PARTS = 3  # bfloat16 has 8 bits: three of them hold a float32
 PAD = 8  # columns added to the head dimension, so that it stays a multiple of 8
 
@@ -32,7 +34,7 @@ def causal_attention(
     """
     tokens, new = keys.shape[2], queries.shape[2]
     whole = window is None or window >= tokens
-    if whole and _fused(keys, values):
+    if whole and keys.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:  # sdpa's own kernel tells them
         return _causal_lse(queries, keys, values, scaling=scaling)
     if prefill_kernel(queries.device, queries.dtype) == "flash_attention_2":
         from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
@@ -44,10 +46,7 @@ def causal_attention(
     if new == tokens and whole:
         return sdpa(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True), None
     at = torch.arange(tokens, device=keys.device)
-    asked = at[tokens - new :, None]
-    mask = at[None, :] <= asked
-    if window is not None:
-        mask &= at[None, :] > asked - window
+    mask = visible(at[None, None], at[tokens - new :], window)
     return sdpa(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True), None
 
 
@@ -56,12 +55,10 @@ def slot_attention(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tenso
 
     mask: [B, H, Q, S] bool, True = attend, or None when every query sees every slot.
     """
-    batch, heads, slots, dim = keys.shape
-    count = queries.shape[2]
+    (batch, heads, _, dim), count = keys.shape, queries.shape[2]
     folded = queries.reshape(batch, heads, -1, dim)  # [B, H, G * Q, D]
     if mask is not None and count > 1:
-        group = folded.shape[2] // count
-        mask = mask.unsqueeze(2).expand(batch, heads, group, count, slots).reshape(batch, heads, -1, slots)
+        mask = mask.repeat(1, 1, folded.shape[2] // count, 1)
     out = sdpa(folded, keys, values, attn_mask=mask, scale=scaling)
     return out.reshape(batch, -1, count, values.shape[-1])
 
@@ -130,11 +127,6 @@ def _causal_lse(queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float
         out, lse = mixed.to(out.dtype), both
     out = out.view(batch, group, heads, new, -1).permute(0, 3, 2, 1, 4).reshape(batch, new, heads * group, -1)
     return out.transpose(1, 2), lse.view(batch, group, heads, new).transpose(1, 2).reshape(batch, -1, new)
-
-
-def _fused(keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernel that tells its softmax denominators serves these: sdpa's own on a CPU."""
-    return keys.device.type == "cpu" and keys.shape[-1] == values.shape[-1]
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ never exists at once.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,47 +25,33 @@ from methods.views import LayerSource
 Act = Callable[[LayerView], KV]
 
 
+@dataclass(eq=False, repr=False)
 class PrefillLayer(LayerCache):
-    """Keeps the whole prompt (R = 1) and what `needs` asks for: window queries, streamed column sums.
+    """Keeps a prompt of `tokens` tokens (R = 1) and what `needs` asks for: window queries, streamed column sums.
 
-    Args:
-        needs: of the policies that are to see the layer.
-        tokens: of the whole prompt, which may come in several chunks.
-        index: of the layer in the model.
-        clock: counts observation and compression apart.
-        rotate: as in `LayerView`.
-        sources: those of all layers, filled as the prompt passes them; empty when no policy asks.
+    act: compresses the layer once the prompt is through. clock: counts observation and compression apart. rotate: as in
+    `LayerView`. sources: those of all layers, filled as the prompt passes them; empty when no policy asks.
     """
 
-    def __init__(
-        self,
-        needs: Needs,
-        tokens: int,
-        *,
-        index: int = 0,
-        clock: PhaseClock | None = None,
-        rotate: Callable[[Tensor, int], Tensor] | None = None,
-        sources: Sequence[LayerSource] = (),
-    ) -> None:
-        self.needs, self.tokens, self.index = needs, tokens, index
-        self.clock = clock or PhaseClock(torch.device("cpu"))
-        self.rotate, self.sources = rotate, sources
-        self.act: Act | None = None  # what compresses the layer once the prompt is through
-        self.left: KV | None = None  # what that left
-        self.window: int | None = None  # known once it has attended; such a layer is neither observed nor compressed
-        self.seen = 0
-        self.whole: list[Tensor] = []  # keys and values of a prompt in chunks, allocated once
-        self.keys: Tensor
-        self.values: Tensor
-        self.queries: Tensor
-        self.scaling = 1.0
-        self.sums: Tensor | None = None
-        self.slot_bytes = 0  # of one slot in every KV head
+    needs: Needs
+    tokens: int
+    index: int = 0
+    act: Act | None = None
+    clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
+    rotate: Callable[[Tensor, int], Tensor] | None = None
+    sources: Sequence[LayerSource] = ()
+    left: KV | None = field(default=None, init=False)  # by `act`
+    window: int | None = field(default=None, init=False)  # known once it attended; one with it no policy sees
+    seen: int = field(default=0, init=False)
+    whole: list[Tensor] = field(default_factory=list, init=False)  # keys and values of a prompt in chunks
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    queries: Tensor = field(init=False)
+    sums: Tensor | None = field(default=None, init=False)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         first, self.seen = self.seen, self.seen + keys.shape[2]
-        if not first:
-            self.slot_bytes = sum(x[0, :, 0].numel() * x.element_size() for x in (keys, values))
+        self.slot_bytes = sum(x[0, :, 0].nbytes for x in (keys, values))  # of one slot in every KV head
         if keys.shape[2] == self.tokens:
             self.keys, self.values = keys.contiguous(), values.contiguous()  # heads first: policies take rows of slots
             return
@@ -90,14 +77,15 @@ class PrefillLayer(LayerCache):
     def _observe(self, queries: Tensor, lse: Tensor | None) -> None:
         """Gather what `needs` asks for from the queries of the tokens just appended. lse: as of `causal_attention`."""
         before = [] if self.seen == queries.shape[2] else [self.queries]
-        last = queries[:, :, max(0, queries.shape[2] - self.needs.window) :]
-        self.queries = torch.cat([*before, last], dim=2)
-        self.queries = self.queries[:, :, max(0, self.queries.shape[2] - self.needs.window) :]
+        self.queries = self._last(torch.cat([*before, self._last(queries)], dim=2))
         if self.needs.column_sums:
             sums = column_sums(queries, self.keys, lse, scaling=self.scaling)
             if self.sums is not None:
                 sums[..., : self.sums.shape[-1]] += self.sums
             self.sums = sums
+
+    def _last(self, queries: Tensor) -> Tensor:
+        return queries[:, :, max(0, queries.shape[2] - self.needs.window) :]
 
     def view(self) -> LayerView:
         """The layer as policies see it."""
@@ -111,19 +99,18 @@ class PrefillLayer(LayerCache):
 
     def kv(self) -> KV:
         """The full cache; of a sliding-window layer, what later tokens can still see."""
-        tokens = self.keys.shape[2]
-        start = tokens - min(tokens, self.slots)
-        positions = torch.arange(start, tokens, device=self.keys.device)
-        shape = (*self.keys.shape[:2], tokens - start)
-        return KV(self.keys[:, :, start:], self.values[:, :, start:], positions.expand(shape))
+        start = self.tokens - self.slots
+        positions = torch.arange(start, self.tokens, device=self.keys.device)
+        keys, values = self.keys[:, :, start:], self.values[:, :, start:]
+        return KV(keys, values, positions.expand(keys.shape[:3]))
 
 
 @dataclass
 class Prefilled:
     """A prompt in the uncompressed cache, but for layers that were compressed on the way.
 
-    layers: one per model layer. compressible: indexes of those that policies see. logits: [1, V] float32 after the last
-    token. logprobs: [1, W] or None, as in `PromptView`.
+    compressible: indexes of the layers that policies see. logits: [1, V] float32 after the last token. logprobs: as in
+    `PromptView`.
     """
 
     layers: list[PrefillLayer]
@@ -138,22 +125,9 @@ class Prefilled:
         """The prompt as policies see it; what they memorise of it serves every cell."""
         return PromptView([self.layers[i].view() for i in self.compressible], self.logprobs)
 
-    def interleaved(self, kept: Sequence[KV]) -> list[KV]:
-        """One KV per model layer: `kept`, one per compressible layer in depth order, sliding windows in between."""
-        left = dict(zip(self.compressible, kept, strict=True))
-        return [left[i] if i in left else layer.kv() for i, layer in enumerate(self.layers)]
-
-    @property
-    def full_bytes(self) -> int:
-        """Of the uncompressed cache."""
-        return sum(layer.slots * layer.slot_bytes for layer in self.layers)
-
-    def asked_bytes(self, budget: int) -> int:
-        """Bytes of `budget` slots per layer and KV head, sliding-window layers at their own size."""
-        return sum(
-            layer.slot_bytes * (min(budget, self.tokens) if layer.window is None else layer.slots)
-            for layer in self.layers
-        )
+    def nbytes(self, budget: int) -> int:
+        """Bytes of `budget` slots per layer and KV head, at most the prompt's; sliding windows at their own size."""
+        return sum(x.slot_bytes * (x.slots if x.window else min(budget, x.slots)) for x in self.layers)
 
 
 def prefill(
@@ -170,8 +144,7 @@ def prefill(
         model: attached.
         ids: token ids, one at least.
         needs: of the policies that are to see the prompt.
-        chunk: tokens of a forward; None for all at once. Hidden states come with a
-            prompt in one piece alone.
+        chunk: tokens of a forward; None for all at once.
         acts: what compresses each compressible layer as soon as it is prefilled; None to compress afterwards.
 
     Raises:
@@ -185,12 +158,9 @@ def prefill(
         )
     clock, wanted = PhaseClock(model.device), needs.window if needs.logprobs else 0
     with clock.part("prefill"), model.sources(needs.hidden_states) as sources:
-        layers = [
-            PrefillLayer(needs, len(ids), index=i, clock=clock, rotate=model.rotate, sources=sources)
-            for i in range(model.layers)
-        ]
-        for i, act in zip(model.compressible, acts or (), strict=acts is not None):
-            layers[i].act = act
+        act_of = dict(zip(model.compressible, acts or (), strict=acts is not None))
+        shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources}
+        layers = [PrefillLayer(needs, len(ids), index=i, act=act_of.get(i), **shared) for i in range(model.layers)]
         logits, logprobs = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
     return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock)
 

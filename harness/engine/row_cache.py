@@ -1,8 +1,10 @@
 """The layer cache of rows that grow by every token: whatever a policy left, every head at its own number of slots."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,14 @@ from harness.engine.kernels import slot_attention
 from harness.engine.layer_cache import DecodingLayer, Parts, visible
 from methods.base import KV
 from methods.codes import CodedKV, Codes, Coding
+
+
+class _Shape(NamedTuple):
+    """What streams of a group have in common: live slots, and how many of the first are codes, and of what kind."""
+
+    size: int
+    coded: int = 0
+    coding: Coding | None = None
 
 
 @dataclass
@@ -22,16 +32,21 @@ class _Group:
     """
 
     streams: list[int]  # ascending
-    keys: Tensor  # [n, 1, C, D], C = size + room, less the coded slots
-    values: Tensor  # [n, 1, C, D]
+    keys: Tensor  # [n, 1, plain + room, D]
+    values: Tensor  # [n, 1, plain + room, D]
     positions: Tensor  # [n, 1, size + room] int64, those of tokens still to come included
     size: int  # slots that the policies left, none of them empty
-    codes: Codes | None = None  # of the first slots
+    plain: int  # those that they left as they were, after the coded ones
+    codes: Codes | None = None
 
-    @property
-    def plain(self) -> int:
-        """Slots that the policies left as they were."""
-        return self.size if self.codes is None else self.size - self.codes.slots
+    def take(self, at: list[int], streams: list[int]) -> "_Group":
+        """Some of the streams under new numbers, copied unless they are all."""
+        if len(at) == len(self.streams):
+            return replace(self, streams=streams)
+        index = torch.tensor(at, device=self.keys.device)
+        keys, values, positions = (x[index] for x in (self.keys, self.values, self.positions))
+        codes = None if self.codes is None else self.codes.take(index)
+        return _Group(streams, keys, values, positions, self.size, self.plain, codes)
 
     def load(self, grown: int) -> tuple[Tensor, Tensor]:
         """Keys and values [n, 1, size + grown, D], decoded where they are codes."""
@@ -79,8 +94,7 @@ class GrowingRows(DecodingLayer):
         outputs = []
         for group, own in zip(self.groups, self._split(queries), strict=True):
             mask = None if asked is None else visible(group.positions[:, :, : group.size + grown], asked, window)
-            keys, values = group.load(grown)
-            outputs.append(slot_attention(own, keys, values, mask=mask, scaling=scaling))
+            outputs.append(slot_attention(own, *group.load(grown), mask=mask, scaling=scaling))
         out = self._parts.join(outputs)  # [R * H, G, Q, D]
         return out.reshape(queries.shape[0], -1, *out.shape[2:])
 
@@ -91,20 +105,13 @@ class GrowingRows(DecodingLayer):
         self.position = mark
 
     def keep(self, rows: Sequence[int]) -> None:
-        place = {row: new for new, row in enumerate(rows)}
+        number = {row * self.heads + h: new * self.heads + h for new, row in enumerate(rows) for h in range(self.heads)}
         self.kept_bytes = [self.kept_bytes[row] for row in rows]
         kept = []
         for group in self.groups:
-            members = [i for i, stream in enumerate(group.streams) if stream // self.heads in place]
-            if not members:
-                continue
-            tensors, codes = (group.keys, group.values, group.positions), group.codes
-            if len(members) < len(group.streams):
-                index = torch.tensor(members, device=group.keys.device)
-                tensors = (group.keys[index], group.values[index], group.positions[index])
-                codes = None if codes is None else codes.take(index)
-            old = [divmod(group.streams[i], self.heads) for i in members]
-            kept.append(_Group([place[row] * self.heads + head for row, head in old], *tensors, group.size, codes))
+            at = [i for i, stream in enumerate(group.streams) if stream in number]
+            if at:
+                kept.append(group.take(at, [number[group.streams[i]] for i in at]))
         self._hold(kept)
 
     def nbytes(self, row: int) -> int:
@@ -123,10 +130,10 @@ class GrowingRows(DecodingLayer):
 
     def _widen(self, room: int) -> None:
         for group in self.groups:
-            more = room - self.room
             later = torch.arange(self.start + self.room, self.start + room, device=group.keys.device)
             group.keys, group.values = (
-                torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], dim=2) for x in (group.keys, group.values)
+                torch.cat([x, x.new_empty(*x.shape[:2], len(later), x.shape[3])], dim=2)
+                for x in (group.keys, group.values)
             )
             group.positions = torch.cat([group.positions, later.expand(*group.positions.shape[:2], -1)], dim=2)
         self.room = room
@@ -143,38 +150,27 @@ def without(kv: KV, position: int) -> KV:
     return replace(kv, positions=kv.positions.masked_fill(drop, -1))
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What streams of a group have in common. size: live slots. codes: how many of them are codes, and of what kind."""
-
-    size: int
-    codes: tuple[int, Coding] | None = None
-
-    @property
-    def plain(self) -> int:
-        return self.size if self.codes is None else self.size - self.codes[0]
-
-
 def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
     """The streams of `rows` by their live slots, with room for the tokens from `position` on."""
     shapes = [_shapes(kv) for kv in rows]
-    streams: dict[_Shape, list[int]] = {}
+    streams = defaultdict[_Shape, list[int]](list)
     for stream, shape in enumerate(chain.from_iterable(shapes)):
-        streams.setdefault(shape, []).append(stream)
+        streams[shape].append(stream)
     groups: dict[_Shape, _Group] = {}
-    codes: dict[_Shape, list[Codes]] = {}
-    for row, (kv, own) in enumerate(zip(rows, shapes, strict=True)):
-        loaded = (kv.keys, kv.values) if isinstance(kv, CodedKV) else kv.load()
-        for shape in dict.fromkeys(own):
+    filled, codes = Counter[_Shape](), defaultdict[_Shape, list[Codes]](list)
+    for kv, own in zip(rows, shapes, strict=True):
+        keys, values, positions = _packed(kv, min(shape.size for shape in own))
+        for shape, run in groupby(range(len(own)), key=own.__getitem__):
             if shape not in groups:
-                groups[shape] = _empty(streams[shape], shape, loaded, position=position, room=room)
-            first = streams[shape].index(row * len(own) + own.index(shape))
+                groups[shape] = _empty(streams[shape], shape, keys, values, position=position, room=room)
+            group, heads, first = groups[shape], list(run), filled[shape]
+            filled[shape] += len(heads)
+            to, of = slice(first, filled[shape]), slice(heads[0], heads[-1] + 1)
+            group.keys[to, 0, : group.plain] = keys[0, of, : group.plain]
+            group.values[to, 0, : group.plain] = values[0, of, : group.plain]
+            group.positions[to, 0, : group.size] = positions[0, of, : group.size]
             if isinstance(kv, CodedKV):
-                heads = [head for head, other in enumerate(own) if other == shape]
-                _fill_coded(groups[shape], first, kv, shape=shape, heads=heads)
-                codes.setdefault(shape, []).extend(kv.codes_of(heads))
-            elif shape.size:
-                _fill(groups[shape], first, kv, loaded=loaded)
+                codes[shape] += kv.codes_of(heads)
     for shape, parts in codes.items():
         groups[shape].codes = Codes.cat(parts) if parts else None
     return list(groups.values())
@@ -182,35 +178,25 @@ def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
 
 def _shapes(kv: KV) -> list[_Shape]:
     """Of every head of a row."""
+    live = kv.live[0].tolist()
     if not isinstance(kv, CodedKV):
-        return [_Shape(size) for size in kv.live[0].tolist()]
-    found = []
-    for count, positions in zip(kv.counts, kv.positions[0].tolist(), strict=True):
-        plain = sum(at >= 0 for at in positions[count:])
-        found.append(_Shape(count + plain, (count, kv.parts[0][1].coding) if count else None))
-    return found
+        return [_Shape(size) for size in live]
+    coding = kv.parts[0][1].coding if kv.parts else None
+    return [_Shape(size, coded, coding if coded else None) for size, coded in zip(live, kv.counts, strict=True)]
 
 
-def _empty(streams: list[int], shape: _Shape, loaded: tuple[Tensor, Tensor], *, position: int, room: int) -> _Group:
-    """A group of that shape, to be filled. loaded: keys and values of some row that is in it."""
-    keys, values = (x.new_empty(len(streams), 1, shape.plain + room, x.shape[-1]) for x in loaded)
+def _packed(kv: KV, least: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and positions of a row with its empty slots last, codes left out. least: live slots of some head."""
+    if isinstance(kv, CodedKV):
+        return kv.keys, kv.values, kv.positions
+    if least < kv.positions.shape[2]:
+        kv = KV(*kv.load(), kv.positions).take((kv.positions < 0).byte().argsort(dim=-1, stable=True))
+    return *kv.load(), kv.positions
+
+
+def _empty(streams: list[int], shape: _Shape, *like: Tensor, position: int, room: int) -> _Group:
+    """A group of that shape, to be filled. like: keys and values of some row that is in it."""
+    plain = shape.size - shape.coded
+    keys, values = (x.new_empty(len(streams), 1, plain + room, x.shape[-1]) for x in like)
     positions = torch.arange(position - shape.size, position + room, device=keys.device).repeat(len(streams), 1, 1)
-    return _Group(streams, keys, values, positions, shape.size)
-
-
-def _fill(group: _Group, first: int, kv: KV, *, loaded: tuple[Tensor, Tensor]) -> None:
-    """Copy the heads of `kv` that belong to `group` into its streams from the `first` on, without empty slots."""
-    live = kv.positions[0] >= 0  # [H, S]
-    slots = (live & (live.sum(dim=1, keepdim=True) == group.size)).flatten().nonzero().squeeze(1)
-    whole = len(slots) == live.numel()  # nothing to leave out: one copy
-    for to, x in zip((group.keys, group.values, group.positions), (*loaded, kv.positions), strict=True):
-        kept = x[0] if whole else x[0].flatten(0, 1).index_select(0, slots).view(-1, group.size, *x.shape[3:])
-        to[first : first + len(kept), 0, : group.size] = kept
-
-
-def _fill_coded(group: _Group, first: int, kv: CodedKV, *, shape: _Shape, heads: list[int]) -> None:
-    """`_fill` of what is no code, for heads of one shape."""
-    own = slice(first, first + len(heads))
-    group.keys[own, 0, : shape.plain] = kv.keys[0, heads, : shape.plain]
-    group.values[own, 0, : shape.plain] = kv.values[0, heads, : shape.plain]
-    group.positions[own, 0, : shape.size] = kv.positions[0, heads, : shape.size]
+    return _Group(streams, keys, values, positions, shape.size, plain)

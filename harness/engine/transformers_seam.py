@@ -28,15 +28,7 @@ HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "g
 
 
 def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     cache: LayerCache | None = getattr(key, "layer_cache", None)
     tied = getattr(value, "layer_cache", None) is cache
@@ -49,9 +41,8 @@ def _attention(
             raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")
     if isinstance(cache, _Probe):
         cache.module = module
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = cache.attend(query, scaling=scale, window=sliding_window)
-    return out.transpose(1, 2), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return cache.attend(query, scaling=scaling, window=kwargs.get("sliding_window")).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -118,7 +109,7 @@ class AttachedModel:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, self.device, self.dtype = model, model.device, model.dtype
         self.config = model.config.get_text_config(decoder=True)
         try:
             model.set_attn_implementation(ATTENTION)
@@ -126,32 +117,18 @@ class AttachedModel:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
         self.layers = int(self.config.num_hidden_layers)
         self.vocab = int(self.config.vocab_size)
-        other = set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES
-        if other:
+        if other := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
             raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
         self._probe()
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def compressible(self) -> list[int]:
-        """Layers that policies see, in depth order; the others have a sliding window."""
-        return [i for i, window in enumerate(self.windows) if window is None]
-
     def sizes(self, tokens: int) -> Sizes:
         """Of a prompt in this model."""
         heads = int(self.config.num_attention_heads)
         kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)
         return Sizes(tokens, len(self.compressible), heads, kv_heads)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
 
     def forward(
         self, ids: Tensor, caches: Sequence[LayerCache], *, position: int, keep: int = 0, grad: bool = False
@@ -164,8 +141,7 @@ class AttachedModel:
         at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         with torch.enable_grad() if grad else torch.inference_mode():
             out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        logits: Tensor = out.logits
-        return logits
+        return out.logits  # type: ignore[no-any-return]
 
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
@@ -180,8 +156,8 @@ class AttachedModel:
                 raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
             found.append(LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings")))
 
-        hooked = self.attention if wanted else []
-        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in hooked]
+        modules = self.attention if wanted else []
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
         try:
             yield found
         finally:
@@ -195,21 +171,20 @@ class AttachedModel:
         """
         if self.config.model_type not in HALF_ROTATION:
             raise HarnessError(f"re-assigning positions is not checked for model type {self.config.model_type!r}")
-        angle = by * self._frequencies().to(keys.device, torch.float32).repeat(2)  # [rotated dimensions]
+        frequencies: Tensor = getattr(*self._rotary)
+        angle = by * frequencies.to(keys.device, torch.float32).repeat(2)  # [rotated dimensions]
         cos, sin, width = angle.cos(), angle.sin(), angle.shape[0]
         turned, rest = keys[..., :width].float(), keys[..., width:]
         first, second = turned.chunk(2, dim=-1)
         out = turned * cos + torch.cat([-second, first], dim=-1) * sin
         return torch.cat([out.to(keys.dtype), rest], dim=-1)
 
-    def _frequencies(self) -> Tensor:
-        """Radians a position of each rotated pair, as the last forward used them; Gemma 3 has a set per layer type."""
-        found: Tensor = getattr(*self._rotary)
-        return found
-
     @cached_property
     def _rotary(self) -> tuple[torch.nn.Module, str]:
-        """The module that holds the frequencies, and the name of them there."""
+        """Where radians a position of each rotated pair are, as the last forward used them: a module and their name.
+
+        Gemma 3 has a set per layer type.
+        """
         for module in self.model.modules():
             for name in ("full_attention_inv_freq", "inv_freq"):
                 if isinstance(getattr(module, name, None), Tensor):
@@ -226,6 +201,7 @@ class AttachedModel:
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
+        self.compressible = [i for i, window in enumerate(self.windows) if window is None]  # what policies see
         self.attention = [probe.module for probe in probes if probe.module is not None]
         if len(self.attention) < self.layers:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

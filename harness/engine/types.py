@@ -1,9 +1,7 @@
 """What goes into the engine and what comes out: a cell, a prompt, and the outcome of one under the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError
@@ -18,20 +16,17 @@ class SkippedCell(Exception):
     """A cell that cannot be run as asked on this prompt."""
 
 
-SPEAKING = (RuntimeError, PolicyError, HarnessError, SkippedCell)  # whose text alone says what happened
-
-
 @dataclass(frozen=True)
 class Cell:
     """One method at one budget; budget None for a method that keeps everything."""
 
-    policy: KVPolicy
+    policy: "KVPolicy"
     budget: Budget | None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a generation ends. stop: strings; text: token ids to text, asked only when there are stop strings."""
+    """When a generation ends. text: token ids to text, asked only when there are stop strings."""
 
     max_new_tokens: int
     eos_ids: frozenset[int]
@@ -92,24 +87,17 @@ class Outcome:
     decode_rows: int = 0
 
     def fail(self, error: BaseException | str, status: Status | None = None) -> None:
-        """Mark the cell: by default `skipped`, `oom` or `failed`, as the error says."""
-        text = str(error) if isinstance(error, (str, *SPEAKING)) else f"{type(error).__name__}: {error}"
-        self.status, self.error = status or status_of(error), " ".join(text.split())[:500]
+        """Mark the cell: `skipped`, `oom` as Python, the CPU allocator and CUDA say it, or `failed`."""
+        speaks = isinstance(error, str | RuntimeError | PolicyError | HarnessError | SkippedCell)
+        text = str(error) if speaks else f"{type(error).__name__}: {error}"
+        memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        oom = memory or "can't allocate memory" in text
+        own: Status = "skipped" if isinstance(error, SkippedCell) else "oom" if oom else "failed"
+        self.status, self.error = status or own, " ".join(text.split())[:500]
 
     def stored(self) -> dict[str, Any]:
         """The fields of a record that the engine fills in, under their names."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = vars(self).copy()
         nll = own.pop("nll_per_token")
-        return own | {
-            "nll": sum(nll) / len(nll) if nll else None,
-            "nll_tokens": len(nll),
-            "nll_first": nll[0] if nll else None,
-        }
-
-
-def status_of(error: BaseException | str) -> Status:
-    """`skipped`; `oom` for the ways in which Python, the CPU allocator and CUDA say so; else `failed`."""
-    if isinstance(error, SkippedCell):
-        return "skipped"
-    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return "oom" if memory or "can't allocate memory" in str(error) else "failed"
+        mean, first = (sum(nll) / len(nll), nll[0]) if nll else (None, None)
+        return own | {"nll": mean, "nll_tokens": len(nll), "nll_first": first}

@@ -2,24 +2,33 @@
 
 Inside the context, `generate` prefills every prompt with the full cache, lets the policy compress it and decodes on
 what is left, through the same prefill, policies and layer caches as `harness.engine.engine`: greedy tokens are the
-engine's. Rows of a batch go through one by one, each at its own length, left padding taken off. Sampling, stopping
-criteria and streamers are those of transformers. Any other call of the model inside the context is the plain model.
+engine's. Rows of a batch go through one by one, each at its own length and on caches of its own, left padding taken
+off. Sampling, stopping criteria and streamers are those of transformers. Any other call of the model inside the context
+is the plain model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from harness.engine.compress import compress
+from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
+from harness.engine.prefill import prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
-from harness.generate.forward import CacheReport, Compressor, Handle
 from harness.plan.methods import plan_budget, plan_method
 from harness.records.spec import FirstToken
 from methods.base import Budget, KVPolicy
+from methods.fullkv import FullKV
 
 TAKEN = "kv_policy_method"  # attribute of a model in such a context: by which method
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -38,6 +47,117 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "inputs_embeds": (None,),
 }
 """Options of `generate` that need the whole cache, or a cache of their own, with the values that do not."""
+TEXT = {"input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "token_type_ids"}
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What compression left of one prompt of a batch.
+
+    budget_tokens: slots asked for per layer and KV head, None for a method that keeps everything. kept_slots: live
+    slots of every compressible layer, summed over its KV heads. kv_bytes, full_bytes: of all layers, after and before.
+    notes: what the method says of this budget.
+    """
+
+    prompt_tokens: int
+    budget_tokens: int | None
+    kept_slots: tuple[int, ...]
+    kv_bytes: int
+    full_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class CacheReport:
+    """What the last `generate` of a context compressed. rows: one per prompt of its batch; empty before the first."""
+
+    method: str
+    rows: tuple[RowReport, ...] = ()
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(row.kv_bytes for row in self.rows)
+
+    @property
+    def full_bytes(self) -> int:
+        return sum(row.full_bytes for row in self.rows)
+
+
+class Handle(Cache):
+    """What `generate` carries from step to step: the compressed rows. columns: of `input_ids` seen so far."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.rows: Sequence[Decoding] = ()
+        self.columns = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise HarnessError("rows of a compressed cache cannot change places; generate without beams")
+
+    def crop(self, max_length: int, *args: Any) -> None:
+        raise HarnessError("a compressed cache cannot be cut back; generate without an assistant")
+
+
+class Compressor:
+    """A policy at a budget in the place of a model's forward, and what it left of the last batch."""
+
+    def __init__(self, label: str, policy: KVPolicy, budget: Budget | None, first_token: FirstToken) -> None:
+        self.policy, self.budget, self.first_token = policy, budget, first_token
+        self.report = CacheReport(label)
+
+    def forward(self, whole: AttachedModel) -> Callable[..., Any]:
+        """The model's forward for `generate`: prefill and compress at first, one token a row later."""
+        plain = whole.model.forward
+
+        @wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            handle = kwargs.get("past_key_values")
+            if not isinstance(handle, Handle):
+                return plain(*args, **kwargs)  # the engine's own, on caches of its own
+            given = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in TEXT]
+            if given:
+                raise HarnessError(f"generate got {', '.join(given)}; compressed caches take input_ids of text alone")
+            ids = kwargs["input_ids"] if not args else args[0]
+            with torch.inference_mode():
+                logits = self._step(whole, handle, _rows(ids, kwargs.get("attention_mask")))
+            handle.columns += ids.shape[1]
+            return CausalLMOutputWithPast(logits=logits.clone().unsqueeze(1), past_key_values=handle)
+
+        return forward
+
+    def _step(self, whole: AttachedModel, handle: Handle, rows: Sequence[list[int]]) -> Tensor:
+        """Logits [R, V] float32 after the new tokens of each row."""
+        if handle.rows:
+            return torch.cat([decoding.feed(row) for decoding, row in zip(handle.rows, rows, strict=True)])
+        started = [self._start(whole, row) for row in rows]
+        handle.rows, logits, self.report.rows = zip(*started, strict=True)
+        return torch.cat(logits)
+
+    def _start(self, whole: AttachedModel, ids: list[int]) -> tuple[Decoding, Tensor, RowReport]:
+        """Prefill one prompt and compress it; one within its budget is kept whole, unless its books begin with it."""
+        prefilled, tokens, policy = prefill(whole, ids, self.policy.needs), len(ids), self.policy
+        asked = None if self.budget is None else self.budget.resolve(tokens)
+        if asked is not None and asked >= tokens and not policy.evicts_while_decoding:
+            policy = FullKV()
+        left = compress(prefilled, policy, tokens if asked is None else asked)
+        notes = () if asked is None else self.policy.notes(asked, tokens, len(left.compressible))
+        report = RowReport(tokens, asked, left.kept_slots, left.kv_bytes, left.full_bytes, notes)
+        again = self.first_token == "compressed"
+        decoding = Decoding.of(whole, [left], again=again, release=True)
+        return decoding, decoding.feed(ids[-1:] if again else []), report
+
+
+def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The new tokens of every row of ids [R, Q], without its left padding. mask: [R, >= Q], 0 at padding."""
+    if mask is None:
+        return [list(row) for row in ids.tolist()]
+    real = mask[:, -ids.shape[1] :].bool()
+    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise HarnessError("the prompts are padded on the right; tokenize them with padding_side='left'")
+    return [row[own].tolist() for row, own in zip(ids, real, strict=True)]
 
 
 @contextmanager
@@ -90,7 +210,10 @@ def attached(
         raise HarnessError(f"this model is attached to {taken} already; leave that context before another")
     spec, policy = plan_method(method, params, revision=revision)
     label = spec.label
-    compressor = Compressor(label, policy, _budget(label, policy, budget), first_token)
+    if policy.budgeted and (budget is None or isinstance(budget, bool)):
+        raise HarnessError(f"method {label} needs a budget, got {budget}; give tokens (512) or a fraction (0.25)")
+    slots = plan_budget(budget) if policy.budgeted and budget is not None else None
+    compressor = Compressor(label, policy, slots, first_token)
     with _replaced_attention(model) as whole:
         Engine(whole).check([policy], [0] * 8)
     plain: Any = model.generate
@@ -105,14 +228,6 @@ def attached(
 
     with _replaced(model, "generate", generate), _replaced(model, TAKEN, label):
         yield compressor.report
-
-
-def _budget(label: str, policy: KVPolicy, budget: int | float | str | None) -> Budget | None:
-    if not policy.budgeted:
-        return None
-    if budget is None or isinstance(budget, bool):
-        raise HarnessError(f"method {label} needs a budget, got {budget}; give tokens (512) or a fraction (0.25)")
-    return plan_budget(budget)
 
 
 def _refuse(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -132,16 +247,13 @@ def _refuse(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, An
 def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute of an instance, as it was afterwards (accelerate sets a `forward` of its own there, too)."""
     own = vars(thing)
-    missing = object()
-    before = own.get(name, missing)
+    before = {name: own[name]} if name in own else {}
     own[name] = value
     try:
         yield
     finally:
-        if before is missing:
-            own.pop(name, None)
-        else:
-            own[name] = before
+        own.pop(name, None)
+        own |= before
 
 
 @contextmanager
@@ -150,12 +262,12 @@ def _replaced_attention(model: PreTrainedModel) -> Iterator[AttachedModel]:
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     chosen = [(config, config._attn_implementation) for config in configs.values()]
     head = model.get_output_embeddings()
-    hooks = None if head is None else dict(head._forward_pre_hooks)
+    hooks = {} if head is None else head._forward_pre_hooks
+    before = set(hooks)
     try:
         yield AttachedModel(model)
     finally:
         for config, implementation in chosen:
             config._attn_implementation = implementation
-        if head is not None and hooks is not None:
-            for key in [key for key in head._forward_pre_hooks if key not in hooks]:
-                del head._forward_pre_hooks[key]
+        for key in set(hooks) - before:
+            del hooks[key]

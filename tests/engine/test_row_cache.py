@@ -1,7 +1,5 @@
 """Layer caches: what is appended is what is attended to, whatever the rows kept, rewound or dropped."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.engine.evicting_cache import copy_kv, with_room
+from harness.engine.evicting_cache import each_tensor, with_room
 from harness.engine.kernels import causal_attention, slot_attention
 from harness.engine.layer_cache import LayerCache
 from harness.engine.prefill import PrefillLayer
@@ -24,11 +22,7 @@ SLOT = 2 * DIM * 4  # bytes
 
 def tokens_of(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of `count` tokens, batch 1."""
-    return (
-        torch.randn(1, HEADS * GROUP, count, DIM),
-        torch.randn(1, HEADS, count, DIM),
-        torch.randn(1, HEADS, count, DIM),
-    )
+    return (torch.randn(1, HEADS * GROUP, count, DIM), *torch.randn(2, 1, HEADS, count, DIM))
 
 
 def kept(keys: Tensor, values: Tensor, slots: list[list[int]]) -> KV:
@@ -39,11 +33,8 @@ def kept(keys: Tensor, values: Tensor, slots: list[list[int]]) -> KV:
 
 def plain(query: Tensor, keys: Tensor, values: Tensor, seen: list[list[int]]) -> Tensor:
     """Attention [1, Hq, 1, D] of one query [1, Hq, 1, D] over the tokens `seen` of each KV head, float32."""
-    out = []
-    for head in range(HEADS * GROUP):
-        at = seen[head // GROUP]
-        k, v = keys[0, head // GROUP, at], values[0, head // GROUP, at]
-        out.append(torch.softmax(query[0, head] @ k.T, dim=-1) @ v)
+    slots = [(0, head // GROUP, seen[head // GROUP]) for head in range(HEADS * GROUP)]
+    out = [(query[0, head] @ keys[at].T).softmax(dim=-1) @ values[at] for head, at in enumerate(slots)]
     return torch.stack(out).unsqueeze(0)
 
 
@@ -54,103 +45,77 @@ def ask(cache: LayerCache, *feed: Tensor, window: int | None = None) -> Tensor:
     return cache.attend(query, scaling=1.0, window=window)
 
 
+def new(feed: Sequence[Tensor], at: int, rows: int, count: int = 1) -> list[Tensor]:
+    """Queries, keys and values of the tokens from `at` on, for every row the same."""
+    return [x[:, :, at : at + count].expand(rows, -1, -1, -1) for x in feed]
+
+
 ROWS = [[[0, 3, 9], [1, 2, 8]], [[-1, 5, 6], [0, 4, 9]], [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], [[7, -1, -1], [-1, -1, 0]]]
-
-
-def rows_layer(keys: Tensor, values: Tensor, room: int = 6) -> GrowingRows:
-    return GrowingRows([kept(keys, values, slots) for slots in ROWS], position=TOKENS, room=room)
 
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("chunks", [[1, 1, 1], [3], [2, 1]])
 def test_rows_see_what_they_kept_and_what_came_after(chunks: list[int], window: int | None) -> None:
-    queries, keys, values = tokens_of(TOKENS + 3)
-    cache, at, outputs = rows_layer(keys[:, :, :TOKENS], values[:, :, :TOKENS]), TOKENS, []
+    queries, keys, values = feed = tokens_of(TOKENS + 3)
+    kvs = [kept(keys[:, :, :TOKENS], values[:, :, :TOKENS], slots) for slots in ROWS]
+    cache, at, outputs = GrowingRows(kvs, position=TOKENS, room=6), TOKENS, []
     for size in chunks:
-        new = slice(at, at + size)
-        feed = (x[:, :, new].expand(len(ROWS), -1, -1, -1) for x in (queries, keys, values))
-        outputs.append(ask(cache, *feed, window=window))
+        outputs.append(ask(cache, *new(feed, at, len(ROWS), size), window=window))
         at += size
     out = torch.cat(outputs, dim=2)
     for row, slots in enumerate(ROWS):
-        for position in range(TOKENS, TOKENS + 3):
-            seen = [[s for s in head if s >= 0] + list(range(TOKENS, position + 1)) for head in slots]
+        for at in range(TOKENS, TOKENS + 3):
+            seen = [[s for s in [*head, *range(TOKENS, at + 1)] if s >= 0] for head in slots]
             if window is not None:
-                seen = [[s for s in head if s > position - window] for head in seen]
-            gold = plain(queries[:, :, position : position + 1], keys, values, seen)
-            torch.testing.assert_close(out[row : row + 1, :, position - TOKENS : position - TOKENS + 1], gold)
-
-
-def test_rewinding_forgets_and_keeping_rows_changes_no_other() -> None:
-    queries, keys, values = tokens_of(TOKENS + 2)
-    cache = rows_layer(keys[:, :, :TOKENS], values[:, :, :TOKENS])
-    first, second = ([x[:, :, at : at + 1].expand(4, -1, -1, -1) for x in (queries, keys, values)] for at in (10, 11))
-    ask(cache, *second), ask(cache, *second)
-    cache.rewind(cache.position - 2)
-    assert cache.position == TOKENS
-    before = ask(cache, *first)
-    bytes_before = [cache.nbytes(row) for row in range(4)]
-    cache.rewind(cache.position - 1)
-    cache.keep([1, 2])
-    after = ask(cache, *(x[:2] for x in first))
-    assert torch.equal(after, before[1:3])
-    assert [cache.nbytes(row) for row in range(2)] == bytes_before[1:3]
-    cache.keep([1])
-    alone = ask(cache, *(x[:1] for x in second))
-    seen = [[*slots, 10, 11] for slots in ROWS[2]]
-    torch.testing.assert_close(alone, plain(queries[:, :, 11:], keys, values, seen))
-    with pytest.raises(IndexError):
-        cache.nbytes(1)
+                seen = [[s for s in head if s > at - window] for head in seen]
+            gold = plain(queries[:, :, at : at + 1], keys, values, seen)
+            torch.testing.assert_close(out[row : row + 1, :, at - TOKENS : at - TOKENS + 1], gold)
 
 
 def test_bytes_of_a_row_are_its_live_slots_and_side_data() -> None:
-    queries, keys, values = tokens_of(TOKENS)
-    kvs = [kept(keys, values, slots) for slots in ROWS]
+    feed = tokens_of(TOKENS)
+    kvs = [kept(*feed[1:], slots) for slots in ROWS]
     kvs[0].extra["scales"] = torch.zeros(5, dtype=torch.float16)
     cache = GrowingRows(kvs, position=TOKENS, room=3)
-    live = [sum(s >= 0 for head in slots for s in head) for slots in ROWS]
-    assert [cache.nbytes(row) for row in range(4)] == [n * SLOT + (10 if i == 0 else 0) for i, n in enumerate(live)]
+    held = [sum(s >= 0 for head in slots for s in head) * SLOT for slots in ROWS]
+    held[0] += 10
+    assert [cache.nbytes(row) for row in range(4)] == held
     for _ in range(2):
-        ask(cache, *(x[:, :, :1].expand(4, -1, -1, -1) for x in (queries, keys, values)))
-    assert cache.nbytes(1) == (live[1] + 2 * HEADS) * SLOT
-    assert cache.nbytes(0) == (live[0] + 2 * HEADS) * SLOT + 10
+        ask(cache, *new(feed, 0, 4))
+    assert [cache.nbytes(row) for row in range(4)] == [size + 2 * HEADS * SLOT for size in held]
+    with pytest.raises(IndexError):
+        cache.nbytes(4)
 
 
 def ragged(counts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[KV]:
     """One KV a row whose heads hold `counts` slots of 256 tokens, with empty slots anywhere between them."""
     rows = []
     for heads in counts:
-        width = max(heads) + 2
-        slots = torch.full((1, HEADS, width), -1)
-        for head, count in enumerate(heads):
-            at, tokens = torch.randperm(width)[:count].sort().values, torch.randperm(256)[:count].sort().values
-            slots[0, head, at] = tokens
-        keys, values = (torch.randn(1, HEADS, 256, DIM).to(dtype) for _ in range(2))
-        rows.append(KV(keys, values, torch.arange(256).expand(1, HEADS, 256)).take(slots))
+        slots = torch.full((HEADS, max(heads) + 2), -1)
+        for own, count in zip(slots, heads, strict=True):
+            own[torch.randperm(len(own))[:count].sort().values] = torch.randperm(256)[:count].sort().values
+        rows.append(kept(*torch.randn(2, 1, HEADS, 256, DIM).to(dtype), slots.tolist()))
     return rows
 
 
 def padded(kvs: Sequence[KV], fed: Sequence[Sequence[Tensor]], window: int | None) -> Tensor:
     """The last queries' attention [R, Hq, Q, D] over rows padded to one width and masked. fed: as given to `ask`."""
     width = max(kv.positions.shape[2] for kv in kvs)
-    wide = [with_room(kv, width) for kv in kvs]
-    new = sum(key.shape[2] for _, key, _ in fed)
-    queries = fed[-1][0]
-    keys = torch.cat([torch.cat([kv.keys for kv in wide]), *(key for _, key, _ in fed)], dim=2)
-    values = torch.cat([torch.cat([kv.values for kv in wide]), *(value for *_, value in fed)], dim=2)
-    positions = torch.cat([kv.positions for kv in wide])
-    positions = torch.cat([positions, torch.arange(256, 256 + new).expand(*positions.shape[:2], new)], dim=2)
-    asked = torch.arange(256 + new - queries.shape[2], 256 + new)[:, None]
-    slot = positions.unsqueeze(2)
+    wide = each_tensor(lambda *rows: torch.cat(rows), *(with_room(kv, width - kv.positions.shape[2]) for kv in kvs))
+    queries, keys, values = (torch.cat(parts, dim=2) for parts in zip(*fed, strict=True))
+    end = 256 + keys.shape[2]
+    positions = torch.cat([wide.positions, torch.arange(256, end).expand(*keys.shape[:3])], dim=2)
+    keys, values = torch.cat([wide.keys, keys], dim=2), torch.cat([wide.values, values], dim=2)
+    count = fed[-1][0].shape[2]
+    asked, slot = torch.arange(end - count, end)[:, None], positions.unsqueeze(2)
     mask = (slot >= 0) & (slot <= asked) & (slot > asked - (window or 10**9))
-    return slot_attention(queries, keys, values, mask=mask, scaling=1.0)
+    return slot_attention(queries[:, :, -count:], keys, values, mask=mask, scaling=1.0)
 
 
 def fresh(rows: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of `count` tokens, another for every row."""
-    parts = [tokens_of(count) for _ in range(rows)]
-    queries, keys, values = (torch.cat(part).to(dtype) for part in zip(*parts, strict=True))
-    return queries, keys, values
+    queries, keys, values = zip(*(tokens_of(count) for _ in range(rows)), strict=True)
+    return torch.cat(queries).to(dtype), torch.cat(keys).to(dtype), torch.cat(values).to(dtype)
 
 
 def allocated(cache: GrowingRows) -> int:
@@ -283,15 +248,15 @@ def test_without_and_room_leave_their_argument_alone() -> None:
     _, keys, values = tokens_of(TOKENS)
     kv = kept(keys, values, [[0, 8, 9], [7, 8, 9]])
     kv.extra["sums"] = torch.ones(1, HEADS, 3)
-    before = copy_kv(kv)
+    before = each_tensor(Tensor.clone, kv)
     assert without(kv, 5) is kv
     assert without(kv, 0).positions.tolist() == [[[-1, 8, 9], [7, 8, 9]]]
     assert without(kv, 9).positions.tolist() == [[[0, 8, -1], [7, 8, -1]]]
     plain_kv = KV(kv.keys, kv.values, kv.positions)
     assert without(plain_kv, 9).positions.tolist() == [[[0, 8], [7, 8]]]
-    roomy = with_room(kv, 3)
+    roomy = with_room(kv, 0)
     roomy.keys.zero_(), roomy.positions.fill_(-1), roomy.extra["sums"].zero_()
-    assert with_room(kv, 5).positions.tolist() == [[[0, 8, 9, -1, -1], [7, 8, 9, -1, -1]]]
-    assert with_room(kv, 5).extra["sums"].shape == (1, HEADS, 5)
+    assert with_room(kv, 2).positions.tolist() == [[[0, 8, 9, -1, -1], [7, 8, 9, -1, -1]]]
+    assert with_room(kv, 2).extra["sums"].shape == (1, HEADS, 5)
     for a, b in ((kv.keys, before.keys), (kv.positions, before.positions), (kv.extra["sums"], before.extra["sums"])):
         assert torch.equal(a, b)

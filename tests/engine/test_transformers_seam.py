@@ -1,7 +1,5 @@
 """The seam to transformers on tiny random models of every checked type: uncompressed, it is the plain model."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import sys
@@ -17,7 +15,6 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
-from harness.records.spec import FirstToken, QueryMode
 from methods.base import Budget, KVPolicy, Needs
 from methods.fullkv import FullKV
 from methods.random import RandomEviction
@@ -25,29 +22,14 @@ from methods.streamingllm import StreamingLLM
 
 LAYERS, HEADS, DIM, WINDOW, NEW = 4, 2, 8, 8, 12
 SLOT = 2 * DIM * 4  # bytes of one slot of one head
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": HEADS,
-    "head_dim": DIM,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.1],
-    "long_factor": [3.0, 5.0],
-    "original_max_position_embeddings": 16,
-}
-LONG = {"partial_rotary_factor": 0.5, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 16}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "head_dim": DIM, "initializer_range": 0.2}
+COUNTS = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": HEADS}
+WORDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+SIZES: dict[str, Any] = {**WIDTHS, **COUNTS, **WORDS, "max_position_embeddings": 256}
+LONG_AFTER = {"original_max_position_embeddings": 16}
+FACTORS = {"short_factor": [1.0, 1.1], "long_factor": [3.0, 5.0]}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS, **LONG_AFTER}
+LONG = {"partial_rotary_factor": 0.5, "rope_parameters": LONG_ROPE, **LONG_AFTER}
 GEMMA = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 ROPES = {"sliding_attention": 100.0, "full_attention": 1e6}
 GEMMA_ROPE = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in ROPES.items()}
@@ -101,13 +83,8 @@ def test_the_uncompressed_engine_is_the_plain_model(name: str, tokens: int) -> N
     with torch.no_grad():
         logprobs = plain(torch.tensor([[*asked.ids, *asked.answer]])).logits[0].log_softmax(-1)
     nll = [-logprobs[tokens - 1 + i, token].item() for i, token in enumerate(asked.answer)]
-    ways: list[tuple[FirstToken, QueryMode]] = [
-        ("compressed", "aware"),
-        ("prefill", "aware"),
-        ("compressed", "agnostic"),
-    ]
-    for first_token, query in ways:
-        outcome = run(attached, asked, FullKV(), first_token=first_token, query=query)
+    for options in ({}, {"first_token": "prefill"}, {"query": "agnostic"}):
+        outcome = run(attached, asked, FullKV(), **options)
         assert list(outcome.token_ids) == gold
         assert outcome.nll_per_token == pytest.approx(nll, abs=1e-4)
     assert len(set(gold)) > 1  # a model that repeats one token would hide a wrong cache
@@ -175,20 +152,13 @@ def test_rotate_uses_the_frequencies_of_the_last_forward() -> None:
     keys = torch.randn(1, HEADS, 1, DIM)
     turned = {}
     for tokens in (10, 30):
-        attached.forward(torch.tensor([prompt(tokens).ids]), _prefill(attached, tokens), position=0)
+        Engine(attached).prefill(prompt(tokens).ids, Needs())
         turned[tokens] = attached.rotate(keys, 5)
     assert not torch.allclose(turned[10], turned[30], atol=1e-3)
 
 
-def _prefill(attached: AttachedModel, tokens: int) -> list[Any]:
-    from harness.engine.prefill import PrefillLayer
-
-    return [PrefillLayer(Needs(), tokens) for _ in range(attached.layers)]
-
-
 def test_half_precision_keys_are_turned_in_float32() -> None:
-    _, attached = pair("llama")
-    keys = torch.randn(1, HEADS, 3, DIM).bfloat16()
+    attached, keys = pair("llama")[1], torch.randn(1, HEADS, 3, DIM).bfloat16()
     turned = attached.rotate(keys, 1000)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, attached.rotate(keys.float(), 1000).bfloat16())
@@ -216,26 +186,14 @@ def test_an_unchecked_rope_is_not_turned() -> None:
     attached = AttachedModel(build("olmo2", {}))
     with pytest.raises(HarnessError, match="not checked for model type 'olmo2'"):
         attached.rotate(torch.zeros(1, 1, 1, DIM), 3)
-    outcomes = Engine(attached).run(
-        prompt(20), [Cell(StreamingLLM(reassign=True), Budget(tokens=8)), Cell(FullKV(), None)]
-    )
+    cells = [Cell(StreamingLLM(reassign=True), Budget(tokens=8)), Cell(FullKV(), None)]
+    outcomes = Engine(attached).run(prompt(20), cells)
     assert [outcome.status for outcome in outcomes] == ["failed", "ok"]
     assert "'olmo2'" in (outcomes[0].error or "")
 
 
-def test_logits_are_computed_for_the_last_positions_alone() -> None:
-    plain, attached = pair("llama")
-    ids = torch.tensor([prompt(12).ids])
-    with torch.no_grad():
-        gold = plain(ids).logits
-    for keep, shown in ((0, 12), (1, 1), (5, 5)):
-        found = attached.forward(ids, _prefill(attached, 12), position=0, keep=keep)
-        torch.testing.assert_close(found, gold[:, 12 - shown :], atol=1e-4, rtol=1e-4)
-
-
 def test_a_prompt_s_cache_dies_with_its_last_reference() -> None:
-    _, attached = pair("llama")
-    engine = Engine(attached)
+    engine = Engine(pair("llama")[1])
     gc.disable()  # what only a collection would free has leaked
     try:
         prefilled = engine.prefill(prompt(12).ids, Needs(window=4, column_sums=True))

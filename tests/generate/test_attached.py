@@ -1,7 +1,5 @@
 """`harness.attached`: transformers' own `generate` on a compressed cache, beside the engine and the plain model."""
 
-from __future__ import annotations
-
 import doctest
 import subprocess
 import sys
@@ -74,19 +72,13 @@ def test_fullkv_generates_what_the_plain_model_does(model: PreTrainedModel) -> N
     assert torch.equal(model.generate(ids, **SURE), plain)
 
 
-@pytest.mark.parametrize(
-    ("method", "first"),
-    [
-        ("snapkv", "compressed"),
-        ("snapkv", "prefill"),
-        ("h2o@paper", "compressed"),
-        ("streamingllm@paper", "prefill"),
-        ("headkv", "compressed"),
-        ("quant@int4", "compressed"),
-    ],
-)
-def test_a_method_generates_what_the_engine_does(own: LoadedModel, method: str, first: FirstToken) -> None:
-    ids = ids_of(120)
+WAYS = ["snapkv", "snapkv prefill", "h2o@paper", "streamingllm@paper prefill", "headkv", "quant@int4"]
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_a_method_generates_what_the_engine_does(own: LoadedModel, method: str) -> None:
+    method, _, prefill = method.partition(" ")
+    ids, first = ids_of(120), "prefill" if prefill else "compressed"
     with attached(own.model, method=method, budget=40, first_token=first) as report:
         out = own.model.generate(ids, **SURE)
     assert out[0, 120:].tolist() == by_engine(own, ids[0], method, 40, first)
@@ -94,22 +86,14 @@ def test_a_method_generates_what_the_engine_does(own: LoadedModel, method: str, 
     assert len(report.rows[0].kept_slots) == 4
 
 
-def test_the_budget_changes_what_is_generated(model: PreTrainedModel) -> None:
-    ids, plain = ids_of(120), model.generate(ids_of(120), **SURE)
-    with attached(model, method="streamingllm", budget=0.1) as report:
-        assert not torch.equal(model.generate(ids, **SURE), plain)
-    assert report.rows[0].budget_tokens == 12
-    assert report.rows[0].kept_slots == (24,) * 4  # 12 in each of 2 KV heads
-
-
 @pytest.mark.parametrize("method", ["snapkv", "streamingllm@paper"])
 def test_rows_of_a_batch_are_those_of_each_prompt_alone(model: PreTrainedModel, method: str) -> None:
-    lengths, ids = (60, 31), ids_of(60, 31)
-    mask = (ids > 0).long()
-    with attached(model, method=method, budget=20) as report:
-        together = model.generate(ids, attention_mask=mask, **SURE)
-        assert [row.prompt_tokens for row in report.rows] == list(lengths)
-        for row, length in enumerate(lengths):
+    ids = ids_of(60, 31)
+    with attached(model, method=method, budget=0.3) as report:
+        together = model.generate(ids, attention_mask=(ids > 0).long(), **SURE)
+        told = [(row.prompt_tokens, row.budget_tokens, row.kept_slots) for row in report.rows]
+        assert told == [(60, 18, (36,) * 4), (31, 9, (18,) * 4)]  # in each of 2 KV heads
+        for row, length in enumerate((60, 31)):
             alone = model.generate(ids[row : row + 1, -length:], **SURE)
             assert torch.equal(alone[0, length:], together[row, 60:])
 
@@ -158,9 +142,9 @@ def test_sampling_is_that_of_transformers(model: PreTrainedModel) -> None:
 
 def test_other_calls_inside_are_the_plain_model(model: PreTrainedModel) -> None:
     ids = ids_of(50)
-    with torch.inference_mode(), attached(model, method="snapkv", budget=8):
-        inside = model(ids).logits
     with torch.inference_mode():
+        with attached(model, method="snapkv", budget=8):
+            inside = model(ids).logits
         assert torch.equal(model(ids).logits, inside)
 
 
@@ -182,19 +166,12 @@ def test_the_model_comes_back_after_an_exception(model: PreTrainedModel) -> None
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds=Tensor"),
         ({"past_key_values": object()}, "past_key_values=object"),
         ({"output_attentions": True}, "output_attentions=True"),
+        ({"attention_mask": (torch.arange(30) < 20).long()[None]}, "padding_side='left'"),
     ],
 )
-def test_a_generate_that_needs_another_cache_is_refused(
-    model: PreTrainedModel, options: dict[str, Any], complaint: str
-) -> None:
+def test_another_cache_or_padding_is_refused(model: PreTrainedModel, options: dict[str, Any], complaint: str) -> None:
     with attached(model, method="snapkv", budget=8), pytest.raises(HarnessError, match=complaint):
         model.generate(ids_of(30), max_new_tokens=2, **options)
-
-
-def test_right_padding_is_refused(model: PreTrainedModel) -> None:
-    ids = ids_of(30, 20).flip(1)
-    with attached(model, method="snapkv", budget=8), pytest.raises(HarnessError, match="padding_side='left'"):
-        model.generate(ids, attention_mask=(ids > 0).long(), **SURE)
 
 
 @pytest.mark.parametrize(

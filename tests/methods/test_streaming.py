@@ -46,7 +46,7 @@ def test_each_step_frees_what_a_loop_frees(tmp_path: Path) -> None:
     scores = form.scores(view)
     draw = torch.Generator().manual_seed(5)
     for layer, kv in enumerate(policy.compress(view, BUDGET)):
-        held, slots = with_room(kv, kv.positions.shape[2] + 1), kv.live[0].tolist()
+        held, slots = with_room(kv, 1), kv.live[0].tolist()
         kept = [[token for token in row if token >= 0] for row in kv.positions[0].tolist()]
         own = [{t: scores[layer][0, head, t].item() for t in row} for head, row in enumerate(kept)]
         seen = [dict.fromkeys(worth, 0.0) for worth in own]
