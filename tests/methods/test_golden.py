@@ -75,14 +75,6 @@ def test_knorm_of_the_paper_leaves_two_layers_whole_at_the_same_bytes() -> None:
     assert policy.layer_budgets(128, 1024, 30)[:3] == [1024, 1024, 64]  # type: ignore[attr-defined]
 
 
-def test_chunkkv_splits_one_chunk_at_most() -> None:
-    (heads,) = kept_by("chunkkv", make_layers(77)[:1], 64, recent=10, chunk=9)
-    held = [sum(t // 9 == chunk for t in heads[0] if t < 67) for chunk in range(8)]
-    assert sum(held) == 54
-    assert sorted(held)[:2] in ([0, 4], [0, 0], [0, 5])  # 54 = 6 * 9, or 5 * 9 + 4 + 5 with the chunk of 4
-    assert sum(count not in (0, 9, 4) for count in held) <= 1
-
-
 @pytest.fixture
 def uneven() -> Iterator[tuple[Gold, ...]]:
     """Layers whose first head looks at a few tokens and whose others spread evenly, the more so the deeper."""
@@ -108,23 +100,9 @@ def test_adakvs_heads_are_ragged_and_what_they_give_up_is_freed(uneven: tuple[Go
         held = sum(x.numel() * x.element_size() for group in rows.groups for x in (group.keys, group.values))
         assert kv.nbytes == 40 * slot
         assert held == kv.nbytes + HEADS * slot  # room for one token, and no padding
-    assert policy.notes(20, 77, LAYERS) == ()
-    assert "share evenly" in policy.notes(8, 77, LAYERS)[0]
-
-
-def test_dynamickvs_budgets_follow_the_prompt(uneven: tuple[Gold, ...]) -> None:
-    policy = make_policy("dynamickv")
-    view = PromptView([gold.view for gold in uneven])
-    found = [int(kv.live[0, 0]) for kv in policy.compress(view, 20)]
-    for gold in uneven[:1]:
-        gold.view.queries = gold.view.queries * 0.01
-        gold.view._memo.clear()
-    flat = [int(kv.live[0, 0]) for kv in policy.compress(view, 20)]
-    assert found != flat
-    assert sum(found) == sum(flat) == 20 * LAYERS
-    assert policy.per_layer(20, view.sizes) is None
-    assert policy.notes(20, 77, LAYERS) == ()
-    assert "share evenly" in policy.notes(8, 77, LAYERS)[0]
+    for own in (policy, make_policy("dynamickv")):
+        assert own.notes(20, 77, LAYERS) == ()
+        assert "share evenly" in own.notes(8, 77, LAYERS)[0]
 
 
 def test_dynamickv_gives_what_no_layer_earned_to_those_with_room(uneven: tuple[Gold, ...]) -> None:
@@ -244,14 +222,15 @@ def test_streamingllm_counts_positions_inside_the_cache(budget: int, held_back: 
             assert sorted(slots) == cached
             for place, t in enumerate(cached):
                 expected = rope(query, len(cached)) @ rope(plain[t][head], place)
-                assert rope(query, position) @ kv.load()[0][0, head, slots[t]].numpy() == pytest.approx(
-                    expected, abs=1e-9
-                )
+                held = kv.load()[0][0, head, slots[t]].numpy()
+                assert rope(query, position) @ held == pytest.approx(expected, abs=1e-9)
         append(kv, position, torch.tensor(np.array([rope(plain[position][h], position) for h in range(HEADS)])))
         free(kv, policy.after_step(StepView(kv, None, position, budget)))
 
 
-def naive_expected(gold: Gold, *, window: int, future: int, sinks: int, covariance: bool) -> list[list[float]]:
+def naive_expected(
+    gold: Gold, window: int, future: int = 512, sinks: int = 4, *, covariance: bool = True
+) -> list[list[float]]:
     """Scores of every KV head from queries turned back to position 0, as the paper writes them: [H][T - sinks]."""
     tokens, view = gold.view.tokens, gold.view
     first = max(tokens - window, sinks)
@@ -281,13 +260,7 @@ def test_expected_attention_is_that_of_the_gaussian(preset: str, own: dict[str, 
     view = replace(first.view, rotate=rotate)
     layers = (replace(first, view=view),)
     policy = make_policy("expected_attention" + preset, own)
-    gold = naive_expected(
-        layers[0],
-        window=own.get("window", 131072 if preset else 128),
-        future=own.get("future", 512),
-        sinks=4,
-        covariance=own.get("covariance", True),
-    )
+    gold = naive_expected(layers[0], **{"window": 131072 if preset else 128, **own})
     np.testing.assert_allclose(policy.score(view)[0, :, 4:].numpy(), np.array(gold), rtol=2e-4)  # type: ignore[attr-defined]
     kept = kept_by("expected_attention" + preset, layers, budget, **own)[0]
     sinks = min(4, budget)
@@ -302,13 +275,10 @@ def test_the_mean_turn_is_the_mean_of_turns() -> None:
         torch.testing.assert_close(mean_turn(rotate, count, eye), turns[:count].mean(dim=0))
 
 
-def test_expected_attention_needs_rotary_embeddings_and_its_window() -> None:
+def test_expected_attention_needs_rotary_embeddings() -> None:
     view = make_layers(42)[1].view
     with pytest.raises(PolicyError, match="rotary"):
         make_policy("expected_attention").score(view)  # type: ignore[attr-defined]
-    narrow = replace(view, queries=view.queries[:, :, -4:], rotate=rotate)
-    with pytest.raises(PolicyError, match="38 window queries wanted, 4 observed"):
-        make_policy("expected_attention").score(narrow)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33])
