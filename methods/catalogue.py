@@ -6,34 +6,16 @@ torch for them takes seconds. What a file computes rather than states is left to
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
-
-from methods.budget import PolicyError
-from methods.label import MethodLabel, nearest
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
 BASES = ("KVPolicy", "LayerPolicy", "EvictionPolicy")
 """Classes that bring a method no parameter: no dataclasses."""
 
 
-class Described(Protocol):
-    """What an error line needs of a method, from its file or from the registry."""
-
-    @property
-    def summary(self) -> str: ...
-
-    @property
-    def presets(self) -> Mapping[str, Mapping[str, Any]]: ...
-
-    @property
-    def parameters(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A method as its file states it. summary: first line of the docstring. parameters: in the order of the class."""
 
     name: str
@@ -43,11 +25,10 @@ class Entry:
     parameters: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Catalogue:
+class Catalogue(NamedTuple):
     """entries: by name. whole: whether every file was understood, so that no other method can be in the folder."""
 
-    entries: Mapping[str, Entry]
+    entries: dict[str, Entry]
     whole: bool
 
 
@@ -68,21 +49,6 @@ def catalogue(folder: Path = FOLDER) -> Catalogue:
         except (_Unclear, SyntaxError, ValueError):
             whole = False
     return Catalogue(entries, whole)
-
-
-def check_label(label: MethodLabel, changed: Mapping[str, Any], known: Mapping[str, Described]) -> None:
-    """Raise PolicyError for an unknown name, preset or changed parameter of a label without a prefix."""
-    if label.name not in known:
-        raise PolicyError(f"unknown method {label.name!r}{nearest(label.name, known)}")
-    if label.params:
-        key, value = label.params[0]
-        raise PolicyError(f"method '{label}' is as records name it; ask for {label.asked} with {key}={value} set")
-    method = known[label.name]
-    if label.preset and label.preset not in method.presets:
-        raise PolicyError(f"unknown preset {label.preset!r} of {label.name}{nearest(label.preset, method.presets)}")
-    for key in changed:
-        if key not in method.parameters:
-            raise PolicyError(f"{label.name} has no parameter {key!r}{nearest(key, method.parameters)}")
 
 
 def _entries(module: ast.Module, folder: Path) -> Iterator[Entry]:

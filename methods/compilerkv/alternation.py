@@ -104,10 +104,8 @@ def _fit_round(rollouts: Rollouts, opposite: Tensor, space: Space, *, seed: int,
     wanted, found = checksum(opposite), rollouts(opposite)
     for number, records in enumerate(found):
         if records.opposite != wanted:
-            raise PolicyError(
-                f"record {number} was rolled out against table {records.opposite[:12] or 'none'}, the current one is "
-                f"{wanted[:12]}; roll it out again"
-            )
+            other = f"record {number} was rolled out against table {records.opposite[:12] or 'none'}"
+            raise PolicyError(f"{other}, the current one is {wanted[:12]}; roll it out again")
     return fit_records(found, space, seed=seed, settings=settings)
 
 

@@ -15,6 +15,7 @@ Shape letters: n records   S states   A actions   P prompts.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,31 +134,28 @@ def fit(
     draw = torch.Generator().manual_seed(seed)
     q = torch.zeros(n_states, n_actions, requires_grad=True)
     optimizer = torch.optim.AdamW([q], lr=settings.lr, weight_decay=settings.weight_decay)
-    steps = 0
     for _ in range(settings.epochs):
         for batch in torch.split(balanced_epoch(states, draw), settings.batch):
             optimizer.zero_grad()
             loss(q, states[batch], actions[batch], rewards[batch], settings=settings).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            steps += 1
     best = q.detach().argmax(dim=1)
-    counted = torch.bincount(states * n_actions + actions, minlength=n_states * n_actions)
-    support = counted.view(n_states, n_actions)
+    support = torch.bincount(states * n_actions + actions, minlength=q.numel()).view(q.shape)
     best[support.sum(dim=1) == 0] = fallback
+    steps = settings.epochs * math.ceil(len(states) / settings.batch)
     return Fitted(q.detach(), support, best, steps * settings.lr)
 
 
 def balanced_epoch(states: Tensor, draw: torch.Generator) -> Tensor:
     """Order the records of one epoch at random, [n] int64: every state n / states times, its records in turn."""
-    total = states.shape[0]
+    total = len(states)
     shuffled = torch.randperm(total, generator=draw)
     by_state = shuffled[states[shuffled].argsort(stable=True)]
     counts = torch.bincount(states)
     counts = counts[counts > 0]
-    starts = counts.cumsum(0) - counts
-    turn = torch.arange(total)
-    group = torch.randperm(counts.shape[0], generator=draw)[turn % counts.shape[0]]
-    picks = by_state[starts[group] + turn // counts.shape[0] % counts[group]]
+    starts, turn = counts.cumsum(0) - counts, torch.arange(total)
+    group = torch.randperm(len(counts), generator=draw)[turn % len(counts)]
+    picks = by_state[starts[group] + turn // len(counts) % counts[group]]
     return picks[torch.randperm(total, generator=draw)]
 
 
@@ -177,10 +175,8 @@ def finite_only(x: Tensor, name: str) -> None:
     """Raises PolicyError when a value of `x` is not finite; `name` says what the values are."""
     bad = (~x.isfinite()).flatten().nonzero()
     if bad.numel():
-        raise PolicyError(
-            f"{bad.shape[0]} of {x.numel()} {name} are not finite, the first is number {int(bad[0])}; "
-            "drop those prompts or roll them out again"
-        )
+        found = f"{bad.shape[0]} of {x.numel()} {name} are not finite, the first is number {int(bad[0])}"
+        raise PolicyError(f"{found}; drop those prompts or roll them out again")
 
 
 def reward(compressed: Tensor, full: Tensor) -> Tensor:
@@ -198,8 +194,7 @@ def gate_reward(
     return reward(compressed, full) - (passing - budget).clamp(min=0) / tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Edges:
+class Edges(NamedTuple):
     """Quantile bounds of the risk bins: [19] and [3] float32, ascending."""
 
     entropy: Tensor
@@ -212,10 +207,9 @@ def bin_edges(entropy: Tensor, perplexity: Tensor) -> Edges:
     Raises PolicyError for fewer prompts than entropy bins, or for signals that are not finite.
     """
     if entropy.shape != perplexity.shape or entropy.dim() != 1 or entropy.shape[0] < ENTROPY_BINS:
-        raise PolicyError(
-            f"{list(entropy.shape)} entropies and {list(perplexity.shape)} perplexities do not fill {ENTROPY_BINS} x "
-            f"{PERPLEXITY_BINS} risk bins; give at least {ENTROPY_BINS} calibration prompts"
-        )
+        given = f"{list(entropy.shape)} entropies and {list(perplexity.shape)} perplexities"
+        bins = f"{ENTROPY_BINS} x {PERPLEXITY_BINS} risk bins"
+        raise PolicyError(f"{given} do not fill {bins}; give at least {ENTROPY_BINS} calibration prompts")
     edges = []
     for name, x, count in (("entropies", entropy, ENTROPY_BINS), ("perplexities", perplexity, PERPLEXITY_BINS)):
         finite_only(x, name)

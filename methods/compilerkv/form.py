@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, each_layer, spread
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, spread
 from methods.snapkv import before_window, votes
 
 
@@ -86,7 +86,7 @@ class FormPolicy(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         if self.form.basis != "global":
-            return each_layer(self, view, budget)
+            return super().compress(view, budget)
         counts = slot_counts(self.shares, budget, view.sizes, window=self.form.window)
         return [self._kept(*own) for own in zip(view.layers, self.form.scores(view), counts, strict=True)]
 
@@ -99,16 +99,12 @@ class FormPolicy(KVPolicy):
         return self._kept(layer, self.form.scores(PromptView([layer]))[0], counts)
 
     def _kept(self, layer: LayerView, scores: Tensor, counts: list[int]) -> KV:
-        return layer.kv.take(self._gated(scores, best_slots(scores, counts, recent=self.form.window)))
-
-    def _gated(self, scores: Tensor, slots: Tensor) -> Tensor:
-        """Those of the chosen slots that are candidates; -1 in place of the others."""
-        if not self.form.gate:
-            return slots
-        tokens = scores.shape[-1]
-        candidate = scores * tokens >= self.form.gate
-        candidate[..., max(0, tokens - self.form.window) :] = True
-        return slots.masked_fill(~candidate.gather(2, slots.clamp(min=0)), -1)
+        slots, tokens = best_slots(scores, counts, recent=self.form.window), scores.shape[-1]
+        if self.form.gate:
+            candidate = scores * tokens >= self.form.gate
+            candidate[..., max(0, tokens - self.form.window) :] = True
+            slots = slots.masked_fill(~candidate.gather(2, slots.clamp(min=0)), -1)
+        return layer.kv.take(slots)
 
 
 def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *, window: int) -> list[list[int]]:
@@ -119,9 +115,8 @@ def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *,
     layers, heads = sizes.layers, sizes.kv_heads
     flat = [max(share, 1e-6) for row in shares for share in row] or [1.0] * (layers * heads)
     if len(flat) != layers * heads:
-        raise PolicyError(
-            f"{len(flat)} slot shares for {layers} layers of {heads} KV heads; compile them for this model"
-        )
+        what = f"{len(flat)} slot shares for {layers} layers of {heads} KV heads"
+        raise PolicyError(f"{what}; compile them for this model")
     least = min(window, budget, sizes.tokens)
     slots = [least + own for own in spread((budget - least) * layers * heads, flat, sizes.tokens - least)]
     return [slots[i * heads : (i + 1) * heads] for i in range(layers)]
@@ -138,8 +133,6 @@ def best_slots(scores: Tensor, counts: Sequence[int], *, recent: int) -> Tensor:
     size = min(recent, tokens)
     forced[..., tokens - size :] = scores.amax() + torch.arange(1, size + 1, device=scores.device)
     most = max(counts)
-    order = best(forced, most)
-    rank = torch.arange(most, device=scores.device)
-    own = torch.tensor(counts, device=scores.device)[None, :, None]
-    slots = order.masked_fill(rank >= own, tokens).sort(dim=-1).values
+    beyond = torch.arange(most, device=scores.device) >= torch.tensor(counts, device=scores.device)[None, :, None]
+    slots = best(forced, most).masked_fill(beyond, tokens).sort(dim=-1).values
     return slots.masked_fill(slots == tokens, -1)
