@@ -252,6 +252,7 @@ def ends(gold: Gold) -> Rows:
 
 NORMS = top(lambda gold: [[-length(key) for key in keys] for keys in gold.keys])
 MEANS = top(lambda gold: (gold.received / np.arange(gold.view.tokens, 0, -1)).tolist())
+ACROSS: dict[str, object] = {"recent": 9, "kernel": 3, "pool": "avg", "chunk": 4, "across": True}
 PLAIN = (32, 7, "max")
 VOTES = {"": PLAIN, "@paper": PLAIN, "@kvcf": (8, 7, "max"), "@kvpress": (64, 5, "avg"), "@w8k13": (8, 13, "avg")}
 GOLDEN: list[tuple[str, dict[str, object], Loop]] = [
@@ -269,10 +270,7 @@ GOLDEN: list[tuple[str, dict[str, object], Loop]] = [
     *((name, {}, chunkkv(32, 1, "max", 10)) for name in ("chunkkv", "chunkkv@paper")),
     ("chunkkv@kvpress", {}, chunkkv(64, 5, "avg", 20, across=True)),
     ("chunkkv", {"recent": 8, "chunk": 3}, chunkkv(8, 1, "max", 3)),
-    (
-        *("chunkkv", {"recent": 9, "kernel": 3, "pool": "avg", "chunk": 4, "across": True}),
-        chunkkv(9, 3, "avg", 4, across=True),
-    ),
+    ("chunkkv", ACROSS, chunkkv(9, 3, "avg", 4, across=True)),
     ("h2o", {}, top(lambda gold: gold.received.tolist(), lambda budget: budget - budget // 2)),
     ("h2o@kvcf", {}, top(lambda gold: gold.received.tolist(), lambda _: 8)),
     ("h2o@kvpress", {}, MEANS),

@@ -1,7 +1,6 @@
 """What every registered method and preset must keep to, and the nouns and the registry that methods are built from."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.contract import HEADS, check_method, make_view
+from harness.contract import check_method, make_view
 from methods.base import Budget, KVPolicy, Needs, PolicyError, best, spread
 from methods.registry import METHODS, load_methods, make_policy, method
 from tests.methods.loops import GOLDEN
@@ -103,18 +102,13 @@ def test_budgets_are_tokens_or_a_fraction(text: str, prompt: int, slots: int) ->
     assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "many", "0", "-5", "0.0", "-0.5", "1.5", "150%", "0%", "%", "1e3", "nan", "."])
-def test_a_budget_that_is_neither_is_refused(text: str) -> None:
-    with pytest.raises(PolicyError, match=r"budget .*(write|ask for)"):
-        Budget.parse(text)
-
-
-def test_a_budget_is_exactly_one_of_both() -> None:
+def test_what_is_no_budget_is_refused() -> None:
+    for text in ("", "many", "0", "-5", "0.0", "-0.5", "1.5", "150%", "0%", "%", "1e3", "nan", "."):
+        with pytest.raises(PolicyError, match=r"budget .*(write|ask for)"):
+            Budget.parse(text)
     for arguments in ({}, {"tokens": 4, "fraction": 0.5}):
         with pytest.raises(PolicyError, match="tokens or a fraction"):
             Budget(**arguments)  # type: ignore[arg-type]
-    with pytest.raises(PolicyError):
-        Budget(fraction=math.nan)
 
 
 @pytest.mark.parametrize(
@@ -140,37 +134,6 @@ def test_a_taken_name_is_refused() -> None:
     with pytest.raises(PolicyError, match="'snapkv' is registered twice"):
         method("snapkv", paper="none")(type("Other", (KVPolicy,), {}))
     assert METHODS["snapkv"] is before
-
-
-PLUGIN = '''
-from dataclasses import dataclass
-from methods.base import LayerPolicy
-from methods.registry import method
-
-@method("newest", paper="https://arxiv.org/abs/0000.00000")
-@dataclass(frozen=True)
-class Newest(LayerPolicy):
-    """The newest tokens."""
-    def compress_layer(self, view, budget):
-        slots = view.kv.positions[..., -budget:]
-        return view.kv.take(slots)
-'''
-
-
-def test_another_distribution_can_bring_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "newest_kv-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: newest-kv\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kv_policy_harness.methods]\nnewest = newest_kv_plugin\n")
-    (tmp_path / "newest_kv_plugin.py").write_text(PLUGIN)
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        policy = make_policy("newest")
-        kept = policy.compress(make_view(10, policy.needs), 3)
-        assert kept[0].positions.tolist() == [[[7, 8, 9]] * HEADS]
-    finally:
-        METHODS.pop("newest", None)
-        sys.modules.pop("newest_kv_plugin", None)
 
 
 BELOW = {"h2o": [("recent_share", -0.5)], "adakv": [("safeguard", -0.1)]}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from harness.contract import HEADS
 from methods.base import KV, LayerView, PolicyError, PromptView
 from methods.compilerkv.form import Form, FormPolicy, best_slots, slot_counts
-from methods.compilerkv.selection import choose, gains, interval, spearman
+from methods.compilerkv.selection import choose, gains, interval
 from methods.compilerkv.soft import shares_of, soft_bias
 from tests.methods.compiled import live, prompt
 
@@ -134,12 +134,6 @@ def test_gains_are_paired_over_prompts() -> None:
     assert 0.28 < found["over_shuffled"]["low"] < 0.3 < found["over_shuffled"]["high"] < 0.32
     flat = interval(torch.zeros(5), seed=0)
     assert (flat["mean"], flat["low"], flat["high"]) == (0, 0, 0)
-
-
-def test_rank_agreement() -> None:
-    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert spearman(one, one**3) == pytest.approx(1)
-    assert spearman(one, -one) == pytest.approx(-1)
 
 
 def test_a_basis_averages_over_heads_or_layers() -> None:

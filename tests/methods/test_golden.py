@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from harness.engine.kernels import causal_attention, column_sums
 from harness.engine.row_cache import GrowingRows
 from methods.base import KV, LayerView, PolicyError, PromptView, StepView
 from methods.expected_attention import mean_turn
@@ -286,14 +285,3 @@ def test_expected_attention_needs_rotary_embeddings() -> None:
 def test_window_attention_is_the_softmax(tokens: int, window: int) -> None:
     gold = make_layers(tokens)[0]
     np.testing.assert_allclose(gold.view.attention(window)[0].numpy(), gold.attention[:, :, -window:], atol=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [1, 64, 65, 127, 300])
-@pytest.mark.parametrize("fused", [True, False])
-def test_column_sums_are_those_of_the_whole_softmax(tokens: int, fused: bool) -> None:
-    keys, queries = torch.randn(1, HEADS, tokens, DIM), 2 * torch.randn(1, HEADS * GROUP, tokens, DIM)
-    _, lse = causal_attention(queries, keys, keys, scaling=0.3, window=None)
-    sums = column_sums(queries, keys, lse if fused else None, scaling=0.3)
-    logits = queries[0].double() @ keys[0].double().repeat_interleave(GROUP, dim=0).transpose(1, 2) * 0.3
-    whole = logits.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), float("-inf")).softmax(dim=-1).sum(dim=1)
-    torch.testing.assert_close(sums.double().reshape(-1, tokens), whole, atol=1e-5, rtol=1e-5)
