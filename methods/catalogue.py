@@ -53,16 +53,14 @@ def catalogue(folder: Path = FOLDER) -> Catalogue:
 
 def _entries(module: ast.Module, folder: Path) -> Iterator[Entry]:
     """Raises _Unclear, or ValueError of `literal_eval`, for what is not stated literally."""
-    for node in module.body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for call in node.decorator_list:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "method":
-                given = {keyword.arg: keyword.value for keyword in call.keywords}
-                presets = _literal(given["presets"], module, folder) if "presets" in given else {}
-                name, paper = _literal(call.args[0], module, folder), _literal(given["paper"], module, folder)
-                summary = (ast.get_docstring(node) or "").splitlines()[0]
-                yield Entry(name, paper, summary, presets, tuple(_parameters(node, module, folder)))
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    for node, call in ((own, call) for own in classes for call in own.decorator_list):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "method":
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            presets = _literal(given["presets"], module, folder) if "presets" in given else {}
+            name, paper = _literal(call.args[0], module, folder), _literal(given["paper"], module, folder)
+            summary = (ast.get_docstring(node) or "").splitlines()[0]
+            yield Entry(name, paper, summary, presets, tuple(_parameters(node, module, folder)))
 
 
 def _literal(node: ast.expr, module: ast.Module, folder: Path) -> Any:
@@ -101,12 +99,12 @@ def _parameters(policy: ast.ClassDef, module: ast.Module, folder: Path) -> dict[
             if not isinstance(stated, ast.ClassDef):
                 raise _Unclear
             found |= _parameters(stated, home, folder)
-    fields = [node for node in policy.body if isinstance(node, ast.AnnAssign) and not _left_out(node)]
-    return found | dict.fromkeys(ast.unparse(node.target) for node in fields)
+    fields = [node for node in policy.body if isinstance(node, ast.AnnAssign)]
+    given = [node for node in fields if not ast.unparse(node.annotation).startswith("ClassVar")]
+    return found | {ast.unparse(node.target): None for node in given if not _unset(node.value)}
 
 
-def _left_out(node: ast.AnnAssign) -> bool:
-    """Whether a field is no parameter: a ClassVar, or `field(init=False)`."""
-    given = node.value.keywords if isinstance(node.value, ast.Call) else []
-    unset = any(keyword.arg == "init" and ast.unparse(keyword.value) == "False" for keyword in given)
-    return unset or ast.unparse(node.annotation).startswith("ClassVar")
+def _unset(value: ast.expr | None) -> bool:
+    """Whether a field is `field(init=False)`, no parameter."""
+    given = value.keywords if isinstance(value, ast.Call) else []
+    return any(keyword.arg == "init" and ast.unparse(keyword.value) == "False" for keyword in given)

@@ -131,10 +131,7 @@ class LayerView:
         return self.queries[:, :, observed - window :]
 
     def attention(self, window: int) -> Tensor:
-        """Return causal softmax attention of the last `window` tokens over the whole prompt: [B, H, G, W, T] float32.
-
-        W is `window`, or T when the prompt is shorter. Raises PolicyError when fewer queries were observed.
-        """
+        """Return softmax attention of the last `window` tokens (T at most) over the prompt: [B, H, G, W, T] float32."""
         window = min(window, self.tokens)
         queries, keys = self.last_queries(window), self.kv.keys
         batch, heads, tokens, dim = keys.shape

@@ -18,17 +18,8 @@ from torch import Tensor
 
 from harness.compiler.rollouts import Rollout
 from harness.compiler.stage import Workbench
-from methods.compilerkv.alternation import Alternation, Records, alternate, checksum, fit_records
-from methods.compilerkv.cql import (
-    Fitted,
-    Space,
-    bin_edges,
-    bins,
-    gate_reward,
-    gate_space,
-    head_space,
-    reward,
-)
+from methods.compilerkv.alternation import Alternation, alternate, checksum
+from methods.compilerkv.cql import Fitted, Records, Space, bin_edges, bins, fit, gate_reward, gate_space, head_space
 from methods.compilerkv.designs import foldover_levels
 from methods.compilerkv.manifest import PERPLEXITY_BINS
 from methods.compilerkv.paper import prompt_risk, prompt_utility, value_norms
@@ -133,7 +124,7 @@ class Published:
                 weights, thresholds = opposite[row].expand(len(drawn), -1, -1), drawn
             nll, passing = seen.lose(weights, thresholds, budget)
             level = nll.mean()  # stands for the full cache's loss: one constant a prompt and budget
-            rewards = reward(nll, level)
+            rewards = level - nll
             if kind == "gate":
                 tokens = seen.rollout.view.tokens
                 rewards = gate_reward(nll[:, None], level, passing=passing, budget=budget, tokens=tokens)
@@ -156,7 +147,7 @@ class Published:
 
     def _alone(self, records: Callable[[Tensor], list[Records]], space: Space, other: Space) -> Fitted:
         """A table compiled against the neutral one, without alternation."""
-        return fit_records(records(torch.full(other.shape, other.neutral)), space, seed=self.seed)
+        return fit(records(torch.full(other.shape, other.neutral)), space, seed=self.seed)
 
     def _tensors(self, coupled: Alternation, alone: Sequence[Fitted]) -> dict[str, Tensor]:
         return {

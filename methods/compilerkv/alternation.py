@@ -16,32 +16,12 @@ import torch
 from torch import Tensor
 
 from methods.base import PolicyError
-from methods.compilerkv.cql import PUBLISHED, Fitted, Settings, Space, fit
+from methods.compilerkv.cql import PUBLISHED, Fitted, Records, Settings, Space, fit
 
 
 def checksum(table: Tensor) -> str:
     """Return the sha256 of a table's float32 bytes, row by row."""
     return hashlib.sha256(table.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-@dataclass(frozen=True, eq=False)
-class Records:
-    """Roll-outs of one table, and the checksum of the opposite table that was active.
-
-    states, actions: [n] int64. rewards: [n] float.
-    """
-
-    states: Tensor
-    actions: Tensor
-    rewards: Tensor
-    opposite: str
-
-    @classmethod
-    def of(cls, actions: Tensor, rewards: Tensor, *, states: Tensor, opposite: str) -> Records:
-        """Make a record per roll-out and entry. actions: [R, F]. rewards: [R] or [R, F]. states: [F] that were set."""
-        each = rewards if rewards.dim() == 2 else rewards[:, None]
-        flat = states.expand(actions.shape).flatten()
-        return cls(flat, actions.flatten(), each.expand(actions.shape).flatten(), opposite)
 
 
 Rollouts = Callable[[Tensor], Sequence[Records]]
@@ -106,15 +86,4 @@ def _fit_round(rollouts: Rollouts, opposite: Tensor, space: Space, *, seed: int,
         if records.opposite != wanted:
             other = f"record {number} was rolled out against table {records.opposite[:12] or 'none'}"
             raise PolicyError(f"{other}, the current one is {wanted[:12]}; roll it out again")
-    return fit_records(found, space, seed=seed, settings=settings)
-
-
-def fit_records(found: Sequence[Records], space: Space, *, seed: int, settings: Settings = PUBLISHED) -> Fitted:
-    """Return a table fitted to all these records together. Raises PolicyError for none, and what `fit` raises."""
-    if not found:
-        raise PolicyError("no records to learn from; roll out at least one prompt")
-    states, actions, rewards = (
-        torch.cat([getattr(x, name) for x in found]) for name in ("states", "actions", "rewards")
-    )
-    size = {"n_states": space.states, "n_actions": space.count}
-    return fit(states, actions, rewards, **size, seed=seed, fallback=space.fallback, settings=settings)
+    return fit(found, space, seed=seed, settings=settings)

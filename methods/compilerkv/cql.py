@@ -13,7 +13,10 @@ equally often (`designs.foldover_levels`). Adam moves a Q by about the learning 
 Shape letters: n records   S states   A actions   P prompts.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,26 +116,41 @@ def loss(q: Tensor, states: Tensor, actions: Tensor, rewards: Tensor, *, setting
     return (settings.conservatism * (soft - chosen) + settings.regression * (chosen - rewards) ** 2).mean()
 
 
-def fit(
-    states: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    *,
-    n_states: int,
-    n_actions: int,
-    seed: int,
-    fallback: int = 0,
-    settings: Settings = PUBLISHED,
-) -> Fitted:
-    """Fit Q to records and take the best action of every state; on the CPU, the same for the same seed.
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Roll-outs of one table, and the checksum of the opposite table that was active.
 
-    states, actions: [n] int64. rewards: [n] float. fallback: the action of a state without records.
-    Raises PolicyError for no records, rewards that are not finite, or states and actions out of range.
+    states, actions: [n] int64. rewards: [n] float.
     """
-    _check(states, actions, rewards, n_states=n_states, n_actions=n_actions)
-    states, actions, rewards = states.cpu(), actions.cpu(), rewards.cpu().float()
+
+    states: Tensor
+    actions: Tensor
+    rewards: Tensor
+    opposite: str
+
+    @classmethod
+    def of(cls, actions: Tensor, rewards: Tensor, *, states: Tensor, opposite: str) -> Records:
+        """Make a record per roll-out and entry. actions: [R, F]. rewards: [R] or [R, F]. states: [F] that were set."""
+        each = rewards if rewards.dim() == 2 else rewards[:, None]
+        flat = states.expand(actions.shape).flatten()
+        return cls(flat, actions.flatten(), each.expand(actions.shape).flatten(), opposite)
+
+
+def fit(found: Sequence[Records], space: Space, *, seed: int, settings: Settings = PUBLISHED) -> Fitted:
+    """Fit Q to all records and take the best action of every state, the neutral one where there is none.
+
+    On the CPU, the same for the same seed. Raises PolicyError for no records, rewards that are not finite, or states
+    and actions out of range.
+    """
+    if not any(len(own.states) for own in found):
+        raise PolicyError("no records to learn from; roll out at least one prompt")
+    states, actions, rewards = (
+        torch.cat([getattr(own, name) for own in found]).cpu() for name in ("states", "actions", "rewards")
+    )
+    _check(states, actions, rewards, space)
+    rewards = rewards.float()
     draw = torch.Generator().manual_seed(seed)
-    q = torch.zeros(n_states, n_actions, requires_grad=True)
+    q = torch.zeros(space.states, space.count, requires_grad=True)
     optimizer = torch.optim.AdamW([q], lr=settings.lr, weight_decay=settings.weight_decay)
     for _ in range(settings.epochs):
         for batch in torch.split(balanced_epoch(states, draw), settings.batch):
@@ -140,8 +158,8 @@ def fit(
             loss(q, states[batch], actions[batch], rewards[batch], settings=settings).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     best = q.detach().argmax(dim=1)
-    support = torch.bincount(states * n_actions + actions, minlength=q.numel()).view(q.shape)
-    best[support.sum(dim=1) == 0] = fallback
+    support = torch.bincount(states * space.count + actions, minlength=q.numel()).view(q.shape)
+    best[support.sum(dim=1) == 0] = space.fallback
     steps = settings.epochs * math.ceil(len(states) / settings.batch)
     return Fitted(q.detach(), support, best, steps * settings.lr)
 
@@ -159,14 +177,12 @@ def balanced_epoch(states: Tensor, draw: torch.Generator) -> Tensor:
     return picks[torch.randperm(total, generator=draw)]
 
 
-def _check(states: Tensor, actions: Tensor, rewards: Tensor, *, n_states: int, n_actions: int) -> None:
+def _check(states: Tensor, actions: Tensor, rewards: Tensor, space: Space) -> None:
     sizes = [tuple(x.shape) for x in (states, actions, rewards)]
-    if states.dim() != 1 or len(set(sizes)) != 1:
+    if len(set(sizes)) != 1:
         raise PolicyError(f"states, actions and rewards are {sizes}; give three lists of the same length")
-    if not states.numel():
-        raise PolicyError("no records to learn from; roll out at least one prompt")
     finite_only(rewards, "rewards")
-    for name, x, count in (("state", states, n_states), ("action", actions, n_actions)):
+    for name, x, count in (("state", states, space.states), ("action", actions, space.count)):
         if int(x.min()) < 0 or int(x.max()) >= count:
             raise PolicyError(f"{name}s go from {int(x.min())} to {int(x.max())}, the table has 0 to {count - 1}")
 
@@ -179,19 +195,14 @@ def finite_only(x: Tensor, name: str) -> None:
         raise PolicyError(f"{found}; drop those prompts or roll them out again")
 
 
-def reward(compressed: Tensor, full: Tensor) -> Tensor:
-    """Return a head's reward, minus the nats that compression costs. compressed, full: losses of one continuation."""
-    return full - compressed
-
-
 def gate_reward(
     compressed: Tensor, full: Tensor, *, passing: Tensor, budget: Tensor | int, tokens: Tensor | int
 ) -> Tensor:
-    """Return the gate's reward: `reward` minus the share of the prompt by which passing tokens exceed the budget.
+    """Return a head's reward, minus the nats that compression costs, less the share of the prompt over the budget.
 
-    passing: how many tokens reach the threshold. tokens: prompt tokens T. All broadcast.
+    compressed, full: losses of one continuation. passing: how many tokens reach the threshold. tokens: prompt tokens T.
     """
-    return reward(compressed, full) - (passing - budget).clamp(min=0) / tokens
+    return full - compressed - (passing - budget).clamp(min=0) / tokens
 
 
 class Edges(NamedTuple):

@@ -115,17 +115,6 @@ class _Moments(NamedTuple):
 
 
 def _moments(designs: Tensor, losses: Tensor) -> _Moments:
-    odd = odd_part(designs, losses)  # [P, pairs]
-    half = designs[:, : odd.shape[1]].double()
-    rows = torch.full((odd.shape[0],), odd.shape[1], dtype=torch.float64)
-    return _Moments(half.mT @ half, (half.mT @ odd[..., None])[..., 0], odd.square().sum(dim=1), rows)
-
-
-def odd_part(designs: Tensor, losses: Tensor) -> Tensor:
-    """Return the gain of every row over the mean of it and its mirror image, (L_mirror - L_i) / 2: [P, pairs] float64.
-
-    Raises PolicyError as `ridge` does.
-    """
     prompts, rows = losses.shape if losses.dim() == 2 else (0, 0)
     if prompts < 2 or designs.dim() != 3 or designs.shape[:2] != losses.shape or rows % 2:
         found = f"designs {list(designs.shape)} and losses {list(losses.shape)}"
@@ -134,7 +123,10 @@ def odd_part(designs: Tensor, losses: Tensor) -> Tensor:
     pairs = rows // 2
     if not torch.equal(designs[:, :pairs], -designs[:, pairs:]):
         raise PolicyError(f"row i + {pairs} of a design is not the mirror image of row i; make designs with foldover")
-    return (losses.double()[:, pairs:] - losses.double()[:, :pairs]) / 2
+    odd = (losses.double()[:, pairs:] - losses.double()[:, :pairs]) / 2  # gain over the mean of a row and its mirror
+    half = designs[:, :pairs].double()
+    counts = torch.full((prompts,), pairs, dtype=torch.float64)
+    return _Moments(half.mT @ half, (half.mT @ odd[..., None])[..., 0], odd.square().sum(dim=1), counts)
 
 
 def _solve(sums: _Moments, penalty: float) -> Tensor:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methods.base import PolicyError
-from methods.compilerkv.alternation import Records, alternate, checksum
+from methods.compilerkv.alternation import alternate, checksum
 from methods.compilerkv.cql import (
     PUBLISHED,
     Fitted,
+    Records,
     Settings,
     Space,
     balanced_epoch,
@@ -26,7 +27,6 @@ from methods.compilerkv.cql import (
     gate_space,
     head_space,
     loss,
-    reward,
 )
 from methods.compilerkv.designs import correlation, foldover_levels
 from methods.compilerkv.tables import Shapes, neutral
@@ -34,9 +34,12 @@ from methods.compilerkv.tables import Shapes, neutral
 FAST = Settings(lr=0.05, epochs=60)
 
 
-def learn(states: Tensor, actions: Tensor, rewards: Tensor, **changes: Any) -> Fitted:
-    given = {"n_states": 2, "n_actions": 2, "seed": 0} | changes
-    return fit(states, actions, rewards, **given)
+def learn(
+    states: Tensor, actions: Tensor, rewards: Tensor, *, shape: tuple[int, int] = (2, 2), **changes: Any
+) -> Fitted:
+    """shape: states and actions. The last action is the neutral one."""
+    space = Space(shape[:1], 0.0, 1.0, shape[1], 1.0)
+    return fit([Records(states, actions, rewards, opposite="")], space, **{"seed": 0, **changes})
 
 
 def test_published_settings_are_the_default() -> None:
@@ -72,8 +75,7 @@ def test_balanced_designs_recover_planted_effects(levels: int) -> None:
     spread = actions / (levels - 1) * 2 - 1.0
     rewards = spread @ gains * 0.2 + 0.1 * torch.randn(len(actions), generator=draw)
     records = Records.of(actions, rewards, states=torch.arange(factors), opposite="")
-    sizes, settings = {"n_states": factors, "n_actions": levels}, Settings(lr=0.02, epochs=30)
-    found = learn(records.states, records.actions, records.rewards, **sizes, settings=settings)
+    found = fit([records], Space((factors,), 0.0, 1.0, levels, 0.0), seed=0, settings=Settings(lr=0.02, epochs=30))
     assert found.reach == pytest.approx(0.02 * 30 * math.ceil(actions.numel() / 4096))
     slope = found.q[:, -1] - found.q[:, 0]
     assert correlation(slope, gains) > 0.9
@@ -90,13 +92,13 @@ def test_unbalanced_designs_pick_what_was_tried_most() -> None:
     for share, chosen in (([0.9, 0.05, 0.05], 0), ([1.0, 1.0, 1.0], 1)):
         actions = torch.multinomial(torch.tensor(share), 20_000, replacement=True, generator=draw)
         rewards = values[actions] + 0.1 * torch.randn(20_000, generator=draw)
-        found = learn(torch.zeros_like(actions), actions, rewards, n_actions=3, settings=FAST)
+        found = learn(torch.zeros_like(actions), actions, rewards, shape=(2, 3), settings=FAST)
         assert found.actions[0] == chosen
 
 
 def test_states_without_records_take_the_neutral_action_and_are_counted() -> None:
     states, actions = torch.tensor([1, 1, 3]), torch.tensor([0, 1, 1])
-    found = learn(states, actions, torch.tensor([1.0, 0.0, 2.0]), n_states=5, n_actions=3, fallback=2, settings=FAST)
+    found = learn(states, actions, torch.tensor([1.0, 0.0, 2.0]), shape=(5, 3), settings=FAST)
     assert found.actions.tolist() == [2, 0, 2, 1, 2]
     assert found.support.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]]
     assert (found.unsupported, found.untried) == (3, 0)
@@ -130,7 +132,6 @@ def test_every_state_with_records_is_drawn_equally_often(counts: list[int], seed
 
 def test_rewards_by_hand() -> None:
     compressed, full = torch.tensor([2.0, 1.0]), torch.tensor([1.5, 1.25])
-    assert reward(compressed, full).tolist() == [-0.5, 0.25]
     found = gate_reward(compressed, full, passing=torch.tensor([150, 90]), budget=100, tokens=200)
     assert found.tolist() == [-0.75, 0.25]
 

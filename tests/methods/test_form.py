@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from harness.contract import HEADS
 from methods.base import KV, LayerView, PolicyError, PromptView
-from methods.compilerkv.form import Form, FormPolicy, best_slots, slot_counts
+from methods.compilerkv.form import Form, FormPolicy, best_slots, shares_of, slot_counts, soft_bias
 from methods.compilerkv.selection import choose, gains, interval
-from methods.compilerkv.soft import shares_of, soft_bias
 from tests.methods.compiled import live, prompt
 
 TOKENS = 40

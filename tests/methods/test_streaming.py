@@ -70,11 +70,9 @@ def test_side_data_is_paid_out_of_the_budget(tmp_path: Path) -> None:
     saved(tmp_path)
     view = prompt(TOKENS)
     policy = make_policy("compilerkv@streaming", {"tables": str(tmp_path)})
-    kept = policy.compress(view, BUDGET)
-    full = view.layers[0].kv
-    assert sum(int(kv.live.sum()) for kv in kept) == affordable(full, BUDGET) * LAYERS * HEADS
-    slot = full.nbytes // (TOKENS * HEADS)
-    held = sum(int(kv.live.sum()) for kv in kept)
+    kept, full = policy.compress(view, BUDGET), view.layers[0].kv
+    held, slot = sum(int(kv.live.sum()) for kv in kept), full.slot_bytes
+    assert held == affordable(full, BUDGET) * LAYERS * HEADS
     assert sum(kv.nbytes for kv in kept) == held * (slot + 8) + 4 * LAYERS * HEADS <= BUDGET * LAYERS * HEADS * slot
 
 
