@@ -18,11 +18,22 @@ from torch import Tensor
 
 from harness.compiler.rollouts import Rollout
 from harness.compiler.stage import Workbench
-from methods.compilerkv.alternation import Alternation, alternate, checksum
-from methods.compilerkv.cql import Fitted, Records, Space, bin_edges, bins, fit, gate_reward, gate_space, head_space
+from methods.compilerkv.cql import (
+    Alternation,
+    Fitted,
+    Records,
+    Space,
+    alternate,
+    checksum,
+    fit,
+    gate_reward,
+    gate_space,
+    head_space,
+)
 from methods.compilerkv.designs import foldover_levels
 from methods.compilerkv.manifest import PERPLEXITY_BINS
 from methods.compilerkv.paper import prompt_risk, prompt_utility, value_norms
+from methods.compilerkv.risk import bin_edges, bins
 from tasks.base import rng
 
 WINDOW = 64

@@ -1,24 +1,26 @@
-"""Horizon-1 conservative Q-learning of the two published tables; `alternation` couples them.
+"""Horizon-1 conservative Q-learning of the two published tables, each fitted to roll-outs with the other one active.
 
 Source: https://arxiv.org/abs/2602.08686 (tabular, no bootstrap target; head weights from 29 values on [0.8, 1.5],
-thresholds from 21 values on [0.8, 1.0], reward minus the loss that compression costs). A state is an entry of a table,
-an action is one of its values. Running the model is the caller's part: roll-outs come in as numbers. Q starts at 0.
+thresholds from 21 values on [0.8, 1.0], reward minus the loss that compression costs; heads with the current gate, then
+the gate with the updated heads, until the actions stop changing). A state is an entry of a table, an action is one of
+its values. Running the model is the caller's part: roll-outs come in as numbers. Q starts at 0.
 Differences: states are balanced by drawing every state with records equally often in an epoch, its records in turn,
-where the authors' code draws records at random with replacement; of equal Q the lowest action is taken.
+where the authors' code draws records at random with replacement; of equal Q the lowest action is taken; records
+carry the checksum of the opposite table, and stale ones are refused.
 
 Properties to know before trusting a table: the conservative term prefers what was tried often, so actions must be tried
 equally often (`designs.foldover_levels`). Adam moves a Q by about the learning rate a step, so Q stays within
 `Fitted.reach` of 0; rewards whose common level lies beyond it teach little, where the same rewards less their mean do.
 
-Shape letters: n records   S states   A actions   P prompts.
+Shape letters: n records   S states   A actions   R roll-outs of a prompt   F entries set in one roll-out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,32 +207,71 @@ def gate_reward(
     return full - compressed - (passing - budget).clamp(min=0) / tokens
 
 
-class Edges(NamedTuple):
-    """Quantile bounds of the risk bins: [19] and [3] float32, ascending."""
-
-    entropy: Tensor
-    perplexity: Tensor
+def checksum(table: Tensor) -> str:
+    """Return the sha256 of a table's float32 bytes, row by row."""
+    return hashlib.sha256(table.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def bin_edges(entropy: Tensor, perplexity: Tensor) -> Edges:
-    """Return edges that cut calibration signals into 20 and 4 equally filled bins. entropy, perplexity: [P].
+Rollouts = Callable[[Tensor], Sequence[Records]]
+"""Takes the opposite table, float32 of its space's shape, and returns records made with it active."""
 
-    Raises PolicyError for fewer prompts than entropy bins, or for signals that are not finite.
+
+@dataclass(frozen=True, eq=False)
+class Alternation:
+    """Both tables after the last round.
+
+    head_table, gate_table: float32. changed: (head, gate) actions that differ from the round before, for every round.
+    converged: the last round changed none.
     """
-    if entropy.shape != perplexity.shape or entropy.dim() != 1 or entropy.shape[0] < ENTROPY_BINS:
-        given = f"{list(entropy.shape)} entropies and {list(perplexity.shape)} perplexities"
-        bins = f"{ENTROPY_BINS} x {PERPLEXITY_BINS} risk bins"
-        raise PolicyError(f"{given} do not fill {bins}; give at least {ENTROPY_BINS} calibration prompts")
-    edges = []
-    for name, x, count in (("entropies", entropy, ENTROPY_BINS), ("perplexities", perplexity, PERPLEXITY_BINS)):
-        finite_only(x, name)
-        at = torch.arange(1, count, dtype=torch.float64) / count
-        edges.append(x.double().cpu().quantile(at).float())
-    return Edges(*edges)
+
+    head: Fitted
+    gate: Fitted
+    head_table: Tensor
+    gate_table: Tensor
+    changed: tuple[tuple[int, int], ...]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.changed)
+
+    @property
+    def converged(self) -> bool:
+        return self.changed[-1] == (0, 0)
 
 
-def bins(edges: Edges, entropy: Tensor, perplexity: Tensor) -> Tensor:
-    """Return the risk bin of each prompt, [P] int64 = entropy bin * 4 + perplexity bin; a value on an edge goes up."""
-    high = torch.bucketize(entropy.double().cpu(), edges.entropy.double(), right=True)
-    wide = torch.bucketize(perplexity.double().cpu(), edges.perplexity.double(), right=True)
-    return high * PERPLEXITY_BINS + wide
+def alternate(
+    head_rollouts: Rollouts,
+    gate_rollouts: Rollouts,
+    *,
+    head: Space,
+    gate: Space,
+    seed: int,
+    max_rounds: int = 8,
+    settings: Settings = PUBLISHED,
+) -> Alternation:
+    """Fit heads with the gate active, then the gate with these heads, until no action changes or `max_rounds`.
+
+    Starts from neutral tables. Every fit draws its batches from the same seed, so that equal records give equal tables.
+    Raises PolicyError for a record of another opposite table, and what `fit` raises.
+    """
+    if max_rounds < 1:
+        raise PolicyError(f"max_rounds={max_rounds} compiles nothing; give at least 1")
+    head_actions = torch.full((head.states,), head.fallback)
+    gate_actions = torch.full((gate.states,), gate.fallback)
+    changed: list[tuple[int, int]] = []
+    while len(changed) < max_rounds and (0, 0) not in changed:
+        heads = _fit_round(head_rollouts, gate.table(gate_actions), head, seed=seed, settings=settings)
+        gates = _fit_round(gate_rollouts, head.table(heads.actions), gate, seed=seed + 1, settings=settings)
+        changed.append((int((heads.actions != head_actions).sum()), int((gates.actions != gate_actions).sum())))
+        head_actions, gate_actions = heads.actions, gates.actions
+    return Alternation(heads, gates, head.table(head_actions), gate.table(gate_actions), tuple(changed))
+
+
+def _fit_round(rollouts: Rollouts, opposite: Tensor, space: Space, *, seed: int, settings: Settings) -> Fitted:
+    """A table fitted to roll-outs against `opposite`. Raises PolicyError for a record of another opposite table."""
+    wanted, found = checksum(opposite), rollouts(opposite)
+    for number, records in enumerate(found):
+        if records.opposite != wanted:
+            other = f"record {number} was rolled out against table {records.opposite[:12] or 'none'}"
+            raise PolicyError(f"{other}, the current one is {wanted[:12]}; roll it out again")
+    return fit(found, space, seed=seed, settings=settings)

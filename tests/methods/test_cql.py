@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methods.base import PolicyError
-from methods.compilerkv.alternation import alternate, checksum
 from methods.compilerkv.cql import (
     PUBLISHED,
     Fitted,
     Records,
     Settings,
     Space,
+    alternate,
     balanced_epoch,
-    bin_edges,
-    bins,
+    checksum,
     fit,
     gate_reward,
     gate_space,
@@ -29,6 +28,7 @@ from methods.compilerkv.cql import (
     loss,
 )
 from methods.compilerkv.designs import correlation, foldover_levels
+from methods.compilerkv.risk import bin_edges, bins
 from methods.compilerkv.tables import Shapes, neutral
 
 FAST = Settings(lr=0.05, epochs=60)
