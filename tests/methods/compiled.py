@@ -46,3 +46,7 @@ def saved(folder: Path, **fields: Any) -> Tables:
 
 def live(policy: KVPolicy, view: PromptView, budget: int) -> list[list[int]]:
     return [kv.live[0].tolist() for kv in policy.compress(view, budget)]
+
+
+def kept(policy: KVPolicy, view: PromptView, budget: int) -> list[list[list[int]]]:
+    return [kv.positions[0].tolist() for kv in policy.compress(view, budget)]

@@ -15,7 +15,7 @@ from methods.compilerkv.paper import prompt_risk, prompt_utility
 from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.tables import Tables, neutral, save_tables
 from methods.registry import make_policy
-from tests.methods.compiled import SHAPES, live, make_tables, prompt, saved
+from tests.methods.compiled import SHAPES, kept, live, make_tables, prompt, saved
 
 
 def published(**parameters: Any) -> CompilerKV:
@@ -67,10 +67,6 @@ def naive_kept(view: PromptView, tables: Tables | None, budget: int, *, window: 
     return kept
 
 
-def kept_by(policy: CompilerKV, view: PromptView, budget: int) -> list[list[list[int]]]:
-    return [kv.positions[0].tolist() for kv in policy.compress(view, budget)]
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("tokens", "budget"), [(29, 5), (77, 1), (77, 28), (77, 76)])
 def test_kept_positions_are_the_formulas(tokens: int, budget: int, compiled: bool, tmp_path: Path) -> None:
@@ -78,7 +74,7 @@ def test_kept_positions_are_the_formulas(tokens: int, budget: int, compiled: boo
     view = prompt(tokens)
     expected = naive_kept(view, tables, budget)
     policy = published(tables=str(tmp_path) if compiled else "neutral")
-    assert kept_by(policy, view, budget) == [[layer] * HEADS for layer in expected]
+    assert kept(policy, view, budget) == [[layer] * HEADS for layer in expected]
     full = [len(layer) == budget for layer in expected]
     assert all(full) if budget < 10 else not any(full) if budget == 76 else True
 
@@ -92,8 +88,8 @@ def test_the_threshold_is_that_of_the_risk_over_the_whole_window(tmp_path: Path)
     tables.head.fill_(1.0), tables.gate.fill_(1.0)
     tables.gate[:, :, 9:11, 1] = 0.8
     save_tables(tables, tmp_path)
-    kept = kept_by(published(tables=str(tmp_path)), view, 76)
-    assert kept == [[layer] * HEADS for layer in naive_kept(view, tables, 76)] == kept_by(published(), view, 76)
+    found = kept(published(tables=str(tmp_path)), view, 76)
+    assert found == [[layer] * HEADS for layer in naive_kept(view, tables, 76)] == kept(published(), view, 76)
 
 
 def test_utility_has_mean_one_and_risk_is_in_nats() -> None:
@@ -128,14 +124,14 @@ def test_the_best_token_stays_when_none_passes_the_gate(tmp_path: Path) -> None:
     tables = replace(tables, manifest=tables.manifest.model_copy(update={"gate_range": (0.8, 60.0)}))
     save_tables(tables, tmp_path)
     view = prompt(40)
-    kept = kept_by(published(tables=str(tmp_path)), view, 8)
-    assert kept == [[layer] * HEADS for layer in naive_kept(view, tables, 8)]
-    assert {len(head) for layer in kept for head in layer} == {1}
+    found = kept(published(tables=str(tmp_path)), view, 8)
+    assert found == [[layer] * HEADS for layer in naive_kept(view, tables, 8)]
+    assert {len(head) for layer in found for head in layer} == {1}
 
 
 def test_a_prompt_of_one_token_and_dead_values_do_not_break_it() -> None:
     view = prompt(1)
-    assert kept_by(published(), view, 5) == [[[0]] * HEADS] * LAYERS
+    assert kept(published(), view, 5) == [[[0]] * HEADS] * LAYERS
     view = prompt(30)
     for layer in view.layers:
         layer.kv.values.zero_()
@@ -166,7 +162,7 @@ def test_records_say_which_tables_were_used(tmp_path: Path) -> None:
         (note,) = published(tables=tables).notes(50, 100, LAYERS)
         assert note.startswith("neutral tables:")
     view = prompt(40)
-    assert kept_by(published(tables=str(tmp_path / "neutral")), view, 9) == kept_by(published(), view, 9)
+    assert kept(published(tables=str(tmp_path / "neutral")), view, 9) == kept(published(), view, 9)
 
 
 def test_presets_of_the_published_form() -> None:

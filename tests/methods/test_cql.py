@@ -164,30 +164,23 @@ def test_quantile_bins_are_equally_filled() -> None:
 HEAD, GATE = Space((1, 2, 2), 0.8, 1.5, 3, 0.8), Space((1, 2, 1, 1), 0.8, 1.0, 3, 0.8)
 
 
-def toy(target: Callable[[Tensor], Tensor], space: Space, *, stale: bool = False) -> Callable[[Tensor], list[Records]]:
-    """Roll-outs of every action in every state, rewarded for being near what the opposite table asks for."""
-
-    def rollouts(opposite: Tensor) -> list[Records]:
-        actions = torch.arange(space.count)[:, None].expand(-1, space.states)  # [R, F]
-        wanted = target(opposite).expand(space.states)
-        rewards = -(actions - wanted).abs().float()
-        name = checksum(opposite + 1 if stale else opposite)
-        return [Records.of(actions, rewards, states=torch.arange(space.states), opposite=name)] * 2
-
-    return rollouts
-
-
-def level(table: Tensor, space: Space) -> int:
-    return int((space.values - table.flatten()[0]).abs().argmin())
-
-
 def alternated(head: Any, gate: Any, **changes: Any) -> Any:
     return alternate(head, gate, **({"head": HEAD, "gate": GATE, "seed": 0, "settings": FAST} | changes))
 
 
-def follow(space: Space, other: Space, wanted: Callable[[int], int]) -> Callable[[Tensor], list[Records]]:
-    """Roll-outs that want the level of `space` that `wanted` gives for the opposite table's, up to the last one."""
-    return toy(lambda opposite: torch.tensor(min(wanted(level(opposite, other)), space.count - 1)), space)
+def follow(
+    space: Space, other: Space, wanted: Callable[[int], int], *, stale: bool = False
+) -> Callable[[Tensor], list[Records]]:
+    """Roll-outs of every action in every state, best at what `wanted` says of the opposite table's level."""
+
+    def rollouts(opposite: Tensor) -> list[Records]:
+        level = int((other.values - opposite.flatten()[0]).abs().argmin())
+        actions = torch.arange(space.count)[:, None].expand(-1, space.states)  # [R, F]
+        rewards = -(actions - min(wanted(level), space.count - 1)).abs().float()
+        name = checksum(opposite + 1 if stale else opposite)
+        return [Records.of(actions, rewards, states=torch.arange(space.states), opposite=name)] * 2
+
+    return rollouts
 
 
 CLIMB, SAME = follow(HEAD, GATE, lambda at: at + 1), follow(GATE, HEAD, lambda at: at)
@@ -220,7 +213,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "nan": (lambda: learn(ONE, ONE, torch.tensor([0.0, torch.nan, torch.inf])), "2 of 3 rewards .* number 1; drop"),
     "lengths": (lambda: learn(ONE, ONE[:2], torch.zeros(3)), "the same length"),
     "stale": (
-        lambda: alternated(toy(lambda _: torch.tensor(1), HEAD, stale=True), SAME),
+        lambda: alternated(follow(HEAD, GATE, lambda _: 1, stale=True), SAME),
         "record 0 was rolled out against table [0-9a-f]{12}, the current one is",
     ),
     "no roll-outs": (lambda: alternated(lambda _: [], SAME), "no records"),
