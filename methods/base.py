@@ -30,7 +30,7 @@ from methods.views import Sizes as Sizes
 from methods.views import StepView as StepView
 
 
-class KVPolicy(ABC):
+class KVPolicy:
     """Frozen parameters of a method. Subclasses are frozen dataclasses; they hold no tensors and no state."""
 
     @property
@@ -52,29 +52,26 @@ class KVPolicy(ABC):
         """simulated: dropped tokens are only hidden from attention and their bytes stay."""
         return "physical"
 
-    @abstractmethod
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         """Return what is left of every layer of `view`, in its order. budget: N >= 1. `view` must not be changed."""
+        acts = self.per_layer(budget, view.sizes)
+        if acts is None:
+            raise PolicyError(f"{type(self).__name__} says how to compress neither a prompt nor each layer of one")
+        return [act(layer) for act, layer in zip(acts, view.layers, strict=True)]
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
-        """Return what `compress` does to each layer, so that it can act on one as soon as that is prefilled.
-
-        None where layers must be seen together.
-        """
+        """Return what `compress` does to each layer, to act on one once it is prefilled; None where it needs all."""
         return None
 
     def for_model(self, revision: str) -> KVPolicy:
-        """Return this policy as it runs on the model of that revision (content hash or commit).
-
-        Raises PolicyError when it was made for another one.
-        """
+        """Return this policy for a model's revision (content hash or commit); PolicyError where it is of another."""
         return self
 
     def fitted_on(self) -> frozenset[str]:
         """Return the SHA-256 of the token ids of every prompt that decided its parameters; they are not for scoring."""
         return frozenset()
 
-    def check(self, view: PromptView) -> None:  # noqa: B027 - most policies serve every model
+    def check(self, view: PromptView) -> None:
         """Raise PolicyError when this policy cannot serve the model of `view`, a view of some tokens of it."""
 
     def after_step(self, step: StepView) -> Tensor:
@@ -90,11 +87,8 @@ class KVPolicy(ABC):
         return ()
 
 
-class LayerPolicy(KVPolicy):
+class LayerPolicy(KVPolicy, ABC):
     """Compresses every layer by itself, at a budget of its own."""
-
-    def compress(self, view: PromptView, budget: int) -> list[KV]:
-        return each_layer(self, view, budget)
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]]:
         budgets = self.layer_budgets(budget, sizes.tokens, sizes.layers)
@@ -140,18 +134,15 @@ class EvictionPolicy(LayerPolicy):
 
     def select(self, view: LayerView, budget: int) -> Tensor:
         """Choose the slots to keep: [B, H, min(budget, T)] int64, ascending. Equal scores go to the earlier token."""
-        tokens = view.tokens
+        tokens, heads = view.tokens, view.kv.positions.shape[:2]
         if budget >= tokens:
-            everything = torch.arange(tokens, device=view.kv.keys.device)
-            return everything.expand(*view.kv.positions.shape[:2], tokens)
+            return torch.arange(tokens, device=view.kv.keys.device).expand(*heads, tokens)
         scores = view.memo((type(self), self), self.score)
         recent = self.recent_slots(budget)
         sinks = min(self.sinks, budget - recent)
-        middle = scores[..., sinks : tokens - recent]
-        order = best(middle, budget - recent - sinks) + sinks
-        batch, heads = scores.shape[:2]
+        order = best(scores[..., sinks : tokens - recent], budget - recent - sinks) + sinks
         fixed = torch.cat([torch.arange(sinks), torch.arange(tokens - recent, tokens)]).to(order.device)
-        return torch.cat([order, fixed.expand(batch, heads, -1)], dim=-1).sort(dim=-1).values
+        return torch.cat([order, fixed.expand(*heads, -1)], dim=-1).sort(dim=-1).values
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -167,13 +158,6 @@ def best(scores: Tensor, count: int) -> Tensor:
     ascending = bits ^ ((bits >> 32) & 0x7FFFFFFF)  # negative floats order the other way round
     earlier = torch.arange(tokens - 1, -1, -1, device=scores.device)
     return ((ascending << 32) + earlier).topk(count, dim=-1).indices
-
-
-def each_layer(policy: KVPolicy, view: PromptView, budget: int) -> list[KV]:
-    """Compress layer by layer: what `compress` returns for a policy whose layers need no other."""
-    act = policy.per_layer(budget, view.sizes)
-    assert act is not None
-    return [compress(layer) for compress, layer in zip(act, view.layers, strict=True)]
 
 
 def at_least(policy: object, bound: float, *names: str) -> None:

@@ -57,9 +57,8 @@ def spread(total: int, weights: Sequence[float], cap: int) -> list[int]:
 
     Largest remainder; what a capped share cannot hold goes to the others in proportion.
     """
-    shares = [0.0] * len(weights)
+    shares, left = [0.0] * len(weights), float(min(total, cap * len(weights)))
     free = [i for i, weight in enumerate(weights) if weight > 0]
-    left = float(min(total, cap * len(weights)))
     while free and left > 1e-9:
         scale = left / sum(weights[i] for i in free)
         grown = {i: min(float(cap), shares[i] + scale * weights[i]) for i in free}

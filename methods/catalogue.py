@@ -6,34 +6,16 @@ torch for them takes seconds. What a file computes rather than states is left to
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
-
-from methods.budget import PolicyError
-from methods.label import MethodLabel, nearest
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
 BASES = ("KVPolicy", "LayerPolicy", "EvictionPolicy")
 """Classes that bring a method no parameter: no dataclasses."""
 
 
-class Described(Protocol):
-    """What an error line needs of a method, from its file or from the registry."""
-
-    @property
-    def summary(self) -> str: ...
-
-    @property
-    def presets(self) -> Mapping[str, Mapping[str, Any]]: ...
-
-    @property
-    def parameters(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A method as its file states it. summary: first line of the docstring. parameters: in the order of the class."""
 
     name: str
@@ -43,11 +25,10 @@ class Entry:
     parameters: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Catalogue:
+class Catalogue(NamedTuple):
     """entries: by name. whole: whether every file was understood, so that no other method can be in the folder."""
 
-    entries: Mapping[str, Entry]
+    entries: dict[str, Entry]
     whole: bool
 
 
@@ -70,33 +51,16 @@ def catalogue(folder: Path = FOLDER) -> Catalogue:
     return Catalogue(entries, whole)
 
 
-def check_label(label: MethodLabel, changed: Mapping[str, Any], known: Mapping[str, Described]) -> None:
-    """Raise PolicyError for an unknown name, preset or changed parameter of a label without a prefix."""
-    if label.name not in known:
-        raise PolicyError(f"unknown method {label.name!r}{nearest(label.name, known)}")
-    if label.params:
-        key, value = label.params[0]
-        raise PolicyError(f"method '{label}' is as records name it; ask for {label.asked} with {key}={value} set")
-    method = known[label.name]
-    if label.preset and label.preset not in method.presets:
-        raise PolicyError(f"unknown preset {label.preset!r} of {label.name}{nearest(label.preset, method.presets)}")
-    for key in changed:
-        if key not in method.parameters:
-            raise PolicyError(f"{label.name} has no parameter {key!r}{nearest(key, method.parameters)}")
-
-
 def _entries(module: ast.Module, folder: Path) -> Iterator[Entry]:
     """Raises _Unclear, or ValueError of `literal_eval`, for what is not stated literally."""
-    for node in module.body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for call in node.decorator_list:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "method":
-                given = {keyword.arg: keyword.value for keyword in call.keywords}
-                presets = _literal(given["presets"], module, folder) if "presets" in given else {}
-                name, paper = _literal(call.args[0], module, folder), _literal(given["paper"], module, folder)
-                summary = (ast.get_docstring(node) or "").splitlines()[0]
-                yield Entry(name, paper, summary, presets, tuple(_parameters(node, module, folder)))
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    for node, call in ((own, call) for own in classes for call in own.decorator_list):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "method":
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            presets = _literal(given["presets"], module, folder) if "presets" in given else {}
+            name, paper = _literal(call.args[0], module, folder), _literal(given["paper"], module, folder)
+            summary = (ast.get_docstring(node) or "").splitlines()[0]
+            yield Entry(name, paper, summary, presets, tuple(_parameters(node, module, folder)))
 
 
 def _literal(node: ast.expr, module: ast.Module, folder: Path) -> Any:
@@ -135,12 +99,12 @@ def _parameters(policy: ast.ClassDef, module: ast.Module, folder: Path) -> dict[
             if not isinstance(stated, ast.ClassDef):
                 raise _Unclear
             found |= _parameters(stated, home, folder)
-    fields = [node for node in policy.body if isinstance(node, ast.AnnAssign) and not _left_out(node)]
-    return found | dict.fromkeys(ast.unparse(node.target) for node in fields)
+    fields = [node for node in policy.body if isinstance(node, ast.AnnAssign)]
+    given = [node for node in fields if not ast.unparse(node.annotation).startswith("ClassVar")]
+    return found | {ast.unparse(node.target): None for node in given if not _unset(node.value)}
 
 
-def _left_out(node: ast.AnnAssign) -> bool:
-    """Whether a field is no parameter: a ClassVar, or `field(init=False)`."""
-    given = node.value.keywords if isinstance(node.value, ast.Call) else []
-    unset = any(keyword.arg == "init" and ast.unparse(keyword.value) == "False" for keyword in given)
-    return unset or ast.unparse(node.annotation).startswith("ClassVar")
+def _unset(value: ast.expr | None) -> bool:
+    """Whether a field is `field(init=False)`, no parameter."""
+    given = value.keywords if isinstance(value, ast.Call) else []
+    return any(keyword.arg == "init" and ast.unparse(keyword.value) == "False" for keyword in given)

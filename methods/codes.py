@@ -29,11 +29,6 @@ class Coding:
     group: int
     residual: int
 
-    @property
-    def levels(self) -> int:
-        """The highest code."""
-        return int(2**self.bits - 1)
-
     def channels(self, dim: int) -> int:
         """Return the channels of a value's scale: the most that divide `dim`, at most a group."""
         return next(width for width in range(min(self.group, dim), 0, -1) if dim % width == 0)
@@ -80,18 +75,15 @@ class Codes:
         scale, zero = (torch.cat([own[i].squeeze(2) for own in coded], dim=1) for i in (1, 2))
         width = coding.channels(values.shape[-1])
         codes, *own = _coded(_split(values, 2, width), coding, dim=3)
-        value_codes = codes.flatten(2)
-        value_scale, value_zero = (x.squeeze(3) for x in own)
-        packed = [_packed(x, coding) for x in (key_codes, value_codes)]
-        return cls(coding, packed[0], scale, zero, packed[1], value_scale, value_zero)
+        value_codes, value_scales = codes.flatten(2), (x.squeeze(3) for x in own)
+        return cls(coding, _packed(key_codes, coding), scale, zero, _packed(value_codes, coding), *value_scales)
 
     @classmethod
     def cat(cls, parts: Sequence[Codes]) -> Codes:
         """Return the streams of all `parts`, which have one coding and as many slots."""
-        first = parts[0]
         if len(parts) == 1:
-            return first
-        return cls(first.coding, *(torch.cat([getattr(own, name) for own in parts]) for name in _TENSORS))
+            return parts[0]
+        return cls(parts[0].coding, *(torch.cat([getattr(own, name) for own in parts]) for name in _TENSORS))
 
     @property
     def slots(self) -> int:
@@ -99,7 +91,7 @@ class Codes:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (getattr(self, name) for name in _TENSORS))
+        return sum(getattr(self, name).nbytes for name in _TENSORS)
 
     def take(self, streams: Tensor) -> Codes:
         """Return the codes of some of the streams. streams: [n'] int64."""
@@ -200,10 +192,11 @@ def _coded(x: Tensor, coding: Coding, *, dim: int) -> tuple[Tensor, Tensor, Tens
     half = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     x = x.float()
     zero = x.amin(dim=dim, keepdim=True).to(half)
-    reach = (x.amax(dim=dim, keepdim=True) - zero.float()).clamp(min=0) / coding.levels
+    highest = int(2**coding.bits - 1)
+    reach = (x.amax(dim=dim, keepdim=True) - zero.float()).clamp(min=0) / highest
     scale = (reach * (1 + torch.finfo(half).eps)).to(half)
     step = scale.float().masked_fill(scale == 0, 1.0)
-    codes = ((x - zero.float()) / step).round_().clamp_(0, coding.levels).to(torch.uint8)
+    codes = ((x - zero.float()) / step).round_().clamp_(0, highest).to(torch.uint8)
     return codes, scale, zero
 
 
@@ -214,10 +207,8 @@ def _split(x: Tensor, dim: int, size: int) -> Tensor:
 
 def _packed(codes: Tensor, coding: Coding) -> Tensor:
     """Codes [..., D], the first half of the channels in the low bits where two share a byte."""
-    if coding.bits == 8:
-        return codes
     low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4)
+    return codes if coding.bits == 8 else low | (high << 4)
 
 
 def _unpacked(packed: Tensor, coding: Coding) -> Tensor:

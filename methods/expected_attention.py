@@ -11,7 +11,6 @@ of the prompt. They carry RoPE, so each is turned forward to the end of the prom
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,10 @@ from torch.nn.functional import pad
 from methods.base import EvictionPolicy, LayerView, Needs, PolicyError, at_least
 from methods.registry import method
 
-PRESETS: dict[str, dict[str, Any]] = {"kvpress": {"window": 131072}}
 Rotate = Callable[[Tensor, int], Tensor]
 
 
-@method("expected_attention", paper="https://arxiv.org/abs/2510.00636", presets=PRESETS)
+@method("expected_attention", paper="https://arxiv.org/abs/2510.00636", presets={"kvpress": {"window": 131072}})
 @dataclass(frozen=True)
 class ExpectedAttention(EvictionPolicy):
     """Top tokens by the attention expected of the next `future` queries, times the norm of their values."""

@@ -51,10 +51,8 @@ class H2O(EvictionPolicy):
         if view.column_sums is None:
             raise PolicyError("h2o needs column sums; declare them in needs")
         sums = view.column_sums.sum(dim=2)  # [B, H, T]
-        if not self.mean:
-            return sums
         queries = torch.arange(view.tokens, 0, -1, device=sums.device)
-        return sums / queries / view.column_sums.shape[2]
+        return sums / queries / view.column_sums.shape[2] if self.mean else sums
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         if not self.evict:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PromptView, Sizes, at_least, each_layer
+from methods.base import KV, KVPolicy, LayerView, Needs, PromptView, Sizes, at_least
 from methods.compilerkv.form import best_slots, slot_counts
 from methods.compilerkv.policy import AUTO, CompilerKV
 from methods.registry import method
@@ -50,9 +50,6 @@ class HeadKV(KVPolicy):
 
     def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
         return self._lookup().notes(budget, tokens, layers)
-
-    def compress(self, view: PromptView, budget: int) -> list[KV]:
-        return each_layer(self, view, budget)
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]]:
         counts = slot_counts(self._lookup().shares(sizes, budget), budget, sizes, window=self.recent)

@@ -7,7 +7,6 @@ memory of the prefill; here, as in `kvpress`, the prompt is prefilled whole for 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -15,10 +14,8 @@ from torch.nn.functional import normalize
 from methods.base import EvictionPolicy, LayerView
 from methods.registry import method
 
-PRESETS: dict[str, dict[str, Any]] = {"kvpress": {}}
 
-
-@method("keydiff", paper="https://arxiv.org/abs/2504.15364", presets=PRESETS)
+@method("keydiff", paper="https://arxiv.org/abs/2504.15364", presets={"kvpress": {}})
 @dataclass(frozen=True)
 class KeyDiff(EvictionPolicy):
     """Tokens whose keys are least like the mean key of their head."""

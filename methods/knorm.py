@@ -14,10 +14,8 @@ from torch.linalg import vector_norm
 from methods.base import EvictionPolicy, LayerView, at_least, spread
 from methods.registry import method
 
-PRESETS = {"paper": {"skip": 2}, "kvpress": {}}
 
-
-@method("knorm", paper="https://arxiv.org/abs/2406.11430", presets=PRESETS)
+@method("knorm", paper="https://arxiv.org/abs/2406.11430", presets={"paper": {"skip": 2}, "kvpress": {}})
 @dataclass(frozen=True)
 class Knorm(EvictionPolicy):
     """Tokens of the smallest key norms; the first `skip` layers whole."""

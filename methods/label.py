@@ -47,8 +47,8 @@ class MethodLabel:
 
     def __str__(self) -> str:
         preset = f"@{self.preset}" if self.preset else ""
-        params = ",".join(f"{key}={value}" for key, value in self.params)
-        return f"{self.name}{preset}{self.arguments}" + (f"[{params}]" if params else "")
+        params = f"[{','.join(f'{key}={value}' for key, value in self.params)}]" if self.params else ""
+        return f"{self.name}{preset}{self.arguments}{params}"
 
     @property
     def prefix(self) -> str | None:

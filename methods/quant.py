@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
 from methods.codes import HALF_BYTES, CodedKV, Coding, encode
+from methods.fullkv import FullKV
 from methods.registry import make_policy, method
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,12 +45,16 @@ class Quant(KVPolicy):
             object.__setattr__(self, "inner", _chooser(self.over))
 
     @property
+    def chooser(self) -> KVPolicy:
+        return self.inner or FullKV()
+
+    @property
     def budgeted(self) -> bool:
-        return self.inner is not None  # alone it keeps all tokens
+        return self.chooser.budgeted  # alone it keeps all tokens
 
     @property
     def needs(self) -> Needs:
-        return Needs() if self.inner is None else self.inner.needs
+        return self.chooser.needs
 
     @property
     def coding(self) -> Coding:
@@ -63,33 +68,27 @@ class Quant(KVPolicy):
         return own
 
     def provenance(self) -> dict[str, Any]:
-        return {} if self.inner is None else self.inner.provenance()
+        return self.chooser.provenance()
 
     def fitted_on(self) -> frozenset[str]:
-        return frozenset() if self.inner is None else self.inner.fitted_on()
+        return self.chooser.fitted_on()
 
     def check(self, view: PromptView) -> None:
         for layer in view.layers:
             self.slots(1, layer.kv)
-        if self.inner is not None:
-            self.inner.check(view)
+        self.chooser.check(view)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        if self.inner is None:
-            return [self._encoded(layer.kv) for layer in view.layers]
         slots = min(self.slots(budget, view.layers[0].kv), view.tokens)
-        return [self._encoded(kv) for kv in self.inner.compress(view, slots)]
+        return [self._encoded(kv) for kv in self.chooser.compress(view, slots)]
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
-        inner = self.inner
-        if inner is None:
-            return [lambda layer: self._encoded(layer.kv)] * sizes.layers
-        if inner.per_layer(budget, sizes) is None:
+        if self.chooser.per_layer(budget, sizes) is None:
             return None
 
         @cache
         def acts(slots: int) -> list[Callable[[LayerView], KV]]:
-            return inner.per_layer(slots, sizes) or []
+            return self.chooser.per_layer(slots, sizes) or []
 
         def act(layer: LayerView, index: int) -> KV:
             return self._encoded(acts(min(self.slots(budget, layer.kv), sizes.tokens))[index](layer))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import methods
 from methods.budget import PolicyError
-from methods.catalogue import Described, catalogue, check_label
+from methods.catalogue import Entry, catalogue
 from methods.label import MethodLabel, nearest
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Method:
         return tuple(field.name for field in fields(self.policy) if field.init)  # type: ignore[arg-type]
 
 
+Described = Entry | Method
+"""A method as its file tells of it, or as it was imported."""
 METHODS: dict[str, Method] = {}
 
 Resolver = Callable[[str, Mapping[str, Any]], "KVPolicy"]
@@ -93,9 +95,23 @@ def check_method(label: MethodLabel, changed: Mapping[str, Any]) -> None:
     """
     if label.prefix is None:
         known: Mapping[str, Described] = {**catalogue().entries, **METHODS}
-        check_label(label, changed, known if label.name in known else known_methods())
+        _check_label(label, changed, known if label.name in known else known_methods())
     elif label.prefix not in PREFIXES:
         raise PolicyError(f"unknown prefix {label.prefix!r}{nearest(label.prefix, PREFIXES)}")
+
+
+def _check_label(label: MethodLabel, changed: Mapping[str, Any], known: Mapping[str, Described]) -> None:
+    if label.name not in known:
+        raise PolicyError(f"unknown method {label.name!r}{nearest(label.name, known)}")
+    if label.params:
+        key, value = label.params[0]
+        raise PolicyError(f"method '{label}' is as records name it; ask for {label.asked} with {key}={value} set")
+    method = known[label.name]
+    if label.preset and label.preset not in method.presets:
+        raise PolicyError(f"unknown preset {label.preset!r} of {label.name}{nearest(label.preset, method.presets)}")
+    for key in changed:
+        if key not in method.parameters:
+            raise PolicyError(f"{label.name} has no parameter {key!r}{nearest(key, method.parameters)}")
 
 
 def make_policy(label: str | MethodLabel, overrides: Mapping[str, Any] | None = None) -> KVPolicy:

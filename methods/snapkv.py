@@ -7,7 +7,6 @@ Differences: scores are averaged over the query group of a KV head, so that slot
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -66,7 +65,7 @@ def check_kernel(kernel: int) -> None:
 def pool(attention: Tensor, kernel: int, kind: str, recent: int) -> Tensor:
     """Pool scores [B, H, T] over `kernel` neighbours among the tokens before the window; the window is left as is."""
     pooling = max_pool1d if kind == "max" else avg_pool1d
-    return before_window(attention, recent, partial(pooling, kernel_size=kernel, stride=1, padding=kernel // 2))
+    return before_window(attention, recent, lambda scores: pooling(scores, kernel, stride=1, padding=kernel // 2))
 
 
 def before_window(attention: Tensor, recent: int, change: Callable[[Tensor], Tensor]) -> Tensor:

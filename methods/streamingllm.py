@@ -16,12 +16,7 @@ from torch import Tensor
 from methods.base import KV, EvictionPolicy, LayerView, PolicyError, StepView
 from methods.registry import method
 
-PRESETS = {
-    "paper": {"reassign": True, "evict": True},
-    "reassign": {"reassign": True},
-    "kvcf": {},
-    "kvpress": {},
-}
+PRESETS = {"paper": {"reassign": True, "evict": True}, "reassign": {"reassign": True}, "kvcf": {}, "kvpress": {}}
 
 
 @method("streamingllm", paper="https://arxiv.org/abs/2309.17453", presets=PRESETS)

@@ -8,26 +8,20 @@ the last token.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from methods.base import EvictionPolicy, LayerView, Needs, StepView, at_least
+from methods.base import EvictionPolicy, LayerView, Needs, StepView
 from methods.registry import method
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {"evict": True}, "kvpress": {"recent": 1}}
 
-
-@method("tova", paper="https://arxiv.org/abs/2401.06104", presets=PRESETS)
+@method("tova", paper="https://arxiv.org/abs/2401.06104", presets={"paper": {"evict": True}, "kvpress": {"recent": 1}})
 @dataclass(frozen=True)
 class TOVA(EvictionPolicy):
     """Top tokens by the attention of the last query, one set per layer."""
 
     recent: int = 0
     evict: bool = False
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "recent")
 
     @property
     def needs(self) -> Needs:

@@ -6,7 +6,7 @@ Shape letters as in `methods.base`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,13 +32,7 @@ class Needs:
     hidden_states: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            window=max(self.window, other.window),
-            column_sums=self.column_sums or other.column_sums,
-            logprobs=self.logprobs or other.logprobs,
-            decode_attention=self.decode_attention or other.decode_attention,
-            hidden_states=self.hidden_states or other.hidden_states,
-        )
+        return Needs(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass
@@ -81,11 +75,8 @@ class KV:
     def nbytes(self) -> int:
         """Measured cache bytes: live slots only, side data included. Positions are the harness's own books."""
         live, slots = int(self.live.sum()), self.positions.shape
-        side = sum(
-            (live * x[0, 0, 0].numel() if x.shape[:3] == slots else x.numel()) * x.element_size()
-            for x in self.extra.values()
-        )
-        return live * self.slot_bytes + side
+        side = [x.nbytes // slots.numel() * live if x.shape[:3] == slots else x.nbytes for x in self.extra.values()]
+        return live * self.slot_bytes + sum(side)
 
 
 def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -140,16 +131,12 @@ class LayerView:
         return self.queries[:, :, observed - window :]
 
     def attention(self, window: int) -> Tensor:
-        """Return causal softmax attention of the last `window` tokens over the whole prompt: [B, H, G, W, T] float32.
-
-        W is `window`, or T when the prompt is shorter. Raises PolicyError when fewer queries were observed.
-        """
+        """Return softmax attention of the last `window` tokens (T at most) over the prompt: [B, H, G, W, T] float32."""
         window = min(window, self.tokens)
         queries, keys = self.last_queries(window), self.kv.keys
         batch, heads, tokens, dim = keys.shape
         grouped = queries.reshape(batch, heads, -1, dim) * self.scaling  # [B, H, G * W, D]
-        logits = (grouped @ keys.transpose(2, 3)).float()
-        logits = logits.view(batch, heads, -1, window, tokens)
+        logits = (grouped @ keys.transpose(2, 3)).float().view(batch, heads, -1, window, tokens)
         future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
         logits[..., tokens - window :].masked_fill_(future, float("-inf"))
         return torch.softmax(logits, dim=-1, out=logits)  # in place: a second tensor of this size costs as much again

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from harness.compiler.rollouts import Rollout
 from harness.errors import HarnessError
-from methods.compilerkv.form import Form
-from methods.compilerkv.soft import shares_of, soft_bias
+from methods.compilerkv.form import Form, shares_of, soft_bias
 
 RATE = 0.05
 WARM, COLD = 0.6, 0.25

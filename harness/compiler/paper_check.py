@@ -12,8 +12,8 @@ from torch import Tensor
 
 from harness.compiler.paper_tables import Observed
 from harness.compiler.stage import Workbench
-from methods.compilerkv.cql import Edges, bins
 from methods.compilerkv.manifest import PERPLEXITY_BINS, UNSUPPORTED_GATE, UNSUPPORTED_HEAD
+from methods.compilerkv.risk import Edges, bins
 from methods.compilerkv.selection import gains
 
 SHUFFLES = 4

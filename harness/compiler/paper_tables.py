@@ -15,11 +15,21 @@ from torch import Tensor
 
 from harness.compiler.rollouts import Rollout
 from harness.compiler.stage import Workbench
-from methods.compilerkv.alternation import Alternation, Records, alternate, checksum, fit_records
-from methods.compilerkv.cql import Space, bin_edges, bins, gate_reward, gate_space, head_space, reward
+from methods.compilerkv.cql import (
+    Alternation,
+    Records,
+    Space,
+    alternate,
+    checksum,
+    fit,
+    gate_reward,
+    gate_space,
+    head_space,
+)
 from methods.compilerkv.designs import foldover_levels
 from methods.compilerkv.manifest import PERPLEXITY_BINS
 from methods.compilerkv.paper import prompt_risk, prompt_utility, value_norms
+from methods.compilerkv.risk import bin_edges, bins
 from tasks.base import rng
 
 WINDOW = 64
@@ -85,7 +95,7 @@ class Published:
     def _alone(self, kind: str, other: Space) -> Tensor:
         """A table compiled against the neutral one, without alternation."""
         space, records = self.spaces[kind], self._records(kind, torch.full(other.shape, other.neutral))
-        return space.table(fit_records(records, space, seed=self.seed).actions)
+        return space.table(fit(records, space, seed=self.seed).actions)
 
     def _records(self, kind: str, opposite: Tensor) -> list[Records]:
         """Roll-outs of head weights, or of thresholds, with a table of the other kind active."""
@@ -114,7 +124,7 @@ class Published:
                 weights, thresholds = opposite[row].expand(len(drawn), -1, -1), drawn
             nll, passing = seen.lose(weights, thresholds, budget)
             level = nll.mean()  # stands for the full cache's loss: one constant a prompt and budget
-            rewards = reward(nll, level)
+            rewards = level - nll
             if kind == "gate":
                 tokens = seen.rollout.view.tokens
                 rewards = gate_reward(nll[:, None], level, passing=passing, budget=budget, tokens=tokens)

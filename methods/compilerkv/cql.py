@@ -1,19 +1,25 @@
-"""Horizon-1 conservative Q-learning of the two published tables; `alternation` couples them.
+"""Horizon-1 conservative Q-learning of the two published tables, each fitted to roll-outs with the other one active.
 
 Source: https://arxiv.org/abs/2602.08686 (tabular, no bootstrap target; head weights from 29 values on [0.8, 1.5],
-thresholds from 21 values on [0.8, 1.0], reward minus the loss that compression costs). A state is an entry of a table,
-an action is one of its values. Running the model is the caller's part: roll-outs come in as numbers. Q starts at 0.
+thresholds from 21 values on [0.8, 1.0], reward minus the loss that compression costs; heads with the current gate, then
+the gate with the updated heads, until the actions stop changing). A state is an entry of a table, an action is one of
+its values. Running the model is the caller's part: roll-outs come in as numbers. Q starts at 0.
 Differences: states are balanced by drawing every state with records equally often in an epoch, its records in turn,
-where the authors' code draws records at random with replacement; of equal Q the lowest action is taken.
+where the authors' code draws records at random with replacement; of equal Q the lowest action is taken; records
+carry the checksum of the opposite table, and stale ones are refused.
 
 Properties to know before trusting a table: the conservative term prefers what was tried often, so actions must be tried
 equally often (`designs.foldover_levels`). Adam moves a Q by about the learning rate a step, so Q stays within
 `Fitted.reach` of 0; rewards whose common level lies beyond it teach little, where the same rewards less their mean do.
 
-Shape letters: n records   S states   A actions   P prompts.
+Shape letters: n records   S states   A actions   R roll-outs of a prompt   F entries set in one roll-out.
 """
 
+from __future__ import annotations
+
+import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,63 +118,73 @@ def loss(q: Tensor, states: Tensor, actions: Tensor, rewards: Tensor, *, setting
     return (settings.conservatism * (soft - chosen) + settings.regression * (chosen - rewards) ** 2).mean()
 
 
-def fit(
-    states: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    *,
-    n_states: int,
-    n_actions: int,
-    seed: int,
-    fallback: int = 0,
-    settings: Settings = PUBLISHED,
-) -> Fitted:
-    """Fit Q to records and take the best action of every state; on the CPU, the same for the same seed.
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Roll-outs of one table, and the checksum of the opposite table that was active.
 
-    states, actions: [n] int64. rewards: [n] float. fallback: the action of a state without records.
-    Raises PolicyError for no records, rewards that are not finite, or states and actions out of range.
+    states, actions: [n] int64. rewards: [n] float.
     """
-    _check(states, actions, rewards, n_states=n_states, n_actions=n_actions)
-    states, actions, rewards = states.cpu(), actions.cpu(), rewards.cpu().float()
+
+    states: Tensor
+    actions: Tensor
+    rewards: Tensor
+    opposite: str
+
+    @classmethod
+    def of(cls, actions: Tensor, rewards: Tensor, *, states: Tensor, opposite: str) -> Records:
+        """Make a record per roll-out and entry. actions: [R, F]. rewards: [R] or [R, F]. states: [F] that were set."""
+        each = rewards if rewards.dim() == 2 else rewards[:, None]
+        flat = states.expand(actions.shape).flatten()
+        return cls(flat, actions.flatten(), each.expand(actions.shape).flatten(), opposite)
+
+
+def fit(found: Sequence[Records], space: Space, *, seed: int, settings: Settings = PUBLISHED) -> Fitted:
+    """Fit Q to all records and take the best action of every state, the neutral one where there is none.
+
+    On the CPU, the same for the same seed. Raises PolicyError for no records, rewards that are not finite, or states
+    and actions out of range.
+    """
+    if not any(len(own.states) for own in found):
+        raise PolicyError("no records to learn from; roll out at least one prompt")
+    states, actions, rewards = (
+        torch.cat([getattr(own, name) for own in found]).cpu() for name in ("states", "actions", "rewards")
+    )
+    _check(states, actions, rewards, space)
+    rewards = rewards.float()
     draw = torch.Generator().manual_seed(seed)
-    q = torch.zeros(n_states, n_actions, requires_grad=True)
+    q = torch.zeros(space.states, space.count, requires_grad=True)
     optimizer = torch.optim.AdamW([q], lr=settings.lr, weight_decay=settings.weight_decay)
-    steps = 0
     for _ in range(settings.epochs):
         for batch in torch.split(balanced_epoch(states, draw), settings.batch):
             optimizer.zero_grad()
             loss(q, states[batch], actions[batch], rewards[batch], settings=settings).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            steps += 1
     best = q.detach().argmax(dim=1)
-    counted = torch.bincount(states * n_actions + actions, minlength=n_states * n_actions)
-    support = counted.view(n_states, n_actions)
-    best[support.sum(dim=1) == 0] = fallback
+    support = torch.bincount(states * space.count + actions, minlength=q.numel()).view(q.shape)
+    best[support.sum(dim=1) == 0] = space.fallback
+    steps = settings.epochs * math.ceil(len(states) / settings.batch)
     return Fitted(q.detach(), support, best, steps * settings.lr)
 
 
 def balanced_epoch(states: Tensor, draw: torch.Generator) -> Tensor:
     """Order the records of one epoch at random, [n] int64: every state n / states times, its records in turn."""
-    total = states.shape[0]
+    total = len(states)
     shuffled = torch.randperm(total, generator=draw)
     by_state = shuffled[states[shuffled].argsort(stable=True)]
     counts = torch.bincount(states)
     counts = counts[counts > 0]
-    starts = counts.cumsum(0) - counts
-    turn = torch.arange(total)
-    group = torch.randperm(counts.shape[0], generator=draw)[turn % counts.shape[0]]
-    picks = by_state[starts[group] + turn // counts.shape[0] % counts[group]]
+    starts, turn = counts.cumsum(0) - counts, torch.arange(total)
+    group = torch.randperm(len(counts), generator=draw)[turn % len(counts)]
+    picks = by_state[starts[group] + turn // len(counts) % counts[group]]
     return picks[torch.randperm(total, generator=draw)]
 
 
-def _check(states: Tensor, actions: Tensor, rewards: Tensor, *, n_states: int, n_actions: int) -> None:
+def _check(states: Tensor, actions: Tensor, rewards: Tensor, space: Space) -> None:
     sizes = [tuple(x.shape) for x in (states, actions, rewards)]
-    if states.dim() != 1 or len(set(sizes)) != 1:
+    if len(set(sizes)) != 1:
         raise PolicyError(f"states, actions and rewards are {sizes}; give three lists of the same length")
-    if not states.numel():
-        raise PolicyError("no records to learn from; roll out at least one prompt")
     finite_only(rewards, "rewards")
-    for name, x, count in (("state", states, n_states), ("action", actions, n_actions)):
+    for name, x, count in (("state", states, space.states), ("action", actions, space.count)):
         if int(x.min()) < 0 or int(x.max()) >= count:
             raise PolicyError(f"{name}s go from {int(x.min())} to {int(x.max())}, the table has 0 to {count - 1}")
 
@@ -177,55 +193,85 @@ def finite_only(x: Tensor, name: str) -> None:
     """Raises PolicyError when a value of `x` is not finite; `name` says what the values are."""
     bad = (~x.isfinite()).flatten().nonzero()
     if bad.numel():
-        raise PolicyError(
-            f"{bad.shape[0]} of {x.numel()} {name} are not finite, the first is number {int(bad[0])}; "
-            "drop those prompts or roll them out again"
-        )
-
-
-def reward(compressed: Tensor, full: Tensor) -> Tensor:
-    """Return a head's reward, minus the nats that compression costs. compressed, full: losses of one continuation."""
-    return full - compressed
+        found = f"{bad.shape[0]} of {x.numel()} {name} are not finite, the first is number {int(bad[0])}"
+        raise PolicyError(f"{found}; drop those prompts or roll them out again")
 
 
 def gate_reward(
     compressed: Tensor, full: Tensor, *, passing: Tensor, budget: Tensor | int, tokens: Tensor | int
 ) -> Tensor:
-    """Return the gate's reward: `reward` minus the share of the prompt by which passing tokens exceed the budget.
+    """Return a head's reward, minus the nats that compression costs, less the share of the prompt over the budget.
 
-    passing: how many tokens reach the threshold. tokens: prompt tokens T. All broadcast.
+    compressed, full: losses of one continuation. passing: how many tokens reach the threshold. tokens: prompt tokens T.
     """
-    return reward(compressed, full) - (passing - budget).clamp(min=0) / tokens
+    return full - compressed - (passing - budget).clamp(min=0) / tokens
+
+
+def checksum(table: Tensor) -> str:
+    """Return the sha256 of a table's float32 bytes, row by row."""
+    return hashlib.sha256(table.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+Rollouts = Callable[[Tensor], Sequence[Records]]
+"""Takes the opposite table, float32 of its space's shape, and returns records made with it active."""
 
 
 @dataclass(frozen=True, eq=False)
-class Edges:
-    """Quantile bounds of the risk bins: [19] and [3] float32, ascending."""
+class Alternation:
+    """Both tables after the last round.
 
-    entropy: Tensor
-    perplexity: Tensor
-
-
-def bin_edges(entropy: Tensor, perplexity: Tensor) -> Edges:
-    """Return edges that cut calibration signals into 20 and 4 equally filled bins. entropy, perplexity: [P].
-
-    Raises PolicyError for fewer prompts than entropy bins, or for signals that are not finite.
+    head_table, gate_table: float32. changed: (head, gate) actions that differ from the round before, for every round.
+    converged: the last round changed none.
     """
-    if entropy.shape != perplexity.shape or entropy.dim() != 1 or entropy.shape[0] < ENTROPY_BINS:
-        raise PolicyError(
-            f"{list(entropy.shape)} entropies and {list(perplexity.shape)} perplexities do not fill {ENTROPY_BINS} x "
-            f"{PERPLEXITY_BINS} risk bins; give at least {ENTROPY_BINS} calibration prompts"
-        )
-    edges = []
-    for name, x, count in (("entropies", entropy, ENTROPY_BINS), ("perplexities", perplexity, PERPLEXITY_BINS)):
-        finite_only(x, name)
-        at = torch.arange(1, count, dtype=torch.float64) / count
-        edges.append(x.double().cpu().quantile(at).float())
-    return Edges(*edges)
+
+    head: Fitted
+    gate: Fitted
+    head_table: Tensor
+    gate_table: Tensor
+    changed: tuple[tuple[int, int], ...]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.changed)
+
+    @property
+    def converged(self) -> bool:
+        return self.changed[-1] == (0, 0)
 
 
-def bins(edges: Edges, entropy: Tensor, perplexity: Tensor) -> Tensor:
-    """Return the risk bin of each prompt, [P] int64 = entropy bin * 4 + perplexity bin; a value on an edge goes up."""
-    high = torch.bucketize(entropy.double().cpu(), edges.entropy.double(), right=True)
-    wide = torch.bucketize(perplexity.double().cpu(), edges.perplexity.double(), right=True)
-    return high * PERPLEXITY_BINS + wide
+def alternate(
+    head_rollouts: Rollouts,
+    gate_rollouts: Rollouts,
+    *,
+    head: Space,
+    gate: Space,
+    seed: int,
+    max_rounds: int = 8,
+    settings: Settings = PUBLISHED,
+) -> Alternation:
+    """Fit heads with the gate active, then the gate with these heads, until no action changes or `max_rounds`.
+
+    Starts from neutral tables. Every fit draws its batches from the same seed, so that equal records give equal tables.
+    Raises PolicyError for a record of another opposite table, and what `fit` raises.
+    """
+    if max_rounds < 1:
+        raise PolicyError(f"max_rounds={max_rounds} compiles nothing; give at least 1")
+    head_actions = torch.full((head.states,), head.fallback)
+    gate_actions = torch.full((gate.states,), gate.fallback)
+    changed: list[tuple[int, int]] = []
+    while len(changed) < max_rounds and (0, 0) not in changed:
+        heads = _fit_round(head_rollouts, gate.table(gate_actions), head, seed=seed, settings=settings)
+        gates = _fit_round(gate_rollouts, head.table(heads.actions), gate, seed=seed + 1, settings=settings)
+        changed.append((int((heads.actions != head_actions).sum()), int((gates.actions != gate_actions).sum())))
+        head_actions, gate_actions = heads.actions, gates.actions
+    return Alternation(heads, gates, head.table(head_actions), gate.table(gate_actions), tuple(changed))
+
+
+def _fit_round(rollouts: Rollouts, opposite: Tensor, space: Space, *, seed: int, settings: Settings) -> Fitted:
+    """A table fitted to roll-outs against `opposite`. Raises PolicyError for a record of another opposite table."""
+    wanted, found = checksum(opposite), rollouts(opposite)
+    for number, records in enumerate(found):
+        if records.opposite != wanted:
+            other = f"record {number} was rolled out against table {records.opposite[:12] or 'none'}"
+            raise PolicyError(f"{other}, the current one is {wanted[:12]}; roll it out again")
+    return fit(found, space, seed=seed, settings=settings)

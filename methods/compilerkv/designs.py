@@ -11,7 +11,6 @@ Shape letters: P prompts   R = 2 * pairs rows of a prompt, row i + pairs the mir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -44,8 +43,7 @@ def foldover(factors: int, pairs: int, seed: int) -> Tensor:
         columns = torch.randperm(order, generator=draw)[: factors - first]
         signs = _signs(pairs, draw)[:, None] * _signs(columns.shape[0], draw)
         blocks.append(_sylvester(rows, columns) * signs)
-    half = torch.cat(blocks, dim=1)  # [pairs, F]
-    half = half[:, torch.randperm(factors, generator=draw)]
+    half = torch.cat(blocks, dim=1)[:, torch.randperm(factors, generator=draw)]  # [pairs, F]
     return torch.cat([half, -half])
 
 
@@ -81,8 +79,7 @@ def _sylvester(rows: Tensor, columns: Tensor) -> Tensor:
     return 1.0 - 2.0 * (bits & 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Effects:
+class Effects(NamedTuple):
     """values: [F] float64, gain of each factor in nats. penalty: ridge penalty per row."""
 
     values: Tensor
@@ -118,29 +115,18 @@ class _Moments(NamedTuple):
 
 
 def _moments(designs: Tensor, losses: Tensor) -> _Moments:
-    odd = odd_part(designs, losses)  # [P, pairs]
-    half = designs[:, : odd.shape[1]].double()
-    rows = torch.full((odd.shape[0],), odd.shape[1], dtype=torch.float64)
-    return _Moments(half.mT @ half, (half.mT @ odd[..., None])[..., 0], odd.square().sum(dim=1), rows)
-
-
-def odd_part(designs: Tensor, losses: Tensor) -> Tensor:
-    """Return the gain of every row over the mean of it and its mirror image, (L_mirror - L_i) / 2: [P, pairs] float64.
-
-    Raises PolicyError as `ridge` does.
-    """
     prompts, rows = losses.shape if losses.dim() == 2 else (0, 0)
     if prompts < 2 or designs.dim() != 3 or designs.shape[:2] != losses.shape or rows % 2:
-        raise PolicyError(
-            f"designs {list(designs.shape)} and losses {list(losses.shape)}; give [P, R, F] and [P, R] "
-            "of at least 2 prompts and an even number of rows"
-        )
+        found = f"designs {list(designs.shape)} and losses {list(losses.shape)}"
+        raise PolicyError(f"{found}; give [P, R, F] and [P, R] of at least 2 prompts and an even number of rows")
     finite_only(losses, "losses")
     pairs = rows // 2
     if not torch.equal(designs[:, :pairs], -designs[:, pairs:]):
         raise PolicyError(f"row i + {pairs} of a design is not the mirror image of row i; make designs with foldover")
-    losses = losses.double()
-    return (losses[:, pairs:] - losses[:, :pairs]) / 2
+    odd = (losses.double()[:, pairs:] - losses.double()[:, :pairs]) / 2  # gain over the mean of a row and its mirror
+    half = designs[:, :pairs].double()
+    counts = torch.full((prompts,), pairs, dtype=torch.float64)
+    return _Moments(half.mT @ half, (half.mT @ odd[..., None])[..., 0], odd.square().sum(dim=1), counts)
 
 
 def _solve(sums: _Moments, penalty: float) -> Tensor:
@@ -178,9 +164,7 @@ class Reliability(NamedTuple):
     high: float
 
 
-def split_half(
-    designs: Tensor, losses: Tensor, *, seed: int, splits: int = 100, penalty: float | Literal["cv"] = "cv"
-) -> Reliability:
+def split_half(designs: Tensor, losses: Tensor, *, seed: int, splits: int = 100) -> Reliability:
     """Correlate effects (Pearson) from random halves of the prompts. designs: [P, R, F]. losses: [P, R].
 
     The penalty is chosen once, on all prompts. Raises PolicyError for fewer than 4 prompts, and as `ridge` does.
@@ -189,19 +173,13 @@ def split_half(
     prompts = moments.gain.shape[0]
     if prompts < 4 or splits < 1:
         raise PolicyError(f"{prompts} prompts and {splits} splits make no halves; give at least 4 prompts and 1 split")
-    if penalty == "cv":
-        penalty = _best_penalty(moments, seed)
-    draw, found = torch.Generator().manual_seed(seed), []
+    penalty, draw, found = _best_penalty(moments, seed), torch.Generator().manual_seed(seed), []
     for _ in range(splits):
         halves = torch.randperm(prompts, generator=draw).tensor_split(2)
         found.append(correlation(*(_solve(moments.of(half), penalty) for half in halves)))
     mean = sum(found) / splits
-    return Reliability(mean, 2 * mean / (1 + mean) if mean > -1 else -1.0, *_middle(torch.tensor(found)))
-
-
-def _middle(x: Tensor) -> tuple[float, float]:
-    """The 2.5 % and the 97.5 % quantile."""
-    return x.quantile(0.025).item(), x.quantile(0.975).item()
+    low, high = (torch.tensor(found).quantile(at).item() for at in (0.025, 0.975))
+    return Reliability(mean, 2 * mean / (1 + mean) if mean > -1 else -1.0, low, high)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

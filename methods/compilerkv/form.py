@@ -9,6 +9,8 @@ score weights and thresholds.
     basis   scores of each KV head, or their mean over the heads of a layer, or over all layers
     kept    the last `window` tokens, then the best; each head at its own budget
     gate    only tokens of at least `gate` times the mean score are candidates, so a head may keep fewer than its budget
+`soft_bias` lets a loss be differentiated by slot budgets: a token is kept with probability sigmoid((log score - theta)
+/ tau), theta such that the expected number of kept tokens is the head's budget; with tau towards 0, the hard choice.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +21,13 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import avg_pool1d, logsigmoid, pad
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, each_layer, spread
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, spread
 from methods.snapkv import before_window, votes
+
+HALVINGS = 40
+LEAST = 0.5  # expected slots of a head beside its window
 
 
 class Form(BaseModel):
@@ -86,7 +91,7 @@ class FormPolicy(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         if self.form.basis != "global":
-            return each_layer(self, view, budget)
+            return super().compress(view, budget)
         counts = slot_counts(self.shares, budget, view.sizes, window=self.form.window)
         return [self._kept(*own) for own in zip(view.layers, self.form.scores(view), counts, strict=True)]
 
@@ -99,16 +104,12 @@ class FormPolicy(KVPolicy):
         return self._kept(layer, self.form.scores(PromptView([layer]))[0], counts)
 
     def _kept(self, layer: LayerView, scores: Tensor, counts: list[int]) -> KV:
-        return layer.kv.take(self._gated(scores, best_slots(scores, counts, recent=self.form.window)))
-
-    def _gated(self, scores: Tensor, slots: Tensor) -> Tensor:
-        """Those of the chosen slots that are candidates; -1 in place of the others."""
-        if not self.form.gate:
-            return slots
-        tokens = scores.shape[-1]
-        candidate = scores * tokens >= self.form.gate
-        candidate[..., max(0, tokens - self.form.window) :] = True
-        return slots.masked_fill(~candidate.gather(2, slots.clamp(min=0)), -1)
+        slots, tokens = best_slots(scores, counts, recent=self.form.window), scores.shape[-1]
+        if self.form.gate:
+            candidate = scores * tokens >= self.form.gate
+            candidate[..., max(0, tokens - self.form.window) :] = True
+            slots = slots.masked_fill(~candidate.gather(2, slots.clamp(min=0)), -1)
+        return layer.kv.take(slots)
 
 
 def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *, window: int) -> list[list[int]]:
@@ -119,9 +120,8 @@ def slot_counts(shares: Sequence[Sequence[float]], budget: int, sizes: Sizes, *,
     layers, heads = sizes.layers, sizes.kv_heads
     flat = [max(share, 1e-6) for row in shares for share in row] or [1.0] * (layers * heads)
     if len(flat) != layers * heads:
-        raise PolicyError(
-            f"{len(flat)} slot shares for {layers} layers of {heads} KV heads; compile them for this model"
-        )
+        what = f"{len(flat)} slot shares for {layers} layers of {heads} KV heads"
+        raise PolicyError(f"{what}; compile them for this model")
     least = min(window, budget, sizes.tokens)
     slots = [least + own for own in spread((budget - least) * layers * heads, flat, sizes.tokens - least)]
     return [slots[i * heads : (i + 1) * heads] for i in range(layers)]
@@ -138,8 +138,41 @@ def best_slots(scores: Tensor, counts: Sequence[int], *, recent: int) -> Tensor:
     size = min(recent, tokens)
     forced[..., tokens - size :] = scores.amax() + torch.arange(1, size + 1, device=scores.device)
     most = max(counts)
-    order = best(forced, most)
-    rank = torch.arange(most, device=scores.device)
-    own = torch.tensor(counts, device=scores.device)[None, :, None]
-    slots = order.masked_fill(rank >= own, tokens).sort(dim=-1).values
+    beyond = torch.arange(most, device=scores.device) >= torch.tensor(counts, device=scores.device)[None, :, None]
+    slots = best(forced, most).masked_fill(beyond, tokens).sort(dim=-1).values
     return slots.masked_fill(slots == tokens, -1)
+
+
+def soft_bias(scores: Tensor, counts: Tensor, *, window: int, tau: float) -> Tensor:
+    """Return the logit bias of each token, the logarithm of its probability to be kept: [R, H, T] float32, at most 0.
+
+    scores: [H, T] float32 >= 0. counts: [R, H] >= window, slots of each head, differentiable. The last `window` tokens
+    are kept.
+    """
+    before = scores.shape[1] - window
+    logs = scores[:, :before].clamp_min(torch.finfo(scores.dtype).tiny).log()  # [H, P]
+    wanted = (counts - window).clamp(LEAST, before - LEAST)
+    theta = _threshold(logs, wanted.detach(), tau)
+    z = (logs - theta.unsqueeze(-1)) / tau  # [R, H, P]
+    kept = z.sigmoid()
+    slope = (kept * (1 - kept)).sum(dim=-1) / tau  # - d count / d theta
+    moved = theta - (wanted - wanted.detach()) / slope.clamp_min(1e-6)  # theta as a function of the budget
+    bias = logsigmoid((logs - moved.unsqueeze(-1)) / tau)
+    return torch.cat([bias, bias.new_zeros(*bias.shape[:2], window)], dim=-1)
+
+
+def shares_of(weights: Tensor) -> Tensor:
+    """Return slot shares with mean 1 from free log-weights: [L, H]."""
+    return weights.exp() / weights.exp().mean()
+
+
+def _threshold(logs: Tensor, wanted: Tensor, tau: float) -> Tensor:
+    """Theta [R, H] at which the expected number of kept tokens is `wanted` [R, H]. logs: [H, P]."""
+    edge = 60 * tau
+    low = (logs.amin(dim=-1) - edge).expand_as(wanted).clone()
+    high = (logs.amax(dim=-1) + edge).expand_as(wanted).clone()
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        many = ((logs - middle.unsqueeze(-1)) / tau).sigmoid().sum(dim=-1) > wanted
+        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    return (low + high) / 2

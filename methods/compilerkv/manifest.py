@@ -28,47 +28,44 @@ class Shapes(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What the tensors are and where they came from."""
+    """What the tensors are and where they came from.
+
+    kind: neutral, nothing was learnt; compiled, from roll-outs of a model; simulated, anything else, refused when read.
+    budgets: ascending, in slots per layer and KV head. source: estimator, and what was done to the tables since.
+    model, model_revision: whose roll-outs they were made from, and its content hash or commit; empty for tables that
+    fit any model of these shapes, such as transferred ones.
+    form: how tokens are scored where budgets are compiled; None for tables of the published form alone.
+    neutral: tables that were left neutral, and why: `not compiled`, or the gain that was not there.
+    prompts: SHA-256 of the token ids of every calibration prompt; none of them may be scored with these tables.
+    report: support, reliability, and gains on calibration-validation prompts, in nats. command: what made them.
+    made_on: processor, threads and versions; a seed gives the same tables to the bit on an equal machine alone.
+    corpus: calibration prompts, what they are and how many.
+    head_range, gate_range: bounds of the head weights and thresholds that were searched; a value outside is damage.
+    tensors_sha256, created: of the tensors file, and UTC in ISO 8601. Set when saved.
+    """
 
     schema_version: Literal[3] = 3
     kind: Literal["neutral", "compiled", "simulated"]
-    """neutral: nothing was learnt. compiled: from roll-outs of a model. simulated: anything else; refused when read."""
     shapes: Shapes
     budgets: tuple[PositiveInt, ...]
-    """Budgets compiled for, ascending, in slots per layer and KV head."""
     source: str
-    """How the tables were made: estimator, and what was done to them since."""
     model: str = ""
-    """Name of the model whose roll-outs they were made from."""
     model_revision: str = ""
-    """Its content hash or commit; empty for tables that fit any model of these shapes, such as transferred ones."""
     form: Form | None = None
-    """How tokens are scored where budgets are compiled; None for tables of the published form alone."""
     neutral: dict[str, str] = Field(default_factory=dict)
-    """Tables that were left neutral, and why: `not compiled`, or the gain that was not there."""
     prompts: tuple[str, ...] = ()
-    """SHA-256 of the token ids of every calibration prompt; none of them may be scored with these tables."""
     report: dict[str, Any] = Field(default_factory=dict)
-    """Support, reliability, and gains on calibration-validation prompts, in nats."""
     command: tuple[str, ...] = ()
-    """The command that made them."""
     git_commit: str | None = None
     made_on: dict[str, Any] = Field(default_factory=dict)
-    """Processor, threads and versions. A seed gives the same tables to the bit on an equal machine alone."""
     corpus: str
-    """Calibration prompts: what they are and how many."""
     seed: int
     head_range: tuple[Bound, Bound] = (0.8, 1.5)
-    """Bounds of the head weights that were searched; a value outside is damage."""
     gate_range: tuple[Bound, Bound] = (0.8, 1.0)
-    """Bounds of the thresholds that were searched."""
     tensors_sha256: str = ""
-    """SHA-256 of the tensors file. Set when saved."""
     created: str = ""
-    """UTC, ISO 8601. Set when saved."""
 
     def of_model(self, revision: str) -> bool:
-        """Return whether a model of this revision may use them."""
         return self.model_revision in ("", revision)
 
     @property

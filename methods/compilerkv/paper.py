@@ -29,18 +29,15 @@ def compress(view: PromptView, budget: int, tables: Tables, *, window: int, lear
 
 
 def prompt_utility(view: PromptView, window: int) -> Tensor:
-    """Return alpha, [T] float32: attention of the last `window` queries over layers and heads, mean 1. Computed once.
+    """Return alpha, [T] float32: attention of the last `window` queries over layers and heads, mean 1; memoised."""
 
-    One layer's attention is held at a time.
-    """
-    return view.layers[0].memo(("compilerkv alpha", window), lambda _: _utility(view, window))
+    def utility(first: LayerView) -> Tensor:
+        mass = torch.zeros(view.tokens, device=first.kv.keys.device)
+        for layer in view.layers:  # one layer's attention at a time
+            mass += layer.attention(window).mean(dim=(0, 1, 2, 3)).to(mass.device)
+        return mass * (view.tokens / len(view.layers))
 
-
-def _utility(view: PromptView, window: int) -> Tensor:
-    mass = torch.zeros(view.tokens, device=view.layers[0].kv.keys.device)
-    for layer in view.layers:
-        mass += layer.attention(window).mean(dim=(0, 1, 2, 3)).to(mass.device)
-    return mass * (view.tokens / len(view.layers))
+    return view.layers[0].memo(("compilerkv alpha", window), utility)
 
 
 def prompt_risk(view: PromptView, alpha: Tensor, window: int) -> tuple[float, float]:

@@ -68,12 +68,11 @@ class CompilerKV(KVPolicy):
 
     @property
     def needs(self) -> Needs:
+        scan, tables = Needs(window=self.window, logprobs=True), self._loaded()
         if self.form == "published":
-            return Needs(window=self.window, logprobs=True)
-        tables = self._loaded()
-        risk = tables is not None and bool(tables.risk[:, :, 0].any())
-        own = Needs(window=self.window, logprobs=True) if risk else Needs()  # for `compress_batch`
-        return self._form().needs | own | Needs(decode_attention=self.evicts_while_decoding)
+            return scan
+        batch = scan if tables is not None and bool(tables.risk[:, :, 0].any()) else Needs()  # for `compress_batch`
+        return self._form().needs | batch | Needs(decode_attention=self.evicts_while_decoding)
 
     @property
     def evicts_while_decoding(self) -> bool:
@@ -89,10 +88,9 @@ class CompilerKV(KVPolicy):
             return replace(self, tables=found[0] if found else NEUTRAL)
         tables = self._loaded()
         if tables is not None and not tables.manifest.of_model(revision):
-            raise PolicyError(
-                f"tables {self.tables} are of {tables.manifest.model} ({tables.manifest.model_revision[:12]}), "
-                f"this model is {revision[:12]}; compile tables for it, or move these with `harness tables transfer`"
-            )
+            what = f"tables {self.tables} are of {tables.manifest.model} ({tables.manifest.model_revision[:12]})"
+            advice = "compile tables for it, or move these with `harness tables transfer`"
+            raise PolicyError(f"{what}, this model is {revision[:12]}; {advice}")
         return self
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
@@ -122,10 +120,9 @@ class CompilerKV(KVPolicy):
         risk = tables.at(budget, "risk")
         if self.form == "published" or self.budgets != "compiled" or not bool(risk[:, 0].any()):
             return [self.compress(view, budget) for view in views]
-        signals = torch.tensor(
-            [paper.prompt_risk(view, paper.prompt_utility(view, self.window), self.window) for view in views]
-        )
-        own = batch_budgets(budget, signals, risk)
+        alphas = [paper.prompt_utility(view, self.window) for view in views]
+        signals = [paper.prompt_risk(view, alpha, self.window) for view, alpha in zip(views, alphas, strict=True)]
+        own = batch_budgets(budget, torch.tensor(signals), risk)
         return [self.compress(view, max(1, slots)) for view, slots in zip(views, own, strict=True)]
 
     def after_step(self, step: StepView) -> Tensor:
@@ -168,9 +165,7 @@ class CompilerKV(KVPolicy):
         return tuple(map(tuple, shares.tolist()))
 
     def _loaded(self) -> Tables | None:
-        if self.tables in (AUTO, NEUTRAL):
-            return None
-        return load_tables(folder_of(self.tables))
+        return None if self.tables in (AUTO, NEUTRAL) else load_tables(folder_of(self.tables))
 
     def _tables(self, sizes: Sizes, budget: int) -> Tables:
         shapes = Shapes(layers=sizes.layers, query_heads=sizes.query_heads, kv_heads=sizes.kv_heads)

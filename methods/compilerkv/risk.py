@@ -1,4 +1,4 @@
-"""Budgets of the prompts of a batch by their risk, at a fixed total.
+"""Risk of prompts: the bins of the published gate, and budgets of the prompts of a batch, at a fixed total.
 
 In the spirit of the risk gate of https://arxiv.org/abs/2602.08686, which lets a prompt's entropy and perplexity decide
 how much of it is kept: a prompt's share of the batch's slots is exp(slope . z), where z are its entropy of attention
@@ -10,17 +10,50 @@ Shape letters: P prompts   N compiled budgets.
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from methods.base import spread
+from methods.base import PolicyError, spread
+from methods.compilerkv.cql import finite_only
+from methods.compilerkv.manifest import ENTROPY_BINS, PERPLEXITY_BINS
 from methods.compilerkv.selection import interval
 
 SLOPES = (-0.6, -0.3, 0.0, 0.3, 0.6)
 MOST = 2.0
 """Most even shares that one prompt gets; one over it is the least. The total is restored afterwards."""
+
+
+class Edges(NamedTuple):
+    """Quantile bounds of the risk bins: [19] and [3] float32, ascending."""
+
+    entropy: Tensor
+    perplexity: Tensor
+
+
+def bin_edges(entropy: Tensor, perplexity: Tensor) -> Edges:
+    """Return edges that cut calibration signals into 20 and 4 equally filled bins. entropy, perplexity: [P].
+
+    Raises PolicyError for fewer prompts than entropy bins, or for signals that are not finite.
+    """
+    if entropy.shape != perplexity.shape or entropy.dim() != 1 or entropy.shape[0] < ENTROPY_BINS:
+        given = f"{list(entropy.shape)} entropies and {list(perplexity.shape)} perplexities"
+        bins = f"{ENTROPY_BINS} x {PERPLEXITY_BINS} risk bins"
+        raise PolicyError(f"{given} do not fill {bins}; give at least {ENTROPY_BINS} calibration prompts")
+    edges = []
+    for name, x, count in (("entropies", entropy, ENTROPY_BINS), ("perplexities", perplexity, PERPLEXITY_BINS)):
+        finite_only(x, name)
+        at = torch.arange(1, count, dtype=torch.float64) / count
+        edges.append(x.double().cpu().quantile(at).float())
+    return Edges(*edges)
+
+
+def bins(edges: Edges, entropy: Tensor, perplexity: Tensor) -> Tensor:
+    """Return the risk bin of each prompt, [P] int64 = entropy bin * 4 + perplexity bin; a value on an edge goes up."""
+    high = torch.bucketize(entropy.double().cpu(), edges.entropy.double(), right=True)
+    wide = torch.bucketize(perplexity.double().cpu(), edges.perplexity.double(), right=True)
+    return high * PERPLEXITY_BINS + wide
 
 
 def multiples(signals: Tensor, risk: Tensor) -> Tensor:

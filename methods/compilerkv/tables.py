@@ -37,6 +37,8 @@ from methods.compilerkv.manifest import (
 MANIFEST, TENSORS = "manifest.json", "tables.safetensors"
 Learned = Literal["both", "head", "gate", "independent"]
 SHARES = ("budget", "retrieval")
+UNSUPPORTED = dict.fromkeys(("head", "head_alone"), UNSUPPORTED_HEAD)
+UNSUPPORTED |= dict.fromkeys(("gate", "gate_alone"), UNSUPPORTED_GATE)
 ROUNDING = 1e-6  # a bound such as 0.8 is rounded to float32
 
 
@@ -86,8 +88,7 @@ class Tables:
         row = self.manifest.budgets.index(self.nearest_budget(budget))
         high = bisect_right(self.entropy_edges.tolist(), entropy)
         wide = bisect_right(self.perplexity_edges.tolist(), perplexity)
-        head = self.head if learned == "both" else self.head_alone
-        gate = self.gate if learned == "both" else self.gate_alone
+        head, gate = (self.head, self.gate) if learned == "both" else (self.head_alone, self.gate_alone)
         weights, thresholds = head[row], gate[row, :, high, wide]
         if learned == "gate":
             weights = torch.full_like(weights, UNSUPPORTED_HEAD)
@@ -97,8 +98,7 @@ class Tables:
 
     def at(self, budget: int, name: str = "budget") -> Tensor:
         """Read a tensor [N, ...] at any budget: linear in its logarithm between compiled ones, outside the nearest."""
-        table, compiled = getattr(self, name), self.manifest.budgets
-        assert isinstance(table, Tensor)
+        table, compiled = self.tensors[name], self.manifest.budgets
         above = min(bisect_right(compiled, budget), len(compiled) - 1)
         below = max(0, above - 1)
         span = math.log(compiled[above] / compiled[below])
@@ -108,17 +108,13 @@ class Tables:
     def published_neutral(self, budget: int) -> bool:
         """Return whether head weights and thresholds say nothing at the nearest compiled budget."""
         row = self.manifest.budgets.index(self.nearest_budget(budget))
-        heads, gates = (self.head, self.head_alone), (self.gate, self.gate_alone)
-        plain = [(x, UNSUPPORTED_HEAD) for x in heads] + [(x, UNSUPPORTED_GATE) for x in gates]
-        return all(bool((x[row] == value).all()) for x, value in plain)
+        return all(bool((getattr(self, name)[row] == value).all()) for name, value in UNSUPPORTED.items())
 
     def validate(self, shapes: Shapes) -> None:
         """Raises PolicyError unless these tables were compiled for a model of `shapes`."""
         if self.manifest.shapes != shapes:
-            raise PolicyError(
-                f"tables are for {self.manifest.shapes}, this model has {shapes}; compile tables for it, or move these "
-                "with methods.compilerkv.tables.transfer"
-            )
+            advice = "compile tables for it, or move these with methods.compilerkv.tables.transfer"
+            raise PolicyError(f"tables are for {self.manifest.shapes}, this model has {shapes}; {advice}")
 
 
 def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:
@@ -127,13 +123,9 @@ def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:
         kind="neutral", shapes=shapes, budgets=tuple(budgets), source="unsupported-cell values", corpus="none", seed=0
     )
     tensors = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in _expected(manifest).items()}
-    tensors["budget"].fill_(1.0)
-    tensors["retrieval"].fill_(1.0)
     tensors["risk"][:, :, 2] = 1.0
-    for name in ("head", "head_alone"):
-        tensors[name].fill_(UNSUPPORTED_HEAD)
-    for name in ("gate", "gate_alone"):
-        tensors[name].fill_(UNSUPPORTED_GATE)
+    for name, value in (UNSUPPORTED | dict.fromkeys(SHARES, 1.0)).items():
+        tensors[name].fill_(value)
     return Tables(manifest, **tensors)
 
 
@@ -165,11 +157,8 @@ def save_tables(tables: Tables, folder: str | Path) -> Tables:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save({name: x.contiguous().cpu() for name, x in tables.tensors.items()})
-    stamp = {
-        "tensors_sha256": hashlib.sha256(data).hexdigest(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    manifest = tables.manifest.model_copy(update=stamp)
+    digest, now = hashlib.sha256(data).hexdigest(), datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = tables.manifest.model_copy(update={"tensors_sha256": digest, "created": now})
     (folder / TENSORS).write_bytes(data)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return replace(tables, manifest=manifest)
@@ -185,8 +174,8 @@ def load_tables(folder: str | Path) -> Tables:
     try:
         stamps = tuple((folder / name).stat().st_mtime_ns for name in (MANIFEST, TENSORS))
     except OSError as error:
-        missing = error.filename or folder
-        raise PolicyError(f"no tables at {missing}: {error.strerror}; compile them, or use tables='neutral'") from None
+        what = f"{error.filename or folder}: {error.strerror}"
+        raise PolicyError(f"no tables at {what}; compile them, or use tables='neutral'") from None
     return _load(folder.resolve(), stamps)
 
 
@@ -200,21 +189,15 @@ def _load(folder: Path, stamps: tuple[int, ...]) -> Tables:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise PolicyError(
-            f"{folder / MANIFEST} is damaged: {where}: {first['msg']}, got {str(first['input'])[:60]!r}; "
-            "compile the tables again"
-        ) from None
+        what = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}, got {str(first['input'])[:60]!r}"
+        raise PolicyError(f"{folder / MANIFEST} is damaged: {what}; compile the tables again") from None
     if manifest.kind == "simulated":
-        raise PolicyError(
-            f"simulated tables are refused: {folder} ({manifest.source}); compile them from a model's roll-outs"
-        )
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != manifest.tensors_sha256:
-        raise PolicyError(
-            f"{folder / TENSORS} is damaged or not this manifest's: its sha256 is {digest[:12]}..., the manifest says "
-            f"{manifest.tensors_sha256[:12] or 'none'}...; compile the tables again"
-        )
+        where = f"{folder} ({manifest.source})"
+        raise PolicyError(f"simulated tables are refused: {where}; compile them from a model's roll-outs")
+    digest, stated = hashlib.sha256(data).hexdigest(), manifest.tensors_sha256
+    if digest != stated:
+        what = f"its sha256 is {digest[:12]}..., the manifest says {stated[:12] or 'none'}..."
+        raise PolicyError(f"{folder / TENSORS} is damaged or not this manifest's: {what}; compile the tables again")
     try:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
@@ -228,26 +211,20 @@ def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     budgets, shapes = len(manifest.budgets), manifest.shapes
     head = (budgets, shapes.layers, shapes.query_heads)
     gate = (budgets, shapes.layers, ENTROPY_BINS, PERPLEXITY_BINS)
-    return {
-        **dict.fromkeys(SHARES, ((budgets, shapes.layers, shapes.kv_heads), torch.float32)),
-        "risk": ((budgets, 2, 3), torch.float32),
-        "head": (head, torch.float32),
-        "gate": (gate, torch.float32),
-        "entropy_edges": ((ENTROPY_BINS - 1,), torch.float32),
-        "perplexity_edges": ((PERPLEXITY_BINS - 1,), torch.float32),
-        "head_support": (head, torch.int64),
-        "gate_support": (gate, torch.int64),
-        "head_alone": (head, torch.float32),
-        "gate_alone": (gate, torch.float32),
+    sizes = {
+        **dict.fromkeys(SHARES, (budgets, shapes.layers, shapes.kv_heads)),
+        **{"risk": (budgets, 2, 3), "head": head, "gate": gate},
+        **{"entropy_edges": (ENTROPY_BINS - 1,), "perplexity_edges": (PERPLEXITY_BINS - 1,)},
+        **{"head_support": head, "gate_support": gate, "head_alone": head, "gate_alone": gate},
     }
+    return {name: (size, torch.int64 if "support" in name else torch.float32) for name, size in sizes.items()}
 
 
 def _check(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> None:
     """Raises PolicyError for the first thing in `tensors` that `manifest` rules out."""
     flaw = _layout_flaw(manifest, tensors)
-    for name, x in tensors.items() if flaw is None else ():
-        flaw = flaw or _value_flaw(name, x, manifest)
-    if flaw is not None:
+    flaw = flaw or next(filter(None, (_value_flaw(name, x, manifest) for name, x in tensors.items())), None)
+    if flaw:
         raise PolicyError(f"tables {where}: {flaw}; compile the tables again")
 
 
@@ -273,7 +250,7 @@ def _value_flaw(name: str, x: Tensor, manifest: Manifest) -> str | None:
         return f"{name} multiples are not above 0 with a mean of 1"
     lowest = -math.inf if name == "risk" else 0.0
     low, high = manifest.ranges.get(name.removesuffix("_alone"), (lowest, math.inf))
-    if bool((x < low - ROUNDING).any()) or bool((x > high + ROUNDING).any()):
+    if bool(((x < low - ROUNDING) | (x > high + ROUNDING)).any()):
         return f"{name} goes from {x.min().item():g} to {x.max().item():g}, outside {low:g} to {high:g}"
     return None
 

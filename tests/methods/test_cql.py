@@ -1,7 +1,5 @@
 """Conservative Q-learning: its loss by hand, planted effects recovered, and the alternation of the two tables."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,43 +12,41 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methods.base import PolicyError
-from methods.compilerkv.alternation import Records, alternate, checksum
 from methods.compilerkv.cql import (
     PUBLISHED,
     Fitted,
+    Records,
     Settings,
     Space,
+    alternate,
     balanced_epoch,
-    bin_edges,
-    bins,
+    checksum,
     fit,
     gate_reward,
     gate_space,
     head_space,
     loss,
-    reward,
 )
-from methods.compilerkv.designs import correlation, foldover, foldover_levels
+from methods.compilerkv.designs import correlation, foldover_levels
+from methods.compilerkv.risk import bin_edges, bins
 from methods.compilerkv.tables import Shapes, neutral
 
 FAST = Settings(lr=0.05, epochs=60)
 
 
-def learn(states: Tensor, actions: Tensor, rewards: Tensor, **changes: Any) -> Fitted:
-    given = {"n_states": 2, "n_actions": 2, "seed": 0} | changes
-    return fit(states, actions, rewards, **given)
+def learn(
+    states: Tensor, actions: Tensor, rewards: Tensor, *, shape: tuple[int, int] = (2, 2), **changes: Any
+) -> Fitted:
+    """shape: states and actions. The last action is the neutral one."""
+    space = Space(shape[:1], 0.0, 1.0, shape[1], 1.0)
+    return fit([Records(states, actions, rewards, opposite="")], space, **{"seed": 0, **changes})
 
 
 def test_published_settings_are_the_default() -> None:
     assert Settings(0.75, 0.5, 3e-4, 0.01, 4096, 10) == PUBLISHED
-    for space, count, low, high, neutral_value in (
-        (head_space(1, 3, 6), 29, 0.8, 1.5, 1.0),
-        (gate_space(1, 3), 21, 0.8, 1.0, 0.8),
-    ):
-        values = space.values
-        assert values.shape == (count,)
-        assert (values[0].item(), values[-1].item()) == pytest.approx((low, high))
-        assert values[space.fallback].item() == pytest.approx(neutral_value)
+    for space, *expected in ((head_space(1, 3, 6), 29, 0.8, 1.5, 1.0), (gate_space(1, 3), 21, 0.8, 1.0, 0.8)):
+        values = space.values.tolist()
+        assert [len(values), values[0], values[-1], values[space.fallback]] == pytest.approx(expected)
 
 
 def test_loss_of_a_two_by_two_table_by_hand() -> None:
@@ -70,15 +66,6 @@ def test_one_published_step_moves_q_by_the_learning_rate_against_the_gradient() 
     assert found.reach == pytest.approx(3e-4)
 
 
-def test_q_ends_where_the_gradient_of_the_loss_vanishes() -> None:
-    states, actions = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 2])
-    rewards = torch.tensor([0.0, 0.2, 0.4, -0.3])
-    found = learn(states, actions, rewards, n_states=1, n_actions=3, settings=Settings(lr=0.01, epochs=1200, batch=4))
-    q, share, mean = found.q[0], torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.1, 0.4, -0.3])
-    slope = 0.75 * (q.softmax(0) - share) + share * (q - mean)
-    assert slope.abs().max() < 0.02  # weight decay pulls a little
-
-
 @pytest.mark.parametrize("levels", [2, 5])
 def test_balanced_designs_recover_planted_effects(levels: int) -> None:
     factors, draw = 24, torch.Generator().manual_seed(0)
@@ -88,14 +75,8 @@ def test_balanced_designs_recover_planted_effects(levels: int) -> None:
     spread = actions / (levels - 1) * 2 - 1.0
     rewards = spread @ gains * 0.2 + 0.1 * torch.randn(len(actions), generator=draw)
     records = Records.of(actions, rewards, states=torch.arange(factors), opposite="")
-    found = learn(
-        records.states,
-        records.actions,
-        rewards=records.rewards,
-        n_states=factors,
-        n_actions=levels,
-        settings=Settings(lr=0.02, epochs=30),
-    )
+    found = fit([records], Space((factors,), 0.0, 1.0, levels, 0.0), seed=0, settings=Settings(lr=0.02, epochs=30))
+    assert found.reach == pytest.approx(0.02 * 30 * math.ceil(actions.numel() / 4096))
     slope = found.q[:, -1] - found.q[:, 0]
     assert correlation(slope, gains) > 0.9
     strong = gains.abs() > 0.5
@@ -111,37 +92,18 @@ def test_unbalanced_designs_pick_what_was_tried_most() -> None:
     for share, chosen in (([0.9, 0.05, 0.05], 0), ([1.0, 1.0, 1.0], 1)):
         actions = torch.multinomial(torch.tensor(share), 20_000, replacement=True, generator=draw)
         rewards = values[actions] + 0.1 * torch.randn(20_000, generator=draw)
-        found = learn(torch.zeros_like(actions), actions, rewards, n_actions=3, settings=FAST)
+        found = learn(torch.zeros_like(actions), actions, rewards, shape=(2, 3), settings=FAST)
         assert found.actions[0] == chosen
-
-
-def test_published_settings_find_the_better_of_two_levels_unless_rewards_lie_beyond_their_reach() -> None:
-    designs = foldover(270, 512, seed=0)
-    draw = torch.Generator().manual_seed(1)
-    gains = torch.randn(270, generator=draw)
-    rewards = 0.3 * (designs @ gains / 270**0.5 + torch.randn(1024, generator=draw))
-    found = {}
-    for level in (0.0, -1.0):
-        records = Records.of((designs > 0).long(), rewards + level, states=torch.arange(270), opposite="")
-        found[level] = learn(records.states, records.actions, records.rewards, n_states=270)
-    assert found[0.0].reach == pytest.approx(10 * 68 * 3e-4)  # 270 x 1024 records in batches of 4096, rounded up
-    slopes = {level: correlation(fitted.q.diff(dim=1)[:, 0], gains) for level, fitted in found.items()}
-    assert slopes[0.0] > 0.85
-    assert slopes[-1.0] < 0.6  # a common cost of 1 nat: centre rewards, or give more records
 
 
 def test_states_without_records_take_the_neutral_action_and_are_counted() -> None:
     states, actions = torch.tensor([1, 1, 3]), torch.tensor([0, 1, 1])
-    found = learn(states, actions, torch.tensor([1.0, 0.0, 2.0]), n_states=5, n_actions=3, fallback=2, settings=FAST)
+    found = learn(states, actions, torch.tensor([1.0, 0.0, 2.0]), shape=(5, 3), settings=FAST)
     assert found.actions.tolist() == [2, 0, 2, 1, 2]
     assert found.support.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]]
     assert (found.unsupported, found.untried) == (3, 0)
-
-
-def test_a_choice_that_no_record_tried_is_counted() -> None:
-    support, actions = torch.tensor([[0, 0], [2, 0], [0, 3]]), torch.tensor([0, 1, 1])
-    found = Fitted(torch.zeros(3, 2), support, actions, 0.0)
-    assert (found.unsupported, found.untried) == (1, 1)
+    found = Fitted(torch.zeros(3, 2), torch.tensor([[0, 0], [2, 0], [0, 3]]), torch.tensor([0, 1, 1]), 0.0)
+    assert (found.unsupported, found.untried) == (1, 1)  # one chose what none of its records tried
 
 
 def test_the_same_seed_gives_the_same_q_and_another_seed_another() -> None:
@@ -170,7 +132,6 @@ def test_every_state_with_records_is_drawn_equally_often(counts: list[int], seed
 
 def test_rewards_by_hand() -> None:
     compressed, full = torch.tensor([2.0, 1.0]), torch.tensor([1.5, 1.25])
-    assert reward(compressed, full).tolist() == [-0.5, 0.25]
     found = gate_reward(compressed, full, passing=torch.tensor([150, 90]), budget=100, tokens=200)
     assert found.tolist() == [-0.75, 0.25]
 
@@ -203,62 +164,41 @@ def test_quantile_bins_are_equally_filled() -> None:
 HEAD, GATE = Space((1, 2, 2), 0.8, 1.5, 3, 0.8), Space((1, 2, 1, 1), 0.8, 1.0, 3, 0.8)
 
 
-def toy(target: Callable[[Tensor], Tensor], space: Space, *, stale: bool = False) -> Callable[[Tensor], list[Records]]:
-    """Roll-outs of every action in every state, rewarded for being near what the opposite table asks for."""
+def alternated(head: Any, gate: Any, **changes: Any) -> Any:
+    return alternate(head, gate, **({"head": HEAD, "gate": GATE, "seed": 0, "settings": FAST} | changes))
+
+
+def follow(
+    space: Space, other: Space, wanted: Callable[[int], int], *, stale: bool = False
+) -> Callable[[Tensor], list[Records]]:
+    """Roll-outs of every action in every state, best at what `wanted` says of the opposite table's level."""
 
     def rollouts(opposite: Tensor) -> list[Records]:
+        level = int((other.values - opposite.flatten()[0]).abs().argmin())
         actions = torch.arange(space.count)[:, None].expand(-1, space.states)  # [R, F]
-        wanted = target(opposite).expand(space.states)
-        rewards = -(actions - wanted).abs().float()
+        rewards = -(actions - min(wanted(level), space.count - 1)).abs().float()
         name = checksum(opposite + 1 if stale else opposite)
         return [Records.of(actions, rewards, states=torch.arange(space.states), opposite=name)] * 2
 
     return rollouts
 
 
-def level(table: Tensor, space: Space) -> int:
-    return int((space.values - table.flatten()[0]).abs().argmin())
-
-
-def alternated(head: Any, gate: Any, **changes: Any) -> Any:
-    return alternate(head, gate, **({"head": HEAD, "gate": GATE, "seed": 0, "settings": FAST} | changes))
-
-
-def climb(space: Space, other: Space) -> Callable[[Tensor], list[Records]]:
-    """One level above the opposite table, up to the last one."""
-    return toy(lambda opposite: torch.tensor(min(level(opposite, other) + 1, space.count - 1)), space)
+CLIMB, SAME = follow(HEAD, GATE, lambda at: at + 1), follow(GATE, HEAD, lambda at: at)
 
 
 def test_alternation_stops_when_no_action_changes() -> None:
-    found = alternated(climb(HEAD, GATE), toy(lambda opposite: torch.tensor(level(opposite, HEAD)), GATE))
-    # heads 1, gate 1; heads 2, gate 2; nothing
+    found = alternated(CLIMB, SAME)  # heads 1, gate 1; heads 2, gate 2; nothing
     assert found.changed == ((4, 2), (4, 2), (0, 0))
     assert (found.rounds, found.converged) == (3, True)
     assert torch.equal(found.head_table, torch.full((1, 2, 2), 1.5))
     assert torch.equal(found.gate_table, torch.full((1, 2, 1, 1), 1.0))
+    independent = alternated(follow(HEAD, GATE, lambda _: 1), follow(GATE, HEAD, lambda _: 2))
+    assert independent.changed == ((4, 2), (0, 0))
 
 
 def test_alternation_that_never_settles_stops_after_max_rounds() -> None:
-    opposite_of = toy(lambda opposite: torch.tensor(2 - level(opposite, GATE)), HEAD)
-    same = toy(lambda opposite: torch.tensor(level(opposite, HEAD)), GATE)
-    found = alternated(opposite_of, same, max_rounds=3)
-    assert (found.rounds, found.converged) == (3, False)
-    assert found.changed == ((4, 2), (4, 2), (4, 2))
-
-
-def test_independent_tables_take_two_rounds() -> None:
-    found = alternated(toy(lambda _: torch.tensor(1), HEAD), toy(lambda _: torch.tensor(2), GATE))
-    assert found.changed == ((4, 2), (0, 0))
-
-
-def test_records_of_another_table_are_refused() -> None:
-    fine = toy(lambda _: torch.tensor(1), GATE)
-    with pytest.raises(PolicyError, match="record 0 was rolled out against table [0-9a-f]{12}, the current one is"):
-        alternated(toy(lambda _: torch.tensor(1), HEAD, stale=True), fine)
-    with pytest.raises(PolicyError, match="no records"):
-        alternated(lambda _: [], fine)
-    with pytest.raises(PolicyError, match="max_rounds=0"):
-        alternated(fine, fine, max_rounds=0)
+    found = alternated(follow(HEAD, GATE, lambda at: 2 - at), SAME, max_rounds=3)
+    assert (found.changed, found.converged) == (((4, 2),) * 3, False)
 
 
 def test_checksums_follow_the_bytes() -> None:
@@ -272,6 +212,12 @@ ONE = torch.zeros(3, dtype=torch.int64)
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "nan": (lambda: learn(ONE, ONE, torch.tensor([0.0, torch.nan, torch.inf])), "2 of 3 rewards .* number 1; drop"),
     "lengths": (lambda: learn(ONE, ONE[:2], torch.zeros(3)), "the same length"),
+    "stale": (
+        lambda: alternated(follow(HEAD, GATE, lambda _: 1, stale=True), SAME),
+        "record 0 was rolled out against table [0-9a-f]{12}, the current one is",
+    ),
+    "no roll-outs": (lambda: alternated(lambda _: [], SAME), "no records"),
+    "rounds": (lambda: alternated(CLIMB, SAME, max_rounds=0), "max_rounds=0"),
     "none": (lambda: learn(ONE[:0], ONE[:0], torch.zeros(0)), "no records"),
     "state": (lambda: learn(ONE + 2, ONE, torch.zeros(3)), "states go from 2 to 2, the table has 0 to 1"),
     "action": (lambda: learn(ONE, ONE - 1, torch.zeros(3)), "actions go from -1 to -1"),
@@ -283,6 +229,5 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_in_one_line(name: str) -> None:
     call, message = BAD[name]
-    with pytest.raises(PolicyError, match=message) as refusal:
+    with pytest.raises(PolicyError, match=f"^.*{message}.*$"):
         call()
-    assert "\n" not in str(refusal.value)

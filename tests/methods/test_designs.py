@@ -1,7 +1,5 @@
 """Foldover designs by their properties, and effects recovered from losses whose true effects are known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +16,11 @@ from methods.compilerkv.designs import (
     split_half,
 )
 
-SIZES = {"factors": st.integers(1, 70), "pairs": st.integers(1, 40), "seed": st.integers(0, 9)}
+SIZES = {
+    "factors": st.integers(1, 70),
+    "pairs": st.integers(1, 40) | st.sampled_from([32, 64]),
+    "seed": st.integers(0, 9),
+}
 
 
 def planted(prompts: int, factors: int, pairs: int, *, noise: float, signal: float = 0.05) -> tuple[Tensor, ...]:
@@ -32,25 +34,18 @@ def planted(prompts: int, factors: int, pairs: int, *, noise: float, signal: flo
 
 
 @given(**SIZES)
-@settings(max_examples=40, deadline=None)
-def test_a_foldover_is_mirrored_balanced_and_seeded(factors: int, pairs: int, seed: int) -> None:
+@settings(max_examples=60, deadline=None)
+def test_a_foldover_is_mirrored_balanced_seeded_and_orthogonal_where_it_can_be(
+    factors: int, pairs: int, seed: int
+) -> None:
     rows = foldover(factors, pairs, seed)
     assert rows.shape == (2 * pairs, factors)
     assert bool((rows.abs() == 1).all())
     assert torch.equal(rows[:pairs], -rows[pairs:])
     assert bool((rows.sum(dim=0) == 0).all())
     assert torch.equal(rows, foldover(factors, pairs, seed))
-
-
-@given(power=st.integers(0, 6), factors=st.integers(1, 64), seed=st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
-def test_columns_are_orthogonal_when_the_pairs_are_a_power_of_two_no_smaller_than_the_factors(
-    power: int, factors: int, seed: int
-) -> None:
-    pairs = 2**power
-    factors = min(factors, pairs)
-    rows = foldover(factors, pairs, seed)
-    assert torch.equal(rows.T @ rows, 2 * pairs * torch.eye(factors))
+    if pairs.bit_count() == 1 and factors <= pairs:
+        assert torch.equal(rows.T @ rows, 2 * pairs * torch.eye(factors))
 
 
 @pytest.mark.parametrize(("factors", "pairs"), [(90, 16), (90, 48), (90, 100), (270, 64)])
@@ -85,33 +80,23 @@ def test_levels_are_mirrored_and_taken_equally_often(levels: int, factors: int, 
         assert pairs % levels or int(counts.max()) == int(counts.min())
 
 
-@pytest.mark.parametrize("penalty", ["cv", 0.1])
-def test_ridge_recovers_planted_effects(penalty: float | str) -> None:
+def test_ridge_recovers_planted_effects_and_cross_validation_shrinks_noise_alone() -> None:
     gains, designs, losses = planted(32, 90, 16, noise=0.3)
-    effects = ridge(designs, losses, penalty=penalty)  # type: ignore[arg-type]
-    assert torch.corrcoef(torch.stack([effects.values, gains]))[0, 1] > 0.9
-    assert effects.penalty > 0
-
-
-def test_ridge_without_penalty_or_noise_is_exact() -> None:
+    for penalty in ("cv", 0.1):
+        effects = ridge(designs, losses, penalty=penalty)  # type: ignore[arg-type]
+        assert torch.corrcoef(torch.stack([effects.values, gains]))[0, 1] > 0.9
+        assert effects.penalty > 0
     gains, designs, losses = planted(4, 10, 8, noise=0.0)
     assert torch.allclose(ridge(designs, losses, penalty=0.0).values, gains, atol=1e-6)
+    strong, weak = (ridge(*planted(24, 90, 8, **own)[1:]) for own in ({"noise": 0.02}, {"noise": 1.0, "signal": 0.0}))
+    assert strong.penalty < 0.1 and weak.penalty > 10
+    assert weak.values.abs().max() < 0.05
 
 
 def test_ridge_by_hand() -> None:
     designs = torch.tensor([[[1.0], [-1.0]]]).repeat(2, 1, 1)
     losses = torch.tensor([[1.0, 3.0], [5.0, 6.0]])  # gains of 1 and 0.5
-    effects = ridge(designs, losses, penalty=0.5)
-    assert effects.values.tolist() == pytest.approx([1.5 / (2 + 0.5 * 2)])
-
-
-def test_cross_validation_shrinks_noise_more_than_signal() -> None:
-    _, designs, quiet = planted(24, 90, 8, noise=0.02)
-    _, _, loud = planted(24, 90, 8, noise=1.0, signal=0.0)
-    strong, weak = ridge(designs, quiet), ridge(designs, loud)
-    assert strong.penalty < 0.1
-    assert weak.penalty > 10
-    assert weak.values.abs().max() < 0.05
+    assert ridge(designs, losses, penalty=0.5).values.tolist() == pytest.approx([1.5 / (2 + 0.5 * 2)])
 
 
 def test_split_half_tells_signal_from_noise() -> None:
@@ -120,11 +105,8 @@ def test_split_half_tells_signal_from_noise() -> None:
     assert signal.mean > 0.9
     assert signal.corrected == pytest.approx(2 * signal.mean / (1 + signal.mean))
     assert signal.low <= signal.mean <= signal.high
-    means = []
-    for seed in range(6):
-        noise = torch.randn(losses.shape, generator=torch.Generator().manual_seed(seed))
-        means.append(split_half(designs, noise, seed=0, splits=20).mean)
-    assert abs(sum(means) / len(means)) < 0.1
+    noise = [torch.randn(losses.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    assert abs(sum(split_half(designs, own, seed=0, splits=20).mean for own in noise)) / 6 < 0.1
     assert split_half(designs, losses, seed=0, splits=40) == signal
 
 
@@ -148,9 +130,7 @@ def test_multipliers_are_bounded_ordered_and_of_mean_one(
 def test_multipliers_are_geometric_and_neutral_when_nothing_is_known() -> None:
     rows = foldover(40, 8, seed=0)
     shares = multipliers(rows, strength=0.5, low=0.01, high=10.0)
-    assert shares.shape == rows.shape
-    ups, downs = shares[rows > 0].min(), shares[rows < 0].max()
-    assert ups > 1 > downs
+    assert shares.shape == rows.shape and shares[rows > 0].min() > 1 > shares[rows < 0].max()
     assert torch.equal(multipliers(torch.full((7,), 0.1), strength=2.0), torch.ones(7, dtype=torch.float64))
     ratio = multipliers(torch.tensor([1.0, -1.0]), strength=0.5, low=0.01, high=10.0)
     assert (ratio[0] / ratio[1]).item() == pytest.approx(torch.e, rel=1e-9)
@@ -173,6 +153,5 @@ BAD = {
 def test_bad_input_is_refused_in_one_line(name: str) -> None:
     call, message = BAD[name]
     _, designs, losses = planted(4, 5, 8, noise=0.1)
-    with pytest.raises(PolicyError, match=message) as refusal:
+    with pytest.raises(PolicyError, match=f"^.*{message}.*$"):
         call(designs, losses)  # type: ignore[no-untyped-call]
-    assert "\n" not in str(refusal.value)

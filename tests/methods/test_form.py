@@ -1,7 +1,5 @@
 """The compiled form: scores and kept slots against plain loops, and a soft eviction against the hard one."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -9,24 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.contract import HEADS
 from methods.base import KV, LayerView, PolicyError, PromptView
-from methods.compilerkv.form import Form, FormPolicy, best_slots, slot_counts
-from methods.compilerkv.selection import choose, gains, interval, spearman
-from methods.compilerkv.soft import shares_of, soft_bias
+from methods.compilerkv.form import Form, FormPolicy, best_slots, shares_of, slot_counts, soft_bias
+from methods.compilerkv.selection import choose, gains, interval
+from tests.methods.compiled import live, prompt
 
-LAYERS, HEADS, GROUP, DIM, TOKENS = 3, 2, 2, 8, 40
-
-
-def view(tokens: int = TOKENS, *, window: int = 8) -> PromptView:
-    draw = torch.Generator().manual_seed(tokens)
-    layers = []
-    for index in range(LAYERS):
-        keys, values = (torch.randn(1, HEADS, tokens, DIM, generator=draw) for _ in range(2))
-        queries = torch.randn(1, HEADS * GROUP, min(window, tokens), DIM, generator=draw)
-        sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw)
-        kv = KV(keys, values, torch.arange(tokens).expand(1, HEADS, tokens))
-        layers.append(LayerView(index, kv, queries, DIM**-0.5, sums))
-    return PromptView(layers)
+TOKENS = 40
 
 
 @pytest.mark.parametrize(
@@ -34,7 +21,7 @@ def view(tokens: int = TOKENS, *, window: int = 8) -> PromptView:
 )
 def test_scores_are_those_of_loops(forward: bool, kernel: int, whole: float) -> None:
     form = Form(window=4, kernel=kernel, forward=forward, whole=whole)
-    layer = view().layers[0]
+    layer = prompt(TOKENS).layers[0]
     attention = layer.attention(4)[0].mean(dim=(1, 2))  # [H, T]
     sums = layer.column_sums[0].sum(dim=1)  # type: ignore[index]
     found = form.scores(PromptView([layer]))[0][0]
@@ -50,7 +37,7 @@ def test_scores_are_those_of_loops(forward: bool, kernel: int, whole: float) -> 
 def test_a_form_with_whole_prompt_attention_asks_for_it() -> None:
     assert Form(whole=0.0).needs.column_sums is False
     assert Form(whole=0.1).needs.column_sums is True
-    layer = view().layers[0]
+    layer = prompt(TOKENS).layers[0]
     layer.column_sums = None
     with pytest.raises(PolicyError, match="compilerkv@window"):
         Form(window=4, whole=0.1).scores(PromptView([layer]))
@@ -76,19 +63,18 @@ def test_each_head_keeps_its_own_number_of_the_best(counts: list[int], recent: i
 
 
 def test_shares_decide_the_slots_beyond_the_window_and_the_total_is_the_budget() -> None:
-    prompt = view()
+    view = PromptView(prompt(TOKENS).layers[:3])
     shares = ((1.0, 3.0), (0.5, 0.5), (0.0, 1.0))
-    counts = slot_counts(shares, 11, prompt.sizes, window=2)
-    assert sum(itertools.chain(*counts)) == 11 * LAYERS * HEADS
+    counts = slot_counts(shares, 11, view.sizes, window=2)
+    assert sum(itertools.chain(*counts)) == 11 * 3 * HEADS
     assert counts in ([[11, 29], [6, 7], [2, 11]], [[11, 29], [7, 6], [2, 11]])
-    assert slot_counts((), 9, prompt.sizes, window=2) == [[9, 9]] * LAYERS
-    assert slot_counts(shares, 5, prompt.sizes, window=8) == [[5, 5]] * LAYERS  # no more than the window to share
+    assert live(FormPolicy(Form(window=2, kernel=3), shares), view, 11) == counts
+    assert slot_counts((), 9, view.sizes, window=2) == [[9, 9]] * 3
+    assert slot_counts(shares, 5, view.sizes, window=8) == [[5, 5]] * 3  # no more than the window to share
     steep = ((100.0, 1.0), (1.0, 1.0), (1.0, 1.0))
-    assert slot_counts(steep, 20, prompt.sizes, window=2)[0][0] == TOKENS  # a head holds the prompt at most
-    kept = FormPolicy(Form(window=2, kernel=3), shares).compress(prompt, 11)
-    assert [kv.live[0].tolist() for kv in kept] == counts
+    assert slot_counts(steep, 20, view.sizes, window=2)[0][0] == TOKENS  # a head holds the prompt at most
     with pytest.raises(PolicyError, match="4 slot shares for 3 layers of 2 KV heads"):
-        slot_counts(((1.0, 1.0), (1.0, 1.0)), 9, prompt.sizes, window=2)
+        slot_counts(shares[:2], 9, view.sizes, window=2)
 
 
 @pytest.mark.parametrize("budgets", [[5.0, 9.0], [30.0, 12.5]])
@@ -120,9 +106,8 @@ def test_the_gradient_of_a_soft_eviction_is_the_difference_quotient() -> None:
 
 
 def test_shares_have_mean_1() -> None:
-    shares = shares_of(torch.tensor([[0.0, 1.0], [2.0, -1.0]]))
-    assert shares.mean().item() == pytest.approx(1.0)
-    assert (shares[1, 0] / shares[0, 0]).item() == pytest.approx(torch.tensor(2.0).exp().item())
+    weights = torch.tensor([[0.0, 1.0], [2.0, -1.0]])
+    torch.testing.assert_close(shares_of(weights) * weights.exp().mean(), weights.exp())
 
 
 def test_the_form_is_chosen_where_every_family_and_budget_counts_the_same() -> None:
@@ -149,38 +134,28 @@ def test_gains_are_paired_over_prompts() -> None:
     assert (flat["mean"], flat["low"], flat["high"]) == (0, 0, 0)
 
 
-def test_rank_agreement() -> None:
-    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert spearman(one, one**3) == pytest.approx(1)
-    assert spearman(one, -one) == pytest.approx(-1)
-
-
-@pytest.mark.parametrize("basis", ["head", "layer", "global"])
-def test_a_basis_averages_over_heads_or_layers(basis: str) -> None:
-    prompt = view()
-    own = torch.stack([scores[0] for scores in Form(window=4, kernel=5).scores(prompt)])  # [L, H, T]
-    found = Form(window=4, kernel=5, basis=basis).scores(prompt)
-    for layer in range(LAYERS):
-        for head in range(HEADS):
-            expected = {"head": own[layer, head], "layer": own[layer].mean(dim=0), "global": own.mean(dim=(0, 1))}
-            torch.testing.assert_close(found[layer][0, head], expected[basis])
+def test_a_basis_averages_over_heads_or_layers() -> None:
+    view = prompt(TOKENS)
+    own, layer, everywhere = (
+        torch.stack(Form(window=4, kernel=5, basis=basis).scores(view))[:, 0] for basis in ("head", "layer", "global")
+    )  # [L, H, T]
+    torch.testing.assert_close(layer, own.mean(dim=1, keepdim=True).expand_as(own))
+    torch.testing.assert_close(everywhere, own.mean(dim=(0, 1)).expand_as(own))
 
 
 def test_a_gate_drops_what_scores_too_little_but_never_the_window() -> None:
-    prompt = view()
-    form = Form(window=4, kernel=1, gate=0.9)
-    scores = form.scores(prompt)
-    for kv, own in zip(FormPolicy(form).compress(prompt, 30), scores, strict=True):
+    view, form = prompt(TOKENS), Form(window=4, kernel=1, gate=0.9)
+    for kv, own in zip(FormPolicy(form).compress(view, 30), form.scores(view), strict=True):
         for head in range(HEADS):
             worth = own[0, head] * TOKENS
             best = sorted(range(TOKENS - 4), key=lambda t, worth=worth: (-worth[t].item(), t))[:26]  # type: ignore[misc]
             expected = sorted([*(t for t in best if worth[t] >= 0.9), *range(TOKENS - 4, TOKENS)])
             assert sorted(t for t in kv.positions[0, head].tolist() if t >= 0) == expected
-    assert all(int(kv.live.sum()) < 30 * HEADS for kv in FormPolicy(form).compress(prompt, 30))
+    assert all(sum(heads) < 30 * HEADS for heads in live(FormPolicy(form), view, 30))
 
 
 def test_a_batch_of_prompts_keeps_what_each_keeps_alone() -> None:
-    one, other = view(), view()
+    one, other = prompt(TOKENS), prompt(TOKENS)
     for layer in other.layers:
         layer.queries = layer.queries.flip(2)
         layer.kv = KV(layer.kv.keys.flip(2), layer.kv.values.flip(2), layer.kv.positions)
@@ -189,7 +164,7 @@ def test_a_batch_of_prompts_keeps_what_each_keeps_alone() -> None:
         kv = KV(*(torch.cat([getattr(x.kv, name) for x in (a, b)]) for name in ("keys", "values", "positions")))
         sums = torch.cat([x.column_sums for x in (a, b) if x.column_sums is not None])
         layers.append(LayerView(a.index, kv, torch.cat([a.queries, b.queries]), a.scaling, sums))
-    policy = FormPolicy(Form(window=4, kernel=5, gate=0.3), ((1.0, 3.0), (0.5, 0.5), (0.2, 1.0)))
+    policy = FormPolicy(Form(window=4, kernel=5, gate=0.3), ((1.0, 3.0), (0.5, 0.5), (0.2, 1.0), (2.0, 1.0)))
     together = policy.compress(PromptView(layers), 14)
     for place, alone in enumerate((one, other)):
         for kv, own in zip(together, policy.compress(alone, 14), strict=True):

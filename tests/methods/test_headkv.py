@@ -1,28 +1,21 @@
 """HeadKV-style budgets: SnapKV's tokens, as many as the retrieval table gives each head."""
 
-from __future__ import annotations
-
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from harness.contract import HEADS, LAYERS
 from methods.base import PolicyError
-from methods.compilerkv.tables import save_tables
 from methods.headkv import HeadKV
 from methods.registry import make_policy
 from methods.snapkv import SnapKV
-from tests.methods.test_compilerkv import HEADS, LAYERS, make_prompt
-from tests.methods.test_compilerkv_budgets import compiled_tables
+from tests.methods.compiled import live, prompt, saved
 
 
 def test_a_head_has_the_slots_of_its_table_and_snapkvs_best_tokens(tmp_path: Path) -> None:
-    tables = compiled_tables(tmp_path / "plain", prompts=("a" * 64,))
-    shares = torch.rand(2, LAYERS, HEADS, generator=torch.Generator().manual_seed(0)) + 0.2
-    shares /= shares.mean(dim=(1, 2), keepdim=True)
-    save_tables(replace(tables, retrieval=shares), tmp_path / "own")
-    view, policy = make_prompt(60), HeadKV(recent=4, kernel=5, tables=str(tmp_path / "own"))
+    shares = saved(tmp_path, prompts=("a" * 64,)).retrieval
+    view, policy = prompt(60), HeadKV(recent=4, kernel=5, tables=str(tmp_path))
     kept = policy.compress(view, 16)
     assert sum(int(kv.live.sum()) for kv in kept) == 16 * LAYERS * HEADS
     for layer, (kv, seen) in enumerate(zip(kept, view.layers, strict=True)):
@@ -38,5 +31,5 @@ def test_a_head_has_the_slots_of_its_table_and_snapkvs_best_tokens(tmp_path: Pat
 
 def test_without_tables_the_budgets_are_even_and_it_says_so() -> None:
     policy = make_policy("headkv").for_model("unknown")
-    assert [kv.live[0].tolist() for kv in policy.compress(make_prompt(60), 40)] == [[40] * HEADS] * LAYERS
+    assert live(policy, prompt(60), 40) == [[40] * HEADS] * LAYERS
     assert "no tables for this model" in policy.notes(40, 60, LAYERS)[0]

@@ -1,9 +1,7 @@
 """Quantised KV: codes against loops, bytes by hand, decoding over codes against decoding over what they stand for."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -16,12 +14,12 @@ from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
 from harness.engine.row_cache import GrowingRows, without
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Cell, Limits, Outcome, Prompt
+from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
 from harness.speed import predicted_memory
 from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import Dims, ProbeShape
-from methods.base import KV, Budget, KVPolicy, LayerView, PolicyError, PromptView
+from methods.base import KV, LayerView, PolicyError, PromptView
 from methods.codes import CodedKV, Codes, Coding, encode
 from methods.quant import Quant
 from methods.registry import make_policy
@@ -31,11 +29,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def model(tiny: LoadedModel) -> Iterator[AttachedModel]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield AttachedModel(copy.deepcopy(tiny.model))
-    torch.set_num_threads(threads)
+def model(tiny: LoadedModel) -> AttachedModel:
+    return AttachedModel(copy.deepcopy(tiny.model))
 
 
 def drawn(tokens: int, dtype: torch.dtype = torch.float32, *, dim: int = DIM, seed: int = 0) -> KV:
@@ -63,15 +58,11 @@ def test_what_codes_stand_for_is_within_half_a_step(bits: int, dtype: torch.dtyp
     codes = Codes.of(Coding(bits, 4, 1), kv.keys[0], kv.values[0])
     keys, values = torch.empty_like(kv.keys[0]), torch.empty_like(kv.values[0])
     codes.decode(keys, values)
-    for head in range(HEADS):
-        for start, channel in product(range(0, tokens, 4), range(DIM)):
-            own = kv.keys[0, head, start : start + 4, channel].float()
-            off = (keys[head, start : start + 4, channel].float() - own).abs().max()
-            assert float(off) <= bound(own, bits, dtype)
-        for token, start in product(range(tokens), (0, 4)):
-            own = kv.values[0, head, token, start : start + 4].float()
-            off = (values[head, token, start : start + 4].float() - own).abs().max()
-            assert float(off) <= bound(own, bits, dtype)
+    places = [(keys, kv.keys[0], (slice(at, at + 4), one)) for at, one in product(range(0, tokens, 4), range(DIM))]
+    places += [(values, kv.values[0], (one, slice(at, at + 4))) for one, at in product(range(tokens), (0, 4))]
+    for head, (found, coded, place) in product(range(HEADS), places):
+        own = coded[(head, *place)].float()
+        assert float((found[(head, *place)].float() - own).abs().max()) <= bound(own, bits, dtype)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -82,30 +73,22 @@ def test_codes_are_those_of_a_loop(bits: int) -> None:
     values = (torch.arange(DIM) % 2 * (2**bits - 1)).expand(len(keys), -1) * 0.25 + 1
     codes = Codes.of(Coding(bits, 2**bits, 1), keys.unsqueeze(0), values.unsqueeze(0))
     assert codes.keys.dtype == torch.uint8 and codes.keys.shape == (1, 2**bits, DIM * bits // 8)
-    for slot in range(2**bits):
-        wanted = [slot] * DIM if bits == 8 else [slot + 16 * slot] * (DIM // 2)
-        assert codes.keys[0, slot].tolist() == wanted
+    for slot, found in enumerate(codes.keys[0].tolist()):
+        assert found == ([slot] * DIM if bits == 8 else [slot + 16 * slot] * (DIM // 2))
     assert codes.key_zero.unique().tolist() == [-3.0] and codes.value_zero.unique().tolist() == [1.0]
-    found = torch.empty(1, *keys.shape), torch.empty(1, *values.shape)
-    codes.decode(*found)
-    torch.testing.assert_close(found, (keys[None], values[None]), atol=1e-3 * 2**bits, rtol=0)
+    decoded = torch.empty(1, *keys.shape), torch.empty(1, *values.shape)
+    codes.decode(*decoded)
+    torch.testing.assert_close(decoded, (keys[None], values[None]), atol=1e-3 * 2**bits, rtol=0)
+    level = KV(torch.full((1, 1, 9, 4), 2.5), torch.full((1, 1, 9, 4), -7.0), torch.arange(9).expand(1, 1, 9))
+    assert all(map(torch.equal, encode(level, Coding(bits, 4, 1)).load(), (level.keys, level.values)))
 
 
-def test_a_constant_group_is_kept_as_it_is() -> None:
-    kv = KV(torch.full((1, 1, 9, 4), 2.5), torch.full((1, 1, 9, 4), -7.0), torch.arange(9).expand(1, 1, 9))
-    keys, values = encode(kv, Coding(4, 4, 1)).load()
-    assert torch.equal(keys, kv.keys) and torch.equal(values, kv.values)
-
-
-@pytest.mark.parametrize(("bits", "size"), [(8, 8), (4, 4)])
-def test_bytes_by_hand(bits: int, size: int) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bytes_by_hand(bits: int) -> None:
     """41 tokens of 16 numbers in bfloat16, groups of 16, a residual of 5: 36 coded slots, 3 key groups (16, 16, 4)."""
     kv = drawn(41, torch.bfloat16, dim=16)
-    codes, coded = Coding(bits, 16, 5), 36
-    numbers = coded * (16 + 16) * size // 8
-    key_scales, value_scales = 3 * 16 * 2 * 2, coded * 1 * 2 * 2
-    plain = 5 * 2 * 16 * 2
-    whole = encode(kv, codes)
+    numbers, key_scales, value_scales, plain = 36 * (16 + 16) * bits // 8, 3 * 16 * 2 * 2, 36 * 2 * 2, 5 * 2 * 16 * 2
+    whole = encode(kv, Coding(bits, 16, 5))
     assert whole.counts == (36, 36) and whole.keys.shape[2] == 5
     assert whole.nbytes == HEADS * (numbers + key_scales + value_scales + plain)
     assert without(whole, 40).nbytes == whole.nbytes - HEADS * 2 * 16 * 2
@@ -217,31 +200,18 @@ def test_no_way_to_spread_the_slots_costs_more(
     assert sum(spent) <= budget * heads * plain
 
 
-def answered(model: AttachedModel, policies: Sequence[KVPolicy], budget: int = 60) -> list[Outcome]:
-    ids = torch.randint(5, 260, (200,), generator=torch.Generator().manual_seed(1)).tolist()
-    cells = [Cell(own, Budget(tokens=budget) if own.budgeted else None) for own in policies]
-    outcomes = Engine(model).run(Prompt(ids, 150, (70, 80, 90), Limits(8, frozenset())), cells)
-    assert [(o.status, o.over_budget) for o in outcomes] == [("ok", False)] * len(outcomes)
-    return outcomes
-
-
 def test_int8_answers_as_the_full_cache_does(model: AttachedModel) -> None:
-    full, eight, four = answered(model, [make_policy("fullkv"), Quant(), Quant(bits=4)])
+    ids = torch.randint(5, 260, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    cells = [Cell(own, None) for own in (make_policy("fullkv"), Quant(), Quant(bits=4))]
+    outcomes = Engine(model).run(Prompt(ids, 150, (70, 80, 90), Limits(8, frozenset())), cells)
+    assert [(own.status, own.over_budget) for own in outcomes] == [("ok", False)] * 3
+    full, eight, four = outcomes
     assert eight.token_ids == full.token_ids
     near, far = (torch.tensor(o.nll_per_token) - torch.tensor(full.nll_per_token) for o in (eight, four))
     assert 0 < near.abs().max() < 0.05 and near.abs().max() < far.abs().max()
     assert four.kv_bytes < eight.kv_bytes < full.kv_bytes / 2
     assert eight.kv_bytes_end - eight.kv_bytes == full.kv_bytes_end - full.kv_bytes
     assert eight.kept_slots == full.kept_slots
-
-
-def test_a_cell_in_company_answers_as_it_does_alone(model: AttachedModel) -> None:
-    policies = [Quant(), make_policy("snapkv"), *(make_policy(f"quant@snapkv-int{b}") for b in (8, 4)), Quant(bits=4)]
-    for policy, together in zip(policies, answered(model, policies), strict=True):
-        (alone,) = answered(model, [policy])
-        assert together.token_ids == alone.token_ids
-        assert together.nll_per_token == pytest.approx(alone.nll_per_token, abs=1e-4)
-        assert (together.kv_bytes, together.kept_slots) == (alone.kv_bytes, alone.kept_slots)
 
 
 def test_a_layer_is_coded_as_soon_as_it_is_prefilled(model: AttachedModel) -> None:

@@ -1,19 +1,17 @@
 """Slots moved between the prompts of a batch by their risk: totals, slopes found again, nothing where risk is idle."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from harness.contract import HEADS, LAYERS
 from methods.base import Needs
 from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.risk import batch_budgets, fit_risk, multiples, risk_gain
 from methods.compilerkv.tables import save_tables
-from tests.methods.test_compilerkv import HEADS, LAYERS, make_prompt
-from tests.methods.test_compilerkv_budgets import compiled_tables, with_sums
+from tests.methods.compiled import prompt, saved
 
 BUDGETS = (64, 128, 256, 512)
 
@@ -57,8 +55,8 @@ def test_a_loss_between_two_budgets_is_a_power_of_the_budget() -> None:
 
 
 def test_a_batch_keeps_what_each_prompt_keeps_alone_unless_risk_pays(tmp_path: Path) -> None:
-    views = [with_sums(make_prompt(tokens)) for tokens in (50, 60, 70)]
-    tables = compiled_tables(tmp_path)
+    views = [prompt(tokens) for tokens in (50, 60, 70)]
+    tables = saved(tmp_path)
     policy = CompilerKV(tables=str(tmp_path))
     for own, view in zip(policy.compress_batch(views, 16), views, strict=True):
         for kv, alone in zip(own, policy.compress(view, 16), strict=True):

@@ -1,13 +1,12 @@
 """CompilerKV while decoding: every head stays at its own number of slots, and gives up what a plain loop gives up."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 
 import pytest
 import torch
 
+from harness.contract import GROUP, HEADS, LAYERS
 from harness.engine.engine import Engine
 from harness.engine.evicting_cache import with_room
 from harness.engine.transformers_seam import AttachedModel
@@ -18,8 +17,7 @@ from methods.compilerkv.form import Form
 from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.streaming import affordable
 from methods.registry import make_policy
-from tests.methods.test_compilerkv import GROUP, HEADS, LAYERS, make_prompt
-from tests.methods.test_compilerkv_budgets import compiled_tables, with_sums
+from tests.methods.compiled import prompt, saved
 
 TOKENS, BUDGET, EVERY = 60, 24, 5
 
@@ -39,10 +37,10 @@ def loop(
 
 
 def test_each_step_frees_what_a_loop_frees(tmp_path: Path) -> None:
-    compiled_tables(tmp_path)
+    saved(tmp_path)
     policy = make_policy("compilerkv@streaming", {"tables": str(tmp_path), "every": EVERY})
     form = Form(window=4, kernel=5, whole=0.3)
-    view = with_sums(make_prompt(TOKENS))
+    view = prompt(TOKENS)
     scores = form.scores(view)
     draw = torch.Generator().manual_seed(5)
     for layer, kv in enumerate(policy.compress(view, BUDGET)):
@@ -69,14 +67,12 @@ def test_each_step_frees_what_a_loop_frees(tmp_path: Path) -> None:
 
 
 def test_side_data_is_paid_out_of_the_budget(tmp_path: Path) -> None:
-    compiled_tables(tmp_path)
-    view = with_sums(make_prompt(TOKENS))
+    saved(tmp_path)
+    view = prompt(TOKENS)
     policy = make_policy("compilerkv@streaming", {"tables": str(tmp_path)})
-    kept = policy.compress(view, BUDGET)
-    full = view.layers[0].kv
-    assert sum(int(kv.live.sum()) for kv in kept) == affordable(full, BUDGET) * LAYERS * HEADS
-    slot = full.nbytes // (TOKENS * HEADS)
-    held = sum(int(kv.live.sum()) for kv in kept)
+    kept, full = policy.compress(view, BUDGET), view.layers[0].kv
+    held, slot = sum(int(kv.live.sum()) for kv in kept), full.slot_bytes
+    assert held == affordable(full, BUDGET) * LAYERS * HEADS
     assert sum(kv.nbytes for kv in kept) == held * (slot + 8) + 4 * LAYERS * HEADS <= BUDGET * LAYERS * HEADS * slot
 
 
