@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-RESULTS = Path("results")
-"""Folder of run folders, where none is named."""
+RESULTS = Path("results")  # folder of run folders, where none is named
 
 
 class Parser(argparse.ArgumentParser):

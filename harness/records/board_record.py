@@ -14,8 +14,7 @@ from harness.records.measured import Measured
 from harness.records.record import Key, Memory, Record, Status
 from harness.records.spec import FirstToken, QueryMode
 
-META = ("group", "depth", "length", "length_bin")
-"""Fields of a sample that boards group and split by."""
+META = ("group", "depth", "length", "length_bin")  # fields of a sample that boards group and split by
 NO_META: dict[str, Any] = {}
 
 
@@ -55,15 +54,13 @@ class BoardRecord(NamedTuple):
     kv_bytes: int
     asked_bytes: int
     full_bytes: int
-    score: float | None
-    """Of `metrics`, in [0, 1]."""
+    score: float | None  # of `metrics`, in [0, 1]
     nll: float | None
     needle: float
     """Share of the needle tokens still cached, %: mean over layers and KV heads; NaN for a sample without needles."""
     meta: dict[str, Any]
     """The fields of `META` that the sample has. Shared: never changed."""
-    known: bool
-    """Whether `Record.meta` had any field."""
+    known: bool  # whether `Record.meta` had any field
     timed: Timed | None
 
     @property
@@ -72,8 +69,7 @@ class BoardRecord(NamedTuple):
         return (self.task, self.sample_id, self.method, self.budget)
 
 
-SAME = BoardRecord._fields[: BoardRecord._fields.index("score")]
-"""Fields that are taken over from `Record` as they are."""
+SAME = BoardRecord._fields[: BoardRecord._fields.index("score")]  # fields that are taken over from `Record` as they are
 _same = attrgetter(*SAME)
 
 

@@ -32,46 +32,36 @@ class Tried(Frozen):
     tokens: int
     batch: int
     status: ProbeStatus
-    seconds: float
-    """Of the whole probe."""
-    peak_bytes: int | None = None
-    """Above the model's own."""
-    predicted_bytes: int | None = None
-    """What `peak_bytes` was expected to be."""
+    seconds: float  # of the whole probe
+    peak_bytes: int | None = None  # above the model's own
+    predicted_bytes: int | None = None  # what `peak_bytes` was expected to be
     error: str | None = None
 
 
 class Found(Frozen):
     """What a search found."""
 
-    answer: int
-    """The largest size that fits, 0 where not even the least does."""
-    whole: bool = False
-    """Even the most fits, so the answer is at least that."""
-    next_size: int | None = None
-    """The least size that did not fit, one step above the answer."""
-    next_status: ProbeStatus | None = None
-    """How that ended; anything but `oom` is no statement about memory."""
+    answer: int  # the largest size that fits, 0 where not even the least does
+    whole: bool = False  # even the most fits, so the answer is at least that
+    next_size: int | None = None  # the least size that did not fit, one step above the answer
+    next_status: ProbeStatus | None = None  # how that ended; anything but `oom` is no statement about memory
 
 
 class BoundaryRecord(Frozen):
     """One search. One JSON line."""
 
     schema_version: int = SCHEMA_VERSION
-    model_revision: str = ""
-    """Content hash or commit, as in the manifest."""
+    model_revision: str = ""  # content hash or commit, as in the manifest
     method: str
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str
     kind: SizeKind
-    at_context: int | None = None
-    """Tokens of each prompt where the batch is searched."""
+    at_context: int | None = None  # tokens of each prompt where the batch is searched
     limit_bytes: int
     least: int
     most: int
     step: int
-    found: Found | None = None
-    """None while the search goes on."""
+    found: Found | None = None  # None while the search goes on
     probes: tuple[Tried, ...] = ()
 
     @property
@@ -92,19 +82,14 @@ class BoundaryManifest(Frozen):
     command: tuple[str, ...]
     created: str
     model: ModelSpec
-    context: int
-    """Tokens that the model can take."""
+    context: int  # tokens that the model can take
     limit_bytes: int
-    limit_kind: str
-    """What enforces the limit."""
-    model_bytes: int
-    """The model's own, part of the limit."""
-    threads: int | None
-    """Of the CPU, None for PyTorch's choice."""
+    limit_kind: str  # what enforces the limit
+    model_bytes: int  # the model's own, part of the limit
+    threads: int | None  # of the CPU, None for PyTorch's choice
     chunk: int | None
     new_tokens: int
-    timeout_s: float
-    """Of a probe."""
+    timeout_s: float  # of a probe
     notes: tuple[str, ...] = ()
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)

@@ -39,8 +39,7 @@ M = TypeVar("M", bound=Frozen)
 R = TypeVar("R", bound=Frozen)
 key_of: Callable[[Frozen], Hashable] = attrgetter("key")
 version_of: Callable[[Frozen], int] = attrgetter("schema_version")
-END_CHARS = 500
-"""Characters of the error in a manifest."""
+END_CHARS = 500  # characters of the error in a manifest
 log = logging.getLogger("harness")
 
 
@@ -48,17 +47,14 @@ log = logging.getLogger("harness")
 class LogLayout(Generic[M, R]):
     """What a folder of one kind holds."""
 
-    kind: str
-    """The command that writes it is `harness KIND`."""
+    kind: str  # the command that writes it is `harness KIND`
     manifest_file: str
     records_file: str
     manifest: type[M]
-    record: type[R]
-    """Has a property `key`; of several records with one key the last counts."""
+    record: type[R]  # has a property `key`; of several records with one key the last counts
     ids: Callable[[M], tuple[str, str]] = lambda _: ("", "")
     """The id that a manifest states, and the one that its contents give."""
-    owner: Callable[[R], str] = lambda _: ""
-    """The id that a record states."""
+    owner: Callable[[R], str] = lambda _: ""  # the id that a record states
     environment: tuple[str, ...] = ("git_commit", "versions")
     """Manifest fields that may differ when a folder is resumed; the earlier manifest is then kept beside the new."""
 

@@ -42,8 +42,7 @@ class Asked(Frozen):
     keeps everything needs none. set: changed parameters of methods, `method.parameter` to value.
     """
 
-    OTHER_WAY: ClassVar[str] = ""
-    """Of naming methods, for an error line."""
+    OTHER_WAY: ClassVar[str] = ""  # of naming methods, for an error line
 
     model: str = "smollm2-135m"
     methods: tuple[str, ...]
@@ -186,8 +185,7 @@ class RunSpec(Frozen):
     measured_on: str | None = None
     """The machine that cells are also timed on, since it decides those numbers; None for a run that times nothing."""
 
-    whole: bool = False
-    """Whether rows of data sets that would have been cut were left out."""
+    whole: bool = False  # whether rows of data sets that would have been cut were left out
 
     @property
     def run_id(self) -> str:

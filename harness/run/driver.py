@@ -39,21 +39,14 @@ DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-a
 class FanOut(Frozen):
     """How a run is fanned out, which is no part of what the run is."""
 
-    address: str = "auto"
-    """`auto`, `local`, or that of a cluster's head."""
-    workers: int | None = None
-    """None for as many as fit into the cluster now."""
+    address: str = "auto"  # `auto`, `local`, or that of a cluster's head
+    workers: int | None = None  # None for as many as fit into the cluster now
     cpus: float = 1.0
-    gpus: float | None = None
-    """Of a worker; None for one where the cluster has some."""
-    autoscale: bool = False
-    """`workers` may be more than fit now: nodes will come."""
-    timeout_s: float = 3600.0
-    """Of one sample with all its cells."""
-    tries: int = 3
-    """Until a sample that kills its workers is given up."""
-    start_s: float = 900.0
-    """Without any worker, until the run is given up."""
+    gpus: float | None = None  # of a worker; None for one where the cluster has some
+    autoscale: bool = False  # `workers` may be more than fit now: nodes will come
+    timeout_s: float = 3600.0  # of one sample with all its cells
+    tries: int = 3  # until a sample that kills its workers is given up
+    start_s: float = 900.0  # without any worker, until the run is given up
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,8 @@ class MakeRunner:
 
     sweep: Sweep
     spec: RunSpec
-    policies: Sequence[KVPolicy]
-    """Checked against the model there, with `ids`."""
-    ids: Sequence[int]
-    """Of a prompt."""
+    policies: Sequence[KVPolicy]  # checked against the model there, with `ids`
+    ids: Sequence[int]  # of a prompt
     shape: WorkerShape
 
     def __call__(self) -> tuple[Handler[Group, list[Record]], Mapping[str, Any]]:

@@ -19,26 +19,17 @@ EVERY_S = {True: 1.0, False: 30.0}  # on a terminal, elsewhere
 class Snapshot(Frozen):
     """The state of a fanned-out run at a moment."""
 
-    cells: dict[str, int]
-    """Of this and earlier sessions, by status."""
-    total: int
-    """Cells of the whole run."""
-    samples: int
-    """That this session has to do, or did."""
+    cells: dict[str, int]  # of this and earlier sessions, by status
+    total: int  # cells of the whole run
+    samples: int  # that this session has to do, or did
     samples_left: int
-    tokens: int
-    """Of prompts and generations in this session."""
-    seconds: float
-    """Of this session."""
+    tokens: int  # of prompts and generations in this session
+    seconds: float  # of this session
     workers: int
-    worker_s: float = 0.0
-    """That workers were ready for work, over all of them."""
-    busy_s: float = 0.0
-    """Those that items took of them."""
-    left_s: float | None
-    """None before anything is done."""
-    at: float
-    """Seconds since the epoch, by the driver's clock."""
+    worker_s: float = 0.0  # that workers were ready for work, over all of them
+    busy_s: float = 0.0  # those that items took of them
+    left_s: float | None  # None before anything is done
+    at: float  # seconds since the epoch, by the driver's clock
 
     def line(self) -> str:
         """Say it in a line for people."""
@@ -62,18 +53,12 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts records and says so now and then. A context: the last word is said at its end."""
 
-    folder: Path
-    """Of the run."""
-    samples: int
-    """To be done now."""
-    total: int
-    """Cells of the whole run."""
-    done: int
-    """Cells that earlier sessions did."""
-    workers: Callable[[], int]
-    """Asks how many there are now."""
-    spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
-    """Asks for `worker_s` and `busy_s`."""
+    folder: Path  # of the run
+    samples: int  # to be done now
+    total: int  # cells of the whole run
+    done: int  # cells that earlier sessions did
+    workers: Callable[[], int]  # asks how many there are now
+    spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)  # asks for `worker_s` and `busy_s`
 
     def __post_init__(self) -> None:
         self.cells = Counter[str]({"done before": self.done} if self.done else {})

@@ -60,8 +60,7 @@ class WorkerShape:
 class ClusterInfo:
     """What the driver is connected to."""
 
-    resources: Mapping[str, float]
-    """CPU, GPU and others, over all nodes that are there now."""
+    resources: Mapping[str, float]  # CPU, GPU and others, over all nodes that are there now
     dashboard: str
 
 

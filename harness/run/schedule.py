@@ -31,14 +31,10 @@ class Item(Generic[W]):
     """A piece of work that is done as a whole."""
 
     work: W
-    tries: int = 0
-    """Charged so far."""
-    nodes_lost: int = 0
-    """How often it was on a node that went."""
-    alone: bool = False
-    """It goes out by itself."""
-    careful: bool = False
-    """It is to be done in the smallest steps."""
+    tries: int = 0  # charged so far
+    nodes_lost: int = 0  # how often it was on a node that went
+    alone: bool = False  # it goes out by itself
+    careful: bool = False  # it is to be done in the smallest steps
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,7 @@ class Raised:
 
     worker: int
     why: str
-    memory: bool = False
-    """It says that it ran out of it."""
+    memory: bool = False  # it says that it ran out of it
 
 
 @dataclass(frozen=True)
@@ -73,10 +68,8 @@ class Lost:
 
     worker: int
     why: str
-    node: bool = False
-    """Its node went, which is no fault of what it ran."""
-    memory: bool = False
-    """It ran out of it."""
+    node: bool = False  # its node went, which is no fault of what it ran
+    memory: bool = False  # it ran out of it
 
 
 @dataclass(frozen=True)
@@ -153,8 +146,7 @@ class Schedule(Generic[W, R]):
         self._refusals: list[str] = []
         self._alone_since = clock()
         self._past_s = 0.0  # of workers that are gone
-        self.busy_s = 0.0
-        """Seconds that workers say items took."""
+        self.busy_s = 0.0  # seconds that workers say items took
 
     @property
     def workers(self) -> int:

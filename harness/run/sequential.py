@@ -37,10 +37,8 @@ log = logging.getLogger("harness")
 class SampleRunner:
     """Turns samples into records with one loaded model; holds no files, so any process can have one."""
 
-    spec: RunSpec
-    """The resolved run."""
-    loaded: LoadedModel
-    """Its model."""
+    spec: RunSpec  # the resolved run
+    loaded: LoadedModel  # its model
 
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model)

@@ -24,13 +24,10 @@ from harness.records.spec import ModelSpec, Sweep
 from harness.speed.boundary import Asks
 from harness.speed.target import Restarting, probe_spec
 
-TIMEOUT_S = 1800.0
-"""A probe that takes longer has hung."""
-ERROR_CHARS = 200
-"""Characters of a probe's error in a note."""
+TIMEOUT_S = 1800.0  # a probe that takes longer has hung
+ERROR_CHARS = 200  # characters of a probe's error in a note
 
-Finish = Callable[[list[Record], Group], list[Record]]
-"""Adds measurements to the records of a group."""
+Finish = Callable[[list[Record], Group], list[Record]]  # adds measurements to the records of a group
 
 
 def measured_on(machine: Mapping[str, Any], model: ModelSpec) -> str:

@@ -29,21 +29,15 @@ class SimulatedRun:
 
     cluster: Cluster
     makespan_s: float
-    plan_s: float
-    """Until the first worker starts."""
-    driver_s: float
-    """That the driver was busy, planning not included."""
-    longest_s: float
-    """Of the longest item."""
+    plan_s: float  # until the first worker starts
+    driver_s: float  # that the driver was busy, planning not included
+    longest_s: float  # of the longest item
     items: int
     given_up: int
     nodes_lost: int
-    shares: dict[Share, float]
-    """Worker-seconds by what they went into; their sum is workers times makespan."""
-    records: tuple[float, float]
-    """Written per second, as the mean and as the most in `WINDOW_S`."""
-    nbytes: tuple[float, float]
-    """The same of bytes."""
+    shares: dict[Share, float]  # worker-seconds by what they went into; their sum is workers times makespan
+    records: tuple[float, float]  # written per second, as the mean and as the most in `WINDOW_S`
+    nbytes: tuple[float, float]  # the same of bytes
 
     @property
     def worker_s(self) -> float:

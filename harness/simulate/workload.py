@@ -18,8 +18,7 @@ from harness.errors import HarnessError
 from harness.records.record import Record
 from harness.records.spec import QueryMode
 
-LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-"""Of RULER's paper."""
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)  # of RULER's paper
 MEAN_LENGTH = {
     "narrativeqa": 18409,
     "qasper": 3619,
@@ -45,8 +44,7 @@ MEAN_LENGTH = {
 }
 """Average length of LongBench's datasets in words, of the Chinese ones in characters (THUDM/LongBench@072a5a7,
 LongBench/task.md)."""
-SPREAD = 0.586
-"""Standard deviation of the logarithm of `length` within a dataset, pooled over 249 rows of all 21."""
+SPREAD = 0.586  # standard deviation of the logarithm of `length` within a dataset, pooled over 249 rows of all 21
 TOKENS_PER = {"en": 1.54, "code": 3.19, "zh": 1.72}
 """Tokens of SmolLM2's tokenizer per word, or per Chinese character, over the contexts of the same rows."""
 CUT = 500  # tokens below the model's context at which LongBench cuts a prompt
@@ -58,28 +56,21 @@ class Work:
     """An item to be simulated."""
 
     seconds: float
-    tokens: int
-    """Of its prompt."""
-    order: int
-    """What the driver sorts by, the largest first."""
+    tokens: int  # of its prompt
+    order: int  # what the driver sorts by, the largest first
     records: int
-    nbytes: float
-    """Of its records as lines."""
+    nbytes: float  # of its records as lines
 
 
 @dataclass(frozen=True)
 class Shape:
     """What the seconds of an item follow from."""
 
-    tokens: int
-    """Of its prompt."""
+    tokens: int  # of its prompt
     cells: int
-    batches: float
-    """In which it is decoded."""
-    steps: float
-    """Generated tokens of the longest row of every batch, summed."""
-    scored: float
-    """The same of reference tokens."""
+    batches: float  # in which it is decoded
+    steps: float  # generated tokens of the longest row of every batch, summed
+    scored: float  # the same of reference tokens
 
     @property
     def terms(self) -> tuple[tuple[float, ...], ...]:
@@ -94,11 +85,9 @@ class Recorded:
     """An item of a stored run."""
 
     shape: Shape
-    parts: tuple[float, float, float]
-    """Seconds of its prefill, compressions and decode batches."""
+    parts: tuple[float, float, float]  # seconds of its prefill, compressions and decode batches
     records: int
-    generated: int
-    """Tokens, over all records."""
+    generated: int  # tokens, over all records
 
     @property
     def seconds(self) -> float:
@@ -109,12 +98,9 @@ class Recorded:
 class Fit:
     """Seconds of an item by its shape."""
 
-    factors: tuple[tuple[float, ...], ...]
-    """Of `Shape.terms`."""
-    ratios: tuple[float, ...]
-    """Recorded over fitted seconds, per item."""
-    longest: int
-    """Most tokens of a fitted prompt."""
+    factors: tuple[tuple[float, ...], ...]  # of `Shape.terms`
+    ratios: tuple[float, ...]  # recorded over fitted seconds, per item
+    longest: int  # most tokens of a fitted prompt
 
     def seconds(self, shape: Shape) -> float:
         """Return the fitted seconds of an item."""
