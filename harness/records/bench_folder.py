@@ -79,8 +79,7 @@ class BenchRecord(Frozen):
     status: BenchStatus
     error: str | None = None  # one line on why the status is not ok
     measured: Measured | None = None
-    clock_mhz: float | None = None
-    """Median clock of the processor's cores when the probe began; None where the system does not tell."""
+    clock_mhz: float | None = None  # median of the processor's cores when the probe began, None where it is not told
     at: str = ""  # when the probe began: UTC, ISO 8601
 
     @property
@@ -102,8 +101,7 @@ class BenchManifest(Frozen):
     model_bytes: int  # what the loaded model holds before the first prompt
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
-    machine: dict[str, Any] = Field(default_factory=dict)
-    """Processor, cores, memory, accelerators, threads, and clocks in MHz where the system tells them."""
+    machine: dict[str, Any] = Field(default_factory=dict)  # as `harness.machine.machine` gives it, and clocks in MHz
 
 
 def machine_id(machine: Mapping[str, Any]) -> str:
@@ -122,16 +120,13 @@ BENCHES = LogLayout(
 )
 
 
-def load_bench(folder: Path) -> tuple[BenchManifest, list[BenchRecord]]:
-    """Read a bench as stored, the last record of each key. Raises HarnessError when a file is missing or damaged."""
-    return BENCHES.load(folder)
+load_bench = BENCHES.load
 
 
 class BenchStore(LogFolder[BenchManifest, BenchRecord]):
-    """The one writer of a bench's folder; use it as a context."""
+    """The one writer of `root/<bench_id>/`, made or resumed as `LogFolder` says; use it as a context."""
 
     def __init__(self, root: Path, manifest: BenchManifest) -> None:
-        """Create or resume `root/bench_id`. Raises HarnessError as `LogFolder` does."""
         self.stored: dict[tuple[str, str, int, int], BenchRecord] = {}
         super().__init__(BENCHES, root / manifest.bench_id, manifest)
 

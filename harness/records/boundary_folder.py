@@ -1,12 +1,8 @@
 """The folder of `harness boundary`: `boundary.json` (what was asked, and where) and `boundary.jsonl` (the searches).
 
-The records have a line for each search. The file is replaced in one step after each probe, so a repeated command goes
-on where the last one ended.
-
-No torch here: leaderboards import this module.
+A search has one line. The file is replaced in one step after each probe, so a repeated command goes on where the last
+one ended. No torch here: leaderboards import this module.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +14,8 @@ from harness.records.log_folder import LogFolder, LogLayout
 from harness.records.measured import ProbeStatus
 from harness.records.spec import SCHEMA_VERSION, Frozen, ModelSpec
 
-MANIFEST_FILE = "boundary.json"
-RECORDS_FILE = "boundary.jsonl"
-ENVIRONMENT = ("command", "created", "git_commit", "versions", "machine", "model_bytes", "notes")
-"""What a repeated command may differ in."""
+MANIFEST_FILE, RECORDS_FILE = "boundary.json", "boundary.jsonl"
+MAY_DIFFER = {"command", "created", "git_commit", "versions", "machine", "model_bytes", "notes"}  # in what is resumed
 
 SizeKind = Literal["context", "batch"]
 
@@ -66,7 +60,6 @@ class BoundaryRecord(Frozen):
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """A file holds one record of each."""
         return (self.method, self.budget, self.kind, self.at_context or 0)
 
     def probe(self, size: int | None) -> Tried | None:
@@ -106,16 +99,11 @@ BOUNDARIES = LogLayout(
 
 
 class BoundaryStore(LogFolder[BoundaryManifest, BoundaryRecord]):
-    """The one writer of a folder of searches. Make one with `open`; close it or use it as a context."""
+    """The one writer of a folder of searches, made or resumed as `LogFolder` says; one of other settings is refused."""
 
     def __init__(self, folder: Path, manifest: BoundaryManifest) -> None:
         self.records: dict[tuple[str, str, str, int], BoundaryRecord] = {}
         super().__init__(BOUNDARIES, folder, manifest)
-
-    @classmethod
-    def open(cls, folder: Path, manifest: BoundaryManifest) -> BoundaryStore:
-        """Create or resume a folder. Raises HarnessError as `LogFolder` does, and for a folder of other settings."""
-        return cls(folder, manifest)
 
     def put(self, record: BoundaryRecord) -> None:
         """Store a search as far as it came, in place of what was there of it."""
@@ -126,13 +114,11 @@ class BoundaryStore(LogFolder[BoundaryManifest, BoundaryRecord]):
         self.records[record.key] = record
 
     def _check_same(self, earlier: BoundaryManifest) -> None:
-        old, new = (manifest.model_dump(exclude=set(ENVIRONMENT)) for manifest in (earlier, self.manifest))
+        old, new = (manifest.model_dump(exclude=MAY_DIFFER) for manifest in (earlier, self.manifest))
         other = next((name for name in new if old[name] != new[name]), None)
         if other is not None:
             was = f"{self.folder} was searched with {other} {old[other]}"
             raise HarnessError(f"{was}, not {new[other]}; choose another --out")
 
 
-def load_boundaries(folder: Path) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
-    """Read a folder of searches as stored. Raises HarnessError when a file is missing or damaged."""
-    return BOUNDARIES.load(Path(folder))
+load_boundaries = BOUNDARIES.load

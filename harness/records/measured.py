@@ -22,7 +22,6 @@ class Spread(Frozen):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Take it of at least one value."""
         return cls(median=median(values), low=min(values), high=max(values))
 
 

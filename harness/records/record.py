@@ -37,14 +37,11 @@ class Record(Frozen):
     notes: tuple[str, ...] = ()  # what a reader must know, such as a degenerate allocation or neutral tables
 
     prompt_tokens: int = 0  # tokens of the whole prompt, chat wrap and answer prefix included
-    compressed_tokens: int = 0
-    """Tokens that were in the cache when it was compressed: the prompt, or its context when query-agnostic."""
+    compressed_tokens: int = 0  # that were cached at compression: the prompt, or its context when query-agnostic
     prompt_sha256: str = ""  # of the prompt's token ids, comma-separated decimal
     prompt_tail: str = ""  # the last `PROMPT_TAIL` characters of the prompt, without the chat template's own
-    budget_tokens: int | None = None
-    """The budget resolved for this prompt: slots per layer and KV head. None for a method without a budget."""
-    kept_slots: tuple[int, ...] = ()
-    """Live slots of each compressible layer after compression, summed over its KV heads."""
+    budget_tokens: int | None = None  # resolved for this prompt: slots per layer and KV head; None without a budget
+    kept_slots: tuple[int, ...] = ()  # live ones of each compressible layer after compression, over its KV heads
 
     kv_bytes: int = 0
     """Measured right after compression: live keys, values and side data, sliding-window layers included."""
@@ -59,27 +56,20 @@ class Record(Frozen):
     prediction: str = ""
     token_ids: tuple[int, ...] = ()  # generated token ids, end-of-text excluded
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)  # task metrics in [0, 1]; `score` is the primary one
-    nll: FiniteFloat | None = None
-    """Mean negative log-likelihood of the reference in nats per token, teacher-forced on the compressed cache."""
+    nll: FiniteFloat | None = None  # mean of the reference, nats per token, teacher-forced on the compressed cache
     nll_tokens: int = 0  # reference tokens that `nll` is the mean of
-    nll_first: FiniteFloat | None = None
-    """The first reference token's part, which is uncompressed when first_token is `prefill`."""
-    meta: dict[str, Any] = Field(default_factory=dict)
-    """The sample's own fields: length, depth, dataset. Samples of one `group` share a context: they are no independent
-    draws."""
+    nll_first: FiniteFloat | None = None  # its first token's part, uncompressed when first_token is `prefill`
+    meta: dict[str, Any] = Field(default_factory=dict)  # the sample's own: length, depth; one `group` is one context
 
     accelerator: str = ""  # what ran it: GPU or processor; in one run they may differ
-    prefill_s: float = 0.0
-    """Seconds of the prefill, observation included; one serves all cells of a sample and all questions of a context."""
-    compress_s: float = 0.0  # seconds of this cell's compression
+    prefill_s: float = 0.0  # observation included; one serves all cells of a sample and all questions of a context
+    compress_s: float = 0.0  # of this cell alone
     decode_s: float = 0.0  # seconds of the decode batch this cell was a row of; shared, so not a latency of the method
     decode_rows: int = 0  # rows of that batch
-    measured: Measured | None = None
-    """Seconds and memory of this cell by itself on the same prompt; None where nothing was measured."""
+    measured: Measured | None = None  # this cell by itself on the same prompt; None where nothing was measured
 
     @property
     def key(self) -> Key:
-        """A run holds at most one record of each."""
         return (self.task, self.sample_id, self.method, self.budget)
 
 
@@ -97,6 +87,5 @@ class RunManifest(Frozen):
     cells: int  # cells of each sample: (method, budget) pairs
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)  # Python and package versions
-    machine: dict[str, Any] = Field(default_factory=dict)
-    """Processor, cores, memory, accelerator, threads, attention kernel."""
+    machine: dict[str, Any] = Field(default_factory=dict)  # as `harness.machine.machine` gives it
     error: str | None = None

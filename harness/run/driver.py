@@ -100,7 +100,7 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
         prepared = prepare(named, _described(sweep, device), command=command)
         spec = prepared.manifest.spec
         make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
-        with RunStore.open(root, prepared.manifest) as store, store.ending():
+        with RunStore(root, prepared.manifest) as store, store.ending():
             work = prepared.missing(store.done)
             work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end
             logs = WorkerLogs(store.folder / "logs")

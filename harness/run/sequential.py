@@ -159,7 +159,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
     prepared = prepare(named, loaded, command=command)
     runner = SampleRunner(prepared.manifest.spec, loaded)  # before the folder is made: it refuses models it cannot run
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
-    with RunStore.open(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
+    with RunStore(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
         work = prepared.missing(store.done)
         todo = sum(map(len, work))
         print(

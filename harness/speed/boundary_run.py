@@ -86,7 +86,7 @@ def run_boundary(
         say(f"note: {note}" for note in notes)
         own = asker.model_bytes
         manifest = _manifest(ask, target, command, limit_kind=kind, model_bytes=own, notes=tuple(notes))
-        with BoundaryStore.open(out, manifest) as store:
+        with BoundaryStore(out, manifest) as store:
             searches = BoundarySearches(
                 asker, store, limit_bytes=ask.limit_bytes, timeout_s=ask.timeout_s, say=lambda line: say([line])
             )

@@ -36,7 +36,7 @@ def status(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[s
 
 def start(root: Path, **changes: Any) -> RunStore:
     """A run of 3 samples under 2 cells: b of the methods, at budget 128."""
-    return RunStore.open(root, manifest(samples=3, cells=2, **changes))
+    return RunStore(root, manifest(samples=3, cells=2, **changes))
 
 
 def both(sample: str, **changes: Any) -> list[Any]:
@@ -159,7 +159,7 @@ def test_several_runs_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(HarnessError, match="no run in"):
         status(capsys, tmp_path)
     start(tmp_path).close()
-    other = RunStore.open(tmp_path, manifest(seed=7))
+    other = RunStore(tmp_path, manifest(seed=7))
     other.close()
     told = status(capsys, tmp_path)
     assert told.count("") == 1 and len([line for line in told if line.startswith(str(tmp_path))]) == 2

@@ -40,7 +40,7 @@ def same(ours: Table, theirs: Table) -> None:
 
 
 def store(root: Path, *lines: str) -> Path:
-    with RunStore.open(root, manifest()) as run:
+    with RunStore(root, manifest()) as run:
         run.append([stored(str(i), nll=i / 3, meta={"depth": i, "needles": ["x"]}) for i in range(3)])
     with records_file(root).open("a") as file:
         file.writelines(lines)

@@ -62,7 +62,7 @@ class Kind:
 
 
 KINDS = {
-    "run": Kind(RUNS, RunStore.open, test_run_folder.manifest(), test_run_folder.record, lambda s, r: s.append([r])),
+    "run": Kind(RUNS, RunStore, test_run_folder.manifest(), test_run_folder.record, lambda s, r: s.append([r])),
     "bench": Kind(
         BENCHES,
         BenchStore,
@@ -72,7 +72,7 @@ KINDS = {
     ),
     "boundary": Kind(
         BOUNDARIES,
-        BoundaryStore.open,
+        BoundaryStore,
         test_boundary.MANIFEST,
         lambda name: test_boundary.record(name, "128", 1024),
         lambda store, record: store.put(record),

@@ -38,7 +38,7 @@ def records_file(root: Path) -> Path:
 
 
 def test_the_manifest_is_there_before_the_first_record_and_says_how_the_run_ended(tmp_path: Path) -> None:
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         assert RunManifest.model_validate_json((store.folder / "run.json").read_text()).status == "started"
         assert store.done == frozenset() and load_run(store.folder)[1] == []
         store.append([record("0", prediction="a\nb | ü \u2028"), record("1", kept_slots=(1, 2))])
@@ -53,16 +53,16 @@ def test_the_manifest_is_there_before_the_first_record_and_says_how_the_run_ende
 def test_any_text_and_number_survive_a_line(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
     root = tmp_path_factory.mktemp("store")
     written = record(prediction=text, error=text, metrics={"score": number}, meta={text: number})
-    with RunStore.open(root, manifest()) as store:
+    with RunStore(root, manifest()) as store:
         store.append([written])
     assert load_run(store.folder)[1] == [written]
 
 
 def test_resume_runs_failed_and_oom_again_and_the_later_line_wins(tmp_path: Path) -> None:
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         statuses = ("ok", "skipped", "failed", "oom")
         store.append([record(s, status=s, error=None if s == "ok" else "why") for s in statuses])
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         assert {key[1] for key in store.done} == {"ok", "skipped"}
         store.append([record("failed", prediction="second")])
         assert {key[1] for key in store.done} == {"ok", "skipped", "failed"}
@@ -73,22 +73,22 @@ def test_resume_runs_failed_and_oom_again_and_the_later_line_wins(tmp_path: Path
 
 
 def test_another_spec_is_another_folder(tmp_path: Path) -> None:
-    with RunStore.open(tmp_path, manifest()) as one, RunStore.open(tmp_path, manifest(seed=7)) as two:
+    with RunStore(tmp_path, manifest()) as one, RunStore(tmp_path, manifest(seed=7)) as two:
         assert one.folder != two.folder
     assert find_runs(tmp_path) == sorted([one.folder, two.folder])
     (one.folder / "run.json").write_bytes((two.folder / "run.json").read_bytes())
     with pytest.raises(HarnessError, match="holds a run of another spec"):
-        RunStore.open(tmp_path, manifest())
+        RunStore(tmp_path, manifest())
 
 
 def test_a_record_of_another_run_and_an_edited_manifest_are_named(tmp_path: Path) -> None:
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         store.append([record("0"), record("1")])
     path, about = records_file(tmp_path), store.folder / "run.json"
     lines, raw = path.read_text().splitlines(), json.loads(about.read_text())
 
     def refused(says: str) -> None:
-        for action in (lambda: load_run(store.folder), lambda: RunStore.open(tmp_path, manifest())):
+        for action in (lambda: load_run(store.folder), lambda: RunStore(tmp_path, manifest())):
             with pytest.raises(HarnessError, match=says):
                 action()
 
@@ -101,7 +101,7 @@ def test_a_record_of_another_run_and_an_edited_manifest_are_named(tmp_path: Path
 def test_a_batch_of_many_samples_is_one_write_and_one_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, flushed = list[int](), list[int]()
     write, fsync = os.write, os.fsync
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         monkeypatch.setattr(os, "write", lambda fd, data: sizes.append(len(data)) or write(fd, data))
         monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(fd) or fsync(fd))
         store.append([record(str(i)) for i in range(500)])
@@ -112,7 +112,7 @@ def test_a_batch_of_many_samples_is_one_write_and_one_flush(tmp_path: Path, monk
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
         store.append([record("0"), record("1")])
         monkeypatch.undo()
@@ -126,7 +126,7 @@ def test_interrupt_during_a_write_leaves_whole_lines(tmp_path: Path, monkeypatch
         real(descriptor, data[:10])
         raise KeyboardInterrupt
 
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         store.append([record("0")])
         before = records_file(tmp_path).read_bytes()
         monkeypatch.setattr(os, "write", interrupted)
@@ -139,7 +139,7 @@ def test_interrupt_during_a_write_leaves_whole_lines(tmp_path: Path, monkeypatch
 
 def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
     """The kernel, not a patched function, refuses the write half-way."""
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         store.append([record("0")])
     limit = records_file(tmp_path).stat().st_size * 5 // 2
     assert limit > (store.folder / "run.json").stat().st_size
@@ -148,7 +148,7 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
         "from harness.errors import HarnessError\n"
         "from harness.records.record import Record, RunManifest\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))\n"
-        "store = RunStore.open(Path(sys.argv[1]), RunManifest.model_validate_json(sys.argv[2]))\n"
+        "store = RunStore(Path(sys.argv[1]), RunManifest.model_validate_json(sys.argv[2]))\n"
         "record = Record.model_validate_json(sys.argv[3])\n"
         "try:\n"
         "    for i in range(1, 9): store.append([record.model_copy(update={'sample_id': str(i)})])\n"
@@ -165,7 +165,7 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
 
 
 def test_unusable_records_are_refused(tmp_path: Path) -> None:
-    with RunStore.open(tmp_path, manifest()) as store:
+    with RunStore(tmp_path, manifest()) as store:
         with pytest.raises(HarnessError, match="niah"):
             store.append([record("1"), record(run_id="other")])
         store.append([])
@@ -175,8 +175,8 @@ def test_unusable_records_are_refused(tmp_path: Path) -> None:
 def test_unusable_places_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HarnessError, match="cannot write"):
-        RunStore.open(tmp_path / "file", manifest())
+        RunStore(tmp_path / "file", manifest())
     with pytest.raises(HarnessError, match="no run in"):
         find_runs(tmp_path / "absent")
     with pytest.raises(HarnessError, match="not the id of its spec"):
-        RunStore.open(tmp_path, manifest(run_id="x"))
+        RunStore(tmp_path, manifest(run_id="x"))

@@ -270,7 +270,7 @@ class Script:
 
 
 def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RunStore.open(tmp_path, test_run_folder.manifest()) as store:
+    with RunStore(tmp_path, test_run_folder.manifest()) as store:
         progress = Progress(store.folder, samples=2, total=2, done=0, workers=lambda: 1)
         with pytest.raises(HarnessError, match="no worker is left"):
             driver.store_all(store, Script(monkeypatch, store.folder), progress)  # type: ignore[arg-type]

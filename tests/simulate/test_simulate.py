@@ -236,7 +236,7 @@ def test_the_full_sweep_has_the_official_samples() -> None:
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., int]:
     """The verb on a stored run."""
-    with RunStore.open(tmp_path, manifest(budgets=("128",))) as store:
+    with RunStore(tmp_path, manifest(budgets=("128",))) as store:
         store.append([r.model_copy(update={"run_id": store.manifest.run_id}) for r in RUN])
 
     def call(*words: str, folder: Path = store.folder) -> int:
@@ -286,7 +286,7 @@ def test_bad_options_are_named(command: Callable[..., int], words: str) -> None:
 def test_runs_without_seconds_are_refused(command: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="cannot read"):
         command(folder=tmp_path / "nothing")
-    with RunStore.open(tmp_path, manifest(seed=1)) as empty:
+    with RunStore(tmp_path, manifest(seed=1)) as empty:
         pass
     with pytest.raises(HarnessError, match="no records"):
         command(folder=empty.folder)

@@ -86,10 +86,10 @@ def test_memory_is_physical_unless_a_row_says_otherwise() -> None:
 
 
 def test_searches_are_found_beside_runs_and_drawn_with_their_values(tmp_path: Path) -> None:
-    with BoundaryStore.open(tmp_path / "limit", MANIFEST) as store:
+    with BoundaryStore(tmp_path / "limit", MANIFEST) as store:
         for one in searches():
             store.put(one)
-    with BoundaryStore.open(tmp_path / "begun", MANIFEST):
+    with BoundaryStore(tmp_path / "begun", MANIFEST):
         pass
     (tmp_path / "run").mkdir()
     ((told, records),) = find_searches([tmp_path, tmp_path / "limit", tmp_path / "run"])
