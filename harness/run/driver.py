@@ -17,7 +17,7 @@ from harness.engine.decode import CPU_ROWS_AT_ONCE
 from harness.engine.types import Outcome
 from harness.errors import HarnessError
 from harness.machine import machine, versions
-from harness.models.load import LoadedModel, describe_model, load_model
+from harness.models.load import describe_model, load_model
 from harness.plan.sweep import Group, plan_names
 from harness.records.atomic_files import write_error
 from harness.records.log_folder import now
@@ -32,8 +32,7 @@ from methods.base import KVPolicy
 
 SKEW_S = 30.0
 DEVICES = ("auto", "cpu", "cuda")  # a worker sees its own GPUs alone
-DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")
-"""Packages whose version must be the driver's on every worker."""
+DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")  # versions that must be equal
 
 
 class FanOut(Frozen):
@@ -85,19 +84,20 @@ class MakeRunner:
 def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str]) -> Path:
     """Run what is not yet recorded of a sweep on a Ray cluster and return its run folder.
 
-    Raises:
-        HarnessError: bad input, a cluster that cannot be had, or a folder that cannot be written.
-        KeyboardInterrupt: after the manifest says so.
+    Raises HarnessError for bad input, a cluster that cannot be had, or a folder that cannot be written.
     """
     if sweep.measure:
         raise HarnessError("--measure times one cell alone on a machine, --ray fills it; leave one of the two out")
     if sweep.device not in DEVICES:
         raise HarnessError(f"--device {sweep.device!r} is of this machine; give {', '.join(DEVICES)} with --ray")
     named = plan_names(sweep)  # names and budgets are refused before a cluster is asked
-    with connected(fan.address) as cluster:
-        shape, size = _shape(sweep, fan, cluster.resources)
+    with connected(fan.address) as (resources, dashboard):
+        shape, size = _shape(sweep, fan, resources)
         device = sweep.device if sweep.device != "auto" else ("cuda" if shape.gpus else "cpu")
-        prepared = prepare(named, _described(sweep, device), command=command)
+        described = describe_model(
+            sweep.model, dtype=sweep.dtype, device=device, trust_remote_code=sweep.trust_remote_code
+        )
+        prepared = prepare(named, described, command=command)
         spec = prepared.manifest.spec
         make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
         with RunStore(root, prepared.manifest) as store, store.ending():
@@ -110,8 +110,8 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
             try:
                 schedule = Schedule(work, pool, timeout_s=fan.timeout_s, tries=fan.tries, start_s=fan.start_s)
                 with _progress(store, work, schedule) as progress:
-                    if cluster.dashboard:
-                        print(f"Ray dashboard: {cluster.dashboard}", file=sys.stderr)
+                    if dashboard:
+                        print(f"Ray dashboard: {dashboard}", file=sys.stderr)
                     store_all(store, schedule, progress)
             finally:
                 pool.stop()
@@ -154,17 +154,12 @@ def _shape(sweep: Sweep, fan: FanOut, resources: Mapping[str, float]) -> tuple[W
     return shape, wanted
 
 
-def _described(sweep: Sweep, device: str) -> LoadedModel:
-    return describe_model(sweep.model, dtype=sweep.dtype, device=device, trust_remote_code=sweep.trust_remote_code)
-
-
 def _accept(wanted: ModelSpec, logs: WorkerLogs) -> Callable[[int, Mapping[str, Any]], None]:
     """Refuses a worker that would bring other numbers: another model, other packages."""
     ours = versions()
 
     def accept(worker: int, about: Mapping[str, Any]) -> None:
-        host, theirs = about["host"], about["versions"]
-        what = about["machine"]
+        host, theirs, what = about["host"], about["versions"], about["machine"]
         logs.tell(worker, f"on {host}, node {about['node']}: {what['accelerators'] or what['processor']}, {theirs}")
         for package in DECIDING:
             if theirs.get(package) != ours.get(package):
@@ -220,10 +215,6 @@ def store_all(store: RunStore, schedule: Schedule[Group, list[Record]], progress
 
 
 def _given_up(spec: RunSpec, item: Item[Group], outcome: GivenUp) -> list[Record]:
-    records = []
-    for planned, cells in item.work:
-        for cell in cells:
-            lost = Outcome()
-            lost.fail(outcome.why, outcome.status)
-            records.append(record_of(spec, planned, cell, lost))
-    return records
+    lost = Outcome()
+    lost.fail(outcome.why, outcome.status)
+    return [record_of(spec, planned, cell, lost) for planned, cells in item.work for cell in cells]

@@ -32,13 +32,15 @@ class Snapshot(Frozen):
     at: float  # seconds since the epoch, by the driver's clock
 
     def line(self) -> str:
-        """Say it in a line for people."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.cells.items()))
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        left = "" if self.left_s is None else f", {duration(self.left_s)} left"
-        busy = f", busy {self.busy_s / self.worker_s:.0%}" if self.worker_s else ""
         cells = f"{sum(self.cells.values())} of {self.total} cells ({counts or 'none yet'})"
-        return f"{cells}, {self.samples_left} samples to do, {self.workers} workers, {rate:,.0f} tokens/s{busy}{left}"
+        return f"{cells}, {self.samples_left} samples to do, {self.workers} workers, {self.pace()}"
+
+    def pace(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        busy = f", busy {self.busy_s / self.worker_s:.0%}" if self.worker_s else ""
+        left = "" if self.left_s is None else f", {duration(self.left_s)} left"
+        return f"{rate:,.0f} tokens/s{busy}{left}"
 
 
 def duration(seconds: float) -> str:
@@ -67,7 +69,7 @@ class Progress:
         self._every = EVERY_S[sys.stderr.isatty()]
 
     def add(self, records: Sequence[Record]) -> None:
-        """Count the records of whole samples."""
+        """records: of whole samples."""
         self.cells.update(record.status for record in records)
         prompts = {(record.task, record.sample_id): record.prompt_tokens for record in records}
         self.tokens += sum(prompts.values()) + sum(len(record.token_ids) for record in records)

@@ -56,24 +56,12 @@ class WorkerShape:
         return {name: own for name, own in (("CPU", self.cpus), ("GPU", self.gpus)) if own}
 
 
-@dataclass(frozen=True)
-class ClusterInfo:
-    """What the driver is connected to."""
-
-    resources: Mapping[str, float]  # CPU, GPU and others, over all nodes that are there now
-    dashboard: str
-
-
 @contextmanager
-def connected(address: str) -> Iterator[ClusterInfo]:
-    """Connect to Ray for as long as the context lasts.
+def connected(address: str) -> Iterator[tuple[Mapping[str, float], str]]:
+    """Connect to Ray for as long as the context lasts: CPUs, GPUs and others of all its nodes now, and its dashboard.
 
-    Args:
-        address: `auto` for a cluster that runs on this machine (or RAY_ADDRESS), else one of our own; `local` for one
-            of our own; otherwise that of a cluster's head, `host:port` or `ray://host:port`.
-
-    Raises:
-        HarnessError: the connection cannot be had.
+    address: `auto` for a cluster that runs on this machine (or RAY_ADDRESS), else one of our own; `local` for one of
+    our own; otherwise that of a cluster's head, `host:port` or `ray://host:port`. Raises HarnessError for none there.
     """
     if address not in ("auto", "local"):
         _check_reachable(address)
@@ -91,7 +79,7 @@ def connected(address: str) -> Iterator[ClusterInfo]:
         raise HarnessError(f"no Ray cluster at {address!r}: {why}; see `ray status`") from None
     try:
         resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield ClusterInfo(resources, getattr(context, "dashboard_url", "") or "")
+        yield resources, getattr(context, "dashboard_url", "") or ""
     finally:
         ray.shutdown()
 
@@ -143,10 +131,8 @@ class _Member:
 class RayPool(Generic[W, R]):
     """`size` workers of one shape.
 
-    Args:
-        make: as for `Worker`; a HarnessError that it raises refuses the worker for good.
-        accept: called with what each new worker tells of itself; a HarnessError refuses it.
-        tell: called with a worker's number and a line for its log.
+    make: as for `Worker`; a HarnessError that it raises refuses the worker for good. accept: called with what each new
+    worker tells of itself; a HarnessError refuses it. tell: called with a worker's number and a line for its log.
     """
 
     def __init__(
@@ -193,7 +179,6 @@ class RayPool(Generic[W, R]):
             self._start()
 
     def stop(self) -> None:
-        """Put an end to all workers."""
         for worker in list(self._members):
             self._end(worker)
 

@@ -118,15 +118,10 @@ class _Held(Generic[W]):
 
 
 class Schedule(Generic[W, R]):
-    """Runs items on a pool of workers.
+    """Runs items, in the order given, on a pool of workers, of which more may come and others be lost at any time.
 
-    Args:
-        items: work in the order in which it goes out.
-        pool: of workers; more may become ready and others be lost at any time.
-        timeout_s: a bundle that runs longer than this has hung, and its worker is replaced.
-        tries: an item is given up when it was charged this often.
-        start_s: with no worker at all for this long, nothing will come any more.
-        clock: monotonic seconds.
+    timeout_s: a bundle that runs longer than this has hung, and its worker is replaced. tries: an item is given up when
+    it was charged this often. start_s: with no worker at all for this long, nothing will come any more.
     """
 
     def __init__(
@@ -150,7 +145,7 @@ class Schedule(Generic[W, R]):
 
     @property
     def workers(self) -> int:
-        """How many workers are ready or at work."""
+        """Ready or at work."""
         return len(self._held)
 
     @property
@@ -183,9 +178,8 @@ class Schedule(Generic[W, R]):
             except MemoryError:  # there is no room to hand work out: what is out comes back first
                 self._queue.extendleft(reversed(bundle))
                 if not any(held.bundles for held in self._held.values()):
-                    raise HarnessError(
-                        "no room to hand out work although none is out; raise the object store"
-                    ) from None
+                    none = "no room to hand out work although none is out; raise the object store"
+                    raise HarnessError(none) from None
                 return
             if not held.bundles:
                 held.since = self.clock()

@@ -17,6 +17,7 @@ from ray import cloudpickle
 
 from harness.errors import HarnessError
 from harness.machine import versions
+from harness.models.load import describe_model
 from harness.plan.sweep import plan_names
 from harness.records.atomic_files import lock_folder, unlock_folder
 from harness.records.run_folder import RunStore, load_run
@@ -242,7 +243,7 @@ def test_other_packages_and_another_model_are_refused(tmp_path: Path, capsys: py
 
 
 def test_care_decodes_one_row_at_a_time() -> None:
-    prepared = prepare(plan_names(SWEEP), driver._described(SWEEP, "cpu"), command=())
+    prepared = prepare(plan_names(SWEEP), describe_model("tiny", dtype="float32", device="cpu"), command=())
     spec, work = prepared.manifest.spec, prepared.missing(frozenset())
     handle, about = MakeRunner(SWEEP, spec, prepared.policies, prepared.samples[0].ids, WorkerShape())()
     assert about["model"] == spec.model
