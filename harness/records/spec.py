@@ -30,9 +30,13 @@ def check_least(given: Any, least: float, field: ValidationInfo) -> Any:
     """
     for number in given if isinstance(given, tuple) else (given,):
         if number is not None and not number >= least:  # nan too
-            option = str(field.field_name).removesuffix("_s").replace("_", "-")
-            raise ValueError(f"--{option} {number} is too small; give at least {least}")
+            raise ValueError(f"--{option(field).removesuffix('-s')} {number} is too small; give at least {least}")
     return given
+
+
+def option(field: ValidationInfo) -> str:
+    """The field's name as it is typed, without its dashes."""
+    return str(field.field_name).replace("_", "-")
 
 
 class Asked(Frozen):

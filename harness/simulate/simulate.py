@@ -53,8 +53,7 @@ class SimulatedRun:
     @property
     def limit(self) -> Share:
         """What takes most of the time that is not work."""
-        kinds: list[Share] = ["start", "driver", "tail", "lost"]
-        return max(kinds, key=self.share)
+        return max(("start", "driver", "tail", "lost"), key=self.share)
 
     @property
     def busy(self) -> float:
@@ -70,7 +69,7 @@ class _Log:
         self.held: list[Work] = []
         self.items = self.given_up = 0
         self.last = clock.now
-        self._records, self._bytes = Counter[int](), Counter[int]()
+        self.records, self.nbytes = Counter[int](), Counter[int]()  # by window
 
     def take(self, ended: Sequence[tuple[Item[Work], GivenUp | None]]) -> None:
         for item, outcome in ended:
@@ -85,17 +84,14 @@ class _Log:
         nbytes = sum(work.nbytes for work in self.held)
         self.clock.spend(self.costs.append_s + self.costs.byte_s * nbytes)
         window = int(self.clock.now // WINDOW_S)
-        self._records[window] += sum(work.records for work in self.held)
-        self._bytes[window] += round(nbytes)
+        self.records[window] += sum(work.records for work in self.held)
+        self.nbytes[window] += round(nbytes)
         self.held, self.last = [], self.clock.now
 
-    def rates(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Count records a second and bytes a second: the mean, and the most in a window."""
-        found = []
-        for counted in (self._records, self._bytes):
-            mean = counted.total() / self.clock.now
-            found.append((mean, max(mean, max(counted.values()) / WINDOW_S)))
-        return found[0], found[1]
+    def rates(self, counted: Counter[int]) -> tuple[float, float]:
+        """So many a second: the mean, and the most in a window."""
+        mean = counted.total() / self.clock.now
+        return mean, max(mean, max(counted.values()) / WINDOW_S)
 
 
 def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedRun:
@@ -114,7 +110,6 @@ def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedR
     log.append()
     pool.stop()
     pool.shares["tail"] += (cluster.workers - min(cluster.workers, len(work))) * clock.now
-    records, nbytes = log.rates()
     return SimulatedRun(
         cluster=cluster,
         makespan_s=clock.now,
@@ -125,8 +120,8 @@ def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedR
         given_up=log.given_up,
         nodes_lost=pool.nodes_lost,
         shares=dict(pool.shares),
-        records=records,
-        nbytes=nbytes,
+        records=log.rates(log.records),
+        nbytes=log.rates(log.nbytes),
     )
 
 
@@ -140,7 +135,7 @@ def _doubled(most: int) -> list[int]:
 
 
 def table(outcomes: Sequence[SimulatedRun]) -> str:
-    """Write a table with one line for each size of the cluster."""
+    """One line for each size of the cluster."""
     lines = [_line(outcome) for outcome in outcomes]
     if not any(outcome.nodes_lost for outcome in outcomes):
         lines = [{name: text for name, text in line.items() if name not in ("losses", "nodes lost")} for line in lines]

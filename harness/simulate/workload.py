@@ -7,8 +7,9 @@ rows. Scoring and tokenizing are in no record, so they are not here either.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from math import log
+from operator import mul
 from statistics import median
 
 import numpy as np
@@ -103,12 +104,7 @@ class Fit:
     longest: int  # most tokens of a fitted prompt
 
     def seconds(self, shape: Shape) -> float:
-        """Return the fitted seconds of an item."""
-        return sum(
-            factor * term
-            for factors, terms in zip(self.factors, shape.terms, strict=True)
-            for factor, term in zip(factors, terms, strict=True)
-        )
+        return float(sum(map(mul, chain(*self.factors), chain(*shape.terms))))
 
     def lines(self) -> list[str]:
         """Write the formula and how far off it is."""
@@ -144,11 +140,8 @@ def _item(own: Sequence[Record]) -> Recorded:
         steps += whole * max(len(record.token_ids) for record in batch)
         scored += whole * max(record.nll_tokens for record in batch)
     compress = {(record.method, record.budget): record.compress_s for record in own}
-    parts = (
-        max(record.prefill_s for record in own),
-        sum(compress.values()),
-        sum(record.decode_s / record.decode_rows for record in decoded),
-    )
+    decode_s = sum(record.decode_s / record.decode_rows for record in decoded)
+    parts = max(record.prefill_s for record in own), sum(compress.values()), decode_s
     batches = sum(1 / record.decode_rows for record in decoded)
     shape = Shape(max(record.prompt_tokens for record in own), len(compress), batches, steps, scored)
     return Recorded(shape, parts, len(own), sum(len(record.token_ids) for record in own))
@@ -161,16 +154,8 @@ def _batch(record: Record) -> tuple[str, float, int]:
 
 def as_recorded(items: Sequence[Recorded], *, line_bytes: float, speedup: float) -> list[Work]:
     """Repeat the run itself, with the bytes of a line given, `speedup` times as fast."""
-    return [
-        Work(
-            item.seconds / speedup,
-            item.shape.tokens,
-            item.shape.tokens + item.generated,
-            item.records,
-            item.records * line_bytes,
-        )
-        for item in items
-    ]
+    sized = ((item, item.shape.tokens, item.records) for item in items)
+    return [Work(i.seconds / speedup, n, n + i.generated, records, records * line_bytes) for i, n, records in sized]
 
 
 def fit(items: Sequence[Recorded]) -> Fit:
@@ -238,13 +223,8 @@ def extrapolated(
     cells = max(item.shape.cells for item in items)
     batches, scored = (median(getattr(item.shape, name) for item in items) for name in ("batches", "scored"))
     ratios = np.random.default_rng([seed, 2]).choice(fitted.ratios, len(prompts))
-    return [
-        Work(
-            fitted.seconds(Shape(tokens, cells, batches, batches * new, scored)) * float(ratio) / speedup,
-            tokens,
-            tokens + cells * new,
-            cells,
-            cells * line_bytes,
-        )
-        for (tokens, new), ratio in zip(prompts, ratios, strict=True)
-    ]
+    work = []
+    for (tokens, new), ratio in zip(prompts, ratios, strict=True):
+        seconds = fitted.seconds(Shape(tokens, cells, batches, batches * new, scored)) * float(ratio) / speedup
+        work.append(Work(seconds, tokens, tokens + cells * new, cells, cells * line_bytes))
+    return work
