@@ -5,8 +5,6 @@ repository that a page names in code style must be there. `LIMITS` says which pa
 Nothing is asked of the network, so links to other sites are not followed.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

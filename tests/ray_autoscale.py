@@ -7,8 +7,6 @@ GPU, which is only a number. Prints what there was over time and ends with 1 whe
 Results and logs go to FOLDER, else they are not kept. Linux.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

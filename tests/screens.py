@@ -3,8 +3,6 @@
 Its top, its charts and heat maps in the dark, and its top on a phone, in few colours so that the files stay small.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

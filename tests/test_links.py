@@ -1,7 +1,5 @@
 """The checker of the Markdown pages finds what is dead, and nothing else."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

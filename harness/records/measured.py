@@ -1,10 +1,8 @@
 """What is measured of one method by itself: the seconds of every phase and the memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -21,7 +19,7 @@ class Spread(Frozen):
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> Self:
         return cls(median=median(values), low=min(values), high=max(values))
 
 

@@ -1,7 +1,5 @@
 """`harness bench` and `harness serve-bench` with a pretend prober: options, tables, exit codes."""
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Callable

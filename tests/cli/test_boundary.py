@@ -1,7 +1,5 @@
 """`harness boundary` on the tiny model with a pretend prober: what it finds, prints, writes and refuses."""
 
-from __future__ import annotations
-
 import sys
 from collections import defaultdict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`harness lm-eval` and `harness lm-eval-import`: lm-eval's own command line with our model, then our board."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

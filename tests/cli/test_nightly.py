@@ -1,7 +1,5 @@
 """`harness nightly` on the tiny model: the first night, an equal one, a planted regression, refusals, resuming."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tomllib

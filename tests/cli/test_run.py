@@ -1,7 +1,5 @@
 """The command line on the tiny model: from a run to its board, bad input, interrupts, kills and resumes."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

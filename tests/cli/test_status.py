@@ -1,7 +1,5 @@
 """`harness status`: what is told of finished, running, broken off and fanned-out runs, and that nothing is touched."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`harness tables`: pages of what tables hold, their agreement, and moving them to another model."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Records in short: the same boards, the same refusals, and only what boards need."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

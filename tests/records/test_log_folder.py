@@ -1,7 +1,5 @@
 """What the stores of runs, benches and boundaries share: crash, resume, two writers, full disk, damaged files."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

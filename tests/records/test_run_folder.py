@@ -1,7 +1,5 @@
 """The store of runs: resume, batches, full disk, damaged lines. What all stores share is in test_log_folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """`harness run --ray` on the tiny model: equal to the run without Ray, through kills, refusals and resumes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

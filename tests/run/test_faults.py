@@ -1,7 +1,5 @@
 """A short fault campaign; `make faults` runs the long one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

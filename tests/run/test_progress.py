@@ -1,7 +1,5 @@
 """How a fanned-out run is getting on: counts, the line that is said, and the seconds of workers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 No cloud is asked: Ray's schema, defaults and parsers need none.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import re

@@ -1,7 +1,5 @@
 """The pool of actors on a real Ray of this machine."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

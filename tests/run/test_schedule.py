@@ -1,7 +1,5 @@
 """The scheduler without Ray: pretend workers on a pretend clock, which die, hang, refuse and run out of memory."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`run --measure` on the tiny model with a pretend prober: what is asked of it and what comes of its answers."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """`harness simulate`: makespans counted by hand, where time goes, losses, fits of recorded seconds, the command."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
