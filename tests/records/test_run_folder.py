@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,17 @@ def manifest(**changes: Any) -> RunManifest:
 
 def record(sample: str = "0", method: str = "snapkv", **changes: Any) -> Record:
     return pretend.record(method, "128", sample, 0.1, **{"run_id": manifest().run_id, **changes})
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds a folder for as long as it is let."""
+    code = "import sys; from pathlib import Path; from harness.records.atomic_files import lock_folder\n"
+    code += "lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command, pipe = [sys.executable, "-c", code, str(folder)], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        yield other
 
 
 def records_file(root: Path) -> Path:
@@ -108,16 +121,9 @@ def test_a_batch_of_many_samples_is_one_write_and_one_flush(tmp_path: Path, monk
     assert sizes == [records_file(tmp_path).stat().st_size] and len(flushed) == 1
 
 
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.write
-    with RunStore(tmp_path, manifest()) as store:
-        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
-        store.append([record("0"), record("1")])
-        monkeypatch.undo()
-    assert [r.sample_id for r in load_run(store.folder)[1]] == ["0", "1"]
-
-
-def test_interrupt_during_a_write_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_are_continued_and_interrupted_ones_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.write
 
     def interrupted(descriptor: int, data: bytes) -> int:
@@ -125,14 +131,16 @@ def test_interrupt_during_a_write_leaves_whole_lines(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with RunStore(tmp_path, manifest()) as store:
-        store.append([record("0")])
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
+        store.append([record("0"), record("1")])
         before = records_file(tmp_path).read_bytes()
         monkeypatch.setattr(os, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            store.append([record("1")])
+            store.append([record("2")])
         monkeypatch.undo()
-        assert {key[1] for key in store.done} == {"0"}
+        assert {key[1] for key in store.done} == {"0", "1"}
     assert records_file(tmp_path).read_bytes() == before
+    assert [r.sample_id for r in load_run(store.folder)[1]] == ["0", "1"]
 
 
 def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
@@ -142,22 +150,16 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
     limit = records_file(tmp_path).stat().st_size * 5 // 2
     assert limit > (store.folder / "run.json").stat().st_size
     code = (
-        "import sys, resource; from pathlib import Path; from harness.records.run_folder import RunStore\n"
-        "from harness.errors import HarnessError\n"
-        "from harness.records.record import Record, RunManifest\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))\n"
-        "store = RunStore(Path(sys.argv[1]), RunManifest.model_validate_json(sys.argv[2]))\n"
-        "record = Record.model_validate_json(sys.argv[3])\n"
+        "import sys, resource; from pathlib import Path; from harness.errors import HarnessError\n"
+        "from tests.records.test_run_folder import RunStore, manifest, record\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))\n"
+        "store = RunStore(Path(sys.argv[1]), manifest())\n"
         "try:\n"
-        "    for i in range(1, 9): store.append([record.model_copy(update={'sample_id': str(i)})])\n"
+        "    for i in range(1, 9): store.append([record(str(i))])\n"
         "except HarnessError as error: print(error)\n"
     )
-    arguments = [str(tmp_path), manifest().model_dump_json(), record().model_dump_json(), str(limit)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("disk full")
-    assert "2 records are intact" in done.stdout
+    told = subprocess.check_output([sys.executable, "-c", code, tmp_path, str(limit)], cwd=ROOT, text=True)
+    assert told.startswith("disk full") and "2 records are intact" in told
     assert [r.sample_id for r in load_run(store.folder)[1]] == ["0", "1"]
     assert records_file(tmp_path).read_bytes().endswith(b"\n")
 

@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,8 +36,7 @@ from tests.records import test_run_folder
 from tests.tiny_run import CELLS, FAST, RUN, call, key, manifest, only, tree
 
 pytestmark = pytest.mark.xdist_group("ray")
-OWN = frozenset({"prefill_s", "compress_s", "decode_s", "accelerator"})
-"""Fields of a record that say how it was made, not what came out."""
+OWN = {"prefill_s", "compress_s", "decode_s", "accelerator"}  # how a record was made, not what came out
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,6 @@ class Poison(FullKV):
         if view.tokens == self.tokens:
             os.kill(os.getpid(), signal.SIGKILL)
         return [layer.kv for layer in view.layers]
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """In the place of MakeRunner: a worker on a node that has other things."""
-
-    model: ModelSpec
-    versions: Mapping[str, str]
-
-    def __call__(self) -> tuple[Any, Mapping[str, Any]]:
-        here = {"accelerators": [], "processor": "p"}
-        return (lambda groups, careful: []), {"model": self.model, "versions": self.versions, "machine": here}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,11 +101,7 @@ def test_ray_finishes_what_was_begun_without(cluster: str, finished: Path, resul
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_a_sample_that_kills_its_workers_costs_its_own_cells_alone(
-    cluster: str,
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cluster: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(METHODS, "poison", Method("poison", Poison, "", {}))
     lengths = {row["sample_id"]: row["prompt_tokens"] for row in rows(finished)}
@@ -133,16 +118,13 @@ def test_a_sample_that_kills_its_workers_costs_its_own_cells_alone(
     assert sum("lost: " in path.read_text() for path in only(tmp_path).glob("logs/worker-*.log")) == 2
 
 
-def test_a_worker_with_another_model_ends_the_run(
+def test_a_worker_with_other_packages_ends_the_run(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def elsewhere(sweep: Sweep, spec: Any, *_: object) -> Elsewhere:
-        return Elsewhere(spec.model.model_copy(update={"revision": "another"}), versions())
-
-    monkeypatch.setattr(driver, "MakeRunner", elsewhere)
+    monkeypatch.setattr(driver, "versions", lambda: versions() | {"torch": "1.0"})
     assert call(*RUN, "--ray", cluster, "--workers", "1", "--out", tmp_path) == 2
     line = complained(capsys)
-    assert line.startswith("harness: model tiny on ") and "is another, on the driver " in line
+    assert line.startswith("harness: worker on ") and ", the driver 1.0; install the same versions" in line
     assert manifest(tmp_path)["status"] == "failed" and rows(tmp_path) == []
 
 
@@ -196,7 +178,7 @@ def test_without_ray_its_option_says_how_to_get_it(
 
 SWEEP = Sweep(
     **{"model": "tiny", "methods": ("fullkv", "snapkv"), "tasks": ("stdlib/next_line",), "budgets": ("32",)},
-    **{"lengths": (512,), "limit": 1, "max_new_tokens": 4, "nll_tokens": 4, "dtype": "float32"},  # type: ignore[arg-type]
+    **{"lengths": (512,), "limit": 1, "max_new_tokens": 4, "nll_tokens": 4, "dtype": "float32"},
 )
 
 
@@ -215,10 +197,8 @@ SWEEP = Sweep(
 )
 def test_what_a_worker_takes_and_how_many_fit(device: str, fan: Any, resources: Any, expected: Any) -> None:
     sweep = SWEEP.model_copy(update={"device": device})
-    if expected is None:
-        with pytest.raises(HarnessError, match="do not fit into the cluster.*lower --workers"):
-            driver._shape(sweep, FanOut(**fan), resources)
-    else:
+    refused = pytest.raises(HarnessError, match="do not fit into the cluster.*lower --workers")
+    with nullcontext() if expected else refused:
         assert driver._shape(sweep, FanOut(**fan), resources) == expected
 
 
@@ -250,29 +230,23 @@ def test_care_decodes_one_row_at_a_time() -> None:
     assert [record.token_ids for record in plain] == [record.token_ids for record in careful]
 
 
-class Script:
-    """A schedule that says what it is told to, one record at a time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.monkeypatch, self.folder = monkeypatch, folder
-
-    def run(self) -> Iterator[list[tuple[Item[Any], Any]]]:
-        self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
+def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script() -> Iterator[list[tuple[Item[Any], Any]]]:
+        """In the place of a schedule."""
+        monkeypatch.setattr(driver, "STORE_S", 3600.0)
         yield [(Item(None), [test_run_folder.record("0")])]
-        assert load_run(self.folder)[1] == []
-        self.monkeypatch.setattr(driver, "STORE_S", 0.0)
+        assert load_run(store.folder)[1] == []
+        monkeypatch.setattr(driver, "STORE_S", 0.0)
         yield []  # nothing came, but what came before has waited long enough
-        assert len(load_run(self.folder)[1]) == 1
-        self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
+        assert len(load_run(store.folder)[1]) == 1
+        monkeypatch.setattr(driver, "STORE_S", 3600.0)
         yield [(Item(None), [test_run_folder.record("1")])]
         raise HarnessError("no worker is left")
 
-
-def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RunStore(tmp_path, test_run_folder.manifest()) as store:
         progress = Progress(store.folder, samples=2, total=2, done=0, workers=lambda: 1)
         with pytest.raises(HarnessError, match="no worker is left"):
-            driver.store_all(store, Script(monkeypatch, store.folder), progress)  # type: ignore[arg-type]
+            driver.store_all(store, SimpleNamespace(run=script), progress)
         assert [record.sample_id for record in load_run(store.folder)[1]] == ["0", "1"]
         (store.folder / "logs").touch()
         with pytest.raises(HarnessError, match="^cannot write .*worker-0.log"):

@@ -40,15 +40,12 @@ def test_the_line_says_how_fast_and_how_long() -> None:
 
 def test_workers_are_paid_from_ready_to_the_end() -> None:
     """Two workers of 3 s each, one of them idle for half of it."""
-    pool = Workers(lambda worker, bundle, careful: None, size=2)
 
     def fate(worker: int, bundle: list[int], careful: bool) -> Event[str] | None:
         busy = 3.0 if bundle == [0] else 1.5
         return done(worker, bundle, each_s=busy) if pool.now >= busy else None
 
-    pool.fate = fate
+    pool = Workers(fate, size=2)
     schedule = Schedule(range(2), pool, timeout_s=60.0, clock=lambda: pool.now)
-    ended = sum(len(found) for found in schedule.run())
-    assert ended == 2
-    assert schedule.busy_s == pytest.approx(4.5)
-    assert schedule.worker_s == pytest.approx(6.0)
+    assert sum(len(found) for found in schedule.run()) == 2
+    assert (schedule.busy_s, schedule.worker_s) == (pytest.approx(4.5), pytest.approx(6.0))
