@@ -10,7 +10,6 @@ Results and logs go to FOLDER, else they are not kept. Linux.
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as HEAD
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
@@ -56,15 +56,33 @@ class Moment:
 class Story:
     """What happened: a moment whenever anything changed, the run's exit code, its records by status, what it said."""
 
+    address: str
+    start: float = field(default_factory=time.monotonic)
     moments: list[Moment] = field(default_factory=list)
     code: int | None = None
     statuses: dict[str, int] = field(default_factory=dict)
     said: str = ""
 
+    def look(self) -> None:
+        status = get_cluster_status(self.address)
+        nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.total_resources().get("GPU")]
+        demand = status.resource_demands.ray_task_actor_demand
+        now = Moment(
+            seconds=time.monotonic() - self.start,
+            nodes=len(nodes),
+            at_work=sum(bool(node.used_resources().get("GPU")) for node in nodes),
+            coming=sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes),
+            waiting=sum(group.count for one in demand for group in one.bundles_by_count),
+        )
+        if not self.moments or replace(self.moments[-1], seconds=now.seconds) != now:
+            self.moments.append(now)
+
 
 def config(address: str) -> dict[str, Any]:
     """Of the autoscaler. The fake provider goes by its class: its name needs a file that Ray's wheels lack."""
-    nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    nothing = ("cluster_synced_files", "rsync_exclude", "rsync_filter", *(f"{name}_commands" for name in commands))
+    worker = {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000}
     return {
         "cluster_name": "fake",
         "max_workers": NODES,
@@ -82,30 +100,19 @@ def config(address: str) -> dict[str, Any]:
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0, "GPU": 0}, "node_config": {}, "max_workers": 0},
-            "gpu_worker": {
-                "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000},
-                "node_config": {},
-                "min_workers": 0,
-                "max_workers": NODES,
-            },
+            "gpu_worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": NODES},
         },
         "head_node_type": "ray.head.default",
-        "auth": {},
-        "docker": {},
-        "file_mounts": {},
-        "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
-        "rsync_exclude": [],
-        "rsync_filter": [],
-        **{f"{name}_commands": [] for name in nothing},
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in nothing},
     }
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -142,78 +149,57 @@ def environment() -> dict[str, str]:
 
 def _wait_until_up(head: subprocess.Popen[bytes], log: Path) -> None:
     limit = time.monotonic() + UP_S
-    while "Ray runtime started" not in log.read_text(encoding="utf-8", errors="replace"):
+    while "Ray runtime started" not in (told := log.read_text(encoding="utf-8", errors="replace")):
         if head.poll() is not None or time.monotonic() > limit:
-            raise RuntimeError(f"the head did not start: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+            raise RuntimeError(f"the head did not start: {told[-2000:]}")
         time.sleep(EVERY_S)
 
 
 def end_session(session: int) -> None:
     """End the processes of a session: Ray's nodes lead process groups of their own, but stay in it."""
     limit = time.monotonic() + END_S
-    while (left := members(session)) and time.monotonic() < limit:
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)  # at SIGTERM a node drains for half a minute
+    while time.monotonic() < limit:
+        left = [process for process in psutil.process_iter() if runs_in(process, session)]
+        if not left:
+            return
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()  # at SIGTERM a node drains for half a minute
         time.sleep(0.1)
 
 
-def members(session: int) -> list[int]:
-    """Processes of a session that run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            # pid (name) state ppid pgrp session ...; a name may hold blanks and brackets
-            state, _, _, own = (entry / "stat").read_text(encoding="utf-8").rpartition(") ")[2].split()[:4]
-            if int(own) == session and state != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def look(address: str, since: float) -> Moment:
-    status = get_cluster_status(address)
-    nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.total_resources().get("GPU")]
-    asked = [group for demand in status.resource_demands.ray_task_actor_demand for group in demand.bundles_by_count]
-    return Moment(
-        seconds=time.monotonic() - since,
-        nodes=len(nodes),
-        at_work=sum(bool(node.used_resources().get("GPU")) for node in nodes),
-        coming=sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes),
-        waiting=sum(group.count for group in asked),
-    )
+def runs_in(process: psutil.Process, session: int) -> bool:
+    with suppress(OSError, psutil.Error):
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def exercise(folder: Path) -> Story:
     """Run it, with results and logs in `folder`, and watch until the nodes have gone again or would have long ago."""
-    story, results = Story(), folder / "results"
+    results = folder / "results"
     with cluster(folder) as address, (folder / "run.log").open("w+", encoding="utf-8") as said:
-        since = time.monotonic()
-        _note(story, look(address, since))
+        story = Story(address)
+        story.look()
         command = [sys.executable, "-m", "harness.cli", "run", *RUN, "--out", str(results)]
         run = subprocess.Popen(
             command, cwd=ROOT, env=environment() | {"RAY_ADDRESS": address}, stdout=said, stderr=subprocess.STDOUT
         )
         try:
-            while run.poll() is None and time.monotonic() - since < RUN_S:
-                _note(story, look(address, since))
+            while run.poll() is None and time.monotonic() - story.start < RUN_S:
+                story.look()
                 time.sleep(EVERY_S)
         finally:
             run.kill()
             story.code = run.wait()
         ended = time.monotonic()
         while story.moments[-1].nodes and time.monotonic() - ended < IDLE_S:
-            _note(story, look(address, since))
+            story.look()
             time.sleep(EVERY_S)
         said.seek(0)
         story.said = said.read()
     records = [record for one in (find_runs(results) if results.is_dir() else ()) for record in load_run(one)[1]]
     story.statuses = dict(Counter(record.status for record in records))
     return story
-
-
-def _note(story: Story, now: Moment) -> None:
-    if not story.moments or replace(story.moments[-1], seconds=now.seconds) != now:
-        story.moments.append(now)
 
 
 def told(story: Story) -> str:
