@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,41 +40,14 @@ RUN = (
 UP_S, RUN_S, IDLE_S, END_S, EVERY_S = 120.0, 400.0, 60.0, 10.0, 0.25
 
 
-@dataclass(frozen=True)
-class Moment:
-    """nodes: there beside the head; at_work: of them; coming: asked of the provider; waiting: actors without a node."""
-
-    seconds: float
-    nodes: int
-    at_work: int
-    coming: int
-    waiting: int
-
-
-@dataclass
-class Story:
-    """What happened: a moment whenever anything changed, the run's exit code, its records by status, what it said."""
-
-    address: str
-    start: float = field(default_factory=time.monotonic)
-    moments: list[Moment] = field(default_factory=list)
-    code: int | None = None
-    statuses: dict[str, int] = field(default_factory=dict)
-    said: str = ""
-
-    def look(self) -> None:
-        status = get_cluster_status(self.address)
-        nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.total_resources().get("GPU")]
-        demand = status.resource_demands.ray_task_actor_demand
-        now = Moment(
-            seconds=time.monotonic() - self.start,
-            nodes=len(nodes),
-            at_work=sum(bool(node.used_resources().get("GPU")) for node in nodes),
-            coming=sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes),
-            waiting=sum(group.count for one in demand for group in one.bundles_by_count),
-        )
-        if not self.moments or replace(self.moments[-1], seconds=now.seconds) != now:
-            self.moments.append(now)
+def look(address: str) -> tuple[int, int, int, int]:
+    """Nodes beside the head, those of them at work, those asked of the provider, and actors without a node."""
+    status = get_cluster_status(address)
+    nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.total_resources().get("GPU")]
+    at_work = sum(bool(node.used_resources().get("GPU")) for node in nodes)
+    coming = sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes)
+    demand = status.resource_demands.ray_task_actor_demand
+    return len(nodes), at_work, coming, sum(group.count for one in demand for group in one.bundles_by_count)
 
 
 def config(address: str) -> dict[str, Any]:
@@ -174,49 +146,41 @@ def runs_in(process: psutil.Process, session: int) -> bool:
     return False
 
 
-def exercise(folder: Path) -> Story:
+def main(folder: Path) -> int:
     """Run it, with results and logs in `folder`, and watch until the nodes have gone again or would have long ago."""
-    results = folder / "results"
-    with cluster(folder) as address, (folder / "run.log").open("w+", encoding="utf-8") as said:
-        story = Story(address)
-        story.look()
+    results, log, seen = folder / "results", folder / "run.log", list[tuple[int, int, int, int]]()
+    print("seconds  nodes  at work  coming  waiting actors")
+    with cluster(folder) as address, log.open("w", encoding="utf-8") as said:
+        start = time.monotonic()
+
+        def watch() -> None:
+            now = look(address)
+            if now != (seen or [None])[-1]:
+                print("{:7.1f}  {:5d}  {:7d}  {:6d}  {:14d}".format(time.monotonic() - start, *now), flush=True)
+                seen.append(now)
+            time.sleep(EVERY_S)
+
+        watch()
         command = [sys.executable, "-m", "harness.cli", "run", *RUN, "--out", str(results)]
-        run = subprocess.Popen(
-            command, cwd=ROOT, env=environment() | {"RAY_ADDRESS": address}, stdout=said, stderr=subprocess.STDOUT
-        )
+        own = environment() | {"RAY_ADDRESS": address}
+        run = subprocess.Popen(command, cwd=ROOT, env=own, stdout=said, stderr=subprocess.STDOUT)
         try:
-            while run.poll() is None and time.monotonic() - story.start < RUN_S:
-                story.look()
-                time.sleep(EVERY_S)
+            while run.poll() is None and time.monotonic() - start < RUN_S:
+                watch()
         finally:
             run.kill()
-            story.code = run.wait()
+            code = run.wait()
         ended = time.monotonic()
-        while story.moments[-1].nodes and time.monotonic() - ended < IDLE_S:
-            story.look()
-            time.sleep(EVERY_S)
-        said.seek(0)
-        story.said = said.read()
+        while seen[-1][0] and time.monotonic() - ended < IDLE_S:
+            watch()
     records = [record for one in (find_runs(results) if results.is_dir() else ()) for record in load_run(one)[1]]
-    story.statuses = dict(Counter(record.status for record in records))
-    return story
-
-
-def told(story: Story) -> str:
-    """The table, what became of the run, and, of a failed one, what it said."""
-    rows = ["seconds  nodes  at work  coming  waiting actors"]
-    rows += [f"{m.seconds:7.1f}  {m.nodes:5d}  {m.at_work:7d}  {m.coming:6d}  {m.waiting:14d}" for m in story.moments]
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(story.statuses.items())) or "none"
-    rows.append(f"harness run ended with {story.code}; records: {counts}")
-    return "\n".join(rows if story.code == 0 else [*rows, story.said[-3000:]])
-
-
-def main(out: Path) -> int:
-    story = exercise(out)
-    print(told(story))
-    nodes = [moment.nodes for moment in story.moments]
+    statuses = Counter(record.status for record in records)
+    print(f"harness run ended with {code}; records: {dict(statuses)}")
+    if code:
+        print(log.read_text(encoding="utf-8")[-3000:])
+    nodes = [there for there, *_ in seen]
     scaled = nodes[0] == 0 and max(nodes) == NODES and nodes[-1] == 0
-    return 0 if story.code == 0 and set(story.statuses) == {"ok"} and scaled else 1
+    return int(bool(code) or set(statuses) != {"ok"} or not scaled)
 
 
 if __name__ == "__main__":

@@ -138,23 +138,16 @@ def test_a_killed_worker_is_lost_and_another_one_takes_its_place() -> None:
         assert one(pool, 1, lambda: 1).results == [1]  # type: ignore[union-attr]
 
 
-def turn_down(worker: int, about: Mapping[str, Any]) -> None:
-    raise HarnessError(f"worker {worker} has other versions")
-
-
-def test_refusals_are_told_in_one_line() -> None:
+def test_refusals_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pool_of(make=partial(fail, FileNotFoundError(2, "no such file", "weights"))) as pool:
         (event,) = events(pool, 1)
         assert isinstance(event, Refused) and event.why.startswith("FileNotFoundError: ") and "weights" in event.why
-    with pool_of(accept=turn_down) as pool:
-        assert events(pool, 1) == [Refused(0, "worker 0 has other versions")] and pool.starting == 0
+    with pool_of(accept=lambda worker, about: fail(HarnessError("has other versions"))) as pool:
+        assert events(pool, 1) == [Refused(0, "has other versions")] and pool.starting == 0
     refuse = partial(fail, HarnessError("model m is not here"))
     with pool_of(make=refuse) as pool, pytest.raises(HarnessError, match="^model m is not here$"):
         list(Schedule([os.getpid], pool, timeout_s=WAIT_S).run())
     assert pool.starting == 0
-
-
-def test_workers_that_die_at_birth_are_refused_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_pool, "DIED_STARTING", 1)
     with pool_of(make=die) as pool, pytest.raises(HarnessError, match="^workers die before they are ready"):
         list(Schedule([os.getpid], pool, timeout_s=WAIT_S).run())
@@ -223,7 +216,7 @@ def test_an_exception_leaves_the_worker_alive(ready_pool: RayPool[Call, Any]) ->
     assert isinstance(one(ready_pool, 0, os.getpid), Done)
 
 
-ENDS: list[tuple[RayError, bool, bool]] = [
+ENDS = [
     (NodeDiedError("gone"), True, False),
     (ActorUnavailableError("no answer", None), True, False),
     (ObjectLostError("ab", None, ""), True, False),

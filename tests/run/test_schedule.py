@@ -146,21 +146,6 @@ def test_a_lost_bundle_is_taken_apart_and_goes_first() -> None:
     assert later[len(lost)][0] == behind[0] == lost[-1] + 1
 
 
-def test_what_waits_behind_a_lost_bundle_is_not_charged() -> None:
-    waited = list[list[int]]()
-
-    def fate(worker: int, bundle: list[int], careful: bool) -> Event[str]:
-        if bundle == [2]:
-            waited.extend(own for own, _ in list(pool.held[worker])[1:])
-            return Lost(worker, "died")
-        return done(worker, bundle)
-
-    pool = Workers(fate)
-    ended = finish(pool, 5, tries=1)
-    assert waited == [[3]] and set(given_up(ended)) == {2}
-    assert {index for index, (item, _) in ended.items() if item.tries} == {2}
-
-
 @pytest.mark.parametrize(("losses", "lives"), [(NODES_LOST, True), (NODES_LOST + 1, False)])
 def test_lost_nodes_are_not_charged_but_not_for_ever(losses: int, lives: bool) -> None:
     left = [losses]
