@@ -11,7 +11,6 @@ class Parser(argparse.ArgumentParser):
     """Ends with one line and exit code 2 for arguments that it cannot take."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and where help is."""
         self.exit(2, f"harness: {message}; see `{self.prog} --help`\n")
 
 

@@ -25,7 +25,6 @@ def nightly_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def nightly_options(table: Any, config: str) -> NightlyOptions:
-    """The `[nightly]` table. Raises HarnessError for an unusable one."""
     if table is None:
         raise HarnessError(f'{config} has no [nightly] table; add one with version = 1 and baseline = "FOLDER"')
     try:

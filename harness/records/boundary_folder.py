@@ -21,8 +21,6 @@ SizeKind = Literal["context", "batch"]
 
 
 class Tried(Frozen):
-    """A probe and how it ended."""
-
     tokens: int
     batch: int
     status: ProbeStatus
@@ -33,8 +31,6 @@ class Tried(Frozen):
 
 
 class Found(Frozen):
-    """What a search found."""
-
     answer: int  # the largest size that fits, 0 where not even the least does
     whole: bool = False  # even the most fits, so the answer is at least that
     next_size: int | None = None  # the least size that did not fit, one step above the answer
@@ -63,7 +59,6 @@ class BoundaryRecord(Frozen):
         return (self.method, self.budget, self.kind, self.at_context or 0)
 
     def probe(self, size: int | None) -> Tried | None:
-        """Find the probe of that size, where there was one."""
         tokens, batch = (size, 1) if self.kind == "context" else (self.at_context, size)
         return next((tried for tried in self.probes if (tried.tokens, tried.batch) == (tokens, batch)), None)
 

@@ -44,8 +44,6 @@ class Measured(Frozen):
 
 
 class ProbeSpec(Frozen):
-    """What a probe runs."""
-
     method: str  # a label, `name` or `name@preset`
     set: dict[str, Any] = Field(default_factory=dict)  # its changed parameters
     budget: str | None  # tokens or a fraction, as in `harness run`; None for a method without one
@@ -60,8 +58,6 @@ class ProbeSpec(Frozen):
 
 
 class ProbeResult(Frozen):
-    """How a probe ended."""
-
     status: ProbeStatus
     measured: Measured | None = None
     error: str | None = None  # one line, where the status is not ok

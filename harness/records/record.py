@@ -28,11 +28,9 @@ class Record(Frozen):
     query: QueryMode
     first_token: FirstToken
     seed: int
-    status: Status
-    """ok: scored. skipped: cannot be run as asked. failed: an error. oom: out of memory. Only ok has a score."""
+    status: Status  # ok: scored; skipped: cannot be run as asked; failed: an error; oom: out of memory
     error: str | None = None  # one line on why the status is not ok
-    memory: Memory = "physical"
-    """simulated: the method only pretends to free what it drops, so its bytes, seconds and peaks are no results."""
+    memory: Memory = "physical"  # simulated: nothing it drops is freed, so bytes, seconds and peaks are no results
     over_budget: bool = False  # measured bytes exceed asked bytes by more than 1 %
     notes: tuple[str, ...] = ()  # what a reader must know, such as a degenerate allocation or neutral tables
 
@@ -43,14 +41,12 @@ class Record(Frozen):
     budget_tokens: int | None = None  # resolved for this prompt: slots per layer and KV head; None without a budget
     kept_slots: tuple[int, ...] = ()  # live ones of each compressible layer after compression, over its KV heads
 
-    kv_bytes: int = 0
-    """Measured right after compression: live keys, values and side data, sliding-window layers included."""
+    kv_bytes: int = 0  # right after compression: live keys, values and side data, sliding-window layers included
     kv_bytes_end: int = 0  # the same after the last decoded token
     asked_bytes: int = 0  # what the budget allows in bytes, sliding-window layers at their own size
     full_bytes: int = 0  # the uncompressed cache of the same tokens
     needle_tokens: int = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
-    needle_kept: tuple[tuple[int, ...], ...] = ()
-    """How many of those each compressible layer (outer) and KV head (inner) still holds after compression."""
+    needle_kept: tuple[tuple[int, ...], ...] = ()  # of those, by compressible layer and KV head, after compression
 
     answers: tuple[str, ...] = ()  # references, so that the prediction can be scored again from this line
     prediction: str = ""

@@ -128,12 +128,9 @@ class Sweep(Asked):
 
     @model_validator(mode="after")
     def _measurable(self) -> Self:
-        """Whether its cells can be measured one by one."""
         if self.measure and self.query == "agnostic":
-            raise ValueError(
-                "--measure with --query agnostic: questions share a compressed context there, which no cell has by "
-                "itself; leave one of the two out"
-            )
+            shared = "questions share a compressed context there, which no cell has by itself"
+            raise ValueError(f"--measure with --query agnostic: {shared}; leave one of the two out")
         if self.measure and self.trust_remote_code:
             raise ValueError("--measure with --trust-remote-code: probes load plain models only; leave one of them out")
         return self
@@ -186,9 +183,7 @@ class RunSpec(Frozen):
     first_token: FirstToken
     query: QueryMode
     nll_tokens: int
-    measured_on: str | None = None
-    """The machine that cells are also timed on, since it decides those numbers; None for a run that times nothing."""
-
+    measured_on: str | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
 
     @property

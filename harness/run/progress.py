@@ -17,8 +17,6 @@ EVERY_S = {True: 1.0, False: 30.0}  # on a terminal, elsewhere
 
 
 class Snapshot(Frozen):
-    """The state of a fanned-out run at a moment."""
-
     cells: dict[str, int]  # of this and earlier sessions, by status
     total: int  # cells of the whole run
     samples: int  # that this session has to do, or did
@@ -78,7 +76,7 @@ class Progress:
             self.say()
 
     def snapshot(self) -> Snapshot:
-        """Take the state now. The time left is that of as many samples at the pace so far."""
+        """The state now. The time left is that of as many samples at the pace so far."""
         seconds, ended = time.monotonic() - self.start, self.samples - self.left
         worker_s, busy_s = self.spent()
         return Snapshot(
@@ -96,7 +94,6 @@ class Progress:
         )
 
     def say(self) -> None:
-        """Say how it stands on standard error and in the folder."""
         now = self.snapshot()
         end = "\r" if sys.stderr.isatty() else "\n"
         print(f"{now.line():<110}", file=sys.stderr, end=end, flush=True)

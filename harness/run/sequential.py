@@ -40,18 +40,18 @@ class SampleRunner:
         """Run samples of one context, each under the cells wanted of it; return one record per pair, in order."""
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
-        found = [
-            record_of(self.spec, planned, cell, outcome, text=self.tokenizer.decode(outcome.token_ids))
+        return [
+            record_of(self.spec, planned, cell, outcome, self.tokenizer.decode(outcome.token_ids), self.accelerator)
             for (planned, cells), own in zip(group, outcomes, strict=True)
             for cell, outcome in zip(cells, own, strict=True)
         ]
-        return [record.model_copy(update={"accelerator": self.accelerator}) for record in found]
 
 
-def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, *, text: str = "") -> Record:
-    """What is stored of a cell. text: what its tokens say."""
-    sample = planned.sample
-    prediction, metrics = "", {}
+def record_of(
+    spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, text: str = "", accelerator: str = ""
+) -> Record:
+    """What is stored of a cell. text: what its tokens say. accelerator: what ran it, if anything did."""
+    sample, prediction, metrics = planned.sample, "", {}
     if outcome.status == "ok":
         prediction = text
         for stop in sample.stop:
@@ -79,6 +79,7 @@ def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome:
         prediction=prediction,
         metrics=metrics,
         meta=dict(sample.meta),
+        accelerator=accelerator,
         **stored,
     )
 
@@ -113,8 +114,7 @@ def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -
     Raises HarnessError for bad input.
     """
     here = machine()
-    place = measured_on(here, loaded.spec) if named.sweep.measure else None
-    plan = plan_sweep(named, loaded, measured_on=place)
+    plan = plan_sweep(named, loaded, measured_on=measured_on(here, loaded.spec) if named.sweep.measure else None)
     manifest = RunManifest(
         run_id=plan.spec.run_id,
         status="started",

@@ -110,7 +110,6 @@ def plan_work(ask: SimulationAsk, run: Path) -> tuple[Sequence[Work], Sequence[s
 
 
 def _prompts(ask: SimulationAsk) -> tuple[list[tuple[int, int]], str]:
-    """The samples of the full tasks, and how they are called."""
     prompts, said = list[tuple[int, int]](), []
     if "longbench" in ask.tasks:
         prompts += workload.longbench(max_tokens=ask.max_tokens, seed=ask.seed)
@@ -153,7 +152,6 @@ def _assumptions(ask: SimulationAsk) -> list[str]:
 
 
 def cluster_lines(ask: SimulationAsk, costs: Costs) -> list[str]:
-    """What is assumed of the cluster and of what its driver costs."""
     said = ", ".join(f"{name} {value:.3g}" for name, value in asdict(costs).items())
     losses = "no node is lost"
     if ask.mtbf_hours is not None:

@@ -70,7 +70,6 @@ class SimulatedClock:
         return self.now
 
     def spend(self, seconds: float) -> None:
-        """Let the driver be busy for so long."""
         self.now += seconds
         self.busy += seconds
 

@@ -25,8 +25,6 @@ SATURATED = 0.9  # utilisation below which a size is called too large
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """What came of a simulated run."""
-
     cluster: Cluster
     makespan_s: float
     plan_s: float  # until the first worker starts
@@ -135,7 +133,6 @@ def _doubled(most: int) -> list[int]:
 
 
 def table(outcomes: Sequence[SimulatedRun]) -> str:
-    """One line for each size of the cluster."""
     lines = [_line(outcome) for outcome in outcomes]
     if not any(outcome.nodes_lost for outcome in outcomes):
         lines = [{name: text for name, text in line.items() if name not in ("losses", "nodes lost")} for line in lines]

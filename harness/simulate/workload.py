@@ -65,8 +65,6 @@ class Work:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the seconds of an item follow from."""
-
     tokens: int  # of its prompt
     cells: int
     batches: float  # in which it is decoded
@@ -97,8 +95,6 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Fit:
-    """Seconds of an item by its shape."""
-
     factors: tuple[tuple[float, ...], ...]  # of `Shape.terms`
     ratios: tuple[float, ...]  # recorded over fitted seconds, per item
     longest: int  # most tokens of a fitted prompt
@@ -107,7 +103,6 @@ class Fit:
         return float(sum(map(mul, chain(*self.factors), chain(*shape.terms))))
 
     def lines(self) -> list[str]:
-        """Write the formula and how far off it is."""
         (a, b, c), (d, e), (f, g, h, i) = self.factors
         off = sorted(abs(ratio - 1) for ratio in self.ratios)
         return [
