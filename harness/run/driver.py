@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,9 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
         with RunStore(root, prepared.manifest) as store, store.ending():
             work = prepared.missing(store.done)
             work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end
-            logs = WorkerLogs(store.folder / "logs")
-            pool = RayPool[Group, list[Record]](
-                make, size=min(size, max(1, len(work))), shape=shape, accept=_accept(spec.model, logs), tell=logs.tell
-            )
+            logs = store.folder / "logs"
+            accept, size = _accept(spec.model, logs), min(size, max(1, len(work)))
+            pool = RayPool[Group, list[Record]](make, size=size, shape=shape, accept=accept, tell=partial(tell, logs))
             try:
                 schedule = Schedule(work, pool, timeout_s=fan.timeout_s, tries=fan.tries, start_s=fan.start_s)
                 with _progress(store, work, schedule) as progress:
@@ -118,21 +118,15 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
             return store.folder
 
 
-@dataclass(frozen=True)
-class WorkerLogs:
-    """A file for each worker: what it is, what it logged, how it ended."""
-
-    folder: Path
-
-    def tell(self, worker: int, line: str) -> None:
-        """Add a line to a worker's file. Raises HarnessError when it cannot be written."""
-        path = self.folder / f"worker-{worker}.log"
-        try:
-            self.folder.mkdir(exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{now()} {' '.join(line.split())}\n")
-        except OSError as error:
-            raise write_error(path, error) from None
+def tell(folder: Path, worker: int, line: str) -> None:
+    """Add a line to a worker's file in `folder`: what it is, what it logged, how it ended. Raises HarnessError."""
+    path = folder / f"worker-{worker}.log"
+    try:
+        folder.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{now()} {' '.join(line.split())}\n")
+    except OSError as error:
+        raise write_error(path, error) from None
 
 
 def _shape(sweep: Sweep, fan: FanOut, resources: Mapping[str, float]) -> tuple[WorkerShape, int]:
@@ -154,13 +148,13 @@ def _shape(sweep: Sweep, fan: FanOut, resources: Mapping[str, float]) -> tuple[W
     return shape, wanted
 
 
-def _accept(wanted: ModelSpec, logs: WorkerLogs) -> Callable[[int, Mapping[str, Any]], None]:
+def _accept(wanted: ModelSpec, logs: Path) -> Callable[[int, Mapping[str, Any]], None]:
     """Refuses a worker that would bring other numbers: another model, other packages."""
     ours = versions()
 
     def accept(worker: int, about: Mapping[str, Any]) -> None:
         host, theirs, what = about["host"], about["versions"], about["machine"]
-        logs.tell(worker, f"on {host}, node {about['node']}: {what['accelerators'] or what['processor']}, {theirs}")
+        tell(logs, worker, f"on {host}, node {about['node']}: {what['accelerators'] or what['processor']}, {theirs}")
         for package in DECIDING:
             if theirs.get(package) != ours.get(package):
                 raise HarnessError(

@@ -21,27 +21,11 @@ from harness.records.spec import QueryMode
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)  # of RULER's paper
 MEAN_LENGTH = {
-    "narrativeqa": 18409,
-    "qasper": 3619,
-    "multifieldqa_en": 4559,
-    "multifieldqa_zh": 6701,
-    "hotpotqa": 9151,
-    "2wikimqa": 4887,
-    "musique": 11214,
-    "dureader": 15768,
-    "gov_report": 8734,
-    "qmsum": 10614,
-    "multi_news": 2113,
-    "vcsum": 15380,
-    "trec": 5177,
-    "triviaqa": 8209,
-    "samsum": 6258,
-    "lsht": 22337,
-    "passage_count": 11141,
-    "passage_retrieval_en": 9289,
-    "passage_retrieval_zh": 6745,
-    "lcc": 1235,
-    "repobench-p": 4206,
+    **{"narrativeqa": 18409, "qasper": 3619, "multifieldqa_en": 4559, "multifieldqa_zh": 6701, "hotpotqa": 9151},
+    **{"2wikimqa": 4887, "musique": 11214, "dureader": 15768, "gov_report": 8734, "qmsum": 10614},
+    **{"multi_news": 2113, "vcsum": 15380, "trec": 5177, "triviaqa": 8209, "samsum": 6258},
+    **{"lsht": 22337, "passage_count": 11141, "passage_retrieval_en": 9289, "passage_retrieval_zh": 6745, "lcc": 1235},
+    **{"repobench-p": 4206},
 }
 """Average length of LongBench's datasets in words, of the Chinese ones in characters (THUDM/LongBench@072a5a7,
 LongBench/task.md)."""

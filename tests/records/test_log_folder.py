@@ -4,8 +4,6 @@ import errno
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -202,11 +200,3 @@ def test_a_write_that_fails_half_way_leaves_the_log_as_it_was(
         kind.add(store, kind.record("b"))
     assert kind.names(path.parent) == ["a", "b", "c"]
     assert ("disk full" in str(error.value)) == (number != errno.EIO) and "\n" not in str(error.value)
-
-
-def test_import_is_cheap() -> None:
-    code = (
-        "import sys, harness.records.run_folder, harness.records.bench_folder, harness.records.boundary_folder\n"
-        "print({'torch', 'pandas', 'numpy', 'transformers', 'ray'} & set(sys.modules))"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT) == b"set()\n"

@@ -19,11 +19,10 @@ from harness.errors import HarnessError
 from harness.machine import versions
 from harness.models.load import describe_model
 from harness.plan.sweep import plan_names
-from harness.records.atomic_files import lock_folder, unlock_folder
 from harness.records.run_folder import RunStore, load_run
 from harness.records.spec import ModelSpec, Sweep
 from harness.run import driver
-from harness.run.driver import FanOut, MakeRunner, WorkerLogs
+from harness.run.driver import FanOut, MakeRunner
 from harness.run.progress import PROGRESS_FILE, Progress, Snapshot
 from harness.run.ray_pool import WorkerShape
 from harness.run.schedule import Item
@@ -33,7 +32,7 @@ from methods.fullkv import FullKV
 from methods.registry import METHODS, Method
 from tests import tiny_run
 from tests.records import test_run_folder
-from tests.tiny_run import CELLS, FAST, RUN, call, key, manifest, only, tree
+from tests.tiny_run import CELLS, FAST, RUN, call, key, manifest, only
 
 pytestmark = pytest.mark.xdist_group("ray")
 OWN = {"prefill_s", "compress_s", "decode_s", "accelerator"}  # how a record was made, not what came out
@@ -128,16 +127,6 @@ def test_a_worker_with_other_packages_ends_the_run(
     assert manifest(tmp_path)["status"] == "failed" and rows(tmp_path) == []
 
 
-def test_a_second_driver_is_refused(cluster: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = only(results)
-    held = lock_folder(folder)
-    before = tree(results)
-    assert call(*RUN, "--ray", cluster, "--out", results) == 2
-    assert complained(capsys).startswith(f"harness: {folder} is being written by process {os.getpid()}; wait")
-    assert tree(results) == before
-    unlock_folder(held)
-
-
 OUT_OF_RANGE = ("--workers 0", "--tries 0", "--item-timeout nan", "--gpus-per-worker -1", "--gpus-per-worker 1.5")
 WITHOUT = ("--workers 2", "--tries 2", "--autoscale", "--gpus-per-worker 0")
 REFUSED = [
@@ -199,7 +188,7 @@ def test_what_a_worker_takes_and_how_many_fit(device: str, fan: Any, resources: 
 
 def test_other_packages_and_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ModelSpec(name="m", revision="r" * 40, dtype="float32", device="cpu")
-    accept = driver._accept(model, WorkerLogs(tmp_path))
+    accept = driver._accept(model, tmp_path)
     machine = {"accelerators": ["a GPU"], "processor": "p"}
     about = {"host": "h", "node": "n", "time": time.time(), "versions": versions(), "machine": machine, "model": model}
     accept(0, about)
@@ -245,4 +234,4 @@ def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pyte
         assert [record.sample_id for record in load_run(store.folder)[1]] == ["0", "1"]
         (store.folder / "logs").touch()
         with pytest.raises(HarnessError, match="^cannot write .*worker-0.log"):
-            WorkerLogs(store.folder / "logs").tell(0, "no folder")
+            driver.tell(store.folder / "logs", 0, "no folder")

@@ -32,12 +32,6 @@ def test_samples_and_cells_are_counted_once(tmp_path: Path, capsys: pytest.Captu
     assert "busy 90%" in said
 
 
-def test_the_line_says_how_fast_and_how_long() -> None:
-    counted = {"cells": {"ok": 4}, "total": 6, "samples": 3, "samples_left": 1, "tokens": 90_000, "workers": 2}
-    told = "4 of 6 cells (4 ok), 1 samples to do, 2 workers, 1,500 tokens/s, 3 min 20 s left"
-    assert Snapshot(**counted, seconds=60.0, left_s=200.0, at=0.0).line() == told  # type: ignore[arg-type]
-
-
 def test_workers_are_paid_from_ready_to_the_end() -> None:
     """Two workers of 3 s each, one of them idle for half of it."""
 

@@ -17,17 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray import cloudpickle
-from ray.exceptions import (
-    ActorUnavailableError,
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfMemoryError,
-    RayError,
-    WorkerCrashedError,
-)
+from ray import cloudpickle, exceptions
 from ray.util import placement_group_table
 
 from harness.errors import HarnessError
@@ -217,17 +207,17 @@ def test_an_exception_leaves_the_worker_alive(ready_pool: RayPool[Call, Any]) ->
 
 
 ENDS = [
-    (NodeDiedError("gone"), True, False),
-    (ActorUnavailableError("no answer", None), True, False),
-    (ObjectLostError("ab", None, ""), True, False),
-    (OutOfMemoryError("2 worker(s) were killed due to the node running low on memory."), False, True),
-    (WorkerCrashedError(), False, False),
-    (GetTimeoutError("slow"), False, False),
+    (exceptions.NodeDiedError("gone"), True, False),
+    (exceptions.ActorUnavailableError("no answer", None), True, False),
+    (exceptions.ObjectLostError("ab", None, ""), True, False),
+    (exceptions.OutOfMemoryError("2 worker(s) were killed due to the node running low on memory."), False, True),
+    (exceptions.WorkerCrashedError(), False, False),
+    (exceptions.GetTimeoutError("slow"), False, False),
 ]
 
 
 @pytest.mark.parametrize(("error", "node", "memory"), ENDS, ids=lambda value: type(value).__name__)
-def test_whose_fault_an_end_is(ready_pool: RayPool[Call, Any], error: RayError, node: bool, memory: bool) -> None:
+def test_whose_fault_an_end_is(ready_pool: RayPool[Call, Any], error: Exception, node: bool, memory: bool) -> None:
     lost = ready_pool._lost(0, error)
     assert isinstance(lost, Lost) and (lost.node, lost.memory) == (node, memory)
     assert lost.why.startswith(type(error).__name__) and len(lost.why) < 250
@@ -235,7 +225,7 @@ def test_whose_fault_an_end_is(ready_pool: RayPool[Call, Any], error: RayError, 
 
 def test_a_full_object_store_is_no_room(ready_pool: RayPool[Call, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(work: Sequence[Call], careful: bool) -> None:
-        raise ObjectStoreFullError("full")
+        raise exceptions.ObjectStoreFullError("full")
 
     monkeypatch.setattr(ready_pool._members[0], "actor", SimpleNamespace(do=SimpleNamespace(remote=full)))
     with pytest.raises(MemoryError, match="full"):
