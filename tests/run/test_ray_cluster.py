@@ -99,15 +99,14 @@ def test_head_without_gpu_and_workers_from_none_to_many() -> None:
     found = resolved(aws())
     types = dict(found["available_node_types"])
     head = types.pop(found["head_node_type"])
-    assert head["max_workers"] == 0
-    assert head["resources"].get("GPU") == 0 and head["resources"].get("CPU") == 0
-    assert not re.match(r"(g|p)\d", head["node_config"]["InstanceType"])
+    instance = head["node_config"]
+    assert head["max_workers"] == 0 and head["resources"].get("GPU") == head["resources"].get("CPU") == 0
+    assert not re.match(r"(g|p)\d", instance["InstanceType"]) and "InstanceMarketOptions" not in instance
     for worker in types.values():
+        own = worker["node_config"]
         assert worker["min_workers"] == 0 < worker["max_workers"] <= found["max_workers"]
-        assert worker["resources"]["GPU"] >= 1 and re.match(r"(g|p)\d", worker["node_config"]["InstanceType"])
-        assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-        assert worker["node_config"]["ImageId"] == head["node_config"]["ImageId"]
-    assert "InstanceMarketOptions" not in head["node_config"]
+        assert worker["resources"]["GPU"] >= 1 and re.match(r"(g|p)\d", own["InstanceType"])
+        assert own["InstanceMarketOptions"] == {"MarketType": "spot"} and own["ImageId"] == instance["ImageId"]
     assert found["provider"]["cache_stopped_nodes"] is False  # a spot instance cannot be stopped
 
 
@@ -137,18 +136,15 @@ def test_the_shell_and_the_harness_take_every_command(either: Config) -> None:
 def test_ray_starts_with_room_for_files_and_models_in_the_node_s_cache(either: Config) -> None:
     found = resolved(either)
     assert any("HF_HOME=" in line for line in found["setup_commands"])
+    given = {}
     for role in ("head", "worker"):
         stop, start = found[f"{role}_start_ray_commands"]
-        assert stop == "ray stop"
         limit, _, words = start.partition("; ")
-        assert limit == "ulimit -n 65536"
-        given = parsed_by_ray(shlex.split(words))
-        if role == "head":
-            assert given["head"] and given["autoscaling_config"] and given["num_gpus"] == given["num_cpus"] == 0
-            assert given["dashboard_host"] == "127.0.0.1"
-            port = given["port"]
-        else:
-            assert given["address"] == f"$RAY_HEAD_IP:{port}"
+        assert (stop, limit) == ("ray stop", "ulimit -n 65536")
+        given[role] = parsed_by_ray(shlex.split(words))
+    head, worker = given.values()
+    assert head["head"] and head["autoscaling_config"] and head["num_gpus"] == head["num_cpus"] == 0
+    assert head["dashboard_host"] == "127.0.0.1" and worker["address"] == f"$RAY_HEAD_IP:{head['port']}"
 
 
 def parsed_by_ray(words: list[str]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,16 +32,11 @@ def answer(spec: ProbeSpec) -> ProbeResult:
     return ProbeResult(status="ok", measured=measured(spec, tpot_s=tpot))
 
 
-def ending(ends: Mapping[str, ProbeResult | BaseException]) -> Callable[[ProbeSpec], ProbeResult]:
-    """Answers every question, but ends as told for some methods."""
-
-    def end(spec: ProbeSpec) -> ProbeResult:
-        found = ends.get(spec.method) or answer(spec)
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    return end
+def answer_or(ends: Mapping[str, ProbeResult | BaseException], spec: ProbeSpec) -> ProbeResult:
+    found = ends.get(spec.method) or answer(spec)
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +114,7 @@ def test_a_run_cut_short_resumes_without_measuring_twice(
 
 
 def test_an_interrupted_probe_leaves_whole_samples(prober: FakeProber, tmp_path: Path) -> None:
-    prober.answer = ending({"snapkv@kvcf": KeyboardInterrupt()})
+    prober.answer = partial(answer_or, {"snapkv@kvcf": KeyboardInterrupt()})
     assert call(*RUN, "--measure", "--out", tmp_path) == 130
     ((manifest, records),) = runs(tmp_path)
     assert (manifest.status, records, prober.left) == ("interrupted", [], 1)
@@ -131,7 +127,7 @@ def test_an_interrupted_probe_leaves_whole_samples(prober: FakeProber, tmp_path:
 def test_a_probe_that_ends_badly_costs_no_score(prober: FakeProber, tmp_path: Path) -> None:
     oom, late = (ProbeResult(status=status, error="needs | more\nthan *1 GiB*") for status in ("oom", "timeout"))
     down = HarnessError("the probe server of tiny ended (-9); try again")
-    prober.answer = ending({"fullkv": oom, "streamingllm": late, "snapkv@kvcf": down})
+    prober.answer = partial(answer_or, {"fullkv": oom, "streamingllm": late, "snapkv@kvcf": down})
     assert call(*RUN, "--measure", "--out", tmp_path) == 0
     ((manifest, records),) = runs(tmp_path)
     assert (manifest.status, len(records)) == ("finished", 6)
