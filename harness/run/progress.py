@@ -75,11 +75,11 @@ class Progress:
         if time.monotonic() - self.said >= self._every:
             self.say()
 
-    def snapshot(self) -> Snapshot:
-        """The state now. The time left is that of as many samples at the pace so far."""
+    def say(self) -> None:
+        """The time left is that of as many samples at the pace so far."""
         seconds, ended = time.monotonic() - self.start, self.samples - self.left
         worker_s, busy_s = self.spent()
-        return Snapshot(
+        now = Snapshot(
             cells=dict(self.cells),
             total=self.total,
             samples=self.samples,
@@ -92,9 +92,6 @@ class Progress:
             left_s=seconds / ended * self.left if ended else None,
             at=time.time(),
         )
-
-    def say(self) -> None:
-        now = self.snapshot()
         end = "\r" if sys.stderr.isatty() else "\n"
         print(f"{now.line():<110}", file=sys.stderr, end=end, flush=True)
         write_text(self.folder / PROGRESS_FILE, now.model_dump_json() + "\n")
