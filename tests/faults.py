@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from harness.cli import main
+from tests.tiny_run import TIMES, key, only
 
 RUN = (
     *("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv,h2o"),
@@ -36,51 +38,30 @@ RUN = (
 FAN = ("--workers", "2", "--gpus-per-worker", "1", "--item-timeout", "120")
 KINDS = ("worker", "node", "driver")
 BOARD = ("board.csv", "board.tasks.csv", "board.summary.csv")
-OWN = frozenset({"prefill_s", "compress_s", "decode_s", "decode_rows", "accelerator"})
-"""Fields of a record that say how it was made, not what came out."""
-POLL_S = 0.05
-DRIVERS = 8
-GIVE_UP_S = 600.0
+POLL_S, GIVE_UP_S, DRIVERS = 0.05, 600.0, 8
 
 
 @dataclass
 class Trial:
-    """One disturbed run. at: share of the records after which the fault strikes."""
+    """One disturbed run. faults: each of a kind, after a share of the records. wrong: what differs in the end."""
 
     seed: int
     faults: list[tuple[str, float]]
     struck: list[str] = field(default_factory=list)
-    drivers: int = 0
-    lost: int = 0
-    twice: int = 0
-    different: int = 0
-    board: str = "not written"
+    drivers: int = 1
+    wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @classmethod
     def draw(cls, seed: int) -> Trial:
         dice = random.Random(seed)
-        return cls(seed, sorted(((dice.choice(KINDS), dice.random()) for _ in range(dice.randint(1, 3))), key=_at))
-
-    @property
-    def fine(self) -> bool:
-        return not (self.lost or self.twice or self.different) and self.board == "equal"
+        faults = [(dice.choice(KINDS), dice.random()) for _ in range(dice.randint(1, 3))]
+        return cls(seed, sorted(faults, key=itemgetter(1)))
 
     def line(self) -> str:
         faults = ", ".join(f"{kind} at {at:.0%}" for kind, at in self.faults)
-        return (
-            f"{self.seed:>4}  {'ok  ' if self.fine else 'FAIL'}  {self.lost:>4}  {self.twice:>5}  {self.different:>9}  "
-            f"{self.board:<11}  {self.drivers:>7}  {len(self.struck):>6}  {self.seconds:>5.0f} s  {faults}"
-        )
-
-
-HEAD = (
-    "seed  end   lost  twice  different  board        drivers  struck  seconds  faults (share of records then written)"
-)
-
-
-def _at(fault: tuple[str, float]) -> float:
-    return fault[1]
+        end, struck = ", ".join(self.wrong) or "ok", len(self.struck)
+        return f"{self.seed:>4}  {end}; {struck} struck of {faults}; {self.drivers} drivers, {self.seconds:.0f} s"
 
 
 @contextmanager
@@ -103,7 +84,7 @@ def sequential(folder: Path) -> Path:
     """The undisturbed run, without Ray. Returns its run folder."""
     if main(["run", *RUN, "--threads", "1", "--out", str(folder)]):
         raise RuntimeError(f"the undisturbed run in {folder} failed")
-    return _run_folder(folder)
+    return only(folder)
 
 
 def disturbed(trial: Trial, cluster: Cluster, folder: Path, expected: Path) -> None:
@@ -112,7 +93,6 @@ def disturbed(trial: Trial, cluster: Cluster, folder: Path, expected: Path) -> N
     total = len(_lines(expected))
     with tempfile.TemporaryFile() as said:
         driver = _driver(cluster, folder, said)
-        trial.drivers = 1
         while True:
             if time.monotonic() - start > GIVE_UP_S:
                 driver.kill()
@@ -127,20 +107,13 @@ def disturbed(trial: Trial, cluster: Cluster, folder: Path, expected: Path) -> N
                 driver = _driver(cluster, folder, said)
                 trial.drivers += 1
     trial.seconds = time.monotonic() - start
-    _judge(trial, _run_folder(folder), expected)
-
-
-def _command(folder: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "harness.cli", "run", *RUN, "--out", str(folder), *more]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    trial.wrong = _differences(only(folder), expected)
 
 
 def _driver(cluster: Cluster, folder: Path, said: Any) -> subprocess.Popen[bytes]:
-    command = _command(folder, "--ray", cluster.address, *FAN)
-    return subprocess.Popen(command, env=_environment(), stdout=said, stderr=said)
+    command = [sys.executable, "-m", "harness.cli", "run", *RUN, "--out", str(folder), "--ray", cluster.address, *FAN]
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(command, env=os.environ | own, stdout=said, stderr=said)
 
 
 def _strike(kind: str, cluster: Cluster, driver: subprocess.Popen[bytes]) -> bool:
@@ -156,28 +129,13 @@ def _strike(kind: str, cluster: Cluster, driver: subprocess.Popen[bytes]) -> boo
         cluster.remove_node(nodes[0], allow_graceful=False)
         _add_node(cluster)
         return True
-    for node in nodes:
-        for process in _workers(node):
-            with suppress(psutil.NoSuchProcess):
+    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+    for process in (child for raylet in raylets for child in raylet.children(recursive=True)):
+        with suppress(psutil.Error):
+            if "ray::Worker" in " ".join(process.cmdline()):
                 process.kill()
                 return True
     return False
-
-
-def _workers(node: Any) -> list[psutil.Process]:
-    """Processes of actors on a node."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return [child for child in raylet.children(recursive=True) if "ray::Worker" in _title(child)]
-
-
-def _title(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def _run_folder(folder: Path) -> Path:
-    return next(path.parent for path in folder.glob("*/run.json"))
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -190,52 +148,38 @@ def _written(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/records.jsonl"))
 
 
-def _judge(trial: Trial, found: Path, expected: Path) -> None:
-    """Compare records and boards. A record that failed and was run again has two lines, of which the last counts."""
-    wanted = {_key(record): _what(record) for record in _lines(expected)}
+def _differences(found: Path, expected: Path) -> list[str]:
+    """Of records and boards. A record that failed and was run again has two lines, of which the last counts."""
     lines = _lines(found)
-    kept = {_key(record): _what(record) for record in lines}
-    ended = Counter(_key(record) for record in lines if record["status"] in ("ok", "skipped"))
-    trial.lost = len(wanted.keys() - kept.keys())
-    trial.twice = sum(count - 1 for count in ended.values())
-    trial.different = sum(kept[key] != record for key, record in wanted.items() if key in kept)
-    pages = [(found / name, expected / name) for name in BOARD]
-    if all(page.is_file() for pair in pages for page in pair):
-        same = all(one.read_bytes() == other.read_bytes() for one, other in pages)
-        trial.board = "equal" if same else "DIFFERENT"
-
-
-def _key(record: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(record[name] for name in ("task", "sample_id", "method", "budget"))
+    wanted, kept = ({key(record): _what(record) for record in own} for own in (_lines(expected), lines))
+    ended = Counter(key(record) for record in lines if record["status"] in ("ok", "skipped"))
+    boards = [(found / name, (expected / name).read_bytes()) for name in BOARD]
+    counts = {
+        "records lost": len(wanted.keys() - kept.keys()),
+        "twice": sum(count - 1 for count in ended.values()),
+        "different": sum(kept[name] != record for name, record in wanted.items() if name in kept),
+        "boards not equal": sum(not path.is_file() or path.read_bytes() != data for path, data in boards),
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def _what(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in OWN}
+    """What came out, not how it was made."""
+    return {name: value for name, value in record.items() if name not in {*TIMES, "accelerator"}}
 
 
 def campaign(seeds: Sequence[int], folder: Path) -> list[Trial]:
     """Run the trials of `seeds` one after another on one cluster; prints a line for each."""
     expected, trials = sequential(folder / "sequential"), []
-    print(HEAD, flush=True)
     with small_cluster() as cluster:
         for seed in seeds:
             trial, own = Trial.draw(seed), folder / f"run-{seed}"
             disturbed(trial, cluster, own, expected)
             print(trial.line(), flush=True)
             trials.append(trial)
-            if trial.fine:
+            if not trial.wrong:
                 shutil.rmtree(own)
     return trials
-
-
-def summary(trials: Sequence[Trial]) -> str:
-    struck = Counter(kind for trial in trials for kind in trial.struck)
-    kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(struck.items()))
-    return (
-        f"{len(trials)} runs, {sum(struck.values())} faults struck ({kinds}): {sum(t.lost for t in trials)} records "
-        f"lost, {sum(t.twice for t in trials)} twice, {sum(t.different for t in trials)} different, "
-        f"{sum(t.board != 'equal' for t in trials)} boards not equal"
-    )
 
 
 def ask() -> int:
@@ -247,8 +191,11 @@ def ask() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     trials = campaign(range(args.seed, args.seed + args.runs), args.out.resolve())
-    print(summary(trials))
-    return int(not all(trial.fine for trial in trials))
+    struck = Counter(kind for trial in trials for kind in trial.struck)
+    kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(struck.items()))
+    lost = sum(bool(trial.wrong) for trial in trials)
+    print(f"{len(trials)} runs, {struck.total()} faults struck ({kinds}), {lost} runs not as the undisturbed one")
+    return int(lost > 0)
 
 
 if __name__ == "__main__":

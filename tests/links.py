@@ -5,8 +5,6 @@ repository that a page names in code style must be there. `LIMITS` says which pa
 Nothing is asked of the network, so links to other sites are not followed.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -20,35 +18,28 @@ from urllib.parse import unquote, urlsplit
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-LIMITS: dict[str, int | None] = {
+LIMITS: dict[str, int | None] = {  # patterns of the paths of pages, with the lines that one may have at most
     r"README\.md": 120,
     r"CONTRIBUTING\.md": 120,
     r"docs/.*\.md": 200,
     r"examples/.*\.md": 200,
     r"leaderboards/published/.*\.md": None,  # as long as a board has rows
 }
-"""Patterns of the paths of pages, with the lines that such a page may have at most."""
 NAMED_FILE = re.compile(r"(?:methods|tasks|harness|leaderboards|tests|docs|examples)/[\w./-]+\.(?:py|toml|md|yaml)")
-PLACEHOLDER = "NAME"
-"""Part of a file's name that stands for any: such a file need not be there."""
+PLACEHOLDER = "NAME"  # part of a file's name that stands for any: such a file need not be there
 
 
 @dataclass
 class Page:
-    """What a Markdown text refers to, and what may be referred to in it.
-
-    links: of links and images, the line of their block and the target. files: the same of files in code style.
-    anchors: of its headings, as GitHub makes them.
-    """
+    """What a Markdown text refers to, and what may be referred to in it."""
 
     lines: int
-    links: list[tuple[int, str]] = field(default_factory=list)
-    files: list[tuple[int, str]] = field(default_factory=list)
-    anchors: set[str] = field(default_factory=set)
+    links: list[tuple[int, str]] = field(default_factory=list)  # and images: the line of their block and the target
+    files: list[tuple[int, str]] = field(default_factory=list)  # the same of files in code style
+    anchors: set[str] = field(default_factory=set)  # of its headings, as GitHub makes them
 
 
 def read_page(text: str) -> Page:
-    """The page of a Markdown text."""
     page = Page(lines=len(text.splitlines()))
     headings: Counter[str] = Counter()
     line, heading = 1, False
@@ -80,12 +71,7 @@ def _anchor(heading: str) -> str:
 
 
 def tracked_files(root: Path) -> set[str]:
-    """Paths below `root`, with slashes, of the files that git tracks and of the folders they are in.
-
-    Raises:
-        OSError: `root` is no folder, or there is no git.
-        subprocess.CalledProcessError: `root` is in no checkout.
-    """
+    """Paths below `root`, with slashes, of the files that git tracks and of the folders they are in."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
     files = {name for name in listed.split("\0") if name}
     return files | {str(folder) for name in files for folder in Path(name).parents}
@@ -98,8 +84,7 @@ def problems(root: Path) -> list[str]:
     pages = {path: read_page((root / path).read_text(encoding="utf-8")) for path in limits}
     found = []
     for path, page in pages.items():
-        limit = limits[path]
-        if limit is not None and page.lines > limit:
+        if (limit := limits[path]) is not None and page.lines > limit:
             found.append(f"{path}: {page.lines} lines, at most {limit}; move something to another page")
         found += [f"{path}:{line}: {target}: {wrong}" for line, target, wrong in _dead(path, pages, tracked)]
     return found
@@ -121,7 +106,6 @@ def _dead(path: str, pages: dict[str, Page], tracked: Iterable[str]) -> Iterator
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the problems of a checkout (this folder, where none is given). Returns 1 where there are any, else 0."""
     root = Path(arguments[0] if arguments else ".")
     try:
         found = problems(root)

@@ -1,7 +1,5 @@
 """Pretend records, runs and tables for the tests of boards."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pretend workers on a pretend clock, for tests of the scheduler."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 

@@ -7,12 +7,9 @@ GPU, which is only a number. Prints what there was over time and ends with 1 whe
 Results and logs go to FOLDER, else they are not kept. Linux.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -21,11 +18,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as HEAD
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
@@ -43,30 +40,21 @@ RUN = (
 UP_S, RUN_S, IDLE_S, END_S, EVERY_S = 120.0, 400.0, 60.0, 10.0, 0.25
 
 
-@dataclass(frozen=True)
-class Moment:
-    """nodes: there beside the head; at_work: of them; coming: asked of the provider; waiting: actors without a node."""
-
-    seconds: float
-    nodes: int
-    at_work: int
-    coming: int
-    waiting: int
-
-
-@dataclass
-class Story:
-    """What happened: a moment whenever anything changed, the run's exit code, its records by status, what it said."""
-
-    moments: list[Moment] = field(default_factory=list)
-    code: int | None = None
-    statuses: dict[str, int] = field(default_factory=dict)
-    said: str = ""
+def look(address: str) -> tuple[int, int, int, int]:
+    """Nodes beside the head, those of them at work, those asked of the provider, and actors without a node."""
+    status = get_cluster_status(address)
+    nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.total_resources().get("GPU")]
+    at_work = sum(bool(node.used_resources().get("GPU")) for node in nodes)
+    coming = sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes)
+    demand = status.resource_demands.ray_task_actor_demand
+    return len(nodes), at_work, coming, sum(group.count for one in demand for group in one.bundles_by_count)
 
 
 def config(address: str) -> dict[str, Any]:
     """Of the autoscaler. The fake provider goes by its class: its name needs a file that Ray's wheels lack."""
-    nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    nothing = ("cluster_synced_files", "rsync_exclude", "rsync_filter", *(f"{name}_commands" for name in commands))
+    worker = {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000}
     return {
         "cluster_name": "fake",
         "max_workers": NODES,
@@ -84,30 +72,19 @@ def config(address: str) -> dict[str, Any]:
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0, "GPU": 0}, "node_config": {}, "max_workers": 0},
-            "gpu_worker": {
-                "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000},
-                "node_config": {},
-                "min_workers": 0,
-                "max_workers": NODES,
-            },
+            "gpu_worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": NODES},
         },
         "head_node_type": "ray.head.default",
-        "auth": {},
-        "docker": {},
-        "file_mounts": {},
-        "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
-        "rsync_exclude": [],
-        "rsync_filter": [],
-        **{f"{name}_commands": [] for name in nothing},
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in nothing},
     }
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -144,95 +121,66 @@ def environment() -> dict[str, str]:
 
 def _wait_until_up(head: subprocess.Popen[bytes], log: Path) -> None:
     limit = time.monotonic() + UP_S
-    while "Ray runtime started" not in log.read_text(encoding="utf-8", errors="replace"):
+    while "Ray runtime started" not in (told := log.read_text(encoding="utf-8", errors="replace")):
         if head.poll() is not None or time.monotonic() > limit:
-            raise RuntimeError(f"the head did not start: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+            raise RuntimeError(f"the head did not start: {told[-2000:]}")
         time.sleep(EVERY_S)
 
 
 def end_session(session: int) -> None:
     """End the processes of a session: Ray's nodes lead process groups of their own, but stay in it."""
     limit = time.monotonic() + END_S
-    while (left := members(session)) and time.monotonic() < limit:
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)  # at SIGTERM a node drains for half a minute
+    while time.monotonic() < limit:
+        left = [process for process in psutil.process_iter() if runs_in(process, session)]
+        if not left:
+            return
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()  # at SIGTERM a node drains for half a minute
         time.sleep(0.1)
 
 
-def members(session: int) -> list[int]:
-    """Processes of a session that run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            # pid (name) state ppid pgrp session ...; a name may hold blanks and brackets
-            state, _, _, own = (entry / "stat").read_text(encoding="utf-8").rpartition(") ")[2].split()[:4]
-            if int(own) == session and state != "Z":
-                found.append(int(entry.name))
-    return found
+def runs_in(process: psutil.Process, session: int) -> bool:
+    with suppress(OSError, psutil.Error):
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
-def look(address: str, since: float) -> Moment:
-    status = get_cluster_status(address)
-    nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.total_resources().get("GPU")]
-    asked = [group for demand in status.resource_demands.ray_task_actor_demand for group in demand.bundles_by_count]
-    return Moment(
-        seconds=time.monotonic() - since,
-        nodes=len(nodes),
-        at_work=sum(bool(node.used_resources().get("GPU")) for node in nodes),
-        coming=sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes),
-        waiting=sum(group.count for group in asked),
-    )
-
-
-def exercise(folder: Path) -> Story:
+def main(folder: Path) -> int:
     """Run it, with results and logs in `folder`, and watch until the nodes have gone again or would have long ago."""
-    story, results = Story(), folder / "results"
-    with cluster(folder) as address, (folder / "run.log").open("w+", encoding="utf-8") as said:
-        since = time.monotonic()
-        _note(story, look(address, since))
+    results, log, seen = folder / "results", folder / "run.log", list[tuple[int, int, int, int]]()
+    print("seconds  nodes  at work  coming  waiting actors")
+    with cluster(folder) as address, log.open("w", encoding="utf-8") as said:
+        start = time.monotonic()
+
+        def watch() -> None:
+            now = look(address)
+            if now != (seen or [None])[-1]:
+                print("{:7.1f}  {:5d}  {:7d}  {:6d}  {:14d}".format(time.monotonic() - start, *now), flush=True)
+                seen.append(now)
+            time.sleep(EVERY_S)
+
+        watch()
         command = [sys.executable, "-m", "harness.cli", "run", *RUN, "--out", str(results)]
-        run = subprocess.Popen(
-            command, cwd=ROOT, env=environment() | {"RAY_ADDRESS": address}, stdout=said, stderr=subprocess.STDOUT
-        )
+        own = environment() | {"RAY_ADDRESS": address}
+        run = subprocess.Popen(command, cwd=ROOT, env=own, stdout=said, stderr=subprocess.STDOUT)
         try:
-            while run.poll() is None and time.monotonic() - since < RUN_S:
-                _note(story, look(address, since))
-                time.sleep(EVERY_S)
+            while run.poll() is None and time.monotonic() - start < RUN_S:
+                watch()
         finally:
             run.kill()
-            story.code = run.wait()
+            code = run.wait()
         ended = time.monotonic()
-        while story.moments[-1].nodes and time.monotonic() - ended < IDLE_S:
-            _note(story, look(address, since))
-            time.sleep(EVERY_S)
-        said.seek(0)
-        story.said = said.read()
+        while seen[-1][0] and time.monotonic() - ended < IDLE_S:
+            watch()
     records = [record for one in (find_runs(results) if results.is_dir() else ()) for record in load_run(one)[1]]
-    story.statuses = dict(Counter(record.status for record in records))
-    return story
-
-
-def _note(story: Story, now: Moment) -> None:
-    if not story.moments or replace(story.moments[-1], seconds=now.seconds) != now:
-        story.moments.append(now)
-
-
-def told(story: Story) -> str:
-    """The table, what became of the run, and, of a failed one, what it said."""
-    rows = ["seconds  nodes  at work  coming  waiting actors"]
-    rows += [f"{m.seconds:7.1f}  {m.nodes:5d}  {m.at_work:7d}  {m.coming:6d}  {m.waiting:14d}" for m in story.moments]
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(story.statuses.items())) or "none"
-    rows.append(f"harness run ended with {story.code}; records: {counts}")
-    return "\n".join(rows if story.code == 0 else [*rows, story.said[-3000:]])
-
-
-def main(out: Path) -> int:
-    story = exercise(out)
-    print(told(story))
-    nodes = [moment.nodes for moment in story.moments]
+    statuses = Counter(record.status for record in records)
+    print(f"harness run ended with {code}; records: {dict(statuses)}")
+    if code:
+        print(log.read_text(encoding="utf-8")[-3000:])
+    nodes = [there for there, *_ in seen]
     scaled = nodes[0] == 0 and max(nodes) == NODES and nodes[-1] == 0
-    return 0 if story.code == 0 and set(story.statuses) == {"ok"} and scaled else 1
+    return int(bool(code) or set(statuses) != {"ok"} or not scaled)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Its top, its charts and heat maps in the dark, and its top on a phone, in few colours so that the files stay small.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys
@@ -16,12 +14,10 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 COLORS = 256
-WIDE, PHONE = {"width": 1280, "height": 1000}, {"width": 390, "height": 844}
-TALL = {"width": 1280, "height": 1250}  # the charts and a row of maps
+SHOTS = [("board", (1280, 1000), "light"), ("board-dark", (1280, 1250), "dark"), ("board-phone", (390, 844), "light")]
 FOLDED = """() => document.querySelectorAll('#rivals details, #needles details').forEach((part) => {
   part.open = part === document.querySelectorAll('#needles details')[1];
 })"""
-POINT = ".charts svg.chart .point"
 
 
 def shoot(board: Path, out: Path, chromium: str) -> list[Path]:
@@ -30,19 +26,15 @@ def shoot(board: Path, out: Path, chromium: str) -> list[Path]:
     written = []
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, size, scheme in (
-            ("board", WIDE, "light"),
-            ("board-dark", TALL, "dark"),
-            ("board-phone", PHONE, "light"),
-        ):
-            page = browser.new_page(viewport=size, color_scheme=scheme, reduced_motion="reduce")
+        for name, size, scheme in SHOTS:
+            viewport = dict(zip(("width", "height"), size, strict=True))
+            page = browser.new_page(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
             page.goto(board.resolve().as_uri())
             if scheme == "dark":
                 _to_the_charts(page)
             path = out / f"{name}.png"
-            Image.open(BytesIO(page.screenshot())).convert("RGB").quantize(COLORS, kmeans=COLORS).save(
-                path, optimize=True
-            )
+            picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
+            picture.quantize(COLORS, kmeans=COLORS).save(path, optimize=True)
             written.append(path)
         browser.close()
     return written
@@ -53,7 +45,7 @@ def _to_the_charts(page: Any) -> None:
     page.evaluate(FOLDED)
     page.evaluate("document.querySelector('#charts').scrollIntoView()")
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    box = page.locator(POINT).nth(3).bounding_box()
+    box = page.locator(".charts svg.chart .point").nth(3).bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
 
 
@@ -65,9 +57,8 @@ def main() -> int:
     given = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None or not given.board.is_file():
-        print(
-            f"no chromium, or no page {given.board}; apt install chromium, harness board NAME --html", file=sys.stderr
-        )
+        missing = f"no chromium, or no page {given.board}"
+        print(f"{missing}; apt install chromium, harness board NAME --html", file=sys.stderr)
         return 2
     for path in shoot(given.board, given.out, chromium):
         print(f"wrote {path}, {path.stat().st_size / 1000:.0f} kB")

@@ -59,7 +59,7 @@ def records() -> list[Record]:
 
 def stored(root: Path, run: RunManifest | None = None, own: list[Record] | None = None) -> Path:
     """The run's folder below `root`."""
-    with RunStore.open(root, run or manifest()) as store:
+    with RunStore(root, run or manifest()) as store:
         store.append(records() if own is None else own)
         return store.folder
 

@@ -1,7 +1,5 @@
 """The command line in this process, a small sweep of the tiny model through it, and how its folder is read."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

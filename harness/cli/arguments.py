@@ -4,15 +4,13 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-RESULTS = Path("results")
-"""Folder of run folders, where none is named."""
+RESULTS = Path("results")  # folder of run folders, where none is named
 
 
 class Parser(argparse.ArgumentParser):
     """Ends with one line and exit code 2 for arguments that it cannot take."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and where help is."""
         self.exit(2, f"harness: {message}; see `{self.prog} --help`\n")
 
 

@@ -12,11 +12,8 @@ from harness.cli.arguments import names, numbers
 from harness.errors import HarnessError, one_line
 from harness.plan.names import assignment
 
-BENCHES = Path("benches")
-
 
 def bench_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness bench`."""
     bench_options(parser)
     add = parser.add_argument
     add("--lengths", type=numbers, help="prompt lengths in tokens (2048,8192)")
@@ -40,7 +37,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--timeout", type=float, dest="timeout_s", metavar="SECONDS", help="of one probe (1800)")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
-    add("--out", type=Path, default=BENCHES, help="folder of bench folders (default: benches)")
+    add("--out", type=Path, default=Path("benches"), help="folder of bench folders (default: benches)")
 
 
 def run(args: argparse.Namespace, command: Sequence[str], **fixed: Any) -> int:

@@ -11,7 +11,6 @@ from harness.errors import HarnessError
 
 
 def board_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness board`."""
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="run folders, folders of them, archives, or a published board (results)")
     add("--out", type=Path, help="folder for the pages NAME.* (default: beside the records)")

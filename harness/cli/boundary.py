@@ -11,17 +11,11 @@ from harness.plan.names import assignment
 
 
 def boundary_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness boundary`."""
     add = parser.add_argument
     add("--methods", type=names, required=True, help="comma-separated, `name` or `name@preset`")
     add("--budgets", type=names, default=("128",), help="tokens per layer and KV head, or kept fractions (128)")
-    add(
-        "--memory-limit",
-        dest="limit_bytes",
-        required=True,
-        metavar="SIZE",
-        help="of a probe, the model included: 4GiB, 512MiB",
-    )
+    limit = "of a probe, the model included: 4GiB, 512MiB"
+    add("--memory-limit", dest="limit_bytes", required=True, metavar="SIZE", help=limit)
     add("--context", type=int, help="tokens of each prompt of the batch search (8192, or the most)")
     add("--max-tokens", type=int, help="longest context to try (default, and most: the model's context)")
     add("--max-batch", type=int, default=64, help="largest batch to try (64)")

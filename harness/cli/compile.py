@@ -9,7 +9,6 @@ from harness.errors import HarnessError, checked
 
 
 def compile_parser(compiling: argparse.ArgumentParser) -> None:
-    """Options of `harness compile`."""
     add = compiling.add_argument
     add("--model", help="as in `harness run`")
     add("--corpus", dest="corpora", type=names, metavar="C", help="kjv, pydoc, essays or folders of text, by commas")

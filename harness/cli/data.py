@@ -9,7 +9,6 @@ from harness.errors import HarnessError
 
 
 def data_parser(data: argparse.ArgumentParser) -> None:
-    """Verbs of `harness data`."""
     verbs = data.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     fetching = verbs.add_parser("fetch", help="download data sets by pinned revision; runs find them in the cache")
     fetching.add_argument("names", nargs="+", metavar="NAME", help="longbench, squad, hotpotqa")

@@ -9,7 +9,6 @@ from harness.errors import HarnessError
 
 
 def export_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness export`."""
     add = parser.add_argument
     add("run", type=Path, nargs="?", default=RESULTS, metavar="RUN", help="run folder, or a folder of them (results)")
     add("--parquet", type=Path, metavar="FILE", help="one row per record")

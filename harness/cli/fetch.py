@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 
 def fetch_parser(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `harness fetch`."""
     parser.add_argument("assets", nargs="+", metavar="ASSET", help="smollm2-135m, essays, kjv")
     parser.set_defaults(action=_action)
 

@@ -7,7 +7,6 @@ Rows = list[tuple[str, str]]
 
 
 def list_parser(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `harness list`."""
     parser.add_argument("what", choices=LISTS)
     parser.set_defaults(action=_action)
 

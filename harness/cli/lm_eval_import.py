@@ -8,12 +8,10 @@ from harness.cli.arguments import RESULTS
 
 
 def lm_eval_import_parser(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `harness lm-eval-import`."""
-    parser.add_argument(
-        "results", type=Path, metavar="RESULTS_DIR", help="the --output_path of runs with --log_samples"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
-    parser.add_argument("--metric", help="metric that is the score (default: of each sample the first in [0, 1])")
+    add = parser.add_argument
+    add("results", type=Path, metavar="RESULTS_DIR", help="the --output_path of runs with --log_samples")
+    add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
+    add("--metric", help="metric that is the score (default: of each sample the first in [0, 1])")
     parser.set_defaults(action=_action)
 
 

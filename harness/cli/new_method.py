@@ -7,9 +7,8 @@ from pathlib import Path
 
 def new_method_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the method, an identifier in lower case")
-    parser.add_argument(
-        "--to", type=Path, default=Path(), metavar="DIR", help="checkout, or folder for the package (default: here)"
-    )
+    where = "checkout, or folder for the package (default: here)"
+    parser.add_argument("--to", type=Path, default=Path(), metavar="DIR", help=where)
     parser.set_defaults(action=_new_method)
 
 

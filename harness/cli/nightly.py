@@ -12,14 +12,11 @@ from harness.cli.ray import fan_out, ray_options
 from harness.errors import HarnessError, one_line
 from leaderboards.nights.compare import NightlyOptions
 
-NIGHTS = Path("results") / "nightly"
-
 
 def nightly_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness nightly`."""
     add = parser.add_argument
     add("config", metavar="BOARD", help="a TOML file with a [nightly] table, or the name of a packaged board (nightly)")
-    add("--out", type=Path, default=NIGHTS, help="folder of nights (default: results/nightly)")
+    add("--out", type=Path, default=Path("results/nightly"), help="folder of nights (default: results/nightly)")
     add("--baseline", type=Path, help="folder of published nights (default: as in the [nightly] table)")
     add("--accept", action="store_true", help="publish this night even if something regressed; ends with 0")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
@@ -28,7 +25,6 @@ def nightly_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def nightly_options(table: Any, config: str) -> NightlyOptions:
-    """The `[nightly]` table. Raises HarnessError for an unusable one."""
     if table is None:
         raise HarnessError(f'{config} has no [nightly] table; add one with version = 1 and baseline = "FOLDER"')
     try:

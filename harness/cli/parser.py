@@ -68,7 +68,6 @@ class _Command(Parser):
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, with the options of the command's module."""
         stem = self._command.replace("-", "_")
         add_options: Callable[[Parser], None] = getattr(import_module(f"harness.cli.{stem}"), f"{stem}_parser")
         add_options(self)

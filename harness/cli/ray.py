@@ -10,20 +10,17 @@ from harness.errors import HarnessError
 if TYPE_CHECKING:
     from harness.run.driver import FanOut
 
-OPTIONS = ("workers", "cpus_per_worker", "gpus_per_worker", "autoscale", "item_timeout", "tries", "start_timeout")
+OPTIONS = {
+    **{"workers": "workers", "cpus_per_worker": "cpus", "gpus_per_worker": "gpus", "autoscale": "autoscale"},
+    **{"item_timeout": "timeout_s", "tries": "tries", "start_timeout": "start_s"},
+}  # as typed, to the fields of `FanOut`
 
 
 def ray_options(run: argparse.ArgumentParser) -> None:
     """Add them. The run itself, its id and its records are the same with and without."""
-    group = run.add_argument_group("many workers", "the same run fanned out over a Ray cluster")
-    add = group.add_argument
-    add(
-        *("--ray",),
-        nargs="?",
-        const="auto",
-        metavar="ADDRESS",
-        help="auto (a cluster on this machine, or one of its own), local, host:port, ray://host:port",
-    )
+    add = run.add_argument_group("many workers", "the same run fanned out over a Ray cluster").add_argument
+    ray = "auto (a cluster on this machine, or one of its own), local, host:port, ray://host:port"
+    add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray)
     add("--workers", type=int, help="how many (default: as many as fit into the cluster)")
     add("--cpus-per-worker", type=float, help="CPU slots, and CPU threads, of a worker (default: 1)")
     add("--gpus-per-worker", type=float, help="GPUs of a worker (default: 1 where there are any); more share a model")
@@ -54,6 +51,4 @@ def fan_out(args: argparse.Namespace) -> FanOut | None:
         if error.name != "ray":
             raise
         raise HarnessError("--ray needs Ray; install it with `pip install 'kv-policy-harness[ray]'`") from None
-    renamed = {"cpus_per_worker": "cpus", "gpus_per_worker": "gpus", "item_timeout": "timeout_s"}
-    renamed |= {"start_timeout": "start_s"}
-    return FanOut(address=args.ray, **{renamed.get(name, name): value for name, value in given.items()})
+    return FanOut(address=args.ray, **{OPTIONS[name]: value for name, value in given.items()})

@@ -12,7 +12,6 @@ from harness.plan.names import check_sweep, sweep_of
 
 
 def run_parser(run: argparse.ArgumentParser) -> None:
-    """Options of `harness run`."""
     add = run.add_argument
     add("--config", help="a TOML file with these options as keys, or the name of a packaged board (quick)")
     add("--model", help="smollm2-135m (default), tiny, a hub id, a folder or a .gguf file")

@@ -7,7 +7,6 @@ from harness.cli.bench import bench_options, run
 
 
 def serve_bench_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness serve-bench`."""
     bench_options(parser)
     add = parser.add_argument
     add("--length", type=int, default=8192, help="prompt length in tokens (8192)")

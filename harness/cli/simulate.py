@@ -11,22 +11,16 @@ from harness.errors import checked
 
 
 def simulate_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness simulate`."""
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_FOLDER", help="a run folder; its seconds are what is simulated")
     add("--nodes", type=int, default=1, help="of the cluster (1)")
     add("--gpus", type=int, default=1, help="of each node, one worker each (1)")
-    add(
-        *("--tasks",),
-        type=names,
-        default=("longbench", "ruler"),
-        help="longbench, ruler: the official samples, in fitted seconds (both); recorded: the items of the run itself",
-    )
+    tasks = "longbench, ruler: the official samples, in fitted seconds (both); recorded: the items of the run itself"
+    add("--tasks", type=names, default=("longbench", "ruler"), help=tasks)
     add("--lengths", type=numbers, help="RULER's lengths in tokens (4096,8192,...,131072)")
     add("--max-tokens", type=int, default=131072, help="prompt and generation together (131072)")
-    add(
-        "--speedup", type=float, default=1.0, help="recorded seconds over those of the model and device planned for (1)"
-    )
+    speedup = "recorded seconds over those of the model and device planned for (1)"
+    add("--speedup", type=float, default=1.0, help=speedup)
     add("--start-seconds", type=float, default=60.0, help="from a worker's start until its model is loaded (60)")
     add("--mtbf-hours", type=float, help="mean hours between losses of a node (default: none is lost)")
     add("--node-seconds", type=float, default=0.0, help="until there is another node for a lost one (0)")
@@ -41,11 +35,11 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     ask = checked(SimulationAsk, {name: getattr(args, name) for name in SimulationAsk.model_fields})
     costs = costs_of(args.cost or ())
-    plan = plan_work(ask, args.run)
-    print("\n".join(plan.lines))
+    work, lines = plan_work(ask, args.run)
+    print("\n".join(lines))
     print("\n".join(cluster_lines(ask, costs)), end="\n\n", flush=True)
     start = time.process_time()
-    outcomes = outcomes_of(ask, plan.work, costs)
+    outcomes = outcomes_of(ask, work, costs)
     print(table(outcomes), end="\n\n")
     print(saturation(outcomes))
     for line in warnings(outcomes):

@@ -11,16 +11,9 @@ LOG_LINES = 3  # of each worker
 
 
 def status_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness status`."""
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="*",
-        type=Path,
-        default=[RESULTS],
-        metavar="RUN",
-        help="run folders, or a folder of them (results)",
-    )
+    runs = "run folders, or a folder of them (results)"
+    add("runs", nargs="*", type=Path, default=[RESULTS], metavar="RUN", help=runs)
     add("--logs", nargs="?", type=int, const=LOG_LINES, metavar="N", help=f"last N lines of each worker ({LOG_LINES})")
     parser.set_defaults(action=_action)
 

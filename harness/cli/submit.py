@@ -9,7 +9,6 @@ from harness.errors import HarnessError
 
 
 def submit_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness submit`."""
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder, or a folder that holds one")
     add("--out", type=Path, metavar="PACK", help="archive to write, or folder for RUN_ID.zip (here)")

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 
 def verify_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `harness verify`."""
     add = parser.add_argument
     add("pack", type=Path, metavar="PACK", help="archive that `harness submit` wrote")
     add("--partial", action="store_true", help="missing cells are no fault")

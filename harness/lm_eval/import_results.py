@@ -61,7 +61,7 @@ def import_results(
             raise HarnessError(f"{one.path}: {one_line(error)}") from None
         except (KeyError, TypeError) as error:
             raise HarnessError(f"{one.path} is not what this harness's lm-eval plugin writes: {error!r}") from None
-        with RunStore.open(root, _manifest(one.results, spec, records=len(records), command=command)) as store:
+        with RunStore(root, _manifest(one.results, spec, records=len(records), command=command)) as store:
             store.append([record for record in records if record.key not in store.done])
             yield store.folder, len(records)
 

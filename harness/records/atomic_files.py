@@ -21,7 +21,6 @@ log = logging.getLogger("harness")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by UTF-8 text, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
@@ -92,9 +91,8 @@ def cut(path: Path) -> None:
         with path.open("rb+") as file:
             line = (deque(file, maxlen=1) or [b"\n"])[0]
             if not line.endswith(b"\n"):
-                log.warning(
-                    "%s: cut off an unfinished last line (%d bytes); what it held is run again", path, len(line)
-                )
+                told = "%s: cut off an unfinished last line (%d bytes); what it held is run again"
+                log.warning(told, path, len(line))
                 file.truncate(file.tell() - len(line))
     except FileNotFoundError:
         return
@@ -103,7 +101,7 @@ def cut(path: Path) -> None:
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """Write all of `data`, in one write where the system takes it in one, and flush it to the disk."""
+    """In one write where the system takes it in one; on return it is on the disk."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -140,7 +138,6 @@ def lock_folder(folder: Path) -> int:
 
 
 def unlock_folder(descriptor: int) -> None:
-    """Release a folder that `lock_folder` holds."""
     with suppress(OSError):
         os.ftruncate(descriptor, 0)  # the next holder may not write its number
     os.close(descriptor)

@@ -32,12 +32,10 @@ class BenchSpec(Frozen):
     schema_version: int = BENCH_SCHEMA
     kind: BenchKind
     model: str
-    model_revision: str
-    """Content hash or commit, as in runs."""
+    model_revision: str  # content hash or commit, as in runs
     dtype: str
     device: str
-    kernel: str
-    """Of the prefill; decoding always uses sdpa."""
+    kernel: str  # of the prefill; decoding always uses sdpa
     threads: int
     methods: tuple[MethodSpec, ...]
     budgets: tuple[str, ...]
@@ -45,11 +43,9 @@ class BenchSpec(Frozen):
     batch: int
     new_tokens: int
     chunk: int | None
-    rounds: int
-    """Passes over all cells."""
+    rounds: int  # passes over all cells
     warm_up: bool
-    limit_bytes: int | None
-    """Memory above which a probe is out of memory, the model's own included."""
+    limit_bytes: int | None  # memory above which a probe is out of memory, the model's own included
     seed: int = 0
 
     def bench_id(self, machine: Mapping[str, Any]) -> str:
@@ -63,38 +59,28 @@ class BenchRecord(Frozen):
     schema_version: int = BENCH_SCHEMA
     bench_id: str
     kind: BenchKind
-    machine: str
-    """`machine_id`: speed is compared only within one."""
+    machine: str  # `machine_id`: speed is compared only within one
     model: str
-    model_revision: str = ""
-    """Content hash or commit, as in runs."""
+    model_revision: str = ""  # content hash or commit, as in runs
     dtype: str
     device: str
     kernel: str
     threads: int
-    method: str
-    """Method label, `name` or `name@preset`, changed parameters spelled out."""
-    budget: str
-    """As asked: tokens, a kept fraction, or `full` for a method without a budget."""
-    budget_tokens: int | None = None
-    """Slots per layer and KV head at this length."""
-    tokens: int
-    """Of each prompt."""
+    method: str  # method label, `name` or `name@preset`, changed parameters spelled out
+    budget: str  # as asked: tokens, a kept fraction, or `full` for a method without a budget
+    budget_tokens: int | None = None  # slots per layer and KV head at this length
+    tokens: int  # of each prompt
     batch: int
     new_tokens: int
     chunk: int | None
     warm_up: bool
     limit_bytes: int | None
-    round: int
-    """Which pass, from 0."""
+    round: int  # which pass, from 0
     status: BenchStatus
-    error: str | None = None
-    """One line on why the status is not ok."""
+    error: str | None = None  # one line on why the status is not ok
     measured: Measured | None = None
-    clock_mhz: float | None = None
-    """Median clock of the processor's cores when the probe began; None where the system does not tell."""
-    at: str = ""
-    """When the probe began: UTC, ISO 8601."""
+    clock_mhz: float | None = None  # median of the processor's cores when the probe began, None where it is not told
+    at: str = ""  # when the probe began: UTC, ISO 8601
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -108,18 +94,14 @@ class BenchManifest(Frozen):
     schema_version: int = BENCH_SCHEMA
     bench_id: str
     status: Literal["started", "finished", "interrupted", "failed"]
-    command: tuple[str, ...]
-    """The command line as typed."""
+    command: tuple[str, ...]  # the command line as typed
     spec: BenchSpec
-    started: str
-    """UTC, ISO 8601."""
+    started: str  # UTC, ISO 8601
     finished: str | None = None
-    model_bytes: int
-    """What the loaded model holds before the first prompt."""
+    model_bytes: int  # what the loaded model holds before the first prompt
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
-    machine: dict[str, Any] = Field(default_factory=dict)
-    """Processor, cores, memory, accelerators, threads, and clocks in MHz where the system tells them."""
+    machine: dict[str, Any] = Field(default_factory=dict)  # as `harness.machine.machine` gives it, and clocks in MHz
 
 
 def machine_id(machine: Mapping[str, Any]) -> str:
@@ -138,16 +120,13 @@ BENCHES = LogLayout(
 )
 
 
-def load_bench(folder: Path) -> tuple[BenchManifest, list[BenchRecord]]:
-    """Read a bench as stored, the last record of each key. Raises HarnessError when a file is missing or damaged."""
-    return BENCHES.load(folder)
+load_bench = BENCHES.load
 
 
 class BenchStore(LogFolder[BenchManifest, BenchRecord]):
-    """The one writer of a bench's folder; use it as a context."""
+    """The one writer of `root/<bench_id>/`, made or resumed as `LogFolder` says; use it as a context."""
 
     def __init__(self, root: Path, manifest: BenchManifest) -> None:
-        """Create or resume `root/bench_id`. Raises HarnessError as `LogFolder` does."""
         self.stored: dict[tuple[str, str, int, int], BenchRecord] = {}
         super().__init__(BENCHES, root / manifest.bench_id, manifest)
 

@@ -3,20 +3,15 @@
 Texts that many records share are held once. What is left out, answers and token ids and kept slots, stays on the disk.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from harness.records.measured import Measured
 from harness.records.record import Key, Memory, Record, Status
 from harness.records.spec import FirstToken, QueryMode
 
-META = ("group", "depth", "length", "length_bin")
-"""Fields of a sample that boards group and split by."""
-NO_META: dict[str, Any] = {}
+META = ("group", "depth", "length", "length_bin")  # fields of a sample that boards group and split by
 
 
 class Timed(NamedTuple):
@@ -26,11 +21,6 @@ class Timed(NamedTuple):
     tpot_s: float
     tokens_per_s: float
     peak_bytes: int
-
-    @classmethod
-    def of(cls, measured: Measured) -> Timed:
-        """Take it from a measurement."""
-        return cls(measured.ttft_s.median, measured.tpot_s.median, measured.tokens_per_s, measured.peak_bytes)
 
 
 class BoardRecord(NamedTuple):
@@ -55,25 +45,19 @@ class BoardRecord(NamedTuple):
     kv_bytes: int
     asked_bytes: int
     full_bytes: int
-    score: float | None
-    """Of `metrics`, in [0, 1]."""
+    score: float | None  # of `metrics`, in [0, 1]
     nll: float | None
-    needle: float
-    """Share of the needle tokens still cached, %: mean over layers and KV heads; NaN for a sample without needles."""
-    meta: dict[str, Any]
-    """The fields of `META` that the sample has. Shared: never changed."""
-    known: bool
-    """Whether `Record.meta` had any field."""
+    needle: float  # %, as `needle_percent` has it
+    meta: dict[str, Any]  # the fields of `META` that the sample has; shared, never changed
+    known: bool  # whether `Record.meta` had any field
     timed: Timed | None
 
     @property
     def key(self) -> Key:
-        """As `Record.key`."""
         return (self.task, self.sample_id, self.method, self.budget)
 
 
-SAME = BoardRecord._fields[: BoardRecord._fields.index("score")]
-"""Fields that are taken over from `Record` as they are."""
+SAME = BoardRecord._fields[: BoardRecord._fields.index("score")]  # fields that are taken over from `Record` as they are
 _same = attrgetter(*SAME)
 
 
@@ -86,17 +70,16 @@ class Shortener:
         self._scores: dict[float, float] = {}
 
     def __call__(self, record: Record) -> BoardRecord:
-        """Shorten one record."""
-        texts, score = self._texts, record.metrics.get("score")
+        texts, score, m = self._texts, record.metrics.get("score"), record.measured
         same = [texts.setdefault(x, x) if type(x) in (str, tuple) else x for x in _same(record)]
         meta = {name: record.meta[name] for name in META if name in record.meta}
         own = (
             score if score is None else self._scores.setdefault(score, score),
             record.nll,
             needle_percent(record),
-            self._metas.setdefault(repr(meta), meta) if meta else NO_META,
+            self._metas.setdefault(repr(meta), meta),
             bool(record.meta),
-            None if record.measured is None else Timed.of(record.measured),
+            None if m is None else Timed(m.ttft_s.median, m.tpot_s.median, m.tokens_per_s, m.peak_bytes),
         )
         return BoardRecord._make((*same, *own))
 

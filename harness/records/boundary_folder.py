@@ -1,12 +1,8 @@
 """The folder of `harness boundary`: `boundary.json` (what was asked, and where) and `boundary.jsonl` (the searches).
 
-The records have a line for each search. The file is replaced in one step after each probe, so a repeated command goes
-on where the last one ended.
-
-No torch here: leaderboards import this module.
+A search has one line. The file is replaced in one step after each probe, so a repeated command goes on where the last
+one ended. No torch here: leaderboards import this module.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
@@ -18,69 +14,51 @@ from harness.records.log_folder import LogFolder, LogLayout
 from harness.records.measured import ProbeStatus
 from harness.records.spec import SCHEMA_VERSION, Frozen, ModelSpec
 
-MANIFEST_FILE = "boundary.json"
-RECORDS_FILE = "boundary.jsonl"
-ENVIRONMENT = ("command", "created", "git_commit", "versions", "machine", "model_bytes", "notes")
-"""What a repeated command may differ in."""
+MANIFEST_FILE, RECORDS_FILE = "boundary.json", "boundary.jsonl"
+MAY_DIFFER = {"command", "created", "git_commit", "versions", "machine", "model_bytes", "notes"}  # in what is resumed
 
 SizeKind = Literal["context", "batch"]
 
 
 class Tried(Frozen):
-    """A probe and how it ended."""
-
     tokens: int
     batch: int
     status: ProbeStatus
-    seconds: float
-    """Of the whole probe."""
-    peak_bytes: int | None = None
-    """Above the model's own."""
-    predicted_bytes: int | None = None
-    """What `peak_bytes` was expected to be."""
+    seconds: float  # of the whole probe
+    peak_bytes: int | None = None  # above the model's own
+    predicted_bytes: int | None = None  # what `peak_bytes` was expected to be
     error: str | None = None
 
 
 class Found(Frozen):
-    """What a search found."""
-
-    answer: int
-    """The largest size that fits, 0 where not even the least does."""
-    whole: bool = False
-    """Even the most fits, so the answer is at least that."""
-    next_size: int | None = None
-    """The least size that did not fit, one step above the answer."""
-    next_status: ProbeStatus | None = None
-    """How that ended; anything but `oom` is no statement about memory."""
+    answer: int  # the largest size that fits, 0 where not even the least does
+    whole: bool = False  # even the most fits, so the answer is at least that
+    next_size: int | None = None  # the least size that did not fit, one step above the answer
+    next_status: ProbeStatus | None = None  # how that ended; anything but `oom` is no statement about memory
 
 
 class BoundaryRecord(Frozen):
     """One search. One JSON line."""
 
     schema_version: int = SCHEMA_VERSION
-    model_revision: str = ""
-    """Content hash or commit, as in the manifest."""
+    model_revision: str = ""  # content hash or commit, as in the manifest
     method: str
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str
     kind: SizeKind
-    at_context: int | None = None
-    """Tokens of each prompt where the batch is searched."""
+    at_context: int | None = None  # tokens of each prompt where the batch is searched
     limit_bytes: int
     least: int
     most: int
     step: int
-    found: Found | None = None
-    """None while the search goes on."""
+    found: Found | None = None  # None while the search goes on
     probes: tuple[Tried, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """A file holds one record of each."""
         return (self.method, self.budget, self.kind, self.at_context or 0)
 
     def probe(self, size: int | None) -> Tried | None:
-        """Find the probe of that size, where there was one."""
         tokens, batch = (size, 1) if self.kind == "context" else (self.at_context, size)
         return next((tried for tried in self.probes if (tried.tokens, tried.batch) == (tokens, batch)), None)
 
@@ -92,19 +70,14 @@ class BoundaryManifest(Frozen):
     command: tuple[str, ...]
     created: str
     model: ModelSpec
-    context: int
-    """Tokens that the model can take."""
+    context: int  # tokens that the model can take
     limit_bytes: int
-    limit_kind: str
-    """What enforces the limit."""
-    model_bytes: int
-    """The model's own, part of the limit."""
-    threads: int | None
-    """Of the CPU, None for PyTorch's choice."""
+    limit_kind: str  # what enforces the limit
+    model_bytes: int  # the model's own, part of the limit
+    threads: int | None  # of the CPU, None for PyTorch's choice
     chunk: int | None
     new_tokens: int
-    timeout_s: float
-    """Of a probe."""
+    timeout_s: float  # of a probe
     notes: tuple[str, ...] = ()
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -121,16 +94,11 @@ BOUNDARIES = LogLayout(
 
 
 class BoundaryStore(LogFolder[BoundaryManifest, BoundaryRecord]):
-    """The one writer of a folder of searches. Make one with `open`; close it or use it as a context."""
+    """The one writer of a folder of searches, made or resumed as `LogFolder` says; one of other settings is refused."""
 
     def __init__(self, folder: Path, manifest: BoundaryManifest) -> None:
         self.records: dict[tuple[str, str, str, int], BoundaryRecord] = {}
         super().__init__(BOUNDARIES, folder, manifest)
-
-    @classmethod
-    def open(cls, folder: Path, manifest: BoundaryManifest) -> BoundaryStore:
-        """Create or resume a folder. Raises HarnessError as `LogFolder` does, and for a folder of other settings."""
-        return cls(folder, manifest)
 
     def put(self, record: BoundaryRecord) -> None:
         """Store a search as far as it came, in place of what was there of it."""
@@ -141,13 +109,11 @@ class BoundaryStore(LogFolder[BoundaryManifest, BoundaryRecord]):
         self.records[record.key] = record
 
     def _check_same(self, earlier: BoundaryManifest) -> None:
-        old, new = (manifest.model_dump(exclude=set(ENVIRONMENT)) for manifest in (earlier, self.manifest))
+        old, new = (manifest.model_dump(exclude=MAY_DIFFER) for manifest in (earlier, self.manifest))
         other = next((name for name in new if old[name] != new[name]), None)
         if other is not None:
             was = f"{self.folder} was searched with {other} {old[other]}"
             raise HarnessError(f"{was}, not {new[other]}; choose another --out")
 
 
-def load_boundaries(folder: Path) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
-    """Read a folder of searches as stored. Raises HarnessError when a file is missing or damaged."""
-    return BOUNDARIES.load(Path(folder))
+load_boundaries = BOUNDARIES.load

@@ -22,16 +22,7 @@ from typing import Any, Generic, Self, TypeVar
 from pydantic import ValidationError
 
 from harness.errors import HarnessError
-from harness.records.atomic_files import (
-    append,
-    cut,
-    lock_folder,
-    unlock_folder,
-    whole_lines,
-    write_bytes,
-    write_error,
-    write_text,
-)
+from harness.records import atomic_files as disk
 from harness.records.spec import Frozen
 
 AnyFrozen = TypeVar("AnyFrozen", bound=Frozen)
@@ -39,8 +30,7 @@ M = TypeVar("M", bound=Frozen)
 R = TypeVar("R", bound=Frozen)
 key_of: Callable[[Frozen], Hashable] = attrgetter("key")
 version_of: Callable[[Frozen], int] = attrgetter("schema_version")
-END_CHARS = 500
-"""Characters of the error in a manifest."""
+END_CHARS = 500  # characters of the error in a manifest
 log = logging.getLogger("harness")
 
 
@@ -48,25 +38,17 @@ log = logging.getLogger("harness")
 class LogLayout(Generic[M, R]):
     """What a folder of one kind holds."""
 
-    kind: str
-    """The command that writes it is `harness KIND`."""
+    kind: str  # the command that writes it is `harness KIND`
     manifest_file: str
     records_file: str
     manifest: type[M]
-    record: type[R]
-    """Has a property `key`; of several records with one key the last counts."""
-    ids: Callable[[M], tuple[str, str]] = lambda _: ("", "")
-    """The id that a manifest states, and the one that its contents give."""
-    owner: Callable[[R], str] = lambda _: ""
-    """The id that a record states."""
-    environment: tuple[str, ...] = ("git_commit", "versions")
-    """Manifest fields that may differ when a folder is resumed; the earlier manifest is then kept beside the new."""
+    record: type[R]  # has a property `key`; of several records with one key the last counts
+    ids: Callable[[M], tuple[str, str]] = lambda _: ("", "")  # that a manifest states, and that its contents give
+    owner: Callable[[R], str] = lambda _: ""  # the id that a record states
+    environment: tuple[str, ...] = ("git_commit", "versions")  # where it changed, the earlier manifest is kept too
 
     def find(self, root: Path) -> list[Path]:
-        """Find the folders below `root` in name order, or `root` itself when it is one.
-
-        Raises HarnessError when none is.
-        """
+        """The folders below `root` in name order, or `root` itself when it is one. Raises HarnessError for none."""
         if (root / self.manifest_file).is_file():
             return [root]
         found = sorted(path.parent for path in root.glob(f"*/{self.manifest_file}"))
@@ -103,7 +85,7 @@ class LogLayout(Generic[M, R]):
     def records(self, folder: Path, manifest: M) -> Iterator[R]:
         """Read the records of a folder one by one, all that there are of a key. Raises HarnessError as `parse` does."""
         path = folder / self.records_file
-        return self.parse(path, whole_lines(path), owner=self.ids(manifest)[0])
+        return self.parse(path, disk.whole_lines(path), owner=self.ids(manifest)[0])
 
     def parse(self, path: Path, lines: Iterable[bytes], *, owner: str) -> Iterator[R]:
         """Read the records of `lines`. Raises HarnessError for a damaged one, or one of another folder than `owner`."""
@@ -111,9 +93,8 @@ class LogLayout(Generic[M, R]):
         for number, line in enumerate(lines, start=1):
             record = _quick(self.record, line) if line.startswith(current) else None
             if record is None:  # the slow way says why, or reads what another writer wrote
-                record = _validate(
-                    self.record, line, where=f"{path}:{number}", remedy="remove that line to run it again"
-                )
+                where, remedy = f"{path}:{number}", "remove that line to run it again"
+                record = _validate(self.record, line, where=where, remedy=remedy)
             if (stated := self.owner(record)) != owner:
                 raise HarnessError(f"{path}:{number} belongs to {self.kind} {stated}, not {owner}; remove that line")
             yield record
@@ -135,9 +116,9 @@ class LogFolder(ABC, Generic[M, R]):
             raise HarnessError(f"{layout.kind} id {stated} is not the id of its spec, {given}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(folder)
+            self._lock = disk.lock_folder(folder)
         except OSError as error:
-            raise write_error(folder, error) from None
+            raise disk.write_error(folder, error) from None
         with ExitStack() as undo:
             undo.callback(self.close)
             self._resume()
@@ -153,24 +134,18 @@ class LogFolder(ABC, Generic[M, R]):
         Raises HarnessError when a record belongs to another folder, and when the disk is full or fails: the log is then
         cut back to what it was before this call.
         """
-        append(self._path, self._lines(records), intact=self._intact)
+        disk.append(self._path, self._lines(records), intact=self._intact)
         self._intact += len(records)
         for record in records:
             self._note(record)
 
     def _replace(self, records: Sequence[R]) -> None:
         """Replace the whole log in one step. Raises HarnessError when it cannot be written."""
-        write_bytes(self._path, self._lines(records))
+        disk.write_bytes(self._path, self._lines(records))
         self._intact = len(records)
 
     def finish(self, status: str, *, finished: str, **more: object) -> None:
-        """Rewrite a manifest that has a status with how the work ended, and with `more` of its fields.
-
-        Args:
-            status: one of the manifest's.
-            finished: UTC, ISO 8601.
-            more: such as `error`.
-        """
+        """Rewrite a manifest that has a status with how the work ended, and with `more` of its fields."""
         ended = {**self.manifest.model_dump(), "status": status, "finished": finished, **more}
         self.manifest = type(self.manifest).model_validate(ended)
         self._write_manifest()
@@ -190,9 +165,8 @@ class LogFolder(ABC, Generic[M, R]):
         self.finish("finished", finished=now())
 
     def close(self) -> None:
-        """Release the folder. Closing twice is fine."""
         if self._lock >= 0:
-            unlock_folder(self._lock)
+            disk.unlock_folder(self._lock)
         self._lock = -1
 
     def __enter__(self) -> Self:
@@ -212,18 +186,18 @@ class LogFolder(ABC, Generic[M, R]):
         if (self.folder / self.layout.manifest_file).exists():
             earlier = self.layout.read_manifest(self.folder)
             self._check_same(earlier)
-        elif next(whole_lines(self._path, quiet=True), None) is not None:
+        elif next(disk.whole_lines(self._path, quiet=True), None) is not None:
             missing = f"{self._path} has records but {self.layout.manifest_file} is missing"
             raise HarnessError(f"{missing}; restore it or move the folder away")
-        lines, own = whole_lines(self._path, quiet=True), self.layout.ids(self.manifest)[0]
+        lines, own = disk.whole_lines(self._path, quiet=True), self.layout.ids(self.manifest)[0]
         for record in self.layout.parse(self._path, lines, owner=own):
             self._note(record)
             self._intact += 1
         if earlier is not None:
             self._keep(earlier)
         self._write_manifest()
-        cut(self._path)
-        append(self._path, b"", intact=self._intact)  # a log that cannot be written is refused before any work
+        disk.cut(self._path)
+        disk.append(self._path, b"", intact=self._intact)  # a log that cannot be written is refused before any work
 
     def _keep(self, earlier: M) -> None:
         """Where only the environment changed, the earlier manifest is kept beside the new."""
@@ -233,12 +207,12 @@ class LogFolder(ABC, Generic[M, R]):
         if changed:
             stem = self.layout.manifest_file.removesuffix(".json")
             kept = next(path for n in count(1) if not (path := self.folder / f"{stem}.{n}.json").exists())
-            write_text(kept, earlier.model_dump_json(indent=2) + "\n")
+            disk.write_text(kept, earlier.model_dump_json(indent=2) + "\n")
             told = "%s: resumed with another commit or environment (%s); the earlier one is in %s"
             log.warning(told, self.folder, ", ".join(changed), kept)
 
     def _write_manifest(self) -> None:
-        write_text(self.folder / self.layout.manifest_file, self.manifest.model_dump_json(indent=2) + "\n")
+        disk.write_text(self.folder / self.layout.manifest_file, self.manifest.model_dump_json(indent=2) + "\n")
 
     def _lines(self, records: Sequence[R]) -> bytes:
         own = self.layout.ids(self.manifest)[0]

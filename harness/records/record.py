@@ -8,12 +8,10 @@ from harness.records.measured import Measured
 from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
-CellKey = tuple[str, str]
-"""Method label and budget as they stand in a record."""
+CellKey = tuple[str, str]  # method label and budget as they stand in a record
 PROMPT_TAIL = 240
 Memory = Literal["physical", "simulated"]
-Key = tuple[str, str, str, str]
-"""Task, sample, method and budget: what a run holds at most one record of."""
+Key = tuple[str, str, str, str]  # task, sample, method and budget: what a run holds at most one record of
 
 
 class Record(Frozen):
@@ -23,86 +21,51 @@ class Record(Frozen):
     run_id: str
     model: str
     dtype: str
-    task: str
-    """Task name, `family/dataset`."""
+    task: str  # task name, `family/dataset`
     sample_id: str
-    method: str
-    """Method label, `name` or `name@preset`."""
-    budget: str
-    """As asked: tokens (`128`), a kept fraction (`0.25`), or `full` for a method without a budget."""
+    method: str  # method label, `name` or `name@preset`
+    budget: str  # as asked: tokens (`128`), a kept fraction (`0.25`), or `full` for a method without a budget
     query: QueryMode
     first_token: FirstToken
     seed: int
-    status: Status
-    """ok: scored. skipped: cannot be run as asked. failed: an error. oom: out of memory. Only ok has a score."""
-    error: str | None = None
-    """One line on why the status is not ok."""
-    memory: Memory = "physical"
-    """simulated: the method only pretends to free what it drops, so its bytes, seconds and peaks are no results."""
-    over_budget: bool = False
-    """Measured bytes exceed asked bytes by more than 1 %."""
-    notes: tuple[str, ...] = ()
-    """What a reader must know, such as a degenerate allocation or neutral tables."""
+    status: Status  # ok: scored; skipped: cannot be run as asked; failed: an error; oom: out of memory
+    error: str | None = None  # one line on why the status is not ok
+    memory: Memory = "physical"  # simulated: nothing it drops is freed, so bytes, seconds and peaks are no results
+    over_budget: bool = False  # measured bytes exceed asked bytes by more than 1 %
+    notes: tuple[str, ...] = ()  # what a reader must know, such as a degenerate allocation or neutral tables
 
-    prompt_tokens: int = 0
-    """Tokens of the whole prompt, chat wrap and answer prefix included."""
-    compressed_tokens: int = 0
-    """Tokens that were in the cache when it was compressed: the prompt, or its context when query-agnostic."""
-    prompt_sha256: str = ""
-    """Of the prompt's token ids, comma-separated decimal."""
-    prompt_tail: str = ""
-    """The last `PROMPT_TAIL` characters of the prompt, without the chat template's own."""
-    budget_tokens: int | None = None
-    """The budget resolved for this prompt: slots per layer and KV head. None for a method without a budget."""
-    kept_slots: tuple[int, ...] = ()
-    """Live slots of each compressible layer after compression, summed over its KV heads."""
+    prompt_tokens: int = 0  # tokens of the whole prompt, chat wrap and answer prefix included
+    compressed_tokens: int = 0  # that were cached at compression: the prompt, or its context when query-agnostic
+    prompt_sha256: str = ""  # of the prompt's token ids, comma-separated decimal
+    prompt_tail: str = ""  # the last `PROMPT_TAIL` characters of the prompt, without the chat template's own
+    budget_tokens: int | None = None  # resolved for this prompt: slots per layer and KV head; None without a budget
+    kept_slots: tuple[int, ...] = ()  # live ones of each compressible layer after compression, over its KV heads
 
-    kv_bytes: int = 0
-    """Measured right after compression: live keys, values and side data, sliding-window layers included."""
-    kv_bytes_end: int = 0
-    """The same after the last decoded token."""
-    asked_bytes: int = 0
-    """What the budget allows in bytes, sliding-window layers at their own size."""
-    full_bytes: int = 0
-    """The uncompressed cache of the same tokens."""
-    needle_tokens: int = 0
-    """Prompt tokens of the sample's needles (`meta.needles`); 0 where it has none."""
-    needle_kept: tuple[tuple[int, ...], ...] = ()
-    """How many of those each compressible layer (outer) and KV head (inner) still holds after compression."""
+    kv_bytes: int = 0  # right after compression: live keys, values and side data, sliding-window layers included
+    kv_bytes_end: int = 0  # the same after the last decoded token
+    asked_bytes: int = 0  # what the budget allows in bytes, sliding-window layers at their own size
+    full_bytes: int = 0  # the uncompressed cache of the same tokens
+    needle_tokens: int = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
+    needle_kept: tuple[tuple[int, ...], ...] = ()  # of those, by compressible layer and KV head, after compression
 
-    answers: tuple[str, ...] = ()
-    """References, so that the prediction can be scored again from this line."""
+    answers: tuple[str, ...] = ()  # references, so that the prediction can be scored again from this line
     prediction: str = ""
-    token_ids: tuple[int, ...] = ()
-    """Generated token ids, end-of-text excluded."""
-    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
-    """Task metrics in [0, 1]; `score` is the primary one."""
-    nll: FiniteFloat | None = None
-    """Mean negative log-likelihood of the reference in nats per token, teacher-forced on the compressed cache."""
-    nll_tokens: int = 0
-    """Reference tokens that `nll` is the mean of."""
-    nll_first: FiniteFloat | None = None
-    """The first reference token's part, which is uncompressed when first_token is `prefill`."""
-    meta: dict[str, Any] = Field(default_factory=dict)
-    """The sample's own fields: length, depth, dataset. Samples of one `group` share a context: they are no independent
-    draws."""
+    token_ids: tuple[int, ...] = ()  # generated token ids, end-of-text excluded
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)  # task metrics in [0, 1]; `score` is the primary one
+    nll: FiniteFloat | None = None  # mean of the reference, nats per token, teacher-forced on the compressed cache
+    nll_tokens: int = 0  # reference tokens that `nll` is the mean of
+    nll_first: FiniteFloat | None = None  # its first token's part, uncompressed when first_token is `prefill`
+    meta: dict[str, Any] = Field(default_factory=dict)  # the sample's own: length, depth; one `group` is one context
 
-    accelerator: str = ""
-    """What ran it: GPU or processor; in one run they may differ."""
-    prefill_s: float = 0.0
-    """Seconds of the prefill, observation included; one serves all cells of a sample and all questions of a context."""
-    compress_s: float = 0.0
-    """Seconds of this cell's compression."""
-    decode_s: float = 0.0
-    """Seconds of the decode batch this cell was a row of; shared, so not a latency of the method."""
-    decode_rows: int = 0
-    """Rows of that batch."""
-    measured: Measured | None = None
-    """Seconds and memory of this cell by itself on the same prompt; None where nothing was measured."""
+    accelerator: str = ""  # what ran it: GPU or processor; in one run they may differ
+    prefill_s: float = 0.0  # observation included; one serves all cells of a sample and all questions of a context
+    compress_s: float = 0.0  # of this cell alone
+    decode_s: float = 0.0  # seconds of the decode batch this cell was a row of; shared, so not a latency of the method
+    decode_rows: int = 0  # rows of that batch
+    measured: Measured | None = None  # this cell by itself on the same prompt; None where nothing was measured
 
     @property
     def key(self) -> Key:
-        """A run holds at most one record of each."""
         return (self.task, self.sample_id, self.method, self.budget)
 
 
@@ -112,20 +75,13 @@ class RunManifest(Frozen):
     schema_version: int = SCHEMA_VERSION
     run_id: str
     status: Literal["started", "finished", "interrupted", "failed"]
-    command: tuple[str, ...]
-    """The command line as typed."""
-    spec: RunSpec
-    """The command line as resolved."""
-    started: str
-    """UTC, ISO 8601."""
+    command: tuple[str, ...]  # the command line as typed
+    spec: RunSpec  # the command line as resolved
+    started: str  # UTC, ISO 8601
     finished: str | None = None
-    samples: int
-    """Samples that the run consists of, over all tasks."""
-    cells: int
-    """Cells of each sample: (method, budget) pairs."""
+    samples: int  # samples that the run consists of, over all tasks
+    cells: int  # cells of each sample: (method, budget) pairs
     git_commit: str | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
-    """Python and package versions."""
-    machine: dict[str, Any] = Field(default_factory=dict)
-    """Processor, cores, memory, accelerator, threads, attention kernel."""
+    versions: dict[str, str] = Field(default_factory=dict)  # Python and package versions
+    machine: dict[str, Any] = Field(default_factory=dict)  # as `harness.machine.machine` gives it
     error: str | None = None

@@ -4,25 +4,13 @@ Resume: the same spec is the same folder. `ok` and `skipped` records are done; `
 and are run again. How the files are written and read is `harness.records.log_folder`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from harness.records.atomic_files import write_bytes, write_text
+from harness.records.atomic_files import write_bytes as write_bytes
+from harness.records.atomic_files import write_text as write_text
 from harness.records.board_record import BoardRecord, Shortener
 from harness.records.log_folder import LogFolder, LogLayout
 from harness.records.record import Key, Record, RunManifest
-
-__all__ = [
-    "DONE",
-    "RUNS",
-    "RunStore",
-    "find_runs",
-    "load_board_records",
-    "load_run",
-    "write_bytes",
-    "write_text",
-]
 
 DONE = frozenset({"ok", "skipped"})
 RUNS = LogLayout(
@@ -38,16 +26,11 @@ RUNS = LogLayout(
 
 
 class RunStore(LogFolder[RunManifest, Record]):
-    """The one writer of `results/<run_id>/`. Make one with `RunStore.open`; close it or use it as a context."""
+    """The one writer of `root/<run_id>/`, made or resumed as `LogFolder` says; close it or use it as a context."""
 
     def __init__(self, root: Path, manifest: RunManifest) -> None:
         self._status: dict[Key, str] = {}
-        super().__init__(RUNS, Path(root) / manifest.run_id, manifest)
-
-    @classmethod
-    def open(cls, root: Path, manifest: RunManifest) -> RunStore:
-        """Create or resume the folder of `manifest` below `root`. Raises HarnessError as `LogFolder` does."""
-        return cls(root, manifest)
+        super().__init__(RUNS, root / manifest.run_id, manifest)
 
     @property
     def done(self) -> frozenset[Key]:
@@ -58,24 +41,12 @@ class RunStore(LogFolder[RunManifest, Record]):
         self._status[record.key] = record.status  # not the record: a run may hold more than fits into memory
 
 
-def find_runs(root: Path) -> list[Path]:
-    """Find the run folders below `root` in name order, or `root` itself when it is one.
-
-    Raises HarnessError when none is.
-    """
-    return RUNS.find(Path(root))
-
-
-def load_run(folder: Path) -> tuple[RunManifest, list[Record]]:
-    """Read a run as stored, one record per key. Raises HarnessError when a file is missing or damaged."""
-    return RUNS.load(Path(folder))
+find_runs = RUNS.find
+load_run = RUNS.load
 
 
 def load_board_records(folder: Path) -> tuple[RunManifest, list[BoardRecord]]:
-    """Read of a run what boards need, in a tenth of the memory that `load_run` takes.
-
-    The checks, warnings and errors are those of `load_run`.
-    """
-    manifest, shorten = RUNS.read_manifest(Path(folder)), Shortener()
-    found = {record.key: shorten(record) for record in RUNS.records(Path(folder), manifest)}
+    """Read of a run what boards need, checked as `load_run` does, in a tenth of the memory that it takes."""
+    manifest, shorten = RUNS.read_manifest(folder), Shortener()
+    found = {record.key: shorten(record) for record in RUNS.records(folder, manifest)}
     return manifest, list(found.values())

@@ -30,9 +30,13 @@ def check_least(given: Any, least: float, field: ValidationInfo) -> Any:
     """
     for number in given if isinstance(given, tuple) else (given,):
         if number is not None and not number >= least:  # nan too
-            option = str(field.field_name).removesuffix("_s").replace("_", "-")
-            raise ValueError(f"--{option} {number} is too small; give at least {least}")
+            raise ValueError(f"--{option(field).removesuffix('-s')} {number} is too small; give at least {least}")
     return given
+
+
+def option(field: ValidationInfo) -> str:
+    """The field's name as it is typed, without its dashes."""
+    return str(field.field_name).replace("_", "-")
 
 
 class Asked(Frozen):
@@ -42,8 +46,7 @@ class Asked(Frozen):
     keeps everything needs none. set: changed parameters of methods, `method.parameter` to value.
     """
 
-    OTHER_WAY: ClassVar[str] = ""
-    """Of naming methods, for an error line."""
+    OTHER_WAY: ClassVar[str] = ""  # of naming methods, for an error line
 
     model: str = "smollm2-135m"
     methods: tuple[str, ...]
@@ -125,12 +128,9 @@ class Sweep(Asked):
 
     @model_validator(mode="after")
     def _measurable(self) -> Self:
-        """Whether its cells can be measured one by one."""
         if self.measure and self.query == "agnostic":
-            raise ValueError(
-                "--measure with --query agnostic: questions share a compressed context there, which no cell has by "
-                "itself; leave one of the two out"
-            )
+            shared = "questions share a compressed context there, which no cell has by itself"
+            raise ValueError(f"--measure with --query agnostic: {shared}; leave one of the two out")
         if self.measure and self.trust_remote_code:
             raise ValueError("--measure with --trust-remote-code: probes load plain models only; leave one of them out")
         return self
@@ -183,11 +183,8 @@ class RunSpec(Frozen):
     first_token: FirstToken
     query: QueryMode
     nll_tokens: int
-    measured_on: str | None = None
-    """The machine that cells are also timed on, since it decides those numbers; None for a run that times nothing."""
-
-    whole: bool = False
-    """Whether rows of data sets that would have been cut were left out."""
+    measured_on: str | None = None  # the machine that cells are also timed on, which decides those numbers
+    whole: bool = False  # whether rows of data sets that would have been cut were left out
 
     @property
     def run_id(self) -> str:

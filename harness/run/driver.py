@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from harness.engine.decode import CPU_ROWS_AT_ONCE
 from harness.engine.types import Outcome
 from harness.errors import HarnessError
 from harness.machine import machine, versions
-from harness.models.load import LoadedModel, describe_model, load_model
+from harness.models.load import describe_model, load_model
 from harness.plan.sweep import Group, plan_names
 from harness.records.atomic_files import write_error
 from harness.records.log_folder import now
@@ -32,28 +33,20 @@ from methods.base import KVPolicy
 
 SKEW_S = 30.0
 DEVICES = ("auto", "cpu", "cuda")  # a worker sees its own GPUs alone
-DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")
-"""Packages whose version must be the driver's on every worker."""
+DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")  # versions that must be equal
 
 
 class FanOut(Frozen):
     """How a run is fanned out, which is no part of what the run is."""
 
-    address: str = "auto"
-    """`auto`, `local`, or that of a cluster's head."""
-    workers: int | None = None
-    """None for as many as fit into the cluster now."""
+    address: str = "auto"  # `auto`, `local`, or that of a cluster's head
+    workers: int | None = None  # None for as many as fit into the cluster now
     cpus: float = 1.0
-    gpus: float | None = None
-    """Of a worker; None for one where the cluster has some."""
-    autoscale: bool = False
-    """`workers` may be more than fit now: nodes will come."""
-    timeout_s: float = 3600.0
-    """Of one sample with all its cells."""
-    tries: int = 3
-    """Until a sample that kills its workers is given up."""
-    start_s: float = 900.0
-    """Without any worker, until the run is given up."""
+    gpus: float | None = None  # of a worker; None for one where the cluster has some
+    autoscale: bool = False  # `workers` may be more than fit now: nodes will come
+    timeout_s: float = 3600.0  # of one sample with all its cells
+    tries: int = 3  # until a sample that kills its workers is given up
+    start_s: float = 900.0  # without any worker, until the run is given up
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,8 @@ class MakeRunner:
 
     sweep: Sweep
     spec: RunSpec
-    policies: Sequence[KVPolicy]
-    """Checked against the model there, with `ids`."""
-    ids: Sequence[int]
-    """Of a prompt."""
+    policies: Sequence[KVPolicy]  # checked against the model there, with `ids`
+    ids: Sequence[int]  # of a prompt
     shape: WorkerShape
 
     def __call__(self) -> tuple[Handler[Group, list[Record]], Mapping[str, Any]]:
@@ -94,54 +85,48 @@ class MakeRunner:
 def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str]) -> Path:
     """Run what is not yet recorded of a sweep on a Ray cluster and return its run folder.
 
-    Raises:
-        HarnessError: bad input, a cluster that cannot be had, or a folder that cannot be written.
-        KeyboardInterrupt: after the manifest says so.
+    Raises HarnessError for bad input, a cluster that cannot be had, or a folder that cannot be written.
     """
     if sweep.measure:
         raise HarnessError("--measure times one cell alone on a machine, --ray fills it; leave one of the two out")
     if sweep.device not in DEVICES:
         raise HarnessError(f"--device {sweep.device!r} is of this machine; give {', '.join(DEVICES)} with --ray")
     named = plan_names(sweep)  # names and budgets are refused before a cluster is asked
-    with connected(fan.address) as cluster:
-        shape, size = _shape(sweep, fan, cluster.resources)
+    with connected(fan.address) as (resources, dashboard):
+        shape, size = _shape(sweep, fan, resources)
         device = sweep.device if sweep.device != "auto" else ("cuda" if shape.gpus else "cpu")
-        prepared = prepare(named, _described(sweep, device), command=command)
+        described = describe_model(
+            sweep.model, dtype=sweep.dtype, device=device, trust_remote_code=sweep.trust_remote_code
+        )
+        prepared = prepare(named, described, command=command)
         spec = prepared.manifest.spec
         make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
-        with RunStore.open(root, prepared.manifest) as store, store.ending():
+        with RunStore(root, prepared.manifest) as store, store.ending():
             work = prepared.missing(store.done)
             work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end
-            logs = WorkerLogs(store.folder / "logs")
-            pool = RayPool[Group, list[Record]](
-                make, size=min(size, max(1, len(work))), shape=shape, accept=_accept(spec.model, logs), tell=logs.tell
-            )
+            logs = store.folder / "logs"
+            accept, size = _accept(spec.model, logs), min(size, max(1, len(work)))
+            pool = RayPool[Group, list[Record]](make, size=size, shape=shape, accept=accept, tell=partial(tell, logs))
             try:
                 schedule = Schedule(work, pool, timeout_s=fan.timeout_s, tries=fan.tries, start_s=fan.start_s)
                 with _progress(store, work, schedule) as progress:
-                    if cluster.dashboard:
-                        print(f"Ray dashboard: {cluster.dashboard}", file=sys.stderr)
+                    if dashboard:
+                        print(f"Ray dashboard: {dashboard}", file=sys.stderr)
                     store_all(store, schedule, progress)
             finally:
                 pool.stop()
             return store.folder
 
 
-@dataclass(frozen=True)
-class WorkerLogs:
-    """A file for each worker: what it is, what it logged, how it ended."""
-
-    folder: Path
-
-    def tell(self, worker: int, line: str) -> None:
-        """Add a line to a worker's file. Raises HarnessError when it cannot be written."""
-        path = self.folder / f"worker-{worker}.log"
-        try:
-            self.folder.mkdir(exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{now()} {' '.join(line.split())}\n")
-        except OSError as error:
-            raise write_error(path, error) from None
+def tell(folder: Path, worker: int, line: str) -> None:
+    """Add a line to a worker's file in `folder`: what it is, what it logged, how it ended. Raises HarnessError."""
+    path = folder / f"worker-{worker}.log"
+    try:
+        folder.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{now()} {' '.join(line.split())}\n")
+    except OSError as error:
+        raise write_error(path, error) from None
 
 
 def _shape(sweep: Sweep, fan: FanOut, resources: Mapping[str, float]) -> tuple[WorkerShape, int]:
@@ -163,18 +148,13 @@ def _shape(sweep: Sweep, fan: FanOut, resources: Mapping[str, float]) -> tuple[W
     return shape, wanted
 
 
-def _described(sweep: Sweep, device: str) -> LoadedModel:
-    return describe_model(sweep.model, dtype=sweep.dtype, device=device, trust_remote_code=sweep.trust_remote_code)
-
-
-def _accept(wanted: ModelSpec, logs: WorkerLogs) -> Callable[[int, Mapping[str, Any]], None]:
+def _accept(wanted: ModelSpec, logs: Path) -> Callable[[int, Mapping[str, Any]], None]:
     """Refuses a worker that would bring other numbers: another model, other packages."""
     ours = versions()
 
     def accept(worker: int, about: Mapping[str, Any]) -> None:
-        host, theirs = about["host"], about["versions"]
-        what = about["machine"]
-        logs.tell(worker, f"on {host}, node {about['node']}: {what['accelerators'] or what['processor']}, {theirs}")
+        host, theirs, what = about["host"], about["versions"], about["machine"]
+        tell(logs, worker, f"on {host}, node {about['node']}: {what['accelerators'] or what['processor']}, {theirs}")
         for package in DECIDING:
             if theirs.get(package) != ours.get(package):
                 raise HarnessError(
@@ -229,10 +209,6 @@ def store_all(store: RunStore, schedule: Schedule[Group, list[Record]], progress
 
 
 def _given_up(spec: RunSpec, item: Item[Group], outcome: GivenUp) -> list[Record]:
-    records = []
-    for planned, cells in item.work:
-        for cell in cells:
-            lost = Outcome()
-            lost.fail(outcome.why, outcome.status)
-            records.append(record_of(spec, planned, cell, lost))
-    return records
+    lost = Outcome()
+    lost.fail(outcome.why, outcome.status)
+    return [record_of(spec, planned, cell, lost) for planned, cells in item.work for cell in cells]

@@ -17,37 +17,28 @@ EVERY_S = {True: 1.0, False: 30.0}  # on a terminal, elsewhere
 
 
 class Snapshot(Frozen):
-    """The state of a fanned-out run at a moment."""
-
-    cells: dict[str, int]
-    """Of this and earlier sessions, by status."""
-    total: int
-    """Cells of the whole run."""
-    samples: int
-    """That this session has to do, or did."""
+    cells: dict[str, int]  # of this and earlier sessions, by status
+    total: int  # cells of the whole run
+    samples: int  # that this session has to do, or did
     samples_left: int
-    tokens: int
-    """Of prompts and generations in this session."""
-    seconds: float
-    """Of this session."""
+    tokens: int  # of prompts and generations in this session
+    seconds: float  # of this session
     workers: int
-    worker_s: float = 0.0
-    """That workers were ready for work, over all of them."""
-    busy_s: float = 0.0
-    """Those that items took of them."""
-    left_s: float | None
-    """None before anything is done."""
-    at: float
-    """Seconds since the epoch, by the driver's clock."""
+    worker_s: float = 0.0  # that workers were ready for work, over all of them
+    busy_s: float = 0.0  # those that items took of them
+    left_s: float | None  # None before anything is done
+    at: float  # seconds since the epoch, by the driver's clock
 
     def line(self) -> str:
-        """Say it in a line for people."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.cells.items()))
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        left = "" if self.left_s is None else f", {duration(self.left_s)} left"
-        busy = f", busy {self.busy_s / self.worker_s:.0%}" if self.worker_s else ""
         cells = f"{sum(self.cells.values())} of {self.total} cells ({counts or 'none yet'})"
-        return f"{cells}, {self.samples_left} samples to do, {self.workers} workers, {rate:,.0f} tokens/s{busy}{left}"
+        return f"{cells}, {self.samples_left} samples to do, {self.workers} workers, {self.pace()}"
+
+    def pace(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        busy = f", busy {self.busy_s / self.worker_s:.0%}" if self.worker_s else ""
+        left = "" if self.left_s is None else f", {duration(self.left_s)} left"
+        return f"{rate:,.0f} tokens/s{busy}{left}"
 
 
 def duration(seconds: float) -> str:
@@ -62,18 +53,12 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts records and says so now and then. A context: the last word is said at its end."""
 
-    folder: Path
-    """Of the run."""
-    samples: int
-    """To be done now."""
-    total: int
-    """Cells of the whole run."""
-    done: int
-    """Cells that earlier sessions did."""
-    workers: Callable[[], int]
-    """Asks how many there are now."""
-    spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
-    """Asks for `worker_s` and `busy_s`."""
+    folder: Path  # of the run
+    samples: int  # to be done now
+    total: int  # cells of the whole run
+    done: int  # cells that earlier sessions did
+    workers: Callable[[], int]  # asks how many there are now
+    spent: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)  # asks for `worker_s` and `busy_s`
 
     def __post_init__(self) -> None:
         self.cells = Counter[str]({"done before": self.done} if self.done else {})
@@ -82,7 +67,7 @@ class Progress:
         self._every = EVERY_S[sys.stderr.isatty()]
 
     def add(self, records: Sequence[Record]) -> None:
-        """Count the records of whole samples."""
+        """records: of whole samples."""
         self.cells.update(record.status for record in records)
         prompts = {(record.task, record.sample_id): record.prompt_tokens for record in records}
         self.tokens += sum(prompts.values()) + sum(len(record.token_ids) for record in records)
@@ -90,11 +75,11 @@ class Progress:
         if time.monotonic() - self.said >= self._every:
             self.say()
 
-    def snapshot(self) -> Snapshot:
-        """Take the state now. The time left is that of as many samples at the pace so far."""
+    def say(self) -> None:
+        """The time left is that of as many samples at the pace so far."""
         seconds, ended = time.monotonic() - self.start, self.samples - self.left
         worker_s, busy_s = self.spent()
-        return Snapshot(
+        now = Snapshot(
             cells=dict(self.cells),
             total=self.total,
             samples=self.samples,
@@ -107,10 +92,6 @@ class Progress:
             left_s=seconds / ended * self.left if ended else None,
             at=time.time(),
         )
-
-    def say(self) -> None:
-        """Say how it stands on standard error and in the folder."""
-        now = self.snapshot()
         end = "\r" if sys.stderr.isatty() else "\n"
         print(f"{now.line():<110}", file=sys.stderr, end=end, flush=True)
         write_text(self.folder / PROGRESS_FILE, now.model_dump_json() + "\n")

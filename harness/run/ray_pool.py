@@ -16,17 +16,7 @@ from logging.handlers import BufferingHandler
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-)
+from ray import exceptions
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -56,25 +46,12 @@ class WorkerShape:
         return {name: own for name, own in (("CPU", self.cpus), ("GPU", self.gpus)) if own}
 
 
-@dataclass(frozen=True)
-class ClusterInfo:
-    """What the driver is connected to."""
-
-    resources: Mapping[str, float]
-    """CPU, GPU and others, over all nodes that are there now."""
-    dashboard: str
-
-
 @contextmanager
-def connected(address: str) -> Iterator[ClusterInfo]:
-    """Connect to Ray for as long as the context lasts.
+def connected(address: str) -> Iterator[tuple[Mapping[str, float], str]]:
+    """Connect to Ray for as long as the context lasts: CPUs, GPUs and others of all its nodes now, and its dashboard.
 
-    Args:
-        address: `auto` for a cluster that runs on this machine (or RAY_ADDRESS), else one of our own; `local` for one
-            of our own; otherwise that of a cluster's head, `host:port` or `ray://host:port`.
-
-    Raises:
-        HarnessError: the connection cannot be had.
+    address: `auto` for a cluster that runs on this machine (or RAY_ADDRESS), else one of our own; `local` for one of
+    our own; otherwise that of a cluster's head, `host:port` or `ray://host:port`. Raises HarnessError for none there.
     """
     if address not in ("auto", "local"):
         _check_reachable(address)
@@ -87,12 +64,12 @@ def connected(address: str) -> Iterator[ClusterInfo]:
             if address != "auto":
                 raise
             context = ray.init(address="local", **own)
-    except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
+    except (exceptions.RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise HarnessError(f"no Ray cluster at {address!r}: {why}; see `ray status`") from None
     try:
         resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield ClusterInfo(resources, getattr(context, "dashboard_url", "") or "")
+        yield resources, getattr(context, "dashboard_url", "") or ""
     finally:
         ray.shutdown()
 
@@ -144,10 +121,8 @@ class _Member:
 class RayPool(Generic[W, R]):
     """`size` workers of one shape.
 
-    Args:
-        make: as for `Worker`; a HarnessError that it raises refuses the worker for good.
-        accept: called with what each new worker tells of itself; a HarnessError refuses it.
-        tell: called with a worker's number and a line for its log.
+    make: as for `Worker`; a HarnessError that it raises refuses the worker for good. accept: called with what each new
+    worker tells of itself; a HarnessError refuses it. tell: called with a worker's number and a line for its log.
     """
 
     def __init__(
@@ -174,7 +149,7 @@ class RayPool(Generic[W, R]):
         member = self._members[worker]
         try:
             member.tasks.append(member.actor.do.remote(list(work), careful))
-        except ObjectStoreFullError as error:
+        except exceptions.ObjectStoreFullError as error:
             raise MemoryError(str(error)) from None
 
     def wait(self, seconds: float) -> list[Event[R]]:
@@ -194,7 +169,6 @@ class RayPool(Generic[W, R]):
             self._start()
 
     def stop(self) -> None:
-        """Put an end to all workers."""
         for worker in list(self._members):
             self._end(worker)
 
@@ -212,7 +186,7 @@ class RayPool(Generic[W, R]):
         member = self._members.pop(worker, None)
         if member is None:
             return
-        with suppress(RayError):  # it may be gone already
+        with suppress(exceptions.RayError):  # it may be gone already
             ray.kill(member.actor, no_restart=True)
         if member.group is not None:
             remove_placement_group(member.group)
@@ -221,9 +195,9 @@ class RayPool(Generic[W, R]):
         member = self._members[worker]
         try:
             found = ray.get(task, timeout=CONNECT_S)
-        except RayTaskError as error:
+        except exceptions.RayTaskError as error:
             return self._raised(worker, error)
-        except (RayError, GetTimeoutError) as error:
+        except (exceptions.RayError, exceptions.GetTimeoutError) as error:
             return self._lost(worker, error)
         member.tasks.pop(0)
         if not member.ready:
@@ -242,7 +216,7 @@ class RayPool(Generic[W, R]):
         self._members[worker].ready, self._died_starting = True, 0
         return WorkerReady(worker)
 
-    def _raised(self, worker: int, error: RayTaskError) -> Event[R]:
+    def _raised(self, worker: int, error: exceptions.RayTaskError) -> Event[R]:
         """An exception of our code in the actor, which lives on."""
         member, cause = self._members[worker], error.cause
         why = " ".join(str(cause).split())[:300]
@@ -254,7 +228,7 @@ class RayPool(Generic[W, R]):
         member.tasks.pop(0)
         return Raised(worker, why, memory=isinstance(cause, MemoryError))
 
-    def _lost(self, worker: int, error: RayError | GetTimeoutError) -> Event[R]:
+    def _lost(self, worker: int, error: exceptions.RayError | exceptions.GetTimeoutError) -> Event[R]:
         text = " ".join(str(error).split())
         why = _reason(text, type(error).__name__)
         self.tell(worker, f"lost: {why}")
@@ -263,10 +237,11 @@ class RayPool(Generic[W, R]):
             if self._died_starting > DIED_STARTING * self.size:
                 self._end(worker)
                 return Refused(worker, f"workers die before they are ready ({why}); see the logs of Ray")
-        node = NodeDiedError | ActorUnavailableError | ObjectLostError  # the last: of a result whose node went
+        # the last: of a result whose node went
+        node = exceptions.NodeDiedError | exceptions.ActorUnavailableError | exceptions.ObjectLostError
         gone = isinstance(error, node) or any(word in text for word in NODE)
-        gone = gone or (isinstance(error, ActorDiedError) and bool(getattr(error, "preempted", False)))
-        memory = isinstance(error, OutOfMemoryError) or LOW_MEMORY in text
+        gone = gone or (isinstance(error, exceptions.ActorDiedError) and bool(getattr(error, "preempted", False)))
+        memory = isinstance(error, exceptions.OutOfMemoryError) or LOW_MEMORY in text
         return Lost(worker, why, node=gone, memory=memory)
 
 

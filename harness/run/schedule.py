@@ -31,14 +31,10 @@ class Item(Generic[W]):
     """A piece of work that is done as a whole."""
 
     work: W
-    tries: int = 0
-    """Charged so far."""
-    nodes_lost: int = 0
-    """How often it was on a node that went."""
-    alone: bool = False
-    """It goes out by itself."""
-    careful: bool = False
-    """It is to be done in the smallest steps."""
+    tries: int = 0  # charged so far
+    nodes_lost: int = 0  # how often it was on a node that went
+    alone: bool = False  # it goes out by itself
+    careful: bool = False  # it is to be done in the smallest steps
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,7 @@ class Raised:
 
     worker: int
     why: str
-    memory: bool = False
-    """It says that it ran out of it."""
+    memory: bool = False  # it says that it ran out of it
 
 
 @dataclass(frozen=True)
@@ -73,10 +68,8 @@ class Lost:
 
     worker: int
     why: str
-    node: bool = False
-    """Its node went, which is no fault of what it ran."""
-    memory: bool = False
-    """It ran out of it."""
+    node: bool = False  # its node went, which is no fault of what it ran
+    memory: bool = False  # it ran out of it
 
 
 @dataclass(frozen=True)
@@ -125,15 +118,10 @@ class _Held(Generic[W]):
 
 
 class Schedule(Generic[W, R]):
-    """Runs items on a pool of workers.
+    """Runs items, in the order given, on a pool of workers, of which more may come and others be lost at any time.
 
-    Args:
-        items: work in the order in which it goes out.
-        pool: of workers; more may become ready and others be lost at any time.
-        timeout_s: a bundle that runs longer than this has hung, and its worker is replaced.
-        tries: an item is given up when it was charged this often.
-        start_s: with no worker at all for this long, nothing will come any more.
-        clock: monotonic seconds.
+    timeout_s: a bundle that runs longer than this has hung, and its worker is replaced. tries: an item is given up when
+    it was charged this often. start_s: with no worker at all for this long, nothing will come any more.
     """
 
     def __init__(
@@ -153,12 +141,11 @@ class Schedule(Generic[W, R]):
         self._refusals: list[str] = []
         self._alone_since = clock()
         self._past_s = 0.0  # of workers that are gone
-        self.busy_s = 0.0
-        """Seconds that workers say items took."""
+        self.busy_s = 0.0  # seconds that workers say items took
 
     @property
     def workers(self) -> int:
-        """How many workers are ready or at work."""
+        """Ready or at work."""
         return len(self._held)
 
     @property
@@ -191,9 +178,8 @@ class Schedule(Generic[W, R]):
             except MemoryError:  # there is no room to hand work out: what is out comes back first
                 self._queue.extendleft(reversed(bundle))
                 if not any(held.bundles for held in self._held.values()):
-                    raise HarnessError(
-                        "no room to hand out work although none is out; raise the object store"
-                    ) from None
+                    none = "no room to hand out work although none is out; raise the object store"
+                    raise HarnessError(none) from None
                 return
             if not held.bundles:
                 held.since = self.clock()

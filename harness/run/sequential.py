@@ -1,6 +1,5 @@
 """The whole benchmark on one machine: every sample is prefilled once and decoded under every cell, then recorded."""
 
-import logging
 import sys
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -14,15 +13,7 @@ from harness.engine.types import Outcome
 from harness.machine import git_commit, machine, versions
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
-from harness.plan.sweep import (
-    Group,
-    NamedSweep,
-    PlannedCell,
-    PlannedSample,
-    contexts,
-    plan_names,
-    plan_sweep,
-)
+from harness.plan.sweep import Group, NamedSweep, PlannedCell, PlannedSample, contexts, plan_names, plan_sweep
 from harness.records.log_folder import now
 from harness.records.record import PROMPT_TAIL, Record, RunManifest
 from harness.records.run_folder import RunStore
@@ -30,17 +21,13 @@ from harness.records.spec import RunSpec, Sweep
 from harness.run.timing import measured_on, measuring
 from methods.base import KVPolicy
 
-log = logging.getLogger("harness")
-
 
 @dataclass
 class SampleRunner:
     """Turns samples into records with one loaded model; holds no files, so any process can have one."""
 
-    spec: RunSpec
-    """The resolved run."""
-    loaded: LoadedModel
-    """Its model."""
+    spec: RunSpec  # the resolved run
+    loaded: LoadedModel  # its model
 
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model)
@@ -53,18 +40,18 @@ class SampleRunner:
         """Run samples of one context, each under the cells wanted of it; return one record per pair, in order."""
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
-        found = [
-            record_of(self.spec, planned, cell, outcome, text=self.tokenizer.decode(outcome.token_ids))
+        return [
+            record_of(self.spec, planned, cell, outcome, self.tokenizer.decode(outcome.token_ids), self.accelerator)
             for (planned, cells), own in zip(group, outcomes, strict=True)
             for cell, outcome in zip(cells, own, strict=True)
         ]
-        return [record.model_copy(update={"accelerator": self.accelerator}) for record in found]
 
 
-def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, *, text: str = "") -> Record:
-    """What is stored of a cell. text: what its tokens say."""
-    sample = planned.sample
-    prediction, metrics = "", {}
+def record_of(
+    spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, text: str = "", accelerator: str = ""
+) -> Record:
+    """What is stored of a cell. text: what its tokens say. accelerator: what ran it, if anything did."""
+    sample, prediction, metrics = planned.sample, "", {}
     if outcome.status == "ok":
         prediction = text
         for stop in sample.stop:
@@ -92,6 +79,7 @@ def record_of(spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome:
         prediction=prediction,
         metrics=metrics,
         meta=dict(sample.meta),
+        accelerator=accelerator,
         **stored,
     )
 
@@ -110,12 +98,14 @@ class Prepared:
 
     def missing(self, done: Set[tuple[str, str, str, str]]) -> list[Group]:
         """List groups of samples of one context, with the cells that `done` lacks of each."""
-        work: list[Group] = []
-        for group in contexts(self.samples, self.manifest.spec.query):
-            wanted = [(planned, [cell for cell in self.cells if _key(planned, cell) not in done]) for planned in group]
-            if lacking := [(planned, cells) for planned, cells in wanted if cells]:
-                work.append(lacking)
-        return work
+
+        def lacks(planned: PlannedSample) -> list[PlannedCell]:
+            at = planned.task.name, planned.sample.id
+            return [cell for cell in self.cells if (*at, cell.method, cell.budget) not in done]
+
+        groups = contexts(self.samples, self.manifest.spec.query)
+        work = ([(planned, cells) for planned in group if (cells := lacks(planned))] for group in groups)
+        return [group for group in work if group]
 
 
 def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -> Prepared:
@@ -124,8 +114,7 @@ def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -
     Raises HarnessError for bad input.
     """
     here = machine()
-    place = measured_on(here, loaded.spec) if named.sweep.measure else None
-    plan = plan_sweep(named, loaded, measured_on=place)
+    plan = plan_sweep(named, loaded, measured_on=measured_on(here, loaded.spec) if named.sweep.measure else None)
     manifest = RunManifest(
         run_id=plan.spec.run_id,
         status="started",
@@ -141,43 +130,28 @@ def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -
     return Prepared(manifest, plan.samples, plan.cells)
 
 
-def load(sweep: Sweep) -> LoadedModel:
-    """The model of a sweep."""
-    print(f"loading {sweep.model}", file=sys.stderr, flush=True)
-    return load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=sweep.trust_remote_code)
-
-
 def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
     """Run what is not yet recorded of a sweep and return its run folder.
 
     Names are checked before the model loads, prompts before the first prefill. An interrupt leaves the run resumable.
-
-    Raises:
-        HarnessError: bad input, or a folder that cannot be written.
-        KeyboardInterrupt: after the manifest says so.
+    Raises HarnessError for bad input, or a folder that cannot be written.
     """
     named = plan_names(sweep)
-    loaded = load(sweep)
+    print(f"loading {sweep.model}", file=sys.stderr, flush=True)
+    remote = sweep.trust_remote_code
+    loaded = load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=remote)
     prepared = prepare(named, loaded, command=command)
     runner = SampleRunner(prepared.manifest.spec, loaded)  # before the folder is made: it refuses models it cannot run
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
-    with RunStore.open(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
+    with RunStore(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
         work = prepared.missing(store.done)
-        todo = sum(map(len, work))
-        print(
-            f"run {store.folder}: {todo} of {len(prepared.samples)} samples to do, {len(prepared.cells)} cells each",
-            file=sys.stderr,
-        )
+        todo, cells = sum(map(len, work)), len(prepared.cells)
+        told = f"{todo} of {len(prepared.samples)} samples to do, {cells} cells each"
+        print(f"run {store.folder}: {told}", file=sys.stderr)
         slow = 0.5 if sys.stderr.isatty() else 30.0
-        with (
-            store.ending(),
-            tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True) as bar,
-        ):
+        bar = tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True)
+        with store.ending(), bar:
             for group in work:
                 store.append(finish(runner.records(group), group))
                 bar.update(len(group))
         return store.folder
-
-
-def _key(planned: PlannedSample, cell: PlannedCell) -> tuple[str, str, str, str]:
-    return (planned.task.name, planned.sample.id, cell.method, cell.budget)

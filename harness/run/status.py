@@ -18,7 +18,6 @@ from harness.records.run_folder import DONE, load_run
 from harness.run.progress import PROGRESS_FILE, Snapshot, duration
 
 REASONS = 5  # that are shown
-LOST = ("failed", "oom")
 
 
 def run_status(folder: Path) -> Iterator[str]:
@@ -85,27 +84,20 @@ def _live(folder: Path, manifest: RunManifest) -> Iterator[str]:
     except (OSError, ValidationError) as error:
         raise HarnessError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; remove it") from None
     if now.at >= datetime.fromisoformat(manifest.started).timestamp():
-        yield _line("workers", f"{_pace(now)} ({duration(max(0.0, time.time() - now.at))} ago)")
-
-
-def _pace(now: Snapshot) -> str:
-    rate = now.tokens / now.seconds if now.seconds else 0.0
-    busy = f", busy {now.busy_s / now.worker_s:.0%}" if now.worker_s else ""
-    left = "" if now.left_s is None else f", {duration(now.left_s)} left"
-    return f"{now.workers}, {rate:,.0f} tokens/s{busy}{left}"
+        ago = duration(max(0.0, time.time() - now.at))
+        yield _line("workers", f"{now.workers}, {now.pace()} ({ago} ago)")
 
 
 def _reasons(records: Sequence[Record]) -> Iterator[str]:
     """The last reasons of lost cells, each with how many it cost and the last of them."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record.status in LOST:
+        if record.status in ("failed", "oom"):
             key = record.status, record.error or "no reason stored"
             groups[key] = groups.pop(key, [])  # now the last group
             groups[key].append(record)
     for (status, why), own in list(groups.items())[-REASONS:]:
-        where = " ".join(own[-1].key)
-        yield _line(status, f"{len(own)} x {why} (last: {where})")
+        yield _line(status, f"{len(own)} x {why} (last: {' '.join(own[-1].key)})")
     if len(groups) > REASONS:
         yield _line("", f"and {len(groups) - REASONS} reasons before these")
 

@@ -23,13 +23,10 @@ from harness.records.record import Record
 from harness.records.spec import ModelSpec, Sweep
 from harness.speed.target import Restarting, probe_spec
 
-TIMEOUT_S = 1800.0
-"""A probe that takes longer has hung."""
-ERROR_CHARS = 200
-"""Characters of a probe's error in a note."""
+TIMEOUT_S = 1800.0  # a probe that takes longer has hung
+ERROR_CHARS = 200  # characters of a probe's error in a note
 
-Finish = Callable[[list[Record], Group], list[Record]]
-"""Adds measurements to the records of a group."""
+Finish = Callable[[list[Record], Group], list[Record]]  # adds measurements to the records of a group
 
 
 def measured_on(machine: Mapping[str, Any], model: ModelSpec) -> str:
@@ -38,16 +35,15 @@ def measured_on(machine: Mapping[str, Any], model: ModelSpec) -> str:
     machine: as `harness.machine.machine` gives it. Raises HarnessError for a device whose memory nothing tells.
     """
     if model.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise HarnessError(
-            f"--measure: memory on device {model.device!r} cannot be measured; give --device cpu or cuda"
-        )
+        unknown = f"--measure: memory on device {model.device!r} cannot be measured"
+        raise HarnessError(f"{unknown}; give --device cpu or cuda")
     cards = () if model.device == "cpu" else machine["accelerators"]
     return ", ".join([model.device, *cards, machine["processor"], f"{machine['torch_threads']} threads"])
 
 
 @contextmanager
 def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
-    """Provide what adds measurements to the records of a group; for a sweep that asks for none it changes nothing.
+    """Provide what adds measurements to the records of a group; it changes nothing for a sweep that asks for none.
 
     model: as loaded for the scores; the probes load the same.
     """
@@ -66,16 +62,13 @@ def measuring(sweep: Sweep, model: ModelSpec) -> Iterator[Finish]:
                 opened.append(stack.enter_context(Restarting(start)))
             owners = [planned for planned, cells in group for _ in cells]
             pairs = zip(records, owners, strict=True)
-            return [with_measured(r, planned, sweep, prober=opened[0]) for r, planned in pairs]
+            return [_with_measured(r, planned, sweep, prober=opened[0]) for r, planned in pairs]
 
         yield finish
 
 
-def with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prober: Restarting) -> Record:
-    """Return the record with what its cell takes by itself, or with a note on why that is not known.
-
-    planned: the record's sample. A record without a score stays as it is.
-    """
+def _with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prober: Restarting) -> Record:
+    """The record with what its cell takes by itself, or a note on why that is not known; as it is without a score."""
     if record.status != "ok":
         return record
     torch.cuda.empty_cache()  # what this process caches is memory the probe would lack

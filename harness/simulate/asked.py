@@ -1,8 +1,8 @@
 """What `harness simulate` is asked for: the cluster, and the items of the sweep whose seconds a run recorded."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,25 +10,12 @@ from pydantic import ValidationInfo, field_validator, model_validator
 
 from harness.errors import HarnessError
 from harness.plan.names import assignment
-from harness.records.record import RunManifest
 from harness.records.run_folder import RUNS, load_run
-from harness.records.spec import Frozen
+from harness.records.spec import Frozen, option
+from harness.simulate import workload
 from harness.simulate.pool import Cluster, Costs
 from harness.simulate.simulate import SimulatedRun, simulate, sizes
-from harness.simulate.workload import (
-    CUT,
-    ID_BYTES,
-    LENGTHS,
-    SPREAD,
-    TOKENS_PER,
-    Work,
-    as_recorded,
-    extrapolated,
-    fit,
-    longbench,
-    recorded_items,
-    ruler,
-)
+from harness.simulate.workload import Work
 
 KINDS = ("longbench", "ruler", "recorded")
 MOST = 100_000  # workers
@@ -54,14 +41,14 @@ class SimulationAsk(Frozen):
     def _in_range(cls, given: float, field: ValidationInfo) -> float:
         least = {"nodes": 1, "gpus": 1, "max_tokens": 1024}.get(str(field.field_name), 0)
         if not least <= given < math.inf:
-            raise ValueError(f"{_option(field)} {given} is out of range; give at least {least}")
+            raise ValueError(f"--{option(field)} {given} is out of range; give at least {least}")
         return given
 
     @field_validator("speedup", "mtbf_hours")
     @classmethod
     def _above_zero(cls, given: Any, field: ValidationInfo) -> Any:
         if given is not None and not 0 < given < math.inf:
-            raise ValueError(f"{_option(field)} {given:g} is out of range; give a number above 0")
+            raise ValueError(f"--{option(field)} {given:g} is out of range; give a number above 0")
         return given
 
     @model_validator(mode="after")
@@ -76,14 +63,6 @@ class SimulationAsk(Frozen):
         if bad is not None:
             raise ValueError(f"--lengths {bad} is out of range; give 1024 to --max-tokens {self.max_tokens}")
         return self
-
-
-@dataclass(frozen=True)
-class PlannedWork:
-    """What is simulated, and lines that say so."""
-
-    work: Sequence[Work]
-    lines: Sequence[str]
 
 
 def outcomes_of(ask: SimulationAsk, work: Sequence[Work], costs: Costs) -> list[SimulatedRun]:
@@ -109,33 +88,35 @@ def costs_of(given: Iterable[str]) -> Costs:
     return Costs(**known)
 
 
-def plan_work(ask: SimulationAsk, run: Path) -> PlannedWork:
-    """What is simulated, from the records of a run folder. Raises HarnessError for one without records."""
+def plan_work(ask: SimulationAsk, run: Path) -> tuple[Sequence[Work], Sequence[str]]:
+    """What is simulated, from a run's records, and lines that say so. Raises HarnessError for one without records."""
     manifest, records = load_run(run)
     if not records:
         raise HarnessError(f"no records in {run}; run a benchmark first")
-    items = recorded_items(records, manifest.spec.query)
+    items, model = workload.recorded_items(records, manifest.spec.query), manifest.spec.model
     log = run / RUNS.records_file
     line_bytes = log.stat().st_size / max(1, log.read_bytes().count(b"\n"))
-    lines = _recorded_lines(manifest, items=len(items), records=len(records), line_bytes=line_bytes)
+    line = (
+        f"recorded: run {manifest.run_id}, {model.name} in {model.dtype} on {model.device}: {len(items)} items, "
+        f"{len(records)} records of {line_bytes:,.0f} bytes, {manifest.cells} cells a sample"
+    )
     if "recorded" in ask.tasks:
-        work = as_recorded(items, line_bytes=line_bytes, speedup=ask.speedup)
-        return PlannedWork(work, [*lines, *_planned_lines(ask, work, "the recorded items")])
-    fitted = fit(items)
+        work = workload.as_recorded(items, line_bytes=line_bytes, speedup=ask.speedup)
+        return work, [line, *_planned_lines(ask, work, "the recorded items")]
+    fitted = workload.fit(items)
     prompts, said = _prompts(ask)
-    work = extrapolated(prompts, items, fitted, line_bytes=line_bytes, speedup=ask.speedup, seed=ask.seed)
-    return PlannedWork(work, [*lines, *fitted.lines(), *_planned_lines(ask, work, said), *_assumptions(ask)])
+    work = workload.extrapolated(prompts, items, fitted, line_bytes=line_bytes, speedup=ask.speedup, seed=ask.seed)
+    return work, [line, *fitted.lines(), *_planned_lines(ask, work, said), *_assumptions(ask)]
 
 
 def _prompts(ask: SimulationAsk) -> tuple[list[tuple[int, int]], str]:
-    """The samples of the full tasks, and how they are called."""
     prompts, said = list[tuple[int, int]](), []
     if "longbench" in ask.tasks:
-        prompts += longbench(max_tokens=ask.max_tokens, seed=ask.seed)
+        prompts += workload.longbench(max_tokens=ask.max_tokens, seed=ask.seed)
         said.append(f"LongBench's {len(prompts):,} samples")
     if "ruler" in ask.tasks:
-        lengths = ask.lengths or [length for length in LENGTHS if length <= ask.max_tokens]
-        generated = list(ruler(lengths=lengths))
+        lengths = ask.lengths or [length for length in workload.LENGTHS if length <= ask.max_tokens]
+        generated = list(workload.ruler(lengths=lengths))
         prompts += generated
         said.append(f"RULER's {len(generated):,} samples of {', '.join(map(str, lengths))} tokens")
     if not prompts:
@@ -143,19 +124,11 @@ def _prompts(ask: SimulationAsk) -> tuple[list[tuple[int, int]], str]:
     return prompts, " and ".join(said)
 
 
-def _recorded_lines(manifest: RunManifest, *, items: int, records: int, line_bytes: float) -> list[str]:
-    model = manifest.spec.model
-    return [
-        f"recorded: run {manifest.run_id}, {model.name} in {model.dtype} on {model.device}: {items} items, "
-        f"{records} records of {line_bytes:,.0f} bytes, {manifest.cells} cells a sample",
-    ]
-
-
 def _planned_lines(ask: SimulationAsk, work: Sequence[Work], said: str) -> list[str]:
     tokens, seconds = sum(item.tokens for item in work), [item.seconds for item in work]
     return [
         f"planned: {said}: {len(work):,} items, {sum(item.records for item in work):,} records, {tokens:,} prompt "
-        f"tokens ({ID_BYTES * tokens / 1e9:.3g} GB of ids in the driver's memory, their text not counted)",
+        f"tokens ({workload.ID_BYTES * tokens / 1e9:.3g} GB of ids in the driver's memory, their text not counted)",
         f"seconds of an item: {min(seconds):.3g} to {max(seconds):.3g}, {sum(seconds) / len(work):.3g} in the mean, "
         f"{sum(seconds) / 3600:,.1f} GPU-hours together",
         f"these are seconds of the recorded model and device divided by --speedup {ask.speedup:g}, your factor "
@@ -164,7 +137,7 @@ def _planned_lines(ask: SimulationAsk, work: Sequence[Work], said: str) -> list[
 
 
 def _assumptions(ask: SimulationAsk) -> list[str]:
-    per = ", ".join(f"{tokens:g} {language}" for language, tokens in TOKENS_PER.items())
+    per = ", ".join(f"{tokens:g} {language}" for language, tokens in workload.TOKENS_PER.items())
     lines = [
         "assumed: the recorded cells; every sample generates as many tokens as its task allows; the fit holds beyond "
         "the recorded lengths; what an item is off from it by is drawn from the recorded items"
@@ -172,13 +145,13 @@ def _assumptions(ask: SimulationAsk) -> list[str]:
     if "longbench" in ask.tasks:
         lines.append(
             "assumed: LongBench's lengths are lognormal around each dataset's official mean with a spread of "
-            f"{SPREAD:g}; tokens a word (zh: a character) {per}; cut at {ask.max_tokens - CUT:,} tokens"
+            f"{workload.SPREAD:g}; tokens a word (zh: a character) {per}; cut at {ask.max_tokens - workload.CUT:,} "
+            "tokens"
         )
     return lines
 
 
 def cluster_lines(ask: SimulationAsk, costs: Costs) -> list[str]:
-    """What is assumed of the cluster and of what its driver costs."""
     said = ", ".join(f"{name} {value:.3g}" for name, value in asdict(costs).items())
     losses = "no node is lost"
     if ask.mtbf_hours is not None:
@@ -197,12 +170,7 @@ def warnings(outcomes: Sequence[SimulatedRun]) -> list[str]:
             f"note: the longest item takes {longest:,.0f} s; `harness run --ray` takes an item that long for hung "
             f"unless --item-timeout is above it ({ITEM_TIMEOUT_S:g})"
         )
-    if any(outcome.given_up for outcome in outcomes):
-        given_up: Mapping[str, int] = {f"{o.cluster.nodes} x {o.cluster.gpus}": o.given_up for o in outcomes}
-        said = ", ".join(f"{count} at {size}" for size, count in given_up.items() if count)
-        lines.append(f"note: items given up because their nodes kept being lost: {said}")
+    given_up = [f"{o.given_up} at {o.cluster.nodes} x {o.cluster.gpus}" for o in outcomes if o.given_up]
+    if given_up:
+        lines.append(f"note: items given up because their nodes kept being lost: {', '.join(given_up)}")
     return lines
-
-
-def _option(field: ValidationInfo) -> str:
-    return f"--{str(field.field_name).replace('_', '-')}"

@@ -48,16 +48,11 @@ class Cluster:
     """What runs the work, one worker a GPU."""
 
     nodes: int = 1
-    gpus: int = 1
-    """Of a node."""
-    start_s: float = 0.0
-    """From an actor's start until its model is loaded."""
-    mtbf_s: float | None = None
-    """Mean time between losses of one node, None for no losses."""
-    node_s: float = 0.0
-    """Until another node is in the place of a lost one."""
-    seed: int = 42
-    """Of the losses."""
+    gpus: int = 1  # of a node
+    start_s: float = 0.0  # from an actor's start until its model is loaded
+    mtbf_s: float | None = None  # mean time between losses of one node, None for no losses
+    node_s: float = 0.0  # until another node is in the place of a lost one
+    seed: int = 42  # of the losses
 
     @property
     def workers(self) -> int:
@@ -69,14 +64,12 @@ class SimulatedClock:
     """The driver's time in seconds."""
 
     now: float = 0.0
-    busy: float = 0.0
-    """That it was not waiting."""
+    busy: float = 0.0  # that it was not waiting
 
     def __call__(self) -> float:
         return self.now
 
     def spend(self, seconds: float) -> None:
-        """Let the driver be busy for so long."""
         self.now += seconds
         self.busy += seconds
 

@@ -25,25 +25,17 @@ SATURATED = 0.9  # utilisation below which a size is called too large
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """What came of a simulated run."""
-
     cluster: Cluster
     makespan_s: float
-    plan_s: float
-    """Until the first worker starts."""
-    driver_s: float
-    """That the driver was busy, planning not included."""
-    longest_s: float
-    """Of the longest item."""
+    plan_s: float  # until the first worker starts
+    driver_s: float  # that the driver was busy, planning not included
+    longest_s: float  # of the longest item
     items: int
     given_up: int
     nodes_lost: int
-    shares: dict[Share, float]
-    """Worker-seconds by what they went into; their sum is workers times makespan."""
-    records: tuple[float, float]
-    """Written per second, as the mean and as the most in `WINDOW_S`."""
-    nbytes: tuple[float, float]
-    """The same of bytes."""
+    shares: dict[Share, float]  # worker-seconds by what they went into; their sum is workers times makespan
+    records: tuple[float, float]  # written per second, as the mean and as the most in `WINDOW_S`
+    nbytes: tuple[float, float]  # the same of bytes
 
     @property
     def worker_s(self) -> float:
@@ -59,8 +51,7 @@ class SimulatedRun:
     @property
     def limit(self) -> Share:
         """What takes most of the time that is not work."""
-        kinds: list[Share] = ["start", "driver", "tail", "lost"]
-        return max(kinds, key=self.share)
+        return max(("start", "driver", "tail", "lost"), key=self.share)
 
     @property
     def busy(self) -> float:
@@ -76,7 +67,7 @@ class _Log:
         self.held: list[Work] = []
         self.items = self.given_up = 0
         self.last = clock.now
-        self._records, self._bytes = Counter[int](), Counter[int]()
+        self.records, self.nbytes = Counter[int](), Counter[int]()  # by window
 
     def take(self, ended: Sequence[tuple[Item[Work], GivenUp | None]]) -> None:
         for item, outcome in ended:
@@ -91,17 +82,14 @@ class _Log:
         nbytes = sum(work.nbytes for work in self.held)
         self.clock.spend(self.costs.append_s + self.costs.byte_s * nbytes)
         window = int(self.clock.now // WINDOW_S)
-        self._records[window] += sum(work.records for work in self.held)
-        self._bytes[window] += round(nbytes)
+        self.records[window] += sum(work.records for work in self.held)
+        self.nbytes[window] += round(nbytes)
         self.held, self.last = [], self.clock.now
 
-    def rates(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Count records a second and bytes a second: the mean, and the most in a window."""
-        found = []
-        for counted in (self._records, self._bytes):
-            mean = counted.total() / self.clock.now
-            found.append((mean, max(mean, max(counted.values()) / WINDOW_S)))
-        return found[0], found[1]
+    def rates(self, counted: Counter[int]) -> tuple[float, float]:
+        """So many a second: the mean, and the most in a window."""
+        mean = counted.total() / self.clock.now
+        return mean, max(mean, max(counted.values()) / WINDOW_S)
 
 
 def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedRun:
@@ -120,7 +108,6 @@ def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedR
     log.append()
     pool.stop()
     pool.shares["tail"] += (cluster.workers - min(cluster.workers, len(work))) * clock.now
-    records, nbytes = log.rates()
     return SimulatedRun(
         cluster=cluster,
         makespan_s=clock.now,
@@ -131,8 +118,8 @@ def simulate(work: Sequence[Work], cluster: Cluster, costs: Costs) -> SimulatedR
         given_up=log.given_up,
         nodes_lost=pool.nodes_lost,
         shares=dict(pool.shares),
-        records=records,
-        nbytes=nbytes,
+        records=log.rates(log.records),
+        nbytes=log.rates(log.nbytes),
     )
 
 
@@ -146,7 +133,6 @@ def _doubled(most: int) -> list[int]:
 
 
 def table(outcomes: Sequence[SimulatedRun]) -> str:
-    """Write a table with one line for each size of the cluster."""
     lines = [_line(outcome) for outcome in outcomes]
     if not any(outcome.nodes_lost for outcome in outcomes):
         lines = [{name: text for name, text in line.items() if name not in ("losses", "nodes lost")} for line in lines]

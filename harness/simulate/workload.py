@@ -7,8 +7,9 @@ rows. Scoring and tokenizing are in no record, so they are not here either.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from math import log
+from operator import mul
 from statistics import median
 
 import numpy as np
@@ -18,35 +19,17 @@ from harness.errors import HarnessError
 from harness.records.record import Record
 from harness.records.spec import QueryMode
 
-LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-"""Of RULER's paper."""
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)  # of RULER's paper
 MEAN_LENGTH = {
-    "narrativeqa": 18409,
-    "qasper": 3619,
-    "multifieldqa_en": 4559,
-    "multifieldqa_zh": 6701,
-    "hotpotqa": 9151,
-    "2wikimqa": 4887,
-    "musique": 11214,
-    "dureader": 15768,
-    "gov_report": 8734,
-    "qmsum": 10614,
-    "multi_news": 2113,
-    "vcsum": 15380,
-    "trec": 5177,
-    "triviaqa": 8209,
-    "samsum": 6258,
-    "lsht": 22337,
-    "passage_count": 11141,
-    "passage_retrieval_en": 9289,
-    "passage_retrieval_zh": 6745,
-    "lcc": 1235,
-    "repobench-p": 4206,
+    **{"narrativeqa": 18409, "qasper": 3619, "multifieldqa_en": 4559, "multifieldqa_zh": 6701, "hotpotqa": 9151},
+    **{"2wikimqa": 4887, "musique": 11214, "dureader": 15768, "gov_report": 8734, "qmsum": 10614},
+    **{"multi_news": 2113, "vcsum": 15380, "trec": 5177, "triviaqa": 8209, "samsum": 6258},
+    **{"lsht": 22337, "passage_count": 11141, "passage_retrieval_en": 9289, "passage_retrieval_zh": 6745, "lcc": 1235},
+    **{"repobench-p": 4206},
 }
 """Average length of LongBench's datasets in words, of the Chinese ones in characters (THUDM/LongBench@072a5a7,
 LongBench/task.md)."""
-SPREAD = 0.586
-"""Standard deviation of the logarithm of `length` within a dataset, pooled over 249 rows of all 21."""
+SPREAD = 0.586  # standard deviation of the logarithm of `length` within a dataset, pooled over 249 rows of all 21
 TOKENS_PER = {"en": 1.54, "code": 3.19, "zh": 1.72}
 """Tokens of SmolLM2's tokenizer per word, or per Chinese character, over the contexts of the same rows."""
 CUT = 500  # tokens below the model's context at which LongBench cuts a prompt
@@ -58,28 +41,19 @@ class Work:
     """An item to be simulated."""
 
     seconds: float
-    tokens: int
-    """Of its prompt."""
-    order: int
-    """What the driver sorts by, the largest first."""
+    tokens: int  # of its prompt
+    order: int  # what the driver sorts by, the largest first
     records: int
-    nbytes: float
-    """Of its records as lines."""
+    nbytes: float  # of its records as lines
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the seconds of an item follow from."""
-
-    tokens: int
-    """Of its prompt."""
+    tokens: int  # of its prompt
     cells: int
-    batches: float
-    """In which it is decoded."""
-    steps: float
-    """Generated tokens of the longest row of every batch, summed."""
-    scored: float
-    """The same of reference tokens."""
+    batches: float  # in which it is decoded
+    steps: float  # generated tokens of the longest row of every batch, summed
+    scored: float  # the same of reference tokens
 
     @property
     def terms(self) -> tuple[tuple[float, ...], ...]:
@@ -94,11 +68,9 @@ class Recorded:
     """An item of a stored run."""
 
     shape: Shape
-    parts: tuple[float, float, float]
-    """Seconds of its prefill, compressions and decode batches."""
+    parts: tuple[float, float, float]  # seconds of its prefill, compressions and decode batches
     records: int
-    generated: int
-    """Tokens, over all records."""
+    generated: int  # tokens, over all records
 
     @property
     def seconds(self) -> float:
@@ -107,25 +79,14 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Fit:
-    """Seconds of an item by its shape."""
-
-    factors: tuple[tuple[float, ...], ...]
-    """Of `Shape.terms`."""
-    ratios: tuple[float, ...]
-    """Recorded over fitted seconds, per item."""
-    longest: int
-    """Most tokens of a fitted prompt."""
+    factors: tuple[tuple[float, ...], ...]  # of `Shape.terms`
+    ratios: tuple[float, ...]  # recorded over fitted seconds, per item
+    longest: int  # most tokens of a fitted prompt
 
     def seconds(self, shape: Shape) -> float:
-        """Return the fitted seconds of an item."""
-        return sum(
-            factor * term
-            for factors, terms in zip(self.factors, shape.terms, strict=True)
-            for factor, term in zip(factors, terms, strict=True)
-        )
+        return float(sum(map(mul, chain(*self.factors), chain(*shape.terms))))
 
     def lines(self) -> list[str]:
-        """Write the formula and how far off it is."""
         (a, b, c), (d, e), (f, g, h, i) = self.factors
         off = sorted(abs(ratio - 1) for ratio in self.ratios)
         return [
@@ -158,11 +119,8 @@ def _item(own: Sequence[Record]) -> Recorded:
         steps += whole * max(len(record.token_ids) for record in batch)
         scored += whole * max(record.nll_tokens for record in batch)
     compress = {(record.method, record.budget): record.compress_s for record in own}
-    parts = (
-        max(record.prefill_s for record in own),
-        sum(compress.values()),
-        sum(record.decode_s / record.decode_rows for record in decoded),
-    )
+    decode_s = sum(record.decode_s / record.decode_rows for record in decoded)
+    parts = max(record.prefill_s for record in own), sum(compress.values()), decode_s
     batches = sum(1 / record.decode_rows for record in decoded)
     shape = Shape(max(record.prompt_tokens for record in own), len(compress), batches, steps, scored)
     return Recorded(shape, parts, len(own), sum(len(record.token_ids) for record in own))
@@ -175,16 +133,8 @@ def _batch(record: Record) -> tuple[str, float, int]:
 
 def as_recorded(items: Sequence[Recorded], *, line_bytes: float, speedup: float) -> list[Work]:
     """Repeat the run itself, with the bytes of a line given, `speedup` times as fast."""
-    return [
-        Work(
-            item.seconds / speedup,
-            item.shape.tokens,
-            item.shape.tokens + item.generated,
-            item.records,
-            item.records * line_bytes,
-        )
-        for item in items
-    ]
+    sized = ((item, item.shape.tokens, item.records) for item in items)
+    return [Work(i.seconds / speedup, n, n + i.generated, records, records * line_bytes) for i, n, records in sized]
 
 
 def fit(items: Sequence[Recorded]) -> Fit:
@@ -251,13 +201,8 @@ def extrapolated(
     cells = max(item.shape.cells for item in items)
     batches, scored = (median(getattr(item.shape, name) for item in items) for name in ("batches", "scored"))
     ratios = np.random.default_rng([seed, 2]).choice(fitted.ratios, len(prompts))
-    return [
-        Work(
-            fitted.seconds(Shape(tokens, cells, batches, batches * new, scored)) * float(ratio) / speedup,
-            tokens,
-            tokens + cells * new,
-            cells,
-            cells * line_bytes,
-        )
-        for (tokens, new), ratio in zip(prompts, ratios, strict=True)
-    ]
+    work = []
+    for (tokens, new), ratio in zip(prompts, ratios, strict=True):
+        seconds = fitted.seconds(Shape(tokens, cells, batches, batches * new, scored)) * float(ratio) / speedup
+        work.append(Work(seconds, tokens, tokens + cells * new, cells, cells * line_bytes))
+    return work

@@ -99,7 +99,7 @@ def run_boundary(
             versions=versions(),
             machine=machine(),
         )
-        with BoundaryStore.open(out, manifest) as store:
+        with BoundaryStore(out, manifest) as store:
             records = [
                 run_search(search, asker, store)
                 for cell, shortest in zip(target.cells, least, strict=True)

@@ -36,7 +36,7 @@ def test_items_that_do_nothing(note: Callable[..., None], tmp_path: Path) -> Non
     """Scheduling, transport and stored records of 100,000 items on two workers, their start included."""
     made = manifest()
     items = [record("a", "64", f"{i}", 1.0, run_id=made.run_id) for i in range(ITEMS)]
-    with connected("local"), RunStore.open(tmp_path, made) as store:
+    with connected("local"), RunStore(tmp_path, made) as store:
         pool = RayPool[Any, Any](make_nothing, size=2, shape=WorkerShape())
         schedule = Schedule(items, pool, timeout_s=600)
         progress = Progress(store.folder, samples=ITEMS, total=ITEMS, done=0, workers=lambda: schedule.workers)

@@ -1,7 +1,5 @@
 """`harness bench` and `harness serve-bench` with a pretend prober: options, tables, exit codes."""
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Callable
@@ -17,9 +15,12 @@ from harness.records.measured import ProbeResult, ProbeSpec
 from tests.speed.test_bench import FakeProber, fine
 from tests.tiny_run import verb
 
+Captured = pytest.CaptureFixture[str]
+Command = Callable[..., int]
+
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """The verbs with a pretend prober."""
     module = types.ModuleType("harness.speed.client")
     monkeypatch.setitem(sys.modules, "harness.speed.client", module)
@@ -33,9 +34,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     return call
 
 
-def test_bench_prints_and_writes_its_table(
-    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_prints_and_writes_its_table(command: Command, tmp_path: Path, capsys: Captured) -> None:
     prober = FakeProber()
     words = ("--methods", "fullkv,snapkv", "--budgets", "16", "--lengths", "64", "--rounds", "1")
     assert command("bench", *words, "--set", "snapkv.kernel=5", prober=prober) == 0
@@ -46,9 +45,7 @@ def test_bench_prints_and_writes_its_table(
     assert (folder / "bench.md").is_file() and (folder / "bench.csv").is_file()
 
 
-def test_serve_bench_asks_for_one_batch(
-    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_serve_bench_asks_for_one_batch(command: Command, capsys: Captured) -> None:
     def answer(spec: ProbeSpec) -> ProbeResult:
         return fine(spec) if spec.method != "fullkv" else ProbeResult(status="oom", error="above the limit")
 
@@ -61,26 +58,20 @@ def test_serve_bench_asks_for_one_batch(
     assert "with prefill" in out and ": oom: " in out and "above the limit" in out
 
 
-def test_lost_probes_end_with_one(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_probes_end_with_one(command: Command, capsys: Captured) -> None:
     prober = FakeProber(lambda spec: ProbeResult(status="timeout", error="more than 1 s"))
     assert command("bench", "--methods", "snapkv", "--lengths", "640", "--budgets", "16", prober=prober) == 1
     assert "1 of 1 probes failed or ran out of time" in capsys.readouterr().err
 
 
-BAD = [
-    *(("--batch", "0"), ("--rounds", "0"), ("--new-tokens", "1"), ("--chunk", "0"), ("--threads", "0")),
-    *(("--timeout", "0.0"), ("--timeout", "inf"), ("--timeout", "nan")),
-]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        *((f"{name} {value}", f"{name} {value}: ") for name, value in BAD),
-        ("--memory-limit much", "'much' is no size"),
-        ("--set snapkv.kernel", "has no value"),
-    ],
+BAD = (
+    *("--batch 0", "--rounds 0", "--new-tokens 1", "--chunk 0", "--threads 0"),
+    *("--timeout 0.0", "--timeout inf", "--timeout nan"),
 )
-def test_options_out_of_range_are_named(command: Callable[..., int], words: str, message: str) -> None:
+OTHER = [("--memory-limit much", "'much' is no size"), ("--set snapkv.kernel", "has no value")]
+
+
+@pytest.mark.parametrize(("words", "message"), [*((words, f"{words}: ") for words in BAD), *OTHER])
+def test_options_out_of_range_are_named(command: Command, words: str, message: str) -> None:
     with pytest.raises(HarnessError, match=message):
         command("bench", "--methods", "snapkv", *words.split())

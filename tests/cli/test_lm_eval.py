@@ -1,7 +1,5 @@
 """`harness lm-eval` and `harness lm-eval-import`: lm-eval's own command line with our model, then our board."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -27,25 +25,20 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lm_eval"
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four questions of the example under snapkv, by the command line."""
     where = tmp_path_factory.mktemp("results")
-    task = where / "kv_choices.yaml"
-    rows = str(EXAMPLE / "kv_choices.jsonl")
-    text = (EXAMPLE / "kv_choices.yaml").read_text(encoding="utf-8")
-    task.write_text(text.replace("examples/lm_eval/kv_choices.jsonl", rows), encoding="utf-8")
+    task, text = where / "kv_choices.yaml", (EXAMPLE / "kv_choices.yaml").read_text(encoding="utf-8")
+    task.write_text(text.replace("examples/lm_eval", str(EXAMPLE)), encoding="utf-8")
     model = "pretrained=tiny,dtype=float32,method=snapkv,budget=64,recent=8"
     flags = ["--tasks", str(task), "--limit", "4", "--output_path", str(where / "out"), "--log_samples"]
     before = list(sys.argv)
-    assert run_lm_eval(["--model", "kvpolicy", "--model_args", model, *flags]) == 0
-    assert sys.argv == before
+    assert run_lm_eval(["--model", "kvpolicy", "--model_args", model, *flags]) == 0 and sys.argv == before
     return where / "out"
 
 
 def test_the_results_carry_what_was_measured(results: Path) -> None:
     config = _stored(results)["config"]
     assert (config["kv_method"]["label"], config["kv_budget"]) == ("snapkv[recent=8]", "64")
-    assert config["kv_kept_tokens"] == 64
+    assert (config["kv_kept_tokens"], config["kv_prefills"], config["device"]) == (64, 4, "auto")
     assert 0 < config["kv_bytes"] < config["kv_full_bytes"]
-    assert config["kv_prefills"] == 4
-    assert config["device"] == "auto"
 
 
 def test_imported_records_make_a_board(results: Path, tmp_path: Path) -> None:
@@ -63,45 +56,42 @@ def test_imported_records_make_a_board(results: Path, tmp_path: Path) -> None:
     assert records[0].answers == (samples[0]["doc"]["choices"][samples[0]["doc"]["label"]],)
     (table,) = aggregate(records, manifests=[manifest])
     assert table.rows["score_points_mean"].iloc[0] == pytest.approx(100 * sum(line["acc"] for line in samples) / 4)
-    again = list(import_results(results, root=tmp_path, command=("harness", "lm-eval-import")))
-    assert again == folders
+    assert list(import_results(results, root=tmp_path, command=("harness", "lm-eval-import"))) == folders
     assert len(load_run(folders[0][0])[1]) == 4
 
 
-def test_what_was_only_simulated_stays_marked(results: Path, tmp_path: Path) -> None:
-    copy = _changed(results, tmp_path, lambda stored: stored["config"].update(kv_memory="simulated"))
-    ((folder, _),) = import_results(copy, root=tmp_path / "runs", command=())
-    assert {record.memory for record in load_run(folder)[1]} == {"simulated"}
+def _uncompressed(stored: dict[str, Any]) -> None:
+    for facts in stored["config"]["kv_prompts"].values():
+        facts["compressed"] = False
 
 
-def test_an_answer_from_a_cache_has_no_bytes(results: Path, tmp_path: Path) -> None:
-    copy = _changed(results, tmp_path, lambda stored: stored["config"].update(kv_prompts={}))
-    ((folder, _),) = import_results(copy, root=tmp_path / "runs", command=())
-    assert {(r.status, r.kv_bytes) for r in load_run(folder)[1]} == {("skipped", 0)}
-
-
-def test_a_prompt_below_its_budget_is_marked(results: Path, tmp_path: Path) -> None:
-    def mark(stored: dict[str, Any]) -> None:
-        for facts in stored["config"]["kv_prompts"].values():
-            facts["compressed"] = False
-
-    ((folder, _),) = import_results(_changed(results, tmp_path, mark), root=tmp_path / "runs", command=())
-    assert all("scored uncompressed" in r.notes[-1] for r in load_run(folder)[1])
+@pytest.mark.parametrize(
+    ("change", "marked"),
+    [
+        (lambda stored: stored["config"].update(kv_memory="simulated"), lambda r: r.memory == "simulated"),
+        (lambda stored: stored["config"].update(kv_prompts={}), lambda r: (r.status, r.kv_bytes) == ("skipped", 0)),
+        (_uncompressed, lambda r: "scored uncompressed" in r.notes[-1]),
+    ],
+    ids=("simulated memory", "answers from a cache", "prompts below their budget"),
+)
+def test_what_is_no_result_is_marked(results: Path, tmp_path: Path, change: Any, marked: Any) -> None:
+    ((folder, _),) = import_results(_changed(results, tmp_path, change), root=tmp_path / "runs", command=())
+    assert all(map(marked, load_run(folder)[1]))
 
 
 def test_refused_results(results: Path, tmp_path: Path) -> None:
-    with pytest.raises(HarnessError, match="no results of kvpolicy in .*--log_samples"):
-        list(import_results(tmp_path, root=tmp_path, command=()))
-    with pytest.raises(HarnessError, match=r"has not metric f1 in \[0, 1\].* acc="):
-        list(import_results(results, root=tmp_path, metric="f1", command=()))
-    other = _changed(results, tmp_path, lambda stored: stored["config"].pop("kv_method"))
-    with pytest.raises(HarnessError, match="no results of kvpolicy"):
-        list(import_results(other, root=tmp_path, command=()))
+    other = _changed(results, tmp_path / "one", lambda stored: stored["config"].pop("kv_method"))
     without = _changed(results, tmp_path / "two", lambda stored: None)
     for samples in without.rglob("samples_*.jsonl"):
         samples.unlink()
-    with pytest.raises(HarnessError, match="no samples beside it"):
-        list(import_results(without, root=tmp_path, command=()))
+    for folder, metric, says in (
+        (tmp_path / "absent", None, "no results of kvpolicy in .*--log_samples"),
+        (results, "f1", r"has not metric f1 in \[0, 1\].* acc="),
+        (other, None, "no results of kvpolicy"),
+        (without, None, "no samples beside it"),
+    ):
+        with pytest.raises(HarnessError, match=says):
+            list(import_results(folder, root=tmp_path, metric=metric, command=()))
 
 
 def test_our_model_joins_lm_evals_own() -> None:

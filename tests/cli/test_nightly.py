@@ -1,11 +1,10 @@
 """`harness nightly` on the tiny model: the first night, an equal one, a planted regression, refusals, resuming."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tasks import load_tasks
 from tests.tiny_run import call
 
 ROOT = Path(__file__).parents[2]
+Captured = pytest.CaptureFixture[str]
 BOARD = """
 model = "tiny"
 dtype = "float32"
@@ -44,6 +44,9 @@ baseline = "published"
 """
 
 
+night = partial(call, "nightly", "tiny.toml", "--out")
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which one night was published. Only read; see `folder`."""
@@ -51,7 +54,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tiny.toml").write_text(BOARD)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        assert call("nightly", "tiny.toml", "--out", "nights") == 0
+        assert night("nights") == 0
     return root
 
 
@@ -72,23 +75,6 @@ def only(folder: Path, pattern: str) -> Path:
     return path
 
 
-def outcomes_changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[Outcome], None]) -> None:
-    """Every outcome of the second cell, snapkv, is changed."""
-    real = Engine.run_group
-
-    def run_group(self: Engine, *arguments: Any) -> list[list[Outcome]]:
-        found = real(self, *arguments)
-        for cells in found:
-            change(cells[1])
-        return found
-
-    monkeypatch.setattr(Engine, "run_group", run_group)
-
-
-def longer(outcome: Outcome) -> None:
-    outcome.nll_per_token = tuple(value + 1 for value in outcome.nll_per_token)
-
-
 def test_the_first_night_becomes_the_baseline(first: Path) -> None:
     published = files(first / "published")
     about = json.loads(next(data for name, data in published.items() if name.endswith(".json")))
@@ -99,14 +85,13 @@ def test_the_first_night_becomes_the_baseline(first: Path) -> None:
     assert set(published) == {stem + end for end in ends}
     assert published[f"{stem}.report.md"].startswith(b"# tiny: no baseline: this night becomes one\n")
     assert published[f"{stem}.samples.csv"].count(b"\n") == 1 + 6 * 2
-    night = only(first / "nights", "*")
-    assert files(night) == published
-    assert only(night, "*/run.json").parent.name == about["run_id"]
+    own = only(first / "nights", "*")
+    assert files(own) == published and only(own, "*/run.json").parent.name == about["run_id"]
 
 
-def test_an_equal_night_is_none_and_is_published(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_equal_night_is_none_and_is_published(folder: Path, capsys: Captured) -> None:
     before = files(folder / "published")
-    assert call("nightly", "tiny.toml", "--out", "nights") == 0
+    assert night("nights") == 0
     assert capsys.readouterr().out.startswith("tiny: no regression\n")
     after = files(folder / "published")
     assert len(list((folder / "nights").iterdir())) == 2
@@ -117,11 +102,18 @@ def test_an_equal_night_is_none_and_is_published(folder: Path, capsys: pytest.Ca
 
 
 def test_a_planted_regression_ends_with_1_and_the_baseline_stays(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    before = files(folder / "published")
-    outcomes_changed(monkeypatch, longer)
-    assert call("nightly", "tiny.toml", "--out", "nights") == 1
+    before, real = files(folder / "published"), Engine.run_group
+
+    def run_group(self: Engine, *arguments: Any) -> list[list[Outcome]]:
+        found = real(self, *arguments)
+        for _, snapkv in found:
+            snapkv.nll_per_token = tuple(value + 1 for value in snapkv.nll_per_token)
+        return found
+
+    monkeypatch.setattr(Engine, "run_group", run_group)
+    assert night("nights") == 1
     said = capsys.readouterr()
     assert said.out.startswith("tiny: 1 regression\n")
     assert "+1.000 [+1.000, +1.000]" in said.out and "snapkv@kvcf" in said.out
@@ -130,20 +122,11 @@ def test_a_planted_regression_ends_with_1_and_the_baseline_stays(
     assert files(folder / "published") == before
     newest = sorted((folder / "nights").iterdir())[-1]
     assert "# tiny: 1 regression\n" in only(newest, "*.report.md").read_text()
-    assert call("nightly", "tiny.toml", "--out", "nights", "--accept") == 0
+    assert night("nights", "--accept") == 0
     assert capsys.readouterr().out.startswith("tiny: 1 regression, accepted\n")
-    assert files(folder / "published").keys() == before.keys()
-    assert files(folder / "published") != before
-    assert call("nightly", "tiny.toml", "--out", "nights") == 0
-    monkeypatch.undo()
-
-
-def test_a_cell_that_fails_now_ends_with_1(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    outcomes_changed(monkeypatch, lambda outcome: outcome.fail("a test said so", "oom"))
-    assert call("nightly", "tiny.toml", "--out", "nights") == 1
-    assert "snapkv@kvcf at 32, stdlib/next_line: were ok: 6 oom" in capsys.readouterr().out
+    accepted = files(folder / "published")
+    assert accepted.keys() == before.keys() and accepted != before
+    assert night("nights") == 0
 
 
 @pytest.mark.parametrize(
@@ -163,42 +146,34 @@ def test_a_cell_that_fails_now_ends_with_1(
     ],
 )
 def test_bad_boards_are_one_line_and_touch_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, says: str
+    folder: Path, capsys: Captured, old: str, new: str, says: str
 ) -> None:
     assert old in BOARD
     (folder / "tiny.toml").write_text(BOARD.replace(old, new))
     before = sorted(folder.rglob("*"))
-    assert call("nightly", "tiny.toml", "--out", "nights") == 2
+    assert night("nights") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]
     assert line.startswith("harness: ") and says in line
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
+def test_bad_words_and_a_damaged_baseline_are_one_line(folder: Path, capsys: Captured) -> None:
+    only(folder / "published", "*.samples.csv").write_text("task\n")
+    bad: list[tuple[Sequence[str], str]] = [
         (("absent.toml",), "cannot read absent.toml"),
         (("tiny.toml", "--workers", "2"), "--workers is for runs on a Ray cluster; add --ray"),
         ((), "BOARD"),
-    ],
-)
-@pytest.mark.usefixtures("folder")
-def test_bad_words_are_one_line(capsys: pytest.CaptureFixture[str], words: Sequence[str], says: str) -> None:
-    assert call("nightly", *words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
-
-
-def test_a_damaged_baseline_is_found_before_the_night(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    only(folder / "published", "*.samples.csv").write_text("task\n")
-    assert call("nightly", "tiny.toml", "--out", "nights") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "is not the table that its .json was written with" in line
+        (("tiny.toml", "--out", "nights"), "is not the table that its .json was written with"),
+    ]
+    for words, says in bad:
+        assert call("nightly", *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
     assert len(list((folder / "nights").iterdir())) == 1
 
 
 def test_an_interrupted_night_is_gone_on_with_by_the_same_commit(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     for module in (sequential, nightly):
         monkeypatch.setattr(module, "git_commit", lambda: "c0ffee")
@@ -211,15 +186,14 @@ def test_an_interrupted_night_is_gone_on_with_by_the_same_commit(
         return real(self, *arguments)
 
     monkeypatch.setattr(Engine, "run_group", run_group)
-    assert call("nightly", "tiny.toml", "--out", "fresh") == 130
-    assert call("nightly", "tiny.toml", "--out", "fresh") == 0
+    assert night("fresh") == 130 and night("fresh") == 0
     assert "going on with the unfinished night" in capsys.readouterr().err
     assert len(calls) == 6 + 1
     assert len(only(folder / "fresh", "*/*/records.jsonl").read_text().splitlines()) == 6 * 2
     calls.clear()
-    assert call("nightly", "tiny.toml", "--out", "other") == 130
+    assert night("other") == 130
     monkeypatch.setattr(nightly, "git_commit", lambda: "another")
-    assert call("nightly", "tiny.toml", "--out", "other") == 0
+    assert night("other") == 0
     assert len(list((folder / "other").iterdir())) == 2
 
 
@@ -229,8 +203,7 @@ def test_the_packaged_board_is_one() -> None:
     options = nightly_options(table.pop("nightly"), path.name)
     sweep = Sweep.model_validate(table)
     assert options.version == 1 and not Path(options.baseline).is_absolute()
-    assert set(sweep.tasks) <= set(load_tasks())
-    assert set(sweep.methods) <= set(load_methods())
+    assert set(sweep.tasks) <= set(load_tasks()) and set(sweep.methods) <= set(load_methods())
 
 
 def test_the_workflow_runs_it_and_may_push_nothing() -> None:

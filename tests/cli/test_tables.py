@@ -1,7 +1,5 @@
 """`harness tables`: pages of what tables hold, their agreement, and moving them to another model."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +53,7 @@ def test_compare_prints_rank_agreement(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_ranks_share_ties() -> None:
-    one = torch.tensor([1.0, 1.0, 2.0, 3.0])
-    other = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    one, other = torch.tensor([[1.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
     ranks = torch.tensor([[0.5, 0.5, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]])
     assert spearman(one, other) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
 

@@ -1,15 +1,15 @@
 """`harness run --ray` on the tiny model: equal to the run without Ray, through kills, refusals and resumes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +17,12 @@ from ray import cloudpickle
 
 from harness.errors import HarnessError
 from harness.machine import versions
+from harness.models.load import describe_model
 from harness.plan.sweep import plan_names
-from harness.records.atomic_files import lock_folder, unlock_folder
 from harness.records.run_folder import RunStore, load_run
 from harness.records.spec import ModelSpec, Sweep
 from harness.run import driver
-from harness.run.driver import FanOut, MakeRunner, WorkerLogs
+from harness.run.driver import FanOut, MakeRunner
 from harness.run.progress import PROGRESS_FILE, Progress, Snapshot
 from harness.run.ray_pool import WorkerShape
 from harness.run.schedule import Item
@@ -32,11 +32,10 @@ from methods.fullkv import FullKV
 from methods.registry import METHODS, Method
 from tests import tiny_run
 from tests.records import test_run_folder
-from tests.tiny_run import CELLS, FAST, RUN, call, key, manifest, only, tree
+from tests.tiny_run import CELLS, FAST, RUN, call, key, manifest, only
 
 pytestmark = pytest.mark.xdist_group("ray")
-OWN = frozenset({"prefill_s", "compress_s", "decode_s", "accelerator"})
-"""Fields of a record that say how it was made, not what came out."""
+OWN = {"prefill_s", "compress_s", "decode_s", "accelerator"}  # how a record was made, not what came out
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,6 @@ class Poison(FullKV):
         if view.tokens == self.tokens:
             os.kill(os.getpid(), signal.SIGKILL)
         return [layer.kv for layer in view.layers]
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """In the place of MakeRunner: a worker on a node that has other things."""
-
-    model: ModelSpec
-    versions: Mapping[str, str]
-
-    def __call__(self) -> tuple[Any, Mapping[str, Any]]:
-        here = {"accelerators": [], "processor": "p"}
-        return (lambda groups, careful: []), {"model": self.model, "versions": self.versions, "machine": here}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,11 +100,7 @@ def test_ray_finishes_what_was_begun_without(cluster: str, finished: Path, resul
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_a_sample_that_kills_its_workers_costs_its_own_cells_alone(
-    cluster: str,
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cluster: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(METHODS, "poison", Method("poison", Poison, "", {}))
     lengths = {row["sample_id"]: row["prompt_tokens"] for row in rows(finished)}
@@ -134,54 +117,36 @@ def test_a_sample_that_kills_its_workers_costs_its_own_cells_alone(
     assert sum("lost: " in path.read_text() for path in only(tmp_path).glob("logs/worker-*.log")) == 2
 
 
-def test_a_worker_with_another_model_ends_the_run(
+def test_a_worker_with_other_packages_ends_the_run(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def elsewhere(sweep: Sweep, spec: Any, *_: object) -> Elsewhere:
-        return Elsewhere(spec.model.model_copy(update={"revision": "another"}), versions())
-
-    monkeypatch.setattr(driver, "MakeRunner", elsewhere)
+    monkeypatch.setattr(driver, "versions", lambda: versions() | {"torch": "1.0"})
     assert call(*RUN, "--ray", cluster, "--workers", "1", "--out", tmp_path) == 2
     line = complained(capsys)
-    assert line.startswith("harness: model tiny on ") and "is another, on the driver " in line
+    assert line.startswith("harness: worker on ") and ", the driver 1.0; install the same versions" in line
     assert manifest(tmp_path)["status"] == "failed" and rows(tmp_path) == []
 
 
-def test_a_second_driver_is_refused(cluster: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = only(results)
-    held = lock_folder(folder)
-    before = tree(results)
-    assert call(*RUN, "--ray", cluster, "--out", results) == 2
-    assert complained(capsys).startswith(f"harness: {folder} is being written by process {os.getpid()}; wait")
-    assert tree(results) == before
-    unlock_folder(held)
-
-
-REFUSED: list[tuple[Sequence[str], str]] = [
-    (("--ray", "@", "--workers", "99"), "99 workers of 1 CPU do not fit into the cluster, which has 2 CPU"),
-    (("--ray", "@", "--gpus-per-worker", "3"), "1 workers of 1 CPU, 3 GPU do not fit into the cluster, which has"),
-    (("--ray", "127.0.0.1:1"), "no Ray cluster at '127.0.0.1:1'"),
-    (("--ray", "moon"), "--ray 'moon' is no address"),
-    (("--ray", "local", "--measure"), "--measure times one cell alone on a machine, --ray fills it"),
-    (("--ray", "local", "--device", "cuda:1"), "--device 'cuda:1' is of this machine; give auto, cpu, cuda"),
-    (("--ray", "local", "--threads", "2"), "--threads 2 is of this process; give --cpus-per-worker"),
-    (("--ray", "local", "--workers", "0"), "--workers 0 is out of range"),
-    (("--ray", "local", "--tries", "0"), "--tries 0 is out of range"),
-    (("--ray", "local", "--item-timeout", "nan"), "--item-timeout nan is out of range"),
-    (("--ray", "local", "--gpus-per-worker", "-1"), "--gpus-per-worker -1 is out of range"),
-    (("--ray", "local", "--gpus-per-worker", "1.5"), "--gpus-per-worker 1.5 is out of range"),
-    *(
-        ((name, *value), f"{name} is for runs on a Ray cluster; add --ray")
-        for name, *value in (("--workers", "2"), ("--tries", "2"), ("--autoscale",), ("--gpus-per-worker", "0"))
-    ),
+OUT_OF_RANGE = ("--workers 0", "--tries 0", "--item-timeout nan", "--gpus-per-worker -1", "--gpus-per-worker 1.5")
+WITHOUT = ("--workers 2", "--tries 2", "--autoscale", "--gpus-per-worker 0")
+REFUSED = [
+    ("--ray @ --workers 99", "99 workers of 1 CPU do not fit into the cluster, which has 2 CPU"),
+    ("--ray @ --gpus-per-worker 3", "1 workers of 1 CPU, 3 GPU do not fit into the cluster, which has"),
+    ("--ray 127.0.0.1:1", "no Ray cluster at '127.0.0.1:1'"),
+    ("--ray moon", "--ray 'moon' is no address"),
+    ("--ray local --measure", "--measure times one cell alone on a machine, --ray fills it"),
+    ("--ray local --device cuda:1", "--device 'cuda:1' is of this machine; give auto, cpu, cuda"),
+    ("--ray local --threads 2", "--threads 2 is of this process; give --cpus-per-worker"),
+    *((f"--ray local {option}", f"{option} is out of range") for option in OUT_OF_RANGE),
+    *((option, f"{option.split()[0]} is for runs on a Ray cluster; add --ray") for option in WITHOUT),
 ]
 
 
 @pytest.mark.parametrize(("options", "says"), REFUSED)
 def test_bad_input_is_one_line_and_leaves_nothing(
-    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: Sequence[str], says: str
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, says: str
 ) -> None:
-    assert call(*RUN, *(cluster if own == "@" else own for own in options), "--out", tmp_path) == 2
+    assert call(*RUN, *options.replace("@", cluster).split(), "--out", tmp_path) == 2
     assert says in complained(capsys) and not list(tmp_path.iterdir())
 
 
@@ -197,7 +162,7 @@ def test_without_ray_its_option_says_how_to_get_it(
 
 SWEEP = Sweep(
     **{"model": "tiny", "methods": ("fullkv", "snapkv"), "tasks": ("stdlib/next_line",), "budgets": ("32",)},
-    **{"lengths": (512,), "limit": 1, "max_new_tokens": 4, "nll_tokens": 4, "dtype": "float32"},  # type: ignore[arg-type]
+    **{"lengths": (512,), "limit": 1, "max_new_tokens": 4, "nll_tokens": 4, "dtype": "float32"},
 )
 
 
@@ -216,16 +181,14 @@ SWEEP = Sweep(
 )
 def test_what_a_worker_takes_and_how_many_fit(device: str, fan: Any, resources: Any, expected: Any) -> None:
     sweep = SWEEP.model_copy(update={"device": device})
-    if expected is None:
-        with pytest.raises(HarnessError, match="do not fit into the cluster.*lower --workers"):
-            driver._shape(sweep, FanOut(**fan), resources)
-    else:
+    refused = pytest.raises(HarnessError, match="do not fit into the cluster.*lower --workers")
+    with nullcontext() if expected else refused:
         assert driver._shape(sweep, FanOut(**fan), resources) == expected
 
 
 def test_other_packages_and_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ModelSpec(name="m", revision="r" * 40, dtype="float32", device="cpu")
-    accept = driver._accept(model, WorkerLogs(tmp_path))
+    accept = driver._accept(model, tmp_path)
     machine = {"accelerators": ["a GPU"], "processor": "p"}
     about = {"host": "h", "node": "n", "time": time.time(), "versions": versions(), "machine": machine, "model": model}
     accept(0, about)
@@ -242,7 +205,7 @@ def test_other_packages_and_another_model_are_refused(tmp_path: Path, capsys: py
 
 
 def test_care_decodes_one_row_at_a_time() -> None:
-    prepared = prepare(plan_names(SWEEP), driver._described(SWEEP, "cpu"), command=())
+    prepared = prepare(plan_names(SWEEP), describe_model("tiny", dtype="float32", device="cpu"), command=())
     spec, work = prepared.manifest.spec, prepared.missing(frozenset())
     handle, about = MakeRunner(SWEEP, spec, prepared.policies, prepared.samples[0].ids, WorkerShape())()
     assert about["model"] == spec.model
@@ -251,30 +214,24 @@ def test_care_decodes_one_row_at_a_time() -> None:
     assert [record.token_ids for record in plain] == [record.token_ids for record in careful]
 
 
-class Script:
-    """A schedule that says what it is told to, one record at a time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.monkeypatch, self.folder = monkeypatch, folder
-
-    def run(self) -> Iterator[list[tuple[Item[Any], Any]]]:
-        self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
+def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script() -> Iterator[list[tuple[Item[Any], Any]]]:
+        """In the place of a schedule."""
+        monkeypatch.setattr(driver, "STORE_S", 3600.0)
         yield [(Item(None), [test_run_folder.record("0")])]
-        assert load_run(self.folder)[1] == []
-        self.monkeypatch.setattr(driver, "STORE_S", 0.0)
+        assert load_run(store.folder)[1] == []
+        monkeypatch.setattr(driver, "STORE_S", 0.0)
         yield []  # nothing came, but what came before has waited long enough
-        assert len(load_run(self.folder)[1]) == 1
-        self.monkeypatch.setattr(driver, "STORE_S", 3600.0)
+        assert len(load_run(store.folder)[1]) == 1
+        monkeypatch.setattr(driver, "STORE_S", 3600.0)
         yield [(Item(None), [test_run_folder.record("1")])]
         raise HarnessError("no worker is left")
 
-
-def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RunStore.open(tmp_path, test_run_folder.manifest()) as store:
+    with RunStore(tmp_path, test_run_folder.manifest()) as store:
         progress = Progress(store.folder, samples=2, total=2, done=0, workers=lambda: 1)
         with pytest.raises(HarnessError, match="no worker is left"):
-            driver.store_all(store, Script(monkeypatch, store.folder), progress)  # type: ignore[arg-type]
+            driver.store_all(store, SimpleNamespace(run=script), progress)
         assert [record.sample_id for record in load_run(store.folder)[1]] == ["0", "1"]
         (store.folder / "logs").touch()
         with pytest.raises(HarnessError, match="^cannot write .*worker-0.log"):
-            WorkerLogs(store.folder / "logs").tell(0, "no folder")
+            driver.tell(store.folder / "logs", 0, "no folder")

@@ -1,7 +1,5 @@
 """A short fault campaign; `make faults` runs the long one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -20,4 +18,4 @@ def test_nothing_is_lost_when_workers_nodes_and_drivers_are_killed(
     monkeypatch.setattr(Trial, "draw", classmethod(lambda cls, seed: cls(seed, faults.copy())))
     trials = campaign([0], tmp_path)
     assert [trial.struck for trial in trials] == [["driver", "node", "worker"]]
-    assert [trial.line() for trial in trials if not trial.fine] == []
+    assert [trial.line() for trial in trials if trial.wrong] == []

@@ -3,16 +3,14 @@
 No cloud is asked: Ray's schema, defaults and parsers need none.
 """
 
-from __future__ import annotations
-
-import copy
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +35,8 @@ from tasks.base import find_tasks
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "ray_cluster.yaml"
 TEXT = FILE.read_text(encoding="utf-8")
-COMMANDS = (
-    "initialization_commands",
-    "setup_commands",
-    "head_setup_commands",
-    "worker_setup_commands",
-    "head_start_ray_commands",
-    "worker_start_ray_commands",
-)
+SETUP = ("initialization", "setup", "head_setup", "worker_setup")
+COMMANDS = [f"{name}_commands" for name in (*SETUP, "head_start_ray", "worker_start_ray")]
 Config = dict[str, Any]
 
 
@@ -60,37 +52,29 @@ def recipe(*start: str) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module")
+@cache
 def aws() -> Config:
     """As it stands."""
-    found: Config = yaml.safe_load(TEXT)
-    return found
+    return dict(yaml.safe_load(TEXT))
 
 
-@pytest.fixture(scope="module")
+@cache
 def on_premise() -> Config:
     """As its own recipe makes it."""
     done = subprocess.run(recipe("sed"), cwd=ROOT, check=True, capture_output=True, text=True)
-    found: Config = yaml.safe_load(done.stdout)
-    return found
+    return dict(yaml.safe_load(done.stdout))
 
 
-@pytest.fixture(params=["aws", "on_premise"])
+@pytest.fixture(params=[aws, on_premise])
 def either(request: pytest.FixtureRequest) -> Config:
-    found: Config = request.getfixturevalue(request.param)
-    return copy.deepcopy(found)
+    return dict(request.param())
 
 
 def resolved(config: Config) -> Config:
     """What the launcher makes of it before it talks to a provider. Raises what Ray raises."""
-    found: Config = prepare_config(copy.deepcopy(config))
+    found: Config = prepare_config(deepcopy(config))
     validate_config(found)
     return found
-
-
-def shell_lines(config: Config) -> Iterator[str]:
-    for name in COMMANDS:
-        yield from config.get(name, [])
 
 
 def test_ray_takes_both(either: Config) -> None:
@@ -102,32 +86,27 @@ def test_ray_takes_both(either: Config) -> None:
     assert found["max_workers"] >= 1 and found["idle_timeout_minutes"] > 0 and found["upscaling_speed"] > 0
 
 
-def test_both_halves_share_what_they_do(aws: Config, on_premise: Config) -> None:
+def test_both_halves_do_the_same_and_on_premise_keeps_the_machines_it_names() -> None:
     shared = ("cluster_name", "file_mounts", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
-    assert {name: aws[name] for name in shared} == {name: on_premise[name] for name in shared}
-    assert (aws["provider"]["type"], on_premise["provider"]["type"]) == ("aws", "local")
+    assert {name: aws()[name] for name in shared} == {name: on_premise()[name] for name in shared}
+    provider = on_premise()["provider"]
+    assert (aws()["provider"]["type"], provider["type"]) == ("aws", "local") and provider["head_ip"]
+    (node,) = resolved(on_premise())["available_node_types"].values()
+    assert node["min_workers"] == node["max_workers"] == len(provider["worker_ips"]) >= 1
 
 
-def test_on_premise_keeps_the_machines_it_names(on_premise: Config) -> None:
-    assert on_premise["provider"]["head_ip"]
-    found = resolved(on_premise)
-    (node,) = found["available_node_types"].values()
-    assert node["min_workers"] == node["max_workers"] == len(on_premise["provider"]["worker_ips"]) >= 1
-
-
-def test_head_without_gpu_and_workers_from_none_to_many(aws: Config) -> None:
-    found = resolved(aws)
+def test_head_without_gpu_and_workers_from_none_to_many() -> None:
+    found = resolved(aws())
     types = dict(found["available_node_types"])
     head = types.pop(found["head_node_type"])
-    assert head["max_workers"] == 0
-    assert head["resources"].get("GPU") == 0 and head["resources"].get("CPU") == 0
-    assert not re.match(r"(g|p)\d", head["node_config"]["InstanceType"])
+    instance = head["node_config"]
+    assert head["max_workers"] == 0 and head["resources"].get("GPU") == head["resources"].get("CPU") == 0
+    assert not re.match(r"(g|p)\d", instance["InstanceType"]) and "InstanceMarketOptions" not in instance
     for worker in types.values():
+        own = worker["node_config"]
         assert worker["min_workers"] == 0 < worker["max_workers"] <= found["max_workers"]
-        assert worker["resources"]["GPU"] >= 1 and re.match(r"(g|p)\d", worker["node_config"]["InstanceType"])
-        assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-        assert worker["node_config"]["ImageId"] == head["node_config"]["ImageId"]
-    assert "InstanceMarketOptions" not in head["node_config"]
+        assert worker["resources"]["GPU"] >= 1 and re.match(r"(g|p)\d", own["InstanceType"])
+        assert own["InstanceMarketOptions"] == {"MarketType": "spot"} and own["ImageId"] == instance["ImageId"]
     assert found["provider"]["cache_stopped_nodes"] is False  # a spot instance cannot be stopped
 
 
@@ -144,38 +123,28 @@ def test_set_up_installs_this_project(either: Config) -> None:
     assert all((ROOT / file).is_file() for file in either["rsync_filter"])
 
 
-def test_the_shell_takes_every_command(either: Config) -> None:
-    for line in shell_lines(either):
+def test_the_shell_and_the_harness_take_every_command(either: Config) -> None:
+    lines = [line for name in COMMANDS for line in either.get(name, [])]
+    for line in lines:
         subprocess.run(["bash", "-n", "-c", line], check=True, capture_output=True)
-
-
-def test_what_the_set_up_runs_of_the_harness(either: Config) -> None:
-    found = [shlex.split(line)[1:] for line in shell_lines(either) if line.startswith("harness ")]
-    assert found
-    for words in found:
+    ours = [shlex.split(line)[1:] for line in lines if line.startswith("harness ")]
+    assert ours
+    for words in ours:
         command_line().parse_args(words)
 
 
 def test_ray_starts_with_room_for_files_and_models_in_the_node_s_cache(either: Config) -> None:
     found = resolved(either)
     assert any("HF_HOME=" in line for line in found["setup_commands"])
+    given = {}
     for role in ("head", "worker"):
         stop, start = found[f"{role}_start_ray_commands"]
-        assert stop == "ray stop"
         limit, _, words = start.partition("; ")
-        assert limit == "ulimit -n 65536"
-        given = parsed_by_ray(shlex.split(words))
-        if role == "head":
-            assert given["head"] and given["autoscaling_config"] and given["num_gpus"] == given["num_cpus"] == 0
-            assert given["dashboard_host"] == "127.0.0.1"
-        else:
-            assert given["address"] == f"$RAY_HEAD_IP:{parsed_port(found)}"
-
-
-def parsed_port(config: Config) -> int:
-    start = config["head_start_ray_commands"][-1].partition("; ")[2]
-    port: int = parsed_by_ray(shlex.split(start))["port"]
-    return port
+        assert (stop, limit) == ("ray stop", "ulimit -n 65536")
+        given[role] = parsed_by_ray(shlex.split(words))
+    head, worker = given.values()
+    assert head["head"] and head["autoscaling_config"] and head["num_gpus"] == head["num_cpus"] == 0
+    assert head["dashboard_host"] == "127.0.0.1" and worker["address"] == f"$RAY_HEAD_IP:{head['port']}"
 
 
 def parsed_by_ray(words: list[str]) -> dict[str, Any]:
@@ -193,22 +162,19 @@ def test_every_recipe_is_one_that_ray_knows() -> None:
     assert {"up", "job", "dashboard", "attach", "rsync-down", "down"} <= set(verbs)
     for words in recipes():
         if words[0] == "ray" and words[1] in ray_command.commands:  # `ray job` only with ray[default]
-            given = parsed_by_ray(words)
-            file = given.get("cluster_config_file")
-            assert file in (None, FILE.name, "on_premise.yaml")
+            assert parsed_by_ray(words).get("cluster_config_file") in (None, FILE.name, "on_premise.yaml")
 
 
-def test_the_job_s_run_fits_the_cluster(aws: Config) -> None:
+def test_the_job_s_run_fits_the_cluster() -> None:
     submit = recipe("ray", "job", "submit")
     shell, flag, line = submit[submit.index("--") + 1 :]
     assert (shell, flag) == ("bash", "-c")
-    words = shlex.split(line)
-    args = command_line().parse_args(words[1:])
+    args = command_line().parse_args(shlex.split(line)[1:])
     fan = fan_out(args)
     assert fan == FanOut(workers=8, cpus=4, gpus=1, autoscale=True, start_s=3600)
-    node = aws["available_node_types"]["gpu_worker"]["resources"]
+    node = aws()["available_node_types"]["gpu_worker"]["resources"]
     each = min(node["GPU"] // fan.gpus, node["CPU"] // fan.cpus)
-    assert fan.workers <= each * aws["max_workers"]
+    assert fan.workers <= each * aws()["max_workers"]
     sweep = sweep_of(args, {})
     load_tasks()
     assert plan_methods(sweep) and find_tasks(sweep.tasks)
@@ -227,16 +193,12 @@ def test_nothing_in_it_is_of_one_machine() -> None:
 @pytest.mark.cluster
 @pytest.mark.skipif(sys.platform != "linux", reason="sessions of processes are looked up in /proc")
 def test_nodes_come_for_a_run_and_go_after_it(tmp_path: Path) -> None:
-    script = ROOT / "tests" / "ray_autoscale.py"
     own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=os.environ | own, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "tests/ray_autoscale.py", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [[float(word) for word in line.split()] for line in done.stdout.splitlines() if line[:1] == " "]
-    nodes, waiting = ([row[column] for row in rows] for column in (1, 4))
-    assert nodes[0] == 0 and max(nodes) == 2 and nodes[-1] == 0
-    assert any(wait and not there for there, wait in zip(nodes, waiting, strict=True))  # asked for before there is any
+    rows = [line.split() for line in done.stdout.splitlines() if line[:1] == " "]
+    assert any(nodes == "0" and waiting != "0" for _, nodes, *_, waiting in rows)  # asked for before there is any
     (folder,) = find_runs(tmp_path / "results")
     manifest, records = load_run(folder)
     assert [record.status for record in records] == ["ok"] * (manifest.samples * manifest.cells)

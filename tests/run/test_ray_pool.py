@@ -1,7 +1,5 @@
 """The pool of actors on a real Ray of this machine."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -11,22 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
-from ray import cloudpickle
-from ray.exceptions import (
-    ActorUnavailableError,
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfMemoryError,
-    RayError,
-    WorkerCrashedError,
-)
+from ray import cloudpickle, exceptions
 from ray.util import placement_group_table
 
 from harness.errors import HarnessError
@@ -52,18 +43,12 @@ def _ray(cluster: str) -> Iterator[None]:
 
 def calls() -> tuple[Handler[Call, Any], Mapping[str, Any]]:
     """A handler whose work is functions to call."""
-    return lambda work, careful: [careful if call is None else call() for call in work], {"pid": os.getpid()}
+    about = {"pid": os.getpid(), "gpus": ray.get_gpu_ids()}
+    return lambda work, careful: [careful if call is None else call() for call in work], about
 
 
-def raising(error: Exception) -> Call:
-    def call() -> None:
-        raise error
-
-    return call
-
-
-def unpicklable() -> None:
-    raise RuntimeError(threading.Lock())
+def fail(error: Exception | None = None) -> None:
+    raise error or RuntimeError(threading.Lock())  # which cannot be pickled
 
 
 def die() -> None:
@@ -119,15 +104,12 @@ def test_results_come_in_order_of_completion(tmp_path: Path) -> None:
         pool.submit(0, [until(tmp_path / "go"), os.getpid], careful=False)
         pool.submit(1, [os.getpid], careful=False)
         pool.submit(1, [lambda: "second"], careful=False)
-        quick = events(pool, 1) + events(pool, 1)
+        found = events(pool, 1) + events(pool, 1)
         (tmp_path / "go").touch()
-        found = [*quick, *events(pool, 1)]
+        found += events(pool, 1)
         assert all(isinstance(event, Done) and event.seconds > 0 for event in found)
-        assert [(event.worker, event.results) for event in found if isinstance(event, Done)] == [
-            (1, [told[1]["pid"]]),
-            (1, ["second"]),
-            (0, ["late", told[0]["pid"]]),
-        ]
+        results = [(event.worker, event.results) for event in found if isinstance(event, Done)]
+        assert results == [(1, [told[1]["pid"]]), (1, ["second"]), (0, ["late", told[0]["pid"]])]
         assert pool.wait(0) == []  # no work, no event
 
 
@@ -146,42 +128,20 @@ def test_a_killed_worker_is_lost_and_another_one_takes_its_place() -> None:
         assert one(pool, 1, lambda: 1).results == [1]  # type: ignore[union-attr]
 
 
-def refuse() -> Any:
-    raise HarnessError("model m is not here")
-
-
-def missing() -> Any:
-    raise FileNotFoundError(2, "no such file", "weights")
-
-
-def turn_down(worker: int, about: Mapping[str, Any]) -> None:
-    raise HarnessError(f"worker {worker} has other versions")
-
-
-def test_refusals_are_told_in_one_line() -> None:
-    with pool_of(make=missing) as pool:
+def test_refusals_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pool_of(make=partial(fail, FileNotFoundError(2, "no such file", "weights"))) as pool:
         (event,) = events(pool, 1)
         assert isinstance(event, Refused) and event.why.startswith("FileNotFoundError: ") and "weights" in event.why
-    with pool_of(accept=turn_down) as pool:
-        assert events(pool, 1) == [Refused(0, "worker 0 has other versions")] and pool.starting == 0
+    with pool_of(accept=lambda worker, about: fail(HarnessError("has other versions"))) as pool:
+        assert events(pool, 1) == [Refused(0, "has other versions")] and pool.starting == 0
+    refuse = partial(fail, HarnessError("model m is not here"))
     with pool_of(make=refuse) as pool, pytest.raises(HarnessError, match="^model m is not here$"):
         list(Schedule([os.getpid], pool, timeout_s=WAIT_S).run())
     assert pool.starting == 0
-
-
-def test_workers_that_die_at_birth_are_refused_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_pool, "DIED_STARTING", 1)
     with pool_of(make=die) as pool, pytest.raises(HarnessError, match="^workers die before they are ready"):
         list(Schedule([os.getpid], pool, timeout_s=WAIT_S).run())
     assert pool.starting == 0
-
-
-def is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def eventually(true: Callable[[], bool]) -> None:
@@ -196,26 +156,21 @@ def test_stopping_ends_all_workers_even_busy_ones(tmp_path: Path) -> None:
     with pool_of(2, accept=told.__setitem__) as pool:
         events(pool, 2)
         pool.submit(0, [until(tmp_path / "never")], careful=False)
-    pids = [about["pid"] for about in told.values()]
-    eventually(lambda: not any(map(is_there, pids)))
+    eventually(lambda: not any(psutil.pid_exists(about["pid"]) for about in told.values()))
     pool.stop()  # twice is fine
     assert pool.starting == 0 and pool.wait(0) == []
-
-
-def gpus() -> tuple[Handler[Call, Any], Mapping[str, Any]]:
-    return lambda work, careful: [call() for call in work], {"gpus": sorted(ray.get_gpu_ids())}
 
 
 def test_a_worker_with_several_gpus_has_a_placement_group() -> None:
     told: dict[int, Mapping[str, Any]] = {}
     shape = WorkerShape(cpus=1, gpus=2)
-    with pool_of(make=gpus, shape=shape, accept=told.__setitem__) as pool:
+    with pool_of(shape=shape, accept=told.__setitem__) as pool:
         assert events(pool, 1) == [WorkerReady(0)] and len(told[0]["gpus"]) == 2
         (group,) = [own for own in placement_group_table().values() if own["state"] == "CREATED"]
         assert group["strategy"] == "STRICT_PACK" and list(group["bundles"].values()) == [shape.resources]
         assert one(pool, 0, lambda: "here").results == ["here"]  # type: ignore[union-attr]
     eventually(lambda: {own["state"] for own in placement_group_table().values()} == {"REMOVED"})
-    with pool_of(make=gpus, shape=WorkerShape(gpus=1), accept=told.__setitem__) as pool:
+    with pool_of(shape=WorkerShape(gpus=1), accept=told.__setitem__) as pool:
         assert events(pool, 1) == [WorkerReady(0)] and len(told[0]["gpus"]) == 1
     assert len(placement_group_table()) == 1
 
@@ -245,39 +200,34 @@ def test_an_exception_leaves_the_worker_alive(ready_pool: RayPool[Call, Any]) ->
         (MemoryError("no room"), Raised(0, "MemoryError: no room", memory=True)),
         (HarnessError("told"), Raised(0, "told")),
     ):
-        assert one(ready_pool, 0, raising(error)) == told
-    strange = one(ready_pool, 0, unpicklable, os.getpid)
+        assert one(ready_pool, 0, partial(fail, error)) == told
+    strange = one(ready_pool, 0, fail, os.getpid)
     assert isinstance(strange, Raised) and "RuntimeError" in strange.why and "\n" not in strange.why
     assert isinstance(one(ready_pool, 0, os.getpid), Done)
 
 
-ENDS: list[tuple[RayError, bool, bool]] = [
-    (NodeDiedError("gone"), True, False),
-    (ActorUnavailableError("no answer", None), True, False),
-    (ObjectLostError("ab", None, ""), True, False),
-    (OutOfMemoryError("2 worker(s) were killed due to the node running low on memory."), False, True),
-    (WorkerCrashedError(), False, False),
-    (GetTimeoutError("slow"), False, False),
+ENDS = [
+    (exceptions.NodeDiedError("gone"), True, False),
+    (exceptions.ActorUnavailableError("no answer", None), True, False),
+    (exceptions.ObjectLostError("ab", None, ""), True, False),
+    (exceptions.OutOfMemoryError("2 worker(s) were killed due to the node running low on memory."), False, True),
+    (exceptions.WorkerCrashedError(), False, False),
+    (exceptions.GetTimeoutError("slow"), False, False),
 ]
 
 
 @pytest.mark.parametrize(("error", "node", "memory"), ENDS, ids=lambda value: type(value).__name__)
-def test_whose_fault_an_end_is(ready_pool: RayPool[Call, Any], error: RayError, node: bool, memory: bool) -> None:
+def test_whose_fault_an_end_is(ready_pool: RayPool[Call, Any], error: Exception, node: bool, memory: bool) -> None:
     lost = ready_pool._lost(0, error)
     assert isinstance(lost, Lost) and (lost.node, lost.memory) == (node, memory)
     assert lost.why.startswith(type(error).__name__) and len(lost.why) < 250
 
 
 def test_a_full_object_store_is_no_room(ready_pool: RayPool[Call, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        @property
-        def do(self) -> Any:
-            return self
+    def full(work: Sequence[Call], careful: bool) -> None:
+        raise exceptions.ObjectStoreFullError("full")
 
-        def remote(self, work: Sequence[Call], careful: bool) -> None:
-            raise ObjectStoreFullError("full")
-
-    monkeypatch.setattr(ready_pool._members[0], "actor", Full())
+    monkeypatch.setattr(ready_pool._members[0], "actor", SimpleNamespace(do=SimpleNamespace(remote=full)))
     with pytest.raises(MemoryError, match="full"):
         ready_pool.submit(0, [os.getpid], careful=False)
     monkeypatch.undo()

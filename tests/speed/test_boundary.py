@@ -68,7 +68,7 @@ def search(kind: str = "context", first: int = 1024, **changes: Any) -> Search:
 
 
 def found(folder: Path, prober: Known, *searches: Search) -> list[BoundaryRecord]:
-    with BoundaryStore.open(folder, manifest()) as store:
+    with BoundaryStore(folder, manifest()) as store:
         return [run_search(each, prober, store) for each in searches]  # type: ignore[arg-type]
 
 
@@ -195,5 +195,5 @@ def test_a_search_whose_line_was_lost_asks_only_what_is_not_known(tmp_path: Path
 def test_another_limit_is_refused(tmp_path: Path) -> None:
     found(tmp_path, Known(0.5), search())
     with pytest.raises(HarnessError, match="was searched with limit_bytes 1000, not 2000; choose another --out"):
-        BoundaryStore.open(tmp_path, manifest(limit_bytes=2000))
-    BoundaryStore.open(tmp_path, manifest(model_bytes=101)).close()
+        BoundaryStore(tmp_path, manifest(limit_bytes=2000))
+    BoundaryStore(tmp_path, manifest(model_bytes=101)).close()

@@ -87,7 +87,7 @@ def test_memory_is_physical_unless_a_row_says_otherwise() -> None:
 
 def test_searches_are_found_beside_runs_and_drawn_with_their_values(tmp_path: Path) -> None:
     stored(tmp_path / "limit", searches())
-    with BoundaryStore.open(tmp_path / "begun", MANIFEST):
+    with BoundaryStore(tmp_path / "begun", MANIFEST):
         pass
     (tmp_path / "run").mkdir()
     (found,) = find_searches([tmp_path, tmp_path / "limit", tmp_path / "run"])

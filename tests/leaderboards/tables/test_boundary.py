@@ -55,7 +55,7 @@ def searches() -> list[BoundaryRecord]:
 
 
 def stored(folder: Path, records: list[BoundaryRecord]) -> Path:
-    with BoundaryStore.open(folder, MANIFEST) as store:
+    with BoundaryStore(folder, MANIFEST) as store:
         for each in records:
             store.put(each)
     return folder

@@ -56,7 +56,7 @@ def test_without_a_subject_nothing_changes(tmp_path: Path) -> None:
 
 def test_the_board_command_takes_a_subject(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = manifest().model_copy(update={"status": "started"})
-    with RunStore.open(tmp_path / "runs", told) as store:
+    with RunStore(tmp_path / "runs", told) as store:
         store.append([r.model_copy(update={"run_id": told.run_id}) for r in small()])
         store.finish("finished", finished="2025-01-01")
     command = ["board", str(tmp_path / "runs"), "--out", str(tmp_path), "--name", "b"]
