@@ -1,7 +1,5 @@
 """Fixtures of the whole suite. Tests run offline, on CPU unless marked `gpu`, with one thread and fixed seeds."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

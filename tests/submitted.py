@@ -1,7 +1,5 @@
 """A run as it is handed in, small and true: made records whose scores and bytes follow from what they say."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

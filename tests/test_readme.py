@@ -1,7 +1,5 @@
 """README.md and docs/ are true: their Python runs, their commands exist, their tables say what published boards say."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ entered at `forward`, after its tokenizer, so that both sides see the same ids, 
 of tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass

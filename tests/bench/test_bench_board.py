@@ -5,8 +5,6 @@ questions, NIAH), 96 methods and budgets and fullkv, of the size and with all th
 measured in a process of its own, from the folder to the tables.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -3,8 +3,6 @@
 One CPU slot and one thread a worker; the driver shares their cores.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ above the loaded model and saves scores [L, H, T]. The peak is VmHWM, reset once
 handed back at once, which shows what is in use.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import subprocess

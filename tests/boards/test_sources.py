@@ -1,7 +1,5 @@
 """Boards from folders and archives, and the published ones, which must follow from their published records."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What every method keeps, as plain loops written from the papers, which share no code with the methods."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
