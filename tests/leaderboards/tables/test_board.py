@@ -147,7 +147,8 @@ def test_text_from_outside_breaks_no_table(
         record(f"m{method}", "64", f"t{task}", "0", notes=(note,)),
         record(f"m{method}", "64", f"longbench/{task}/lcc", "0"),
         record(f"m{method}", "64", f"t{task}", "1", None, error=error),
-        record("b", "64", f"t{task}", "0"),
+        *(record(f"b{error}", "64", f"t{task}", sample) for sample in "01"),
+        record(f"b{error}", "64", f"longbench/{task}/lcc", "0"),
     ]
     tables = aggregate(records, subject=f"m{method}")
     page, *csvs = (path.read_text() for path in write_board(tables, tmp_path_factory.getbasetemp(), "b"))
