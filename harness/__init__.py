@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from harness.generate.attached import attached as attached
 
 # OpenMP's threads spin while they wait, which makes them many times slower beside other work. So they sleep, after a
-# spin of a few microseconds that alone gains a tenth and beside others costs nothing. OpenMP reads this once, when torch
+# spin of microseconds that alone gains a tenth and beside others costs nothing. OpenMP reads this once, when torch
 # loads; a user's own setting wins.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
