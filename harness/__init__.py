@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.generate.attached import attached as attached
 
-# OpenMP's threads spin while they wait, which makes them many times slower beside other work. So they sleep, after a
-# spin of microseconds that alone gains a tenth and beside others costs nothing. OpenMP reads this once, when torch
-# loads; a user's own setting wins.
+# OpenMP's threads spin while they wait, which slows them and everybody else on a busy machine. So they sleep, after a
+# short spin. On an idle machine that costs time (docs/running.md). OpenMP reads this once, when torch loads; a user's
+# own setting wins.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
