@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import HarnessError
-from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView
+from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
 from methods.label import MethodLabel
 from methods.registry import METHODS, make_policy
 
@@ -193,7 +193,7 @@ def layer_budgets_fit(label: str) -> Iterator[str]:
     """Budgets of single layers sum to at most the budget of all, and notes are text."""
     policy = make_policy(label)
     for budget, tokens in ((16, 100), (3, 9)):
-        notes = policy.notes(budget, tokens, LAYERS)
+        notes = policy.notes(budget, Sizes(tokens, LAYERS, HEADS * GROUP, HEADS))
         if not all(isinstance(note, str) for note in notes):
             yield f"notes {notes}"
         if policy.budgeted and isinstance(policy, LayerPolicy):

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import KV, LayerView, PolicyError, at_least, best, spread
+from methods.base import KV, LayerView, PolicyError, Sizes, at_least, best, spread
 from methods.compilerkv.form import best_slots
 from methods.registry import method
-from methods.snapkv import SnapKV, plain_scores
+from methods.window import WindowPolicy
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recent": 32, "kernel": 7, "pool": "max", "safeguard": 0.2},
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @method("adakv", paper="https://arxiv.org/abs/2407.11550", presets=PRESETS)
 @dataclass(frozen=True)
-class AdaKV(SnapKV):
+class AdaKV(WindowPolicy):
     """SnapKV with a layer's slots shared out between its KV heads by their scores."""
 
     safeguard: float = 0.2
@@ -41,7 +41,7 @@ class AdaKV(SnapKV):
             raise PolicyError(f"AdaKV.safeguard={self.safeguard} is more than a whole share; give 0 to 1")
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
-        scores = plain_scores(view, self.recent, self.kernel, self.pool)
+        scores = self.score(view)
         return view.kv.take(best_slots(scores, self.counts(scores, budget), recent=self.recent))
 
     def counts(self, scores: Tensor, budget: int) -> list[int]:
@@ -59,5 +59,5 @@ class AdaKV(SnapKV):
             shares = spread(mean * heads, [(1 - self.safeguard) * n + self.safeguard * mean for n in shares], before)
         return [self.recent + n for n in shares]
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         return () if budget > self.recent else ("heads share evenly at this budget: it holds the window alone",)

@@ -82,7 +82,7 @@ class KVPolicy:
         """Return what decides the results besides the parameters, such as the hash of a file they name. JSON values."""
         return {}
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         """Return what a reader of the record must know about this budget, such as a degenerate allocation."""
         return ()
 

@@ -16,13 +16,17 @@ BASES = ("KVPolicy", "LayerPolicy", "EvictionPolicy")
 
 
 class Entry(NamedTuple):
-    """A method as its file states it. summary: first line of the docstring. parameters: in the order of the class."""
+    """A method as its file states it.
+
+    summary: first line of the docstring. parameters: in the order of the class. tunable: it states choices.
+    """
 
     name: str
     paper: str
     summary: str
     presets: Mapping[str, Mapping[str, Any]]
     parameters: tuple[str, ...]
+    tunable: bool
 
 
 class Catalogue(NamedTuple):
@@ -60,7 +64,7 @@ def _entries(module: ast.Module, folder: Path) -> Iterator[Entry]:
             presets = _literal(given["presets"], module, folder) if "presets" in given else {}
             name, paper = _literal(call.args[0], module, folder), _literal(given["paper"], module, folder)
             summary = (ast.get_docstring(node) or "").splitlines()[0]
-            yield Entry(name, paper, summary, presets, tuple(_parameters(node, module, folder)))
+            yield Entry(name, paper, summary, presets, tuple(_parameters(node, module, folder)), "choices" in given)
 
 
 def _literal(node: ast.expr, module: ast.Module, folder: Path) -> Any:

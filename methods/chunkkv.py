@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from methods.base import EvictionPolicy, LayerView, Needs, at_least, best
 from methods.registry import method
-from methods.snapkv import check_kernel, pool, votes
+from methods.window import check_kernel, pool, votes
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"chunk": 10},

@@ -11,13 +11,13 @@ of a query group are averaged, so that slots are stored once per KV head.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from methods.base import KV, KVPolicy, Needs, PromptView, at_least, best, spread
+from methods.base import KV, KVPolicy, Needs, PromptView, Sizes, at_least, best, spread
 from methods.registry import method
-from methods.snapkv import SnapKV, check_kernel, plain_scores
+from methods.window import Pooling, WindowPolicy, check_kernel, per_query_head, window_scores
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recent": 8, "kernel": 7, "pool": "max", "ratio": 10.0},
@@ -33,7 +33,7 @@ class DynamicKV(KVPolicy):
 
     recent: int = 8
     kernel: int = 7
-    pool: Literal["max", "avg"] = "max"
+    pool: Pooling = "max"
     ratio: float = 10.0
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class DynamicKV(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         budgets = self.budgets(view, budget)
-        plain = SnapKV(self.recent, self.kernel, self.pool)
+        plain = WindowPolicy(self.recent, self.kernel, self.pool)
         return [plain.compress_layer(layer, own) for layer, own in zip(view.layers, budgets, strict=True)]
 
     def budgets(self, view: PromptView, budget: int) -> list[int]:
@@ -55,12 +55,13 @@ class DynamicKV(KVPolicy):
         mean = min(budget, view.tokens) - self.recent  # slots outside the window, on average over the layers
         if mean <= 0 or before <= 0:
             return [min(budget, view.tokens)] * layers
-        scores = [plain_scores(layer, self.recent, self.kernel, self.pool) for layer in view.layers]
+        scores = [window_scores(layer, self.recent, self.kernel, self.pool) for layer in view.layers]
         pooled = torch.cat(scores)[..., :before]  # [L, H, T - W]
         owner = best(pooled.flatten(), mean * layers * pooled.shape[1]) // pooled[0].numel()
         found = torch.bincount(owner, minlength=layers).tolist()
         weights = [max(float(count), LEAST) for count in found]
         return [self.recent + n for n in spread(mean * layers, weights, min(int(self.ratio * mean), before))]
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
-        return () if budget > self.recent else ("layers share evenly at this budget: it holds the window alone",)
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
+        even = ("layers share evenly at this budget: it holds the window alone",)
+        return per_query_head(sizes) + (() if budget > self.recent else even)

@@ -16,7 +16,7 @@ from methods.base import KV, KVPolicy, LayerView, Needs, PromptView, Sizes, at_l
 from methods.compilerkv.form import best_slots, slot_counts
 from methods.compilerkv.policy import AUTO, CompilerKV
 from methods.registry import method
-from methods.snapkv import check_kernel, plain_scores
+from methods.window import check_kernel, per_query_head, window_scores
 
 
 @method("headkv", paper="https://arxiv.org/abs/2410.19258")
@@ -48,15 +48,15 @@ class HeadKV(KVPolicy):
     def check(self, view: PromptView) -> None:
         self._lookup().check(view)
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
-        return self._lookup().notes(budget, tokens, layers)
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
+        return per_query_head(sizes) + self._lookup().notes(budget, sizes)
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]]:
         counts = slot_counts(self._lookup().shares(sizes, budget), budget, sizes, window=self.recent)
         return [partial(self._kept, own) for own in counts]
 
     def _kept(self, counts: list[int], layer: LayerView) -> KV:
-        scores = plain_scores(layer, self.recent, self.kernel)
+        scores = window_scores(layer, self.recent, self.kernel, "max")
         return layer.kv.take(best_slots(scores, counts, recent=self.recent))
 
     def _lookup(self) -> CompilerKV:

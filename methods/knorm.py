@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from methods.base import EvictionPolicy, LayerView, at_least, spread
+from methods.base import EvictionPolicy, LayerView, Sizes, at_least, spread
 from methods.registry import method
 
 
@@ -35,6 +35,7 @@ class Knorm(EvictionPolicy):
             return [min(budget, tokens)] * layers
         return [tokens] * self.skip + spread(left, [1] * (layers - self.skip), tokens)
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
-        whole = not self.skip or budget >= tokens or self.layer_budgets(budget, tokens, layers)[0] == tokens
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
+        tokens = sizes.tokens
+        whole = not self.skip or budget >= tokens or self.layer_budgets(budget, tokens, sizes.layers)[0] == tokens
         return () if whole else ("the first layers are not left whole: the budget does not pay for them",)

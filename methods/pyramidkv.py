@@ -8,9 +8,9 @@ whenever its smallest layer would be smaller than the window.
 
 from dataclasses import dataclass
 
-from methods.base import at_least, spread
+from methods.base import Sizes, at_least, spread
 from methods.registry import method
-from methods.snapkv import SnapKV
+from methods.window import WindowPolicy, per_query_head
 
 PRESETS = {
     "paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 20},
@@ -21,7 +21,7 @@ PRESETS = {
 
 @method("pyramidkv", paper="https://arxiv.org/abs/2406.02069", presets=PRESETS)
 @dataclass(frozen=True)
-class PyramidKV(SnapKV):
+class PyramidKV(WindowPolicy):
     """SnapKV with a budget that falls linearly from the first layer to the last."""
 
     recent: int = 8
@@ -49,6 +49,6 @@ class PyramidKV(SnapKV):
             return nearest
         return [base + slots for slots in spread(layers * mean, weights, tokens - base)]
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
-        flat = len(set(self.layer_budgets(budget, tokens, layers))) == 1
-        return ("pyramid is flat at this budget",) if flat else ()
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
+        flat = len(set(self.layer_budgets(budget, sizes.tokens, sizes.layers))) == 1
+        return per_query_head(sizes) + (("pyramid is flat at this budget",) if flat else ())

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,17 +27,28 @@ P = TypeVar("P", bound="type[KVPolicy]")
 
 @dataclass(frozen=True)
 class Method:
-    """A registered policy class. presets: parameters by preset name; the class defaults are the preset-less form."""
+    """A registered policy class. presets: parameters by preset name; the class defaults are the preset-less form.
+
+    code: its authors' repository and the commit that was read. choices: values of its parameters that `harness tune`
+    tries.
+    """
 
     name: str
     policy: type[KVPolicy]
     paper: str
     presets: Mapping[str, Mapping[str, Any]]
+    code: str = ""
+    choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
         """First line of the class's docstring."""
         return (self.policy.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def tunable(self) -> bool:
+        """Whether `harness tune` has something to try."""
+        return bool(self.choices)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -53,14 +64,21 @@ Resolver = Callable[[str, Mapping[str, Any]], "KVPolicy"]
 PREFIXES: dict[str, Resolver] = {}
 
 
-def method(name: str, *, paper: str, presets: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[P], P]:
+def method(
+    name: str,
+    *,
+    paper: str,
+    code: str = "",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    choices: Mapping[str, Sequence[Any]] | None = None,
+) -> Callable[[P], P]:
     """Register a frozen dataclass as a method. Raises PolicyError when the name is taken by another class."""
 
     def register(policy: P) -> P:
         known = METHODS.get(name)
         if known is not None and known.policy.__qualname__ != policy.__qualname__:
             raise PolicyError(f"method {name!r} is registered twice: {known.policy.__module__}, {policy.__module__}")
-        METHODS[name] = Method(name, policy, paper, dict(presets or {}))
+        METHODS[name] = Method(name, policy, paper, dict(presets or {}), code, dict(choices or {}))
         return policy
 
     return register

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from methods.base import LayerView
 from methods.registry import method
-from methods.snapkv import PRESETS, SnapKV, pool, votes
+from methods.snapkv import PRESETS
+from methods.window import WindowPolicy, pool, votes
 
 
 @method("snapkv_shared", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)
 @dataclass(frozen=True)
-class SnapKVShared(SnapKV):
+class SnapKVShared(WindowPolicy):
     """SnapKV with one kept set per layer, its heads averaged."""
 
     def score(self, view: LayerView) -> Tensor:
         attention = votes(view, self.recent).mean(dim=1, keepdim=True)  # [B, 1, T]
-        pooled = pool(attention, self.kernel, self.pool, self.recent)
+        pooled = pool(attention, self.kernel, self.pool, self.recent, forward=self.forward)
         return pooled.expand(-1, view.kv.keys.shape[1], -1)

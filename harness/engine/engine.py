@@ -173,7 +173,7 @@ def _compress(run: CellRun, prefilled: Prefilled) -> None:
         outcome.budget_tokens = budget
         if budget >= tokens:
             raise SkippedCell(f"budget {budget} is not below the prompt's {tokens} tokens; nothing to compress")
-        outcome.notes = cell.policy.notes(budget, tokens, len(prefilled.compressible))
+        outcome.notes = cell.policy.notes(budget, prefilled.view.sizes)
     run.compressed = left = compress(prefilled, cell.policy, budget)
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
     outcome.kv_bytes, outcome.asked_bytes = left.kv_bytes, left.asked_bytes

@@ -143,7 +143,7 @@ class Compressor:
         if asked is not None and asked >= tokens and not policy.evicts_while_decoding:
             policy = FullKV()
         left = compress(prefilled, policy, tokens if asked is None else asked)
-        notes = () if asked is None else self.policy.notes(asked, tokens, len(left.compressible))
+        notes = () if asked is None else self.policy.notes(asked, prefilled.view.sizes)
         report = RowReport(tokens, asked, left.kept_slots, left.kv_bytes, left.full_bytes, notes)
         again = self.first_token == "compressed"
         decoding = Decoding.of(whole, [left], again=again, release=True)

@@ -23,7 +23,7 @@ import torch
 
 from harness.kvpress.label import PressCall, parse_press
 from harness.kvpress.slots import Tracked
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView
+from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
 from methods.label import nearest
 from methods.views import LayerSource
 
@@ -54,7 +54,7 @@ class Press(KVPolicy):
         parameters = _json(build(self.press))
         return {"kvpress": version("kvpress"), "transformers": version("transformers"), "parameters": parameters}
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         press = build(self.press)
         names = [type(own).__name__ for own in _nested(press)]
         found = [f"simulated: {name} {SIMULATED[name]}" for name in names if name in SIMULATED]

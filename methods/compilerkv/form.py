@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, logsigmoid, pad
+from torch.nn.functional import logsigmoid
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, spread
-from methods.snapkv import before_window, votes
+from methods.window import before_window, pooled, votes
 
 HALVINGS = 40
 LEAST = 0.5  # expected slots of a head beside its window
@@ -74,8 +74,7 @@ class Form(BaseModel):
 
     def pooled(self, attention: Tensor) -> Tensor:
         """Spread attention [B, H, S] of slots in the order of their tokens over `kernel` of them."""
-        left = self.kernel - 1 if self.forward else self.kernel // 2
-        return avg_pool1d(pad(attention, (left, self.kernel - 1 - left)), self.kernel, stride=1)
+        return pooled(attention, self.kernel, "avg", forward=self.forward)
 
 
 @dataclass(frozen=True)

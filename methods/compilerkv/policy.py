@@ -139,7 +139,7 @@ class CompilerKV(KVPolicy):
         tables = self._loaded()
         return frozenset() if tables is None else frozenset(tables.manifest.prompts)
 
-    def notes(self, budget: int, tokens: int, layers: int) -> tuple[str, ...]:
+    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         tables = self._loaded()
         if self.form == "compiled":
             return () if tables else ("no tables for this model: the default form with uniform budgets",)

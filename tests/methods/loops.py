@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from methods.base import KV, LayerView, PromptView
+from methods.base import KV, LayerView, PromptView, Sizes
 from methods.registry import make_policy
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 3, 8
@@ -41,6 +41,11 @@ class Gold:
 
 Loop = Callable[[tuple[Gold, ...], int], list[list[list[int]]]]
 """Positions kept of a prompt at a budget, [layer][head]."""
+
+
+def sizes(tokens: int, layers: int) -> Sizes:
+    """Sizes of a prompt without query groups."""
+    return Sizes(tokens, layers, HEADS, HEADS)
 
 
 @cache

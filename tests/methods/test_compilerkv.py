@@ -16,6 +16,7 @@ from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.tables import Tables, neutral, save_tables
 from methods.registry import make_policy
 from tests.methods.compiled import SHAPES, kept, live, make_tables, prompt, saved
+from tests.methods.loops import sizes
 
 
 def published(**parameters: Any) -> CompilerKV:
@@ -155,11 +156,11 @@ def test_what_the_published_form_cannot_do_without_is_refused(tmp_path: Path) ->
 def test_records_say_which_tables_were_used(tmp_path: Path) -> None:
     digest = saved(tmp_path / "compiled").manifest.tensors_sha256[:12]
     policy = published(tables=str(tmp_path / "compiled"))
-    assert policy.notes(64, 100, LAYERS) == (f"tables {digest}",)
-    assert policy.notes(50, 100, LAYERS) == (f"tables {digest}, compiled for budget 64, used at 50",)
+    assert policy.notes(64, sizes(100, LAYERS)) == (f"tables {digest}",)
+    assert policy.notes(50, sizes(100, LAYERS)) == (f"tables {digest}, compiled for budget 64, used at 50",)
     save_tables(neutral(SHAPES, (8,)), tmp_path / "neutral")
     for tables in ("neutral", str(tmp_path / "neutral")):
-        (note,) = published(tables=tables).notes(50, 100, LAYERS)
+        (note,) = published(tables=tables).notes(50, sizes(100, LAYERS))
         assert note.startswith("neutral tables:")
     view = prompt(40)
     assert kept(published(tables=str(tmp_path / "neutral")), view, 9) == kept(published(), view, 9)
@@ -196,9 +197,9 @@ def test_tables_belong_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert CompilerKV(tables="own").for_model("r1").provenance().keys() == {"tables_sha256"}
     with pytest.raises(PolicyError, match=r"tables own are of some \(r1\), this model is r2; compile"):
         CompilerKV(tables="own").for_model("r2")
-    (note,) = CompilerKV(tables="neutral").notes(16, 99, LAYERS)
+    (note,) = CompilerKV(tables="neutral").notes(16, sizes(99, LAYERS))
     assert note.startswith("no tables for this model")
-    assert CompilerKV(tables="own").notes(16, 99, LAYERS) == ()
+    assert CompilerKV(tables="own").notes(16, sizes(99, LAYERS)) == ()
     assert live(CompilerKV(tables="neutral"), prompt(60), 20) == [[20] * HEADS] * LAYERS
 
 

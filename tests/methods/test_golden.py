@@ -33,6 +33,7 @@ from tests.methods.loops import (
     naive_pyramid,
     naive_top,
     positions,
+    sizes,
 )
 
 SIZES = [(29, 14), (29, 28), (42, 20), (77, 1), (77, 8), (77, 50), (77, 70)]
@@ -56,7 +57,7 @@ def test_pyramidkv_spends_its_budget_as_the_formula_says() -> None:
 def test_pyramidkv_of_kvpress_is_flat_below_1280() -> None:
     policy = make_policy("pyramidkv@kvpress")
     assert policy.layer_budgets(1279, 8192, 4) == [1279] * 4
-    assert policy.notes(1279, 8192, 4) == ("pyramid is flat at this budget",)
+    assert policy.notes(1279, sizes(8192, 4)) == ("pyramid is flat at this budget",)
     assert policy.layer_budgets(1280, 8192, 4) == [2496, 1685, 875, 64]
 
 
@@ -67,9 +68,9 @@ def test_knorm_of_the_paper_leaves_two_layers_whole_at_the_same_bytes() -> None:
     assert [len(heads[0]) for heads in kept] == [29, 29, 2]
     assert kept[2][1] == naive_top(norms, 2)
     policy = make_policy("knorm@paper")
-    assert policy.notes(20, 29, LAYERS) == () == policy.notes(29, 29, LAYERS)
+    assert policy.notes(20, sizes(29, LAYERS)) == () == policy.notes(29, sizes(29, LAYERS))
     assert [len(heads[0]) for heads in kept_by("knorm@paper", layers, 19)] == [19, 19, 19]
-    assert "not left whole" in policy.notes(19, 29, LAYERS)[0]
+    assert "not left whole" in policy.notes(19, sizes(29, LAYERS))[0]
     assert sum(policy.layer_budgets(128, 1024, 30)) == 30 * 128  # type: ignore[attr-defined]
     assert policy.layer_budgets(128, 1024, 30)[:3] == [1024, 1024, 64]  # type: ignore[attr-defined]
 
@@ -100,8 +101,8 @@ def test_adakvs_heads_are_ragged_and_what_they_give_up_is_freed(uneven: tuple[Go
         assert kv.nbytes == 40 * slot
         assert held == kv.nbytes + HEADS * slot  # room for one token, and no padding
     for own in (policy, make_policy("dynamickv")):
-        assert own.notes(20, 77, LAYERS) == ()
-        assert "share evenly" in own.notes(8, 77, LAYERS)[0]
+        assert own.notes(20, sizes(77, LAYERS)) == ()
+        assert "share evenly" in own.notes(8, sizes(77, LAYERS))[0]
 
 
 def test_dynamickv_gives_what_no_layer_earned_to_those_with_room(uneven: tuple[Gold, ...]) -> None:

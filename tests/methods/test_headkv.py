@@ -11,6 +11,7 @@ from methods.headkv import HeadKV
 from methods.registry import make_policy
 from methods.snapkv import SnapKV
 from tests.methods.compiled import live, prompt, saved
+from tests.methods.loops import sizes
 
 
 def test_a_head_has_the_slots_of_its_table_and_snapkvs_best_tokens(tmp_path: Path) -> None:
@@ -32,4 +33,4 @@ def test_a_head_has_the_slots_of_its_table_and_snapkvs_best_tokens(tmp_path: Pat
 def test_without_tables_the_budgets_are_even_and_it_says_so() -> None:
     policy = make_policy("headkv").for_model("unknown")
     assert live(policy, prompt(60), 40) == [[40] * HEADS] * LAYERS
-    assert "no tables for this model" in policy.notes(40, 60, LAYERS)[0]
+    assert "no tables for this model" in policy.notes(40, sizes(60, LAYERS))[0]

@@ -17,6 +17,7 @@ from methods.compilerkv.manifest import Shapes
 from methods.compilerkv.policy import COMPILED, CompilerKV
 from methods.compilerkv.tables import load_tables, save_tables, transfer
 from tests.methods.compiled import make_tables, saved
+from tests.methods.loops import sizes
 
 
 def test_lookup_takes_the_nearest_budget_and_the_right_cell() -> None:
@@ -86,7 +87,7 @@ def test_unsound_files_are_refused_in_one_line(message: str, tmp_path: Path) -> 
     load_tables(tmp_path)
     DAMAGE[message](tmp_path)
     with pytest.raises(PolicyError, match=rf"^.*{message}.*compile.*$"):
-        CompilerKV(tables=str(tmp_path)).notes(16, 20, LAYERS)
+        CompilerKV(tables=str(tmp_path)).notes(16, sizes(20, LAYERS))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def test_a_file_that_computes_is_left_to_the_registry(tmp_path: Path, given: str
     (tmp_path / "plain.py").write_text("x = 1\n")
     read = catalogue(tmp_path)
     assert read.whole == clear
-    assert read.entries == ({"odd": Entry("odd", "x", "Odd.", {"a": {"recent": 2}}, ("recent",))} if clear else {})
+    odd = Entry("odd", "x", "Odd.", {"a": {"recent": 2}}, ("recent",), False)
+    assert read.entries == ({"odd": odd} if clear else {})
 
 
 @pytest.mark.parametrize(
