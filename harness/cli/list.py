@@ -20,10 +20,10 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _methods() -> Rows:
-    from methods.registry import known_methods
+    from methods.registry import known_methods, preset_names
 
-    known = sorted(known_methods().items())
-    return [(name, m.summary + (f" Presets: {', '.join(m.presets)}." if m.presets else "")) for name, m in known]
+    known = [(name, m.summary, ", ".join(preset_names(m))) for name, m in sorted(known_methods().items())]
+    return [(name, summary + (f" Presets: {presets}." if presets else "")) for name, summary, presets in known]
 
 
 def _tasks() -> Rows:
