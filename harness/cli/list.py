@@ -3,19 +3,33 @@
 import argparse
 from collections.abc import Sequence
 
+from harness.errors import HarnessError
+
 Rows = list[tuple[str, str]]
 
 
 def list_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=LISTS)
+    parser.add_argument("--markdown", action="store_true", help="of methods: docs/method-reference.md")
     parser.set_defaults(action=_action)
 
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    if args.markdown:
+        return _markdown(args.what)
     rows = LISTS[args.what]()
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}".rstrip())
+    return 0
+
+
+def _markdown(what: str) -> int:
+    if what != "methods":
+        raise HarnessError(f"--markdown is a page of the methods, not of {what}; write harness list methods --markdown")
+    from harness.method_reference import reference
+
+    print(reference())
     return 0
 
 
