@@ -43,15 +43,15 @@ class AdaKV(WindowPolicy):
         at_most(self, 1, "safeguard")
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
-        own = {"sinks": self.sinks, "recent": self.recent}
-        return view.kv.take(ragged_slots(self.score(view), budget, **own, safeguard=self.safeguard, floor=self.floor))
+        scores, recent = self.score(view), self.recent
+        return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=self.floor, recent=recent))
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         return () if budget > self.recent else ("heads share evenly at this budget: it holds the window alone",)
 
 
 def ragged_slots(
-    scores: Tensor, budget: int, *, sinks: int, recent: int, safeguard: float, floor: bool = False
+    scores: Tensor, budget: int, *, safeguard: float, floor: bool, sinks: int = 0, recent: int = 0
 ) -> Tensor:
     """Return the slots of each head, budget * H in all: [1, H, most] int64, ascending, -1 behind a head's own number.
 

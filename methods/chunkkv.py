@@ -34,6 +34,7 @@ class ChunkKV(PooledPolicy):
 
     recent: int = 32
     chunk: int = 10
+    sinks: int = 0
     across: bool = False
 
     def __post_init__(self) -> None:

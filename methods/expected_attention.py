@@ -73,8 +73,8 @@ class ExpectedAttention(PooledPolicy):
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         if self.safeguard is None:
             return super().compress_layer(view, budget)
-        scores, own = view.memo((type(self), self), self.score), {"sinks": self.sinks, "recent": self.recent}
-        return view.kv.take(ragged_slots(scores, budget, **own, safeguard=self.safeguard, floor=True))
+        scores = view.memo((type(self), self), self.score)
+        return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=True, sinks=self.sinks))
 
     def score(self, view: LayerView) -> Tensor:
         first = min(self.sinks, view.tokens - 1)

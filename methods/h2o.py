@@ -40,6 +40,7 @@ class H2O(PooledPolicy):
     """Half the slots to the most attended tokens, half to the most recent ones."""
 
     recent: int = 0
+    sinks: int = 0
     recent_share: float = 0.5
     mean: bool = False
     evict: bool = False

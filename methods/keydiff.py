@@ -32,6 +32,7 @@ class KeyDiff(PooledPolicy):
     """
 
     recent: int = 0
+    sinks: int = 0
     block: int = 0
 
     def __post_init__(self) -> None:

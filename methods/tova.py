@@ -26,6 +26,7 @@ class TOVA(PooledPolicy):
     """Top tokens by the attention of the last query, one set per layer."""
 
     recent: int = 0
+    sinks: int = 0
     evict: bool = False
 
     @property

@@ -30,7 +30,6 @@ class PooledPolicy(EvictionPolicy):
     kernel: int = 1
     pool: Pooling = "max"
     forward: bool = False
-    sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

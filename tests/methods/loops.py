@@ -196,27 +196,26 @@ def pyramid(rows: list[Rows], budget: int) -> list[list[int]]:
     return [[own] * HEADS for own in slots]
 
 
-def adakv(window: int, kernel: int, kind: str, *, floor: bool = False, sinks: int = 0) -> Loop:
+def adakv(window: int, kernel: int, kind: str, *, floor: bool = False) -> Loop:
     def slots(rows: list[Rows], budget: int) -> list[list[int]]:
-        return [naive_adakv(own, budget, window, floor=floor, sinks=sinks) for own in rows]
+        return [naive_adakv(own, budget, window, floor=floor) for own in rows]
 
-    return snapkv(window, kernel, kind, slots=slots, sinks=sinks)
+    return snapkv(window, kernel, kind, slots=slots)
 
 
-def naive_adakv(pooled: Rows, budget: int, window: int, *, floor: bool, sinks: int = 0) -> list[int]:
+def naive_adakv(pooled: Rows, budget: int, window: int, *, floor: bool) -> list[int]:
     """Slots of every head of a layer."""
-    fixed = window + sinks
-    mean = budget - fixed
-    if mean <= 0 or len(pooled[0]) <= fixed:
+    mean = budget - window
+    if mean <= 0 or len(pooled[0]) <= window:
         return [budget] * HEADS
-    past = [row[sinks : len(row) - window] for row in pooled]
+    past = [row[: len(row) - window] for row in pooled]
     if floor:
         for row in past:
-            for t in sorted(range(len(row)), key=lambda t: (-row[t], t))[: max(0, budget // 5 - fixed)]:
+            for t in sorted(range(len(row)), key=lambda t: (-row[t], t))[: max(0, budget // 5 - window)]:
                 row[t] = 1e9
-        return [fixed + n for n in wins(past, HEADS * mean)]
+        return [window + n for n in wins(past, HEADS * mean)]
     shares = [Fraction(4, 5) * n + Fraction(1, 5) * mean for n in wins(past, HEADS * mean)]
-    return [fixed + n for n in whole(shares, HEADS * mean)]
+    return [window + n for n in whole(shares, HEADS * mean)]
 
 
 def dynamickv(window: int, kind: str, ratio: int) -> Loop:
@@ -324,6 +323,7 @@ AHEAD: dict[str, object] = {"kernel": 4, "forward": True, "sinks": 3}
 ACROSS: dict[str, object] = {"recent": 9, "kernel": 3, "pool": "avg", "chunk": 4, "across": True}
 PLAIN = (32, 7, "max")
 VOTES = {"": PLAIN, "@paper": PLAIN, "@kvcf": (8, 7, "max"), "@kvpress": (64, 5, "avg"), "@w8k13": (8, 13, "avg")}
+AHEAD_OF_8 = top(lambda gold: naive_pooled(gold, 8, 4, "max", forward=True), lambda _: 8)
 GOLDEN: list[tuple[str, dict[str, object], Loop]] = [
     ("fullkv", {}, lambda layers, _: [[list(range(layers[0].view.tokens))] * HEADS] * LAYERS),
     *((f"snapkv{preset}", {}, snapkv(*own)) for preset, own in VOTES.items()),
@@ -333,8 +333,6 @@ GOLDEN: list[tuple[str, dict[str, object], Loop]] = [
     ("adakv@kvcf", {}, adakv(8, 7, "max")),
     ("adakv@kvpress", {}, adakv(64, 5, "avg", floor=True)),
     ("adakv", {"recent": 2, "kernel": 5, "pool": "avg", "floor": True}, adakv(2, 5, "avg", floor=True)),
-    ("adakv@kvcf", {"sinks": 3}, adakv(8, 7, "max", sinks=3)),
-    ("adakv", {"recent": 2, "floor": True, "sinks": 3}, adakv(2, 7, "max", floor=True, sinks=3)),
     *((name, {}, dynamickv(8, "max", 10)) for name in ("dynamickv", "dynamickv@paper")),
     ("dynamickv@runner", {}, dynamickv(16, "avg", 5)),
     ("dynamickv", {"ratio": 1}, dynamickv(8, "max", 1)),
@@ -354,7 +352,7 @@ GOLDEN: list[tuple[str, dict[str, object], Loop]] = [
     ("keydiff", {"block": 5, "recent": 3, "sinks": 2}, keydiff(5, recent=3, sinks=2)),
     ("keydiff", {"block": 9, "kernel": 4, "pool": "avg", "forward": True}, keydiff(9, pool=(4, "avg", True))),
     ("keydiff", {**AVG, "recent": 2}, pooled(differences, 2, 5, "avg", forward=False)),
-    ("snapkv", {"recent": 8, **AHEAD}, pooled(lambda gold: naive_votes(gold, 8), 8, 4, "max", forward=True)),
+    ("snapkv", {"recent": 8, "kernel": 4, "forward": True}, AHEAD_OF_8),
     ("h2o@kvcf", AVG, pooled(received, 8, 5, "avg", forward=False)),
     ("h2o@kvcf", {"recent": 2, **AHEAD}, pooled(received, 2, 4, "max", forward=True)),
     ("tova", AVG, pooled(last_queries, 0, 5, "avg", forward=False)),

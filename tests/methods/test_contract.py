@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.compiler.compile import TRIALS
 from harness.contract import check_method, make_view
 from methods.base import Budget, KVPolicy, Needs, PolicyError, best, spread
 from methods.registry import METHODS, load_methods, make_policy, method
@@ -129,8 +130,7 @@ def test_overrides_come_on_top_of_a_preset() -> None:
     assert make_policy("snapkv@kvcf", {"kernel": 5}) == make_policy("snapkv", {"recent": 8, "kernel": 5, "pool": "max"})
 
 
-TUNED = ("snapkv", "pyramidkv", "h2o", "chunkkv", "adakv", "expected_attention", "tova", "keydiff")
-TRIALS = 81
+TUNED = ("snapkv", "pyramidkv", "headkv", "h2o", "chunkkv", "adakv", "expected_attention", "tova", "keydiff")
 
 
 @pytest.mark.parametrize("name", TUNED)
