@@ -42,6 +42,10 @@ class AdaKV(WindowPolicy):
         at_least(self, 0, "safeguard")
         at_most(self, 1, "safeguard")
 
+    @property
+    def redundant(self) -> bool:
+        return super().redundant or (self.floor and self.safeguard == 0)
+
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         scores, recent = self.score(view), self.recent
         return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=self.floor, recent=recent))

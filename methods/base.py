@@ -43,6 +43,11 @@ class KVPolicy:
         return Needs()
 
     @property
+    def redundant(self) -> bool:
+        """Whether a value that means nothing beside the others is not the plainest: `harness tune` leaves it out."""
+        return False
+
+    @property
     def evicts_while_decoding(self) -> bool:
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
         return False

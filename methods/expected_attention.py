@@ -67,6 +67,10 @@ class ExpectedAttention(PooledPolicy):
         at_least(self, 1, "window", "future")
 
     @property
+    def redundant(self) -> bool:
+        return super().redundant or (self.epsilon > 0 and not self.value_norm)
+
+    @property
     def needs(self) -> Needs:
         return Needs(window=self.window)
 

@@ -51,6 +51,10 @@ class H2O(PooledPolicy):
         at_most(self, 1, "recent_share")
 
     @property
+    def redundant(self) -> bool:
+        return super().redundant or (self.recent > 0 and self.recent_share > 0)  # the greater one counts
+
+    @property
     def needs(self) -> Needs:
         return Needs(column_sums=True, decode_attention=self.evict)
 

@@ -35,6 +35,10 @@ class PooledPolicy(EvictionPolicy):
         super().__post_init__()
         check_kernel(self.kernel, self.forward)
 
+    @property
+    def redundant(self) -> bool:
+        return self.kernel == 1 and (self.pool, self.forward) != ("max", False)
+
     def pooled(self, scores: Tensor) -> Tensor:
         """Pool scores [B, H, T] >= 0, as they are where `kernel` is 1."""
         return scores if self.kernel == 1 else pool(scores, self.kernel, self.pool, self.recent, forward=self.forward)
