@@ -59,6 +59,11 @@ class Tuning(_Frozen):
     created: str = ""
 
 
+def packaged(method: str) -> list[Path]:
+    """Return the artefacts of a method that come with this package."""
+    return sorted(CHOSEN.glob(f"*/{method}.json"))
+
+
 def save_tuning(tuning: Tuning, folder: Path) -> Path:
     """Write `METHOD.json` into a folder and return its path."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
