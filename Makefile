@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadgroup
 QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults demo tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults demo docs tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -70,6 +70,11 @@ faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driv
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick
+
+docs: $(INSTALLED) ## write the page of every method again, from methods/
+	mkdir -p build
+	$(BIN)/harness list methods --markdown > build/method-reference.md
+	mv build/method-reference.md docs/method-reference.md
 
 tables: model ## compile the packaged tables again, into build/tables
 	$(BIN)/harness fetch kjv

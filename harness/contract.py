@@ -47,16 +47,16 @@ def check_method(label: str, *, without: Collection[str] = ()) -> None:
             hold(label)
 
 
-def make_view(tokens: int, needs: Needs) -> PromptView:
-    """Make a random prompt of 4 layers, 2 KV heads of 3 query heads and dimension 8, with what `needs` declares."""
+def make_view(tokens: int, needs: Needs, *, dim: int = DIM, dtype: torch.dtype = torch.float32) -> PromptView:
+    """Make a random prompt of 4 layers and 2 KV heads of 3 query heads, with what `needs` declares."""
     draw = torch.Generator().manual_seed(tokens)
     layers = []
     for index in range(LAYERS):
-        keys, values = (torch.randn(1, HEADS, tokens, DIM, generator=draw) for _ in range(2))
-        queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), DIM, generator=draw)
+        keys, values = (torch.randn(1, HEADS, tokens, dim, generator=draw).to(dtype) for _ in range(2))
+        queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), dim, generator=draw).to(dtype)
         sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw) if needs.column_sums else None
         kv = KV(keys, values, torch.arange(tokens).expand(1, HEADS, tokens))
-        layers.append(LayerView(index, kv, queries, DIM**-0.5, sums, _turn))
+        layers.append(LayerView(index, kv, queries, dim**-0.5, sums, _turn))
     own = -torch.rand(1, max(0, min(needs.window, tokens - 1)), generator=draw)
     return PromptView(layers, own if needs.logprobs else None)
 
@@ -255,5 +255,5 @@ def _turn(keys: Tensor, by: int) -> Tensor:
     half = keys.shape[-1] // 2
     angle = by / 10 ** torch.arange(half)
     first, second = keys[..., :half], keys[..., half:]
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

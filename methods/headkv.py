@@ -1,63 +1,54 @@
-"""HeadKV-style budgets: SnapKV's choice of tokens, with more slots for heads that look at what answers come from.
+"""HeadKV: SnapKV's choice of tokens, with more slots for heads that look at what answers come from.
 
-Source: https://arxiv.org/abs/2410.19258. A head's budget is an even base plus its share of a common pool, by how much
-attention the tokens of an answer pay to the sentence that holds it, on calibration prompts with the full cache.
-Differences: importance is the attention mass itself instead of hits among the top tokens, per KV head; the share of the
-pool is chosen on calibration prompts (`harness.compiler.retrieval_heads`). The budgets travel with CompilerKV's tables,
-whose calibration prompts they come from.
+Source: https://arxiv.org/abs/2410.19258 and its LongBench runner (window 8, kernel 7, max pool, beta 1.005 first). A
+head's slots outside the window are an even base and its share of a common pool, 1 / beta of all of them, by its
+importance: how much attention the tokens of an answer pay to the sentence that holds it, with the full cache.
+Differences: importance comes from CompilerKV's calibration prompts and travels with its tables (the authors': needle
+tests of their own); it is all attention mass on the sentence, where the code takes that of the tokens among as many top
+ones as the sentence has, of tests that were answered right; it is per KV head, so that slots are stored once per KV
+head (the authors' code stores them once per query head). The budget is spent exactly (whole slots by largest remainder,
+what a head has no room for goes to the others), where the code rounds each head and may over- or underspend. Heads of a
+model without tables share evenly.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PromptView, Sizes, at_least
-from methods.compilerkv.form import best_slots, slot_counts
-from methods.compilerkv.policy import AUTO, CompilerKV
+from torch import Tensor
+
+from methods.base import at_least
+from methods.compilerkv.head_budgets import HeadBudgets
+from methods.compilerkv.policy import AUTO
+from methods.compilerkv.tables import Tables
 from methods.registry import method
-from methods.window import check_kernel, per_query_head, window_scores
+from methods.window import POOLINGS
+
+BETAS = (1.005, 1.01, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0)
+"""Those that the authors' runner names."""
+PRESETS = {"paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 1.005}}
+CHOICES = {"recent": (4, 8, 16, 32, 64), **POOLINGS, "beta": BETAS}
 
 
-@method("headkv", paper="https://arxiv.org/abs/2410.19258")
+@method(
+    "headkv",
+    paper="https://arxiv.org/abs/2410.19258",
+    code="https://github.com/FYYFU/HeadKV at 0862a09",
+    presets=PRESETS,
+    choices=CHOICES,
+)
 @dataclass(frozen=True)
-class HeadKV(KVPolicy):
-    """SnapKV with a slot budget for each layer and KV head. tables: as in `compilerkv`; uniform budgets without any."""
+class HeadKV(HeadBudgets):
+    """SnapKV with a slot budget for each layer and KV head by its importance.
 
-    recent: int = 32
-    kernel: int = 7
+    tables: as in `compilerkv`. beta: one part in beta of the slots outside the window is given out by importance.
+    """
+
+    recent: int = 8
     tables: str = AUTO
+    beta: float = 1.005
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "recent")
-        check_kernel(self.kernel)
+        super().__post_init__()
+        at_least(self, 1, "beta")
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(window=self.recent)
-
-    def for_model(self, revision: str) -> "HeadKV":
-        return replace(self, tables=self._lookup().for_model(revision).tables)
-
-    def provenance(self) -> dict[str, Any]:
-        return self._lookup().provenance()
-
-    def fitted_on(self) -> frozenset[str]:
-        return self._lookup().fitted_on()
-
-    def check(self, view: PromptView) -> None:
-        self._lookup().check(view)
-
-    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
-        return per_query_head(sizes) + self._lookup().notes(budget, sizes)
-
-    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]]:
-        counts = slot_counts(self._lookup().shares(sizes, budget), budget, sizes, window=self.recent)
-        return [partial(self._kept, own) for own in counts]
-
-    def _kept(self, counts: list[int], layer: LayerView) -> KV:
-        scores = window_scores(layer, self.recent, self.kernel, "max")
-        return layer.kv.take(best_slots(scores, counts, recent=self.recent))
-
-    def _lookup(self) -> CompilerKV:
-        return CompilerKV(tables=self.tables, budgets="retrieval")
+    def multiples(self, tables: Tables, budget: int) -> Tensor:
+        return tables.one_pass(1 / self.beta)

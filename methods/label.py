@@ -18,6 +18,10 @@ from typing import Any
 
 from methods.budget import PolicyError
 
+TUNED = "tuned"
+"""The preset of every method that `harness tune` can tune."""
+ARTEFACT = "artefact"
+"""Its one parameter: where the tuned ones lie."""
 PREFIXED = re.compile(r"(\w*):")
 PARAMETER = re.compile(r"(?:^|,)(\w+)=")
 
@@ -66,9 +70,13 @@ class MethodLabel:
         return replace(self, params=tuple((key, str(value)) for key, value in sorted(params.items())))
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters among `options`, `method.parameter` to value, that are this method's."""
+        """The parameters among `options`, `method.parameter` to value, that are this label's.
+
+        An artefact is for the tuned preset alone, so that it can stand beside others of its method.
+        """
         split = ((*key.partition("."), value) for key, value in options.items())
-        return {parameter: value for method, dot, parameter, value in split if dot and method == self.name}
+        own = {parameter: value for method, dot, parameter, value in split if dot and method == self.name}
+        return own if self.preset == TUNED else {key: own[key] for key in own if key != ARTEFACT}
 
 
 def _parameters(text: str, inside: str) -> tuple[tuple[str, str], ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import methods
 from methods.budget import PolicyError
 from methods.catalogue import Entry, catalogue
-from methods.label import MethodLabel, nearest
+from methods.label import ARTEFACT, TUNED, MethodLabel, nearest
 
 if TYPE_CHECKING:
     from methods.base import KVPolicy
@@ -125,11 +125,18 @@ def _check_label(label: MethodLabel, changed: Mapping[str, Any], known: Mapping[
         key, value = label.params[0]
         raise PolicyError(f"method '{label}' is as records name it; ask for {label.asked} with {key}={value} set")
     method = known[label.name]
-    if label.preset and label.preset not in method.presets:
-        raise PolicyError(f"unknown preset {label.preset!r} of {label.name}{nearest(label.preset, method.presets)}")
+    presets = preset_names(method)
+    if label.preset and label.preset not in presets:
+        raise PolicyError(f"unknown preset {label.preset!r} of {label.name}{nearest(label.preset, presets)}")
+    parameters = (ARTEFACT,) if label.preset == TUNED else method.parameters
     for key in changed:
-        if key not in method.parameters:
-            raise PolicyError(f"{label.name} has no parameter {key!r}{nearest(key, method.parameters)}")
+        if key not in parameters:
+            raise PolicyError(f"{label.asked} has no parameter {key!r}{nearest(key, parameters)}")
+
+
+def preset_names(method: Described) -> tuple[str, ...]:
+    """Name what may stand behind the `@` of a method."""
+    return (*method.presets, *([TUNED] if method.tunable else []))
 
 
 def make_policy(label: str | MethodLabel, overrides: Mapping[str, Any] | None = None) -> KVPolicy:
@@ -142,4 +149,8 @@ def make_policy(label: str | MethodLabel, overrides: Mapping[str, Any] | None = 
     if asked.prefix is not None:
         return PREFIXES[asked.prefix](str(asked).partition(":")[2], changed)
     entry = load_methods()[asked.name]
+    if asked.preset == TUNED:
+        from methods.tuned.policy import Tuned
+
+        return Tuned(asked.name, **changed)
     return entry.policy(**{**entry.presets.get(asked.preset, {}), **changed})

@@ -2,28 +2,39 @@
 
 Source: https://arxiv.org/abs/2404.14469, defaults as in the official LongBench configs (window 32, kernel 7, max pool).
 Differences: scores are averaged over the query group of a KV head, so that slots are stored once per KV head
-(the official code stores them once per query head); `kvcf` is KVCache-Factory's window of 8 under the same rule.
+(the official code stores them once per query head); `compiled` shares slots out by CompilerKV's compiled budgets, which
+tells those apart from CompilerKV's score; `kvcf` is KVCache-Factory's window of 8 under the same rule.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from methods.base import Sizes
+from torch import Tensor
+
+from methods.compilerkv.head_budgets import HeadBudgets
+from methods.compilerkv.tables import Tables
 from methods.registry import method
-from methods.window import WindowPolicy, per_query_head
+from methods.window import POOLINGS
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recent": 32, "kernel": 7, "pool": "max"},
     "kvcf": {"recent": 8, "kernel": 7, "pool": "max"},
     "kvpress": {"recent": 64, "kernel": 5, "pool": "avg"},
     "w8k13": {"recent": 8, "kernel": 13, "pool": "avg"},
+    "compiled": {"tables": "auto"},
 }
 
 
-@method("snapkv", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)
-@dataclass(frozen=True)
-class SnapKV(WindowPolicy):
-    """Top tokens by pooled attention of the last `recent` queries; one set per KV head."""
+CHOICES = {"recent": (4, 8, 16, 32, 64), **POOLINGS}
 
-    def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
-        return per_query_head(sizes) + super().notes(budget, sizes)
+
+@method("snapkv", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS, choices=CHOICES)
+@dataclass(frozen=True)
+class SnapKV(HeadBudgets):
+    """Top tokens by pooled attention of the last `recent` queries; one set per KV head.
+
+    tables: as in `compilerkv`, whose compiled budgets it takes; empty for even ones.
+    """
+
+    def multiples(self, tables: Tables, budget: int) -> Tensor:
+        return tables.multiples(budget, "compiled")

@@ -5,13 +5,21 @@ Scores after https://arxiv.org/abs/2404.14469.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from methods.base import LayerView
 from methods.registry import method
-from methods.snapkv import PRESETS
 from methods.window import WindowPolicy, pool, votes
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"recent": 32, "kernel": 7, "pool": "max"},
+    "kvcf": {"recent": 8, "kernel": 7, "pool": "max"},
+    "kvpress": {"recent": 64, "kernel": 5, "pool": "avg"},
+    "w8k13": {"recent": 8, "kernel": 13, "pool": "avg"},
+}
+"""Those of `snapkv`."""
 
 
 @method("snapkv_shared", paper="https://arxiv.org/abs/2404.14469", presets=PRESETS)

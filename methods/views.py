@@ -147,6 +147,10 @@ class LayerView:
             self._memo[key] = compute(self)
         return self._memo[key]
 
+    def forget(self) -> None:
+        """Let go of all memos: a search among many policies would keep the scores of each."""
+        self._memo.clear()
+
 
 @dataclass(frozen=True)
 class Sizes:

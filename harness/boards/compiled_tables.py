@@ -6,15 +6,15 @@ A run names its tables and their hash. Tables that are not here, or no longer th
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from harness.records.record import RunManifest
 from leaderboards.pages.heats import TableMap
 from leaderboards.text import clean
 from methods.base import PolicyError
 
-USED = {"compiled": ("budget", "slots"), "retrieval": ("retrieval", "HeadKV's slots")}
-"""Parameter `budgets` of the compiled form to the table that it shares slots out by, and its words."""
+USED: dict[str, Literal["compiled", "onepass"]] = {"compiled": "compiled", "onepass": "onepass"}
+"""Values of the parameter `budgets` of the compiled form that share slots out by tables."""
 
 
 class _Use(NamedTuple):
@@ -59,6 +59,5 @@ def _maps(use: _Use, name: str, users: str) -> list[TableMap]:
         return []
     if tables.manifest.tensors_sha256 != use.sha256:
         return []
-    tensor, words = USED[use.budgets]
-    slots = zip(tables.manifest.budgets, tables.tensors[tensor].tolist(), strict=True)
-    return [TableMap(f"{name}, {words} of {users}", str(budget), values) for budget, values in slots]
+    slots = [(budget, tables.multiples(budget, USED[use.budgets]).tolist()) for budget in tables.manifest.budgets]
+    return [TableMap(f"{name}, slots of {users}", str(budget), values) for budget, values in slots]

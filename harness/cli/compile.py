@@ -3,41 +3,55 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from harness.cli.arguments import names, numbers
 from harness.errors import HarnessError, checked
+from harness.records.spec import Frozen
+
+Spec = TypeVar("Spec", bound=Frozen)
 
 
 def compile_parser(compiling: argparse.ArgumentParser) -> None:
+    add_calibration(compiling)
     add = compiling.add_argument
-    add("--model", help="as in `harness run`")
-    add("--corpus", dest="corpora", type=names, metavar="C", help="kjv, pydoc, essays or folders of text, by commas")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for roll-outs and tables; repeat to resume")
-    add("--prompts", type=int, help="calibration prompts, over all corpora (128)")
-    add("--lengths", type=numbers, metavar="A,B", help="tokens of a prompt, least and most (600,1000)")
-    add("--budgets", type=numbers, help="budgets that tables are compiled for (64,128,256,512)")
     add("--form", help="tables whose score form is taken over, to compare tables of two corpora (default: choose one)")
     add("--steps", type=int, help="gradient steps, one prompt each (160)")
     add("--estimator", choices=("gradient", "ridge"), help="of the slot budgets (gradient)")
     add("--published", action="store_true", default=None, help="compile the published form's tables too, by Q-learning")
+    compiling.set_defaults(action=_compile)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that works on calibration prompts."""
+    add = parser.add_argument
+    add("--model", help="as in `harness run`")
+    add("--corpus", dest="corpora", type=names, metavar="C", help="kjv, pydoc, essays or folders of text, by commas")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for roll-outs and results; repeat to resume")
+    add("--prompts", type=int, help="calibration prompts, over all corpora (128)")
+    add("--lengths", type=numbers, metavar="A,B", help="tokens of a prompt, least and most (600,1000)")
+    add("--budgets", type=numbers, help="budgets that decide (64,128,256,512)")
     add("--seed", type=int)
     add("--dtype", help="as in `harness run`")
     add("--device", help="as in `harness run`")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    compiling.set_defaults(action=_compile)
+
+
+def calibration_spec(kind: type[Spec], args: argparse.Namespace) -> Spec:
+    """Return what was asked for, and set the threads. Raises HarnessError for a value out of range."""
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    given = {name: getattr(args, name) for name in kind.model_fields if getattr(args, name, None) is not None}
+    return checked(kind, given)
 
 
 def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
-    import torch
-
-    from harness.compiler.compile import Compiler
-    from harness.compiler.stage import CompileSpec
+    from harness.compiler.compile import Compiler, CompileSpec
     from methods.base import PolicyError
 
-    given = {name: getattr(args, name) for name in CompileSpec.model_fields if getattr(args, name, None) is not None}
-    spec = checked(CompileSpec, given)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    spec = calibration_spec(CompileSpec, args)
     try:
         manifest = Compiler(spec, args.out).compile(command).manifest
     except PolicyError as error:

@@ -3,15 +3,20 @@
 import argparse
 from collections.abc import Sequence
 
+from harness.errors import HarnessError
+
 Rows = list[tuple[str, str]]
 
 
 def list_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=LISTS)
+    parser.add_argument("--markdown", action="store_true", help="of methods: docs/method-reference.md")
     parser.set_defaults(action=_action)
 
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
+    if args.markdown:
+        return _markdown(args.what)
     rows = LISTS[args.what]()
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -19,11 +24,20 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     return 0
 
 
-def _methods() -> Rows:
-    from methods.registry import known_methods
+def _markdown(what: str) -> int:
+    if what != "methods":
+        raise HarnessError(f"--markdown is a page of the methods, not of {what}; write harness list methods --markdown")
+    from harness.method_reference import reference
 
-    known = sorted(known_methods().items())
-    return [(name, m.summary + (f" Presets: {', '.join(m.presets)}." if m.presets else "")) for name, m in known]
+    print(reference())
+    return 0
+
+
+def _methods() -> Rows:
+    from methods.registry import known_methods, preset_names
+
+    known = [(name, m.summary, ", ".join(preset_names(m))) for name, m in sorted(known_methods().items())]
+    return [(name, summary + (f" Presets: {presets}." if presets else "")) for name, summary, presets in known]
 
 
 def _tasks() -> Rows:

@@ -21,6 +21,7 @@ COMMANDS = {
     "list": "what can be named on the command line",
     "fetch": "download a packaged asset into the cache, to work offline later",
     "compile": "compile CompilerKV's tables from roll-outs of a model",
+    "tune": "choose a method's parameters on calibration prompts, for NAME@tuned",
     "tables": "look at compiled tables, compare and move them",
     "bench": "speed and memory of methods, each by itself",
     "serve-bench": "speed and memory of a batch of prompts decoded together",

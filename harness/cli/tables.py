@@ -45,7 +45,7 @@ def _show(args: argparse.Namespace, command: Sequence[str]) -> int:
         row, column = divmod(int(table.argmax()), table.shape[1])
         print(f"{name}: {table.min():.2f} to {table.max():.2f}, most in layer {row}, column {column}")
     for i, budget in enumerate(manifest.budgets):
-        print(f"slots and HeadKV's at {budget}: Spearman {spearman(tables.budget[i], tables.retrieval[i]):.2f}")
+        print(f"slots at {budget} and importance: Spearman {spearman(tables.budget[i], tables.importance[0]):.2f}")
     for name, why in manifest.neutral.items():
         print(f"{name} left neutral: {why}")
     for path in write_page(tables, args.out or folder_of(args.tables)):

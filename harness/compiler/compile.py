@@ -8,7 +8,7 @@ Stages, each resumable from what lies in the output folder:
     check     on calibration-validation prompts: the tables against uniform budgets and against their own shuffles;
               tables that do not win both are left neutral
     risk      whether slots should move between the prompts of a batch by their risk (methods.compilerkv.risk)
-    retrieval multiples in the style of HeadKV, a rival's (harness.compiler.retrieval_heads)
+    importance of heads in one pass, and how much of the slots follows it (harness.compiler.retrieval_heads)
     published head weights and thresholds by Q-learning when asked for (harness.compiler.paper_tables), checked like the
     budgets
 Every quarter prompt of a family is for validation. Losses are divergences from the full cache on the answer's first
@@ -18,21 +18,23 @@ tokens, in nats a token.
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from harness.compiler.estimators import ESTIMATORS, candidate, ridge_reliability
+from harness.compiler.estimators import ESTIMATORS, ridge_reliability, with_table
 from harness.compiler.paper_check import check_published, no_gain
 from harness.compiler.paper_tables import Observed, Published
-from harness.compiler.retrieval_heads import by_retrieval
-from harness.compiler.stage import Candidate, CompileSpec, Workbench
+from harness.compiler.retrieval_heads import choose_pool, head_importance
+from harness.compiler.stage import CHOICE_PROMPTS, CalibrationSpec, Workbench
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.models.prompt import token_sha256
-from methods.compilerkv.form import Form
-from methods.compilerkv.manifest import Manifest
+from methods.base import KVPolicy
+from methods.compilerkv.form import Form, FormPolicy
+from methods.compilerkv.manifest import ENTROPY_BINS, Manifest
 from methods.compilerkv.policy import folder_of
 from methods.compilerkv.risk import fit_risk, risk_gain
 from methods.compilerkv.selection import choose, gains, spearman
@@ -43,28 +45,51 @@ FORMS = tuple(
     for window, kernel, forward, whole in product((8, 16, 32), (7, 13, 21), (True, False), (0.0, 0.1, 0.2, 0.4))
 )
 BASES, GATES = ("head", "layer", "global"), (0.0, 0.1, 0.8)
-FORM_PROMPTS = 32
+TRIALS = len(FORMS) + len(BASES) * len(GATES)
+"""Candidates that are tried for the form; `harness tune` tries as many for any other method."""
 SHUFFLES = 8
+
+
+class CompileSpec(CalibrationSpec):
+    """What decides the tables.
+
+    form: `auto`, or tables (a folder, or packaged ones) whose form is taken instead of choosing one. steps: of the
+    gradient. published: compile the tables of the published form too.
+    """
+
+    form: str = "auto"
+    steps: int = Field(default=160, ge=1)
+    estimator: Literal["gradient", "ridge"] = "gradient"
+    published: bool = False
 
 
 class Compiler:
     """One compilation. folder: gets the roll-outs, the state of every estimate and the tables."""
 
     def __init__(self, spec: CompileSpec, folder: Path) -> None:
-        self.spec, self.folder, self.bench = spec, folder, Workbench(spec, folder)
+        self.spec, self.folder = spec, folder
+        self.bench = Workbench(spec, folder, apart={"published"})  # which adds stages and changes none
+        training = len(self.bench.training)
+        if spec.published and training < ENTROPY_BINS:
+            raise HarnessError(
+                f"{training} training prompts do not fill {ENTROPY_BINS} risk bins; raise --prompts "
+                f"from {spec.prompts} to {2 * ENTROPY_BINS}, or leave --published out"
+            )
 
     def compile(self, command: Sequence[str]) -> Tables:
         """Run what is missing and write the tables."""
         estimate, _ = ESTIMATORS[self.spec.estimator]
         training = self.bench.training
         form, report = self.choose_form()
-        shares = estimate(self.bench, "all", form, training)
-        halves = [estimate(self.bench, f"half{i}", form, training[i::2]) for i in (0, 1)]
+        shares = estimate(self.bench, "all", form, training, self.spec.steps)
+        halves = [estimate(self.bench, f"half{i}", form, training[i::2], self.spec.steps) for i in (0, 1)]
         report |= {"halves_spearman": spearman(*halves), "validation": self.check(form, shares)}
         if self.spec.estimator == "ridge":
             report["split_half"] = ridge_reliability(self.bench, "all", training)
         report |= {"training_prompts": len(training), "validation_prompts": len(self.bench.validation)}
-        tensors = {"budget": shares.clone(), "retrieval": by_retrieval(self.bench, form, training)}
+        importance = head_importance(self.bench, training)
+        pool = choose_pool(self.bench, form, importance, training)
+        tensors = {"budget": shares.clone(), "importance": importance, "pool": pool}
         reasons: dict[str, str] = {}
         for row, budget in enumerate(self.spec.budgets):
             if why := no_gain(report["validation"][str(budget)], "uniform"):
@@ -96,10 +121,9 @@ class Compiler:
 
     def _best(self, stage: str, forms: Sequence[Form]) -> tuple[Form, dict[str, Any]]:
         names = [form.model_dump_json(exclude_defaults=True) for form in forms]
-        asked = self.bench.training[:FORM_PROMPTS]
-        tight = [budget for budget in self.spec.budgets if budget <= self.spec.lengths[0] / 2]  # tells forms apart
-        uniform: list[Candidate] = [(form, ()) for form in forms]
-        losses = self.bench.compare(stage, asked, [(budget, uniform) for budget in tight or self.spec.budgets[:1]])
+        asked = self.bench.training[:CHOICE_PROMPTS]
+        uniform = [FormPolicy(form) for form in forms]
+        losses = self.bench.compare(stage, asked, [(budget, uniform) for budget in self.spec.tight])
         best, report = choose(losses, [self.bench.prompts[at].family for at in asked])
         ranked = sorted(range(len(forms)), key=lambda i: report["scores"][i])[:5]
         summary = {name: report[name] for name in ("left_out_ratio", "often")}
@@ -119,7 +143,7 @@ class Compiler:
         bench, budgets = self.bench, self.spec.budgets
         if len(budgets) == 1:
             return neutral(bench.shapes, budgets).risk, {"neutral": {str(budgets[0]): "one budget shows no slope"}}
-        tables = [(budget, candidate(form, own)) for budget, own in zip(budgets, shares, strict=True)]
+        tables = [(budget, with_table(form, own)) for budget, own in zip(budgets, shares, strict=True)]
         curves = bench.measure(
             "curves", bench.training, lambda at: [bench.divergences(at, [own], budget)[0] for budget, own in tables]
         )
@@ -138,10 +162,10 @@ class Compiler:
         """Return the gains of the tables on validation prompts, for each budget."""
         draws = torch.Generator().manual_seed(self.spec.seed)
         orders = [torch.randperm(shares[0].numel(), generator=draws) for _ in range(SHUFFLES)]
-        compared = list[tuple[int, list[Candidate]]]()
+        compared = list[tuple[int, list[KVPolicy]]]()
         for budget, table in zip(self.spec.budgets, shares, strict=True):
             shuffled = [table.flatten()[order].view(table.shape) for order in orders]
-            compared.append((budget, [(form, ()), *(candidate(form, own) for own in (table, *shuffled))]))
+            compared.append((budget, [FormPolicy(form), *(with_table(form, own) for own in (table, *shuffled))]))
         losses = self.bench.compare("check", self.bench.validation, compared)
         return {str(budget): gains(losses[:, i], seed=self.spec.seed) for i, budget in enumerate(self.spec.budgets)}
 

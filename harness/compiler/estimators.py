@@ -1,4 +1,4 @@
-"""Estimators of slot budgets behind one interface: (workbench, name, form, prompts) to multiples [N, L, H].
+"""Estimators of slot budgets behind one interface: (workbench, name, form, prompts, steps) to multiples [N, L, H].
 
 gradient  Adam through a soft eviction (harness.compiler.gradient)
 ridge     effects of foldover designs (methods.compilerkv.designs): every layer and KV head up or down at once, each
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from harness.compiler.gradient import Descent
-from harness.compiler.stage import Candidate, Workbench
+from harness.compiler.stage import Workbench
 from methods.compilerkv.designs import foldovers, multipliers, ridge, split_half
-from methods.compilerkv.form import Form
+from methods.compilerkv.form import Form, FormPolicy
 
-Estimator = Callable[[Workbench, str, Form, Sequence[int]], Tensor]
+Estimator = Callable[[Workbench, str, Form, Sequence[int], int], Tensor]
 
 KEEP_EVERY = 20
 """Steps of a descent between two stored states."""
@@ -28,12 +28,12 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 STRENGTH_PROMPTS = 16
 
 
-def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
+def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int], steps: int) -> Tensor:
     """Return slot multiples by descent; every prompt in turn, in a seeded order."""
     generator = torch.Generator().manual_seed(bench.spec.seed)
-    rounds = -(-bench.spec.steps // len(prompts))
+    rounds = -(-steps // len(prompts))
     order = [prompts[i] for _ in range(rounds) for i in torch.randperm(len(prompts), generator=generator).tolist()]
-    order = order[: bench.spec.steps]
+    order = order[:steps]
     size = {"layers": bench.shapes.layers, "heads": bench.shapes.kv_heads}
     descent = bench.saved.restore(name, Descent(form, bench.spec.budgets, steps=len(order), **size))
     done = len(descent.losses)
@@ -46,15 +46,15 @@ def by_gradient(bench: Workbench, name: str, form: Form, prompts: Sequence[int])
     return descent.shares().detach()
 
 
-def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) -> Tensor:
-    """Return slot multiples from ridge regression on balanced foldover designs, a table for each budget."""
+def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int], steps: int) -> Tensor:
+    """Return slot multiples from ridge regression on balanced foldover designs, a table for each budget; no steps."""
     layers, heads = bench.shapes.layers, bench.shapes.kv_heads
     designs = _designs(bench, prompts)
     place = {at: i for i, at in enumerate(prompts)}
 
     def roll(at: int) -> list[list[float]]:
         rows = multipliers(designs[place[at]], strength=SWING).view(-1, layers, heads)
-        candidates = [candidate(form, row) for row in rows]
+        candidates = [with_table(form, row) for row in rows]
         return [bench.divergences(at, candidates, budget) for budget in bench.spec.budgets]
 
     found = bench.measure(f"ridge {name}", prompts, roll)  # [P, N, R]
@@ -62,7 +62,7 @@ def by_ridge(bench: Workbench, name: str, form: Form, prompts: Sequence[int]) ->
     for i, budget in enumerate(bench.spec.budgets):
         effects = ridge(designs, found[:, i], seed=bench.spec.seed).values
         own = [multipliers(effects, strength=strength).view(layers, heads) for strength in STRENGTHS]
-        tried = partial(bench.divergences, candidates=[candidate(form, table) for table in own], budget=budget)
+        tried = partial(bench.divergences, candidates=[with_table(form, table) for table in own], budget=budget)
         losses = bench.measure(f"ridge {name} strength at {budget}", prompts[:STRENGTH_PROMPTS], tried)
         tables.append(own[int(losses.mean(dim=0).argmin())])
     return torch.stack(tables).float()
@@ -80,9 +80,9 @@ def _designs(bench: Workbench, prompts: Sequence[int]) -> Tensor:
     return foldovers(len(prompts), bench.shapes.layers * bench.shapes.kv_heads, PAIRS, bench.spec.seed)
 
 
-def candidate(form: Form, table: Tensor) -> Candidate:
+def with_table(form: Form, table: Tensor) -> FormPolicy:
     """Return a form with a table [L, H] of slot multiples."""
-    return form, tuple(map(tuple, table.tolist()))
+    return FormPolicy(form, tuple(map(tuple, table.tolist())))
 
 
 ESTIMATORS: Mapping[str, tuple[Estimator, str]] = {

@@ -61,7 +61,7 @@ def shown(tables: Tables) -> list[tuple[str, Tensor]]:
     """Name and [L, columns] of every table that was compiled."""
     neutral, budgets = tables.manifest.neutral, tables.manifest.budgets
     maps = [(f"slots at {budget}", tables.budget[i]) for i, budget in enumerate(budgets)]
-    maps.append((f"HeadKV at {budgets[0]}", tables.retrieval[0]))
+    maps.append(("importance", tables.importance[0]))
     for i, budget in enumerate(budgets):
         if not {"head", f"head {budget}"} & neutral.keys():
             maps.append((f"weights at {budget}", tables.head[i]))

@@ -2,11 +2,11 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -23,9 +23,8 @@ from harness.errors import HarnessError
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer, answer_tokens, wrap
 from harness.records.spec import Frozen
-from methods.base import Needs
-from methods.compilerkv.form import Form, FormPolicy
-from methods.compilerkv.manifest import ENTROPY_BINS, Shapes
+from methods.base import KVPolicy, Needs
+from methods.compilerkv.manifest import Shapes
 
 ROWS = 36  # of one forward
 HELD_BYTES = 6 * 2**30
@@ -33,16 +32,15 @@ HELD_BYTES = 6 * 2**30
 NEEDS = Needs(window=64, column_sums=True, logprobs=True)
 """What a prefill observes for any stage, so that one serves all."""
 
-Candidate = tuple[Form, tuple[tuple[float, ...], ...]]
-"""A form and its slot shares; () is uniform."""
+CHOICE_PROMPTS = 32
+"""Training prompts that a choice among candidates is made on."""
 
 
-class CompileSpec(Frozen):
-    """What decides the tables.
+class CalibrationSpec(Frozen):
+    """What decides the calibration prompts and how candidates are judged on them.
 
     prompts: of all corpora together. lengths: tokens of a prompt, least and most. answer: its first tokens, which are
-    judged. form: `auto`, or tables (a folder, or packaged ones) whose form is taken instead of choosing one. steps: of
-    the gradient. published: compile the tables of the published form too.
+    judged.
     """
 
     model: str = "smollm2-135m"
@@ -51,13 +49,14 @@ class CompileSpec(Frozen):
     lengths: tuple[int, int] = (600, 1000)
     answer: int = Field(default=16, ge=1)
     budgets: tuple[int, ...] = (64, 128, 256, 512)
-    form: str = "auto"
-    steps: int = Field(default=160, ge=1)
-    estimator: Literal["gradient", "ridge"] = "gradient"
-    published: bool = False
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+
+    @property
+    def tight(self) -> tuple[int, ...]:
+        """The budgets that tell candidates apart: up to half of the shortest prompt, one at least."""
+        return tuple(own for own in self.budgets if own <= self.lengths[0] / 2) or self.budgets[:1]
 
 
 class Calibration(NamedTuple):
@@ -73,14 +72,17 @@ class Calibration(NamedTuple):
 class Workbench:
     """Holds one compilation's model, prompts and roll-outs. Every fourth prompt of a family is for validation."""
 
-    def __init__(self, spec: CompileSpec, folder: Path) -> None:
-        self.spec, self.folder = spec, folder
+    def __init__(
+        self, spec: CalibrationSpec, folder: Path, *, needs: Needs = NEEDS, apart: Set[str] = frozenset()
+    ) -> None:
+        """needs: beside those of every stage. apart: fields of `spec` that change no stored value."""
+        self.spec, self.folder, self.needs = spec, folder, NEEDS | needs
         corpora = [load_corpus(name) for name in spec.corpora]
         self.loaded = load_model(spec.model, dtype=spec.dtype, device=spec.device)
         self.engine = Engine(AttachedModel(self.loaded.model))
         self.prompts = calibration_prompts(corpora, self.loaded, spec)
         self.corpora = {corpus.name: corpus.sha256 for corpus in corpora}
-        decided = spec.model_dump(mode="json", exclude={"published"})  # which adds stages and changes none
+        decided = spec.model_dump(mode="json", exclude=set(apart))
         self.saved = SavedState(folder, {**decided, "revision": self.loaded.spec.revision, "corpora": self.corpora})
         self._held: dict[int, Rollout] = {}
         probe = self.engine.prefill(self.prompts[0].ids[:8], Needs(window=1)).view
@@ -89,29 +91,24 @@ class Workbench:
         families = [[i for i, prompt in enumerate(self.prompts) if prompt.family == family] for family in FAMILIES]
         self.validation = sorted(i for own in families for i in own[3::4])
         self.training = [i for i in range(len(self.prompts)) if i not in self.validation]
-        if spec.published and len(self.training) < ENTROPY_BINS:
-            raise HarnessError(
-                f"{len(self.training)} training prompts do not fill {ENTROPY_BINS} risk bins; raise --prompts "
-                f"from {spec.prompts} to {2 * ENTROPY_BINS}, or leave --published out"
-            )
 
     def rollout(self, at: int) -> Rollout:
         """Return the roll-out of a prompt, which is prefilled once as far as memory goes."""
         if at not in self._held:
             prompt = self.prompts[at]
-            made = Rollout(self.engine, prompt.ids, prompt.answer, NEEDS)
+            made = Rollout(self.engine, prompt.ids, prompt.answer, self.needs)
             if (len(self._held) + 1) * made.nbytes > HELD_BYTES:
                 return made
             self._held[at] = made
         return self._held[at]
 
-    def divergences(self, at: int, candidates: Sequence[Candidate], budget: int) -> list[float]:
+    def divergences(self, at: int, candidates: Sequence[KVPolicy], budget: int) -> list[float]:
         """Return the divergence from the full cache of each candidate at a budget, on one prompt, nats a token."""
         rollout, found = self.rollout(at), list[float]()
         for start in range(0, len(candidates), ROWS):
-            policies = [FormPolicy(form, shares) for form, shares in candidates[start : start + ROWS]]
-            kept = [rollout.kept(policy.compress(rollout.view, budget)) for policy in policies]
-            biases = [torch.cat(rows) for rows in zip(*kept, strict=True)]
+            rows = candidates[start : start + ROWS]
+            kept = [rollout.kept(policy.compress(rollout.view, budget)) for policy in rows]
+            biases = [torch.cat(own) for own in zip(*kept, strict=True)]
             found += rollout.losses(rollout.logprobs(biases))[0].tolist()
         if not all(map(math.isfinite, found)):
             name = self.prompts[at].id
@@ -130,11 +127,17 @@ class Workbench:
                 bar.update()
         return self.found(stage, prompts)
 
-    def compare(
-        self, stage: str, prompts: Sequence[int], compared: Sequence[tuple[int, Sequence[Candidate]]]
-    ) -> Tensor:
+    def compare(self, stage: str, prompts: Sequence[int], compared: Sequence[tuple[int, Sequence[KVPolicy]]]) -> Tensor:
         """Measure the divergence of C candidates at each of N budgets: [P, N, C] float32, nats a token."""
-        return self.measure(stage, prompts, lambda at: [self.divergences(at, own, budget) for budget, own in compared])
+
+        def roll(at: int) -> list[list[float]]:
+            found = [self.divergences(at, own, budget) for budget, own in compared]
+            if at in self._held:
+                for layer in self._held[at].view.layers:
+                    layer.forget()
+            return found
+
+        return self.measure(stage, prompts, roll)
 
     def found(self, stage: str, prompts: Sequence[int]) -> Tensor:
         """Return what a stage found on some prompts: [P, ...] float32."""
@@ -145,7 +148,7 @@ class Workbench:
         return tqdm(total=total, initial=done, desc=what, unit="prompt", mininterval=slow, dynamic_ncols=True)
 
 
-def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: CompileSpec) -> list[Calibration]:
+def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: CalibrationSpec) -> list[Calibration]:
     """Return the prompts of a compilation, corpora in turn. Raises HarnessError for a context shorter than them."""
     if spec.lengths[1] + spec.answer > loaded.context:
         raise HarnessError(f"--lengths {spec.lengths} exceed the model's context of {loaded.context}; lower them")

@@ -44,7 +44,7 @@ class Manifest(_Frozen):
     tensors_sha256, created: of the tensors file, and UTC in ISO 8601. Set when saved.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     kind: Literal["neutral", "compiled", "simulated"]
     shapes: Shapes
     budgets: tuple[PositiveInt, ...]

@@ -3,8 +3,9 @@
 Source: https://arxiv.org/abs/2602.08686. `compilerkv` is our compiled form (`methods.compilerkv.form`): its tables give
 every layer and KV head a slot budget. `compilerkv@paper` is the published one (`methods.compilerkv.paper`): its tables
 give score weights and thresholds. `streaming` goes on choosing while decoding (`methods.compilerkv.streaming`). The
-other presets take one part away: `uniform` and `shuffled` the compiled budgets, `window` the whole-prompt attention,
-`head_only`, `gate_only` and `independent` (no alternation) parts of the published tables.
+other presets take one part away: `uniform` and `shuffled` the compiled budgets, `onepass` the gradient that they are
+found by (they come from the importance of heads, as HeadKV's), `window` the whole-prompt attention, `head_only`,
+`gate_only` and `independent` (no alternation) parts of the published tables.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "independent": {"form": "published", "learned": "independent"},
     "uniform": {"budgets": "uniform"},
     "shuffled": {"budgets": "shuffled"},
+    "onepass": {"budgets": "onepass"},
     "window": {"whole": False},
     "streaming": {"every": 16},
 }
@@ -54,7 +56,7 @@ class CompilerKV(KVPolicy):
 
     form: Literal["compiled", "published"] = "compiled"
     tables: str = AUTO
-    budgets: Literal["compiled", "uniform", "shuffled", "retrieval"] = "compiled"
+    budgets: Literal["compiled", "uniform", "shuffled", "onepass"] = "compiled"
     whole: bool = True
     window: int = 64
     learned: Learned = "both"
@@ -95,7 +97,7 @@ class CompilerKV(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         if self.form == "published":
-            tables = self._tables(view.sizes, budget)
+            tables = self.tables_for(view.sizes, budget)
             return paper.compress(view, budget, tables, window=self.window, learned=self.learned)
         if not self.every:
             return self._policy(budget, view.sizes).compress(view, budget)
@@ -116,7 +118,7 @@ class CompilerKV(KVPolicy):
 
         Where the tables say that it pays, prompts at risk get more slots and the others fewer; the total stays.
         """
-        tables = self._tables(views[0].sizes, budget)
+        tables = self.tables_for(views[0].sizes, budget)
         risk = tables.at(budget, "risk")
         if self.form == "published" or self.budgets != "compiled" or not bool(risk[:, 0].any()):
             return [self.compress(view, budget) for view in views]
@@ -129,7 +131,7 @@ class CompilerKV(KVPolicy):
         return streaming.after_step(step, self._form(), self.every)
 
     def check(self, view: PromptView) -> None:
-        self._tables(view.sizes, 1)
+        self.tables_for(view.sizes, 1)
 
     def provenance(self) -> dict[str, Any]:
         tables = self._loaded()
@@ -157,8 +159,8 @@ class CompilerKV(KVPolicy):
         """Return slot shares [L][H] that the tables give at a budget; () for uniform ones."""
         if self.budgets == "uniform":
             return ()
-        tables = self._tables(sizes, budget)
-        shares = tables.at(budget, "retrieval" if self.budgets == "retrieval" else "budget")
+        tables = self.tables_for(sizes, budget)
+        shares = tables.multiples(budget, "onepass" if self.budgets == "onepass" else "compiled")
         if self.budgets == "shuffled":
             draw = torch.Generator().manual_seed(SHUFFLE_SEED)
             shares = shares.flatten()[torch.randperm(shares.numel(), generator=draw)].view(shares.shape)
@@ -167,7 +169,8 @@ class CompilerKV(KVPolicy):
     def _loaded(self) -> Tables | None:
         return None if self.tables in (AUTO, NEUTRAL) else load_tables(folder_of(self.tables))
 
-    def _tables(self, sizes: Sizes, budget: int) -> Tables:
+    def tables_for(self, sizes: Sizes, budget: int) -> Tables:
+        """Return its tables, neutral ones without any. Raises PolicyError where they do not fit a model's sizes."""
         shapes = Shapes(layers=sizes.layers, query_heads=sizes.query_heads, kv_heads=sizes.kv_heads)
         tables = self._loaded()
         if tables is None:

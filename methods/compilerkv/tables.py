@@ -36,7 +36,7 @@ from methods.compilerkv.manifest import (
 
 MANIFEST, TENSORS = "manifest.json", "tables.safetensors"
 Learned = Literal["both", "head", "gate", "independent"]
-SHARES = ("budget", "retrieval")
+SHARES = ("budget", "importance")
 UNSUPPORTED = dict.fromkeys(("head", "head_alone"), UNSUPPORTED_HEAD)
 UNSUPPORTED |= dict.fromkeys(("gate", "gate_alone"), UNSUPPORTED_GATE)
 ROUNDING = 1e-6  # a bound such as 0.8 is rounded to float32
@@ -47,7 +47,9 @@ class Tables:
     """Look-up tables and what is known of them.
 
     budget: [N, L, H] float32 > 0, slots of each KV head beyond the window, as a multiple of their mean; mean 1.
-    retrieval: like budget, from how much answers look at the sentences that hold them (`methods.headkv`).
+    importance: [1, L, H] float32 > 0, how much answers look at the sentences that hold them through each KV head, with
+        the full cache, as a multiple of its mean.
+    pool: [N] float32, share of the slots beyond the window given out by importance that lost least, the rest evenly.
     risk: [N, 2, 3] float32, see `methods.compilerkv.risk`; slopes of 0 move nothing.
     head: [N, L, Hq] float32, weight of each query head.
     gate: [N, L, 20, 4] float32, score threshold of each risk bin.
@@ -66,7 +68,8 @@ class Tables:
     gate_support: Tensor
     head_alone: Tensor
     gate_alone: Tensor
-    retrieval: Tensor
+    importance: Tensor
+    pool: Tensor
     risk: Tensor
 
     @property
@@ -104,6 +107,14 @@ class Tables:
         span = math.log(compiled[above] / compiled[below])
         part = math.log(max(budget, compiled[0]) / compiled[below]) / span if span else 0.0
         return torch.lerp(table[below], table[above], min(1.0, part))
+
+    def multiples(self, budget: int, found: Literal["compiled", "onepass"]) -> Tensor:
+        """Return slot multiples [L, H], mean 1, at any budget: compiled ones, or those that importance gives."""
+        return self.at(budget) if found == "compiled" else self.one_pass(self.at(budget, "pool"))
+
+    def one_pass(self, pool: float | Tensor) -> Tensor:
+        """Return slot multiples [L, H], mean 1, of which the share `pool` follows the importance of heads."""
+        return 1 - pool + pool * self.importance[0]
 
     def published_neutral(self, budget: int) -> bool:
         """Return whether head weights and thresholds say nothing at the nearest compiled budget."""
@@ -212,7 +223,8 @@ def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     head = (budgets, shapes.layers, shapes.query_heads)
     gate = (budgets, shapes.layers, ENTROPY_BINS, PERPLEXITY_BINS)
     sizes = {
-        **dict.fromkeys(SHARES, (budgets, shapes.layers, shapes.kv_heads)),
+        **{"budget": (budgets, shapes.layers, shapes.kv_heads), "importance": (1, shapes.layers, shapes.kv_heads)},
+        "pool": (budgets,),
         **{"risk": (budgets, 2, 3), "head": head, "gate": gate},
         **{"entropy_edges": (ENTROPY_BINS - 1,), "perplexity_edges": (PERPLEXITY_BINS - 1,)},
         **{"head_support": head, "gate_support": gate, "head_alone": head, "gate_alone": gate},
@@ -248,6 +260,8 @@ def _value_flaw(name: str, x: Tensor, manifest: Manifest) -> str | None:
         return f"{name} {x.tolist()} are not ascending"
     if name in SHARES and bool(((x <= 0) | ((x.mean(dim=(1, 2), keepdim=True) - 1).abs() > 1e-3)).any()):
         return f"{name} multiples are not above 0 with a mean of 1"
+    if name == "pool" and bool((x > 1).any()):
+        return f"pool {x.tolist()} is more than a whole share"
     lowest = -math.inf if name == "risk" else 0.0
     low, high = manifest.ranges.get(name.removesuffix("_alone"), (lowest, math.inf))
     if bool(((x < low - ROUNDING) | (x > high + ROUNDING)).any()):

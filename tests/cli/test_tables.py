@@ -36,7 +36,7 @@ def test_show_writes_a_picture_and_a_page_without_script(tmp_path: Path, capsys:
     assert (tmp_path / "page" / "tables.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "page" / "tables.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert 'alt="Heat maps by layer and head: slots at 64, slots at 128, HeadKV at 64"' in page
+    assert 'alt="Heat maps by layer and head: slots at 64, slots at 128, importance"' in page
 
 
 def test_compare_prints_rank_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """`harness compile` on the tiny model: from a corpus to tables that a run can use, resumed and refused as it should."""
 
 import json
-import random
 import shutil
 from collections.abc import Iterator
 from itertools import product
@@ -13,32 +12,21 @@ import torch
 
 from harness.cli import main
 from harness.compiler import estimators, paper_tables
-from harness.compiler.compile import Compiler
+from harness.compiler.compile import Compiler, CompileSpec
 from harness.compiler.paper_check import ARMS, NEUTRAL, arms
 from harness.compiler.rollouts import Rollout
-from harness.compiler.stage import CompileSpec
+from harness.compiler.stage import CHOICE_PROMPTS
 from harness.errors import HarnessError
 from harness.models.prompt import token_sha256
 from harness.records.run_folder import find_runs, load_run
+from methods.base import Sizes
 from methods.compilerkv.form import Form
 from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.tables import load_tables
+from methods.headkv import BETAS
 from tests.tiny_run import FAST
 
 FORMS = (Form(window=4, kernel=9, whole=0.3), Form(window=8, kernel=9, whole=0.0), Form(window=8, kernel=1, whole=0.0))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus") / "made"
-    folder.mkdir()
-    draw = random.Random(0)
-    words = ["river", "stone", "cloud", "garden", "window", "paper", "harbour", "lantern", "meadow", "orchard"]
-    sentences = (" ".join(draw.choices(words, k=draw.randint(4, 8))).capitalize() for _ in range(1200))
-    (folder / "text.txt").write_text(
-        "".join(s + (". " if i % 6 else ".\n\n") for i, s in enumerate(sentences, start=1))
-    )
-    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -276,11 +264,15 @@ def test_tables_share_their_folder_with_the_published_ones_and_take_over_a_form(
     assert '"form"' not in (learned / "rollouts.jsonl").read_text()
 
 
-def test_retrieval_budgets_follow_the_attention_on_what_is_asked_for(compiled: Path, corpus: Path) -> None:
+def test_importance_is_attention_on_what_is_asked_for_and_the_pool_loses_least(compiled: Path, corpus: Path) -> None:
     tables, bench = load_tables(compiled), Compiler(spec(corpus), compiled).bench
     asked = [at for at in bench.training if bench.prompts[at].needle]
     assert {bench.prompts[at].family for at in asked} == {"copy", "needle", "multikey", "tracking"}
-    importance = bench.found("retrieval", asked).mean(dim=0)
-    for table in tables.retrieval:
-        pools = (table - 1) / (importance / importance.mean() - 1)
-        torch.testing.assert_close(pools, pools[0, 0].expand_as(pools), rtol=1e-2, atol=1e-3)
+    importance = bench.found("importance", asked).mean(dim=0)
+    torch.testing.assert_close(tables.importance[0], importance / importance.mean())
+    losses = bench.found("pool", bench.training[:CHOICE_PROMPTS]).mean(dim=0)
+    assert tables.pool.tolist() == pytest.approx([1 / BETAS[int(row.argmin())] for row in losses])
+    shapes = tables.manifest.shapes
+    sizes = Sizes(700, shapes.layers, shapes.query_heads, shapes.kv_heads)
+    (line,) = CompilerKV(tables=str(compiled), budgets="onepass").shares(sizes, 64)[:1]
+    torch.testing.assert_close(torch.tensor(line), 1 + tables.pool[0] * (tables.importance[0, 0] - 1))

@@ -25,13 +25,13 @@ def make_tables(*budgets: int, seed: int = 0, **fields: Any) -> Tables:
     given = {"kind": "compiled", "source": "random", "corpus": "none", "model": "some", "model_revision": "r1"}
     manifest = Manifest(**{**given, "shapes": SHAPES, "budgets": budgets, "seed": seed, "form": FORM, **fields})
     head, gate = (len(budgets), LAYERS, HEADS * GROUP), (len(budgets), LAYERS, 20, 4)
-    shares = [torch.rand(len(budgets), LAYERS, HEADS, generator=draw) + 0.2 for _ in range(2)]
-    budget, retrieval = (own / own.mean(dim=(1, 2), keepdim=True) for own in shares)
+    shares = [torch.rand(rows, LAYERS, HEADS, generator=draw) + 0.2 for rows in (len(budgets), 1)]
+    budget, importance = (own / own.mean(dim=(1, 2), keepdim=True) for own in shares)
     return Tables(
         manifest,
         **{name: 0.8 + 0.7 * torch.rand(head, generator=draw) for name in ("head", "head_alone")},
         **{name: 0.8 + 0.2 * torch.rand(gate, generator=draw) for name in ("gate", "gate_alone")},
-        **{"budget": budget, "retrieval": retrieval},
+        **{"budget": budget, "importance": importance, "pool": torch.linspace(0.9, 0.5, len(budgets))},
         entropy_edges=torch.linspace(2.0, 4.4, 19),
         perplexity_edges=torch.tensor([1.5, 1.6, 1.7]),
         head_support=torch.randint(9, head, generator=draw),

@@ -66,7 +66,7 @@ def test_methods_carry_their_parameters_and_overrides_their_names() -> None:
     assert [spec.label for spec, _ in planned] == ["snapkv@kvcf[kernel=5]", "fullkv"]
     spec, policy = planned[0]
     assert policy == SnapKV(recent=8, kernel=5, pool="max")
-    assert spec.params == {"recent": 8, "kernel": 5, "pool": "max", "forward": False}
+    assert spec.params == {"recent": 8, "kernel": 5, "pool": "max", "forward": False, "tables": ""}
     assert (spec.name, spec.budgeted, planned[1][0].budgeted) == ("snapkv", True, False)
 
 

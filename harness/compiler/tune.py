@@ -1,0 +1,116 @@
+"""`harness tune`: the search that chooses CompilerKV's form, for any method that states choices.
+
+Every trial is a set of the method's parameters. It runs on the calibration prompts that the form is chosen on, at the
+budgets that tell candidates apart; the set with the least divergence from the full cache is chosen (`selection.choose`)
+and written as an artefact, from which `NAME@tuned` is made. Trials are stored as they are run: repeat to go on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import reduce
+from itertools import product
+from operator import or_
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+
+from harness.compiler.compile import TRIALS
+from harness.compiler.stage import CHOICE_PROMPTS, CalibrationSpec, Workbench
+from harness.errors import HarnessError
+from harness.machine import git_commit, machine, versions
+from harness.models.prompt import token_sha256
+from methods.base import KVPolicy, Needs, PolicyError
+from methods.compilerkv.selection import choose
+from methods.label import MethodLabel
+from methods.registry import Method, check_method, load_methods, make_policy
+from methods.tuned.artefact import Trial, Tuning, save_tuning
+
+Parameters = dict[str, Any]
+
+
+class TuneSpec(CalibrationSpec):
+    """What decides a tuning. methods: names. trials: sets of parameters that are tried of each at most."""
+
+    methods: tuple[str, ...] = Field(min_length=1)
+    trials: int = Field(default=TRIALS, ge=2)
+
+
+class Tuner:
+    """One folder of trials, of one or more methods on the same prompts. Raises HarnessError for one without choices."""
+
+    def __init__(self, spec: TuneSpec, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+        self.methods = {name: _method(name) for name in spec.methods}
+        self.sets = {name: parameter_sets(own, spec.trials, spec.seed) for name, own in self.methods.items()}
+        wanted = (policy.needs for name in self.sets for policy in self._policies(name))
+        self.bench = Workbench(spec, folder, needs=reduce(or_, wanted, Needs()), apart={"methods"})
+        self.asked = self.bench.training[:CHOICE_PROMPTS]
+
+    def tune(self, name: str, command: Sequence[str]) -> tuple[Tuning, Path]:
+        """Run the trials of a method that are missing and write its artefact. command: as typed."""
+        bench, spec, method, sets = self.bench, self.spec, self.methods[name], self.sets[name]
+        losses = self._losses(name)
+        best, report = choose(losses, [bench.prompts[at].family for at in self.asked])
+        rows = zip(sets, losses.mean(dim=0).T.tolist(), report["scores"], strict=True)
+        corpora = ", ".join(f"{corpus} ({sha256[:12]})" for corpus, sha256 in bench.corpora.items())
+        tuning = Tuning(
+            method=name,
+            model=bench.loaded.spec.name,
+            model_revision=bench.loaded.spec.revision,
+            chosen=sets[best],
+            budgets=spec.tight,
+            choices={key: tuple(values) for key, values in method.choices.items()},
+            trials=tuple(Trial(parameters=own, divergence=means, score=score) for own, means, score in rows),
+            left_out={"ratio": report["left_out_ratio"], "often": report["often"]},
+            prompts=tuple(sorted(token_sha256(bench.prompts[at].ids) for at in self.asked)),
+            corpus=f"{len(self.asked)} prompts of {corpora}",
+            seed=spec.seed,
+            command=tuple(command),
+            git_commit=git_commit(),
+            made_on={**machine(), "versions": versions()},
+        )
+        return tuning, save_tuning(tuning, self.folder)
+
+    def _losses(self, name: str) -> Tensor:
+        """Divergences [P, N, C] of the trials of a method, nats a token."""
+        revision = self.bench.loaded.spec.revision
+        try:
+            policies = [policy.for_model(revision) for policy in self._policies(name)]
+        except PolicyError as error:
+            raise HarnessError(str(error)) from None
+        return self.bench.compare(name, self.asked, [(budget, policies) for budget in self.spec.tight])
+
+    def _policies(self, name: str) -> list[KVPolicy]:
+        return [make_policy(name, own) for own in self.sets[name]]
+
+
+def parameter_sets(method: Method, count: int, seed: int) -> list[Parameters]:
+    """Return at most `count` sets of a method's choices: its defaults, presets among them, then drawn by the seed."""
+    space = [dict(zip(method.choices, values, strict=True)) for values in product(*method.choices.values())]
+    named = [_as_choices(method, preset) for preset in ({}, *method.presets.values())]
+    first = [own for i, own in enumerate(named) if own is not None and own in space and own not in named[:i]]
+    rest = [own for own in space if own not in first]
+    Random(f"{method.name} {seed}").shuffle(rest)
+    return [*first, *rest][:count]
+
+
+def _as_choices(method: Method, preset: Mapping[str, Any]) -> Parameters | None:
+    """A preset as a set of choices; None where it changes something that is no choice."""
+    plain, own = asdict(method.policy()), asdict(method.policy(**preset))  # type: ignore[call-overload]
+    fixed = all(own[key] == plain[key] for key in plain.keys() - method.choices.keys())
+    return {key: own[key] for key in method.choices} if fixed else None
+
+
+def _method(name: str) -> Method:
+    try:
+        check_method(MethodLabel.parse(name), {})
+    except PolicyError as error:
+        raise HarnessError(str(error)) from None
+    known = load_methods()
+    if name not in known or not known[name].choices:
+        able = ", ".join(sorted(own for own, method in known.items() if method.choices))
+        raise HarnessError(f"{name} states no choices, so there is nothing to tune; methods that do: {able}")
+    return known[name]

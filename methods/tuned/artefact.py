@@ -1,0 +1,94 @@
+"""What `harness tune` found for a method on a model: a JSON file, `METHOD.json`, checked whenever it is read."""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from methods.base import PolicyError
+
+CHOSEN = Path(__file__).parent / "chosen"
+"""Artefacts that come with this package, a folder a model."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Trial(_Frozen):
+    """One set of parameters. divergence: from the full cache at each budget, nats a token, mean over the prompts.
+
+    score: divergence relative to the mean over all trials, where every family of prompts and budget counts the same.
+    """
+
+    parameters: dict[str, Any]
+    divergence: tuple[float, ...]
+    score: float
+
+
+class Tuning(_Frozen):
+    """The trials of a method and the one that was chosen.
+
+    model_revision: content hash or commit of the model that it was tuned on. budgets: in slots per layer and KV head.
+    choices: values of each parameter that sets were drawn from. trials: the sets that were run, defaults and presets
+    first. left_out: mean score on prompts that had no part in the choice, and how often the same set was chosen (four
+    folds). prompts: SHA-256 of the token ids of every prompt that decided; none of them may be scored with these
+    parameters. made_on: processor, threads and versions.
+    """
+
+    schema_version: Literal[1] = 1
+    method: str
+    model: str
+    model_revision: str
+    chosen: dict[str, Any]
+    budgets: tuple[PositiveInt, ...]
+    choices: dict[str, tuple[Any, ...]]
+    trials: tuple[Trial, ...]
+    left_out: dict[str, float]
+    prompts: tuple[str, ...]
+    corpus: str
+    seed: int
+    command: tuple[str, ...] = ()
+    git_commit: str | None = None
+    made_on: dict[str, Any] = {}
+    created: str = ""
+
+    @property
+    def space(self) -> int:
+        """Sets of parameters that there are."""
+        return prod(map(len, self.choices.values()))
+
+
+def save_tuning(tuning: Tuning, folder: Path) -> Path:
+    """Write `METHOD.json` into a folder and return its path."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    path, values = folder / f"{tuning.method}.json", tuning.model_copy(update={"created": now}).model_dump(mode="json")
+    folder.mkdir(parents=True, exist_ok=True)
+    trials = ",\n  ".join(json.dumps(trial) for trial in values.pop("trials"))
+    text = json.dumps(values, indent=1).removesuffix("\n}")
+    path.write_text(f'{text},\n "trials": [\n  {trials}\n ]\n}}\n', encoding="utf-8")
+    return path
+
+
+def load_tuning(path: Path) -> tuple[Tuning, str]:
+    """Read an artefact and its SHA-256; cached until it changes. Raises PolicyError, one line, for an unsound one."""
+    try:
+        return _load(path.resolve(), path.stat().st_mtime_ns)
+    except OSError as error:
+        raise PolicyError(f"no tuned parameters at {path}: {error.strerror}; make them with `harness tune`") from None
+
+
+@lru_cache(maxsize=64)
+def _load(path: Path, stamp: int) -> tuple[Tuning, str]:
+    data = path.read_bytes()
+    try:
+        return Tuning.model_validate_json(data), hashlib.sha256(data).hexdigest()
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}, got {str(first['input'])[:60]!r}"
+        raise PolicyError(f"{path} is damaged: {what}; tune the method again") from None
