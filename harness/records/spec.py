@@ -80,8 +80,8 @@ class Sweep(Asked):
 
     tasks: names or families. lengths: context lengths in tokens for generated tasks. limit: samples per task, or per
     task and length. max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the
-    tasks' own. nll_tokens: reference tokens that are scored at most. observe: prompts per task and length on which the
-    cost of observing is measured; no part of what is run. measure: time every cell by itself too, and its memory.
+    tasks' own. nll_tokens: reference tokens that are scored at most. observe: prompts per length, or data set, on which
+    the cost of observing is measured; no part of what is run. measure: time every cell by itself too, and its memory.
     whole: only rows of data sets that need no cut.
     """
 

@@ -1,10 +1,11 @@
 """What observing costs: a prefill with what a method observes less a plain one, on some prompts of a run.
 
 The cells of a sample share one prefill that observes for all of them, so their records cannot tell. On the first few
-contexts of each task and length the prompt is prefilled again: plainly, and once for each different `Needs`. All of it
-happens in the process and with the threads that ran the cells. The order turns round from context to context, so that
-a machine that gets slower or faster favours nobody in their median. A difference is kept as measured: noise may make it
-negative. What cannot be measured costs the record this number, never its score.
+contexts of each length that was asked for, whatever their tasks, and of each data set, the prompt is prefilled again:
+plainly, and once for each different `Needs`. The cost follows the length; to measure it for every generated task would
+more than double a short run. All of it happens in the process and with the threads that ran the cells. The order turns
+round from context to context, so that a machine that gets slower or faster favours nobody in their median. A difference
+is kept as measured: noise may make it negative. What cannot be measured costs the record this number, never its score.
 """
 
 import logging
@@ -22,16 +23,15 @@ Observed = Mapping[tuple[str, str], int]
 
 
 def observed(groups: Iterable[Sequence[PlannedSample]], *, lengths: Sequence[int], count: int) -> Observed:
-    """The samples of the first `count` contexts of each task and length.
+    """The samples of the first `count` contexts of each of `lengths`, and of each task without one of them.
 
-    groups: all that a run consists of, in its order, so that every session of it finds the same. lengths: that were
-    asked for; a data set's own do not count.
+    groups: all that a run consists of, in its order, so that every session of it finds the same. lengths: as asked for.
     """
     found: dict[tuple[str, str], int] = {}
-    seen: dict[tuple[str, int | None], int] = {}
+    seen: dict[str | int, int] = {}
     for group in groups:
-        name, length = group[0].task.name, group[0].sample.meta.get("length")
-        place = name, length if length in lengths else None
+        name, length = group[0].task.name, group[0].sample.meta.get("length", 0)
+        place: str | int = length if length in lengths else name
         number = seen.setdefault(place, 0)
         seen[place] += 1
         if number < count:

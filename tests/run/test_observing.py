@@ -73,16 +73,17 @@ def group(task: str, length: int, *ids: str) -> Any:
     ]
 
 
-def test_the_first_contexts_of_each_task_and_length_are_measured() -> None:
+def test_the_first_contexts_of_each_length_and_data_set_are_measured() -> None:
     plan = [group("niah", 64 * (1 + i % 2), f"n{i}") for i in range(8)]
-    plan += [group("rows", 3000 + i, f"r{i}a", f"r{i}b") for i in range(3)]  # a data set's own lengths are no place
+    plan += [group("ruler/vt", 64, "v0")]  # its length has enough
+    plan += [group("rows", 3000 + i, f"r{i}a", f"r{i}b") for i in range(3)]  # lengths that nobody asked for
     turns = observed(plan, lengths=(64, 128), count=2)
     assert {name for _, name in turns} == {"n0", "n1", "n2", "n3", "r0a", "r0b", "r1a", "r1b"}
     for task, first, second in (("niah", "n0", "n2"), ("niah", "n1", "n3"), ("rows", "r0a", "r1a")):
         assert (turns[task, first] + turns[task, second]) % 2 == 1
     assert turns["rows", "r0a"] == turns["rows", "r0b"]
     ones = observed(plan, lengths=(64, 128), count=1)
-    assert [turn % 2 for turn in ones.values()] == [0, 1, 0, 0]
+    assert list(ones.values()) == [0, 1, 2, 2]
     assert observed(plan, lengths=(64, 128), count=0) == {}
 
 
