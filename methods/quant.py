@@ -1,8 +1,8 @@
 """Quantised KV: int8, int4 or int2 codes of all slots but the last ones, of the cache or of what another method keeps.
 
 Source: KIVI, https://arxiv.org/abs/2402.02750, with its groups of 32; `@kivi-2bit` is its headline, with a residual of
-128. On top of another method (`over`), a budget of N buys the bytes of N plain slots: that method keeps as many slots
-as fit into them as codes.
+128; for grouped queries its authors advise 4 bits (docs/long_bench.md at KIVI 876b4d2). On top of another method
+(`over`), a budget of N buys the bytes of N plain slots: that method keeps as many slots as fit into them as codes.
 Differences: the residual in full precision is the last `residual` slots of every head, for keys and values alike. So
 are KIVI's values (llama_kivi.py:210-217 at KIVI 876b4d2), but of its keys it leaves the last T mod `residual` after the
 prefill (193-199), which may be none. With one residual a head's bytes are concave in its slots, and a method that gives
