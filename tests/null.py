@@ -10,6 +10,10 @@ The full cache has the task's own chance, so tasks are left out of the ranks as 
 A false claim is any pair of equal methods that is told apart, at any budget, in either measure: without one nobody is
 first alone, and no rank interval misses. Boards see one set of redraws, as two boards of the same tasks do.
 
+Other boards. `half`: half of the methods are better by 30 points and .6 nats; claims among equals are false ones.
+`unlike`: every other method has the mean of the rest as its score and NLL on every sample, give or take a little, so
+that differences are as skewed as they can be; means of few skewed values are no Student's t.
+
 Rules. `new`: that of `leaderboards.stats.ranks`. `holm`: the step-down of each budget and measure by itself at the
 level that Holm leaves it. `old`: by itself at 5 %, and every sample its own context, as boards were ranked before.
 """
@@ -18,6 +22,7 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +33,9 @@ from leaderboards.stats.eligible import LOWEST
 from leaderboards.stats.ranks import Contrasts, contrasts, first_limit, least_seen, step_down
 
 CHANCES = (0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-"""Of a 100, by task, in turn; those below `LOWEST` are left out by the full cache, mostly."""
+"""Of a 100, by task, in turn from the last; those below `LOWEST` are left out by the full cache, mostly."""
+SPREAD = 0.7
+"""Of the logarithm of an NLL."""
 ALIKE = 0.3
 """Share of the contexts in which all methods answer alike."""
 RULES = ("old", "holm", "new")
@@ -45,7 +52,7 @@ class Shape(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Values of one pretend board. of: measure to [T, G, S, B, K]; full: [T], score of the full cache; chances: [T]."""
+    """Values of one pretend board. of: measure to [T, G, S, B, K]; full: [T], score of the full cache."""
 
     of: dict[str, Array]
     full: Array
@@ -62,24 +69,43 @@ BOARDS = {
 """The published boards with the fewest contexts that rank: as many methods, budgets and tasks as they have."""
 
 
-def pretend(shape: Shape, icc: float, generator: np.random.Generator, *, gaps: Sequence[float] = ()) -> Scores:
-    """One board. gaps: by measure (score, NLL), what the first method has more than the others, in points and nats."""
+def chances(tasks: int) -> Array:
+    """[T]: of a 100 at each task."""
+    if tasks == 1:
+        return np.array([0.5])
+    few = np.linspace(0.9, 0.1, tasks)
+    return few if tasks < len(CHANCES) else np.array([CHANCES[-1 - i % len(CHANCES)] for i in range(tasks)])
+
+
+def pretend(
+    shape: Shape, icc: float, generator: np.random.Generator, *, gaps: Sequence[float] = (0, 0), better: int = 1
+) -> Scores:
+    """One board. gaps: by measure (score, NLL), what the first `better` methods have more than the others."""
     k, b, t, g, s = shape
     units = _normal(generator, (t, g, s + 1, b, k))  # the last unit of a context is what its samples share
     shared = generator.random((t, g, s, 1, k)) < math.sqrt(icc)
-    own, common = (np.where(shared, units[x][:, :, -1:], units[x][:, :, :-1]) for x in (0, 1))
+    own, other = (np.where(shared, one[:, :, -1:], one[:, :, :-1]) for one in units)
     alike = generator.random((t, g)) < ALIKE
     own[alike] = own[alike][..., :1]
-    chances = np.array([CHANCES[i % len(CHANCES)] for i in range(t - 1, -1, -1)])
-    if t < len(CHANCES):
-        chances = np.linspace(0.9, 0.1, t) if t > 1 else np.array([0.5])
-    score = 100.0 * (special.ndtr(own) < chances[:, None, None, None, None])
-    nll = np.exp(0.7 * common)
-    if gaps:
-        score[..., 0] = np.where(generator.random(score.shape[:-1]) < gaps[0] / 100, 100.0, score[..., 0])
-        nll[..., 0] += gaps[1]
-    full = 100.0 * (generator.random((t, g * s)) < chances[:, None]).mean(axis=1)
+    score = 100.0 * (special.ndtr(own) < chances(t)[:, None, None, None, None])
+    nll = np.exp(SPREAD * other)
+    score[..., :better] += gaps[0]
+    nll[..., :better] += gaps[1]
+    full = 100.0 * (generator.random((t, g * s)) < chances(t)[:, None]).mean(axis=1)
     return Scores({"score": score, "nll": nll}, full)
+
+
+def unlike(shape: Shape, icc: float, generator: np.random.Generator) -> Scores:
+    """One board on which every other method always has its mean, give or take 5 points and .1 nats."""
+    made = pretend(shape, icc, generator)
+    means = {
+        "score": (100 * chances(shape.tasks)[:, None, None, None, None], 5.0),
+        "nll": (math.exp(SPREAD**2 / 2), 0.1),
+    }
+    for measure, (mean, spread) in means.items():
+        calm = made.of[measure][..., 1::2]
+        calm[:] = mean + generator.normal(0, spread, calm.shape)
+    return made
 
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -155,20 +181,38 @@ def told_apart(found: Sequence[Contrasts], rule: str, budgets: int, *, level: fl
     return told
 
 
-def boards(shape: Shape, icc: float, *, count: int, seed: int = 0, **gaps: Any) -> Iterator[Scores]:
-    """So many pretend boards of a shape."""
+def boards(
+    shape: Shape, icc: float, *, count: int, seed: int = 0, kind: str = "equal", **gaps: Any
+) -> Iterator[Scores]:
+    """So many pretend boards of a shape. kind: `equal`, `half` or `unlike`."""
     generator = np.random.default_rng([seed, *shape, round(1000 * icc)])
-    return (pretend(shape, icc, generator, **gaps) for _ in range(count))
+    if kind == "half":
+        gaps = {"gaps": (30, 0.6), "better": shape.methods // 2}
+    return (
+        unlike(shape, icc, generator) if kind == "unlike" else pretend(shape, icc, generator, **gaps)
+        for _ in range(count)
+    )
 
 
 def false_claims(
-    shape: Shape, icc: float, rule: str = "new", *, count: int, resamples: int, level: float = LEVEL
+    shape: Shape,
+    icc: float,
+    rule: str = "new",
+    *,
+    count: int,
+    resamples: int,
+    level: float = LEVEL,
+    kind: str = "equal",
 ) -> int:
-    """Boards of equal methods on which some are told apart, of `count`."""
+    """Boards on which methods that are equal are told apart, of `count`."""
+    first, second = (pair % shape.methods for pair in _pairs(shape.methods, shape.budgets))
+    half = shape.methods // 2
+    equal = (first < half) == (second < half) if kind == "half" else np.ones(len(first), dtype=bool)
     found = 0
-    for scores in boards(shape, icc, count=count):
+    for scores in boards(shape, icc, count=count, kind=kind):
         pairs = board_contrasts(scores, shape, resamples=resamples, alone=rule == "old")
-        found += bool(told_apart(pairs, rule, shape.budgets, level=level).any())
+        told = told_apart(pairs, rule, shape.budgets, level=level)
+        found += bool(told.reshape(len(pairs), -1)[:, equal].any())
     return found
 
 
@@ -177,12 +221,11 @@ def power(
 ) -> tuple[float, float]:
     """Share of the pairs of the first method, at all budgets, in which it is told apart: in score and in NLL."""
     first = np.isin(_pairs(shape.methods, shape.budgets)[0], np.arange(shape.budgets) * shape.methods)
-    worse = np.isin(_pairs(shape.methods, shape.budgets)[1], np.arange(shape.budgets) * shape.methods)
     shares = np.zeros(2)
     for scores in boards(shape, icc, count=count, seed=1, gaps=gaps):
         told = told_apart(board_contrasts(scores, shape, resamples=resamples), rule, shape.budgets).reshape(2, -1)
-        shares += told[0, first].mean(), told[1, worse].mean()
-    return tuple(shares / count)
+        shares += told[:, first].mean(axis=1)
+    return float(shares[0] / count), float(shares[1] / count)
 
 
 def least(shape: Shape, icc: float, *, count: int, resamples: int) -> tuple[float, float]:
@@ -192,7 +235,8 @@ def least(shape: Shape, icc: float, *, count: int, resamples: int) -> tuple[floa
         found = board_contrasts(scores, shape, resamples=resamples)
         limit = first_limit(joined(found)[1])
         said.append([least_seen(one.errors, one.freedom, limit) for one in found])
-    return tuple(np.median(said, axis=0))
+    points, nats = np.median(said, axis=0)
+    return float(points), float(nats)
 
 
 def main() -> None:
@@ -202,18 +246,20 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=400)
     parser.add_argument("--shapes", default=",".join(BOARDS))
     asked = parser.parse_args()
-    print(
-        "board, shape (methods, budgets, tasks, contexts, samples), icc, boards with a false claim in %: old, holm, new"
-    )
-    for name in asked.shapes.split(","):
-        for icc in (0.0, 0.05, 0.2):
-            found = [
-                100
-                * false_claims(BOARDS[name], icc, rule, count=asked.boards, resamples=asked.resamples)
-                / asked.boards
-                for rule in RULES
-            ]
-            print(name, tuple(BOARDS[name]), icc, *(f"{share:.1f}" for share in found), flush=True)
+    names, times = asked.shapes.split(","), {"count": asked.boards, "resamples": asked.resamples}
+    print("Boards with a false claim, in %. Shape: methods, budgets, tasks, contexts a task, samples a context.")
+    print("board, shape, kind, icc: old, holm, new")
+    for name, (kind, icc) in product(
+        names, [("equal", 0.0), ("equal", 0.05), ("equal", 0.2), ("half", 0.2), ("unlike", 0.2)]
+    ):
+        found = [false_claims(BOARDS[name], icc, rule, kind=kind, **times) for rule in RULES]
+        print(name, tuple(BOARDS[name]), kind, icc, *(f"{100 * n / asked.boards:.1f}" for n in found), flush=True)
+    print("The differences that are said to be found with 80 %, points and nats, and how often they are: holm, new")
+    for name, icc in product(names, (0.0, 0.05, 0.2)):
+        gaps = least(BOARDS[name], icc, count=30, resamples=asked.resamples)
+        found = [power(BOARDS[name], icc, rule, gaps=gaps, count=200, resamples=asked.resamples) for rule in RULES[1:]]
+        shares = (f"{100 * share:.0f}" for both in found for share in both)
+        print(name, icc, f"{gaps[0]:.1f} {gaps[1]:.3f}", *shares, flush=True)
 
 
 if __name__ == "__main__":

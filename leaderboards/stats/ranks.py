@@ -17,7 +17,8 @@ Who counts. Cells with a budget that are scored and within their bytes, on the t
 surely better than nobody: what it lacks may be what it fails.
 
 Power. `least` is the difference that is found with 80 %, for the pair in the middle of a measure's pairs by spread: the
-limit of the first step, read as Student's t, and .84 more, times the spread.
+limit of the first step, read as Student's t, and what the noncentral t asks above it, times the spread (Johnson and
+Welch, Biometrika 31, 1940).
 
 Best other. The method of another name (before `@`), complete and within its bytes, with the best mean at that budget
 on the samples that the cell has, over all tasks, which favours it. Over tasks. A cell's mean with tasks and their
@@ -105,7 +106,9 @@ def least_seen(errors: Array, freedom: Array, limit: float) -> float:
     there = errors > 0
     if not there.any():
         return math.nan
-    deviates = special.ndtri(POWER) - special.stdtrit(np.minimum(freedom[there], 1e9), special.ndtr(-limit))
+    own = np.minimum(freedom[there], 1e9)
+    limits = -special.stdtrit(own, special.ndtr(-limit))
+    deviates = limits + special.ndtri(POWER) * np.sqrt(1 + limits**2 / (2 * own))  # noncentral t, as Johnson and Welch
     return float(np.median(deviates * errors[there]))
 
 
