@@ -20,12 +20,12 @@ from methods.compilerkv.head_budgets import HeadBudgets
 from methods.compilerkv.policy import AUTO
 from methods.compilerkv.tables import Tables
 from methods.registry import method
-from methods.window import POOLINGS
+from methods.window import POOLINGS, WINDOWS
 
 BETAS = (1.005, 1.01, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0)
 """Those that the authors' runner names."""
 PRESETS = {"paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 1.005}}
-CHOICES = {"recent": (4, 8, 16, 32, 64), **POOLINGS, "beta": BETAS}
+CHOICES = {"recent": WINDOWS, **POOLINGS, "beta": BETAS}
 
 
 @method(

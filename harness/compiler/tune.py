@@ -63,6 +63,7 @@ class Tuner:
             chosen=sets[best],
             budgets=spec.tight,
             choices={key: tuple(values) for key, values in method.choices.items()},
+            space=len(parameter_space(method)),
             trials=tuple(Trial(parameters=own, divergence=means, score=score) for own, means, score in rows),
             left_out={"ratio": report["left_out_ratio"], "often": report["often"]},
             prompts=tuple(sorted(token_sha256(bench.prompts[at].ids) for at in self.asked)),
@@ -89,12 +90,18 @@ class Tuner:
 
 def parameter_sets(method: Method, count: int, seed: int) -> list[Parameters]:
     """Return at most `count` sets of a method's choices: its defaults, presets among them, then drawn by the seed."""
-    space = [dict(zip(method.choices, values, strict=True)) for values in product(*method.choices.values())]
+    space = parameter_space(method)
     named = [_as_choices(method, preset) for preset in ({}, *method.presets.values())]
     first = [own for i, own in enumerate(named) if own is not None and own in space and own not in named[:i]]
     rest = [own for own in space if own not in first]
     Random(f"{method.name} {seed}").shuffle(rest)
     return [*first, *rest][:count]
+
+
+def parameter_space(method: Method) -> list[Parameters]:
+    """Return every set of a method's choices that is not redundant."""
+    every = [dict(zip(method.choices, values, strict=True)) for values in product(*method.choices.values())]
+    return [own for own in every if not make_policy(method.name, own).redundant]
 
 
 def _as_choices(method: Method, preset: Mapping[str, Any]) -> Parameters | None:

@@ -37,6 +37,7 @@ from harness.records.record import CellKey, Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
+from leaderboards.stats.observing import observe_columns
 from leaderboards.stats.pareto import FRONTS, fronts
 from leaderboards.stats.ranks import Ranking, rank_columns
 from leaderboards.stats.subject import compare
@@ -123,9 +124,10 @@ def _table(axes: Axes, records: list[BoardRecord], subject: str | None, *, seed:
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
     ranked, ranking = rank_columns(grid)
     tailed, timed = tail_columns(grid), _measured(grid, told=not ranking.eligible["score"].why)
+    observing = observe_columns(grid)
     marks = _marks(grid, ranked)
-    own = {c: {**_row(grid, c, used), "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
-    rows = pd.DataFrame([{**asdict(axes), **own[c]} for c in order])
+    more = {c: {**observing[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
+    rows = pd.DataFrame([{**asdict(axes), **_row(grid, c, used), **more[c]} for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))

@@ -136,6 +136,7 @@ def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: boo
         **({"memory": row["memory"]} if "memory" in row else {}),
         "KV MiB": number(mib, digits=1 if mib >= 100 else 3),
         "KV %": number(row["kv_percent_of_full"]),
+        **({"observe ms": number(row["observe_ms_median"])} if "observe_n" in row else {}),
         "score": f"{score_text(row)} {row['mark']}".strip(),
     }
     for wanted, label in baselines.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from leaderboards.stats import pareto, ranks, worst
+from leaderboards.stats import observing, pareto, ranks, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
 from leaderboards.stats.eligible import CONTEXTS
@@ -34,6 +34,11 @@ MEASURED = (
     "it, told better in score than every cell that may cost no more. =: not told apart from one of those, or lacking "
     "samples. Empty: off it, for a cell that costs no more is told better; or never measured; or the table ranks "
     f"nothing. {LEVEL:.0%} per comparison, not corrected for their number.",
+)
+OBSERVING = (
+    "observe ms: prefill with what the method observes less a plain prefill of the same prompt in the same process, "
+    "median over the prompts on which it was measured (observe_n in the CSV). Nothing of compression, which is "
+    "compress_s of a record; below 0 by noise alone.",
 )
 RIVALS = (
     "against the strongest other method: per budget, family and measure, the method within its bytes that has the best "
@@ -77,6 +82,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "samples that share a context are redrawn together; not corrected for the number of comparisons (ranks are).",
         "NLL: nats per token of the reference answer on the compressed cache, where a task has one; lower is better.",
         "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache.",
+        *(OBSERVING if any(map(observing.is_observed, rows)) else ()),
         "n: samples scored. first token: whether the first answer token was predicted from the compressed cache, or by "
         "the uncompressed prefill.",
         "flags: i incomplete (others of that budget have samples that this one lacks), s skipped, f failed, o out of "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView
 from methods.registry import make_policy
-from methods.tuned.artefact import CHOSEN, Tuning, load_tuning
+from methods.tuned.artefact import CHOSEN, Tuning, load_tuning, packaged
 
 AUTO = "auto"
 
@@ -50,8 +50,7 @@ class Tuned(KVPolicy):
             path = CHOSEN / self.artefact
             path = path if path.is_file() else Path(self.artefact)
             return path / f"{self.method}.json" if path.is_dir() else path
-        packaged = sorted(CHOSEN.glob(f"*/{self.method}.json"))
-        found = [path for path in packaged if load_tuning(path)[0].model_revision == revision]
+        found = [path for path in packaged(self.method) if load_tuning(path)[0].model_revision == revision]
         if not found:
             what = f"{self.method}@tuned: nothing was tuned for this model ({revision[:12]})"
             raise PolicyError(f"{what}; {self._advice}")

@@ -47,8 +47,8 @@ def test_every_method_is_tried_as_often_as_compilerkvs_form_its_authors_values_a
     assert make_policy(name, sets[0]) == make_policy(name)
     assert all(make_policy(name, own) for own in sets)  # none is refused
     assert all(own[key] in method.choices[key] for own in sets for key in own)
-    authors = make_policy(f"{name}@paper")
-    if not authors.evicts_while_decoding and name not in ("expected_attention",):
+    authors = make_policy(f"{name}@{'block' if name == 'keydiff' else 'paper'}")
+    if not authors.evicts_while_decoding:
         assert authors in [make_policy(name, own) for own in sets]
     assert parameter_sets(method, TRIALS, seed=0) == sets != parameter_sets(method, TRIALS, seed=1)
 
