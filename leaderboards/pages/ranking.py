@@ -14,7 +14,7 @@ from leaderboards.tables.sections import rank_text
 from leaderboards.tables.verdicts import score_text
 from leaderboards.text import MIB, clean, number
 
-FLAGS = {"oom": "out of memory", "over_budget": "over budget", "few": "few contexts"}
+FLAGS = {"oom": "out of memory", "over_budget": "over budget", "few": "few contexts", "unknown": "contexts unknown"}
 """Flags that a page words otherwise."""
 AXES = {"model": "Model", "dtype": "Dtype", "query": "Query mode", "first_token": "First token"}
 """Axes of a table that are filters, and columns where they differ."""
