@@ -52,7 +52,7 @@ class Tuned(KVPolicy):
             return path / f"{self.method}.json" if path.is_dir() else path
         found = [path for path in packaged(self.method) if load_tuning(path)[0].model_revision == revision]
         if not found:
-            what = f"{self.method}@tuned: nothing was tuned for this model ({revision[:12]})"
+            what = f"nothing was tuned for this model ({revision[:12]})"
             raise PolicyError(f"{what}; {self._advice}")
         return found[0]
 
