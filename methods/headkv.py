@@ -18,7 +18,7 @@ from torch import Tensor
 from methods.base import at_least
 from methods.compilerkv.head_budgets import HeadBudgets
 from methods.compilerkv.policy import AUTO
-from methods.compilerkv.tables import Tables
+from methods.compilerkv.tables import Tables, one_pass
 from methods.registry import method
 from methods.window import POOLINGS, WINDOWS
 
@@ -51,4 +51,4 @@ class HeadKV(HeadBudgets):
         at_least(self, 1, "beta")
 
     def multiples(self, tables: Tables, budget: int) -> Tensor:
-        return tables.one_pass(1 / self.beta)
+        return one_pass(tables.importance[0], 1 / self.beta)

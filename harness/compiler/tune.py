@@ -6,7 +6,6 @@ and written as an artefact, from which `NAME@tuned` is made. Trials are stored a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import reduce
 from itertools import product
 from operator import or_
@@ -22,11 +21,13 @@ from harness.compiler.stage import CHOICE_PROMPTS, CalibrationSpec, Workbench
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.models.prompt import token_sha256
+from harness.records.atomic_files import write_text
+from harness.records.log_folder import now
 from methods.base import KVPolicy, Needs, PolicyError
 from methods.compilerkv.selection import choose
 from methods.label import MethodLabel
 from methods.registry import Method, check_method, load_methods, make_policy
-from methods.tuned.artefact import Trial, Tuning, save_tuning
+from methods.tuned.artefact import Trial, Tuning
 
 Parameters = dict[str, Any]
 
@@ -72,8 +73,11 @@ class Tuner:
             command=tuple(command),
             git_commit=git_commit(),
             made_on={**machine(), "versions": versions()},
+            created=now(),
         )
-        return tuning, save_tuning(tuning, self.folder)
+        path = self.folder / f"{name}.json"
+        write_text(path, tuning.model_dump_json(indent=1) + "\n")
+        return tuning, path
 
     def _losses(self, name: str) -> Tensor:
         """Divergences [P, N, C] of the trials of a method, nats a token."""
@@ -106,9 +110,11 @@ def parameter_space(method: Method) -> list[Parameters]:
 
 def _as_choices(method: Method, preset: Mapping[str, Any]) -> Parameters | None:
     """A preset as a set of choices; None where it changes something that is no choice."""
-    plain, own = asdict(method.policy()), asdict(method.policy(**preset))  # type: ignore[call-overload]
-    fixed = all(own[key] == plain[key] for key in plain.keys() - method.choices.keys())
-    return {key: own[key] for key in method.choices} if fixed else None
+    plain, own = method.policy(), method.policy(**preset)
+    fixed = (name for name in method.parameters if name not in method.choices)
+    if any(getattr(own, name) != getattr(plain, name) for name in fixed):
+        return None
+    return {name: getattr(own, name) for name in method.choices}
 
 
 def _method(name: str) -> Method:

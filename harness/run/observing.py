@@ -56,7 +56,7 @@ def observe_ms(engine: Engine, ids: Sequence[int], needs: Iterable[Needs], *, tu
     for own in order[:: -1 if turn % 2 else 1] if order[1:] else ():
         try:
             seconds[own] = engine.prefill(ids, own).clock.seconds("prefill")
-        except Exception as error:  # whatever it is, the cells have their scores already
+        except (RuntimeError, MemoryError) as error:  # out of memory, mostly; the cells have their scores already
             told = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("what observing %s costs was not measured on %d tokens: %s", own, len(ids), told)
     known = {own: 1000 * (spent - seconds[plain]) for own, spent in seconds.items()} if plain in seconds else {}

@@ -5,7 +5,7 @@ Contexts. A rank says that other texts would give the same order, so its unit is
 text, nobody knows how many there are: the task counts as having one. One task with too few, and the table ranks
 nothing by that measure: means and intervals stay.
 
-Left out. By score a task ranks when the full cache has `RIGHT` points or more, and some method with a budget is above
+Left out. By score a task ranks when the full cache has `LOWEST` points or more, and some method with a budget is above
 its own noise there: its mean less two standard errors, over contexts, is above 0. Neither asks how methods differ, so
 leaving a task out favours no claim. By NLL a task ranks when the full cache has an NLL there. Without `fullkv` nothing
 is left out, for nothing could be checked.

@@ -1,8 +1,6 @@
 """What `harness tune` found for a method on a model: a JSON file, `METHOD.json`, checked whenever it is read."""
 
 import hashlib
-import json
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -62,17 +60,6 @@ class Tuning(_Frozen):
 def packaged(method: str) -> list[Path]:
     """Return the artefacts of a method that come with this package."""
     return sorted(CHOSEN.glob(f"*/{method}.json"))
-
-
-def save_tuning(tuning: Tuning, folder: Path) -> Path:
-    """Write `METHOD.json` into a folder and return its path."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    path, values = folder / f"{tuning.method}.json", tuning.model_copy(update={"created": now}).model_dump(mode="json")
-    folder.mkdir(parents=True, exist_ok=True)
-    trials = ",\n  ".join(json.dumps(trial) for trial in values.pop("trials"))
-    text = json.dumps(values, indent=1).removesuffix("\n}")
-    path.write_text(f'{text},\n "trials": [\n  {trials}\n ]\n}}\n', encoding="utf-8")
-    return path
 
 
 def load_tuning(path: Path) -> tuple[Tuning, str]:
