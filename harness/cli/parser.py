@@ -18,6 +18,7 @@ from harness.errors import HarnessError
 COMMANDS = {
     "run": "run methods x budgets on tasks, then print the board",
     "board": "board of stored runs, from their records alone",
+    "compare": "what differs between two runs, row by row, with intervals",
     "list": "what can be named on the command line",
     "fetch": "download a packaged asset into the cache, to work offline later",
     "compile": "compile CompilerKV's tables from roll-outs of a model",

@@ -36,7 +36,7 @@ class NightlyOptions(Frozen):
     version: int
     baseline: str
     alpha: FiniteFloat = Field(default=0.05, gt=0, lt=1)
-    score_points: FiniteFloat = Field(default=5.0, ge=0)
+    score_points: FiniteFloat = Field(default=1.0, ge=0)
     nll_nats: FiniteFloat = Field(default=0.05, ge=0)
     bytes_percent: FiniteFloat = Field(default=0.1, ge=0)
     speed_percent: FiniteFloat | None = Field(default=None, ge=0)

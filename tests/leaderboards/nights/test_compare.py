@@ -16,7 +16,7 @@ from tests.pretend import manifest, record
 
 CELLS = (("fullkv", "full"), ("snapkv", "64"), ("h2o", "64"))
 TASKS = ("niah/kamradt", "ruler/vt")
-OPTIONS = NightlyOptions(version=1, baseline="published")
+OPTIONS = NightlyOptions(version=1, baseline="published", score_points=5)
 BARE = NightlyOptions(version=1, baseline="published", score_points=0, nll_nats=0, bytes_percent=0)
 Edit = Callable[[Record], Mapping[str, Any]]
 
