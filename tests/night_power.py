@@ -146,7 +146,7 @@ def nights(limit: int, *, count: int, seed: int = 0, **how: object) -> Iterator[
     return (pretend(limit, generator, **how) for _ in range(count))  # type: ignore[arg-type]
 
 
-def failed(limit: int, *, count: int, draws: int = 8192, **how: object) -> float:
+def failed(limit: int, *, count: int, draws: int = 4096, **how: object) -> float:
     """Share of the nights that fail."""
     rule = options()
     return sum(judge(pair, rule, draws=draws).failed for pair in nights(limit, count=count, **how)) / count
@@ -161,7 +161,7 @@ def needed(points: float, scope: str, *, moved: float, count: int, limits: tuple
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nights", type=int, default=400)
+    parser.add_argument("--nights", type=int, default=200)
     asked = parser.parse_args()
     print("Nights that fail, in %. moved: share of the answers that another release of a library draws anew.")
     print("scope | moved | prompts a task | nothing | 3 points | 5 points | 10 points | to 0")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness.records.record import RunManifest
 from leaderboards.stats.bootstrap import LEVEL
+from leaderboards.stats.paired import ALL
 from leaderboards.stats.two_runs import Pair, Row, TwoRuns
 from leaderboards.text import MIB, TERMINAL_WIDTH, Section, clean, interval, number, terminal
 
@@ -26,7 +27,7 @@ HOW_TO_READ = (
     "*: surely different: two-sided sign-flip test over contexts, corrected by Holm (and Tarone) over the scores and "
     f"NLLs of all rows; any wrong * in this table has a chance of {1 - LEVEL:.0%} at most. Without a * there may be a "
     "difference that so few prompts cannot show.",
-    "outputs: how many of the n answers are not the same tokens.",
+    "outputs: how many of the n answers are other tokens.",
 )
 
 
@@ -75,8 +76,8 @@ def _sections(found: TwoRuns, manifests: tuple[RunManifest, RunManifest]) -> lis
 
 
 def _facts(found: TwoRuns) -> list[str]:
-    """How many outputs and rows differ, and where other bytes are kept."""
-    single = [row for row in found.rows if row.task != "all tasks"]
+    """How many outputs and rows differ, and where most other bytes are kept."""
+    single = [row for row in found.rows if row.task != ALL]
     n, outputs = sum(row.n for row in single), sum(row.outputs for row in single)
     sure = sum(pair.sure for row in found.rows for pair in (row.score, row.nll))
     lines = [
@@ -84,23 +85,24 @@ def _facts(found: TwoRuns) -> list[str]:
         "first difference",
         f"{sure} of {2 * len(found.rows)} differences are sure (*)",
     ]
-    for row in single:
-        if row.first_bytes != row.second_bytes:
-            first, second = (number(size / row.n / MIB, digits=3) for size in (row.first_bytes, row.second_bytes))
-            lines.append(
-                clean(f"kept bytes differ: {row.method} at {row.budget} on {row.task}: {first} | {second} MiB")
-            )
+    grown = [row for row in single if row.first_bytes != row.second_bytes]
+    if grown:
+        row = max(grown, key=lambda row: abs(row.first_bytes - row.second_bytes) / row.n)
+        first, second = (number(size / row.n / MIB, digits=3) for size in (row.first_bytes, row.second_bytes))
+        where = f"{row.method} at {row.budget} on {row.task}: {first} | {second} MiB a prompt"
+        lines.append(clean(f"kept bytes differ in {len(grown)} of {len(single)} rows, most for {where}"))
     return lines
 
 
 def _shown(row: Row) -> dict[str, str]:
     cells = {"method": clean(f"{row.method} at {row.budget}"), "task": clean(row.task), "n": str(row.n)}
+    cells["outputs"] = str(row.outputs) if row.n else "-"
     for measure, (words, digits) in SHOWN.items():
         pair: Pair = getattr(row, measure)
         cells |= {f"{words} {i}": number(x, digits=digits) for i, x in enumerate((pair.first, pair.second), 1)}
         told = interval(*pair.difference[:3], digits=digits, sign="+")
         cells[f"Δ {words}"] = f"{told} *" if pair.sure else told
-    return {**cells, "outputs": f"{row.outputs}/{row.n}" if row.n else "-"}
+    return cells
 
 
 def _csv_row(row: Row) -> dict[str, Any]:

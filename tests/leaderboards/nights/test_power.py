@@ -27,7 +27,7 @@ def test_the_tolerance_tells_a_rule_at_5_percent_from_one_at_12() -> None:
     assert passes[0] > 0.99 and passes[1] < 0.01
 
 
-@pytest.mark.parametrize("moved", [0.1, 0.3])
+@pytest.mark.parametrize("moved", [0.1, 0.3, 0.5])
 @pytest.mark.parametrize("limit", [8, 20, 50])
 def test_a_night_that_nobody_broke_fails_in_5_percent_at_most(limit: int, moved: float) -> None:
     assert failed(limit, count=COUNT, moved=moved, draws=2048) <= MOST / COUNT

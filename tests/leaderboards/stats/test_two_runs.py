@@ -101,7 +101,9 @@ def test_only_equal_prompts_that_are_ok_in_both_are_paired() -> None:
         "niah: 7 prompts in common, of 8 in the first and 8 in the second",
         "vt: 0 prompts in common, of 8 in the first and 8 in the second",
     )
-    assert "kept bytes differ: a at 64 on niah: 0.000 | 0.000 MiB" in told(run(), run(other))
+    assert "kept bytes differ in 2 of 4 rows, most for a at 64 on niah: 0.000 | 0.000 MiB a prompt" in told(
+        run(), run(other)
+    )
 
 
 def test_what_one_run_has_alone_is_listed() -> None:
