@@ -77,7 +77,8 @@ class Row:
 class TwoRuns:
     """settings: all of them, those that differ among them. only: what one run has alone, a line each.
 
-    tokens, behind: of the paired outputs, and of those the ones from the first difference on.
+    tokens, behind: of the paired outputs, and of those the ones from the first difference on. unnamed: paired prompts
+    that do not name their context, and count as one each.
     """
 
     settings: tuple[Setting, ...]
@@ -85,6 +86,7 @@ class TwoRuns:
     only: tuple[str, ...]
     tokens: int
     behind: int
+    unnamed: int
 
 
 def compare_runs(first: Run, second: Run) -> TwoRuns:
@@ -109,6 +111,7 @@ def compare_runs(first: Run, second: Run) -> TwoRuns:
         only=tuple(_only(tables, cells)),
         tokens=sum(tokens for tokens, _ in lengths),
         behind=sum(behind for _, behind in lengths),
+        unnamed=len(both[both.group == ""].groupby(["task", "sample_id"])),
     )
 
 

@@ -85,6 +85,9 @@ def _facts(found: TwoRuns) -> list[str]:
         "first difference",
         f"{sure} of {2 * len(found.rows)} differences are sure (*)",
     ]
+    if found.unnamed:
+        alone = "do not name the context they are drawn from and count as one each"
+        lines.append(f"{found.unnamed} prompts {alone}: intervals may be far too narrow, and a * wrong more often")
     grown = [row for row in single if row.first_bytes != row.second_bytes]
     if grown:
         row = max(grown, key=lambda row: abs(row.first_bytes - row.second_bytes) / row.n)

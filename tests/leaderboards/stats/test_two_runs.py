@@ -85,6 +85,15 @@ def test_samples_of_one_context_count_once() -> None:
     assert not row(found, "a", "niah").nll.sure and math.isnan(row(found, "a", "niah").nll.difference.low)
 
 
+def test_contexts_that_nobody_names_are_told() -> None:
+    def unnamed(r: Record) -> dict[str, Any]:
+        return {"meta": {}} if r.task == "vt" else {}
+
+    assert compare_runs(run(unnamed), run(unnamed)).unnamed == 8
+    assert "8 prompts do not name the context" in told(run(unnamed), run(unnamed))
+    assert "do not name" not in told(run(), run())
+
+
 def test_only_equal_prompts_that_are_ok_in_both_are_paired() -> None:
     def other(r: Record) -> dict[str, Any]:
         if r.task == "vt":
