@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A plain page of two settings with a memory search and a table, and one with markup planted everywhere."""
     folder, limits = tmp_path_factory.mktemp("pages"), [(MANIFEST, searches())]
-    records, runs = [*pretend(), *pretend(query="agnostic")], [run(git_commit="abc123")]
+    records, runs = [*pretend(n=21), *pretend(n=21, query="agnostic")], [run(git_commit="abc123")]
     extras = Extras(limits, [TableMap("tables", "64", [[0.5, 1.5], [2.0, 0.0]])])
     plain = write_page(aggregate(records, manifests=runs), records, folder, "plain", manifests=runs, extras=extras)
     records, runs = planted()
