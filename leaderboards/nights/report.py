@@ -35,6 +35,11 @@ class NightVerdict:
     accepted: bool = False
 
     @property
+    def new_series(self) -> bool:
+        """Whether tonight was compared with no night, or with one of which no prompt, method or budget is left."""
+        return self.comparison is None or not self.comparison.cells
+
+    @property
     def fallen(self) -> tuple[str, ...]:
         """Of a new series, the cells that fell to 0 since the last night of another machine class."""
         if self.comparison is not None or not self.others:
@@ -78,21 +83,23 @@ def headline(verdict: NightVerdict) -> str:
     """What came out, in one line."""
     many = verdict.regressions
     told = f"{many} regression{'s' if many > 1 else ''}" + (", accepted" if verdict.accepted else "") if many else ""
-    if verdict.comparison is None:
+    if verdict.new_series:
         return f"new series, {told}" if told else "new series: compared with no night, this one becomes its baseline"
     return told or "no regression"
 
 
 def warning(verdict: NightVerdict) -> str:
     """Why tonight begins a new series, in one line; empty where it does not."""
-    if verdict.comparison is not None:
+    if not verdict.new_series:
         return ""
     last = max((old for old, _ in verdict.others), key=lambda old: old.about.finished, default=None)
     here = verdict.night.about.machine_class
-    if last is not None:
+    if verdict.baseline is not None:
+        why = f"the last night of {here} has no prompt, method or budget in common with this one"
+    elif last is not None:
         why = f"the last night was on {last.about.machine_class}, this is {here}"
     else:
-        why = f"{verdict.aside[0]}" if verdict.aside else f"no night of this board is stored, this is {here}"
+        why = verdict.aside[0] if verdict.aside else f"no night of this board is stored, this is {here}"
     return clean(f"new series: {why}; no regression can be seen until the next night", longest=1000)
 
 
@@ -113,14 +120,15 @@ def _facts(verdict: NightVerdict) -> list[str]:
         f"tonight: {_told(verdict.night)}, {seconds // 60} min {seconds % 60} s; {about.samples} samples, "
         f"{len(verdict.night.table)} records",
         f"machine class: {about.machine_class}; version {about.version}",
-        *([warning(verdict)] if compared is None else ()),
+        *([warning(verdict)] if verdict.new_series else ()),
         f"baseline: {'none' if verdict.baseline is None else _told(verdict.baseline)}",
     ]
     if compared is not None:
         moved = sum(change.moved > 0 for change in compared.changes)
         lines += [
-            f"compared: {compared.cells} cells (method, budget, task) by score and NLL, with means over tasks "
-            f"{len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the correction",
+            f"compared: {compared.cells} cells (method, budget, task) by score and NLL, with means over tasks and over "
+            f"cells {len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the "
+            "correction",
             f"a regression: corrected one-sided p <= {options.alpha:g} and worse by more than {options.score_points:g} "
             f"points or {options.nll_nats:g} nats per token; a cell that fell to 0; a lost score; bytes grown by more "
             f"than {options.bytes_percent:g} %",
@@ -154,7 +162,7 @@ def _sections(verdict: NightVerdict, *, level: int = 2) -> list[Section]:
 
 HOW_TO_READ = (
     "before, now: mean of task means on the same prompts; change: with its 95 % paired bootstrap interval. Score "
-    "0-100, NLL in nats per token (lower is better).",
+    "0-100, NLL in nats per token (lower is better). all methods: mean over all methods and budgets of each prompt.",
     "p: one-sided sign-flip test of the paired differences; corrected by Holm over all comparisons of the night that "
     "could be significant (Tarone).",
 )

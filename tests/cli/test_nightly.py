@@ -241,6 +241,7 @@ def test_the_workflow_runs_it_and_may_push_nothing() -> None:
     assert workflow["permissions"] == {"contents": "read"} and "git push" not in text
     (job,) = workflow["jobs"].values()
     steps = " ".join(step.get("run", "") for step in job["steps"])
+    assert f'"$code" -eq {NEW_SERIES} ]' in steps
     assert "harness nightly" in steps and "${{" not in steps  # inputs reach the shell as variables, never as code
     assert asked["workflow_dispatch"]["inputs"]["board"]["default"] in job["steps"][5]["env"]["BOARD"]
     order = [step.get("uses", "").partition("@")[0] for step in job["steps"]]

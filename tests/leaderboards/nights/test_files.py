@@ -117,6 +117,9 @@ def test_a_new_processor_or_dtype_is_a_new_series_with_a_warning() -> None:
     assert "no night of this board is stored" in warning(judge(tonight, [], OPTIONS))
     assert "seed was 1, is 42" in warning(judge(tonight, [night(records(), seed=1)], OPTIONS))
     assert warning(judge(tonight, [tonight], OPTIONS)) == ""
+    other = judge(night(records(edit=lambda r: {"prompt_sha256": "f" * 64})), [old], OPTIONS)
+    assert other.publishable and headline(other).startswith("new series: ")
+    assert "has no prompt, method or budget in common" in warning(other)
 
 
 def test_a_task_at_0_fails_a_new_series_too() -> None:
