@@ -108,7 +108,12 @@ def small_options(folder: Path) -> Options:
     (folder / "ruler").mkdir()
     (folder / "ruler" / "hotpot.json").write_text(json.dumps(hotpot(draw)))
     base = TaskOptions(
-        tokenizer=Words(), max_tokens=200_000, limit=4, data_dir=folder, fetch={"essays": folder}.__getitem__
+        tokenizer=Words(),
+        max_tokens=200_000,
+        limit=4,
+        data_dir=folder,
+        fetch={"essays": folder}.__getitem__,
+        contexts="protocol",
     )
     return lambda **changes: replace(base, **changes)
 

@@ -1,14 +1,15 @@
 """Prose that calibration prompts are made from: a name or a folder in, paragraphs and a checksum out.
 
 kjv             the King James Bible, an asset (harness.models.assets) in the public domain
-pydoc           the running Python's help topics, the paragraphs of `stdlib/passage_retrieval`; they differ by version
-essays          the essays asset, which is also the haystack of RULER's and NIAH's tasks
+pydoc           the running Python's help topics; they differ by version
+essays          the essays asset
 path/to/folder  its *.txt and *.txt.gz in UTF-8, by name; paragraphs are parted by blank lines
 
-A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
+Of these three, calibration has the parts that no drawn context of an evaluation has (tasks.pool: every fourth section
+or essay, and half of the topics' paragraphs). Tables that were packaged before this split were made from all of kjv and
+pydoc. A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
 """
 
-import ast
 import gzip
 import hashlib
 import re
@@ -25,7 +26,8 @@ import punkt
 from harness.errors import HarnessError, did_you_mean
 from harness.models.assets import fetch
 from tasks.base import TaskError
-from tasks.stdlib import paragraphs as help_paragraphs
+from tasks.pool import ASIDE, bible, share_of
+from tasks.stdlib import help_paragraphs
 
 MIN_WORDS = 2000
 """Words of the smallest corpus: a few prompts of 600 tokens without an overlap."""
@@ -127,26 +129,18 @@ def _read(path: Path) -> str:
 
 
 def _kjv() -> list[str]:
-    """The longest string literal of `plain_text_readers_bible.py`, its text without verse numbers.
-
-    The module, an asset whose checksum was checked, is parsed and never run. Brackets mark words that the translators
-    added; only the marks are dropped. One missing line break between two books is put back.
-    """
-    (path,) = fetch("kjv").iterdir()
-    nodes = ast.walk(ast.parse(_read(path)))
-    literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    text = re.sub(r"[\[\]]", "", max(literals, key=len)).replace("( ", "(").replace(".(", ". (")
-    return _prose(re.split(r"\n|(?<=[a-z]\.)(?=[A-Z])", text))
+    return [paragraph for section in bible(fetch("kjv")) if section.calibrates for paragraph in section.paragraphs]
 
 
 def _essays() -> list[str]:
-    texts = (_read(path) for path in sorted(fetch("essays").glob("*.txt")))
+    files = (path for path in sorted(fetch("essays").glob("*.txt")) if not share_of(f"essays/{path.name}", ASIDE))
+    texts = map(_read, files)
     return [paragraph for text in texts for paragraph in _prose(GLUED.split(text))]
 
 
 def _pydoc() -> Sequence[str]:
     try:
-        return help_paragraphs()
+        return help_paragraphs(calibration=True)
     except TaskError as error:
         raise HarnessError(f"corpus 'pydoc': {error}") from None
 

@@ -1,0 +1,304 @@
+"""Free text that contexts are drawn from: a lane of it for each task, and in a lane a span for each sample.
+
+Documents: the 49 essays of `tasks.essays` and the King James Bible (asset `kjv`) in sections of 48 paragraphs, for its
+text marks no chapters. What the Bible says twice (Kings and Isaiah, the lists of Numbers) is taken once. A hash of its
+name puts every fourth document aside for calibration (`harness.compiler.corpora`); the others are the pool, in the
+order of another hash. Python's help topics are `stdlib/passage_retrieval`'s own and no part of it.
+
+The pool is cut into as many lanes as `LANES` names tasks, of the same number of characters, so no two tasks share a
+sentence whatever a run asks for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS` of its
+way and takes span after span: sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its
+task, index, seed, the run's lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
+
+With SmolLM2's tokenizer the pool has 820,000 tokens (98 documents, 654,000 words), a lane 61,000 to 65,000: for a task
+of RULER 72 contexts of 1k, or 13 each of 1k and 4k, or 9 each of 1k, 2k and 4k. So there are four seeds before text
+returns, for at most a quarter of a lane each (17 contexts of 1k); a seed that takes more goes on into the text that the
+next one begins with, and seeds 0 and 4 share all.
+"""
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import punkt
+
+from tasks.base import TaskError, TaskOptions, Tokenizer
+from tasks.essays import essay_files
+
+LANES = (
+    *("niah/snapkv", "niah/kamradt", "niah/passkey"),
+    *("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1"),
+    *("ruler/niah_multivalue", "ruler/niah_multiquery", "ruler/vt", "multiquery/niah"),
+    *("prose/continuation", "prose/long"),
+)
+"""Every task that draws from the pool. A new one at the end changes what all draw: bump the digests of their tests."""
+SEEDS = 4
+SECTION = 48  # paragraphs of the Bible in a document
+ASIDE = 4  # every so many-th document is for calibration
+TWICE = 0.15  # share of a paragraph's runs of `RUN` words that earlier ones have, from which it is left out
+RUN = 8
+SENTENCE_END = re.compile(r"""[.!?]["')”’]*$""")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the pool. paragraphs: joined by a space they are the text."""
+
+    name: str
+    paragraphs: tuple[str, ...]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it is put aside for calibration."""
+        return share_of(self.name, ASIDE) == 0
+
+    @cached_property
+    def text(self) -> str:
+        return " ".join(self.paragraphs)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of a document, its number there, and how many tokens it has after a space."""
+
+    document: str
+    number: int
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Sentences that one sample has for itself."""
+
+    sentences: tuple[Sentence, ...]
+
+    @property
+    def group(self) -> str:
+        """Where it begins, and every document it reaches into: `kjv-017:84+essays/love.txt`."""
+        first = self.sentences[0]
+        names = list(dict.fromkeys(sentence.document for sentence in self.sentences))
+        return "+".join([f"{first.document}:{first.number}", *names[1:]])
+
+    @cached_property
+    def text(self) -> str:
+        return " ".join(sentence.text for sentence in self.sentences)
+
+    @cached_property
+    def words(self) -> int:
+        return len(self.text.split())
+
+    def head(self, words: int) -> list[str]:
+        """Return the first `words` words as sentences, the last one cut."""
+        taken: list[str] = []
+        for sentence in self.sentences:
+            own = sentence.text.split()
+            if words <= 0:
+                break
+            taken.append(" ".join(own[:words]))
+            words -= len(own)
+        return taken
+
+
+class Spans:
+    """The spans of one task in a run.
+
+    sentences: the lane, from where the seed enters it. needs: tokens of a span for each length of the run, in its
+    order. whole: a span stays within one document.
+    """
+
+    def __init__(
+        self, task: str, sentences: Sequence[Sentence], needs: Mapping[int, int], *, whole: bool = False
+    ) -> None:
+        self.task, self.needs, self.whole = task, dict(needs), whole
+        self._sentences = sentences
+        self._made: list[dict[int, Span]] = []
+        self._more = self._drawn()
+
+    def at(self, length: int, index: int) -> Span:
+        """Return the span of a sample. Raises TaskError when the lane is spent before it."""
+        if not self._reaches(index):
+            raise self._spent(index + 1)
+        return self._made[index][length]
+
+    def granted(self, wanted: int, *, most: bool = False) -> int:
+        """Return how many samples of each length there are text for: `wanted`, or with `most` also fewer, but not 0.
+
+        Raises TaskError when there are fewer.
+        """
+        if not wanted or self._reaches(wanted - 1):
+            return wanted
+        if most and self._made:
+            return len(self._made)
+        raise self._spent(wanted)
+
+    def _reaches(self, index: int) -> bool:
+        while len(self._made) <= index:
+            row = next(self._more, None)
+            if row is None:
+                return False
+            self._made.append(row)
+        return True
+
+    def _drawn(self) -> Iterator[dict[int, Span]]:
+        """Yield one span of each length, as long as there are all of them."""
+        rests = _by_document(self._sentences) if self.whole else [list(self._sentences)]
+        while True:
+            row: dict[int, Span] = {}
+            for length, need in self.needs.items():
+                span = _take(rests, need)
+                if span is None:
+                    return
+                row[length] = span
+            yield row
+
+    def _spent(self, wanted: int) -> TaskError:
+        has = sum(sentence.tokens for sentence in self._sentences)
+        within = ", each from one document" if self.whole else ""
+        return TaskError(
+            f"{self.task}: {wanted} samples of each length ask for {wanted * sum(self.needs.values())} tokens of "
+            f"text{within}; its lane of the pool has {has}, enough for {len(self._made)}; ask for "
+            "fewer samples (--limit), shorter lengths, or the fixed haystacks of --contexts protocol"
+        )
+
+
+def pool_spans(task: str, options: TaskOptions, needs: Mapping[int, int], *, whole: bool = False) -> Spans:
+    """Return the spans of a task of `LANES`. Raises TaskError when an asset of the pool is missing."""
+    pool = read_pool(options)
+    lane = _lane(pool, LANES.index(task))
+    counted = (Sentence(*named, text, _tokens(text, options.tokenizer)) for *named, text in lane)
+    return Spans(task, entered([*counted], options.seed), needs, whole=whole)
+
+
+def pool_facts(task: str, options: TaskOptions) -> dict[str, Any]:
+    """Return what a record says of the text that a task draws from the pool."""
+    pool = read_pool(options)
+    return {
+        "contexts": "drawn, a span of the pool for each sample",
+        "pool": f"{len(pool)} documents: Paul Graham essays, the King James Bible in sections; calibration's apart",
+        "pool_sha256": _sha256("\0".join(document.text for document in pool)),
+        "pool_lane": f"{LANES.index(task) + 1} of {len(LANES)}",
+        "pool_entry": f"{options.seed % SEEDS} of {SEEDS}",
+    }
+
+
+def entered(sentences: Sequence[Sentence], seed: int) -> list[Sentence]:
+    """Return a lane from where a seed enters it, round."""
+    sums = list(accumulate(sentence.tokens for sentence in sentences))
+    first = next(at for at, total in enumerate(sums) if total > sums[-1] * (seed % SEEDS) // SEEDS)
+    return [*sentences[first:], *sentences[:first]]
+
+
+def share_of(name: str, shares: int) -> int:
+    """Return which of so many shares a name belongs to, by its hash."""
+    return int(_sha256(name), 16) % shares
+
+
+@lru_cache(maxsize=2)
+def bible(folder: Path) -> tuple[Document, ...]:
+    """Return the King James Bible of the `kjv` asset in sections.
+
+    The longest string literal of `plain_text_readers_bible.py` is its text without verse numbers; the module is parsed
+    and never run. Brackets mark words that the translators added; only the marks are dropped. One missing line break
+    between two books is put back. Raises TaskError when the folder has no such file.
+    """
+    files = sorted(folder.glob("*.py"))
+    if len(files) != 1:
+        raise TaskError(f"{len(files)} files *.py in {folder}, where the Bible is expected; run `harness fetch kjv`")
+    nodes = ast.walk(ast.parse(files[0].read_text(encoding="utf-8")))
+    literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    text = re.sub(r"[\[\]]", "", max(literals, key=len)).replace("( ", "(").replace(".(", ". (")
+    blocks = [" ".join(block.split()) for block in re.split(r"\n|(?<=[a-z]\.)(?=[A-Z])", text)]
+    prose = once([block for block in blocks if SENTENCE_END.search(block) and len(block.split()) >= 4])
+    starts = range(0, len(prose), SECTION)
+    return tuple(Document(f"kjv-{at // SECTION:03}", tuple(prose[at : at + SECTION])) for at in starts)
+
+
+def essays(options: TaskOptions) -> tuple[Document, ...]:
+    """Return the essays of the `essays` asset, by file name. Raises TaskError when there is none."""
+    texts = ((path.name, " ".join(path.read_text(encoding="utf-8").split())) for path in essay_files(options))
+    found = tuple(Document(f"essays/{name}", (text,)) for name, text in texts if text)
+    if not found:
+        raise TaskError(f"no essays in {options.asset('essays')}; run `harness fetch essays`")
+    return found
+
+
+def once(paragraphs: Sequence[str]) -> list[str]:
+    """Return those paragraphs of which no more than `TWICE` was said before, in runs of `RUN` words."""
+    seen: set[int] = set()
+    kept = []
+    for paragraph in paragraphs:
+        words = paragraph.split()
+        runs = {hash(tuple(words[at : at + RUN])) for at in range(len(words) - RUN + 1)}
+        if not runs or len(runs & seen) <= TWICE * len(runs):
+            kept.append(paragraph)
+            seen |= runs
+    return kept
+
+
+def read_pool(options: TaskOptions) -> tuple[Document, ...]:
+    """Return the documents that evaluation draws from, in the order of their hashes."""
+    found = (*bible(options.asset("kjv")), *essays(options))
+    return tuple(sorted((one for one in found if not one.calibrates), key=lambda one: _sha256(f"order/{one.name}")))
+
+
+def _lane(pool: Sequence[Document], lane: int) -> list[tuple[str, int, str]]:
+    """The sentences that begin in a lane: document, number in it, text."""
+    ends = list(accumulate(len(document.text) for document in pool))
+    low, high = (ends[-1] * at // len(LANES) for at in (lane, lane + 1))
+    found = []
+    for document, end in zip(pool, ends, strict=True):
+        before = end - len(document.text)
+        if before < high and end > low:
+            for number, (start, stop) in enumerate(_borders(document)):
+                if low <= before + start < high:
+                    found.append((document.name, number, document.text[start:stop]))
+    return found
+
+
+@lru_cache(maxsize=512)
+def _borders(document: Document) -> tuple[tuple[int, int], ...]:
+    """Where sentences begin and end; one that begins inside a word, as in `good.[2]`, goes on with the one before."""
+    text = document.text
+    spans = punkt.tokenizer_for("english").span_tokenize(text)
+    starts = [start for start, _ in spans if not start or text[start - 1] == " "]
+    return tuple(zip(starts, (*(start - 1 for start in starts[1:]), len(text)), strict=True))
+
+
+def _by_document(sentences: Sequence[Sentence]) -> list[list[Sentence]]:
+    """Unbroken runs of one document, in order."""
+    runs: list[list[Sentence]] = []
+    for sentence in sentences:
+        last = runs[-1][-1] if runs else None
+        if last and (last.document, last.number + 1) == (sentence.document, sentence.number):
+            runs[-1].append(sentence)
+        else:
+            runs.append([sentence])
+    return runs
+
+
+def _take(rests: Sequence[list[Sentence]], need: int) -> Span | None:
+    """The first sentences of at least `need` tokens of the first rest that has them, taken from it."""
+    for rest in rests:
+        total = 0
+        for count, sentence in enumerate(rest, start=1):
+            total += sentence.tokens
+            if total >= need:
+                span = Span(tuple(rest[:count]))
+                del rest[:count]
+                return span
+    return None
+
+
+def _tokens(text: str, tokenizer: Tokenizer) -> int:
+    return len(tokenizer.encode(f" {text}"))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
