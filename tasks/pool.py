@@ -172,7 +172,7 @@ def pool_spans(task: str, options: TaskOptions, needs: Mapping[int, int], *, who
     """Return the spans of a task of `LANES`. Raises TaskError when an asset of the pool is missing."""
     pool = read_pool(options)
     lane = _lane(pool, LANES.index(task))
-    counted = (Sentence(*named, text, _tokens(text, options.tokenizer)) for *named, text in lane)
+    counted = (Sentence(name, number, text, _tokens(text, options.tokenizer)) for name, number, text in lane)
     return Spans(task, entered([*counted], options.seed), needs, whole=whole)
 
 

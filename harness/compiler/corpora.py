@@ -7,7 +7,9 @@ path/to/folder  its *.txt and *.txt.gz in UTF-8, by name; paragraphs are parted 
 
 Of these three, calibration has the parts that no drawn context of an evaluation has (tasks.pool: every fourth section
 or essay, and half of the topics' paragraphs). Tables that were packaged before this split were made from all of kjv and
-pydoc. A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
+pydoc.
+
+A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
 """
 
 import gzip

@@ -82,7 +82,7 @@ class Sweep(Asked):
     tasks: names or families. lengths: context lengths in tokens for generated tasks. limit: samples per task, or per
     task and length. max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the
     tasks' own. nll_tokens: reference tokens that are scored at most. measure: time every cell by itself too, and its
-    memory. whole: only rows of data sets that need no cut. contexts: a text of its own for each generated prompt, or the
+    memory. whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the
     fixed haystacks of the protocols.
     """
 
