@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadgroup
 QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults demo docs tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null demo docs tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -54,7 +54,7 @@ quick: $(READY) ## the tests of what is touched most, under a minute
 	$(PYTEST) $(TWO) -m "not model and not gpu" $(QUICK)
 
 test: $(READY) model ## the test suite, offline, on CPU
-	$(PYTEST) $(TWO) -m "not network and not gpu and not bench and not cluster and not browser"
+	$(PYTEST) $(TWO) -m "not network and not gpu and not bench and not cluster and not browser and not slow"
 
 test-gpu: $(READY) model ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
@@ -67,6 +67,9 @@ test-cluster: $(READY) model ## the autoscaler with fake nodes, on a Ray cluster
 
 faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50
+
+null: $(READY) ## boards of equal methods: how often some are told apart, and which differences are found (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick

@@ -16,6 +16,7 @@ from harness.contract import make_view
 from methods.base import KV, KVPolicy, Needs
 from methods.codes import CodedKV
 from methods.registry import Method, load_methods, make_policy
+from methods.tuned.artefact import load_tuning, packaged
 
 DIM, DTYPE = 64, torch.bfloat16
 PLAIN = f"2 x D x {DTYPE.itemsize} = {2 * DIM * DTYPE.itemsize}"
@@ -174,11 +175,12 @@ def _presets(method: Method) -> list[str]:
         names = ", ".join(f"`@{name}`" for name in method.presets)
         return [f"No parameters{f'; {names} is the same' if names else ''}."]
     default = method.policy()
-    head = ["parameter", "default", *(f"`@{name}`" for name in method.presets)]
-    rows = []
+    tuned = {f"@tuned, {path.parent.name}": load_tuning(path)[0].chosen for path in packaged(method.name)}
+    forms = {**{f"@{name}": values for name, values in method.presets.items()}, **tuned}
+    head, rows = ["parameter", "default", *(f"`{name}`" for name in forms)], []
     for name in method.parameters:
         own = getattr(default, name)
-        given = (values.get(name, own) for values in method.presets.values())
+        given = (values.get(name, own) for values in forms.values())
         rows.append([f"`{name}`", _value(own), *("" if value == own else _value(value) for value in given)])
     if method.choices:
         head.append("`harness tune` tries")

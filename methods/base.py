@@ -43,6 +43,11 @@ class KVPolicy:
         return Needs()
 
     @property
+    def redundant(self) -> bool:
+        """Whether a value that means nothing beside the others is not the plainest: `harness tune` leaves it out."""
+        return False
+
+    @property
     def evicts_while_decoding(self) -> bool:
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
         return False
@@ -134,11 +139,13 @@ class EvictionPolicy(LayerPolicy):
 
     def select(self, view: LayerView, budget: int) -> Tensor:
         """Choose the slots to keep: [B, H, min(budget, T)] int64, ascending. Equal scores go to the earlier token."""
-        tokens, heads = view.tokens, view.kv.positions.shape[:2]
-        if budget >= tokens:
-            return torch.arange(tokens, device=view.kv.keys.device).expand(*heads, tokens)
-        scores = view.memo((type(self), self), self.score)
-        recent = self.recent_slots(budget)
+        if budget >= view.tokens:
+            return torch.arange(view.tokens, device=view.kv.keys.device).expand(view.kv.positions.shape)
+        return self.keep(view.memo((type(self), self), self.score), budget)
+
+    def keep(self, scores: Tensor, budget: int) -> Tensor:
+        """Choose `budget` < S slots by their scores [B, H, S], in the order of their tokens: [B, H, budget] int64."""
+        heads, tokens, recent = scores.shape[:2], scores.shape[2], self.recent_slots(budget)
         sinks = min(self.sinks, budget - recent)
         order = best(scores[..., sinks : tokens - recent], budget - recent - sinks) + sinks
         fixed = torch.cat([torch.arange(sinks), torch.arange(tokens - recent, tokens)]).to(order.device)
@@ -166,3 +173,11 @@ def at_least(policy: object, bound: float, *names: str) -> None:
         value = getattr(policy, name)
         if isinstance(value, int | float) and value < bound:
             raise PolicyError(f"{type(policy).__name__}.{name}={value} is too small; give at least {bound:g}")
+
+
+def at_most(policy: object, bound: float, *names: str) -> None:
+    """Raise PolicyError for the first parameter of `policy` among `names` that is a number above `bound`."""
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, int | float) and value > bound:
+            raise PolicyError(f"{type(policy).__name__}.{name}={value} is too large; give at most {bound:g}")

@@ -5,40 +5,41 @@ its tokens, over all heads of the layer; the window itself is always kept.
 Differences: a shorter last chunk is compared by its mean, as in `kvpress`, not by its sum; slots that no whole chunk
 fits into take the best tokens of the next one, so that the budget is spent exactly (`kvpress` gives them up). The
 re-use of one layer's choice by the next, which saves time and no bytes, is left out. The window is that of our
-`snapkv`. `kvpress` pools first and cuts chunks of 20 across the window, so the chunk on its edge is always kept.
+`snapkv`. `kvpress` pools first and cuts chunks of 20 across the window, so the chunk on its edge is always kept; else
+`kernel`, `pool`, `forward` and `sinks` are no part of it and off unless given.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from methods.base import EvictionPolicy, LayerView, Needs, at_least, best
+from methods.base import LayerView, Needs, at_least, best
 from methods.registry import method
-from methods.window import check_kernel, pool, votes
+from methods.window import POOLINGS, WINDOWS, PooledPolicy, votes
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"chunk": 10},
     "kvpress": {"recent": 64, "kernel": 5, "pool": "avg", "chunk": 20, "across": True},
 }
+CHOICES = {"recent": WINDOWS, **POOLINGS, "chunk": (5, 10, 20), "across": (False, True)}
 
 
-@method("chunkkv", paper="https://arxiv.org/abs/2502.00299", presets=PRESETS)
+@method("chunkkv", paper="https://arxiv.org/abs/2502.00299", presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
-class ChunkKV(EvictionPolicy):
+class ChunkKV(PooledPolicy):
     """Whole chunks of `chunk` tokens by the attention of the last queries, one set per layer."""
 
     recent: int = 32
     chunk: int = 10
-    kernel: int = 1
-    pool: Literal["max", "avg"] = "max"
+    sinks: int = 0
     across: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "recent", "chunk")
-        check_kernel(self.kernel)
+        super().__post_init__()
 
     @property
     def needs(self) -> Needs:
@@ -46,7 +47,7 @@ class ChunkKV(EvictionPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         """Return minus the place of each token: best chunk first, then best token of a chunk. The window is 0."""
-        pooled = pool(votes(view, self.recent), self.kernel, self.pool, self.recent)
+        pooled = self.pooled(votes(view, self.recent))
         before, heads = max(0, view.tokens - self.recent), view.kv.keys.shape[1]
         end = view.tokens if self.across else before
         attention = pooled.mean(dim=1)[:, :end]  # [B, E]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -20,14 +21,19 @@ HALF_BYTES = 2  # of a scale, and of a zero
 
 @dataclass(frozen=True)
 class Coding:
-    """How slots become codes. bits: 8, or 4 (two codes a byte). group: tokens of a key's, channels of a value's scale.
+    """How slots become codes. bits: 8, or 4 or 2 (two or four codes a byte).
 
-    residual: last slots of every head that stay as they are.
+    group: tokens of a key's, channels of a value's scale. residual: last slots of every head that stay as they are.
     """
 
     bits: int
     group: int
     residual: int
+
+    @property
+    def per_byte(self) -> int:
+        """Codes that share a byte."""
+        return 8 // self.bits
 
     def channels(self, dim: int) -> int:
         """Return the channels of a value's scale: the most that divide `dim`, at most a group."""
@@ -206,11 +212,15 @@ def _split(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _packed(codes: Tensor, coding: Coding) -> Tensor:
-    """Codes [..., D], the first half of the channels in the low bits where two share a byte."""
-    low, high = codes.chunk(2, dim=-1)
-    return codes if coding.bits == 8 else low | (high << 4)
+    """Codes [..., D], several in a byte: the first part of the channels in the lowest bits, the next ones above."""
+    parts = codes.chunk(coding.per_byte, dim=-1)
+    return reduce(torch.bitwise_or, (part << at * coding.bits for at, part in enumerate(parts)))
 
 
 def _unpacked(packed: Tensor, coding: Coding) -> Tensor:
     """Codes [..., D]."""
-    return packed if coding.bits == 8 else torch.cat([packed & 15, packed >> 4], dim=-1)
+    if coding.bits == 8:
+        return packed
+    highest = 2**coding.bits - 1
+    shifts = range(coding.bits, 8, coding.bits)
+    return torch.cat([packed & highest, *(packed >> shift & highest for shift in shifts)], dim=-1)

@@ -4,10 +4,14 @@ Source: https://arxiv.org/abs/2412.14838 and its released code. Every layer may 
 budget; it gets slots in proportion to how many of the best scores of all layers and heads are its own, so budgets
 follow the task. All heads of a layer have the same number. `paper`: window 8 and ratio 10 as the code defaults, kernel
 7, max pool as in its published example; `runner`: the defaults of its LongBench script (window 16, average, ratio 5).
-Differences: shares are counted once, over all layers. The code also counts every few layers, to free memory while the
-prompt is read, which a prefill shared by all methods cannot use. The budget is spent exactly (largest remainder; slots
-that no layer earned go evenly to those with room), where the code floors and gives the rest to the last layer. Scores
-of a query group are averaged, so that slots are stored once per KV head.
+Two of its four scripts, those of Mistral and Qwen2, pool by maximum; two, those of Llama 3 and InternLM 2.5, by average
+(`pool=avg`).
+Differences: shares are counted once, over all layers. The code also counts after every fourth layer, to free memory
+while the prompt is read, and cuts the layers read so far to their shares of that count; what it has cut, a later count
+that gives a layer more does not bring back, so its results can differ. A prefill shared by all methods cannot do so.
+The budget is spent exactly (largest remainder; slots that no layer earned go evenly to those with room), where the code
+floors and gives the rest to the last layer. A budget within the window is shared evenly. Scores of a query group are
+averaged, so that slots are stored once per KV head, where the code stores them once per query head.
 """
 
 from dataclasses import dataclass
@@ -23,10 +27,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recent": 8, "kernel": 7, "pool": "max", "ratio": 10.0},
     "runner": {"recent": 16, "kernel": 7, "pool": "avg", "ratio": 5.0},
 }
+CODE = "https://github.com/DreamMr/DynamicKV at 8ab3c08"
 LEAST = 1e-6  # of a layer with no score among the best; it fills only what the others have no room for
 
 
-@method("dynamickv", paper="https://arxiv.org/abs/2412.14838", presets=PRESETS)
+@method("dynamickv", paper="https://arxiv.org/abs/2412.14838", code=CODE, presets=PRESETS)
 @dataclass(frozen=True)
 class DynamicKV(KVPolicy):
     """SnapKV with a layer's budget from its part of the prompt's best scores."""
@@ -46,7 +51,7 @@ class DynamicKV(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         budgets = self.budgets(view, budget)
-        plain = WindowPolicy(self.recent, self.kernel, self.pool)
+        plain = WindowPolicy(recent=self.recent, kernel=self.kernel, pool=self.pool)
         return [plain.compress_layer(layer, own) for layer, own in zip(view.layers, budgets, strict=True)]
 
     def budgets(self, view: PromptView, budget: int) -> list[int]:

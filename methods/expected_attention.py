@@ -4,28 +4,53 @@ Source: https://arxiv.org/abs/2510.00636. Queries before RoPE are taken as Gauss
 `future` positions, their mean m and covariance C give the log of the expected weight of a key k,
 `k.m s + k.C.k s^2 / 2` (s: the factor of the attention logits). A softmax over the prompt, the mean over the query
 group, times the value norm (`epsilon` added first); the first `sinks` tokens are kept and left out of all of it.
-Differences: the Gaussian is that of the last `window` queries, which is what a method sees; the paper takes every query
-of the prompt. They carry RoPE, so each is turned forward to the end of the prompt instead of back to zero: the same.
-`kvpress` observes every query of prompts of up to 131,072 tokens, and holds them as long as the prompt.
+Heads hold the same number of slots, or, with a `safeguard`, as AdaKVPress shares them out: the best scores of all heads
+together, after each head's own best `safeguard`, sinks included. `paper` is how its authors evaluate it in kvpress
+(`evaluate_registry.py` and `adakv_press.py` at 8bb29b9): safeguard 0.2, epsilon 0.01, every query of the prompt.
+Differences: plain `expected_attention` takes the Gaussian of the last `window` queries; `paper` and `kvpress`, the bare
+press, observe every query of prompts of up to 131,072 tokens, and hold them as long as the prompt. Queries carry RoPE,
+so each is turned forward to the end of the prompt instead of back to zero: the same. What a head gives up is freed,
+where AdaKVPress masks it, and a budget within the sinks keeps the same of them in every head. `kernel`, `pool` and
+`forward` are no part of the paper and off unless given.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from methods.base import EvictionPolicy, LayerView, Needs, PolicyError, at_least
+from methods.adakv import ragged_slots
+from methods.base import KV, LayerView, Needs, PolicyError, at_least, at_most
 from methods.registry import method
+from methods.window import POOLINGS, PooledPolicy
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"window": 131072, "epsilon": 0.01, "safeguard": 0.2},
+    "kvpress": {"window": 131072},
+}
+CHOICES = {
+    "window": (64, 128, 131072),
+    "future": (64, 512),
+    "value_norm": (True, False),
+    "epsilon": (0.0, 0.01),
+    "safeguard": (None, 0.0, 0.2, 0.5),
+    **POOLINGS,
+}
+CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 
 Rotate = Callable[[Tensor, int], Tensor]
 
 
-@method("expected_attention", paper="https://arxiv.org/abs/2510.00636", presets={"kvpress": {"window": 131072}})
+@method("expected_attention", paper="https://arxiv.org/abs/2510.00636", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
-class ExpectedAttention(EvictionPolicy):
-    """Top tokens by the attention expected of the next `future` queries, times the norm of their values."""
+class ExpectedAttention(PooledPolicy):
+    """Top tokens by the attention expected of the next `future` queries, times the norm of their values.
+
+    safeguard: part of a head's slots that are its own whatever the others' scores; None shares slots evenly.
+    """
 
     sinks: int = 4
     window: int = 128
@@ -33,14 +58,27 @@ class ExpectedAttention(EvictionPolicy):
     covariance: bool = True
     value_norm: bool = True
     epsilon: float = 0.0
+    safeguard: float | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "sinks", "epsilon")
+        super().__post_init__()
+        at_least(self, 0, "epsilon", "safeguard")
+        at_most(self, 1, "safeguard")
         at_least(self, 1, "window", "future")
+
+    @property
+    def redundant(self) -> bool:
+        return super().redundant or (self.epsilon > 0 and not self.value_norm)
 
     @property
     def needs(self) -> Needs:
         return Needs(window=self.window)
+
+    def compress_layer(self, view: LayerView, budget: int) -> KV:
+        if self.safeguard is None:
+            return super().compress_layer(view, budget)
+        scores = view.memo((type(self), self), self.score)
+        return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=True, sinks=self.sinks))
 
     def score(self, view: LayerView) -> Tensor:
         first = min(self.sinks, view.tokens - 1)
@@ -55,7 +93,7 @@ class ExpectedAttention(EvictionPolicy):
         expected = logits.softmax(dim=-1).mean(dim=2)
         if self.value_norm:
             expected = (expected + self.epsilon) * view.kv.values[:, :, first:].float().norm(dim=-1)
-        return pad(expected, (first, 0))  # sinks are kept without a score
+        return pad(self.pooled(expected), (first, 0))  # sinks are kept without a score
 
     def _ahead(self, view: LayerView, first: int) -> Tensor:
         """Window queries from token `first` on, over the next positions on average: [B, H, G, W, D] float32."""

@@ -18,14 +18,14 @@ from torch import Tensor
 from methods.base import at_least
 from methods.compilerkv.head_budgets import HeadBudgets
 from methods.compilerkv.policy import AUTO
-from methods.compilerkv.tables import Tables
+from methods.compilerkv.tables import Tables, one_pass
 from methods.registry import method
-from methods.window import POOLINGS
+from methods.window import POOLINGS, WINDOWS
 
 BETAS = (1.005, 1.01, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0)
 """Those that the authors' runner names."""
 PRESETS = {"paper": {"recent": 8, "kernel": 7, "pool": "max", "beta": 1.005}}
-CHOICES = {"recent": (4, 8, 16, 32, 64), **POOLINGS, "beta": BETAS}
+CHOICES = {"recent": WINDOWS, **POOLINGS, "beta": BETAS}
 
 
 @method(
@@ -51,4 +51,4 @@ class HeadKV(HeadBudgets):
         at_least(self, 1, "beta")
 
     def multiples(self, tables: Tables, budget: int) -> Tensor:
-        return tables.one_pass(1 / self.beta)
+        return one_pass(tables.importance[0], 1 / self.beta)

@@ -1,16 +1,20 @@
-"""Quantised KV: int8 or int4 codes of every slot but the last ones, of the whole cache or of what another method keeps.
+"""Quantised KV: int8, int4 or int2 codes of all slots but the last ones, of the cache or of what another method keeps.
 
-Source: KIVI, https://arxiv.org/abs/2402.02750, with its groups of 32. On top of another method (`over`), a budget of N
-buys the bytes of N plain slots: that method keeps as many slots as fit into them as codes.
-Differences: the residual in full precision is the last `residual` slots of every head, for keys and values alike, where
-KIVI's key residual shrinks whenever it fills a group; so a head's bytes are concave in its slots, and a method that
-gives heads different numbers of them keeps to the budget too. Decoded tokens are never coded. Scales are rounded up
-to half precision before codes are taken. A head whose codes would be no smaller is left as it is.
+Source: KIVI, https://arxiv.org/abs/2402.02750, with its groups of 32; `@kivi-2bit` is its headline, with a residual of
+128; for grouped queries its authors advise 4 bits (docs/long_bench.md at KIVI 876b4d2). On top of another method
+(`over`), a budget of N buys the bytes of N plain slots: that method keeps as many slots as fit into them as codes.
+Differences: the residual in full precision is the last `residual` slots of every head, for keys and values alike. So
+are KIVI's values (llama_kivi.py:210-217 at KIVI 876b4d2), but of its keys it leaves the last T mod `residual` after the
+prefill (193-199), which may be none. With one residual a head's bytes are concave in its slots, and a method that gives
+heads different numbers of them keeps to the budget too. Decoded tokens are never coded. A last group of keys that is
+not full has scales of its own. Scales are rounded up to half precision before codes are taken. A head whose codes would
+be no smaller is left as it is.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from math import gcd
 from typing import Any, Literal
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
@@ -21,17 +25,23 @@ from methods.registry import make_policy, method
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
     "int4": {"bits": 4},
+    "kivi-2bit": {"bits": 2, "residual": 128},
     "snapkv-int8": {"bits": 8, "over": "snapkv"},
     "snapkv-int4": {"bits": 4, "over": "snapkv"},
 }
 
 
-@method("quant", paper="https://arxiv.org/abs/2402.02750", presets=PRESETS)
+@method(
+    "quant",
+    paper="https://arxiv.org/abs/2402.02750",
+    code="https://github.com/jy-yuan/KIVI at 876b4d2",
+    presets=PRESETS,
+)
 @dataclass(frozen=True)
 class Quant(KVPolicy):
-    """Codes of 8 or 4 bits instead of numbers, of all tokens or of those that the method `over` keeps."""
+    """Codes of 8, 4 or 2 bits instead of numbers, of all tokens or of those that the method `over` keeps."""
 
-    bits: Literal[8, 4] = 8
+    bits: Literal[8, 4, 2] = 8
     group: int = 32
     residual: int = 32
     over: str | None = None
@@ -39,8 +49,8 @@ class Quant(KVPolicy):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "group", "residual")
-        if self.bits not in (8, 4):
-            raise PolicyError(f"quant.bits={self.bits} is no size of codes; give 8 or 4")
+        if self.bits not in (8, 4, 2):
+            raise PolicyError(f"quant.bits={self.bits} is no size of codes; give 8, 4 or 2")
         if self.over is not None:
             object.__setattr__(self, "inner", _chooser(self.over))
 
@@ -105,8 +115,10 @@ class Quant(KVPolicy):
 
     def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:
         """Return what `slots` does for heads of so many key and value numbers and `plain` bytes a slot."""
-        if self.bits == 4 and (keys % 2 or values % 2):
-            raise PolicyError(f"int4 codes share bytes in pairs; heads of {keys} and {values} numbers need bits=8")
+        count, shared = self.coding.per_byte, gcd(keys, values)
+        if shared % count:
+            found = f"int{self.bits} codes share bytes, {count} in one; heads of {keys} and {values} numbers"
+            raise PolicyError(f"{found} need bits={4 if shared % 2 == 0 else 8}")
         scales = 2 * HALF_BYTES * keys  # of a key group
         own = self.coding.coded_slot_bytes(keys, values)
         if own * self.group + scales >= plain * self.group:

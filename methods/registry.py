@@ -30,7 +30,7 @@ class Method:
     """A registered policy class. presets: parameters by preset name; the class defaults are the preset-less form.
 
     code: its authors' repository and the commit that was read. choices: values of its parameters that `harness tune`
-    tries.
+    tries, in every combination that is not `redundant`.
     """
 
     name: str

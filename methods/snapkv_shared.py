@@ -1,7 +1,8 @@
 """Layer-shared SnapKV: SnapKV's scores averaged over all heads, so that one set of tokens serves a whole layer.
 
 A control, not a published method: methods that share one set per layer (CompilerKV) must beat this, not SnapKV.
-Scores after https://arxiv.org/abs/2404.14469.
+Source: https://arxiv.org/abs/2404.14469 for the scores and presets, as in `snapkv`.
+Differences: all query heads of a layer are averaged, where SnapKV averages none and our `snapkv` a query group.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from methods.base import LayerView
 from methods.registry import method
-from methods.window import WindowPolicy, pool, votes
+from methods.window import WindowPolicy, votes
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recent": 32, "kernel": 7, "pool": "max"},
@@ -29,5 +30,4 @@ class SnapKVShared(WindowPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         attention = votes(view, self.recent).mean(dim=1, keepdim=True)  # [B, 1, T]
-        pooled = pool(attention, self.kernel, self.pool, self.recent, forward=self.forward)
-        return pooled.expand(-1, view.kv.keys.shape[1], -1)
+        return self.pooled(attention).expand(-1, view.kv.keys.shape[1], -1)

@@ -3,7 +3,7 @@
 Source: https://arxiv.org/abs/2309.17453 (4 sinks; positions counted inside the cache; evicts while decoding).
 Plain `streamingllm` compresses once, at the end of prefill, with true positions, as KVCache-Factory and kvpress do;
 `reassign` adds the position re-assignment and `paper` also goes on evicting while decoding.
-Difference: re-assignment turns the sinks' keys forward until they touch the recent tokens, instead of turning the
+Differences: re-assignment turns the sinks' keys forward until they touch the recent tokens, instead of turning the
 recent keys back; RoPE sees only differences of positions, so the attention is the same.
 """
 

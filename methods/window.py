@@ -1,11 +1,11 @@
-"""What the last prompt tokens attend to, pooled over neighbours: the scores that SnapKV and its descendants share.
+"""Scores pooled over neighbours, and what the last prompt tokens attend to: what SnapKV and its descendants share.
 
 Source: https://arxiv.org/abs/2404.14469. Shape letters as in `methods.base`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,25 +14,46 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 from methods.base import EvictionPolicy, LayerView, Needs, PolicyError, Sizes, at_least
 
 Pooling = Literal["max", "avg"]
-POOLINGS: dict[str, tuple[Any, ...]] = {"kernel": (1, 5, 7, 13, 21), "pool": ("max", "avg"), "forward": (False, True)}
+POOLINGS = {"kernel": (1, 5, 7, 13, 21), "pool": ("max", "avg"), "forward": (False, True)}
 """Values of the three that `harness tune` tries, for every method that pools."""
+WINDOWS = (4, 8, 16, 32, 64)
+"""Values of `recent` that it tries, besides those of a method's own."""
 
 
 @dataclass(frozen=True)
-class WindowPolicy(EvictionPolicy):
-    """Top tokens by pooled attention of the last `recent` queries, averaged over the query group of a KV head.
+class PooledPolicy(EvictionPolicy):
+    """Top tokens by scores >= 0, pooled over their neighbours among the tokens before the last `recent` ones.
 
     kernel: tokens that a score is pooled over, centred on its own; forward: the ones before it and its own instead.
     """
 
-    recent: int = 32
-    kernel: int = 7
+    kernel: int = 1
     pool: Pooling = "max"
     forward: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "recent")
+        super().__post_init__()
         check_kernel(self.kernel, self.forward)
+
+    @property
+    def redundant(self) -> bool:
+        return self.kernel == 1 and (self.pool, self.forward) != ("max", False)
+
+    def pooled(self, scores: Tensor) -> Tensor:
+        """Pool scores [B, H, T] >= 0, as they are where `kernel` is 1."""
+        return scores if self.kernel == 1 else pool(scores, self.kernel, self.pool, self.recent, forward=self.forward)
+
+
+@dataclass(frozen=True)
+class WindowPolicy(PooledPolicy):
+    """Top tokens by pooled attention of the last `recent` queries, averaged over the query group of a KV head."""
+
+    recent: int = 32
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "recent")
+        super().__post_init__()
 
     @property
     def needs(self) -> Needs:

@@ -33,7 +33,20 @@ from tests.tiny_run import TIMES, key, only
 
 RUN = (
     *("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv,h2o"),
-    *("--tasks", "stdlib", "--budgets", "32,64", "--lengths", "1024", "--limit", "12", "--max-new-tokens", "8"),
+    *(
+        "--observe",
+        "0",
+        "--tasks",
+        "stdlib",
+        "--budgets",
+        "32,64",
+        "--lengths",
+        "1024",
+        "--limit",
+        "12",
+        "--max-new-tokens",
+        "8",
+    ),
 )
 FAN = ("--workers", "2", "--gpus-per-worker", "1", "--item-timeout", "120")
 KINDS = ("worker", "node", "driver")

@@ -18,13 +18,15 @@ SPEC: dict[str, Any] = {
 
 
 def record(method: str, budget: str, sample: str, score: float | None, **changes: Any) -> Record:
+    """A record of a context of its own, where `meta` names no other."""
     values: dict[str, Any] = {
         **{"run_id": "run1", "model": "tiny", "dtype": "float32", "task": "niah", "sample_id": sample},
         **{"method": method, "budget": budget, "query": "aware", "first_token": "compressed", "seed": 42},
         **{"status": "ok" if score is not None else "failed", "metrics": {} if score is None else {"score": score}},
-        **{"kv_bytes": 100, "asked_bytes": 100, "full_bytes": 400},
+        **{"kv_bytes": 100, "asked_bytes": 100, "full_bytes": 400, "meta": {}},
     }
-    return Record(**{**values, **changes})
+    values |= changes
+    return Record(**values | {"meta": {"group": f"text {sample}"} | values["meta"]})
 
 
 def measured(spec: ProbeSpec | None = None, **changes: Any) -> Measured:

@@ -13,14 +13,15 @@ from leaderboards.pages.heats import TableMap
 from leaderboards.text import clean
 from methods.base import PolicyError
 
-USED: dict[str, Literal["compiled", "onepass"]] = {"compiled": "compiled", "onepass": "onepass"}
+Budgets = Literal["compiled", "onepass"]
+USED: tuple[Budgets, ...] = ("compiled", "onepass")
 """Values of the parameter `budgets` of the compiled form that share slots out by tables."""
 
 
 class _Use(NamedTuple):
     tables: str
     sha256: str
-    budgets: str
+    budgets: Budgets
 
 
 def table_maps_of(manifests: Iterable[RunManifest]) -> tuple[list[TableMap], list[str]]:
@@ -45,7 +46,7 @@ def _use(name: str, params: dict[str, Any]) -> _Use | None:
     tables, sha256, budgets = (params.get(key) for key in ("tables", "tables_sha256", "budgets"))
     if name != "compilerkv" or params.get("form") != "compiled" or budgets not in USED:
         return None
-    return _Use(str(tables), str(sha256), str(budgets)) if tables and sha256 else None
+    return _Use(str(tables), str(sha256), budgets) if tables and sha256 else None
 
 
 def _maps(use: _Use, name: str, users: str) -> list[TableMap]:
@@ -59,5 +60,5 @@ def _maps(use: _Use, name: str, users: str) -> list[TableMap]:
         return []
     if tables.manifest.tensors_sha256 != use.sha256:
         return []
-    slots = [(budget, tables.multiples(budget, USED[use.budgets]).tolist()) for budget in tables.manifest.budgets]
+    slots = [(budget, tables.multiples(budget, use.budgets).tolist()) for budget in tables.manifest.budgets]
     return [TableMap(f"{name}, slots of {users}", str(budget), values) for budget, values in slots]

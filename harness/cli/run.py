@@ -26,6 +26,7 @@ def run_parser(run: argparse.ArgumentParser) -> None:
     add("--first-token", choices=("compressed", "prefill"), help="where the first generated token comes from")
     add("--query", choices=("aware", "agnostic"), help="whether compression sees the question")
     add("--nll-tokens", type=int, help="reference tokens scored at most; 0 turns answer NLL off")
+    add("--observe", type=int, metavar="N", help="prompts per length or data set on which observing is timed; 0: none")
     add("--dtype", help="auto (default), float32, bfloat16 or float16")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--trust-remote-code", action="store_true", default=None, help="run code that a hub repository brings")

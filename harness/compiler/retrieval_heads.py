@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.compiler.estimators import with_table
 from harness.compiler.stage import CHOICE_PROMPTS, Workbench
 from methods.compilerkv.form import Form
+from methods.compilerkv.tables import one_pass
 from methods.headkv import BETAS
 
 
@@ -29,7 +30,7 @@ def head_importance(bench: Workbench, prompts: Sequence[int]) -> Tensor:
 def choose_pool(bench: Workbench, form: Form, importance: Tensor, prompts: Sequence[int]) -> Tensor:
     """Return the share of slots given out by importance that loses least at each budget under a form: [N]."""
     pools = torch.tensor([1 / beta for beta in BETAS])
-    candidates = [with_table(form, 1 - pool + pool * importance[0]) for pool in pools]
+    candidates = [with_table(form, one_pass(importance[0], pool)) for pool in pools]
     compared = [(budget, candidates) for budget in bench.spec.budgets]
     losses = bench.compare("pool", prompts[:CHOICE_PROMPTS], compared).mean(dim=0)  # [N, pools]
     return pools[losses.argmin(dim=1)]

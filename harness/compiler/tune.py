@@ -6,7 +6,6 @@ and written as an artefact, from which `NAME@tuned` is made. Trials are stored a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import reduce
 from itertools import product
 from operator import or_
@@ -22,11 +21,13 @@ from harness.compiler.stage import CHOICE_PROMPTS, CalibrationSpec, Workbench
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.models.prompt import token_sha256
+from harness.records.atomic_files import write_text
+from harness.records.log_folder import now
 from methods.base import KVPolicy, Needs, PolicyError
 from methods.compilerkv.selection import choose
 from methods.label import MethodLabel
 from methods.registry import Method, check_method, load_methods, make_policy
-from methods.tuned.artefact import Trial, Tuning, save_tuning
+from methods.tuned.artefact import Trial, Tuning
 
 Parameters = dict[str, Any]
 
@@ -63,6 +64,7 @@ class Tuner:
             chosen=sets[best],
             budgets=spec.tight,
             choices={key: tuple(values) for key, values in method.choices.items()},
+            space=len(parameter_space(method)),
             trials=tuple(Trial(parameters=own, divergence=means, score=score) for own, means, score in rows),
             left_out={"ratio": report["left_out_ratio"], "often": report["often"]},
             prompts=tuple(sorted(token_sha256(bench.prompts[at].ids) for at in self.asked)),
@@ -71,8 +73,11 @@ class Tuner:
             command=tuple(command),
             git_commit=git_commit(),
             made_on={**machine(), "versions": versions()},
+            created=now(),
         )
-        return tuning, save_tuning(tuning, self.folder)
+        path = self.folder / f"{name}.json"
+        write_text(path, tuning.model_dump_json(indent=1) + "\n")
+        return tuning, path
 
     def _losses(self, name: str) -> Tensor:
         """Divergences [P, N, C] of the trials of a method, nats a token."""
@@ -89,7 +94,7 @@ class Tuner:
 
 def parameter_sets(method: Method, count: int, seed: int) -> list[Parameters]:
     """Return at most `count` sets of a method's choices: its defaults, presets among them, then drawn by the seed."""
-    space = [dict(zip(method.choices, values, strict=True)) for values in product(*method.choices.values())]
+    space = parameter_space(method)
     named = [_as_choices(method, preset) for preset in ({}, *method.presets.values())]
     first = [own for i, own in enumerate(named) if own is not None and own in space and own not in named[:i]]
     rest = [own for own in space if own not in first]
@@ -97,11 +102,19 @@ def parameter_sets(method: Method, count: int, seed: int) -> list[Parameters]:
     return [*first, *rest][:count]
 
 
+def parameter_space(method: Method) -> list[Parameters]:
+    """Return every set of a method's choices that is not redundant."""
+    every = [dict(zip(method.choices, values, strict=True)) for values in product(*method.choices.values())]
+    return [own for own in every if not make_policy(method.name, own).redundant]
+
+
 def _as_choices(method: Method, preset: Mapping[str, Any]) -> Parameters | None:
     """A preset as a set of choices; None where it changes something that is no choice."""
-    plain, own = asdict(method.policy()), asdict(method.policy(**preset))  # type: ignore[call-overload]
-    fixed = all(own[key] == plain[key] for key in plain.keys() - method.choices.keys())
-    return {key: own[key] for key in method.choices} if fixed else None
+    plain, own = method.policy(), method.policy(**preset)
+    fixed = (name for name in method.parameters if name not in method.choices)
+    if any(getattr(own, name) != getattr(plain, name) for name in fixed):
+        return None
+    return {name: getattr(own, name) for name in method.choices}
 
 
 def _method(name: str) -> Method:

@@ -82,6 +82,7 @@ class Outcome:
     token_ids: tuple[int, ...] = ()
     nll_per_token: tuple[float, ...] = ()
     prefill_s: float = 0.0
+    observe_ms: float | None = None
     compress_s: float = 0.0
     decode_s: float = 0.0
     decode_rows: int = 0

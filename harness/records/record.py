@@ -59,6 +59,7 @@ class Record(Frozen):
 
     accelerator: str = ""  # what ran it: GPU or processor; in one run they may differ
     prefill_s: float = 0.0  # observation included; one serves all cells of a sample and all questions of a context
+    observe_ms: FiniteFloat | None = None  # prefill with what the method observes less a plain one; None: not measured
     compress_s: float = 0.0  # of this cell alone
     decode_s: float = 0.0  # seconds of the decode batch this cell was a row of; shared, so not a latency of the method
     decode_rows: int = 0  # rows of that batch

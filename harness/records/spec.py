@@ -81,9 +81,10 @@ class Sweep(Asked):
 
     tasks: names or families. lengths: context lengths in tokens for generated tasks. limit: samples per task, or per
     task and length. max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the
-    tasks' own. nll_tokens: reference tokens that are scored at most. measure: time every cell by itself too, and its
-    memory. whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the
-    fixed haystacks of the protocols.
+    tasks' own. nll_tokens: reference tokens that are scored at most. observe: prompts per length, or data set, on which
+    the cost of observing is measured; no part of what is run. measure: time every cell by itself too, and its memory.
+    whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the fixed haystacks of
+    the protocols.
     """
 
     OTHER_WAY = " or --config quick"
@@ -97,6 +98,7 @@ class Sweep(Asked):
     first_token: FirstToken = "compressed"
     query: QueryMode = "aware"
     nll_tokens: int = 64
+    observe: int = 2
     trust_remote_code: bool = False
     data_dir: str | None = None
     measure: bool = False
@@ -122,12 +124,12 @@ class Sweep(Asked):
     def _at_least_one(cls, given: Any, field: ValidationInfo) -> Any:
         return check_least(given, 1, field)
 
-    @field_validator("nll_tokens")
+    @field_validator("nll_tokens", "observe")
     @classmethod
-    def _not_negative(cls, tokens: int) -> int:
-        if tokens < 0:
-            raise ValueError(f"--nll-tokens {tokens} is negative; give 0 to turn it off")
-        return tokens
+    def _not_negative(cls, number: int, field: ValidationInfo) -> int:
+        if number < 0:
+            raise ValueError(f"--{option(field)} {number} is negative; give 0 to turn it off")
+        return number
 
     @model_validator(mode="after")
     def _measurable(self) -> Self:

@@ -9,7 +9,7 @@ driver's is refused: they decide the numbers.
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from harness.records.log_folder import now
 from harness.records.record import Record
 from harness.records.run_folder import RunStore
 from harness.records.spec import Frozen, ModelSpec, RunSpec, Sweep
+from harness.run.observing import Observed
 from harness.run.progress import Progress
 from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
 from harness.run.schedule import STORE_S, GivenUp, Item, Schedule
@@ -58,6 +59,7 @@ class MakeRunner:
     policies: Sequence[KVPolicy]  # checked against the model there, with `ids`
     ids: Sequence[int]  # of a prompt
     shape: WorkerShape
+    observed: Observed = field(default_factory=dict)
 
     def __call__(self) -> tuple[Handler[Group, list[Record]], Mapping[str, Any]]:
         """Load the model. Raises HarnessError when it is not here, or cannot run the policies."""
@@ -72,12 +74,12 @@ class MakeRunner:
             trust_remote_code=wanted.trust_remote_code,
             device_map="auto" if self.shape.gpus > 1 and wanted.device == "cuda" else None,
         )
-        runner = SampleRunner(self.spec, loaded)
+        runner = SampleRunner(self.spec, loaded, self.observed)
         runner.engine.check(self.policies, self.ids)
 
         def handle(groups: Sequence[Group], carefully: bool) -> list[list[Record]]:
             runner.engine.rows = 1 if carefully else CPU_ROWS_AT_ONCE
-            return [runner.records(group) for group in groups]
+            return [runner.records(group, observe=not carefully) for group in groups]
 
         return handle, {"model": loaded.spec, "versions": versions(), "machine": machine()}
 
@@ -100,7 +102,7 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
         )
         prepared = prepare(named, described, command=command)
         spec = prepared.manifest.spec
-        make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape)
+        make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape, prepared.observed)
         with RunStore(root, prepared.manifest) as store, store.ending():
             work = prepared.missing(store.done)
             work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Outcome
+from harness.engine.types import Outcome, Prompt
 from harness.machine import git_commit, machine, versions
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
@@ -18,6 +18,7 @@ from harness.records.log_folder import now
 from harness.records.record import PROMPT_TAIL, Record, RunManifest
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
+from harness.run.observing import Observed, at_prefill, observe_ms, observed
 from harness.run.timing import measured_on, measuring
 from methods.base import KVPolicy
 
@@ -28,6 +29,7 @@ class SampleRunner:
 
     spec: RunSpec  # the resolved run
     loaded: LoadedModel  # its model
+    observed: Observed = field(default_factory=dict)  # the samples on which the cost of observing is measured
 
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model)
@@ -36,15 +38,33 @@ class SampleRunner:
         here = machine()
         self.accelerator = ", ".join(here["accelerators"][:1]) or str(here["processor"])
 
-    def records(self, group: Group) -> list[Record]:
-        """Run samples of one context, each under the cells wanted of it; return one record per pair, in order."""
+    def records(self, group: Group, *, observe: bool = True) -> list[Record]:
+        """Run samples of one context, each under the cells wanted of it; return one record per pair, in order.
+
+        observe: False where nothing is to be measured besides.
+        """
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
+        if observe:
+            self._observe(group, prompts[0], outcomes)
         return [
             record_of(self.spec, planned, cell, outcome, self.tokenizer.decode(outcome.token_ids), self.accelerator)
             for (planned, cells), own in zip(group, outcomes, strict=True)
             for cell, outcome in zip(cells, own, strict=True)
         ]
+
+    def _observe(self, group: Group, prompt: Prompt, outcomes: Sequence[Sequence[Outcome]]) -> None:
+        """Note what observing costs on a prompt that is one to measure it on, in every outcome that is ok."""
+        first = group[0][0]
+        turn = self.observed.get((first.task.name, first.sample.id))
+        if turn is None:
+            return
+        pairs = [pair for (_, cells), own in zip(group, outcomes, strict=True) for pair in zip(cells, own, strict=True)]
+        ok = [(at_prefill(cell.cell.policy.needs), outcome) for cell, outcome in pairs if outcome.status == "ok"]
+        head = prompt.ids[: prompt.context] if self.spec.query == "agnostic" else prompt.ids
+        found = observe_ms(self.engine, head, (needs for needs, _ in ok), turn=turn)
+        for needs, outcome in ok:
+            outcome.observe_ms = found.get(needs)
 
 
 def record_of(
@@ -91,6 +111,7 @@ class Prepared:
     manifest: RunManifest
     samples: Sequence[PlannedSample]
     cells: Sequence[PlannedCell]
+    observed: Observed
 
     @property
     def policies(self) -> list[KVPolicy]:
@@ -127,7 +148,9 @@ def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -
         versions=versions(),
         machine=here,
     )
-    return Prepared(manifest, plan.samples, plan.cells)
+    groups = contexts(plan.samples, plan.spec.query)
+    timed = observed(groups, lengths=plan.spec.lengths, count=named.sweep.observe)
+    return Prepared(manifest, plan.samples, plan.cells, timed)
 
 
 def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
@@ -141,7 +164,8 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
     remote = sweep.trust_remote_code
     loaded = load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=remote)
     prepared = prepare(named, loaded, command=command)
-    runner = SampleRunner(prepared.manifest.spec, loaded)  # before the folder is made: it refuses models it cannot run
+    # before the folder is made: it refuses models that it cannot run
+    runner = SampleRunner(prepared.manifest.spec, loaded, prepared.observed)
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
     with RunStore(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
         work = prepared.missing(store.done)

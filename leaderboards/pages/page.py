@@ -26,6 +26,7 @@ from leaderboards.pages.runs import run_facts, runs_of
 from leaderboards.pages.samples import browsable
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.comparable import one_per_key, split_by_axes
+from leaderboards.stats.ranks import is_ranked
 from leaderboards.tables.board import heading, notes_of
 from leaderboards.tables.files import write_files
 from leaderboards.tables.legend import how_to_read
@@ -100,6 +101,7 @@ def to_html(
         tables=parts,
         sections=_sections(parts, extras),
         asked=choices(tables),
+        any_rank=any(is_ranked(table.rows) for table in tables),
         ranked=ranking(tables, runs_of(every, run_ids)),
         boundaries=boundary_pictures(extras.searches),
         maps=shaded_tables(extras.maps),

@@ -20,7 +20,7 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.tables import boundary
 from leaderboards.tables.board import heading
 from leaderboards.tables.sections import rival_frames, sections
-from leaderboards.tables.verdicts import uncompressed, verdicts
+from leaderboards.tables.verdicts import standing, uncompressed, verdicts
 from leaderboards.text import clean, number
 
 Search = tuple[BoundaryManifest, Sequence[BoundaryRecord]]
@@ -38,6 +38,7 @@ def table_parts(i: int, table: Table, records: Sequence[Record], *, several: boo
         "index": i,
         "several": several,
         "heading": heading(table),
+        "standing": standing(table),
         "verdicts": verdicts(table),
         "uncompressed": uncompressed(table),
         "best": best_by_task(table),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from leaderboards.stats.aggregate import Table, TableRow
+from leaderboards.stats.observing import is_observed
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import is_ranked
 from leaderboards.stats.worst import is_known
@@ -13,7 +14,7 @@ from leaderboards.tables.sections import rank_text
 from leaderboards.tables.verdicts import score_text
 from leaderboards.text import MIB, clean, number
 
-FLAGS = {"oom": "out of memory", "over_budget": "over budget", "few": "few contexts"}
+FLAGS = {"oom": "out of memory", "over_budget": "over budget", "few": "few contexts", "unknown": "contexts unknown"}
 """Flags that a page words otherwise."""
 AXES = {"model": "Model", "dtype": "Dtype", "query": "Query mode", "first_token": "First token"}
 """Axes of a table that are filters, and columns where they differ."""
@@ -99,6 +100,7 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
     measured, ranked, tailed = (any(map(known, frames)) for known in (is_measured, is_ranked, is_known))
     there = {
         "Rank": ranked,
+        "Observe ms": any(map(is_observed, frames)),
         **dict.fromkeys(("TPOT ms", "Peak MiB"), measured),
         **dict.fromkeys(("Broken %", "NLL worst 10%"), tailed),
         "Needle %": any(frame["needle_percent_n"].any() for frame in frames),
@@ -111,6 +113,7 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
         Column("Rank", "num agg"),
         Column("KV %", "num"),
         Column("KV MiB", "num", more=True),
+        Column("Observe ms", "num agg"),
         Column("TPOT ms", "num agg"),
         Column("Peak MiB", "num agg", more=True),
         *(Column(f"Δ {name}", "num agg", more=i > 0) for i, name in enumerate(tables[0].baselines)),
@@ -145,6 +148,7 @@ def _cells(table: Table, row: TableRow) -> dict[str, Shown]:
         "Rank": Shown(rank_text(low, high), _value(low + high / 1e4)),
         "KV %": _number(row["kv_percent_of_full"]),
         "KV MiB": _number(mib, digits=1 if mib >= 100 else 3),
+        "Observe ms": _number(row.get("observe_ms_median", math.nan)),
         "TPOT ms": _number(1000 * row.get("tpot_s_mean", math.nan), digits=2),
         "Peak MiB": _number(row.get("peak_bytes_mean", math.nan) / MIB),
         "NLL": _number(row["nll_nats_mean"], digits=3),

@@ -5,15 +5,17 @@ Averages. A task's score (0-100) is the mean over its samples; a cell's is the u
 records count; what is missing is counted beside the mean, never scored 0.
 
 Intervals. Percentile bootstrap, 95 % (`leaderboards.stats.bootstrap`): clusters of samples that share `meta.group` are
-redrawn within each task, 2,000 times, with a seed kept in the table. A difference is paired: it is taken per sample, on
+redrawn within each task, 2,000 times, with a seed kept in the table; one that names no group counts as its own here,
+which is marked `unknown`. A difference is paired: it is taken per sample, on
 the samples that both cells have, and the differences are redrawn. There is no interval below 6 clusters (no two-sided
 sign test can reach 5 % with fewer) or with a task of one. With few clusters per task the interval is too narrow, by
 about sqrt(1 - 1/n); cells with fewer than 10 in some task are flagged. `n` always counts samples.
 
-Marks. They follow the rank intervals (`leaderboards.stats.ranks`), which are corrected for the number of methods. At
-each budget the cells that may be first, of those within their bytes, are `=`; a cell is `*` only when it is the one
-that may be, and is told apart from every other. `=` is no proof of equality. Nothing is marked where there are fewer
-than two methods or none is complete.
+Marks. They follow the rank intervals (`leaderboards.stats.ranks`), which are corrected for the number of methods,
+budgets and measures. At each budget the cells that may be first, of those within their bytes, are `=`; a cell is `*`
+only when it is the one that may be, and is told apart from every other. `=` is no proof of equality. Nothing is marked
+where there are fewer than two methods or none is complete, or where the table ranks nothing
+(`leaderboards.stats.eligible`).
 
 Memory. A cell of which some record has simulated memory is `simulated`: scored and ranked as any other, but with no
 place on the fronts. The column `memory` is there when some table has such a cell.
@@ -35,8 +37,9 @@ from harness.records.record import CellKey, Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
-from leaderboards.stats.pareto import fronts
-from leaderboards.stats.ranks import rank_columns
+from leaderboards.stats.observing import observe_columns
+from leaderboards.stats.pareto import FRONTS, fronts
+from leaderboards.stats.ranks import Ranking, rank_columns
 from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import summarise
 from leaderboards.stats.worst import tail_columns
@@ -60,8 +63,9 @@ class Note:
 class Table:
     """One board. `rows`: one per (budget, method), columns as `_row` writes them; `tasks`: one per cell and task.
 
-    summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. baselines: wanted label
-    to the label used, or None. duplicates: cells measured in several runs; one of each is used.
+    summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
+    rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
+    runs; one of each is used.
     """
 
     axes: Axes
@@ -69,6 +73,7 @@ class Table:
     tasks: pd.DataFrame
     summaries: pd.DataFrame
     rivals: pd.DataFrame
+    ranking: Ranking
     run_ids: tuple[str, ...]
     samples: int
     baselines: dict[str, str | None]
@@ -117,15 +122,18 @@ def _table(axes: Axes, records: list[BoardRecord], subject: str | None, *, seed:
     grid.prepare(_wanted(grid, used))
     means = {c: grid.estimate(c, "score").mean for c in grid.cells}
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
-    ranked, tailed, timed = rank_columns(grid), tail_columns(grid), _measured(grid)
+    ranked, ranking = rank_columns(grid)
+    tailed, timed = tail_columns(grid), _measured(grid, told=not ranking.eligible["score"].why)
+    observing = observe_columns(grid)
     marks = _marks(grid, ranked)
-    own = {c: {**_row(grid, c, used), "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
-    rows = pd.DataFrame([{**asdict(axes), **own[c]} for c in order])
+    more = {c: {**observing[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
+    rows = pd.DataFrame([{**asdict(axes), **_row(grid, c, used), **more[c]} for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
     summaries, rivals = summarise(grid, order), compare(grid, subject)
-    return Table(axes, rows, tasks, summaries, rivals, runs, len(grid.samples), used, _notes(chosen), duplicates)
+    samples, notes = len(grid.samples), _notes(chosen)
+    return Table(axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:
@@ -176,6 +184,7 @@ def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[st
     }
     present = {"incomplete": not grid.complete(cell), **{s: counts[s] for s in STATUSES[1:]}}
     present |= {"over_budget": row["n_over_budget"], "few": grid.few(cell)}
+    present["unknown"] = grid.unnamed(grid.values(cell, "score"))
     return {**row, "flags": " ".join(name for name, here in present.items() if here)}
 
 
@@ -196,11 +205,14 @@ def _marks(grid: Grid, ranked: Mapping[CellKey, Mapping[str, Any]]) -> dict[Cell
     return marks
 
 
-def _measured(grid: Grid) -> dict[CellKey, dict[str, Any]]:
-    """Columns of a table with a measurement, none otherwise: means over the samples measured, their number, fronts."""
+def _measured(grid: Grid, *, told: bool) -> dict[CellKey, dict[str, Any]]:
+    """Columns of a table with a measurement, none otherwise: means over the samples measured, their number, fronts.
+
+    told: whether a score may be told better; else there are no fronts.
+    """
     if not grid.measured():
         return {cell: {} for cell in grid.cells}
-    marks = fronts(grid)
+    marks = fronts(grid) if told else {cell: dict.fromkeys(FRONTS, "") for cell in grid.cells}
     rows = {}
     for cell in grid.cells:
         means = {f"{what}_mean": _mean(grid.values(cell, what)) for what in MEASURED}

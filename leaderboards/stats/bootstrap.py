@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice, repeat
@@ -61,6 +61,7 @@ class Request(NamedTuple):
 class Drawn:
     """T tasks, R redraws, K members. observed: [T, K]; redrawn: [T, R, K]; clusters: [T], those with a sample."""
 
+    tasks: tuple[str, ...]
     members: tuple[int, ...]
     observed: Array
     redrawn: Array
@@ -74,13 +75,22 @@ class Drawn:
         """
         widen = np.sqrt(self.clusters / (self.clusters - 1))[:, None, None]
         deviations = (self.redrawn - self.observed[:, None]) * widen
-        covariance = np.stack([np.atleast_2d(np.cov(part, rowvar=False)) for part in deviations])  # [T, K, K]
+        centred = deviations - deviations.mean(axis=1, keepdims=True)
+        covariance = centred.transpose(0, 2, 1) @ centred / max(1, centred.shape[1] - 1)  # [T, K, K]
         own = np.diagonal(covariance, axis1=1, axis2=2)
         variance = np.maximum(own[:, :, None] + own[:, None] - 2 * covariance, 0.0).round(12)
         parts = (variance**2 / (self.clusters - 1)[:, None, None]).sum(axis=0)
         whole = variance.sum(axis=0) ** 2
         freedom = np.divide(whole, parts, out=np.full_like(whole, np.inf), where=parts > 0)
         return deviations.mean(axis=0), freedom
+
+    def of(self, tasks: Collection[str]) -> Drawn:
+        """Of some of the tasks."""
+        here = [i for i, task in enumerate(self.tasks) if task in tasks]
+        if len(here) == len(self.tasks):
+            return self
+        named = tuple(self.tasks[i] for i in here)
+        return Drawn(named, self.members, self.observed[here], self.redrawn[here], self.clusters[here])
 
 
 def seeded(seed: int, name: str, *more: int) -> np.random.Generator:
@@ -175,6 +185,14 @@ class Bootstrap:
         """Whether some task has values [S], but in fewer than `FEW` clusters."""
         return any(np.unique(self._cluster[rows]).size < FEW for rows in self.present(values).values())
 
+    def noise(self, values: Array, rows: Indexes) -> float:
+        """Standard error of the mean of the values [S] in rows, over clusters; NaN with fewer than two of those."""
+        sizes, sums = self.cluster_sums(values, rows).T
+        if len(sizes) < 2:
+            return math.nan
+        residuals = sums - sizes * (sums.sum() / sizes.sum())
+        return float(math.sqrt(len(sizes) / (len(sizes) - 1) * (residuals**2).sum()) / sizes.sum())
+
     def cluster_sums(self, values: Array, rows: Indexes) -> Array:
         """[G, 1 + K]: number and sums of the values [S, K] or [S] in each cluster of rows, in the order of rows."""
         cluster = np.unique(self._cluster[rows], return_inverse=True)[1]
@@ -212,7 +230,7 @@ class Bootstrap:
 
         Every column and every set of samples sees the same redraws.
         """
-        parts: list[list[tuple[Array, Array, int]]] = [[] for _ in requests]
+        parts: list[list[tuple[str, Array, Array, int]]] = [[] for _ in requests]
         for task, rows in self.rows.items():
             here = [i for i, r in enumerate(requests) if r.where[rows].any()]
             if not here:
@@ -224,11 +242,12 @@ class Bootstrap:
                 whole, sizes = own.sum(axis=0), drawn[:, :1]
                 observed = whole[1:] / whole[0]
                 means = np.where(sizes > 0, drawn[:, 1:] / np.maximum(sizes, 1), observed)
-                parts[i].append((observed, means, int((own[:, 0] > 0).sum())))
-        return [
-            Drawn(r.members, *(np.array(part, dtype=np.float64) for part in zip(*found, strict=True)))
-            for r, found in zip(requests, parts, strict=True)
-        ]
+                parts[i].append((task, observed, means, int((own[:, 0] > 0).sum())))
+        made = list[Drawn]()
+        for request, found in zip(requests, parts, strict=True):
+            tasks, *arrays = zip(*found, strict=True)
+            made.append(Drawn(tasks, request.members, *(np.array(part, dtype=np.float64) for part in arrays)))
+        return made
 
     def _joint_sums(self, request: Request, rows: Indexes) -> Array:
         """[G, 1 + K]: per cluster the number of the request's samples and the sums of the members' values."""

@@ -23,7 +23,8 @@ Wanted = tuple[CellKey, str, CellKey | None]
 class Grid:
     """The cells of one table as arrays, [S] over the samples, which are sorted by (task, id).
 
-    metas: [S], the sample's own fields, of an ok record where there is one. cells: each [S], None where it has none.
+    metas: [S], the sample's own fields, of an ok record where there is one. groups: [S], the text that it was drawn
+    from, None where it names none. cells: each [S], None where it has none.
     """
 
     def __init__(self, records: Iterable[Record | BoardRecord], *, seed: int, resamples: int) -> None:
@@ -43,10 +44,11 @@ class Grid:
             if cell not in self.cells:
                 self.cells[cell] = [None] * len(self.samples)
             self.cells[cell][places[r.task, r.sample_id]] = r
-        groups = [meta.get("group") for meta in self.metas]
+        named = [meta.get("group") for meta in self.metas]
+        self.groups = [None if group is None else str(group) for group in named]  # [S]
         self.bootstrap = Bootstrap(
             [task for task, _ in self.samples],
-            groups=[None if group is None else str(group) for group in groups],
+            groups=self.groups,
             seed=seed,
             resamples=resamples,
         )
@@ -109,6 +111,10 @@ class Grid:
     def few(self, cell: CellKey) -> bool:
         """Whether some task of the cell has too few clusters for its interval."""
         return self.bootstrap.few(self.values(cell, "score"))
+
+    def unnamed(self, values: Array) -> bool:
+        """Whether some sample with a value [S] does not name the text that it was drawn from."""
+        return any(self.groups[i] is None for i in np.flatnonzero(~np.isnan(values)))
 
     def measured(self) -> bool:
         """Whether some cell was also measured by itself."""

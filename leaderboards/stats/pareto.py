@@ -7,6 +7,8 @@ more; the cheapest one is, whatever its score. Every other cell is `=`.
 Costs are compared on the samples that both cells have. Bytes are exact, so their mean decides. A cell's TPOT surely is
 no more when the whole interval of the paired difference is at most 0, and may be unless the whole interval is above 0.
 
+Where a table ranks nothing by score (`leaderboards.stats.eligible`) no cell is told better, and there are no marks.
+
 A cell that lacks samples, or measurements where TPOT counts, puts no other off and is never `*`; one without any has no
 mark. One with simulated memory has none either and puts no other off: no such memory was held. Like the other marks
 these are 95 % per comparison, and `=` is no proof of equality.

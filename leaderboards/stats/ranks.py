@@ -4,41 +4,46 @@ Ranks. Per budget and measure, `low` is 1 plus the number of methods that are su
 methods less those that are surely worse (Mogstad, Romano, Shaikh and Wilhelm, "Inference for Ranks with Applications to
 Mobility across Neighbourhoods and Academic Achievement across Countries", Review of Economic Studies 91(1), 2024).
 
-Surely. All ordered pairs of methods of a budget are tested at once, by the paired difference. The step-down max-t
-bootstrap (Romano and Wolf, "Exact and Approximate Stepdown Methods for Multiple Hypothesis Testing", JASA 100, 2005)
-holds the chance of any wrong claim, direction included, at 5 % per budget and measure, and so that of an interval that
-misses its method's true rank. All pairs see the same redraws of clusters, within tasks; the spread of a difference is
-that of its redraws, times sqrt(g/(g-1)) in a task of g clusters. It rests on few clusters, so a difference in units of
-it is read as Student's t, with the degrees of freedom of Welch and Satterthwaite, and turned into the normal deviate of
-the same probability before it is compared with the redraws.
+Surely. All ordered pairs of methods, of all budgets and both measures of a table, are tested at once, by the paired
+difference. The step-down max-t bootstrap (Romano and Wolf, "Exact and Approximate Stepdown Methods for Multiple
+Hypothesis Testing", JASA 100, 2005) holds the chance of any wrong claim on the table, direction included, at 5 %, and
+so that of an interval that misses its method's true rank. All pairs see the same redraws of contexts, within tasks; the
+spread of a difference is that of its redraws, times sqrt(g/(g-1)) in a task of g contexts. A difference in units of it
+is read as Student's t, with the degrees of freedom of Welch and Satterthwaite, and turned into the normal deviate of
+the same probability before it is compared with the redraws. `tests/null.py` simulates equal methods.
 
-Who counts. Cells with a budget that are scored and within their bytes. A pair needs `FEW` clusters in all, `LEAST` in
-every task and `FEW` - 1 degrees of freedom to be told apart: with tasks of 2 or 3 clusters beside larger ones, equal
-methods are told apart too often. A cell that lacks samples is surely better than nobody: what it lacks may be what it
-fails.
+Who counts. Cells with a budget that are scored and within their bytes, on the tasks that rank
+(`leaderboards.stats.eligible`). A pair needs `CONTEXTS` contexts in every one of them. A cell that lacks samples is
+surely better than nobody: what it lacks may be what it fails.
+
+Power. `least` is the difference that is found with 80 %, for the pair in the middle of a measure's pairs by spread: the
+limit of the first step, read as Student's t, and what the noncentral t asks above it, times the spread (Johnson and
+Welch, Biometrika 31, 1940).
 
 Best other. The method of another name (before `@`), complete and within its bytes, with the best mean at that budget
-on the samples that the cell has, which favours it. Over tasks. A cell's mean with tasks and their clusters redrawn as
-in `leaderboards.stats.subject`, from `MIN_TASKS` tasks on.
+on the samples that the cell has, over all tasks, which favours it. Over tasks. A cell's mean with tasks and their
+clusters redrawn as in `leaderboards.stats.subject`, from `MIN_TASKS` tasks on.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import special
 
 from harness.records.record import CellKey
-from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS, NOTHING, Array, Drawn, Mask, Request, percentiles
+from leaderboards.stats.bootstrap import LEVEL, MIN_PAIRS, NOTHING, Array, Drawn, Indexes, Mask, Request, percentiles
 from leaderboards.stats.comparable import FULL
+from leaderboards.stats.eligible import CONTEXTS, Eligible, eligible
 from leaderboards.stats.grid import Grid
 from leaderboards.stats.subject import SIGNS, bare_name
 
-LEAST = 5
-"""Clusters in a task below which nobody is told apart."""
+POWER = 0.8
+"""The chance with which a difference of the least size is found."""
 MIN_TASKS = 3
 """Tasks below which nothing is said of other tasks."""
 SUFFIXES: Mapping[str, str] = {"score": "", "nll": "_nll"}
@@ -54,27 +59,69 @@ def step_down(statistics: Array, draws: Array, *, level: float = LEVEL) -> Mask:
     """
     left = np.ones(len(statistics), dtype=bool)
     while left.any():
-        limit = np.quantile(draws[:, left].max(axis=1), level, method="higher")
-        rejected = left & (statistics > limit)
+        rejected = left & (statistics > first_limit(draws[:, left] if not left.all() else draws, level=level))
         if not rejected.any():
             break
         left &= ~rejected
     return ~left
 
 
-def _normal_deviate(mean: float, error: float, *, freedom: float) -> float:
-    """The normal deviate that is as improbable as mean / error is for Student's t; infinite without an error."""
-    if not error:
-        return math.copysign(math.inf, mean) if mean else 0.0
-    tail = special.stdtr(freedom, -abs(mean / error))
-    return round(math.copysign(float(-special.ndtri(tail)), mean), 9)
+def first_limit(draws: Array, *, level: float = LEVEL) -> float:
+    """What the largest of the redrawn statistics [R, P] exceeds with a chance of 1 - level at most."""
+    return float(np.quantile(draws.max(axis=1), level, method="higher"))
+
+
+class Contrasts(NamedTuple):
+    """P differences of two members. statistics: [P], normal deviates; draws: [R, P], the same redrawn and centred.
+
+    errors: [P], the spread of each, in the unit of the values; freedom: [P], its degrees of freedom.
+    """
+
+    statistics: Array
+    draws: Array
+    errors: Array
+    freedom: Array
+
+
+def contrasts(drawn: Drawn, first: Indexes, second: Indexes, *, sign: float = 1.0) -> Contrasts:
+    """The differences of members, `first` less `second`, each [P]; sign: -1 where a lower value is better."""
+    spread, freedom = drawn.spread()
+    own = freedom[first, second]
+    means = drawn.observed.mean(axis=0)
+    gaps = (sign * (means[first] - means[second])).round(9)
+    draws = sign * (spread[:, first] - spread[:, second])
+    errors = draws.std(axis=0).round(9)
+    draws /= np.where(errors > 0, errors, np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tails = special.stdtr(own, -np.abs(gaps) / errors)  # without an error 0, or NaN without a gap
+    statistics = np.where(gaps == 0, 0.0, np.copysign(-special.ndtri(tails), gaps)).round(9)
+    return Contrasts(statistics, draws.astype(np.float32), errors, own)
+
+
+def least_seen(errors: Array, freedom: Array, limit: float) -> float:
+    """The difference that is found with `POWER` for the pair in the middle; NaN where no pair has a spread.
+
+    errors, freedom: [P], of its pairs; limit: of the first step, a normal deviate.
+    """
+    there = errors > 0
+    if not there.any():
+        return math.nan
+    own = np.minimum(freedom[there], 1e9)
+    limits = -special.stdtrit(own, special.ndtr(-limit))
+    deviates = limits + special.ndtri(POWER) * np.sqrt(1 + limits**2 / (2 * own))  # noncentral t, as Johnson and Welch
+    return float(np.median(deviates * errors[there]))
 
 
 class _Field:
-    """The cells of one budget by one measure. whole: cells that lack no sample that another one has."""
+    """The cells of one budget by one measure. whole: cells that lack no sample that another one has.
+
+    pairs: those that are tested, in the order of their contrasts; better: [K, K], whether the first surely is.
+    """
 
     def __init__(self, grid: Grid, cells: Sequence[CellKey], measure: str) -> None:
-        self.cells, self.sign, self.seed = cells, SIGNS[measure], grid.bootstrap.seed
+        self.cells, self.measure, self.seed = cells, measure, grid.bootstrap.seed
+        self.sign, self.pairs = SIGNS[measure], list[tuple[int, int]]()
+        self.better = np.zeros((len(cells), len(cells)), dtype=bool)
         values = np.stack([grid.values(cell, measure) for cell in cells], axis=1)  # [S, K]
         has = ~np.isnan(values)
         self.scored = np.flatnonzero(has.any(axis=0)).tolist()
@@ -98,36 +145,31 @@ class _Field:
         """Means over the samples of a cell."""
         return self._drawn[self._key(i, i)]
 
-    def beats(self) -> Mask:
-        """[K, K]: whether the first is surely better than the second."""
-        known = {key: d for key, d in self._drawn.items() if d.clusters.sum() >= FEW and d.clusters.min() >= LEAST}
-        spreads = {key: drawn.spread() for key, drawn in known.items()}
-        pairs, statistics, draws = list[tuple[int, int]](), list[float](), list[Array]()
+    def contrasts(self, tasks: Sequence[str]) -> list[Contrasts]:
+        """Of all pairs that can be told apart on these tasks, in the order in which `pairs` then has them."""
+        of_key: dict[frozenset[bytes], list[tuple[int, int]]] = {}
         for i, j in product(self.whole, self.inside):
-            key = self._key(i, j)
-            if i == j or key not in known:
+            if i != j and self._key(i, j) in self._drawn:
+                of_key.setdefault(self._key(i, j), []).append((i, j))
+        found = []
+        for key, pairs in of_key.items():
+            drawn = self._drawn[key].of(tasks)
+            if len(drawn.tasks) < len(tasks) or drawn.clusters.min() < CONTEXTS:
                 continue
-            (spread, freedom), found = spreads[key], known[key]
-            a, b = (found.members.index(cell) for cell in (i, j))
-            if freedom[a, b] < FEW - 1:
-                continue
-            mean = round(self.sign * float(found.observed[:, a].mean() - found.observed[:, b].mean()), 9)
-            drawn = self.sign * (spread[:, a] - spread[:, b])
-            error = round(float(drawn.std()), 9)
-            pairs.append((i, j))
-            statistics.append(_normal_deviate(mean, error, freedom=float(freedom[a, b])))
-            draws.append(drawn / error if error else np.zeros_like(drawn))
-        better = np.zeros((len(self.cells), len(self.cells)), dtype=bool)
-        if pairs:
-            better[tuple(zip(*pairs, strict=True))] = step_down(np.array(statistics), np.stack(draws, axis=1))
-        return better
+            first, second = (np.array([drawn.members.index(k) for k in own]) for own in zip(*pairs, strict=True))
+            found.append(contrasts(drawn, first, second, sign=self.sign))
+            self.pairs += pairs
+        return found
+
+    def forget(self) -> None:
+        """Let go of the redraws; pairs and who is surely better stay."""
+        self._drawn.clear()
 
     def ranks(self) -> dict[CellKey, tuple[int, int]]:
         """(low, high) of the cells that count; none where there are fewer than two."""
-        here = self.inside
+        here, better = self.inside, self.better
         if len(here) < 2:
             return {}
-        better = self.beats()
         return {self.cells[i]: (1 + int(better[:, i].sum()), len(here) - int(better[i].sum())) for i in here}
 
     def best_other(self, i: int) -> CellKey | None:
@@ -152,31 +194,76 @@ class _Field:
         return percentiles(means[drawn, others].mean(axis=1))
 
 
-def rank_columns(grid: Grid) -> dict[CellKey, dict[str, Any]]:
-    """Columns of every cell's row.
+@dataclass(frozen=True)
+class Ranking:
+    """What ranks in a table. eligible: measure to its tasks; least: measure to the difference found with `POWER`."""
+
+    eligible: Mapping[str, Eligible]
+    least: Mapping[str, float]
+
+
+def rank_columns(grid: Grid) -> tuple[dict[CellKey, dict[str, Any]], Ranking]:
+    """Columns of every cell's row, and what ranked.
 
     `rank_low _high`, `rank_nll_low _high`; `score_task_low _high`, 0-100; `best_other` and `best_other_nll`, labels;
     `score_points_vs_best` and `nll_nats_vs_best`, each with `_mean _low _high _n`. NaN or empty where there is none.
     """
+    of = {measure: eligible(grid, measure) for measure in SUFFIXES}
     found: dict[CellKey, dict[str, Any]] = {cell: {} for cell in grid.cells}
-    for budget in sorted({budget for _, budget in grid.cells}):
-        cells = sorted(c for c in grid.cells if c[1] == budget)
-        for measure, suffix in SUFFIXES.items():
-            field = _Field(grid, cells, measure)
-            ranks = {} if budget == FULL else field.ranks()
-            others = [None if budget == FULL else field.best_other(i) for i in range(len(cells))]
-            grid.prepare((cell, measure, best) for cell, best in zip(cells, others, strict=True) if best)
-            for i, (cell, best) in enumerate(zip(cells, others, strict=True)):
-                row = found[cell]
-                row[f"rank{suffix}_low"], row[f"rank{suffix}_high"] = ranks.get(cell, (math.nan, math.nan))
-                if measure == "score":
-                    row["score_task_low"], row["score_task_high"] = field.task_interval(i)
-                paired = grid.estimate(cell, measure, minus=best) if best else NOTHING
-                row[f"best_other{suffix}"] = best[0] if best else ""
-                row |= {f"{PAIRED[measure]}_{part}": value for part, value in paired._asdict().items()}
+    tested = list[tuple[_Field, list[Contrasts]]]()
+    for budget, measure in product(sorted({budget for _, budget in grid.cells}), SUFFIXES):
+        field = _Field(grid, sorted(c for c in grid.cells if c[1] == budget), measure)
+        for cell, row in _other_columns(grid, field).items():
+            found[cell] |= row
+        if budget != FULL and not of[measure].why:
+            tested.append((field, field.contrasts(of[measure].tasks)))
+        field.forget()
+    least = _tell_apart(tested)
+    for field, _ in tested:
+        for cell, ends in field.ranks().items():
+            found[cell] |= dict(zip(_rank_names(field.measure), ends, strict=True))
+    return found, Ranking(of, least)
+
+
+def _rank_names(measure: str) -> tuple[str, str]:
+    return f"rank{SUFFIXES[measure]}_low", f"rank{SUFFIXES[measure]}_high"
+
+
+def _tell_apart(tested: Sequence[tuple[_Field, Sequence[Contrasts]]]) -> dict[str, float]:
+    """Say in the fields who is surely better, all at once; return measure to the least difference that is seen."""
+    every = [one for _, some in tested for one in some]
+    if not every:
+        return {}
+    draws = np.concatenate([one.draws for one in every], axis=1)
+    told = step_down(np.concatenate([one.statistics for one in every]), draws)
+    for field, _ in tested:
+        own, told = np.split(told, [len(field.pairs)])
+        field.better[tuple(np.array(field.pairs, dtype=np.intp).reshape(-1, 2).T)] = own
+    limit, least = first_limit(draws), dict[str, float]()
+    for measure in SUFFIXES:
+        some = [one for field, own in tested if field.measure == measure for one in own]
+        if some:
+            errors, freedom = (np.concatenate([getattr(one, name) for one in some]) for name in ("errors", "freedom"))
+            least[measure] = least_seen(errors, freedom, limit)
+    return least
+
+
+def _other_columns(grid: Grid, field: _Field) -> dict[CellKey, dict[str, Any]]:
+    """Of every cell of a field what its measure adds to the row; ranks are still unknown."""
+    suffix, paired, limited = SUFFIXES[field.measure], PAIRED[field.measure], field.cells[0][1] != FULL
+    others = [field.best_other(i) if limited else None for i in range(len(field.cells))]
+    grid.prepare((cell, field.measure, best) for cell, best in zip(field.cells, others, strict=True) if best)
+    found = {}
+    for i, (cell, best) in enumerate(zip(field.cells, others, strict=True)):
+        row: dict[str, Any] = dict.fromkeys(_rank_names(field.measure), math.nan)
+        if field.measure == "score":
+            row["score_task_low"], row["score_task_high"] = field.task_interval(i)
+        row[f"best_other{suffix}"] = best[0] if best else ""
+        estimate = grid.estimate(cell, field.measure, minus=best) if best else NOTHING
+        found[cell] = row | {f"{paired}_{part}": value for part, value in estimate._asdict().items()}
     return found
 
 
 def is_ranked(rows: pd.DataFrame) -> bool:
     """Whether some cell of a table has a rank."""
-    return bool(rows["rank_low"].notna().any())
+    return bool(rows["rank_low"].notna().any() or rows["rank_nll_low"].notna().any())

@@ -14,7 +14,8 @@ narrow with few, by about sqrt(1 - 1/tasks); a family of one has the level of sa
 clusters in the family or with a task of one. For all families, the mean of their gains, the families are fixed.
 
 Verdict. `better` only where the whole interval is above 0, `worse` where it is below 0, else `not told apart`. A
-subject over budget or incomplete is not judged, and that is said.
+subject over budget or incomplete is not judged, nor one with fewer than `CONTEXTS` named contexts in a task of the
+family (`leaderboards.stats.eligible`), and that is said.
 """
 
 import math
@@ -30,6 +31,7 @@ import pandas as pd
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import MIN_PAIRS, Array, Counts, Indexes, draw_counts, drawn_sums, percentiles, seeded
 from leaderboards.stats.comparable import FULL, budget_order
+from leaderboards.stats.eligible import CONTEXTS, contexts
 from leaderboards.stats.grid import Grid
 
 FAMILIES: Mapping[str, str] = {
@@ -58,7 +60,10 @@ COLUMNS = [
 
 
 class _Comparison(NamedTuple):
-    """The subject and its strongest rival. draws: [resamples], the gain in each; None where it has no interval."""
+    """The subject and its strongest rival. draws: [resamples], the gain in each; None where it has no interval.
+
+    contexts: the fewest of its tasks; 0 where one does not name them.
+    """
 
     rival: str
     tasks: int
@@ -69,6 +74,7 @@ class _Comparison(NamedTuple):
     subject_loss: float = math.nan
     rival_loss: float = math.nan
     draws: Array | None = None
+    contexts: int = 0
 
 
 def family_of(task: str) -> str:
@@ -141,6 +147,7 @@ def _comparison(
         subject_loss=mean(own - base),
         rival_loss=mean(other - base),
         draws=_redraw(grid, difference, paired, family),
+        contexts=min((contexts(grid, rows) for rows in paired.values()), default=0),
     )
 
 
@@ -150,14 +157,15 @@ def _all(parts: Sequence[_Comparison]) -> _Comparison:
     names = ("subject_mean", "rival_mean", "gain", "subject_loss", "rival_loss")
     means = {name: float(np.mean([getattr(part, name) for part in parts])) for name in names}
     tasks, n = (sum(counts) for counts in zip(*((part.tasks, part.n) for part in parts), strict=True))
-    return _Comparison(OWN, tasks, n, **means, draws=np.mean(draws, axis=0) if len(draws) == len(parts) else None)
+    drawn, fewest = np.mean(draws, axis=0) if len(draws) == len(parts) else None, min(part.contexts for part in parts)
+    return _Comparison(OWN, tasks, n, **means, draws=drawn, contexts=fewest)
 
 
 def _row(c: _Comparison, unfair: str) -> dict[str, Any]:
     low, high = (math.nan, math.nan) if c.draws is None else percentiles(c.draws)
     told = "better" if low > 0 else "worse" if high < 0 else "not told apart"
     ratio = c.subject_loss / c.rival_loss if c.rival_loss > 0 else math.nan
-    verdict = unfair or told if c.rival else "no rival"
+    verdict = unfair or ("too few contexts" if c.contexts < CONTEXTS else told) if c.rival else "no rival"
     return {**c._asdict(), "low": low, "high": high, "loss_ratio": ratio, "verdict": verdict}
 
 

@@ -102,7 +102,7 @@ def _rows(grid: Grid, order: Sequence[CellKey], mean: Mean) -> Iterator[dict[str
         counts = grid.counts(cell, mean.where)
         flags = {"incomplete": estimate.n < expected, **{s: counts[s] for s in STATUSES[1:]}}
         flags["over_budget"] = (grid.values(cell, "over_budget")[mean.where] > 0).any()
-        flags["few"] = grid.bootstrap.few(own)
+        flags |= {"few": grid.bootstrap.few(own), "unknown": grid.unnamed(own)}
         yield {
             "column": mean.column,
             **estimate._asdict(),

@@ -4,19 +4,22 @@ A page depends on the records and manifests alone, not on their order or on the 
 bytes. Text from outside (labels, notes, errors) is cleaned of control characters and escaped for markdown.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from harness.records.record import RunManifest
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.pareto import is_measured
+from leaderboards.stats.ranks import SUFFIXES, Ranking, is_ranked
 from leaderboards.tables.files import write_files
 from leaderboards.tables.legend import how_to_read
 from leaderboards.tables.sections import flag_letters, rank_text, sections
-from leaderboards.tables.verdicts import score_text, tightest_and_widest
+from leaderboards.tables.verdicts import score_text, standing, tightest_and_widest
 from leaderboards.text import (
     MIB,
     NOTE_CHARS,
@@ -70,10 +73,24 @@ def to_csv(tables: Sequence[Table]) -> str:
     frames = []
     for table in tables:
         attrs = table.rows.attrs
-        more = {f"baseline_{wanted}": label or "" for wanted, label in table.baselines.items()}
+        more: dict[str, Any] = {f"baseline_{wanted}": label or "" for wanted, label in table.baselines.items()}
         more |= {"bootstrap_seed": attrs["seed"], "bootstrap_resamples": attrs["resamples"]}
+        more |= _ranking_columns(table.ranking)
         frames.append(table.rows.assign(**more, run_ids=" ".join(table.run_ids)))
     return _csv(frames)
+
+
+def _ranking_columns(ranking: Ranking) -> dict[str, str | float]:
+    """What is ranked: why nothing is, the tasks left out, and the least difference that is seen, by measure."""
+    columns: dict[str, str | float] = {}
+    for measure, suffix in SUFFIXES.items():
+        own = ranking.eligible[measure]
+        columns[f"rank{suffix}_nothing_why"] = own.why
+        columns[f"rank{suffix}_left_out"] = " ".join(task for task, _ in own.left_out)
+    least = ranking.least
+    return columns | {
+        f"least_seen_{unit}": least.get(m, math.nan) for m, unit in (("score", "points"), ("nll", "nats"))
+    }
 
 
 def heading(table: Table) -> str:
@@ -88,7 +105,7 @@ def main_frame(table: Table) -> pd.DataFrame:
     needles, measured = bool(table.rows["needle_percent_n"].any()), is_measured(table.rows)
     lines = []
     for row in table.rows.to_dict("records"):
-        line = _main_row(row, table.baselines)
+        line = _main_row(row, table.baselines, ranked=is_ranked(table.rows))
         line |= {"needle %": number(row["needle_percent_mean"])} if needles else {}
         lines.append(line | (_measured_cells(row) if measured else {}))
     return pd.DataFrame(lines)
@@ -112,18 +129,20 @@ def _parts(table: Table, lines: Sequence[str]) -> Iterator[Section]:
         yield Section("Notes", notes, level=3)
 
 
-def _main_row(row: TableRow, baselines: Mapping[str, str | None]) -> dict[str, str]:
+def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: bool) -> dict[str, str]:
     mib = row["kv_bytes_mean"] / MIB
     cells = {
         **keys(row),
         **({"memory": row["memory"]} if "memory" in row else {}),
         "KV MiB": number(mib, digits=1 if mib >= 100 else 3),
         "KV %": number(row["kv_percent_of_full"]),
+        **({"observe ms": number(row["observe_ms_median"])} if "observe_n" in row else {}),
         "score": f"{score_text(row)} {row['mark']}".strip(),
     }
     for wanted, label in baselines.items():
         cells[f"Δ {clean(label or wanted)}"] = estimate(row, f"score_points_vs_{wanted}", sign="+")
-    cells["rank"] = rank_text(row["rank_low"], row["rank_high"])
+    if ranked:
+        cells["rank"] = rank_text(row["rank_low"], row["rank_high"])
     cells["n"] = str(row["n_ok"])
     cells["flags"] = flag_letters(row["flags"])
     cells["NLL"] = number(row["nll_nats_mean"], digits=3)
@@ -159,7 +178,8 @@ def _facts(table: Table, manifests: Sequence[RunManifest]) -> list[str]:
         "cells found in several runs": f"{table.duplicates}, one of each used" if table.duplicates else "",
         "no baseline": ", ".join(wanted for wanted, label in table.baselines.items() if label is None),
     }
-    return [f"{name}: {clean(text, longest=10 * NOTE_CHARS)}" for name, text in facts.items() if text]
+    told = [f"{name}: {clean(text, longest=10 * NOTE_CHARS)}" for name, text in facts.items() if text]
+    return [*standing(table), *told]
 
 
 def _with_axes(table: Table, frame: pd.DataFrame) -> pd.DataFrame:

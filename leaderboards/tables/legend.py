@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 
-from leaderboards.stats import pareto, ranks, worst
+from leaderboards.stats import observing, pareto, ranks, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
+from leaderboards.stats.eligible import CONTEXTS
 
 RANKS = (
     "rank: the places among the methods of its budget that the samples leave possible; methods that are not told apart "
-    f"share places. All pairs of a budget at once, paired, wrong claims held at {1 - LEVEL:.0%} per budget and measure "
-    "(step-down max-t bootstrap); a cell over its bytes has no rank, one that lacks samples is surely above nobody. "
-    f"Nobody is told apart with fewer than {ranks.LEAST} contexts in some task, or {FEW} in all.",
+    "share places. All pairs, of all budgets and of score and NLL, at once, paired: a wrong claim anywhere on the "
+    f"table with a chance of {1 - LEVEL:.0%} (step-down max-t bootstrap over contexts); a cell over its bytes has no "
+    f"rank, one that lacks samples is surely above nobody. Nothing is ranked with fewer than {CONTEXTS} contexts in a "
+    "task that ranks.",
+    f"differences under ... cannot be seen: smaller ones are found with less than {ranks.POWER:.0%}, for the pair of "
+    "methods in the middle; a difference that is not found may still be there.",
+)
+OTHERS = (
     f"over tasks: {LEVEL:.0%} interval of the score with the tasks redrawn too. best other: the best mean of another "
     "name at that budget, chosen on the samples it is compared on, which favours it; Δ as above.",
 )
@@ -26,7 +32,13 @@ MEASURED = (
     "when serving, whatever is scored. Means over the n measured samples; cells with another n had other prompts.",
     "front bytes, front TPOT: the Pareto front of score against KV bytes, and against TPOT, over all budgets. *: on "
     "it, told better in score than every cell that may cost no more. =: not told apart from one of those, or lacking "
-    "samples. Empty: off it, for a cell that costs no more is told better; or never measured.",
+    "samples. Empty: off it, for a cell that costs no more is told better; or never measured; or the table ranks "
+    f"nothing. {LEVEL:.0%} per comparison, not corrected for their number.",
+)
+OBSERVING = (
+    "observe ms: prefill with what the method observes less a plain prefill of the same prompt in the same process, "
+    "median over the prompts on which it was measured (observe_n in the CSV). Nothing of compression, which is "
+    "compress_s of a record; below 0 by noise alone.",
 )
 RIVALS = (
     "against the strongest other method: per budget, family and measure, the method within its bytes that has the best "
@@ -36,7 +48,8 @@ RIVALS = (
     f"with its {LEVEL:.0%} interval by redrawing the family's tasks and the samples within each; too narrow with few "
     "tasks. all families: mean of the families' gains; tasks are redrawn within families, families are not.",
     "verdict: better or worse only where the whole interval is on that side of 0; a subject that is over budget or "
-    "incomplete is not judged. loss: NLL above that of fullkv on the same samples; loss ratio: subject's by rival's.",
+    f"incomplete is not judged, nor is any where a task has fewer than {CONTEXTS} contexts. loss: NLL above that of "
+    "fullkv on the same samples; loss ratio: subject's by rival's.",
 )
 SUMMARIES = (
     "averages by protocol: 0-100, mean ± half of its interval. (13 of 16): the mean of the 13 tasks there are, of 16 "
@@ -53,9 +66,15 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
     """A line for each column, mark and flag that some of the tables have."""
     attrs = tables[0].rows.attrs
     rows = [table.rows for table in tables]
+    ranked = any(map(ranks.is_ranked, rows))
     return [
-        f"score: 0-100, unweighted mean of task means, ± half of its {LEVEL:.0%} interval. =: may be the "
-        "best of its budget; *: the best, told apart from every other method within its bytes. Both by rank.",
+        f"score: 0-100, unweighted mean of task means, ± half of its {LEVEL:.0%} interval."
+        + (
+            " =: may be the best of its budget; *: the best, told apart from every other method within its bytes. Both "
+            "by rank."
+            if ranked
+            else ""
+        ),
         f"Δ: paired difference on the samples both have, with its {LEVEL:.0%} interval; fullkv is the uncompressed "
         f"cache, other baselines are taken at the same budget. Without brackets: fewer than {MIN_PAIRS} pairs, or one "
         "in some task. Samples that share a context count once here.",
@@ -63,11 +82,14 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "samples that share a context are redrawn together; not corrected for the number of comparisons (ranks are).",
         "NLL: nats per token of the reference answer on the compressed cache, where a task has one; lower is better.",
         "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache.",
+        *(OBSERVING if any(map(observing.is_observed, rows)) else ()),
         "n: samples scored. first token: whether the first answer token was predicted from the compressed cache, or by "
         "the uncompressed prefill.",
         "flags: i incomplete (others of that budget have samples that this one lacks), s skipped, f failed, o out of "
-        f"memory, b over budget in bytes, w fewer than {FEW} contexts in some task (its interval is too narrow).",
-        *(RANKS if any(map(ranks.is_ranked, rows)) else ()),
+        f"memory, b over budget in bytes, w fewer than {FEW} contexts in some task (its interval is too narrow), u "
+        "some sample does not name its context and counts as one of its own (the interval may be far too narrow).",
+        *(RANKS if ranked else ()),
+        *(OTHERS if any((frame["best_other"] != "").any() for frame in rows) else ()),
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
         *(RIVALS if any(len(table.rivals) for table in tables) else ()),

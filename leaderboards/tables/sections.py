@@ -10,7 +10,7 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
 from leaderboards.text import KEYS, clean, estimate, half_width, interval, keys, number
 
-FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "few": "w"}
+FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "few": "w", "unknown": "u"}
 """Flag of a row to its letter."""
 RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 """Measure to its words in a title and its decimals."""
@@ -19,9 +19,11 @@ RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 def sections(table: Table) -> dict[str, pd.DataFrame]:
     """Title to frame of everything below the ranking, one row per budget and method or family."""
     found = {**rival_frames(table.rivals), "Score by task": task_frame(table)}
-    if ranks.is_ranked(table.rows):
-        limited = table.rows[table.rows["budget"] != FULL].to_dict("records")
-        found["Ranks and best others"] = pd.DataFrame([_rank_texts(row) for row in limited])
+    limited = table.rows[table.rows["budget"] != FULL]
+    if (ranked := ranks.is_ranked(table.rows)) or (limited["best_other"] != "").any():
+        found["Ranks and best others" if ranked else "Best others"] = pd.DataFrame(
+            [_rank_texts(row, ranked=ranked) for row in limited.to_dict("records")]
+        )
     if worst.is_known(table.rows):
         found["Tail failures"] = pd.DataFrame([_tail_texts(row) for row in table.rows.to_dict("records")])
     for title, rows in table.summaries.groupby("title", sort=False):
@@ -79,12 +81,13 @@ def _summary_text(row: TableRow) -> str:
     return half_width(row["mean"], row["low"], row["high"]) + (f" ({lacking})" if lacking else "")
 
 
-def _rank_texts(row: TableRow) -> dict[str, str]:
+def _rank_texts(row: TableRow, *, ranked: bool) -> dict[str, str]:
     low, high = number(row["score_task_low"]), number(row["score_task_high"])
     cells = {**keys(row), "over tasks": "-" if low == "-" else f"[{low}, {high}]"}
     for measure, suffix in SUFFIXES.items():
         digits, words = (1, "") if measure == "score" else (3, " NLL")
-        cells[f"rank{words}"] = rank_text(row[f"rank{suffix}_low"], row[f"rank{suffix}_high"])
+        if ranked:
+            cells[f"rank{words}"] = rank_text(row[f"rank{suffix}_low"], row[f"rank{suffix}_high"])
         cells[f"best other{words}"] = clean(row[f"best_other{suffix}"]) or "-"
         cells[f"Δ{words.strip()} best other"] = estimate(row, PAIRED[measure], digits=digits, sign="+")
     return cells

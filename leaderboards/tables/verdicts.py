@@ -1,9 +1,9 @@
-"""What a table says of each budget, in words: who may be first, at what cost, and how far from the full cache.
+"""What a table says in words: what ranks and what can be seen, and of each budget who may be first, at what cost.
 
 The words follow the marks and the rank intervals of the table (`leaderboards.stats.aggregate`), so nobody is called
 first or last whom the samples do not tell apart from every other method. No cell with `=` is surely better than another
 one with it. A cell without a mark is surely worse than some method, so not first, but need not be told apart from each
-of those that may be.
+of those that may be. Where a table ranks nothing, the highest mean is named as what it is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from leaderboards.text import MIB, clean, half_width, interval, number
 
 NAMED = 4
 """Methods that a sentence names; of more it gives their number."""
+LINE = 400
+"""Characters of a line."""
 
 
 class MethodName(str):
@@ -41,6 +43,28 @@ class BudgetVerdict(NamedTuple):
     won: bool
     said: Words
     cost: str
+
+
+def standing(table: Table) -> list[str]:
+    """What ranks in the table: why nothing does, the tasks that are left out, and the least difference that is seen."""
+    score, nll = (table.ranking.eligible[measure] for measure in ("score", "nll"))
+    known = bool(nll.tasks or nll.left_out)
+    if score.why and (nll.why or not known):
+        both = f"by score {score.why}; by NLL {nll.why}" if known and not score.tasks else score.why
+        lines = [f"ranks nothing: {clean(both, longest=LINE)}"]
+    else:
+        whys = {"score": score.why, "NLL": nll.why if known else ""}
+        lines = [f"ranks nothing by {words}: {clean(why, longest=LINE)}" for words, why in whys.items() if why]
+    for words, own in (("", score), (" by NLL", nll)):
+        if own.left_out:
+            left_out = ", ".join(f"{clean(task)} ({reason})" for task, reason in own.left_out)
+            lines.append(f"left out of ranks{words}: {left_out}")
+    if not score.checked:
+        lines.append("left out of ranks: nothing, which could not be checked without fullkv")
+    units = {"score": ("points", 1), "nll": ("nats per token", 3)}
+    least = {units[m][0]: number(x, digits=units[m][1]) for m, x in table.ranking.least.items() if not math.isnan(x)}
+    seen = " and ".join(f"{text} {unit}" for unit, text in least.items())
+    return lines + ([f"differences under {seen} cannot be seen here"] if seen else [])
 
 
 def verdicts(table: Table) -> list[BudgetVerdict]:
@@ -84,6 +108,13 @@ def _verdict(budget: str, rows: Sequence[TableRow]) -> BudgetVerdict:
     won = bool(marked) and marked[0]["mark"] == "*"
     if len(scored) < 2:
         said: Words = ("Nothing to compare: fewer than two methods have a score within their bytes.",)
+    elif all(math.isnan(row["rank_low"]) for row in rows):
+        top = max(scored, key=lambda row: (row["score_points_mean"], row["method"]))
+        said = (
+            "Highest mean: ",
+            MethodName(top["method"]),
+            f" {score_text(top)}, of {len(scored)} methods; not ranked.",
+        )
     elif not marked:
         said = ("No ranking: no method is complete.",)
     elif len(marked) > 1:

@@ -110,11 +110,7 @@ class Tables:
 
     def multiples(self, budget: int, found: Literal["compiled", "onepass"]) -> Tensor:
         """Return slot multiples [L, H], mean 1, at any budget: compiled ones, or those that importance gives."""
-        return self.at(budget) if found == "compiled" else self.one_pass(self.at(budget, "pool"))
-
-    def one_pass(self, pool: float | Tensor) -> Tensor:
-        """Return slot multiples [L, H], mean 1, of which the share `pool` follows the importance of heads."""
-        return 1 - pool + pool * self.importance[0]
+        return self.at(budget) if found == "compiled" else one_pass(self.importance[0], self.at(budget, "pool"))
 
     def published_neutral(self, budget: int) -> bool:
         """Return whether head weights and thresholds say nothing at the nearest compiled budget."""
@@ -126,6 +122,11 @@ class Tables:
         if self.manifest.shapes != shapes:
             advice = "compile tables for it, or move these with methods.compilerkv.tables.transfer"
             raise PolicyError(f"tables are for {self.manifest.shapes}, this model has {shapes}; {advice}")
+
+
+def one_pass(importance: Tensor, pool: float | Tensor) -> Tensor:
+    """Return slot multiples [L, H], mean 1, of which the share `pool` follows the importance of heads, [L, H]."""
+    return 1 - pool + pool * importance
 
 
 def neutral(shapes: Shapes, budgets: Sequence[int]) -> Tables:

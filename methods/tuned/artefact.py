@@ -1,10 +1,7 @@
 """What `harness tune` found for a method on a model: a JSON file, `METHOD.json`, checked whenever it is read."""
 
 import hashlib
-import json
-from datetime import UTC, datetime
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +32,9 @@ class Tuning(_Frozen):
     """The trials of a method and the one that was chosen.
 
     model_revision: content hash or commit of the model that it was tuned on. budgets: in slots per layer and KV head.
-    choices: values of each parameter that sets were drawn from. trials: the sets that were run, defaults and presets
-    first. left_out: mean score on prompts that had no part in the choice, and how often the same set was chosen (four
-    folds). prompts: SHA-256 of the token ids of every prompt that decided; none of them may be scored with these
+    choices: values of each parameter, which make `space` different sets. trials: those that were run, defaults and
+    presets first. left_out: mean score on prompts that had no part in the choice, and how often the same set was chosen
+    (four folds). prompts: SHA-256 of the token ids of every prompt that decided; none of them may be scored with these
     parameters. made_on: processor, threads and versions.
     """
 
@@ -48,6 +45,7 @@ class Tuning(_Frozen):
     chosen: dict[str, Any]
     budgets: tuple[PositiveInt, ...]
     choices: dict[str, tuple[Any, ...]]
+    space: PositiveInt
     trials: tuple[Trial, ...]
     left_out: dict[str, float]
     prompts: tuple[str, ...]
@@ -58,21 +56,10 @@ class Tuning(_Frozen):
     made_on: dict[str, Any] = {}
     created: str = ""
 
-    @property
-    def space(self) -> int:
-        """Sets of parameters that there are."""
-        return prod(map(len, self.choices.values()))
 
-
-def save_tuning(tuning: Tuning, folder: Path) -> Path:
-    """Write `METHOD.json` into a folder and return its path."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    path, values = folder / f"{tuning.method}.json", tuning.model_copy(update={"created": now}).model_dump(mode="json")
-    folder.mkdir(parents=True, exist_ok=True)
-    trials = ",\n  ".join(json.dumps(trial) for trial in values.pop("trials"))
-    text = json.dumps(values, indent=1).removesuffix("\n}")
-    path.write_text(f'{text},\n "trials": [\n  {trials}\n ]\n}}\n', encoding="utf-8")
-    return path
+def packaged(method: str) -> list[Path]:
+    """Return the artefacts of a method that come with this package."""
+    return sorted(CHOSEN.glob(f"*/{method}.json"))
 
 
 def load_tuning(path: Path) -> tuple[Tuning, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView
 from methods.registry import make_policy
-from methods.tuned.artefact import CHOSEN, Tuning, load_tuning
+from methods.tuned.artefact import CHOSEN, Tuning, load_tuning, packaged
 
 AUTO = "auto"
 
@@ -50,11 +50,9 @@ class Tuned(KVPolicy):
             path = CHOSEN / self.artefact
             path = path if path.is_file() else Path(self.artefact)
             return path / f"{self.method}.json" if path.is_dir() else path
-        packaged = sorted(CHOSEN.glob(f"*/{self.method}.json"))
-        found = [path for path in packaged if load_tuning(path)[0].model_revision == revision]
+        found = [path for path in packaged(self.method) if load_tuning(path)[0].model_revision == revision]
         if not found:
-            what = f"{self.method}@tuned: nothing was tuned for this model ({revision[:12]})"
-            raise PolicyError(f"{what}; {self._advice}")
+            raise PolicyError(f"nothing was tuned for this model ({revision[:12]}); {self._advice}")
         return found[0]
 
     @property
@@ -71,16 +69,21 @@ class Tuned(KVPolicy):
         return frozenset() if self.inner is None else frozenset(self._tuning()[0].prompts) | self.inner.fitted_on()
 
     @property
+    def _known(self) -> KVPolicy:
+        """What is known without a model: no tuning changes whether it has a budget, evicts or frees."""
+        return self.inner or make_policy(self.method)
+
+    @property
     def budgeted(self) -> bool:
-        return (self.inner or make_policy(self.method)).budgeted
+        return self._known.budgeted
 
     @property
     def evicts_while_decoding(self) -> bool:
-        return (self.inner or make_policy(self.method)).evicts_while_decoding
+        return self._known.evicts_while_decoding
 
     @property
     def memory(self) -> Literal["physical", "simulated"]:
-        return (self.inner or make_policy(self.method)).memory
+        return self._known.memory
 
     @property
     def needs(self) -> Needs:

@@ -55,13 +55,14 @@ print(sum(len(stored) for _, stored in runs), len(tables[0].rows), loaded - begi
 def of_sample(i: int, generator: random.Random) -> dict[str, Any]:
     """What all cells of a sample share."""
     task = TASKS[i % len(TASKS)]
-    place, meta = i // len(TASKS), dict[str, Any]()
+    place = i // len(TASKS)
+    meta: dict[str, Any] = {"group": f"context {place}"}
     if task.startswith("longbench/"):
         meta = {"group": f"context {place // 2}", "length": generator.randrange(8000)}
     elif task.startswith("ruler/"):
-        meta = {"length": (4096, 8192)[place % 2], "depth": generator.randrange(101), "needles": ["a needle " * 8]}
+        meta |= {"length": (4096, 8192)[place % 2], "depth": generator.randrange(101), "needles": ["a needle " * 8]}
     else:
-        meta = {"length": 4096, "depth": generator.randrange(101)}
+        meta |= {"length": 4096, "depth": generator.randrange(101)}
     return {
         **{"task": task, "sample_id": f"{meta['length']}/{place}", "meta": meta, "answers": ["6266715"]},
         **{"prompt_tokens": 4000, "compressed_tokens": 4000, "prompt_sha256": f"{i:064x}"},

@@ -1,22 +1,26 @@
-"""Our `snapkv@kvpress`, `streamingllm@kvpress` and `pyramidkv@kvpress` beside kvpress, run as its users run it."""
+"""Presets of ours beside the presses of kvpress that they are, run as its users run them."""
 
 import pytest
 import torch
 
-kvpress = pytest.importorskip("kvpress")
+pytest.importorskip("kvpress")
 
-from transformers import DynamicCache, PreTrainedModel  # noqa: E402
+from transformers import DynamicCache, PreTrainedModel
 
-from harness.engine.engine import Engine  # noqa: E402
-from harness.engine.transformers_seam import AttachedModel  # noqa: E402
-from harness.engine.types import Cell, Limits, Prompt  # noqa: E402
-from harness.kvpress.policy import build  # noqa: E402
-from harness.kvpress.slots import rows  # noqa: E402
-from harness.models.load import load_model  # noqa: E402
-from methods.base import Budget  # noqa: E402
-from methods.registry import make_policy  # noqa: E402
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import Cell, Limits, Prompt
+from harness.kvpress.policy import build
+from harness.kvpress.slots import rows
+from harness.models.load import load_model
+from methods.base import Budget
+from methods.registry import make_policy
 
-PAIRS = [("snapkv", "SnapKVPress"), ("streamingllm", "StreamingLLMPress"), ("pyramidkv", "PyramidKVPress")]
+PAIRS = [
+    *[("snapkv@kvpress", "SnapKVPress"), ("streamingllm@kvpress", "StreamingLLMPress")],
+    *[("pyramidkv@kvpress", "PyramidKVPress"), ("keydiff@kvpress", "KeyDiffPress")],
+    ("keydiff@block", "BlockPress(KeyDiffPress())"),
+]
 SIZES = [(300, 100), (777, 333), (1000, 128), (1900, 1400), (1900, 1283)]  # the last two are no flat pyramids
 
 
@@ -59,16 +63,27 @@ def kept_by_us(engine: Engine, label: str, ids: list[int], budget: int) -> list[
 
 
 @pytest.mark.parametrize(("tokens", "budget"), SIZES)
-@pytest.mark.parametrize(("name", "press"), PAIRS)
+@pytest.mark.parametrize(("label", "press"), PAIRS)
 def test_our_preset_keeps_the_tokens_that_kvpress_keeps(
-    ours: Engine, theirs: PreTrainedModel, name: str, press: str, tokens: int, budget: int
+    ours: Engine, theirs: PreTrainedModel, label: str, press: str, tokens: int, budget: int
 ) -> None:
     ids = text(tokens)
-    gold = kept_by_kvpress(theirs, getattr(kvpress, press)(compression_ratio=ratio(tokens, budget)), ids)
+    made = build(press)
+    made.compression_ratio = ratio(tokens, budget)
+    gold = kept_by_kvpress(theirs, made, ids)
     assert len(gold) == ours.model.layers
-    assert len({len(layer[0]) for layer in gold}) == (4 if name == "pyramidkv" and budget >= 1280 else 1)
-    for label in (f"{name}@kvpress", f"kvpress:{press}"):
-        assert kept_by_us(ours, label, ids, budget) == gold
+    assert len({len(layer[0]) for layer in gold}) == (4 if press == "PyramidKVPress" and budget >= 1280 else 1)
+    for own in (label, f"kvpress:{press}"):
+        assert kept_by_us(ours, own, ids, budget) == gold
+
+
+@pytest.mark.parametrize(("tokens", "budget"), SIZES)
+def test_expected_attention_of_the_paper_is_kvpresses_evaluated_one(ours: Engine, tokens: int, budget: int) -> None:
+    """Their AdaKVPress masks, so the tokens that stay are read from the press as a method of ours."""
+    ids = text(tokens)
+    gold = kept_by_us(ours, "kvpress:AdaKVPress(ExpectedAttentionPress(epsilon=0.01))", ids, budget)
+    assert kept_by_us(ours, "expected_attention@paper", ids, budget) == gold
+    assert len({len([t for t in head if t >= 0]) for layer in gold for head in layer}) > 1
 
 
 @pytest.mark.parametrize("press", ["KnormPress()", "AdaKVPress(SnapKVPress())", "CriticalAdaKVPress(SnapKVPress())"])

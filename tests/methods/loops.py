@@ -87,29 +87,40 @@ def length(x: Array) -> float:
     return math.sqrt(sum(float(a) ** 2 for a in x))
 
 
-def naive_top(scores: list[float], budget: int, recent: int = 0) -> list[int]:
-    """The last `recent`, then the best of the others; equal scores go to the earlier token."""
+def naive_top(scores: list[float], budget: int, recent: int = 0, sinks: int = 0) -> list[int]:
+    """The last `recent`, the first `sinks`, then the best of the others; equal scores go to the earlier token."""
     tokens = len(scores)
     last = list(range(tokens - 1, max(-1, tokens - 1 - recent), -1))
-    by_score = sorted(set(range(tokens)) - set(last), key=lambda t: (-scores[t], t))
-    return sorted([*last, *by_score][:budget])
+    first = [t for t in range(min(sinks, tokens)) if t not in last]
+    by_score = sorted(set(range(tokens)) - set(last) - set(first), key=lambda t: (-scores[t], t))
+    return sorted([*last, *first, *by_score][:budget])
 
 
-def naive_pooled(gold: Gold, window: int, kernel: int, kind: str, *, shared: bool = False) -> Rows:
-    """SnapKV's votes of every KV head: mean over the window and the query group, pooled before the window."""
-    tokens = gold.view.tokens
+def naive_votes(gold: Gold, window: int, *, shared: bool = False) -> Rows:
+    """SnapKV's votes of every KV head: mean over the window and the query group."""
     votes = gold.attention[:, :, -window:].mean(axis=2).mean(axis=1)
     if shared:
         votes[:] = votes.mean(axis=0)
-    prefix = max(0, tokens - window)
-    pooled = []
-    for head in range(HEADS):
-        row = list(votes[head])
+    rows: Rows = votes.tolist()
+    return rows
+
+
+def spread_out(rows: Rows, window: int, kernel: int, kind: str, *, forward: bool = False) -> Rows:
+    """Rows pooled over `kernel` tokens before the window: around each one, or up to it."""
+    prefix = max(0, len(rows[0]) - window)
+    ahead = 0 if forward else kernel // 2
+    pooled = [list(row) for row in rows]
+    for row, new in zip(rows, pooled, strict=True):
         for t in range(prefix):
-            near = [votes[head, i] for i in range(t - kernel // 2, t + kernel // 2 + 1) if 0 <= i < prefix]
-            row[t] = max(near) if kind == "max" else sum(near) / kernel
-        pooled.append(row)
+            near = [row[i] for i in range(t + ahead - kernel + 1, t + ahead + 1) if 0 <= i < prefix]
+            new[t] = max(near) if kind == "max" else sum(near) / kernel
     return pooled
+
+
+def naive_pooled(
+    gold: Gold, window: int, kernel: int, kind: str, *, shared: bool = False, forward: bool = False
+) -> Rows:
+    return spread_out(naive_votes(gold, window, shared=shared), window, kernel, kind, forward=forward)
 
 
 def whole(shares: list[Fraction], total: int) -> list[int]:
@@ -131,16 +142,17 @@ def top(
     scores: Callable[[Gold], Rows],
     recent: Callable[[int], int] = lambda budget: 0,
     *,
+    sinks: int = 0,
     slots: Callable[[list[Rows], int], list[list[int]]] = lambda rows, budget: [[budget] * HEADS] * LAYERS,
 ) -> Loop:
-    """The last `recent` tokens and the best of each head. slots: of every layer and head, by the scores of all."""
+    """The first and last tokens and the best of each head. slots: of every layer and head, by the scores of all."""
 
     def loop(layers: tuple[Gold, ...], budget: int) -> list[list[list[int]]]:
         rows = [scores(gold) for gold in layers]
         counts = slots(rows, budget)
         assert sum(map(sum, counts)) == LAYERS * HEADS * budget
         each = [zip(*own, strict=True) for own in zip(rows, counts, strict=True)]
-        return [[naive_top(row, count, recent(budget)) for row, count in heads] for heads in each]
+        return [[naive_top(row, count, recent(budget), sinks) for row, count in heads] for heads in each]
 
     return loop
 
@@ -149,16 +161,33 @@ def snapkv(window: int, kernel: int, kind: str, *, shared: bool = False, **slots
     return top(lambda gold: naive_pooled(gold, window, kernel, kind, shared=shared), lambda _: window, **slots)
 
 
-def naive_pyramid(budget: int, tokens: int, layers: int, *, window: int = 8, beta: int = 20) -> list[int]:
-    """Whole slots of each layer: a line from high to low over the slots outside the window, spent exactly."""
-    mean = Fraction(budget - window)
-    low, high = mean / beta, 2 * mean - mean / beta
-    if high >= tokens - window:
-        high, low = Fraction(tokens - window), 2 * mean - (tokens - window)
-    if mean <= 0 or low > high:
+def their_pyramid(
+    budget: int, tokens: int, layers: int, *, window: int = 8, beta: int = 20, floor: bool = True
+) -> list[Any]:
+    """Slots of each layer in PyramidKV's own code, pyramidkv_utils.py:450-466 at KVCache-Factory c97f9d7.
+
+    floor: its whole divisions (//); exact fractions otherwise.
+    """
+    most = budget - window
+    least: Any = most // beta if floor else Fraction(most, beta)
+    first = most * 2 - least
+    if first >= tokens - window:
+        first = tokens - window
+        least = most * 2 - first
+    step = (first - least) // (layers - 1) if floor else Fraction(first - least) / (layers - 1)
+    if tokens < budget:
+        return [tokens] * layers
+    if tokens < most * 2:
         return [budget] * layers
-    shares = [high - (high - low) * i / (layers - 1) for i in range(layers)]
-    return [window + slots for slots in whole(shares, layers * (budget - window))]
+    return [first - layer * step + window for layer in range(layers)]
+
+
+def naive_pyramid(budget: int, tokens: int, layers: int, *, window: int = 8, beta: int = 20) -> list[int]:
+    """Their slots without what the floors add, in whole numbers; a window's budget, which they refuse, is even."""
+    if budget <= window:
+        return [budget] * layers
+    slots = their_pyramid(budget, tokens, layers, window=window, beta=beta, floor=False)
+    return whole([Fraction(own) for own in slots], layers * budget)
 
 
 def pyramid(rows: list[Rows], budget: int) -> list[list[int]]:
@@ -215,18 +244,25 @@ def naive_dynamickv(pooled: list[Rows], budget: int, window: int, ratio: int) ->
     return [window + n for n in whole(slots, mean * LAYERS)]
 
 
-def chunkkv(window: int, kernel: int, kind: str, size: int, *, across: bool = False) -> Loop:
+def chunkkv(
+    window: int, kernel: int, kind: str, size: int, *, across: bool = False, forward: bool = False, sinks: int = 0
+) -> Loop:
     def scores(gold: Gold) -> Rows:
         """Minus the place of each token, best chunk first and best token of a chunk first; 0 in the window."""
         tokens, before = gold.view.tokens, max(0, gold.view.tokens - window)
-        mean = np.array(naive_pooled(gold, window, kernel, kind)).mean(axis=0)[:before].tolist()
+        mean = np.array(naive_pooled(gold, window, kernel, kind, forward=forward)).mean(axis=0)[:before].tolist()
         worth = [*mean, *[2.0] * (tokens - before)] if across else mean
         chunks = [range(at, min(at + size, len(worth))) for at in range(0, len(worth), size)]
         chunks.sort(key=lambda chunk: (-sum(worth[t] for t in chunk) / len(chunk), chunk[0]))
         order = [t for chunk in chunks for t in sorted(chunk, key=lambda t: (-worth[t], t))]
         return [[-float(order.index(t)) if t in order else 0.0 for t in range(tokens)]] * HEADS
 
-    return top(scores, lambda _: window)
+    return top(scores, lambda _: window, sinks=sinks)
+
+
+def received(gold: Gold) -> Rows:
+    rows: Rows = gold.received.tolist()
+    return rows
 
 
 def last_queries(gold: Gold) -> Rows:
@@ -236,11 +272,38 @@ def last_queries(gold: Gold) -> Rows:
 
 def likeness(gold: Gold) -> Rows:
     """Minus the cosine of each key with the mean of those of length one."""
-    anchors = [sum(key / length(key) for key in keys) / len(keys) for keys in gold.keys]
-    return [
-        [-float(key @ anchor) / length(key) / length(anchor) for key in keys]
-        for keys, anchor in zip(gold.keys, anchors, strict=True)
-    ]
+    return [unlike(keys) for keys in gold.keys]
+
+
+def differences(gold: Gold) -> Rows:
+    return [[1 + score for score in row] for row in likeness(gold)]
+
+
+def unlike(keys: Array) -> list[float]:
+    """Minus the cosine of each key [S, D] with the mean of those of length one."""
+    anchor = sum(key / length(key) for key in keys) / len(keys)
+    return [-float(key @ anchor) / length(key) / length(anchor) for key in keys]
+
+
+def keydiff(block: int, *, recent: int = 0, sinks: int = 0, pool: tuple[int, str, bool] = (1, "max", False)) -> Loop:
+    """Blocks that join what is kept so far, as in block_press.py:65-92 at kvpress 8bb29b9; a small `block` is many."""
+
+    def kept(keys: Array, budget: int) -> list[int]:
+        own = list(range(budget))
+        for start in range(budget, len(keys), block):
+            own += range(start, min(start + block, len(keys)))
+            raised = [[1 + score for score in unlike(keys[own])]]
+            kernel, kind, forward = pool
+            [scores] = spread_out(raised, recent, kernel, kind, forward=forward)
+            own = [own[i] for i in naive_top(scores, budget, recent, sinks)]
+        return own
+
+    return lambda layers, budget: [[kept(keys, budget) for keys in gold.keys] for gold in layers]
+
+
+def pooled(scores: Callable[[Gold], Rows], recent: int, kernel: int, kind: str, *, forward: bool) -> Loop:
+    """The best by pooled scores, the last `recent` and the first three."""
+    return top(lambda gold: spread_out(scores(gold), recent, kernel, kind, forward=forward), lambda _: recent, sinks=3)
 
 
 def drawn(gold: Gold) -> Rows:
@@ -255,9 +318,12 @@ def ends(gold: Gold) -> Rows:
 
 NORMS = top(lambda gold: [[-length(key) for key in keys] for keys in gold.keys])
 MEANS = top(lambda gold: (gold.received / np.arange(gold.view.tokens, 0, -1)).tolist())
+AVG: dict[str, object] = {"kernel": 5, "pool": "avg", "sinks": 3}
+AHEAD: dict[str, object] = {"kernel": 4, "forward": True, "sinks": 3}
 ACROSS: dict[str, object] = {"recent": 9, "kernel": 3, "pool": "avg", "chunk": 4, "across": True}
 PLAIN = (32, 7, "max")
 VOTES = {"": PLAIN, "@paper": PLAIN, "@kvcf": (8, 7, "max"), "@kvpress": (64, 5, "avg"), "@w8k13": (8, 13, "avg")}
+AHEAD_OF_8 = top(lambda gold: naive_pooled(gold, 8, 4, "max", forward=True), lambda _: 8)
 GOLDEN: list[tuple[str, dict[str, object], Loop]] = [
     ("fullkv", {}, lambda layers, _: [[list(range(layers[0].view.tokens))] * HEADS] * LAYERS),
     *((f"snapkv{preset}", {}, snapkv(*own)) for preset, own in VOTES.items()),
@@ -273,14 +339,24 @@ GOLDEN: list[tuple[str, dict[str, object], Loop]] = [
     *((name, {}, chunkkv(32, 1, "max", 10)) for name in ("chunkkv", "chunkkv@paper")),
     ("chunkkv@kvpress", {}, chunkkv(64, 5, "avg", 20, across=True)),
     ("chunkkv", {"recent": 8, "chunk": 3}, chunkkv(8, 1, "max", 3)),
+    ("chunkkv", {"recent": 8, **AHEAD}, chunkkv(8, 4, "max", 10, forward=True, sinks=3)),
     ("chunkkv", ACROSS, chunkkv(9, 3, "avg", 4, across=True)),
-    ("h2o", {}, top(lambda gold: gold.received.tolist(), lambda budget: budget - budget // 2)),
-    ("h2o@kvcf", {}, top(lambda gold: gold.received.tolist(), lambda _: 8)),
+    ("h2o", {}, top(received, lambda budget: budget - budget // 2)),
+    ("h2o@kvcf", {}, top(received, lambda _: 8)),
     ("h2o@kvpress", {}, MEANS),
     *((name, {}, top(last_queries)) for name in ("tova", "tova@paper")),
     ("tova@kvpress", {}, top(last_queries, lambda _: 1)),
     *((name, {}, NORMS) for name in ("knorm", "knorm@kvpress")),
-    ("keydiff", {}, top(likeness)),
+    *((name, {}, top(likeness)) for name in ("keydiff", "keydiff@kvpress")),
+    ("keydiff@block", {"block": 16}, keydiff(16)),
+    ("keydiff", {"block": 5, "recent": 3, "sinks": 2}, keydiff(5, recent=3, sinks=2)),
+    ("keydiff", {"block": 9, "kernel": 4, "pool": "avg", "forward": True}, keydiff(9, pool=(4, "avg", True))),
+    ("keydiff", {**AVG, "recent": 2}, pooled(differences, 2, 5, "avg", forward=False)),
+    ("snapkv", {"recent": 8, "kernel": 4, "forward": True}, AHEAD_OF_8),
+    ("h2o@kvcf", AVG, pooled(received, 8, 5, "avg", forward=False)),
+    ("h2o@kvcf", {"recent": 2, **AHEAD}, pooled(received, 2, 4, "max", forward=True)),
+    ("tova", AVG, pooled(last_queries, 0, 5, "avg", forward=False)),
+    ("tova@kvpress", AHEAD, pooled(last_queries, 1, 4, "max", forward=True)),
     ("streamingllm", {}, top(ends)),
     ("random", {"seed": 3}, top(drawn, lambda _: 1)),
 ]

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.compiler.compile import TRIALS
+from harness.compiler.tune import parameter_space
 from harness.contract import check_method, make_view
 from methods.base import Budget, KVPolicy, Needs, PolicyError, best, spread
 from methods.registry import METHODS, load_methods, make_policy, method
@@ -129,6 +131,23 @@ def test_overrides_come_on_top_of_a_preset() -> None:
     assert make_policy("snapkv@kvcf", {"kernel": 5}) == make_policy("snapkv", {"recent": 8, "kernel": 5, "pool": "max"})
 
 
+TUNED = ("snapkv", "pyramidkv", "headkv", "h2o", "chunkkv", "adakv", "expected_attention", "tova", "keydiff")
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_method_can_be_tuned_from_its_own_values_on(name: str) -> None:
+    entry = METHODS[name]
+    choices = {parameter: tuple(values) for parameter, values in entry.choices.items()}
+    assert {"kernel", "pool", "forward"} < choices.keys() <= set(entry.parameters) and "evict" not in choices
+    assert len(parameter_space(entry)) >= TRIALS
+    for label in (name, *(f"{name}@{preset}" for preset in entry.presets)):
+        policy = make_policy(label)
+        assert all(getattr(policy, key) in values for key, values in choices.items()), label
+    tried = {(key, value): make_policy(name, {key: value}) for key, values in choices.items() for value in values}
+    assert all(getattr(policy, key) == value for (key, value), policy in tried.items())
+    assert all(len(set(values)) == len(values) > 1 for values in choices.values())
+
+
 def test_a_taken_name_is_refused() -> None:
     before = METHODS["snapkv"]
     with pytest.raises(PolicyError, match="'snapkv' is registered twice"):
@@ -136,17 +155,25 @@ def test_a_taken_name_is_refused() -> None:
     assert METHODS["snapkv"] is before
 
 
-BELOW = {"h2o": [("recent_share", -0.5)], "adakv": [("safeguard", -0.1)]}
+BELOW = {
+    **{"h2o": [("recent_share", -0.5)], "adakv": [("safeguard", -0.1)]},
+    "expected_attention": [("safeguard", 1.5), ("kernel", 2)],
+}
 OUT_OF_RANGE = {
     **{"snapkv": {"kernel": 4, "recent": 0}, "snapkv_shared": {"kernel": 0}, "pyramidkv": {"beta": 0}},
     **{"h2o": {"recent_share": 1.5, "recent": -1}, "streamingllm": {"sinks": -2}, "random": {"recent": -1}},
-    **{"compilerkv": {"window": 0}, "adakv": {"recent": 0, "safeguard": 1.5, "kernel": 4}, "tova": {"recent": -1}},
+    **{
+        "compilerkv": {"window": 0},
+        "adakv": {"recent": 0, "safeguard": 1.5, "kernel": 4},
+        "tova": {"recent": -1, "kernel": 2},
+    },
     **{
         "dynamickv": {"ratio": 0.5, "kernel": 2, "recent": 0},
         "chunkkv": {"chunk": 0, "kernel": 6},
         "knorm": {"skip": -1},
     },
-    "expected_attention": {"window": 0, "future": 0, "sinks": -1},
+    "expected_attention": {"window": 0, "future": 0, "sinks": -1, "safeguard": -0.1},
+    "keydiff": {"block": -1, "sinks": -1, "kernel": 0},
 }
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from harness.engine.row_cache import GrowingRows
-from methods.base import KV, LayerView, PolicyError, PromptView, StepView
+from methods.base import KV, LayerView, PolicyError, PromptView, Sizes, StepView
 from methods.expected_attention import mean_turn
 from methods.h2o import H2O
 from methods.pyramidkv import PyramidKV
@@ -34,6 +33,8 @@ from tests.methods.loops import (
     naive_top,
     positions,
     sizes,
+    spread_out,
+    their_pyramid,
 )
 
 SIZES = [(29, 14), (29, 28), (42, 20), (77, 1), (77, 8), (77, 50), (77, 70)]
@@ -49,9 +50,43 @@ def test_what_is_kept_is_what_the_loop_keeps(
     assert kept_by(label, layers, budget, **changed) == loop(layers, budget)
 
 
-def test_pyramidkv_spends_its_budget_as_the_formula_says() -> None:
-    for layers, budget in product((2, 4, 28, 32), (9, 64, 128, 500, 512, 1000, 1023)):
-        assert PyramidKV().layer_budgets(budget, 1024, layers) == naive_pyramid(budget, 1024, layers)
+@pytest.mark.parametrize("layers", [2, 4, 28, 32])
+@pytest.mark.parametrize("budget", [1, 7, 8, 9, 64, 128, 512])
+def test_pyramidkv_is_its_authors_and_flat_below_twice_its_budget(budget: int, layers: int) -> None:
+    twice = 2 * (budget - 8)
+    for tokens in {n for n in (twice - 1, twice, twice + 1, twice + 9, budget, budget + 1, 8192) if n >= budget}:
+        slots = PyramidKV().layer_budgets(budget, tokens, layers)
+        assert slots == naive_pyramid(budget, tokens, layers) and sum(slots) == layers * budget
+        flat = budget <= 8 or tokens < twice or tokens == budget
+        assert (len(set(slots)) == 1) == flat
+        assert ("pyramid is flat at this budget" in PyramidKV().notes(budget, sizes(tokens, layers))) == flat
+        if budget > 8:  # what they add in whole divisions is below one slot a step
+            theirs = their_pyramid(budget, tokens, layers)
+            assert all(-1 <= far - own <= layers for far, own in zip(theirs, slots, strict=True))
+            assert len(set(theirs)) == 1 or not flat
+
+
+def test_pyramidkvs_kept_tokens_are_snapkvs_where_it_is_flat() -> None:
+    layers = make_layers(77)
+    assert kept_by("pyramidkv@paper", layers, 47) == kept_by("snapkv@kvcf", layers, 47)
+    assert kept_by("pyramidkv@paper", layers, 46) != kept_by("snapkv@kvcf", layers, 46)  # 77 >= 2 * (46 - 8)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "headkv", "dynamickv"])
+def test_what_the_authors_store_per_query_head_is_noted(name: str) -> None:
+    policy = make_policy(name)
+    cost = "its authors' code stores slots per query head: {} times these bytes"
+    assert cost.format(3) in policy.notes(128, Sizes(1024, 4, query_heads=6, kv_heads=2))
+    assert not any("query head" in note for note in policy.notes(128, Sizes(1024, 4, query_heads=2, kv_heads=2)))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "snapkv_shared", "pyramidkv"])
+def test_a_budget_that_is_its_window_alone_is_noted(name: str) -> None:
+    policy, alone = make_policy(f"{name}@kvpress"), "its window alone: this budget holds no other token"
+    assert alone in policy.notes(64, sizes(1024, 4)) and alone not in policy.notes(65, sizes(1024, 4))
+    layers = make_layers(77)
+    assert kept_by(f"{name}@kvpress", layers, 64) == [[list(range(13, 77))] * HEADS] * LAYERS
+    assert kept_by(f"{name}@kvpress", layers, 65) != [[list(range(12, 77))] * HEADS] * LAYERS
 
 
 def test_pyramidkv_of_kvpress_is_flat_below_1280() -> None:
@@ -59,6 +94,13 @@ def test_pyramidkv_of_kvpress_is_flat_below_1280() -> None:
     assert policy.layer_budgets(1279, 8192, 4) == [1279] * 4
     assert policy.notes(1279, sizes(8192, 4)) == ("pyramid is flat at this budget",)
     assert policy.layer_budgets(1280, 8192, 4) == [2496, 1685, 875, 64]
+
+
+def test_keydiff_goes_through_a_prompt_in_kvpresses_blocks() -> None:
+    assert make_policy("keydiff@block") == make_policy("keydiff", {"block": 128})
+    layers = make_layers(77)
+    assert kept_by("keydiff@block", layers, 20, block=8) != kept_by("keydiff", layers, 20)
+    assert kept_by("keydiff@block", layers, 20, block=57) == kept_by("keydiff", layers, 20)
 
 
 def test_knorm_of_the_paper_leaves_two_layers_whole_at_the_same_bytes() -> None:
@@ -136,10 +178,10 @@ def with_empty_slots(kv: KV, count: int) -> KV:
     return replace(kv, keys=keys, values=values, positions=pad(kv.positions, (0, count), value=-1), extra=extra)
 
 
-@pytest.mark.parametrize("recent", [0, 1])
-def test_tova_drops_what_each_new_query_attends_to_least(recent: int) -> None:
+@pytest.mark.parametrize(("recent", "sinks"), [(0, 0), (1, 0), (0, 3)])
+def test_tova_drops_what_each_new_query_attends_to_least(recent: int, sinks: int) -> None:
     tokens, budget = 40, 12
-    policy = TOVA(evict=True, recent=recent)
+    policy = TOVA(evict=True, recent=recent, sinks=sinks)
     kv = with_empty_slots(policy.compress_layer(make_layers(tokens)[0].view, budget), 1)
     book = set(positions(kv)[0])
     draw = torch.Generator().manual_seed(1)
@@ -148,7 +190,7 @@ def test_tova_drops_what_each_new_query_attends_to_least(recent: int) -> None:
         append(kv, position, torch.zeros(HEADS, DIM))
         attention = torch.rand(1, HEADS, GROUP, budget + 1, generator=draw)
         means = {t: float(attention[0, :, :, s].mean()) for s, t in enumerate(kv.positions[0, 0].tolist())}
-        victim = min((t for t in means if t <= position - recent), key=lambda t: means[t])
+        victim = min((t for t in means if sinks <= t <= position - recent), key=lambda t: means[t])
         book = (book | {position}) - {victim}
         dropped_new += victim == position
         free(kv, policy.after_step(StepView(kv, attention, position, budget)))
@@ -157,15 +199,17 @@ def test_tova_drops_what_each_new_query_attends_to_least(recent: int) -> None:
     assert (dropped_new > 0) == (recent == 0)
 
 
-@pytest.mark.parametrize("held_back", [False, True])
-def test_h2o_evicts_the_lightest_old_token_while_decoding(held_back: bool) -> None:
+@pytest.mark.parametrize(("held_back", "sinks"), [(False, 0), (True, 0), (False, 3)])
+def test_h2o_evicts_the_lightest_old_token_while_decoding(held_back: bool, sinks: int) -> None:
     tokens, budget = 40, 20
     slots, recent = 18, 9  # 20 slots of 64 bytes hold 18 with a 4-byte sum each; half of them recent
     gold = make_layers(tokens)[0]
-    books = [{t: row[t] for t in naive_top(row, slots, recent=recent)} for row in gold.received.tolist()]
-    policy = H2O(evict=True)
+    books = [{t: row[t] for t in naive_top(row, slots, recent, sinks)} for row in gold.received.tolist()]
+    policy = H2O(evict=True, sinks=sinks)
     kv = with_empty_slots(policy.compress_layer(gold.view, budget), 2)
     assert positions(kv) == [sorted(book) for book in books]
+    kv.extra["sums"].masked_fill_(kv.positions < sinks, 0.0)  # the lightest of all, and kept
+    books = [{t: received * (t >= sinks) for t, received in book.items()} for book in books]
     draw = torch.Generator().manual_seed(1)
     start = tokens - 1 if held_back else tokens
     kv.positions.masked_fill_(kv.positions == start, -1)
@@ -180,7 +224,7 @@ def test_h2o_evicts_the_lightest_old_token_while_decoding(held_back: bool) -> No
                 if t >= 0:
                     book[t] = book.get(t, 0.0) + float(attention[0, head, :, slot].double().sum())
             if len(book) > slots:
-                del book[min((t for t in book if t <= position - recent), key=lambda t: book[t])]
+                del book[min((t for t in book if sinks <= t <= position - recent), key=lambda t: book[t])]
         free(kv, policy.after_step(StepView(kv, attention, position, budget)))
         assert positions(kv) == [sorted(book) for book in books]
 
@@ -229,7 +273,7 @@ def test_streamingllm_counts_positions_inside_the_cache(budget: int, held_back: 
 
 
 def naive_expected(
-    gold: Gold, window: int, future: int = 512, sinks: int = 4, *, covariance: bool = True
+    gold: Gold, window: int, future: int = 512, sinks: int = 4, *, covariance: bool = True, epsilon: float = 0.0
 ) -> list[list[float]]:
     """Scores of every KV head from queries turned back to position 0, as the paper writes them: [H][T - sinks]."""
     tokens, view = gold.view.tokens, gold.view
@@ -246,7 +290,7 @@ def naive_expected(
             spread = turn.T @ np.cov(plain.T, bias=True) @ turn
             logits = [k @ mean / DIM**0.5 + covariance * (k @ spread @ k) / DIM / 2 for k in keys]
             total += np.exp(logits) / np.exp(logits).sum() / GROUP
-        rows.append([float(x) * length(v) for x, v in zip(total, values, strict=True)])
+        rows.append([(float(x) + epsilon) * length(v) for x, v in zip(total, values, strict=True)])
     return rows
 
 
@@ -266,6 +310,44 @@ def test_expected_attention_is_that_of_the_gaussian(preset: str, own: dict[str, 
     sinks = min(4, budget)
     own_best = [[t + 4 for t in naive_top(row, budget - sinks)] for row in gold]
     assert kept == [[*range(sinks), *best] for best in own_best]
+
+
+def naive_ada_press(rows: list[list[float]], budget: int, safeguard: float, sinks: int = 4) -> list[list[int]]:
+    """What AdaKVPress leaves unmasked of scores [H][T - sinks], as adakv_press.py:59-77 at kvpress 8bb29b9.
+
+    Sinks are worth more than all else, as in expected_attention_press.py:163.
+    """
+    scores = [[max(map(max, rows)) + 1] * sinks + row for row in rows]
+    tokens = len(scores[0])
+    for row in scores:
+        for t in sorted(range(tokens), key=lambda t: (-row[t], t))[: int(budget * safeguard)]:
+            row[t] = math.inf
+    worst_last = sorted((-score, head, t) for head, row in enumerate(scores) for t, score in enumerate(row))
+    kept = worst_last[: HEADS * budget]
+    return [sorted(t for _, own, t in kept if own == head) for head in range(HEADS)]
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [(29, 4), (29, 28), (60, 5), (60, 13), (60, 30), (60, 50), (60, 60)])
+@pytest.mark.parametrize("safeguard", [0.2, 0.0, 0.7, 1.0])
+def test_expected_attention_of_the_paper_shares_slots_as_adakvpress(tokens: int, budget: int, safeguard: float) -> None:
+    first = make_layers(tokens)[0]
+    values = first.view.kv.values * torch.tensor([1.0, 2.0]).view(1, HEADS, 1, 1)  # of unlike worth
+    view = replace(first.view, rotate=rotate, kv=replace(first.view.kv, values=values), _memo={})
+    layers = (replace(first, view=view),)
+    gold = naive_ada_press(naive_expected(layers[0], 131072, epsilon=0.01), budget, safeguard)
+    kept = kept_by("expected_attention@paper", layers, budget, safeguard=safeguard)[0]
+    assert kept == gold and sum(map(len, kept)) == HEADS * budget
+    assert len(kept[0]) != len(kept[1]) or safeguard >= 0.7 or budget in (4, tokens)
+    assert kept_by("expected_attention@paper", layers, 3) == [[[0, 1, 2]] * HEADS]  # within the sinks
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_expected_attention_may_be_pooled(forward: bool) -> None:
+    first = make_layers(60)[0]
+    layers = (replace(first, view=replace(first.view, rotate=rotate, _memo={})),)
+    rows = spread_out(naive_expected(layers[0], 128), 0, 5, "avg", forward=forward)
+    kept = kept_by("expected_attention", layers, 20, kernel=5, pool="avg", forward=forward)[0]
+    assert kept == [[0, 1, 2, 3, *(t + 4 for t in naive_top(row, 16))] for row in rows]
 
 
 def test_the_mean_turn_is_the_mean_of_turns() -> None:

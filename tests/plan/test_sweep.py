@@ -114,6 +114,7 @@ def test_cells_are_every_method_at_every_budget_once() -> None:
         ({"max_tokens": -1}, "--max-tokens -1 is too small"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0 is too small"),
         ({"nll_tokens": -1}, "--nll-tokens -1 is negative; give 0 to turn it off"),
+        ({"observe": -1}, "--observe -1 is negative; give 0 to turn it off"),
         ({"measure": True, "query": "agnostic"}, "--measure with --query agnostic"),
         ({"measure": True, "trust_remote_code": True}, "--measure with --trust-remote-code"),
     ],

@@ -74,7 +74,7 @@ def test_what_is_loaded_for_a_board_is_what_was_stored(tmp_path: Path, caplog: p
     assert told == manifest_
     assert repr(short) == repr(list(board_records(records)))
     assert [r.nll for r in short] == [0.0, 9.0, 2 / 3, None, None]
-    assert short[0].meta == {"depth": 0} and short[0].known
+    assert short[0].meta == {"group": "text 0", "depth": 0} and short[0].known
 
 
 def damage(change: Callable[[dict[str, Any]], Any]) -> str:
@@ -115,8 +115,8 @@ def test_simulated_cells_put_none_off_a_front_and_physical_records_go_first() ->
     from tests.leaderboards.stats.test_pareto import measured  # its measured records
 
     made = [
-        *cell("real", "64", [0.2] * 12, kv_bytes=90, measured=measured(0.02)),
-        *cell("pretend", "64", [0.9] * 12, kv_bytes=10, measured=measured(0.02), memory="simulated"),
+        *cell("real", "64", [0.2] * 24, kv_bytes=90, measured=measured(0.02)),
+        *cell("pretend", "64", [0.9] * 24, kv_bytes=10, measured=measured(0.02), memory="simulated"),
     ]
     real, pretend = (row(only(made), method, "64") for method in ("real", "pretend"))
     assert all((real[front], pretend[front]) == ("*", "") for front in ("front_bytes", "front_tpot"))

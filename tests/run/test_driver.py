@@ -35,7 +35,7 @@ from tests.records import test_run_folder
 from tests.tiny_run import CELLS, FAST, RUN, call, key, manifest, only
 
 pytestmark = pytest.mark.xdist_group("ray")
-OWN = {"prefill_s", "compress_s", "decode_s", "accelerator"}  # how a record was made, not what came out
+OWN = {"prefill_s", "observe_ms", "compress_s", "decode_s", "accelerator"}  # how a record was made, not what came out
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ def _by_value() -> Iterator[None]:
 
 def rows(root: Path) -> list[dict[str, Any]]:
     """Every stored line without what is its own, by key."""
-    lines = map(json.loads, (only(root) / "records.jsonl").read_text().splitlines())
-    return sorted(({k: v for k, v in line.items() if k not in OWN} for line in lines), key=key)
+    return sorted(({k: v for k, v in line.items() if k not in OWN} for line in _lines(root)), key=key)
+
+
+def _lines(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (only(root) / "records.jsonl").read_text().splitlines()]
 
 
 def board(root: Path) -> dict[str, bytes]:
@@ -212,6 +215,29 @@ def test_care_decodes_one_row_at_a_time() -> None:
     (plain,), (careful,) = handle(work, False), handle(work, True)
     assert [record.decode_rows for record in plain] == [2, 2] and [record.decode_rows for record in careful] == [1, 1]
     assert [record.token_ids for record in plain] == [record.token_ids for record in careful]
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_ray_measures_observing_on_the_samples_that_a_run_without_does(cluster: str, tmp_path: Path) -> None:
+    ask = ("run", *FAST, "--budgets", "32", "--methods", "fullkv,h2o", "--observe", "2")
+    assert call(*ask, "--out", tmp_path / "without") == 0
+    assert call(*ask, "--ray", cluster, "--workers", "1", "--out", tmp_path / "with") == 0
+    assert rows(tmp_path / "with") == rows(tmp_path / "without")
+    timed = [
+        {key(record): record["observe_ms"] is not None for record in _lines(tmp_path / name)}
+        for name in ("with", "without")
+    ]
+    assert timed[0] == timed[1] and sum(timed[0].values()) == 4
+
+
+def test_care_measures_nothing_besides() -> None:
+    prepared = prepare(plan_names(SWEEP), describe_model("tiny", dtype="float32", device="cpu"), command=())
+    spec, work = prepared.manifest.spec, prepared.missing(frozenset())
+    make = MakeRunner(SWEEP, spec, prepared.policies, prepared.samples[0].ids, WorkerShape(), prepared.observed)
+    handle, _ = make()
+    (plain,), (careful,) = handle(work, False), handle(work, True)
+    assert plain[0].observe_ms == 0.0 and isinstance(plain[1].observe_ms, float)
+    assert [record.observe_ms for record in careful] == [None, None]
 
 
 def test_records_do_not_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from harness.boards.sources import load_pack
 from harness.cli.submit import submit_parser
 from harness.cli.verify import verify_parser
 from harness.errors import HarnessError
@@ -61,6 +62,7 @@ FORGERIES: dict[str, tuple[Callable[[Lines], None], str, str]] = {
     "a negative NLL": (changed(2, nll=-1.0, nll_first=-2.0), "likelihood", "negative"),
     "NLL over too many tokens": (changed(0, nll_tokens=65), "likelihood", "the spec allows 64"),
     "a first NLL above all": (changed(2, nll=0.5), "likelihood", "first token"),
+    "no number of milliseconds": (changed(2, observe_ms=float("inf")), "records", "observe_ms"),
     "a field of its own": (changed(2, note="x"), "records", "note"),
     "another schema": (changed(2, schema_version=1), "records", "schema_version 1"),
     "a score without a run": (changed(2, status="oom"), "scores", "status oom"),
@@ -72,6 +74,15 @@ def test_tampering_is_caught(pack: Path, name: str) -> None:
     change, check, reason = FORGERIES[name]
     verdict = verify_pack(forged(pack, change))
     assert any(told.startswith(f"{check}: ") and reason in told for told in verdict.reasons), verdict.reasons
+
+
+def test_what_observing_costs_goes_with_a_run(tmp_path: Path) -> None:
+    own = [r.model_copy(update={"observe_ms": -1.5}) if r.method == "h2o" else r for r in records()]
+    pack_run(stored(tmp_path / "results", own=own), tmp_path / "pack.zip")
+    assert verify_pack(tmp_path / "pack.zip").ok
+    _, found = load_pack(tmp_path / "pack.zip")
+    assert [r.observe_ms for r in found] == [r.observe_ms for r in own]
+    assert {r.observe_ms for r in found} == {None, -1.5}
 
 
 def test_bytes_raised_in_every_record_of_a_budget_are_caught_by_the_other_budget(pack: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_cell_over_its_bytes_is_not_the_best_of_a_task() -> None:
 
 
 def test_rivals_are_shown_with_a_subject_alone() -> None:
-    records = pretend()
+    records = pretend(n=24)
     plain, told = only(records), only(records, subject="snapkv")
     assert table_parts(0, plain, records, several=False)["rivals"] == {}
     parts = table_parts(0, told, records, several=False)

@@ -65,7 +65,7 @@ def test_means_rival_and_ratio_by_hand() -> None:
     assert [tracking[name] for name in ("rival", "gain", "loss_ratio")] == ["far@p", *map(pytest.approx, (-0.5, 1.5))]
     assert every["gain"] == pytest.approx((0.75 - 0.5) / 2)
     assert every["loss_ratio"] == pytest.approx((0.5 + 1.5) / (1.25 + 1.0))
-    assert (every["tasks"], every["n"], every["verdict"]) == (3, 5, "not told apart")
+    assert (every["tasks"], every["n"], every["verdict"]) == (3, 5, "too few contexts")
     assert all(math.isnan(one[end]) for one in (needles, tracking, every) for end in ("low", "high"))
 
 
@@ -220,7 +220,7 @@ def test_all_families_need_an_interval_in_each() -> None:
     records += [r for m, n in (("mine", 1.0), ("other", 2.0)) for r in scored(m, SINGLE, [n] * 5)]
     tracking, every = (found(only(records, subject="mine"), family) for family in ("tracking", ALL))
     assert tracking["low"] == 1
-    assert math.isnan(every["low"]) and every["verdict"] == "not told apart"
+    assert math.isnan(every["low"]) and every["verdict"] == "too few contexts"
 
 
 def test_budgets_and_families_are_in_order_and_seeded() -> None:

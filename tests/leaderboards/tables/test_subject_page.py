@@ -19,13 +19,13 @@ CONFIG = 'methods = ["fullkv", "streamingllm@paper", "snapkv@kvcf"]\n'
 
 
 def test_page_terminal_and_csv_have_the_section(tmp_path: Path) -> None:
-    records = [r for m, n in (("mine", 1.0), ("other", 2.25), ("fullkv", 0.5)) for r in scored(m, "ruler/vt", [n] * 6)]
+    records = [r for m, n in (("mine", 1.0), ("other", 2.25), ("fullkv", 0.5)) for r in scored(m, "ruler/vt", [n] * 20)]
     table = only(records, subject="mine")
     nll, score = list(sections(table))[:2]
     assert nll == "mine against the strongest other method of each family: NLL, nats per token"
     (row, every) = sections(table)[nll].to_dict("records")
     assert row == {
-        "budget": "64", "family": "tracking", "tasks": "1", "n": "6", "subject": "1.000", "rival": "other",
+        "budget": "64", "family": "tracking", "tasks": "1", "n": "20", "subject": "1.000", "rival": "other",
         "rival's": "2.250", "gain": "+1.250 [+1.250, +1.250]", "verdict": "better", "loss": "0.500",
         "rival's loss": "1.750", "loss ratio": "0.29",
     }  # fmt: skip
