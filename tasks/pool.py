@@ -1,35 +1,27 @@
-"""Free text that contexts are drawn from: a lane of it for each task, and in a lane a span for each sample.
+"""The pool that contexts are drawn from: a lane of it for each task, and in a lane a span for each sample.
 
-Documents: the 49 essays of `tasks.essays` and the King James Bible (asset `kjv`) in sections of 48 paragraphs, for its
-text marks no chapters. What the Bible says twice (Kings and Isaiah, the lists of Numbers) is taken once. A hash of its
-name puts every fourth document aside for calibration (`harness.compiler.corpora`); the others are the pool, in the
-order of another hash. Python's help topics are `stdlib/passage_retrieval`'s own and no part of it.
+The pool is three documents of four of `tasks.texts`, in the order of a hash of their names. It is cut into as many
+lanes as `LANES` names tasks, of the same number of characters, so no two tasks share a sentence whatever a run asks
+for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS` of its way and takes span after span:
+sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its task, index, seed, the run's
+lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
 
-The pool is cut into as many lanes as `LANES` names tasks, of the same number of characters, so no two tasks share a
-sentence whatever a run asks for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS` of its
-way and takes span after span: sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its
-task, index, seed, the run's lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
-
-With SmolLM2's tokenizer the pool has 820,000 tokens (98 documents, 654,000 words), a lane 61,000 to 65,000: for a task
-of RULER 72 contexts of 1k, or 13 each of 1k and 4k, or 9 each of 1k, 2k and 4k. So there are four seeds before text
-returns, for at most a quarter of a lane each (17 contexts of 1k); a seed that takes more goes on into the text that the
-next one begins with, and seeds 0 and 4 share all.
+With SmolLM2's tokenizer the pool has 2,500,000 tokens (260 documents, 1,940,000 words), a lane 185,000 to 199,000: for
+a task of RULER 165 contexts of 1k, 34 each of 1k and 4k, or 11 of 16k. So there are four seeds before text returns, for
+at most a quarter of a lane each (41 contexts of 1k); a seed that takes more goes on into the text that the next one
+begins with, and seeds 0 and 4 share all.
 """
 
-import ast
-import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import punkt
 
 from tasks.base import TaskError, TaskOptions, Tokenizer
-from tasks.essays import essay_files
+from tasks.texts import Document, bible, documentation, essays, sha256
 
 LANES = (
     *("niah/snapkv", "niah/kamradt", "niah/passkey"),
@@ -39,28 +31,6 @@ LANES = (
 )
 """Every task that draws from the pool. A new one at the end changes what all draw: bump the digests of their tests."""
 SEEDS = 4
-SECTION = 48  # paragraphs of the Bible in a document
-ASIDE = 4  # every so many-th document is for calibration
-TWICE = 0.15  # share of a paragraph's runs of `RUN` words that earlier ones have, from which it is left out
-RUN = 8
-SENTENCE_END = re.compile(r"""[.!?]["')”’]*$""")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of the pool. paragraphs: joined by a space they are the text."""
-
-    name: str
-    paragraphs: tuple[str, ...]
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether it is put aside for calibration."""
-        return share_of(self.name, ASIDE) == 0
-
-    @cached_property
-    def text(self) -> str:
-        return " ".join(self.paragraphs)
 
 
 @dataclass(frozen=True)
@@ -182,7 +152,7 @@ def pool_facts(task: str, options: TaskOptions) -> dict[str, Any]:
     return {
         "contexts": "drawn, a span of the pool for each sample",
         "pool": f"{len(pool)} documents: Paul Graham essays, the King James Bible in sections; calibration's apart",
-        "pool_sha256": _sha256("\0".join(document.text for document in pool)),
+        "pool_sha256": sha256("\0".join(document.text for document in pool)),
         "pool_lane": f"{LANES.index(task) + 1} of {len(LANES)}",
         "pool_entry": f"{options.seed % SEEDS} of {SEEDS}",
     }
@@ -195,57 +165,10 @@ def entered(sentences: Sequence[Sentence], seed: int) -> list[Sentence]:
     return [*sentences[first:], *sentences[:first]]
 
 
-def share_of(name: str, shares: int) -> int:
-    """Return which of so many shares a name belongs to, by its hash."""
-    return int(_sha256(name), 16) % shares
-
-
-@lru_cache(maxsize=2)
-def bible(folder: Path) -> tuple[Document, ...]:
-    """Return the King James Bible of the `kjv` asset in sections.
-
-    The longest string literal of `plain_text_readers_bible.py` is its text without verse numbers; the module is parsed
-    and never run. Brackets mark words that the translators added; only the marks are dropped. One missing line break
-    between two books is put back. Raises TaskError when the folder has no such file.
-    """
-    files = sorted(folder.glob("*.py"))
-    if len(files) != 1:
-        raise TaskError(f"{len(files)} files *.py in {folder}, where the Bible is expected; run `harness fetch kjv`")
-    nodes = ast.walk(ast.parse(files[0].read_text(encoding="utf-8")))
-    literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    text = re.sub(r"[\[\]]", "", max(literals, key=len)).replace("( ", "(").replace(".(", ". (")
-    blocks = [" ".join(block.split()) for block in re.split(r"\n|(?<=[a-z]\.)(?=[A-Z])", text)]
-    prose = once([block for block in blocks if SENTENCE_END.search(block) and len(block.split()) >= 4])
-    starts = range(0, len(prose), SECTION)
-    return tuple(Document(f"kjv-{at // SECTION:03}", tuple(prose[at : at + SECTION])) for at in starts)
-
-
-def essays(options: TaskOptions) -> tuple[Document, ...]:
-    """Return the essays of the `essays` asset, by file name. Raises TaskError when there is none."""
-    texts = ((path.name, " ".join(path.read_text(encoding="utf-8").split())) for path in essay_files(options))
-    found = tuple(Document(f"essays/{name}", (text,)) for name, text in texts if text)
-    if not found:
-        raise TaskError(f"no essays in {options.asset('essays')}; run `harness fetch essays`")
-    return found
-
-
-def once(paragraphs: Sequence[str]) -> list[str]:
-    """Return those paragraphs of which no more than `TWICE` was said before, in runs of `RUN` words."""
-    seen: set[int] = set()
-    kept = []
-    for paragraph in paragraphs:
-        words = paragraph.split()
-        runs = {hash(tuple(words[at : at + RUN])) for at in range(len(words) - RUN + 1)}
-        if not runs or len(runs & seen) <= TWICE * len(runs):
-            kept.append(paragraph)
-            seen |= runs
-    return kept
-
-
 def read_pool(options: TaskOptions) -> tuple[Document, ...]:
-    """Return the documents that evaluation draws from, in the order of their hashes."""
-    found = (*bible(options.asset("kjv")), *essays(options))
-    return tuple(sorted((one for one in found if not one.calibrates), key=lambda one: _sha256(f"order/{one.name}")))
+    """Return the documents that evaluation draws from, in the order of hashes. Raises TaskError for missing files."""
+    found = (*bible(options.asset("kjv")), *documentation(options.asset("awsdocs")), *essays(options))
+    return tuple(sorted((one for one in found if not one.calibrates), key=lambda one: sha256(f"order/{one.name}")))
 
 
 def _lane(pool: Sequence[Document], lane: int) -> list[tuple[str, int, str]]:
@@ -298,7 +221,3 @@ def _take(rests: Sequence[list[Sentence]], need: int) -> Span | None:
 
 def _tokens(text: str, tokenizer: Tokenizer) -> int:
     return len(tokenizer.encode(f" {text}"))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

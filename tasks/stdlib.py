@@ -29,7 +29,8 @@ from typing import Any
 
 from tasks import scoring
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, rng, task
-from tasks.pool import Sentence, Span, Spans, entered, share_of
+from tasks.pool import Sentence, Span, Spans, entered
+from tasks.texts import share_of
 
 SAMPLES = 50  # of each length, when no limit is given
 SPARE = 128  # tokens that a text has beyond its length, where contexts are drawn

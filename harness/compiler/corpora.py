@@ -3,10 +3,11 @@
 kjv             the King James Bible, an asset (harness.models.assets) in the public domain
 pydoc           the running Python's help topics; they differ by version
 essays          the essays asset
+awsdocs         the documentation of AWS services, an asset
 path/to/folder  its *.txt and *.txt.gz in UTF-8, by name; paragraphs are parted by blank lines
 
-Of these three, calibration has the parts that no drawn context of an evaluation has (tasks.pool: every fourth section
-or essay, and half of the topics' paragraphs). Tables that were packaged before this split were made from all of kjv and
+Of these four, calibration has the parts that no drawn context of an evaluation has (`tasks.texts`: every fourth section
+or essay; half of the topics' paragraphs). Tables that were packaged before this split were made from all of kjv and
 pydoc.
 
 A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
@@ -28,8 +29,8 @@ import punkt
 from harness.errors import HarnessError, did_you_mean
 from harness.models.assets import fetch
 from tasks.base import TaskError
-from tasks.pool import ASIDE, bible, share_of
 from tasks.stdlib import help_paragraphs
+from tasks.texts import Document, bible, calibrates, documentation
 
 MIN_WORDS = 2000
 """Words of the smallest corpus: a few prompts of 600 tokens without an overlap."""
@@ -130,14 +131,14 @@ def _read(path: Path) -> str:
         raise HarnessError(f"{path} is not readable UTF-8 text ({error}); repair it or take it away") from None
 
 
-def _kjv() -> list[str]:
-    return [paragraph for section in bible(fetch("kjv")) if section.calibrates for paragraph in section.paragraphs]
+def _apart(documents: Iterable[Document]) -> list[str]:
+    """The paragraphs of the documents that no evaluation draws from."""
+    return [paragraph for document in documents if document.calibrates for paragraph in document.paragraphs]
 
 
 def _essays() -> list[str]:
-    files = (path for path in sorted(fetch("essays").glob("*.txt")) if not share_of(f"essays/{path.name}", ASIDE))
-    texts = map(_read, files)
-    return [paragraph for text in texts for paragraph in _prose(GLUED.split(text))]
+    files = (path for path in sorted(fetch("essays").glob("*.txt")) if calibrates(f"essays/{path.name}"))
+    return [paragraph for text in map(_read, files) for paragraph in _prose(GLUED.split(text))]
 
 
 def _pydoc() -> Sequence[str]:
@@ -147,4 +148,9 @@ def _pydoc() -> Sequence[str]:
         raise HarnessError(f"corpus 'pydoc': {error}") from None
 
 
-CORPORA: dict[str, Callable[[], Sequence[str]]] = {"kjv": _kjv, "pydoc": _pydoc, "essays": _essays}
+CORPORA: dict[str, Callable[[], Sequence[str]]] = {
+    "kjv": lambda: _apart(bible(fetch("kjv"))),
+    "pydoc": _pydoc,
+    "essays": _essays,
+    "awsdocs": lambda: _apart(documentation(fetch("awsdocs"))),
+}

@@ -83,8 +83,8 @@ class Sweep(Asked):
     task and length. max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the
     tasks' own. nll_tokens: reference tokens that are scored at most. observe: prompts per length, or data set, on which
     the cost of observing is measured; no part of what is run. measure: time every cell by itself too, and its memory.
-    whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the fixed haystacks of
-    the protocols.
+    whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the haystacks that
+    the protocols fix.
     """
 
     OTHER_WAY = " or --config quick"
