@@ -137,10 +137,9 @@ class Prose(Task):
     def _within(self, span: Span, length: int, tokenizer: Tokenizer) -> Sample | None:
         """The sample of a span: its last sentences that leave room for a reference after them."""
         borders = accumulate((len(sentence.text) + 1 for sentence in span.sentences), initial=0)
-        document = span.sentences[0].document
-        totals = [*accumulate((sentence.tokens for sentence in span.sentences), initial=0)]
-        end = bisect_left(totals, totals[-1] - self.generation) - 1
-        place = Place(Essay(document, span.text, tuple(borders)), totals, end)
+        essay = Essay(span.sentences[0].document, span.text, tuple(borders))
+        totals = _totals(essay, tokenizer)
+        place = Place(essay, totals, bisect_left(totals, totals[-1] - self.generation) - 1)
         sample = self._sample(place, "", length=length, tokenizer=tokenizer)
         return sample and replace(sample, meta={**sample.meta, "group": span.group})
 

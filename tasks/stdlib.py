@@ -68,7 +68,7 @@ class Generated(Task):
         """Return fields of one sample of at most `length` tokens, or None when this draw does not serve."""
 
     @abstractmethod
-    def lane(self, tokenizer: Tokenizer) -> list[Sentence]:
+    def lane(self) -> list[Sentence]:
         """Return the pieces of text that samples take in turn where contexts are drawn."""
 
     @abstractmethod
@@ -102,7 +102,8 @@ class Generated(Task):
         for length in options.lengths:
             self.check_length(length, options)
         needs = {length: length + SPARE for length in options.lengths}
-        spans = Spans(self.name, entered(self.lane(options.tokenizer), options.seed), needs)
+        encode = options.tokenizer.encode
+        spans = Spans(self.name, entered(self.lane(), options.seed), needs, lambda text: len(encode(f"{text}\n")))
         count = spans.granted(SAMPLES if options.limit is None else options.limit, most=options.limit is None)
         for length in needs:
             made = 0
@@ -159,11 +160,11 @@ class NextLine(Generated):
         fields = None if window is None else self._asked(window, path, at, tokenizer)
         return fields and {**fields, "meta": {"length": length, **fields["meta"], "group": path.name}}
 
-    def lane(self, tokenizer: Tokenizer) -> list[Sentence]:
+    def lane(self) -> list[Sentence]:
         """Every line, a file's after its name, files in the order of a hash."""
         order = sorted(source_files(), key=lambda path: share_of(path.name, 2**64))
         lines = ((path.name, number, text) for path in order for number, text in enumerate(_headed(path)))
-        return [Sentence(name, number, text, len(tokenizer.encode(f"{text}\n"))) for name, number, text in lines]
+        return [Sentence(name, number, text) for name, number, text in lines]
 
     def within(self, span: Span, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """The last line of the span that can be asked for, after as many of its lines as fit."""
@@ -217,10 +218,10 @@ class PassageRetrieval(Generated):
     def attempt(self, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
         return self._asked(paragraphs(), length, draws, tokenizer)
 
-    def lane(self, tokenizer: Tokenizer) -> list[Sentence]:
+    def lane(self) -> list[Sentence]:
         """Every paragraph that calibration leaves, in the order of a hash."""
         order = sorted(help_paragraphs(calibration=False), key=lambda text: share_of(text, 2**64))
-        return [Sentence("help", number, text, len(tokenizer.encode(text))) for number, text in enumerate(order)]
+        return [Sentence("help", number, text) for number, text in enumerate(order)]
 
     def within(self, span: Span, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
         return self._asked([one.text for one in span.sentences], length, draws, tokenizer, spare=True)

@@ -1,15 +1,13 @@
 """Free text that packages ship, as named documents: what contexts are drawn from, and a quarter for calibration.
 
 essays      49 essays by Paul Graham (`tasks.essays`)
-kjv         the King James Bible, in sections of 8,000 words, for its text marks no chapters
 awsdocs     what the wheel botocore says of AWS services in its JSON, in sections of 8,000 words
 
-What a corpus says twice (Kings and Isaiah, the lists of Numbers, parameters that many services share) is taken once. A
-hash of its name puts every fourth document aside for calibration (`harness.compiler.corpora`); the others are the pool
-(`tasks.pool`). Python's help topics are `stdlib/passage_retrieval`'s own and no part of it.
+What services say twice is taken once. A hash of its name puts every fourth document aside for calibration
+(`harness.compiler.corpora`); the others are the pool (`tasks.pool`). The King James Bible is calibration's alone: the
+packaged tables were compiled from all of it. Python's help topics are `stdlib/passage_retrieval`'s own.
 """
 
-import ast
 import gzip
 import hashlib
 import html
@@ -25,7 +23,7 @@ from typing import Any
 from tasks.base import TaskError, TaskOptions
 from tasks.essays import essay_files
 
-SECTION = 8000  # words of the Bible, or of the services, in a document
+SECTION = 8000  # words of the services in a document
 ASIDE = 4  # every so many-th document is for calibration
 TWICE = 0.15  # share of a paragraph's runs of `RUN` words that earlier ones have, from which it is left out
 RUN = 8
@@ -69,24 +67,6 @@ def calibrates(name: str) -> bool:
 
 
 @lru_cache(maxsize=2)
-def bible(folder: Path) -> tuple[Document, ...]:
-    """Return the King James Bible of the `kjv` asset in sections.
-
-    The longest string literal of `plain_text_readers_bible.py` is its text without verse numbers; the module is parsed
-    and never run. Brackets mark words that the translators added; only the marks are dropped. One missing line break
-    between two books is put back. Raises TaskError when the folder has no such file.
-    """
-    files = sorted(folder.glob("*.py"))
-    if len(files) != 1:
-        raise TaskError(f"{len(files)} files *.py in {folder}, where the Bible is expected; run `harness fetch kjv`")
-    nodes = ast.walk(ast.parse(files[0].read_text(encoding="utf-8")))
-    literals = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    text = re.sub(r"[\[\]]", "", max(literals, key=len)).replace("( ", "(").replace(".(", ". (")
-    blocks = [" ".join(block.split()) for block in re.split(r"\n|(?<=[a-z]\.)(?=[A-Z])", text)]
-    return _sections("kjv", once([block for block in blocks if SENTENCE_END.search(block) and len(block.split()) >= 4]))
-
-
-@lru_cache(maxsize=2)
 def documentation(folder: Path) -> tuple[Document, ...]:
     """Return the services' documentation of the `awsdocs` asset in sections, services by name, the newest of each.
 
@@ -98,7 +78,7 @@ def documentation(folder: Path) -> tuple[Document, ...]:
     if not newest:
         raise TaskError(f"no files *.json.gz in {folder}; run `harness fetch awsdocs`")
     models = (json.loads(gzip.decompress(newest[name].read_bytes())) for name in sorted(newest))
-    return _sections("awsdocs", once([block for model in models for block in _blocks(model)]))
+    return _sections(once([block for model in models for block in _blocks(model)]))
 
 
 def essays(options: TaskOptions) -> tuple[Document, ...]:
@@ -123,11 +103,11 @@ def once(paragraphs: Sequence[str]) -> list[str]:
     return kept
 
 
-def _sections(name: str, prose: Sequence[str]) -> tuple[Document, ...]:
+def _sections(prose: Sequence[str]) -> tuple[Document, ...]:
     """Paragraphs as documents of `SECTION` words, the last one shorter."""
     ends = accumulate(len(paragraph.split()) for paragraph in prose)
     parts = groupby(zip(prose, ends, strict=True), key=lambda paragraph: (paragraph[1] - 1) // SECTION)
-    return tuple(Document(f"{name}-{part:03}", tuple(text for text, _ in found)) for part, found in parts)
+    return tuple(Document(f"awsdocs-{part:03}", tuple(text for text, _ in found)) for part, found in parts)
 
 
 def _blocks(model: Any) -> Iterator[str]:

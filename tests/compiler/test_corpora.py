@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from harness.compiler.corpora import corpus_of, load_corpus
 from harness.errors import HarnessError
 from harness.models.assets import asset_folder
-from tasks.texts import bible, calibrates
+from tasks.texts import calibrates
+
+MODULE = '''"""Doc."""
+raise RuntimeError("an asset is never run")
+bible = Bible(Version.KING_JAMES, """
+In the beginning [was] the word ( so it is said). And he said, [It is] good.
+GENESIS
+So he died, [being] old and full of days.Blessed [is] the man that walketh.
+ The end of the matter is this.(He [was] wise in all his ways.)
+""", {Book.GENESIS: "short"})
+'''
+
 
 ORDER = ("first", "second", "third", "last")
 
@@ -46,15 +57,19 @@ def test_a_folder_is_read_by_name_without_headings(folder: Path) -> None:
     assert corpus.sha256 == hashlib.sha256("\n\n".join(corpus.paragraphs).encode()).hexdigest()
 
 
-def test_a_packaged_corpus_is_its_part_for_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [f"{' '.join(f'w{number}x{at}' for at in range(400))} ends." for number in range(400)]
-    (tmp_path / "plain.py").write_text(f"bible = {chr(10).join(lines)!r}")
+def test_kjv_loses_markup_and_headings_and_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = text(70)
+    (tmp_path / "plain.py").write_text(MODULE.replace("GENESIS", f"GENESIS\n{prose}", 1))
     monkeypatch.setattr("harness.compiler.corpora.fetch", {"kjv": tmp_path}.__getitem__)
     corpus = load_corpus("kjv")
-    sections = bible(tmp_path)
-    apart = [section for section in sections if section.calibrates]
-    assert 0 < len(apart) < len(sections) / 2 and [text for one in sections for text in one.paragraphs] == lines
-    assert list(corpus.paragraphs) == [text for section in apart for text in section.paragraphs]
+    assert corpus.name == "kjv"
+    assert list(corpus.paragraphs) == [
+        "In the beginning was the word (so it is said). And he said, It is good.",
+        *prose.split("\n\n"),
+        "So he died, being old and full of days.",
+        "Blessed is the man that walketh.",
+        "The end of the matter is this. (He was wise in all his ways.)",
+    ]
 
 
 def test_essays_get_their_paragraphs_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +142,10 @@ def real(name: str) -> tuple[str, ...]:
 
 def test_real_kjv() -> None:
     paragraphs = real("kjv")
-    assert 1000 < len(paragraphs) < 1400  # of 4,609
-    assert not re.search(r"[][<>{}\t\d]", "\n".join(paragraphs))
+    assert len(paragraphs) == 4609
+    assert paragraphs[0].startswith("In the beginning God created the heaven and the earth. And the earth")
+    joined = "\n".join(paragraphs)
+    assert joined.count("full of days.\nBlessed is the man") == 1 and not re.search(r"[][<>{}\t\d]", joined)
 
 
 def test_real_essays() -> None:

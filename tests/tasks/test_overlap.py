@@ -33,7 +33,7 @@ def test_needles_the_question_and_dots_are_left_out_and_so_is_a_context_of_ones_
 
 
 def test_no_two_prompts_of_a_board_share_a_tenth_of_their_text() -> None:
-    for name in ("essays", "kjv", "awsdocs"):
+    for name in ("essays", "awsdocs"):
         if not asset_folder(name).is_dir():
             pytest.skip(f"{name} is not in the cache; run `harness fetch {name}`")
     assert len(boards()) >= 5

@@ -15,32 +15,11 @@ from tasks.base import TaskError, TaskOptions
 from tasks.pool import read_pool
 from tests.task_data import Words
 
-BIBLE = '''"""Doc."""
-raise RuntimeError("an asset is never run")
-bible = Bible(Version.KING_JAMES, """
-In the beginning [was] the word ( so it is said). And he said, [It is] good.
-GENESIS
-So he died, [being] old and full of days.Blessed [is] the man that walketh.
- The end of the matter is this.(He [was] wise in all his ways.)
-""", {Book.GENESIS: "short"})
-'''
-
 
 def said(name: str) -> str:
     """A block of documentation that no other shares a run of words with."""
     words = " ".join(f"{name}{number}" for number in range(18))
     return f"<p>{name} <i>is</i> this &amp; that: {words}.</p>"
-
-
-def test_the_bible_loses_markup_and_headings_and_is_not_run(tmp_path: Path) -> None:
-    (tmp_path / "plain.py").write_text(BIBLE)
-    (section,) = texts.bible(tmp_path)
-    assert section.paragraphs == (
-        "In the beginning was the word (so it is said). And he said, It is good.",
-        "So he died, being old and full of days.",
-        "Blessed is the man that walketh.",
-        "The end of the matter is this. (He was wise in all his ways.)",
-    )
 
 
 def test_documentation_is_the_newest_of_each_service_without_tags_labels_or_repeats(tmp_path: Path) -> None:
@@ -58,14 +37,14 @@ def test_documentation_is_the_newest_of_each_service_without_tags_labels_or_repe
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
-    for read, name in ((texts.bible, "kjv"), (texts.documentation, "awsdocs")):
-        with pytest.raises(TaskError, match=f"run `harness fetch {name}`"):
-            read(tmp_path)
+    with pytest.raises(TaskError, match="run `harness fetch awsdocs`"):
+        texts.documentation(tmp_path)
 
 
 def test_sections_keep_every_paragraph_in_order(tmp_path: Path) -> None:
-    (tmp_path / "plain.py").write_text("bible = " + repr("\n".join(unlike(number) for number in range(50))))
-    sections = texts.bible(tmp_path)
+    model = [{"documentation": unlike(number)} for number in range(50)]
+    (tmp_path / "a-2016-11-15-service-2.json.gz").write_bytes(gzip.compress(json.dumps(model).encode()))
+    sections = texts.documentation(tmp_path)
     assert [text for section in sections for text in section.paragraphs] == [unlike(number) for number in range(50)]
     assert all(7_600 < len(section.text.split()) <= 8_400 for section in sections[:-1]) and len(sections) == 3
 
@@ -81,11 +60,11 @@ def real(name: str) -> None:
 
 
 def test_what_calibrates_is_in_no_pool() -> None:
-    for name in ("essays", "kjv", "awsdocs"):
+    for name in ("essays", "awsdocs", "kjv"):
         real(name)
     pool = read_pool(TaskOptions(tokenizer=Words(), max_tokens=1, fetch=find_asset))
     kinds = Counter(document.name[:3] for document in pool)
-    assert kinds["ess"] == 30 and kinds["kjv"] > 60 and kinds["aws"] > 150
+    assert kinds["ess"] == 30 and kinds["aws"] > 150 and len(kinds) == 2
     assert not any(document.calibrates for document in pool)
     evaluated = {run for document in pool for run in runs(document.text)}
     for name in sorted(CORPORA.keys() - {"pydoc"}):
