@@ -46,7 +46,7 @@ def test_a_run_leaves_records_a_manifest_and_a_board(finished: Path) -> None:
 
 
 def test_drawn_contexts_are_the_default_and_named_in_every_record(tmp_path: Path) -> None:
-    few = ("--budgets", "32", "--methods", "fullkv", "--nll-tokens", "0", "--observe", "0")
+    few = ("--budgets", "32", "--methods", "fullkv", "--nll-tokens", "8", "--observe", "0")
     assert call("run", *TINY, *TASK, *few, "--out", tmp_path) == 0
     told = manifest(tmp_path)["spec"]
     assert told["contexts"] == "drawn" and told["tasks"][0]["provenance"]["contexts"].startswith("drawn")
