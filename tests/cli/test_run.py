@@ -14,7 +14,7 @@ from harness.engine.engine import Engine
 from harness.engine.types import Outcome
 from harness.machine import machine
 from harness.run import sequential
-from tests.tiny_run import CELLS, FAST, METHODS, RUN, call, key, manifest, only, records, tree
+from tests.tiny_run import CELLS, FAST, METHODS, RUN, TASK, TINY, call, key, manifest, only, records, tree
 
 ROOT = Path(__file__).parents[2]
 MANY = 8  # samples of a run that a signal must find unfinished
@@ -55,6 +55,14 @@ def test_a_record_names_the_processor_and_no_gpu_that_did_nothing(
     assert call("run", *FAST, "--methods", "fullkv", "--limit", "1", "--out", tmp_path) == 0
     assert {record["accelerator"] for record in records(tmp_path)} == {"Xeon"}
     assert capsys.readouterr().out.count("tiny, float32 on Xeon, query-aware") == 1
+
+
+def test_drawn_contexts_are_the_default_and_named_in_every_record(tmp_path: Path) -> None:
+    few = ("--budgets", "32", "--methods", "fullkv", "--nll-tokens", "8", "--observe", "0")
+    assert call("run", *TINY, *TASK, *few, "--out", tmp_path) == 0
+    told = manifest(tmp_path)["spec"]
+    assert told["contexts"] == "drawn" and told["tasks"][0]["provenance"]["contexts"].startswith("drawn")
+    assert len({record["meta"]["group"] for record in records(tmp_path)}) == 3
 
 
 def test_repeating_a_finished_run_changes_no_record(results: Path, capsys: Captured) -> None:
