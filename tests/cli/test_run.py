@@ -12,6 +12,8 @@ import pytest
 
 from harness.engine.engine import Engine
 from harness.engine.types import Outcome
+from harness.machine import machine
+from harness.run import sequential
 from tests.tiny_run import CELLS, FAST, METHODS, RUN, TASK, TINY, call, key, manifest, only, records, tree
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,16 @@ def test_a_run_leaves_records_a_manifest_and_a_board(finished: Path) -> None:
     assert told["spec"]["model"]["dtype"] == "float32"
     assert {"run.json", "records.jsonl", "board.md", "board.csv"} <= {path.name for path in only(finished).iterdir()}
     assert all(method in (only(finished) / "board.md").read_text() for method in METHODS)
+
+
+def test_a_record_names_the_processor_and_no_gpu_that_did_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    here = {**machine(), "processor": "Xeon", "accelerators": ["H100"]}
+    monkeypatch.setattr(sequential, "machine", lambda: here)
+    assert call("run", *FAST, "--methods", "fullkv", "--limit", "1", "--out", tmp_path) == 0
+    assert {record["accelerator"] for record in records(tmp_path)} == {"Xeon"}
+    assert capsys.readouterr().out.count("tiny, float32 on Xeon, query-aware") == 1
 
 
 def test_drawn_contexts_are_the_default_and_named_in_every_record(tmp_path: Path) -> None:
