@@ -28,6 +28,11 @@ LANES = (
     *("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1"),
     *("ruler/niah_multivalue", "ruler/niah_multiquery", "ruler/vt", "multiquery/niah"),
     *("prose/continuation", "prose/long"),
+    *("graded/retrieval_number", "graded/retrieval_owner", "graded/retrieval_digits", "graded/retrieval_label"),
+    *("graded/keys_all", "graded/keys_owned", "graded/tracking_moves", "graded/tracking_hands"),
+    *("graded/tracking_same", "graded/ordering_first", "graded/ordering_last", "graded/ordering_next"),
+    *("graded/ordering_list", "graded/aggregation_most", "graded/aggregation_voters", "graded/aggregation_kinds"),
+    *("graded/copying_words", "graded/copying_letters"),
 )
 """Every task that draws from the pool. A new one at the end changes what all draw: bump the digests of their tests."""
 SEEDS = 4
@@ -145,9 +150,16 @@ class Spans:
 
 
 def pool_spans(task: str, options: TaskOptions, needs: Mapping[int, int], *, whole: bool = False) -> Spans:
-    """Return the spans of a task of `LANES`. Raises TaskError when an asset of the pool is missing."""
+    """Return the spans of a task of `LANES`, or of calibration's text: all of it, entered where the task's lane begins.
+
+    Raises TaskError when an asset is missing.
+    """
     pool = read_pool(options)
-    lane = entered(_lane(pool, LANES.index(task)), options.seed)
+    number = LANES.index(task)
+    lanes = [(number + at) % len(LANES) for at in range(len(LANES) if options.calibrates else 1)]
+    lane = entered(
+        [sentence for at in lanes for sentence in _lane(pool, at)], 0 if options.calibrates else options.seed
+    )
     return Spans(task, lane, needs, lambda text: len(options.tokenizer.encode(f" {text}")), whole=whole)
 
 
@@ -171,9 +183,13 @@ def entered(sentences: Sequence[Sentence], seed: int) -> list[Sentence]:
 
 
 def read_pool(options: TaskOptions) -> tuple[Document, ...]:
-    """Return the documents that evaluation draws from, in the order of hashes. Raises TaskError for missing files."""
+    """Return the documents that are drawn from, in the order of hashes. Raises TaskError for missing files."""
     found = (*documentation(options.asset("awsdocs")), *essays(options))
-    return tuple(sorted((one for one in found if not one.calibrates), key=lambda one: sha256(f"order/{one.name}")))
+    return tuple(
+        sorted(
+            (one for one in found if one.calibrates == options.calibrates), key=lambda one: sha256(f"order/{one.name}")
+        )
+    )
 
 
 def _lane(pool: Sequence[Document], lane: int) -> list[Sentence]:

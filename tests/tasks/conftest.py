@@ -1,5 +1,8 @@
 """What the tests of tasks share: options over small generated data, and the real essays."""
 
+import gzip
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -34,4 +37,23 @@ def essays_folder() -> Path:
     folder = asset_folder("essays")
     if not folder.is_dir():
         pytest.skip("essays is not in the cache; run `harness fetch essays`")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool of some 220,000 words in sections of documentation and 12 essays, a quarter apart."""
+    folder = tmp_path_factory.mktemp("pool")
+    words = [f"word{number}" for number in range(3000)]
+    draw = random.Random(5)
+
+    def sentences(count: int) -> list[str]:
+        return [f"The {' '.join(draw.choices(words, k=draw.randint(6, 18)))} end." for _ in range(count)]
+
+    for name in ("awsdocs", "essays"):
+        (folder / name).mkdir()
+    said = [{"documentation": f"<p>{' '.join(sentences(3))}</p>"} for _ in range(6600)]
+    (folder / "awsdocs" / "ec2-2016-11-15-service-2.json.gz").write_bytes(gzip.compress(json.dumps(said).encode()))
+    for number in range(12):
+        (folder / "essays" / f"essay{number}.txt").write_text(" ".join(sentences(150)))
     return folder
