@@ -49,7 +49,7 @@ class GradeSpec(Frozen):
     model: str = "smollm2-135m"
     tasks: tuple[str, ...] = ("graded",)
     lengths: tuple[int, ...] = (1024, 2048)
-    samples: int = Field(default=24, ge=4)
+    samples: int = Field(default=24, ge=8)
     seed: int = 1000
     dtype: str = "auto"
     device: str = "auto"
