@@ -1,15 +1,15 @@
 """The pool that contexts are drawn from: a lane of it for each task, and in a lane a span for each sample.
 
-The pool is three documents of four of `tasks.texts`, in the order of a hash of their names. It is cut into as many
-lanes as `LANES` names tasks, of the same number of characters, so no two tasks share a sentence whatever a run asks
-for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS` of its way and takes span after span:
-sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its task, index, seed, the run's
-lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
+The pool is three documents of four of `tasks.texts`, in the order of a hash of their names. It is cut into lanes by
+characters, one for each task that `LANES` names, `graded` ones a third as long as the others, so no two tasks share a
+sentence whatever a run asks for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS` of its
+way and takes span after span: sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its
+task, index, seed, the run's lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
 
-With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 57,000: for a task of
-RULER 65 contexts of 1k, 11 each of 1k and 4k, or 3 of 16k. So there are four seeds before text returns, for at most a
-quarter of a lane each (16 contexts of 1k); a seed that takes more goes on into the text that the next one begins with,
-and seeds 0 and 4 share all.
+With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 93,000: for a task of
+RULER 107 contexts of 1k, 19 each of 1k and 4k, or 5 of 16k; a graded one 33 contexts of 1k. So there are four seeds
+before text returns, for at most a quarter of a lane each (26 contexts of 1k); a seed that takes more goes on into the
+text that the next one begins with, and seeds 0 and 4 share all.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -13,7 +13,7 @@ from tasks.graded.puzzle import Kind, Puzzle
 from tasks.pool import Spans, pool_facts, pool_spans
 from tasks.ruler.family import LEAST_SPAN, DrawnText, FittedPrompt, RulerTask, SamplePlan, room
 
-SAMPLES = 50  # of each length when no limit is given, or as many as there is text for
+SAMPLES = 30  # of each length when no limit is given, or as many as there is text for
 LEAST_WORDS = 20
 SPARE_TOKENS = 12  # to generate beyond the answer's own
 STEP = 8  # what the tokens to generate are rounded up to
