@@ -14,8 +14,8 @@ def _moves(moves: int, draw: Random) -> Puzzle:
     """A thing that is carried on: where it is at last."""
     (thing,), places = some(THINGS, 1, draw), some(PLACES, moves + 1, draw)
     lines = [f"The {thing} is moved to the {place}." for place in places]
-    question = f"Question: Where is the {thing} at the end?\n"
-    prefix = f" At the end the {thing} is in the"
+    question = f"Question: Where is the {thing} in the end?\n"
+    prefix = f" In the end the {thing} is moved to the"
     return Puzzle(tuple(lines), tuple(lines[-1:]), question, prefix, (places[-1],), ordered=True)
 
 
@@ -23,8 +23,8 @@ def _hands(hands: int, draw: Random) -> Puzzle:
     """A thing that goes from hand to hand: who has it at last."""
     (thing,), names = some(THINGS, 1, draw), some(NAMES, hands + 2, draw)
     lines = tuple(f"{a} gives the {thing} to {b}." for a, b in pairwise(names))
-    question = f"Question: Who has the {thing} at the end?\n"
-    return Puzzle(lines, lines[-1:], question, f" At the end the {thing} is held by", (names[-1],), ordered=True)
+    question = f"Question: Who is given the {thing} in the end?\n"
+    return Puzzle(lines, lines[-1:], question, f" In the end someone gives the {thing} to", (names[-1],), ordered=True)
 
 
 def _same(hops: int, draw: Random) -> Puzzle:
@@ -41,45 +41,45 @@ def _same(hops: int, draw: Random) -> Puzzle:
     return Puzzle(tuple(lines), needed, question, f" {asked} has number", (values[0],), ordered=True)
 
 
-def _arrivals(count: int, draw: Random) -> tuple[list[str], tuple[str, ...]]:
+def _visitors(count: int, draw: Random) -> tuple[list[str], tuple[str, ...]]:
     names = some(NAMES, count, draw)
-    return names, tuple(f"Gate log: {name} arrived." for name in names)
+    return names, tuple(f"At the gate came a visitor named {name}." for name in names)
 
 
 def _first(count: int, draw: Random) -> Puzzle:
-    names, lines = _arrivals(count, draw)
-    question = "Question: Which name is the first in the gate log?\n"
-    return Puzzle(lines, lines[:1], question, " The first name in the gate log is", (names[0],), ordered=True)
+    names, lines = _visitors(count, draw)
+    question = "Question: Who was the first visitor at the gate?\n"
+    return Puzzle(lines, lines[:1], question, " The first at the gate was a visitor named", (names[0],), ordered=True)
 
 
 def _last(count: int, draw: Random) -> Puzzle:
-    names, lines = _arrivals(count, draw)
-    question = "Question: Which name is the last in the gate log?\n"
-    return Puzzle(lines, lines[-1:], question, " The last name in the gate log is", (names[-1],), ordered=True)
+    names, lines = _visitors(count, draw)
+    question = "Question: Who was the last visitor at the gate?\n"
+    return Puzzle(lines, lines[-1:], question, " The last at the gate was a visitor named", (names[-1],), ordered=True)
 
 
 def _next(count: int, draw: Random) -> Puzzle:
-    names, lines = _arrivals(count, draw)
+    names, lines = _visitors(count, draw)
     at = draw.randrange(count - 1)
-    question = f"Question: Which name is next in the gate log after {names[at]}?\n"
-    prefix = f" After {names[at]}, the next name in the gate log is"
+    question = f"Question: Who was the next visitor at the gate after {names[at]}?\n"
+    prefix = f" After {names[at]} came a visitor named"
     return Puzzle(lines, lines[at : at + 2], question, prefix, (names[at + 1],), ordered=True)
 
 
 def _order(count: int, draw: Random) -> Puzzle:
-    names, lines = _arrivals(count, draw)
-    question = "Question: Which names are in the gate log, in order?\n"
-    return Puzzle(lines, lines, question, " The names in the gate log, in order, are", tuple(names), ordered=True)
+    names, lines = _visitors(count, draw)
+    question = "Question: Who came to the gate, in order?\n"
+    return Puzzle(lines, lines, question, " The visitors, in order, were named", tuple(names), ordered=True)
 
 
-ARRIVALS = "Remember the gate log in this text, and its order."
+VISITORS = "Remember who came to the gate, and in which order."
 COUNTS = (1, 2, 3, 4, 6, 8)
 KINDS = (
     Kind("tracking_moves", Dial("moves", (0, 1, 2, 3, 4, 6, 8)), 16, leads, "Remember where things are.", _moves),
     Kind("tracking_hands", Dial("hands", (0, 1, 2, 3, 4, 6)), 16, leads, "Remember who has what.", _hands),
     Kind("tracking_same", Dial("hops", (0, 1, 2, 3, 4)), 16, leads, "Remember everyone's number.", _same),
-    Kind("ordering_first", Dial("arrivals", COUNTS), 16, leads, ARRIVALS, _first),
-    Kind("ordering_last", Dial("arrivals", COUNTS), 16, leads, ARRIVALS, _last),
-    Kind("ordering_next", Dial("arrivals", (2, 3, 4, 6, 8)), 16, leads, ARRIVALS, _next),
-    Kind("ordering_list", Dial("arrivals", COUNTS), 64, listed_in_order, ARRIVALS, _order),
+    Kind("ordering_first", Dial("visitors", COUNTS), 16, leads, VISITORS, _first),
+    Kind("ordering_last", Dial("visitors", COUNTS), 16, leads, VISITORS, _last),
+    Kind("ordering_next", Dial("visitors", (2, 3, 4, 6, 8)), 16, leads, VISITORS, _next),
+    Kind("ordering_list", Dial("visitors", COUNTS), 64, listed_in_order, VISITORS, _order),
 )
