@@ -17,22 +17,20 @@ def _most(against: int, draw: Random) -> Puzzle:
     fruits = some(FRUITS, RIVALS + 1, draw)
     votes = fruits[:1] * VOTES + [fruits[1 + at % RIVALS] for at in range(against)]
     draw.shuffle(votes)
-    lines = _votes(some(NAMES, len(votes), draw), votes)
+    names = some(NAMES, len(votes), draw)
+    lines = tuple(f"{name} votes for the {fruit}." for name, fruit in zip(names, votes, strict=True))
     needed = tuple(line for line, fruit in zip(lines, votes, strict=True) if fruit == fruits[0])
     question = "Question: Which fruit has the most votes?\n"
-    return Puzzle(lines, needed, question, " The fruit with the most votes is the", (fruits[0],))
+    return Puzzle(lines, needed, question, " Most people vote for the", (fruits[0],))
 
 
 def _voters(count: int, draw: Random) -> Puzzle:
     """As many votes for one fruit as for another: who votes for the one."""
     fruits, names = some(FRUITS, 2, draw), some(NAMES, 2 * count, draw)
-    lines = _votes(names, fruits[:1] * count + fruits[1:] * count)
-    question = f"Question: Who votes for the {fruits[0]}?\n"
-    return Puzzle(lines, lines[:count], question, f" The {fruits[0]} has the votes of", tuple(names[:count]))
-
-
-def _votes(names: list[str], fruits: list[str]) -> tuple[str, ...]:
-    return tuple(f"{name} votes for the {fruit}." for name, fruit in zip(names, fruits, strict=True))
+    votes = fruits[:1] * count + fruits[1:] * count
+    lines = tuple(f"The {fruit} has the vote of {name}." for name, fruit in zip(names, votes, strict=True))
+    question = f"Question: Which {count} people vote for the {fruits[0]}?\n"
+    return Puzzle(lines, lines[:count], question, f" The {fruits[0]} has the vote of", tuple(names[:count]))
 
 
 def _kinds(kinds: int, draw: Random) -> Puzzle:
@@ -40,7 +38,7 @@ def _kinds(kinds: int, draw: Random) -> Puzzle:
     fruits, names = some(FRUITS, kinds, draw), some(NAMES, 2 * kinds, draw)
     lines = [f"At the market, {name} buys a basket of {fruit}." for name, fruit in zip(names, fruits * 2, strict=True)]
     question = f"Question: Which {kinds} different fruits were bought at the market?\n"
-    return Puzzle(tuple(lines), tuple(lines), question, " The fruits bought at the market were", tuple(fruits))
+    return Puzzle(tuple(lines), tuple(lines), question, " At the market, people buy a basket of", tuple(fruits))
 
 
 def _words(count: int, draw: Random) -> Puzzle:
