@@ -66,10 +66,10 @@ test-cluster: $(READY) model ## the autoscaler with fake nodes, on a Ray cluster
 	$(PYTEST) -m cluster
 
 faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50 --keep docs/measured/faults.json
 
 null: $(READY) ## boards of equal methods: how often some are told apart, and which differences are found (20 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null --out docs/measured/null.json
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick
@@ -118,7 +118,7 @@ test-kvpress: model $(BENCH)/.ready ## presses of kvpress under our budgets, in 
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q tests/kvpress
 
 bench: model $(BENCH)/.ready ## speed of this harness beside kvpress, in an environment of its own
-	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest tests/bench -m bench
+	HF_HUB_OFFLINE=1 KVH_BENCH_OUT=docs/measured/bench.json $(BENCH)/bin/python -m pytest tests/bench -m bench
 
 # The wheel is tried where the sources are not: a fresh environment, another folder, the project installed from the
 # wheel alone. The dependencies are lent by the development environment through a .pth line instead of 1.4 GB
