@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadgroup
 QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null demo docs tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null figures demo docs tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -70,6 +70,9 @@ faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driv
 
 null: $(READY) ## boards of equal methods: how often some are told apart, and which differences are found (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null --out docs/measured/null.json
+
+figures: $(READY) ## what the pages say beside what their sources say
+	$(BIN)/python -m tests.figures
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick

@@ -129,5 +129,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _result(values: list[float], goal: Goal | None) -> dict[str, Any]:
-    """As it is kept: the median, all rounds, and the goal as a sign and a bound."""
-    return {"median": statistics.median(values), "rounds": values, "goal": goal, "threads": THREADS}
+    """As it is kept: the median, all rounds, the goal as a sign and a bound, and how busy the machine is at the end."""
+    kept = {"median": statistics.median(values), "rounds": values, "goal": goal}
+    return {**kept, "threads": THREADS, "load": round(os.getloadavg()[0], 1)}
