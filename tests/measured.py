@@ -1,7 +1,7 @@
 """Measurements that pages quote, kept in `docs/measured/*.json` with what they were made by and on.
 
-A file has `runs`, each with command, commit, machine, versions and the time of its first result, and `results`, by name,
-each with the run that it is of. Measuring a part again replaces that part alone.
+A file has `runs`, each with command, commit, machine, versions and the time of its first result, and `results`, by
+name, each with the run that it is of. Measuring a part again replaces that part alone.
 """
 
 import hashlib
