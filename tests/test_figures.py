@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import figures
-from tests.figures import Checkout, FigureError, line, main, mend, shown, uncovered
+from tests import figure_sources, figures
+from tests.figure_sources import FigureError
+from tests.figures import Checkout, line, main, mend, shown, uncovered
 
 PAGES = Checkout.read().pages()
 all_shown = cache(lambda: shown(Checkout.read()))
@@ -60,7 +61,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setitem(figures.CELLS, "scores", lambda checkout, head, row: [row[0], "3.3"])
+    monkeypatch.setitem(figure_sources.CELLS, "scores", lambda root, head, row: [row[0], "3.3"])
     return Checkout.read(tmp_path)
 
 
