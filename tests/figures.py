@@ -29,7 +29,7 @@ NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 STANDING = re.compile(r"(?<![\w.,])(?<!\w-)(?:\d(?:[\d,]*\d)?(?:\.\d+)*|\.\d+)")
 """A number that is no part of a name, such as int8, Qwen2.5 or SmolLM2-135M."""
 NOT_READ = re.compile(
-    r"^```.*?^```|`(?:[^`\n]|\n(?!\n))*`|\]\([^)\s]*(?:\s+\"[^\"]*\")?\)|https?://\S+|^\d+\. ", re.M | re.S
+    r"^```.*?^```|`(?:[^`\n]|\n(?!\n))*`|\]\([^)\s]*(?:\s+\"[^\"]*\")?\)|https?://\S+|^[1-9]\. ", re.M | re.S
 )  # code, targets of links, the numbers of a list
 
 

@@ -79,6 +79,12 @@ def test_the_readme_and_all_pages_are_read() -> None:
     assert {"README.md", "docs/speed.md", "docs/compilerkv.md", "docs/statistics.md"} <= set(PAGES)
 
 
+def test_no_ratio_that_was_measured_is_left_out() -> None:
+    kept = json.loads((figures.ROOT / "docs/measured/bench.json").read_text())["results"]
+    page = (figures.ROOT / "docs/speed.md").read_text()
+    assert [name for name in kept if f"| `{name}` |" not in page] == []
+
+
 def test_what_is_no_figure_says_why() -> None:
     entries = Checkout.read().entries
     assert all(entry["why"] for entry in (*entries["constant"], *entries["kind"]))
