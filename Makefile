@@ -68,7 +68,7 @@ faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50 --keep docs/measured/faults.json
 
 overlap: $(READY) model ## how much text any two prompts of a board file have in common
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.overlap
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.overlap --keep docs/measured/overlap.json
 
 null: $(READY) ## boards of equal methods: how often some are told apart, and which differences are found (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null --out docs/measured/null.json
@@ -77,7 +77,7 @@ figures: $(READY) ## what the pages say beside what their sources say
 	$(BIN)/python -m tests.figures
 
 night-power: $(READY) ## pretend nights: how often one fails when nothing is wrong, and when something is (15 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.night_power
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.night_power --keep docs/measured/nights.json
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-NULL = "docs/measured/null.json"
+NIGHTS, NULL, OVERLAP = (f"docs/measured/{name}.json" for name in ("nights", "null", "overlap"))
 SIGNS: dict[str, Callable[[float, float], float]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -42,7 +42,10 @@ def values(root: Path, source: Any) -> list[float]:
     place, _, asked = source.partition("?")
     if place == "code":
         module, _, name = asked.partition(":")
-        return [float(getattr(importlib.import_module(module), name))]
+        try:
+            return [float(getattr(importlib.import_module(module), name))]
+        except (ImportError, AttributeError) as error:
+            raise FigureError(f"{source}: {error}; name a constant that is there") from None
     if place == "call":
         name, *given = asked.split()
         return CALLS[name](root, *given)
@@ -77,7 +80,8 @@ def _csv(path: Path) -> pd.DataFrame:
 def _of_json(path: Path, names: str, key: str) -> list[float]:
     """A value of a result of a file of `tests/measured.py`; of several results, `a|b`, one each."""
     kept = [_kept(path, name) for name in names.split("|")]
-    return [float(one[key]) for one in kept]
+    key, _, at = key.partition(".")
+    return [float(one[key][int(at)] if at else one[key]) for one in kept]
 
 
 def board(root: Path, name: str) -> pd.DataFrame:
@@ -163,10 +167,32 @@ def ratios(root: Path, head: Sequence[str], row: Sequence[str]) -> list[str]:
     return [row[0], f"{kept['median']:.2f}", spread, goal, f"{kept['threads']}", f"{kept['load']:.0f}"]
 
 
+def nights_fail(root: Path, head: Sequence[str], row: Sequence[str]) -> list[str]:
+    """A row of the share of pretend nights that fail, in percent: whole numbers without decimals."""
+    kept = _kept(root / NIGHTS, f"fails {row[0]}, {row[1]}, {row[2]}")
+    return [*row[:3], *(f"{value:.1f}".removesuffix(".0") for value in kept["values"])]
+
+
+def nights_need(root: Path, head: Sequence[str], row: Sequence[str]) -> list[str]:
+    """A row of the prompts of each task with which four of five nights fail, of those that were tried."""
+    kept = _kept(root / NIGHTS, f"needs {row[0]}, {row[1]}")
+    return [*row[:2], *(f"{value or 'more'}" for value in kept["values"])]
+
+
+def overlaps(root: Path, head: Sequence[str], row: Sequence[str]) -> list[str]:
+    """A row of the largest overlap of any two prompts of a board, with its contexts by protocol and drawn."""
+    both = [_kept(root / OVERLAP, f"{row[0].strip('`')}, {contexts}")["share"] for contexts in ("protocol", "drawn")]
+    shown = [f"{share:.3f}".removeprefix("0") for share in both]
+    return [row[0], shown[0], shown[1] + "".join(row[2].partition(" ")[1:])]
+
+
 CELLS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], list[str]]] = {
     "boards": boards,
     "claims": claims,
     "least_seen": least_seen,
+    "nights_fail": nights_fail,
+    "nights_need": nights_need,
+    "overlaps": overlaps,
     "phases": phases,
     "ratios": ratios,
 }
@@ -223,6 +249,20 @@ def passes(root: Path, share: str) -> list[float]:
     return [float(binom.cdf(MOST, COUNT, float(share)))]
 
 
+def falling(root: Path) -> list[float]:
+    """Points of the method that falls to 0 in pretend nights, at both budgets; then what finds it.
+
+    That is the packaged board's prompts a task, and of 100 nights those in which a method of 50, and one of 30 points, has three of them right or more.
+    """
+    from scipy.stats import binom
+
+    from harness.boards.sources import read_config
+    from tests.night_power import CELLS, ONE, TASKS
+
+    limit = read_config("nightly")["limit"]
+    return [*(100 * TASKS[0] * CELLS[ONE]), limit, *(100 * float(binom.sf(2, limit, share)) for share in (0.5, 0.3))]
+
+
 def peaks_as_predicted(root: Path) -> list[float]:
     """Cells of the board `serving` whose peak is within `ALARM` of its prediction, and all of them."""
     alarm = _csv(root / "leaderboards/published/serving.csv").alarm
@@ -251,6 +291,7 @@ def importance_spearman(root: Path) -> list[float]:
 
 CALLS: dict[str, Callable[..., list[float]]] = {
     "claims_range": claims_range,
+    "falling": falling,
     "faults": faults,
     "full_cache": full_cache,
     "importance_spearman": importance_spearman,
