@@ -250,9 +250,10 @@ def passes(root: Path, share: str) -> list[float]:
 
 
 def falling(root: Path) -> list[float]:
-    """Points of the method that falls to 0 in pretend nights, at both budgets; then what finds it.
+    """Points of the method that falls to 0 in pretend nights, at both budgets; then what finds such a fall.
 
-    That is the packaged board's prompts a task, and of 100 nights those in which a method of 50, and one of 30 points, has three of them right or more.
+    That is the packaged board's prompts a task, and of 100 nights those in which a method of 50, and one of 30 points,
+    has three of them right or more.
     """
     from scipy.stats import binom
 
