@@ -25,22 +25,20 @@ def _most(against: int, draw: Random) -> Puzzle:
 
 
 def _voters(count: int, draw: Random) -> Puzzle:
-    """As many votes for one fruit as for another: who votes for the one, besides the voter that the prefix names."""
-    fruits, names = some(FRUITS, 2, draw), some(NAMES, 2 * count + 2, draw)
-    votes = fruits[:1] * (count + 1) + fruits[1:] * (count + 1)
+    """As many votes for one fruit as for another: who votes for the one."""
+    fruits, names = some(FRUITS, 2, draw), some(NAMES, 2 * count, draw)
+    votes = fruits[:1] * count + fruits[1:] * count
     lines = tuple(f"The {fruit} has the vote of {name}." for name, fruit in zip(names, votes, strict=True))
-    question = f"Question: Which {count + 1} people vote for the {fruits[0]}?\n"
-    prefix = f" The {fruits[0]} has the vote of {names[0]},"
-    return Puzzle(lines, lines[1 : count + 1], question, prefix, tuple(names[1 : count + 1]))
+    question = f"Question: Which {count} people vote for the {fruits[0]}?\n"
+    return Puzzle(lines, lines[:count], question, f" The {fruits[0]} has the vote of", tuple(names[:count]))
 
 
 def _kinds(kinds: int, draw: Random) -> Puzzle:
-    """Fruits that are bought, each twice: which there are, besides the one that the prefix names."""
-    fruits, names = some(FRUITS, kinds + 1, draw), some(NAMES, 2 * kinds + 2, draw)
-    lines = [f"At the market, {name} buys fruit: {fruit}." for name, fruit in zip(names, fruits * 2, strict=True)]
-    needed = tuple(line for line, fruit in zip(lines, fruits * 2, strict=True) if fruit != fruits[0])
-    question = f"Question: Which {kinds + 1} kinds of fruit do people buy at the market?\n"
-    return Puzzle(tuple(lines), needed, question, f" At the market, people buy fruit: {fruits[0]},", tuple(fruits[1:]))
+    """Fruits that are bought, each twice: which there are."""
+    fruits, names = some(FRUITS, kinds, draw), some(NAMES, 2 * kinds, draw)
+    lines = [f"At the market, {name} buys a basket of {fruit}." for name, fruit in zip(names, fruits * 2, strict=True)]
+    question = f"Question: Which {kinds} different fruits were bought at the market?\n"
+    return Puzzle(tuple(lines), tuple(lines), question, " At the market, people buy a basket of", tuple(fruits))
 
 
 def _words(count: int, draw: Random) -> Puzzle:
