@@ -1,7 +1,7 @@
 """The layer cache of rows whose policy evicts while decoding: they stay at their budget while they grow."""
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
 from typing import Any
 
@@ -10,24 +10,40 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from harness.engine.kernels import slot_attention, slot_weights
-from harness.engine.layer_cache import DecodingLayer, Parts, visible
+from harness.engine.layer_cache import DecodingLayer, Parts, room_step, visible
+from harness.engine.packed import each_tensor, storage_bytes, tensors_of
 from methods.base import KV, KVPolicy, PolicyError, StepView
 
 
 @dataclass
 class EvictingRow:
-    """A row whose policy evicts after every decoded token. kv has at least one empty slot per head to write into."""
+    """A row whose policy evicts after every decoded token. kv has at least one empty slot per head to write into.
+
+    more: slots that it may still be widened by, as a prompt within its budget grows.
+    """
 
     policy: KVPolicy
     budget: int
     kv: KV
+    more: int = 0
 
 
 @dataclass
 class _Batch(EvictingRow):
     """Rows of one policy, budget and number of slots, in one KV: they are asked, and evict, at once."""
 
-    rows: list[int]  # ascending; B of the KV
+    rows: list[int] = field(default_factory=list)  # ascending; B of the KV
+
+    def widen(self) -> None:
+        """Add some of the slots that it may still have."""
+        step = min(self.more, room_step(self.kv.positions.shape[2]))
+        self.kv, self.more = with_room(self.kv, step), self.more - step
+
+    @property
+    def lowest(self) -> tuple[Tensor, Tensor]:
+        """The lowest position of each head, -1 where a slot is empty, and its slot: [B, H, 1] both."""
+        lowest, free = self.kv.positions.min(dim=-1, keepdim=True)
+        return lowest, free
 
 
 class EvictingRows(DecodingLayer):
@@ -51,16 +67,18 @@ class EvictingRows(DecodingLayer):
         for own in alike.values():
             first, kvs = rows[own[0]], [rows[i].kv for i in own]
             kv = first.kv if len(own) == 1 else each_tensor(lambda *tensors: torch.cat(tensors), *kvs)
-            batches.append(_Batch(first.policy, first.budget, kv, own))
+            batches.append(_Batch(first.policy, first.budget, kv, first.more, own))
         self._hold(batches)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         for batch, k, v in zip(self.batches, self._parts.split(keys), self._parts.split(values), strict=True):
-            kv = batch.kv
-            lowest, free = kv.positions.min(dim=-1, keepdim=True)  # [B, H, 1], an empty slot
-            if int(lowest.max()) >= 0:
-                name = type(batch.policy).__name__
-                raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
+            if int((at := batch.lowest)[0].max()) >= 0:
+                if not batch.more:
+                    name = type(batch.policy).__name__
+                    raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
+                batch.widen()
+                at = batch.lowest
+            kv, free = batch.kv, at[1]
             for held, x in ((kv.keys, k), (kv.values, v)):
                 held.scatter_(2, free.unsqueeze(-1).expand(x.shape), x)
             kv.positions.scatter_(2, free, self.position)
@@ -82,12 +100,12 @@ class EvictingRows(DecodingLayer):
         return self._parts.join(outputs)
 
     def mark(self) -> Any:
-        return self.position, [each_tensor(Tensor.clone, batch.kv) for batch in self.batches]
+        return self.position, [(each_tensor(Tensor.clone, batch.kv), batch.more) for batch in self.batches]
 
     def rewind(self, mark: Any) -> None:
-        self.position, kvs = mark
-        for batch, kv in zip(self.batches, kvs, strict=True):
-            batch.kv = kv
+        self.position, held = mark
+        for batch, (kv, more) in zip(self.batches, held, strict=True):
+            batch.kv, batch.more = kv, more
 
     def keep(self, rows: Sequence[int]) -> None:
         place = {row: new for new, row in enumerate(rows)}
@@ -100,11 +118,18 @@ class EvictingRows(DecodingLayer):
         self._hold(kept)
 
     def nbytes(self, row: int) -> int:
+        batch = self._batch_of(row)
+        at = batch.rows.index(row)
+        return (batch.kv if len(batch.rows) == 1 else each_tensor(itemgetter(slice(at, at + 1)), batch.kv)).nbytes
+
+    def stored_bytes(self, row: int) -> int:
+        batch = self._batch_of(row)
+        return storage_bytes(tensors_of(batch.kv)) // len(batch.rows)
+
+    def _batch_of(self, row: int) -> _Batch:
         for batch in self.batches:
             if row in batch.rows:
-                at = batch.rows.index(row)
-                kv = batch.kv if len(batch.rows) == 1 else each_tensor(itemgetter(slice(at, at + 1)), batch.kv)
-                return kv.nbytes
+                return batch
         raise IndexError(f"row {row} of {sum(len(batch.rows) for batch in self.batches)}")
 
     def _hold(self, batches: list[_Batch]) -> None:
@@ -119,14 +144,14 @@ def _alike(row: EvictingRow) -> Hashable:
     with the same fields and as many live slots in every head.
     """
     kv, side = row.kv, sorted(row.kv.extra.items())
-    state = tuple(getattr(kv, field.name) for field in fields(kv)[len(fields(KV)) :])
+    state = tuple(getattr(kv, own.name) for own in fields(kv)[len(fields(KV)) :])
     apart = any(x.shape[:2] != kv.positions.shape[:2] for _, x in side)
     if apart or any(isinstance(value, Tensor) or not isinstance(value, Hashable) for value in state):
         return None
     own = (("keys", kv.keys), ("values", kv.values), ("positions", kv.positions), *side)
     shapes = tuple((name, x.shape, x.dtype) for name, x in own)
     live = () if type(kv) is KV else tuple(kv.live[0].tolist())
-    return row.policy, row.budget, type(kv), shapes, state, live
+    return row.policy, row.budget, row.more, type(kv), shapes, state, live
 
 
 def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
@@ -138,13 +163,6 @@ def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
     slot = freed.unsqueeze(-1)
     at = slot.clamp(min=0)
     kv.positions.scatter_(2, at, kv.positions.gather(2, at).masked_fill_(slot >= 0, -1))
-
-
-def each_tensor(change: Callable[..., Tensor], *kvs: KV) -> KV:
-    """A KV of what `change` makes of each tensor of one KV, or of the same tensors of several alike."""
-    own = {name: change(*(getattr(kv, name) for kv in kvs)) for name in ("keys", "values", "positions")}
-    extra = {name: change(*(kv.extra[name] for kv in kvs)) for name in kvs[0].extra}
-    return replace(kvs[0], **own, extra=extra)
 
 
 def with_room(kv: KV, more: int) -> KV:

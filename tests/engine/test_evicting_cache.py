@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.engine.evicting_cache import EvictingRow, EvictingRows, each_tensor, with_room
+from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
+from harness.engine.packed import each_tensor
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import LoadedModel
 from harness.speed.one_method import Isolated
@@ -49,12 +50,12 @@ def evicting(policy: KVPolicy, feed: Sequence[Tensor], *, room: int = 1) -> Evic
 def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
     queries, keys, values = feed = tokens_of(TOKENS + 5)
     cache = evicting(Oldest(), feed)
-    assert cache.nbytes(0) == 3 * HEADS * SLOT
+    assert cache.nbytes(0) == 3 * HEADS * (SLOT + 4)
     for at in range(TOKENS, TOKENS + 5):
         out = ask(cache, *new(feed, at, 2))
         gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 3, at - 2, at - 1, at]] * HEADS)
         torch.testing.assert_close(out, gold.expand(2, -1, -1, -1))
-        assert cache.nbytes(1) == 3 * HEADS * SLOT
+        assert cache.nbytes(1) == 3 * HEADS * (SLOT + 4)
     assert cache.position == TOKENS + 5
 
 
@@ -68,7 +69,7 @@ def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
     assert all(torch.equal(a, ask(cache, *own)) for a, own in zip(first[:2], feeds, strict=False))
     cache.keep([1])
     assert torch.equal(ask(cache, *(x[1:] for x in feeds[2])), first[2][1:])
-    assert cache.nbytes(0) == 3 * HEADS * SLOT
+    assert cache.nbytes(0) == 3 * HEADS * (SLOT + 4)
     with pytest.raises(IndexError, match="row 1 of 1"):
         cache.nbytes(1)
 
@@ -80,7 +81,7 @@ def test_a_sliding_layer_of_an_evicting_row_follows_its_window() -> None:
         out = ask(cache, *new(feed, at, 2), window=3)
         gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 2, at - 1, at]] * HEADS)
         torch.testing.assert_close(out[:1], gold)
-        assert cache.nbytes(0) == 2 * HEADS * SLOT  # what the next token's window still reaches
+        assert cache.nbytes(0) == 2 * HEADS * (SLOT + 4)  # what the next token's window still reaches
 
 
 def compressed(tiny: LoadedModel, names: Sequence[str]) -> list[EvictingRow]:
