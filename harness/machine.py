@@ -19,7 +19,7 @@ def machine() -> dict[str, Any]:
     """Describe this machine in JSON values: processor, usable cores, memory in GiB, accelerators, threads, system."""
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
-        "processor": next(iter(cpu_info("model name")), platform.processor() or platform.machine()),
+        "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "accelerators": [torch.cuda.get_device_name(index) for index in cuda],
@@ -67,6 +67,14 @@ def cpu_info(field: str) -> list[str]:
     except OSError:
         return []
     return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
+
+
+def _processor() -> str:
+    """Its name, with family and model where a hypervisor hides which it is: `AMD EPYC` is many that round otherwise."""
+    name = next(iter(cpu_info("model name")), platform.processor() or platform.machine())
+    family, model = cpu_info("cpu family"), cpu_info("model\t")
+    hidden = family and model and not any(letter.isdigit() for letter in name)
+    return f"{name} (family {family[0]}, model {model[0]})" if hidden else name
 
 
 def _memory_gib() -> float | None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 KEYS = ["budget", "method"]
 """Columns that name a row; they come first, and again where a table is folded."""
-LEFT = (*KEYS, "memory", "flags", "family", "rival", "verdict", "over tasks", "best other", "best other NLL")
+LEFT = (*KEYS, "task", "memory", "flags", "family", "rival", "verdict", "over tasks", "best other", "best other NLL")
 """Columns of words."""
 NOTE_CHARS = 200
 """Characters of a name, a note or an error on a page."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+Contexts = Literal["drawn", "protocol"]
 T = TypeVar("T")
 AnyTask = TypeVar("AnyTask", bound="Task")
 
@@ -56,8 +57,10 @@ class TaskOptions(DataOptions):
     max_tokens: prompt and generation together must fit in this many tokens (the model's context, or less).
     lengths: context lengths in tokens for generated tasks (prompt + generation, as RULER counts).
     limit: samples per task, or per (task, length) for generated tasks; None is the official number.
-    seed: seeds every draw; a sample's content depends on the seed and its id alone.
+    seed: seeds every draw; a sample's content depends on the seed and its id, not on the limit. Where text is drawn,
+    all lengths of the run and the tokenizer decide too.
     whole: leave out rows of data sets that would have to be cut to fit.
+    contexts: whether each prompt has a text of its own (tasks.pool), or haystacks are fixed as the protocol has them.
     """
 
     tokenizer: Tokenizer
@@ -66,6 +69,7 @@ class TaskOptions(DataOptions):
     limit: int | None = None
     seed: int = 42
     whole: bool = False
+    contexts: Contexts = "drawn"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Sample:
 
     id: unique within the task and independent of limit and task order, such as `1024/depth50/3`.
     stop: generation ends before the first of these strings. min_new_tokens: end-of-text is ignored until then.
-    meta: what a board may split by (`length`, `depth`, `dataset`, ...), JSON values.
+    meta: what a board may split by (`length`, `depth`, `dataset`, ...), JSON values; `group` names the text that the
+    prompt was drawn from, the same for all samples of one text.
     """
 
     id: str

@@ -20,7 +20,7 @@ from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions,
 from tasks.essays import read_essays
 from tasks.longbench import DATASETS, SINGLE, LongBench, cut_middle, official_template
 from tasks.ruler import qa
-from tasks.ruler.family import FittedPrompt, RulerTask, SamplePlan
+from tasks.ruler.family import FittedPrompt, RulerTask, SamplePlan, drawn_spans
 from tasks.ruler.niah import ANSWER_PREFIX, QUESTION, ROWS, NeedleGenerator, fill
 from tasks.scoring import string_match_all, string_match_part
 
@@ -41,7 +41,7 @@ class KeyByKey(NeedleGenerator):
             filled = partial(fill, kind=self.row.values, query=key, singular=True)
             fields = {"question": filled(QUESTION), "answer_prefix": filled(ANSWER_PREFIX), "answers": (answer,)}
             asked.append((fields, {"needles": [needle]}))
-        return replace(prompt, meta={"asked": asked})
+        return replace(prompt, meta={"asked": asked, **self._group(plan)})
 
 
 class QuestionByQuestion(qa.Documents):
@@ -64,7 +64,8 @@ class QuestionByQuestion(qa.Documents):
             context=qa.TEMPLATE.format(context=self.listed(chosen)),
             **longest,
             answer_prefix=qa.ANSWER_PREFIX,
-            meta={"asked": [(one, {}) for one in fields], "documents": len(chosen)},
+            meta={"asked": [(one, {}) for one in fields], "documents": len(chosen)}
+            | {"group": self.group(self._together(plan.index))},
         )
 
     def _items(self, index: int) -> list[qa.Item]:
@@ -89,7 +90,10 @@ class ManyQuestions(RulerTask):
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """Yield `limit` questions a length, 125 contexts of 4 by default. Raises as `RulerTask.samples` does."""
         most = self.official if options.limit is None else options.limit
-        return self._questions(super().samples(replace(options, limit=-(-most // QUESTIONS))), most)
+        return self._questions(super().samples(options), most)
+
+    def wanted(self, options: TaskOptions) -> int:
+        return -(-super().wanted(options) // QUESTIONS)
 
     def _questions(self, shared: Iterator[Sample], most: int) -> Iterator[Sample]:
         made: Counter[int] = Counter()
@@ -97,7 +101,7 @@ class ManyQuestions(RulerTask):
             length = sample.meta["length"]
             meta = {name: value for name, value in sample.meta.items() if name not in ("asked", "prompt_tokens")}
             for number, (fields, own) in enumerate(sample.meta["asked"][: most - made[length]]):
-                yield replace(sample, id=f"{sample.id}/{number}", meta=meta | {"group": sample.id} | own, **fields)
+                yield replace(sample, id=f"{sample.id}/{number}", meta=meta | own, **fields)
             made[length] += QUESTIONS
 
 
@@ -157,6 +161,11 @@ class SharedDocuments(Task):
             )
 
 
+def _keys(options: TaskOptions) -> KeyByKey:
+    spans = drawn_spans("multiquery/niah", options, KeyByKey.generation)
+    return KeyByKey(ROWS["niah_multiquery"], None if spans else read_essays(options), spans=spans)
+
+
 def _documents(options: TaskOptions, *, file: qa.QuestionFile) -> QuestionByQuestion:
     return QuestionByQuestion(file.load(options))
 
@@ -164,7 +173,7 @@ def _documents(options: TaskOptions, *, file: qa.QuestionFile) -> QuestionByQues
 task(
     ManyQuestions(
         "niah",
-        lambda options: KeyByKey(ROWS["niah_multiquery"], read_essays(options)),
+        _keys,
         string_match_all,
         "one key a question",
         facts=lambda options: read_essays(options).provenance(),

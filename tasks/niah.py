@@ -9,7 +9,8 @@ messages are one user message here, its GPT judge is keyword recall here, and 50
 
 As in both sources, haystack and needle together have 200 tokens less than the length, and the needle is moved back to
 the nearest token that is a full stop. Common differences: a layout that needs more than those 200 tokens for itself
-gets them; haystack 0 begins with the first essay, as in the sources, the others at a seeded sentence.
+gets them. With drawn contexts every sample's haystack is a span of `tasks.pool`. Fixed ones are as in the sources,
+haystack after haystack under all depths; haystack 0 begins with the first essay, the others at a seeded sentence.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, rng, spread_order, task
 from tasks.essays import SOURCE, Essays, read_essays
+from tasks.pool import Spans, pool_facts, pool_spans
 from tasks.scoring import keyword_recall, string_match_all
 
 TEN_DEPTHS = tuple(round(100 * i / 9) for i in range(10))
@@ -50,7 +52,10 @@ class NeedleLayout:
 
 
 class NeedleTask(Task):
-    """One layout over lengths x depths x haystacks. Ids are `{length}/depth{percent}/{haystack}`."""
+    """One layout over lengths x depths x haystacks. Ids are `{length}/depth{percent}/{haystack}`.
+
+    A haystack is under all depths where it is fixed, and under one where it is drawn.
+    """
 
     metric = "keyword_recall"
 
@@ -70,13 +75,19 @@ class NeedleTask(Task):
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """`limit` samples a length, default all depths x 5 haystacks; haystack by haystack, depths spread evenly.
 
-        A smaller limit draws a prefix. Raises TaskError, before the first sample, when there are no essays or a length
-        is too small or exceeds `max_tokens`.
+        A smaller limit draws a prefix; the default, where contexts are drawn, is as many of them as the pool has text
+        for. Raises TaskError, before the first sample, when there is no text, too little of it, or a length is too
+        small or exceeds `max_tokens`.
         """
-        essays = read_essays(options)
         lengths = tuple(dict.fromkeys(options.lengths))
         for length in lengths:
             self._check(length, options)
+        if options.contexts == "drawn":
+            spans = self._spans(options)
+            wanted = self.about.samples if options.limit is None else options.limit
+            count = spans.granted(wanted, most=options.limit is None)
+            return (sample for length in lengths for sample in self._each(spans, length, count, options))
+        essays = read_essays(options)
         starts = _starts(essays, options.seed)
         return (sample for length in lengths for sample in self._grid(essays, starts, length, options))
 
@@ -87,20 +98,37 @@ class NeedleTask(Task):
         return {"score": recall, **{name: float(value.fmeasure) for name, value in rouge.items()}}
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
+        if options.contexts == "drawn":
+            return {"deviations": self._deviations[1:], **pool_facts(self.name, options)}
         return {"deviations": self._deviations, **read_essays(options).provenance()}
+
+    def _spans(self, options: TaskOptions) -> Spans:
+        return pool_spans(self.name, options, {length: length - BUFFER for length in options.lengths})
+
+    def _each(self, spans: Spans, length: int, count: int, options: TaskOptions) -> Iterator[Sample]:
+        """A haystack of its own for each sample; every round of the depths in a seeded order."""
+        depths = self.layout.depths
+        for number in range(count):
+            lap, turn = divmod(number, len(depths))
+            depth = depths[spread_order(len(depths), options.seed, self.name, length, lap)[turn]]
+            span = spans.at(length, number)
+            ids = options.tokenizer.encode(span.text)
+            meta = {"length": length, "depth": depth, "haystack": number, "group": span.group}
+            yield self._sample(f"{length}/depth{depth}/{number}", ids, meta=meta, options=options)
 
     def _grid(self, essays: Essays, starts: Sequence[int], length: int, options: TaskOptions) -> Iterator[Sample]:
         depths = self.layout.depths
         wanted = len(depths) * HAYSTACKS if options.limit is None else options.limit
         for haystack in range(-(-wanted // len(depths))):
-            ids = _fill(essays.text, starts[haystack % len(starts)], length, options.tokenizer)
+            start = starts[haystack % len(starts)]
+            ids = _fill(essays.text, start, length, options.tokenizer)
             order = spread_order(len(depths), options.seed, self.name, length, haystack)
             for at in order[: wanted - haystack * len(depths)]:
                 name = f"{length}/depth{depths[at]}/{haystack}"
-                meta = {"length": length, "depth": depths[at], "haystack": haystack}
+                meta = {"length": length, "depth": depths[at], "haystack": haystack, "group": f"essays:{start}"}
                 yield self._sample(name, ids, meta=meta, options=options)
 
-    def _sample(self, name: str, ids: list[int], *, meta: Mapping[str, int], options: TaskOptions) -> Sample:
+    def _sample(self, name: str, ids: list[int], *, meta: Mapping[str, Any], options: TaskOptions) -> Sample:
         layout, tokenizer = self.layout, options.tokenizer
         needle, answer = self.plant(rng(options.seed, self.name, name))
         text = hide(needle, ids[: self._size(needle, meta["length"], tokenizer)], meta["depth"], tokenizer)

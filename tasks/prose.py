@@ -10,29 +10,34 @@ question, so that an agnostic run has one. Prompt and generation have at most th
 it; the reference is what the essay goes on with, cut after a word.
 
 What to read is the NLL of the reference on the compressed cache: of `prose/long` with `--nll-tokens 512`, where the
-default ends after 64. A continuation has no single right answer, so the score, ROUGE-L, tells little. The essays are
-old and public: models have seen them, and so have tables that were compiled from the corpus `essays`.
+default ends after 64. A continuation has no single right answer, so the score, ROUGE-L, tells little. The texts are
+old and public: models have seen them.
 
-Spans of one essay overlap and are no independent draws: they share a `group`. The essays take turns, each as many as
+With drawn contexts each sample has a span of one document of `tasks.pool` for itself, an essay's or the Bible's. With
+`protocol` all essays serve, those that calibration may have had too: spans of
+one essay overlap and share a `group`. The essays take turns, each as many as
 references fit side by side in what it has beyond a prompt; when all have had theirs, they begin again between the
 first places. An essay without room for a prompt and a reference is never used; where none is long enough, the length is
 refused. A length with fewer than 100 places has fewer samples.
 """
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, spread_order, task
 from tasks.essays import SOURCE, Essays, essay_files, read_essays
+from tasks.pool import Span, pool_facts, pool_spans
 from tasks.scoring import rouge_l
 
 SAMPLES = 100  # samples of each length when no limit is given
 QUESTION = 2  # sentences at the end of a span that are its question; one more at least is its context
 FILLED = 90  # percent of a length that prompt and generation use at least
+SPARE = 128  # tokens that a drawn span has beyond its length, for whole sentences
 START = 1  # tokens left for a beginning of text
 
 
@@ -96,12 +101,15 @@ class Prose(Task):
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """Return `limit` samples a length, 100 or as many as there are by default; a smaller limit draws a prefix.
 
-        Raises TaskError when there are no essays, a length exceeds `max_tokens`, or no essay is long enough for it.
+        Raises TaskError when there is no text, a length exceeds `max_tokens`, or no essay is long enough for it.
         """
+        for length in options.lengths:
+            self.check_length(length, options)
+        if options.contexts == "drawn":
+            return self._spans(options)
         essays = [(essay, _totals(essay, options.tokenizer)) for essay in open_essays(options)]
         places = {}
         for length in dict.fromkeys(options.lengths):
-            self.check_length(length, options)
             places[length] = self._places(essays, length, options.seed)
         return (sample for length, turns in places.items() for sample in self._drawn(turns, length, options))
 
@@ -109,8 +117,31 @@ class Prose(Task):
         return {"score": rouge_l(prediction, sample.answers[0])}
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
+        if options.contexts == "drawn":
+            return pool_facts(self.name, options)
         said = read_essays(options).provenance()
         return {**said, "essays": f"{len(open_essays(options))} Paul Graham essays, each by itself, with single spaces"}
+
+    def _spans(self, options: TaskOptions) -> Iterator[Sample]:
+        """Samples that have a span for themselves; one in which no whole sentences fill the length is passed over."""
+        spans = pool_spans(self.name, options, {length: length + SPARE for length in options.lengths}, whole=True)
+        count = spans.granted(SAMPLES if options.limit is None else options.limit, most=options.limit is None)
+        for length in spans.needs:
+            found = (
+                self._within(spans.at(length, index), length, options.tokenizer)
+                for index in (range(count) if options.limit is None else itertools.count())
+            )
+            served = islice((sample for sample in found if sample is not None), count)
+            yield from (replace(sample, id=f"{length}/{number}") for number, sample in enumerate(served))
+
+    def _within(self, span: Span, length: int, tokenizer: Tokenizer) -> Sample | None:
+        """The sample of a span: its last sentences that leave room for a reference after them."""
+        borders = accumulate((len(sentence.text) + 1 for sentence in span.sentences), initial=0)
+        essay = Essay(span.sentences[0].document, span.text, tuple(borders))
+        totals = _totals(essay, tokenizer)
+        place = Place(essay, totals, bisect_left(totals, totals[-1] - self.generation) - 1)
+        sample = self._sample(place, "", length=length, tokenizer=tokenizer)
+        return sample and replace(sample, meta={**sample.meta, "group": span.group})
 
     def _places(self, essays: Sequence[tuple[Essay, Sequence[int]]], length: int, seed: int) -> list[Place]:
         """Every place that serves, in laps of one turn for each reference that an essay has room for."""

@@ -4,11 +4,15 @@
     stdlib/passage_retrieval    the number of the documentation paragraph that a sentence was taken from
 
 Prompt, generation and chat template have at most the length in tokens, as nearly as whole lines and paragraphs allow.
+With drawn contexts a lane of lines, and one of paragraphs, is shared out as `tasks.pool` does: each sample has its own,
+and paragraphs that calibration takes (`harness.compiler.corpora`) are in none.
+
 Sources differ between Python versions, so results compare within one; the record names it and the checksum of the text.
 """
 
 import ast
 import hashlib
+import itertools
 import platform
 import re
 import sys
@@ -25,8 +29,12 @@ from typing import Any
 
 from tasks import scoring
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, rng, task
+from tasks.pool import Sentence, Span, Spans, entered
+from tasks.texts import share_of
 
 SAMPLES = 50  # of each length, when no limit is given
+SPARE = 128  # tokens that a text has beyond its length, where contexts are drawn
+FILLED = 80  # percent of a length that such a prompt and its generation use at least
 ATTEMPTS = 100  # draws for one sample before its length is given up
 
 CODE_INTRO = "Please continue the following Python code with its next line.\n\n"
@@ -59,7 +67,18 @@ class Generated(Task):
     def attempt(self, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Return fields of one sample of at most `length` tokens, or None when this draw does not serve."""
 
+    @abstractmethod
+    def lane(self) -> list[Sentence]:
+        """Return the pieces of text that samples take in turn where contexts are drawn."""
+
+    @abstractmethod
+    def within(self, span: Span, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """Return fields of one sample over a text of its own, or None when that does not serve."""
+
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
+        if options.contexts == "drawn":
+            yield from self._drawn(options)
+            return
         for length in options.lengths:
             self.check_length(length, options)
             for number in range(SAMPLES if options.limit is None else options.limit):
@@ -71,18 +90,44 @@ class Generated(Task):
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         digest = hashlib.sha256("\0".join(self.corpus()).encode(errors="surrogatepass")).hexdigest()
         python = f"{platform.python_implementation()} {platform.python_version()}"
-        return {"source": "standard library", "python": python, "sha256": digest}
+        said = {"source": "standard library", "python": python, "sha256": digest}
+        return said | ({"contexts": "drawn, a text for each sample"} if options.contexts == "drawn" else {})
 
     def room(self, length: int, tokenizer: Tokenizer) -> int:
         """Return how many tokens the prompt may have; one is left for beginning-of-text without a chat template."""
         return length - self.max_new_tokens - max(1, tokenizer.template_tokens if self.chat else 0)
+
+    def _drawn(self, options: TaskOptions) -> Iterator[Sample]:
+        """Samples that have a text for themselves; one that does not serve is passed over."""
+        for length in options.lengths:
+            self.check_length(length, options)
+        needs = {length: length + SPARE for length in options.lengths}
+        encode = options.tokenizer.encode
+        spans = Spans(self.name, entered(self.lane(), options.seed), needs, lambda text: len(encode(f"{text}\n")))
+        count = spans.granted(SAMPLES if options.limit is None else options.limit, most=options.limit is None)
+        for length in needs:
+            made = 0
+            for index in range(count) if options.limit is None else itertools.count():
+                if made == count:
+                    break
+                span, draws = spans.at(length, index), rng(options.seed, self.name, length, index)
+                fields = self.within(span, length, draws, options.tokenizer)
+                if fields is not None:
+                    fields["meta"] |= {"group": span.group}
+                    yield self._made(f"{length}/{made}", fields)
+                    made += 1
+            if not made:
+                raise TaskError(f"{self.name}: nothing fits a length of {length} tokens; ask for a longer one")
+
+    def _made(self, name: str, fields: dict[str, Any]) -> Sample:
+        return Sample(id=name, max_new_tokens=self.max_new_tokens, chat=self.chat, **fields)
 
     def _sample(self, length: int, number: int, options: TaskOptions) -> Sample:
         draws = rng(options.seed, self.name, length, number)
         for _ in range(ATTEMPTS):
             fields = self.attempt(length, draws, options.tokenizer)
             if fields is not None:
-                return Sample(id=f"{length}/{number}", max_new_tokens=self.max_new_tokens, chat=self.chat, **fields)
+                return self._made(f"{length}/{number}", fields)
         raise TaskError(f"{self.name}: nothing fits a length of {length} tokens; ask for a longer one")
 
 
@@ -109,18 +154,52 @@ class NextLine(Generated):
             return None
         at = draws.choice(candidates)
         lines, room = source(path).split("\n"), self.room(length, tokenizer)
-        answer = lines[at].rstrip()
         window = widest_window(
             lines[:at], path, draws=draws, fits=lambda text: len(tokenizer.encode(CODE_INTRO + text)) <= room
         )
-        if window is None or answer.strip() in window or len(tokenizer.encode(answer)) > self.max_new_tokens:
+        fields = None if window is None else self._asked(window, path, at, tokenizer)
+        return fields and {**fields, "meta": {"length": length, **fields["meta"], "group": path.name}}
+
+    def lane(self) -> list[Sentence]:
+        """Every line, a file's after its name, files in the order of a hash."""
+        order = sorted(source_files(), key=lambda path: share_of(path.name, 2**64))
+        lines = ((path.name, number, text) for path in order for number, text in enumerate(_headed(path)))
+        return [Sentence(name, number, text) for name, number, text in lines]
+
+    def within(self, span: Span, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """The last line of the span that can be asked for, after as many of its lines as fit."""
+        lines, room = [line.text for line in span.sentences], self.room(length, tokenizer)
+        files = {path.name: path for path in source_files()}
+
+        def fits(text: str) -> bool:
+            return len(tokenizer.encode(CODE_INTRO + text)) <= room
+
+        for last in range(len(lines) - 1, MIN_WINDOW, -1):
+            line = span.sentences[last]
+            path, at = files[line.document], line.number - 1  # the name of the file stands before its first line
+            if at not in predictable_lines(path):
+                continue
+            count = bisect_left(range(1, last + 1), True, key=lambda n: not fits("\n".join(lines[last - n : last])))
+            window = "\n".join(lines[last - count : last])
+            used = len(tokenizer.encode(CODE_INTRO + window)) + length - room
+            if count < MIN_WINDOW or used * 100 < FILLED * length:
+                return None
+            if fields := self._asked(window, path, at, tokenizer):
+                return {**fields, "meta": {"length": length, **fields["meta"]}}
+        return None
+
+    def _asked(self, window: str, path: Path, at: int, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """Fields of a sample that asks for line `at` of a file after a window that ends before it."""
+        lines = source(path).split("\n")
+        answer = lines[at].rstrip()
+        if answer.strip() in window or len(tokenizer.encode(answer)) > self.max_new_tokens:
             return None
         tail = "\n".join(["", *lines[at - CODE_TAIL : at]])
         return {
             "context": CODE_INTRO + window.removesuffix(tail),
             "question": tail,
             "answers": (answer,),
-            "meta": {"length": length, "file": path.name, "line": at + 1},
+            "meta": {"file": path.name, "line": at + 1},
         }
 
 
@@ -137,9 +216,26 @@ class PassageRetrieval(Generated):
         return paragraphs()
 
     def attempt(self, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        gold = draws.choice(sorted(quotable()))
+        return self._asked(paragraphs(), length, draws, tokenizer)
+
+    def lane(self) -> list[Sentence]:
+        """Every paragraph that calibration leaves, in the order of a hash."""
+        order = sorted(help_paragraphs(calibration=False), key=lambda text: share_of(text, 2**64))
+        return [Sentence("help", number, text) for number, text in enumerate(order)]
+
+    def within(self, span: Span, length: int, draws: Random, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        return self._asked([one.text for one in span.sentences], length, draws, tokenizer, spare=True)
+
+    def _asked(
+        self, texts: Sequence[str], length: int, draws: Random, tokenizer: Tokenizer, *, spare: bool = False
+    ) -> dict[str, Any] | None:
+        """Fields of a sample over some of these paragraphs. spare: all of them may be in it."""
+        golds = [text for text in sorted(quotable()) if text in set(texts)]
+        if not golds:
+            return None
+        gold = draws.choice(golds)
         question = PASSAGE_QUESTION.format(draws.choice(quotable()[gold]))
-        others = [text for text in paragraphs() if text != gold]
+        others = [text for text in texts if text != gold]
         draws.shuffle(others)
         room = self.room(length, tokenizer)
 
@@ -152,7 +248,7 @@ class PassageRetrieval(Generated):
             chosen.remove(next(text for text in chosen if text != gold))
         if len(chosen) < 2 or left(chosen) < 0:
             return None
-        if len(chosen) > len(others):
+        if len(chosen) > len(others) and not spare:
             raise TaskError(
                 f"{self.name}: Python's documentation has fewer than {length} tokens; ask for a shorter length"
             )
@@ -163,7 +259,8 @@ class PassageRetrieval(Generated):
             "answers": (f"Paragraph {at + 1}",),
             "answer_prefix": PASSAGE_PREFIX,
             "stop": ("\n",),
-            "meta": {"length": length, "paragraphs": len(chosen), "paragraph": at + 1},
+            "meta": {"length": length, "paragraphs": len(chosen), "paragraph": at + 1}
+            | {"group": hashlib.sha256(gold.encode()).hexdigest()[:12]},
         }
 
     def reference(self, sample: Sample) -> str | None:
@@ -186,6 +283,11 @@ def source(path: Path) -> str:
     """Return the text of a module, decoded as the interpreter would."""
     with tokenize.open(path) as file:
         return file.read()
+
+
+def _headed(path: Path) -> list[str]:
+    """The lines of a module after a comment with its name."""
+    return [f"# {path.name}", *source(path).split("\n")]
 
 
 @cache
@@ -251,6 +353,11 @@ def paragraphs() -> tuple[str, ...]:
             if prose and len(text) in PARAGRAPH_CHARS:
                 found[text] = None
     return tuple(found)
+
+
+def help_paragraphs(*, calibration: bool) -> tuple[str, ...]:
+    """Return the half of `paragraphs` that is for calibration, or the other one, by a hash of each."""
+    return tuple(text for text in paragraphs() if (share_of(text, 2) == 0) == calibration)
 
 
 @cache

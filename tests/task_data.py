@@ -108,7 +108,12 @@ def small_options(folder: Path) -> Options:
     (folder / "ruler").mkdir()
     (folder / "ruler" / "hotpot.json").write_text(json.dumps(hotpot(draw)))
     base = TaskOptions(
-        tokenizer=Words(), max_tokens=200_000, limit=4, data_dir=folder, fetch={"essays": folder}.__getitem__
+        tokenizer=Words(),
+        max_tokens=200_000,
+        limit=4,
+        data_dir=folder,
+        fetch={"essays": folder}.__getitem__,
+        contexts="protocol",
     )
     return lambda **changes: replace(base, **changes)
 
@@ -162,7 +167,10 @@ def prompt(sample: Sample) -> str:
     return user_message(sample) + sample.answer_prefix
 
 
-def digest(samples: Iterable[Sample]) -> str:
-    """SHA-256 over all fields of all samples."""
-    text = json.dumps([asdict(sample) for sample in samples], sort_keys=True)
+def digest(samples: Iterable[Sample], *, without: str = "") -> str:
+    """SHA-256 over all fields of all samples, `without` one name of their meta."""
+    fields = [asdict(sample) for sample in samples]
+    for each in fields:
+        each["meta"].pop(without, None)
+    text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

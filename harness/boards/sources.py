@@ -109,6 +109,21 @@ def collect(places: Iterable[Path], *, whole: bool = True) -> Sources:
     return found
 
 
+def one_run(place: Path) -> tuple[RunManifest, list[Record]]:
+    """Return the one run in a folder, an archive, or a published board. Raises HarnessError for none or several."""
+    if not place.exists():
+        if str(place) not in published_boards():
+            known = ", ".join(published_boards()) or "none here"
+            raise HarnessError(f"no run in {place}: there is no such folder or archive; published boards: {known}")
+        place = KEPT / place
+    runs = collect([place]).runs
+    if len(runs) != 1:
+        ids = ", ".join(manifest.run_id for manifest, _ in runs) or "none"
+        raise HarnessError(f"{place} holds {len(runs)} runs ({ids}); name the folder or archive of one")
+    manifest, records = runs[0]
+    return manifest, [record for record in records if isinstance(record, Record)]  # all are: they came whole
+
+
 def load_pack(path: Path) -> Run:
     """Return the run in an archive of `harness submit`. Raises HarnessError for one that is not sound."""
     with open_pack(path) as pack:

@@ -26,7 +26,13 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that works on calibration prompts."""
     add = parser.add_argument
     add("--model", help="as in `harness run`")
-    add("--corpus", dest="corpora", type=names, metavar="C", help="kjv, pydoc, essays or folders of text, by commas")
+    add(
+        "--corpus",
+        dest="corpora",
+        type=names,
+        metavar="C",
+        help="kjv, pydoc, essays, awsdocs or folders, by commas",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="folder for roll-outs and results; repeat to resume")
     add("--prompts", type=int, help="calibration prompts, over all corpora (128)")
     add("--lengths", type=numbers, metavar="A,B", help="tokens of a prompt, least and most (600,1000)")

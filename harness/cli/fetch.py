@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def fetch_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("assets", nargs="+", metavar="ASSET", help="smollm2-135m, essays, kjv")
+    parser.add_argument("assets", nargs="+", metavar="ASSET", help="smollm2-135m, essays, kjv, awsdocs")
     parser.set_defaults(action=_action)
 
 

@@ -12,13 +12,22 @@ from harness.cli.ray import fan_out, ray_options
 from harness.errors import HarnessError, one_line
 from leaderboards.nights.compare import NightlyOptions
 
+NEW_SERIES = 3
+"""Exit code of a night that was compared with none."""
+EXITS = (
+    "Ends with 0 when nothing regressed, 1 when something did (the night is not published), 2 for bad input, 3 when "
+    "the night begins a new series: a new processor, dtype or torch, or the first night. Nothing was judged then; it "
+    "is published, and the next night is compared with it."
+)
+
 
 def nightly_parser(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXITS
     add = parser.add_argument
     add("config", metavar="BOARD", help="a TOML file with a [nightly] table, or the name of a packaged board (nightly)")
     add("--out", type=Path, default=Path("results/nightly"), help="folder of nights (default: results/nightly)")
     add("--baseline", type=Path, help="folder of published nights (default: as in the [nightly] table)")
-    add("--accept", action="store_true", help="publish this night even if something regressed; ends with 0")
+    add("--accept", action="store_true", help="publish this night whatever came out; ends with 0")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     ray_options(parser)
     parser.set_defaults(action=_action, set=None, methods=None)
@@ -46,7 +55,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     fan = fan_out(args)
 
     from harness.boards.nightly import Nightly, run_nightly
-    from leaderboards.nights.report import headline, to_terminal
+    from leaderboards.nights.report import headline, to_terminal, warning
 
     if fan is None and args.threads is not None:
         import torch
@@ -66,8 +75,10 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     print(to_terminal(verdict))
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
+    if told := warning(verdict):
+        print(f"harness: warning: {told}", file=sys.stderr)
     if verdict.publishable:
-        return 0
+        return NEW_SERIES if told and not args.accept else 0
     name, place = verdict.night.about.name, written[-1].parent
     advice = f"if that is meant, repeat with --accept or copy {place}/{name}.* to {ask.baseline}"
     print(f"harness: {headline(verdict)}; the published night stays; {advice}", file=sys.stderr)

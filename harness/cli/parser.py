@@ -18,6 +18,7 @@ from harness.errors import HarnessError
 COMMANDS = {
     "run": "run methods x budgets on tasks, then print the board",
     "board": "board of stored runs, from their records alone",
+    "compare": "what differs between two runs, row by row, with intervals",
     "list": "what can be named on the command line",
     "fetch": "download a packaged asset into the cache, to work offline later",
     "compile": "compile CompilerKV's tables from roll-outs of a model",
@@ -43,7 +44,10 @@ PASSED_ON: dict[str, Any] = {"add_help": False, "prefix_chars": "\0"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 some cells failed, 2 bad input, 130 interrupted."""
+    """Run one command; returns its exit code: 0 done, 1 some cells failed, 2 bad input, 130 interrupted.
+
+    `harness nightly` has a code of its own besides, 3: a new series.
+    """
     logging.basicConfig(format="harness: %(message)s", level=logging.WARNING)
     args = command_line().parse_args(argv)
     command = ("harness", *(sys.argv[1:] if argv is None else argv))

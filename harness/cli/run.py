@@ -32,6 +32,7 @@ def run_parser(run: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", default=None, help="run code that a hub repository brings")
     add("--data-dir", help="folder with the files of LongBench and of RULER's qa tasks")
     add("--whole", action="store_true", default=None, help="only LongBench rows that fit without being cut")
+    add("--contexts", choices=("drawn", "protocol"), help="a text for each prompt (default), or fixed haystacks")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")

@@ -1,9 +1,13 @@
 """Prose that calibration prompts are made from: a name or a folder in, paragraphs and a checksum out.
 
 kjv             the King James Bible, an asset (harness.models.assets) in the public domain
-pydoc           the running Python's help topics, the paragraphs of `stdlib/passage_retrieval`; they differ by version
-essays          the essays asset, which is also the haystack of RULER's and NIAH's tasks
+pydoc           the running Python's help topics; they differ by version
+essays          the essays asset
+awsdocs         the documentation of AWS services, an asset
 path/to/folder  its *.txt and *.txt.gz in UTF-8, by name; paragraphs are parted by blank lines
+
+No drawn context of an evaluation has text of these four: calibration has the Bible for itself, every fourth essay and
+section of the services (`tasks.texts`), and half of the topics' paragraphs.
 
 A paragraph is one line of prose. Headings, tables and other lines that do not end as a sentence does are left out.
 """
@@ -25,7 +29,8 @@ import punkt
 from harness.errors import HarnessError, did_you_mean
 from harness.models.assets import fetch
 from tasks.base import TaskError
-from tasks.stdlib import paragraphs as help_paragraphs
+from tasks.stdlib import help_paragraphs
+from tasks.texts import Document, calibrates, documentation
 
 MIN_WORDS = 2000
 """Words of the smallest corpus: a few prompts of 600 tokens without an overlap."""
@@ -139,16 +144,26 @@ def _kjv() -> list[str]:
     return _prose(re.split(r"\n|(?<=[a-z]\.)(?=[A-Z])", text))
 
 
+def _apart(documents: Iterable[Document]) -> list[str]:
+    """The paragraphs of the documents that no evaluation draws from."""
+    return [paragraph for document in documents if document.calibrates for paragraph in document.paragraphs]
+
+
 def _essays() -> list[str]:
-    texts = (_read(path) for path in sorted(fetch("essays").glob("*.txt")))
-    return [paragraph for text in texts for paragraph in _prose(GLUED.split(text))]
+    files = (path for path in sorted(fetch("essays").glob("*.txt")) if calibrates(f"essays/{path.name}"))
+    return [paragraph for text in map(_read, files) for paragraph in _prose(GLUED.split(text))]
 
 
 def _pydoc() -> Sequence[str]:
     try:
-        return help_paragraphs()
+        return help_paragraphs(calibration=True)
     except TaskError as error:
         raise HarnessError(f"corpus 'pydoc': {error}") from None
 
 
-CORPORA: dict[str, Callable[[], Sequence[str]]] = {"kjv": _kjv, "pydoc": _pydoc, "essays": _essays}
+CORPORA: dict[str, Callable[[], Sequence[str]]] = {
+    "kjv": _kjv,
+    "pydoc": _pydoc,
+    "essays": _essays,
+    "awsdocs": lambda: _apart(documentation(fetch("awsdocs"))),
+}

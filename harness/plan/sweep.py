@@ -155,6 +155,7 @@ def plan_samples(
         seed=sweep.seed,
         data_dir=None if sweep.data_dir is None else Path(sweep.data_dir),
         whole=sweep.whole,
+        contexts=sweep.contexts,
         fetch=find_asset,
     )
     samples, specs = [], []

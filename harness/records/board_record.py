@@ -24,7 +24,7 @@ class Timed(NamedTuple):
 
 
 class BoardRecord(NamedTuple):
-    """A record in short. Fields up to `observe_ms` are those of `Record`, by name; it compares as a tuple."""
+    """A record in short. Fields up to `accelerator` are those of `Record`, by name; it compares as a tuple."""
 
     run_id: str
     model: str
@@ -47,6 +47,7 @@ class BoardRecord(NamedTuple):
     asked_bytes: int
     full_bytes: int
     observe_ms: float | None
+    accelerator: str
     score: float | None  # of `metrics`, in [0, 1]
     nll: float | None
     needle: float  # %, as `needle_percent` has it

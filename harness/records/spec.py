@@ -15,6 +15,7 @@ SCHEMA_VERSION = 2
 
 FirstToken = Literal["compressed", "prefill"]
 QueryMode = Literal["aware", "agnostic"]
+Contexts = Literal["drawn", "protocol"]
 
 
 class Frozen(BaseModel):
@@ -82,7 +83,8 @@ class Sweep(Asked):
     task and length. max_tokens: prompt and generation together, None for the model's context. max_new_tokens: caps the
     tasks' own. nll_tokens: reference tokens that are scored at most. observe: prompts per length, or data set, on which
     the cost of observing is measured; no part of what is run. measure: time every cell by itself too, and its memory.
-    whole: only rows of data sets that need no cut.
+    whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the haystacks that
+    the protocols fix.
     """
 
     OTHER_WAY = " or --config quick"
@@ -101,6 +103,7 @@ class Sweep(Asked):
     data_dir: str | None = None
     measure: bool = False
     whole: bool = False
+    contexts: Contexts = "drawn"
 
     @field_validator("tasks")
     @classmethod
@@ -187,6 +190,7 @@ class RunSpec(Frozen):
     nll_tokens: int
     measured_on: str | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
+    contexts: Contexts = "protocol"  # what all runs had before contexts were drawn
 
     @property
     def run_id(self) -> str:
@@ -195,6 +199,8 @@ class RunSpec(Frozen):
         Fields that came after the first runs are left out while at their defaults, so that those keep their ids.
         """
         left_out: dict[str, Any] = {name: True for name in ("measured_on", "whole") if not getattr(self, name)}
+        if self.contexts == "protocol":
+            left_out["contexts"] = True
         if not self.model.loaded_as:
             left_out["model"] = {"loaded_as"}
         text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, separators=(",", ":"))

@@ -35,8 +35,8 @@ class SampleRunner:
         model = AttachedModel(self.loaded.model)
         self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
-        here = machine()
-        self.accelerator = ", ".join(here["accelerators"][:1]) or str(here["processor"])
+        here, on_cpu = machine(), self.spec.model.device.startswith("cpu")
+        self.accelerator = ", ".join(() if on_cpu else here["accelerators"][:1]) or str(here["processor"])
 
     def records(self, group: Group, *, observe: bool = True) -> list[Record]:
         """Run samples of one context, each under the cells wanted of it; return one record per pair, in order.

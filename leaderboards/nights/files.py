@@ -28,13 +28,10 @@ from harness.records.record import Record, RunManifest
 from harness.records.run_folder import write_text
 from harness.records.spec import Frozen
 from leaderboards.stats.comparable import one_per_key
+from leaderboards.stats.paired import COLUMNS, table_of
 
-KEY = ["task", "sample_id", "method", "budget"]
-COLUMNS = ["task", "sample_id", "prompt", "group", "method", "budget", "status", "score", "nll", "kv_bytes"]
-"""score: 0-100; nll: nats a token; both empty where there is none. prompt: 16 hex digits of its sha256."""
 SETTINGS = ("query", "first_token", "max_new_tokens", "nll_tokens", "seed")
 """Settings of the run that decide scores: with other ones the same prompts have other scores."""
-PROMPT_DIGITS = 16
 CLASS_CHARS = 60
 """Characters of the machine class in a file name."""
 
@@ -90,7 +87,7 @@ def night_of(
     chosen, _ = one_per_key(records)
     if not chosen:
         raise HarnessError(f"no records in run {manifest.run_id}; there is nothing to compare")
-    table = pd.DataFrame([_line(r) for r in chosen], columns=COLUMNS)
+    table = table_of(chosen)
     spec = manifest.spec
     settings = {name: str(getattr(spec, name)) for name in SETTINGS}
     about = About(
@@ -143,23 +140,6 @@ def read_nights(folder: Path, board: str) -> list[Night]:
     found = [(path, _about(path)) for path in sorted(folder.glob("*.json"))]
     nights = [Night(about, _table(path, about)) for path, about in found if about.board == board]
     return sorted(nights, key=lambda night: (night.about.finished, night.about.name), reverse=True)
-
-
-def _line(r: Record) -> tuple[object, ...]:
-    score, nll = (r.metrics.get("score"), r.nll) if r.status == "ok" else (None, None)
-    group = r.meta.get("group")
-    return (
-        r.task,
-        r.sample_id,
-        r.prompt_sha256[:PROMPT_DIGITS],
-        "" if group is None else str(group),
-        r.method,
-        r.budget,
-        r.status,
-        math.nan if score is None else round(100 * score, 6),
-        math.nan if nll is None else round(nll, 9),
-        r.kv_bytes,
-    )
 
 
 def _seconds(records: Sequence[Record]) -> Seconds:

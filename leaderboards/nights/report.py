@@ -1,8 +1,10 @@
 """Which published night tonight is judged by, and the report on it.
 
-The newest night of the same board, version, machine class and settings decides. The newest of each other machine class
-is compared too, for information: other kernels give other scores, and nobody's change did that. Seconds of another
-machine are never compared.
+The newest night of the same board, version, machine class and settings decides. Where there is none, a new processor, a
+new dtype or another torch, tonight begins a new series and says so. The newest of each other machine class is compared
+too, for information: other kernels give other scores, and nobody's change did that. But no kernel takes a task to 0:
+what fell to 0 since the last night of another class fails a new series too. Seconds of another machine are never
+compared.
 """
 
 from collections.abc import Sequence
@@ -11,8 +13,9 @@ from datetime import datetime
 
 import pandas as pd
 
-from leaderboards.nights.compare import Change, NightComparison, NightlyOptions, compare
+from leaderboards.nights.compare import NightComparison, NightlyOptions, compare
 from leaderboards.nights.files import Night
+from leaderboards.stats.paired import Change
 from leaderboards.text import TERMINAL_WIDTH, Section, clean, interval, keys, markdown, number, terminal
 
 SHOWN = {"score": ("score", 1), "nll": ("NLL", 3)}
@@ -32,8 +35,20 @@ class NightVerdict:
     accepted: bool = False
 
     @property
+    def new_series(self) -> bool:
+        """Whether tonight was compared with no night, or with one of which no prompt, method or budget is left."""
+        return self.comparison is None or not self.comparison.cells
+
+    @property
+    def fallen(self) -> tuple[str, ...]:
+        """Of a new series, the cells that fell to 0 since the last night of another machine class."""
+        if self.comparison is not None or not self.others:
+            return ()
+        return max(self.others, key=lambda other: other[0].about.finished)[1].fallen
+
+    @property
     def regressions(self) -> int:
-        return 0 if self.comparison is None else self.comparison.regressions
+        return len(self.fallen) if self.comparison is None else self.comparison.regressions
 
     @property
     def publishable(self) -> bool:
@@ -66,11 +81,26 @@ def _unlike(old: Night, night: Night) -> str:
 
 def headline(verdict: NightVerdict) -> str:
     """What came out, in one line."""
-    if verdict.comparison is None:
-        return "no baseline: this night becomes one"
-    if not (many := verdict.regressions):
-        return "no regression"
-    return f"{many} regression{'s' if many > 1 else ''}" + (", accepted" if verdict.accepted else "")
+    many = verdict.regressions
+    told = f"{many} regression{'s' if many > 1 else ''}" + (", accepted" if verdict.accepted else "") if many else ""
+    if verdict.new_series:
+        return f"new series, {told}" if told else "new series: compared with no night, this one becomes its baseline"
+    return told or "no regression"
+
+
+def warning(verdict: NightVerdict) -> str:
+    """Why tonight begins a new series, in one line; empty where it does not."""
+    if not verdict.new_series:
+        return ""
+    last = max((old for old, _ in verdict.others), key=lambda old: old.about.finished, default=None)
+    here = verdict.night.about.machine_class
+    if verdict.baseline is not None:
+        why = f"the last night of {here} has no prompt, method or budget in common with this one"
+    elif last is not None:
+        why = f"the last night was on {last.about.machine_class}, this is {here}"
+    else:
+        why = verdict.aside[0] if verdict.aside else f"no night of this board is stored, this is {here}"
+    return clean(f"new series: {why}; no regression can be seen until the next night", longest=1000)
 
 
 def to_markdown(verdict: NightVerdict) -> str:
@@ -90,16 +120,18 @@ def _facts(verdict: NightVerdict) -> list[str]:
         f"tonight: {_told(verdict.night)}, {seconds // 60} min {seconds % 60} s; {about.samples} samples, "
         f"{len(verdict.night.table)} records",
         f"machine class: {about.machine_class}; version {about.version}",
+        *([warning(verdict)] if verdict.new_series else ()),
         f"baseline: {'none' if verdict.baseline is None else _told(verdict.baseline)}",
     ]
     if compared is not None:
         moved = sum(change.moved > 0 for change in compared.changes)
         lines += [
-            f"compared: {compared.cells} cells (method, budget, task) by score and NLL, with means over tasks "
-            f"{len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the correction",
+            f"compared: {compared.cells} cells (method, budget, task) by score and NLL, with means over tasks and over "
+            f"cells {len(compared.changes)} comparisons; {moved} differ at all, {compared.counted} counted in the "
+            "correction",
             f"a regression: corrected one-sided p <= {options.alpha:g} and worse by more than {options.score_points:g} "
-            f"points or {options.nll_nats:g} nats per token; a lost score; bytes grown by more than "
-            f"{options.bytes_percent:g} %",
+            f"points or {options.nll_nats:g} nats per token; a cell that fell to 0; a lost score; bytes grown by more "
+            f"than {options.bytes_percent:g} %",
         ]
     return [clean(line, longest=1000) for line in lines]
 
@@ -117,6 +149,7 @@ def _sections(verdict: NightVerdict, *, level: int = 2) -> list[Section]:
         bodies["Regressed, without a test"] = compared.facts
         bodies["Improved"] = _changes(compared.improved, worse=False)
         bodies["Not compared"] = compared.retired
+    bodies["Fell to 0 since the last night of another machine class"] = verdict.fallen
     bodies["Seconds"] = _seconds(verdict)
     bodies["Other machine classes, for information"] = [_other(*other) for other in verdict.others]
     bodies["Set aside"] = verdict.aside
@@ -129,7 +162,7 @@ def _sections(verdict: NightVerdict, *, level: int = 2) -> list[Section]:
 
 HOW_TO_READ = (
     "before, now: mean of task means on the same prompts; change: with its 95 % paired bootstrap interval. Score "
-    "0-100, NLL in nats per token (lower is better).",
+    "0-100, NLL in nats per token (lower is better). all methods: mean over all methods and budgets of each prompt.",
     "p: one-sided sign-flip test of the paired differences; corrected by Holm over all comparisons of the night that "
     "could be significant (Tarone).",
 )
@@ -175,4 +208,5 @@ def _seconds(verdict: NightVerdict) -> list[str]:
 
 def _other(night: Night, compared: NightComparison) -> str:
     counts = f"{len(compared.changes)} comparisons {len(compared.regressed)} worse and {len(compared.improved)} better"
-    return f"{night.about.machine_class} ({_told(night)}): of {counts} beyond floor and correction"
+    zero = f"; {len(compared.fallen)} cells fell to 0" if compared.fallen else ""
+    return f"{night.about.machine_class} ({_told(night)}): of {counts} beyond floor and correction{zero}"

@@ -125,9 +125,9 @@ def script_hash(source: str) -> str:
 def _facts(tables: Sequence[Table]) -> str:
     methods = {method for table in tables for method in table.rows["method"]}
     tasks = {task for table in tables for task in table.tasks["task"]}
-    models = sorted({table.axes.model for table in tables})
+    models = sorted({f"{table.axes.model}, {table.axes.dtype} on {table.axes.processor}" for table in tables})
     samples = sum(table.samples for table in tables)
-    return f"{', '.join(models)} · {len(methods)} methods · {len(tasks)} tasks · {samples} samples"
+    return f"{'; '.join(models)} · {len(methods)} methods · {len(tasks)} tasks · {samples} samples"
 
 
 def _sections(parts: Sequence[Mapping[str, Any]], extras: Extras) -> dict[str, tuple[str, str]]:

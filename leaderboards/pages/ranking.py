@@ -17,7 +17,13 @@ from leaderboards.text import MIB, clean, number
 FLAGS = {"oom": "out of memory", "few": "few contexts", "unknown": "contexts unknown"}
 FLAGS |= {"over_budget": "over budget", "under_budget": "under budget"}
 """Flags that a page words otherwise."""
-AXES = {"model": "Model", "dtype": "Dtype", "query": "Query mode", "first_token": "First token"}
+AXES = {
+    "model": "Model",
+    "dtype": "Dtype",
+    "processor": "Processor",
+    "query": "Query mode",
+    "first_token": "First token",
+}
 """Axes of a table that are filters, and columns where they differ."""
 OTHER_AXES = {"seed": "Seed", "settings": "Settings"}
 """Axes that are columns alone."""

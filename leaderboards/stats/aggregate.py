@@ -39,6 +39,7 @@ from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, on
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
 from leaderboards.stats.observing import observe_columns
 from leaderboards.stats.pareto import FRONTS, fronts
+from leaderboards.stats.processors import Elsewhere, elsewhere
 from leaderboards.stats.ranks import Ranking, rank_columns
 from leaderboards.stats.stored import stored_columns
 from leaderboards.stats.subject import compare
@@ -66,7 +67,7 @@ class Table:
 
     summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
-    runs; one of each is used.
+    runs; one of each is used. elsewhere: the same sweep on other processors.
     """
 
     axes: Axes
@@ -80,6 +81,7 @@ class Table:
     baselines: dict[str, str | None]
     notes: tuple[Note, ...]
     duplicates: int
+    elsewhere: tuple[Elsewhere, ...] = ()
 
 
 TableRow = Mapping[Any, Any]
@@ -109,14 +111,25 @@ def aggregate(
     if subject is not None and subject not in labels:
         known = ", ".join(sorted(labels)) or "none"
         raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
-    tables = [_table(axes, group, subject, seed=seed, resamples=resamples) for axes, group in groups.items()]
+    others = elsewhere(groups, manifests)
+    tables = [
+        _table(axes, group, subject, others[axes], seed=seed, resamples=resamples) for axes, group in groups.items()
+    ]
     if all((table.rows["memory"] == "physical").all() for table in tables):
         for table in tables:
             del table.rows["memory"]
     return tables
 
 
-def _table(axes: Axes, records: list[BoardRecord], subject: str | None, *, seed: int, resamples: int) -> Table:
+def _table(
+    axes: Axes,
+    records: list[BoardRecord],
+    subject: str | None,
+    others: tuple[Elsewhere, ...],
+    *,
+    seed: int,
+    resamples: int,
+) -> Table:
     chosen, duplicates = one_per_key(records)
     grid = Grid(chosen, seed=seed, resamples=resamples)
     used = {wanted: _baseline(wanted, grid.cells) for wanted in BASELINES}
@@ -135,7 +148,7 @@ def _table(axes: Axes, records: list[BoardRecord], subject: str | None, *, seed:
     runs = tuple(sorted({r.run_id for r in records}))
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
-    return Table(axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates)
+    return Table(axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

@@ -1,9 +1,12 @@
 """Which records may share a table, in which order, and which one stands for a cell that several runs hold.
 
-Records that differ in model, dtype, query mode, first_token, seed, or in any setting of their runs that decides numbers
-(model revision, token limits, a task's protocol) never share a table: each combination is its own. So do runs that
-timed their cells on different machines: speed is ranked within one machine only. A run that timed nothing joins those
-of one machine, for its scores do.
+Records that differ in model, dtype, processor, query mode, first_token, seed, or in any setting of their runs that
+decides numbers (model revision, token limits, a task's protocol) never share a table: each combination is its own.
+So do runs that timed their cells on different machines: speed is ranked within one machine only. A run that timed
+nothing joins those of one machine, for its scores do.
+
+Processor. That of a record is what ran it: two processors round sums differently, and in bfloat16 that moves answers. A
+record that nothing ran takes the processor of most of its run's, or what the manifest says.
 """
 
 from collections import Counter, defaultdict
@@ -20,14 +23,19 @@ AnyRecord = TypeVar("AnyRecord", Record, BoardRecord)
 STATUSES = ("ok", "skipped", "failed", "oom")
 FULL = "full"
 """The budget of a method without one."""
+UNKNOWN = "unknown processor"
 
 
 @dataclass(frozen=True, order=True)
 class Axes:
-    """What all records of a table share. settings: run settings that differ between the runs given, else empty."""
+    """What all records of a table share. settings: run settings that differ between the runs given, else empty.
+
+    processor: GPU, with its kind of device, or processor, as `processor_of` names it.
+    """
 
     model: str
     dtype: str
+    processor: str
     query: str
     first_token: str
     seed: int
@@ -38,15 +46,29 @@ def split_by_axes(
     records: Iterable[AnyRecord], *, manifests: Sequence[RunManifest] = ()
 ) -> dict[Axes, list[AnyRecord]]:
     """Records by axes, axes in order. Without the manifests only the axes that are in a record are told apart."""
-    settings = _settings(manifests)
+    settings, about = settings_of(manifests), {m.run_id: m for m in manifests}
     of_run = attrgetter("run_id", "model", "dtype", "query", "first_token", "seed")
-    runs: dict[tuple[str, str, str, str, str, int], list[AnyRecord]] = defaultdict(list)
+    runs: dict[tuple[str, str, str, str, str, int], dict[str, list[AnyRecord]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
-        runs[of_run(r)].append(r)
+        runs[of_run(r)][r.accelerator].append(r)
     groups: dict[Axes, list[AnyRecord]] = defaultdict(list)
-    for (run_id, model, dtype, query, first_token, seed), some in runs.items():
-        groups[Axes(model, dtype, query, first_token, seed, settings.get(run_id, ""))] += some
+    for (run_id, model, dtype, query, first_token, seed), by_name in runs.items():
+        named = sorted((-len(some), name) for name, some in by_name.items() if name)
+        most = named[0][1] if named else ""
+        for name, some in by_name.items():
+            place = processor_of(name or most, about.get(run_id))
+            groups[Axes(model, dtype, place, query, first_token, seed, settings.get(run_id, ""))] += some
     return {axes: groups[axes] for axes in sorted(groups)}
+
+
+def processor_of(name: str, manifest: RunManifest | None) -> str:
+    """What computed, in words: `name` or what the manifest says, and the kind of device where that is no CPU."""
+    if manifest is None:
+        return name or UNKNOWN
+    kind = manifest.spec.model.device.partition(":")[0]
+    cards = manifest.machine.get("accelerators") or () if kind != "cpu" else ()
+    name = name or str(next(iter(cards), manifest.machine.get("processor") or UNKNOWN))
+    return name if kind == "cpu" else f"{name} ({kind})"
 
 
 def one_per_key(records: Iterable[AnyRecord]) -> tuple[list[AnyRecord], int]:
@@ -93,14 +115,17 @@ def _check_prompts(records: Iterable[Record | BoardRecord]) -> None:
             )
 
 
-def _settings(manifests: Sequence[RunManifest]) -> dict[str, str]:
-    """Run id to the number-deciding settings in which the runs differ; a setting all runs agree on is no axis."""
+def settings_of(manifests: Sequence[RunManifest], *, timed: bool = True) -> dict[str, str]:
+    """Run id to the number-deciding settings in which the runs differ; a setting all runs agree on is no axis.
+
+    timed: whether the machine that cells were timed on is one.
+    """
     runs: dict[str, dict[str, str]] = {}
     for m in manifests:
         fixed = {name: str(getattr(m.spec, name)) for name in ("max_tokens", "max_new_tokens", "nll_tokens")}
-        timed = {} if m.spec.measured_on is None else {"measured on": m.spec.measured_on}
+        places = {"measured on": m.spec.measured_on} if timed and m.spec.measured_on is not None else {}
         protocols = {f"{task.name} protocol": task.protocol for task in m.spec.tasks}
-        runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols, **timed}
+        runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols, **places}
     seen = {pair for values in runs.values() for pair in values.items()}
     differ = sorted(name for name, n in Counter(name for name, _ in seen).items() if n > 1)
     return {run: ", ".join(f"{name} {v[name]}" for name in differ if name in v) for run, v in runs.items()}

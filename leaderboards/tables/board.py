@@ -96,7 +96,14 @@ def _ranking_columns(ranking: Ranking) -> dict[str, str | float]:
 def heading(table: Table) -> str:
     """What all records of the table share, in one line."""
     a = table.axes
-    parts = [a.model, a.dtype, f"query-{a.query}", f"first token {a.first_token}", f"seed {a.seed}", a.settings]
+    parts = [
+        a.model,
+        f"{a.dtype} on {a.processor}",
+        f"query-{a.query}",
+        f"first token {a.first_token}",
+        f"seed {a.seed}",
+        a.settings,
+    ]
     return clean(", ".join(part for part in parts if part))
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
 from leaderboards.stats.comparable import FULL
+from leaderboards.stats.processors import Elsewhere
 from leaderboards.stats.stored import percent_column
 from leaderboards.text import MIB, clean, half_width, interval, number
 
@@ -47,7 +48,10 @@ class BudgetVerdict(NamedTuple):
 
 
 def standing(table: Table) -> list[str]:
-    """What ranks in the table: why nothing does, the tasks that are left out, and the least difference that is seen."""
+    """What ranks in the table: why nothing does, the tasks that are left out, and the least difference that is seen.
+
+    And how far a row moves on another processor, where the board has one.
+    """
     score, nll = (table.ranking.eligible[measure] for measure in ("score", "nll"))
     known = bool(nll.tasks or nll.left_out)
     if score.why and (nll.why or not known):
@@ -65,7 +69,20 @@ def standing(table: Table) -> list[str]:
     units = {"score": ("points", 1), "nll": ("nats per token", 3)}
     least = {units[m][0]: number(x, digits=units[m][1]) for m, x in table.ranking.least.items() if not math.isnan(x)}
     seen = " and ".join(f"{text} {unit}" for unit, text in least.items())
-    return lines + ([f"differences under {seen} cannot be seen here"] if seen else [])
+    lines += [f"differences under {seen} cannot be seen here"] if seen else []
+    return [*lines, *map(_elsewhere, table.elsewhere)]
+
+
+def _elsewhere(other: Elsewhere) -> str:
+    """How far rows move on another processor."""
+    parts = []
+    for words, moved, digits in (("score", other.score, 1), ("NLL", other.nll, 3)):
+        if moved is not None:
+            most, here, there = (number(x, digits=digits) for x in (abs(moved.here - moved.there), *moved[2:4]))
+            where = f"{clean(moved.method)} at {clean(moved.budget)}: {here} here, {there} there, n {moved.n}"
+            parts.append(f"the mean {words} of a row moves by up to {most} ({where})")
+    told = ", ".join(parts) or "no row has the same prompts"
+    return f"the same sweep on {clean(other.processor)}, never mixed with this: {told}"
 
 
 def verdicts(table: Table) -> list[BudgetVerdict]:

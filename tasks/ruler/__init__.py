@@ -12,7 +12,7 @@ from tasks.base import TaskOptions, task
 from tasks.essays import read_essays
 from tasks.ruler import qa
 from tasks.ruler.aggregation import CodedWords, CommonWords
-from tasks.ruler.family import Generator, RulerTask
+from tasks.ruler.family import Generator, RulerTask, drawn_spans
 from tasks.ruler.niah import ROWS, NeedleGenerator, Needles
 from tasks.ruler.vt import ChainGenerator
 from tasks.scoring import string_match_all, string_match_part
@@ -25,8 +25,16 @@ def _essay_facts(options: TaskOptions) -> Mapping[str, Any]:
     }
 
 
-def _needles(options: TaskOptions, *, row: Needles) -> Generator:
+def _needles(options: TaskOptions, *, name: str, row: Needles) -> Generator:
+    if row.haystack == "needle":
+        return NeedleGenerator(row)
+    if spans := drawn_spans(f"ruler/{name}", options, NeedleGenerator.generation):
+        return NeedleGenerator(row, spans=spans)
     return NeedleGenerator(row, read_essays(options) if row.haystack == "essay" else None)
+
+
+def _chains(options: TaskOptions) -> Generator:
+    return ChainGenerator(options.tokenizer, drawn_spans("ruler/vt", options, ChainGenerator.generation))
 
 
 for _name, _row in ROWS.items():
@@ -34,7 +42,7 @@ for _name, _row in ROWS.items():
     task(
         _needle_task(
             _name,
-            partial(_needles, row=_row),
+            partial(_needles, name=_name, row=_row),
             string_match_all,
             "keys and values of one prompt are distinct",
             "the order of several needles is drawn per sample",
@@ -44,7 +52,7 @@ for _name, _row in ROWS.items():
 task(
     RulerTask(
         "vt",
-        lambda options: ChainGenerator(options.tokenizer),
+        _chains,
         string_match_all,
         "below 4096 tokens the worked example has at most a quarter of the length; fewer than five noise lines are "
         "split into sentences",

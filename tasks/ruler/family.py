@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, Tokenizer, point, rng, spread_order
+from tasks.pool import LANES, Span, Spans, pool_facts, pool_spans
 from tasks.scoring import string_match_part
 
 OFFICIAL_SAMPLES = 500
@@ -22,6 +23,7 @@ LARGEST_LENGTH = 131072
 SMALL = 4096  # below this length NVIDIA's generators use smaller variants
 PROBES = 16  # samples that are tried before a length is accepted
 SLACK = 16  # tokens that those must leave over, because later samples may be a little longer
+LEAST_SPAN = 320  # tokens of drawn text that the least haystack of every task fits in
 STEP = 64  # the smallest length that works is searched in these steps
 
 GENERAL = (
@@ -47,13 +49,14 @@ class SamplePlan:
     """What one sample is drawn from.
 
     index: which sample. draw: every random choice comes from it. at: in [0, 1), the place of the one answer in the
-    haystack.
+    haystack. probe: only how long the least haystack is counts; its text may be any.
     """
 
     length: int
     index: int
     draw: Random
     at: float
+    probe: bool = False
 
 
 class Generator(ABC):
@@ -64,6 +67,17 @@ class Generator(ABC):
 
     available: int | None = None
     """Samples that exist, or None for any number. Where they are counted, those that do not fit are passed over."""
+
+    def granted(self, wanted: int, *, most: bool) -> int:
+        """Return how many samples of each length there are text for: `wanted`, or with `most` also fewer.
+
+        Raises TaskError when there are fewer.
+        """
+        return wanted
+
+    def units(self, length: int, index: int) -> int | None:
+        """Return the units of the text that is one sample's own; None where all samples of a length are sized alike."""
+        return None
 
     @abstractmethod
     def least(self, length: int, index: int) -> int:
@@ -76,6 +90,21 @@ class Generator(ABC):
     def search(self, spare: Callable[[int], int], *, length: int, least: int) -> int:
         """Find the units for a length. spare: units -> tokens left over, negative when too long; `least` fits."""
         return largest(spare, least)
+
+
+class DrawnText(Generator):
+    """Draws prompts over text of the pool where `spans` is given: a span for each sample."""
+
+    spans: Spans | None = None
+
+    def granted(self, wanted: int, *, most: bool) -> int:
+        return wanted if self.spans is None else self.spans.granted(wanted, most=most)
+
+    def span(self, plan: SamplePlan) -> Span | None:
+        """Return the text that the sample has for itself; None where the text is fixed."""
+        if self.spans is None:
+            return None
+        return self.spans.at(next(iter(self.spans.needs)), 0) if plan.probe else self.spans.at(plan.length, plan.index)
 
 
 class RulerTask(Task):
@@ -107,12 +136,20 @@ class RulerTask(Task):
 
         `i` counts from 0, or is the number of the question in its file. Questions: the first 500 of the file in an
         order that spreads any first part over them, then the later ones in file order; those that do not fit are
-        passed over. Raises TaskError, before the first sample, when data is missing or a length is too small or over
-        `max_tokens`.
+        passed over. Where contexts are drawn the default is as many as the pool has text for, 500 at most. Raises
+        TaskError, before the first sample, when data is missing, there is too little text, or a length is too small or
+        over `max_tokens`.
         """
+        for length in options.lengths:
+            self.check_length(length, options)
         generator = self._open(options)
+        wanted = generator.granted(self.wanted(options), most=options.limit is None)
         sizes = {length: self._units(generator, length, options) for length in dict.fromkeys(options.lengths)}
-        return self._draw(generator, sizes, options)
+        return self._draw(generator, sizes, wanted, options)
+
+    def wanted(self, options: TaskOptions) -> int:
+        """Return how many contexts of each length are asked for."""
+        return self.official if options.limit is None else options.limit
 
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
         return {"score": self._metric(prediction, sample.answers)}
@@ -125,10 +162,15 @@ class RulerTask(Task):
         self._find(options)
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
-        return {"deviations": [*GENERAL, *self._deviations], **self._facts(options)}
+        said = {"deviations": [*GENERAL, *self._deviations]}
+        if options.contexts == "drawn" and self.name in LANES:
+            note = "the haystack is a span of the pool of its own for each sample, not noise or the head of the essays"
+            return {"deviations": [*said["deviations"], note], **pool_facts(self.name, options)}
+        return {**said, **self._facts(options)}
 
-    def _draw(self, generator: Generator, sizes: Mapping[int, int], options: TaskOptions) -> Iterator[Sample]:
-        wanted = self.official if options.limit is None else options.limit
+    def _draw(
+        self, generator: Generator, sizes: Mapping[int, int], wanted: int, options: TaskOptions
+    ) -> Iterator[Sample]:
         for length, units in sizes.items():
             made = 0
             for rank, index in enumerate(self._order(generator, length, options.seed)):
@@ -152,12 +194,13 @@ class RulerTask(Task):
     def _fitted(
         self, generator: Generator, units: int, length: int, index: int, *, at: float, options: TaskOptions
     ) -> Sample | None:
-        """Sample `index` with at most `units` units, or None when its least haystack is too long."""
+        """Sample `index` with at most `units` units, or its own; None when its least haystack is too long."""
+        own = generator.units(length, index)
         fitted = shrink(
             lambda size: generator.build(size, SamplePlan(length, index, self._rng(length, index, options), at)),
             lambda prompt: tokens(prompt, options.tokenizer),
             room=room(length, generator.generation, options.tokenizer),
-            units=units,
+            units=units if own is None else own,
             least=generator.least(length, index),
         )
         if fitted is None:
@@ -170,20 +213,23 @@ class RulerTask(Task):
             answers=prompt.answers,
             max_new_tokens=generator.generation,
             answer_prefix=prompt.answer_prefix,
-            meta={**prompt.meta, "length": length, "prompt_tokens": size + options.tokenizer.template_tokens},
+            meta={"group": f"own:{length}/{index}", **prompt.meta, "length": length}
+            | {"prompt_tokens": size + options.tokenizer.template_tokens},
         )
 
     def _units(self, generator: Generator, length: int, options: TaskOptions) -> int:
         """Haystack units for a length, searched once with a sample of its own draw.
 
-        Raises TaskError when the length exceeds `max_tokens` or is too small, with the smallest one that works.
+        Raises TaskError when the length is too small, with the smallest one that works.
         """
-        self.check_length(length, options)
         index = self._first_fitting(generator, length, options)
         if index is None:
             later = range(length - length % STEP + STEP, LARGEST_LENGTH + 1, STEP)
             works = next((size for size in later if self._first_fitting(generator, size, options) is not None), "none")
             raise TaskError(f"{self.name}: {length} tokens are too few; the smallest length that works is {works}")
+
+        if generator.units(length, 0) is not None:
+            return generator.least(length, index)
 
         def spare(units: int) -> int:
             plan = SamplePlan(length, index, self._rng(length, "fit", options), 0.5)
@@ -195,7 +241,7 @@ class RulerTask(Task):
         """The first of the probed samples that fits; None unless all of them do, or half where samples are counted."""
 
         def fits(index: int) -> bool:
-            plan = SamplePlan(length, index, self._rng(length, index, options), 0.5)
+            plan = SamplePlan(length, index, self._rng(length, index, options), 0.5, probe=True)
             return self._spare(generator, generator.least(length, index), plan, options) >= SLACK
 
         probed = range(PROBES if generator.available is None else min(PROBES, generator.available))
@@ -209,6 +255,14 @@ class RulerTask(Task):
 
     def _rng(self, length: int, index: int | str, options: TaskOptions) -> Random:
         return rng(options.seed, self.name, length, index)
+
+
+def drawn_spans(name: str, options: TaskOptions, generation: int) -> Spans | None:
+    """Return the spans that fill a task's prompts; None where contexts are the protocol's."""
+    if options.contexts == "protocol":
+        return None
+    rooms = {length: room(length, generation, options.tokenizer) for length in options.lengths}
+    return pool_spans(name, options, {length: max(LEAST_SPAN, tokens) for length, tokens in rooms.items()})
 
 
 def tokens(prompt: FittedPrompt, tokenizer: Tokenizer) -> int:

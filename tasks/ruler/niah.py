@@ -2,7 +2,8 @@
 
 Differences: keys, and values, of one prompt are distinct (NVIDIA draws with replacement); the order of several
 needles is drawn per sample (NVIDIA shuffles with one fixed seed, so it is the same in all samples); below 4096
-tokens, where a haystack may be a single line, a needle may also come after the last line.
+tokens, where a haystack may be a single line, a needle may also come after the last line. With drawn contexts, noise
+and essays are a span of `tasks.pool` of its own for each sample; NVIDIA's are the same noise, or head of the essays.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from functools import partial
 from random import Random
 
 from tasks.essays import Essays
+from tasks.pool import Spans
 from tasks.ruler.corpus import DRAWS, NOISE, distinct
-from tasks.ruler.family import SMALL, FittedPrompt, Generator, SamplePlan
+from tasks.ruler.family import SMALL, DrawnText, FittedPrompt, SamplePlan
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 TEMPLATE = (
@@ -48,17 +50,25 @@ ROWS = {
 }
 
 
-class NeedleGenerator(Generator):
-    """Draws the prompts of one row. Units: words of the essays, or lines."""
+class NeedleGenerator(DrawnText):
+    """Draws the prompts of one row. Units: words of prose, or lines.
+
+    essays: the haystack's text where it is fixed. spans: its texts where it is drawn.
+    """
 
     generation = 128
 
-    def __init__(self, row: Needles, essays: Essays | None = None) -> None:
+    def __init__(self, row: Needles, essays: Essays | None = None, *, spans: Spans | None = None) -> None:
         self.row = row
         self.essays = essays
+        self.spans = spans
+        self.prose = essays is not None or spans is not None
+
+    def units(self, length: int, index: int) -> int | None:
+        return None if self.spans is None else self.spans.at(length, index).words
 
     def least(self, length: int, index: int) -> int:
-        return 20 if self.row.haystack == "essay" else self.row.k * self.row.v
+        return 20 if self.prose else self.row.k * self.row.v
 
     def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
         row, draw = self.row, plan.draw
@@ -68,8 +78,8 @@ class NeedleGenerator(Generator):
         asked = draw.sample(keys, row.q)
         wanted = [self._needle(key, value) for key in asked for value in owned[key]]
         others = [self._needle(key, value) for key in keys if key not in asked for value in owned[key]]
-        haystack = self._hide(wanted, others, self._lines(units, keys, draw), plan)
-        meta: dict[str, object] = {"needles": wanted}
+        haystack = self._hide(wanted, others, self._lines(units, keys, plan), plan)
+        meta: dict[str, object] = {"needles": wanted, **self._group(plan)}
         if len(wanted) == 1:
             meta["depth"] = round(100 * haystack.index(wanted[0]) / max(1, len(haystack) - len(wanted[0])))
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
@@ -80,15 +90,22 @@ class NeedleGenerator(Generator):
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(type_needle_v=self.row.values, key=key, value=value)
 
-    def _lines(self, units: int, keys: list[str], draw: Random) -> list[str]:
-        """The haystack without needles: essay sentences of `units` words, or `units` lines."""
-        if self.essays is not None:
-            return self.essays.head(units)
-        return [NOISE] * units if self.row.haystack == "noise" else self._distractors(units, set(keys), draw)
+    def _group(self, plan: SamplePlan) -> dict[str, str]:
+        """The text of the haystack by name; nothing where it is made for the sample."""
+        if span := self.span(plan):
+            return {"group": span.group}
+        fixed = {"essay": "essays:0", "noise": "noise"}
+        return {"group": fixed[self.row.haystack]} if self.row.haystack in fixed else {}
+
+    def _lines(self, units: int, keys: list[str], plan: SamplePlan) -> list[str]:
+        """The haystack without needles: sentences of `units` words, or `units` lines."""
+        if text := self.span(plan) or self.essays:
+            return text.head(units)
+        return [NOISE] * units if self.row.haystack == "noise" else self._distractors(units, set(keys), plan.draw)
 
     def _hide(self, wanted: list[str], others: list[str], lines: list[str], plan: SamplePlan) -> str:
         """The haystack with its needles. A single wanted one stands where the plan says, the others at random."""
-        if self.essays is not None:
+        if self.prose:
             places = [int(len(lines) * (depth / 100)) for depth in DEPTHS]
         else:
             places = list(range(len(lines) + (plan.length < SMALL)))
@@ -100,7 +117,7 @@ class NeedleGenerator(Generator):
             parts += [lines[last:place], [needle]]
             last = place
         parts.append(lines[last:])
-        if self.essays is not None:
+        if self.prose:
             return " ".join(" ".join(part) for part in parts)  # an empty part leaves its space, as NVIDIA's does
         return "\n".join(line for part in parts for line in part)
 

@@ -6,6 +6,7 @@ sample (NVIDIA's fixed seed puts the answer at one place in all of them), and a 
 the length is passed over (NVIDIA's loop does not end there).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Documents(Generator):
         item = self.items[plan.index]
         chosen = self._choose(item, units, plan.draw)
         plan.draw.shuffle(chosen)
-        meta: dict[str, object] = {"documents": len(chosen), "item": plan.index}
+        meta: dict[str, object] = {"documents": len(chosen), "item": plan.index, "group": self.group(item)}
         if len(item.own) == 1:
             chosen.remove(item.own[0])
             chosen.insert(int(plan.at * (len(chosen) + 1)), item.own[0])
@@ -64,6 +65,11 @@ class Documents(Generator):
             answers=item.answers,
             meta=meta,
         )
+
+    def group(self, item: Item) -> str:
+        """Return a name of the documents that a question owns: of their hash."""
+        text = "\0".join(self.documents[at] for at in sorted(item.own))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def listed(self, chosen: Sequence[int]) -> str:
         """Return the documents of these indexes as the haystack shows them."""

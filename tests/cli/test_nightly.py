@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from harness.boards import nightly
-from harness.cli.nightly import nightly_options
+from harness.cli.nightly import NEW_SERIES, nightly_options
 from harness.engine.engine import Engine
 from harness.engine.types import Outcome
+from harness.machine import machine
 from harness.records.spec import Sweep
 from harness.run import sequential
 from methods.registry import load_methods
@@ -54,7 +55,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tiny.toml").write_text(BOARD)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        assert night("nights") == 0
+        assert night("nights") == NEW_SERIES
     return root
 
 
@@ -83,7 +84,9 @@ def test_the_first_night_becomes_the_baseline(first: Path) -> None:
     stem = only(first / "published", "*.json").stem
     ends = {".md", ".csv", ".tasks.csv", ".summary.csv", ".rivals.csv", ".samples.csv", ".json", ".report.md"}
     assert set(published) == {stem + end for end in ends}
-    assert published[f"{stem}.report.md"].startswith(b"# tiny: no baseline: this night becomes one\n")
+    assert published[f"{stem}.report.md"].startswith(
+        b"# tiny: new series: compared with no night, this one becomes its baseline\n"
+    )
     assert published[f"{stem}.samples.csv"].count(b"\n") == 1 + 6 * 2
     own = only(first / "nights", "*")
     assert files(own) == published and only(own, "*/run.json").parent.name == about["run_id"]
@@ -115,18 +118,41 @@ def test_a_planted_regression_ends_with_1_and_the_baseline_stays(
     monkeypatch.setattr(Engine, "run_group", run_group)
     assert night("nights") == 1
     said = capsys.readouterr()
-    assert said.out.startswith("tiny: 1 regression\n")
+    assert said.out.startswith("tiny: 2 regressions\n")
     assert "+1.000 [+1.000, +1.000]" in said.out and "snapkv@kvcf" in said.out
     last = said.err.splitlines()[-1]
-    assert last.startswith("harness: 1 regression; the published night stays") and "--accept" in last
+    assert last.startswith("harness: 2 regressions; the published night stays") and "--accept" in last
     assert files(folder / "published") == before
     newest = sorted((folder / "nights").iterdir())[-1]
-    assert "# tiny: 1 regression\n" in only(newest, "*.report.md").read_text()
+    assert "# tiny: 2 regressions\n" in only(newest, "*.report.md").read_text()
     assert night("nights", "--accept") == 0
-    assert capsys.readouterr().out.startswith("tiny: 1 regression, accepted\n")
+    assert capsys.readouterr().out.startswith("tiny: 2 regressions, accepted\n")
     accepted = files(folder / "published")
     assert accepted.keys() == before.keys() and accepted != before
     assert night("nights") == 0
+
+
+@pytest.mark.parametrize("changed", ["bfloat16", "EPYC"])
+def test_another_dtype_or_processor_is_a_new_series_with_a_code_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, changed: str
+) -> None:
+    if changed == "EPYC":
+        for module in (sequential, nightly):
+            monkeypatch.setattr(module, "machine", lambda: {**machine(), "processor": "EPYC"})
+    else:
+        (folder / "tiny.toml").write_text(BOARD.replace("float32", changed))
+    before = files(folder / "published")
+    assert night("nights") == NEW_SERIES
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert line.startswith("harness: warning: new series: the last night was on cpu, ") and f", {changed}, " in line
+    after = files(folder / "published")
+    assert after.items() >= before.items() and len(after) == 2 * len(before)
+    assert night("nights") == 0
+
+
+def test_a_new_series_is_accepted_as_any_other_night(folder: Path) -> None:
+    shutil.rmtree(folder / "published")
+    assert night("nights", "--accept") == 0
 
 
 @pytest.mark.parametrize(
@@ -215,6 +241,7 @@ def test_the_workflow_runs_it_and_may_push_nothing() -> None:
     assert workflow["permissions"] == {"contents": "read"} and "git push" not in text
     (job,) = workflow["jobs"].values()
     steps = " ".join(step.get("run", "") for step in job["steps"])
+    assert f'"$code" -eq {NEW_SERIES} ]' in steps
     assert "harness nightly" in steps and "${{" not in steps  # inputs reach the shell as variables, never as code
     assert asked["workflow_dispatch"]["inputs"]["board"]["default"] in job["steps"][5]["env"]["BOARD"]
     order = [step.get("uses", "").partition("@")[0] for step in job["steps"]]

@@ -12,7 +12,9 @@ import pytest
 
 from harness.engine.engine import Engine
 from harness.engine.types import Outcome
-from tests.tiny_run import CELLS, FAST, METHODS, RUN, call, key, manifest, only, records, tree
+from harness.machine import machine
+from harness.run import sequential
+from tests.tiny_run import CELLS, FAST, METHODS, RUN, TASK, TINY, call, key, manifest, only, records, tree
 
 ROOT = Path(__file__).parents[2]
 MANY = 8  # samples of a run that a signal must find unfinished
@@ -43,6 +45,24 @@ def test_a_run_leaves_records_a_manifest_and_a_board(finished: Path) -> None:
     assert told["spec"]["model"]["dtype"] == "float32"
     assert {"run.json", "records.jsonl", "board.md", "board.csv"} <= {path.name for path in only(finished).iterdir()}
     assert all(method in (only(finished) / "board.md").read_text() for method in METHODS)
+
+
+def test_a_record_names_the_processor_and_no_gpu_that_did_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    here = {**machine(), "processor": "Xeon", "accelerators": ["H100"]}
+    monkeypatch.setattr(sequential, "machine", lambda: here)
+    assert call("run", *FAST, "--methods", "fullkv", "--limit", "1", "--out", tmp_path) == 0
+    assert {record["accelerator"] for record in records(tmp_path)} == {"Xeon"}
+    assert capsys.readouterr().out.count("tiny, float32 on Xeon, query-aware") == 1
+
+
+def test_drawn_contexts_are_the_default_and_named_in_every_record(tmp_path: Path) -> None:
+    few = ("--budgets", "32", "--methods", "fullkv", "--nll-tokens", "8", "--observe", "0")
+    assert call("run", *TINY, *TASK, *few, "--out", tmp_path) == 0
+    told = manifest(tmp_path)["spec"]
+    assert told["contexts"] == "drawn" and told["tasks"][0]["provenance"]["contexts"].startswith("drawn")
+    assert len({record["meta"]["group"] for record in records(tmp_path)}) == 3
 
 
 def test_repeating_a_finished_run_changes_no_record(results: Path, capsys: Captured) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from harness.compiler.corpora import corpus_of, load_corpus
 from harness.errors import HarnessError
 from harness.models.assets import asset_folder
+from tasks.texts import calibrates
 
 MODULE = '''"""Doc."""
 raise RuntimeError("an asset is never run")
@@ -72,7 +73,8 @@ def test_kjv_loses_markup_and_headings_and_is_not_run(tmp_path: Path, monkeypatc
 
 
 def test_essays_get_their_paragraphs_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.txt").write_text(
+    name = next(f"{number}.txt" for number in range(99) if calibrates(f"essays/{number}.txt"))
+    (tmp_path / name).write_text(
         'May 2010What people do is known.\nIt is in version 1.5 of U.S. law.(So most of them say.)"But why?"'
         "He asked me again.[2]Nobody knew the answer." + text(70).replace("\n\n", "")
     )
@@ -94,7 +96,7 @@ def test_help_topics() -> None:
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    known = r" known: kjv, pydoc, essays, or a"
+    known = r" known: kjv, pydoc, essays, awsdocs, or a"
     for name, hint in (("kvj", r"; did you mean 'kjv'\?"), (str(tmp_path / "nothing"), "")):
         with pytest.raises(HarnessError, match=f"^unknown corpus '{name}'{hint}{known}"):
             load_corpus(name)
@@ -149,7 +151,7 @@ def test_real_kjv() -> None:
 def test_real_essays() -> None:
     paragraphs = real("essays")
     words = " ".join(paragraphs).split()
-    assert len(paragraphs) > 1000
+    assert len(paragraphs) > 400
     assert sum("." in word.strip('.,;:!?"()')[2:-2] for word in words) < 0.002 * len(words)  # glued together
 
 

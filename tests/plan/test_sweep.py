@@ -242,5 +242,6 @@ def test_the_run_id_depends_on_what_decides_the_numbers(tiny: LoadedModel) -> No
     changes: dict[str, Any] = {
         **{"seed": 7, "limit": 3, "budgets": ("64",), "methods": ("snapkv@kvcf",), "set": {"snapkv.kernel": 3}},
         **{"first_token": "prefill", "query": "agnostic", "nll_tokens": 3, "max_new_tokens": 5, "lengths": (64,)},
+        "contexts": "protocol",
     }
     assert len({base, *(run_id(**{name: value}) for name, value in changes.items())}) == len(changes) + 1

@@ -176,7 +176,7 @@ def test_questions_over_one_context_share_one_measurement(asked: list[tuple[int,
     costs: dict[str, set[float | None]] = {}
     for record in records:
         if record.method == "h2o":
-            costs.setdefault(record.meta["group"], set()).add(record.observe_ms)
+            costs.setdefault(record.sample_id.rsplit("/", 1)[0], set()).add(record.observe_ms)
     first, *others = costs.values()
     assert len(first) == 1 and None not in first and others and all(own == {None} for own in others)
     assert len(asked) == len(costs) + 2

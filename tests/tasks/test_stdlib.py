@@ -22,7 +22,10 @@ every_task = pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 
 
 def options(**changes: Any) -> TaskOptions:
-    return replace(TaskOptions(tokenizer=Words(), max_tokens=100_000, lengths=(600, 1500), limit=4), **changes)
+    return replace(
+        TaskOptions(tokenizer=Words(), max_tokens=100_000, lengths=(600, 1500), limit=4, contexts="protocol"),
+        **changes,
+    )
 
 
 @every_task

@@ -27,7 +27,7 @@
   const body = table.tBodies[0];
   const rows = [...body.rows];
   const tasks = read("tasks");
-  const axes = { "f-model": "model", "f-dtype": "dtype", "f-query": "query", "f-first_token": "firstToken", "f-memory": "memory" };
+  const axes = { "f-model": "model", "f-dtype": "dtype", "f-processor": "processor", "f-query": "query", "f-first_token": "firstToken", "f-memory": "memory" };
   const within = { ...axes, "f-budget": "budget" };
   const groups = rows.map((row) => rows.findIndex((r) => r.dataset.table === row.dataset.table && r.dataset.budget === row.dataset.budget));
   let sorted = "";

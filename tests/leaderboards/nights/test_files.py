@@ -10,7 +10,7 @@ from harness.errors import HarnessError
 from harness.records.record import Record
 from leaderboards.nights.compare import compare
 from leaderboards.nights.files import machine_id, read_nights, write_night
-from leaderboards.nights.report import NightVerdict, headline, judge, to_markdown, to_terminal
+from leaderboards.nights.report import NightVerdict, headline, judge, to_markdown, to_terminal, warning
 from tests.leaderboards.nights.test_compare import BARE, OPTIONS, longer, night, noisy, records, scored
 from tests.pretend import record
 
@@ -92,10 +92,10 @@ def test_another_version_class_or_setting_is_no_baseline() -> None:
     same, elsewhere = night(records()), night(records(), torch="2.14.0")
     assert judge(tonight, [same], OPTIONS).regressions > 0
     informed = judge(tonight, [elsewhere], OPTIONS)
-    assert headline(informed) == "no baseline: this night becomes one"
+    assert headline(informed) == "new series: compared with no night, this one becomes its baseline"
     assert informed.publishable and len(informed.others) == 1
     assert "torch 2.14 (2026-01-02T03:10:00+00:00" in to_markdown(informed)
-    assert "comparisons 9 worse and 0 better" in to_markdown(informed)
+    assert "comparisons 12 worse and 0 better" in to_markdown(informed)
     for old, why in (
         (night(records(), version=2), "version 2 is retired, this is 1"),
         (night(records(), first_token="prefill"), "first_token was prefill, is compressed"),
@@ -106,6 +106,34 @@ def test_another_version_class_or_setting_is_no_baseline() -> None:
         assert why in alone.aside[0] and why in to_terminal(alone, width=1000)
     both = judge(tonight, [elsewhere, same], OPTIONS)
     assert both.baseline is same and len(both.others) == 1 and not both.publishable
+
+
+def test_a_new_processor_or_dtype_is_a_new_series_with_a_warning() -> None:
+    old, tonight = night(records()), night(records(), machine={"processor": "EPYC"})
+    new = judge(tonight, [old], OPTIONS)
+    line = "the last night was on cpu, Xeon, float32, torch 2.13, this is cpu, EPYC, float32, torch 2.13;"
+    assert line in warning(new) and line in to_markdown(new)
+    assert (new.comparison, new.regressions, new.publishable) == (None, 0, True)
+    assert "no night of this board is stored" in warning(judge(tonight, [], OPTIONS))
+    assert "seed was 1, is 42" in warning(judge(tonight, [night(records(), seed=1)], OPTIONS))
+    assert warning(judge(tonight, [tonight], OPTIONS)) == ""
+    other = judge(night(records(edit=lambda r: {"prompt_sha256": "f" * 64})), [old], OPTIONS)
+    assert other.publishable and headline(other).startswith("new series: ")
+    assert "has no prompt, method or budget in common" in warning(other)
+
+
+def test_a_task_at_0_fails_a_new_series_too() -> None:
+    def zero(r: Record) -> dict[str, Any]:
+        return {"metrics": {"score": 0.0}} if (r.method, r.task) == ("h2o", "ruler/vt") else {}
+
+    newest, older = (
+        night(records(), torch=t, finished=f"2026-01-0{d}T04:00:00+00:00") for t, d in (("2.14", 5), ("2.15", 4))
+    )
+    tonight = night(records(edit=zero))
+    broken = judge(tonight, [newest, older], OPTIONS)
+    assert broken.fallen == ("h2o at 64, ruler/vt: fell to 0 from 46.9, n 8",) and not broken.publishable
+    assert headline(broken) == "new series, 1 regression" and broken.fallen[0] in to_markdown(broken)
+    assert judge(night(records()), [newest, night(records(edit=zero), torch="2.15")], OPTIONS).publishable
 
 
 def verdict(*, accept: bool = False) -> NightVerdict:
@@ -119,14 +147,14 @@ def verdict(*, accept: bool = False) -> NightVerdict:
 
 def test_the_report_says_what_regressed_by_how_much_and_how_sure() -> None:
     page, text = to_markdown(verdict()), to_terminal(verdict())
-    assert page.startswith("# nightly: 5 regressions\n") and text.startswith("nightly: 5 regressions\n")
-    for part in ("10 min 0 s", "commit c0ffee", "+0.500 [+0.500, +0.500]", " 0.02 ", "kept bytes +100.00 %: 800 to"):
+    assert page.startswith("# nightly: 8 regressions\n") and text.startswith("nightly: 8 regressions\n")
+    for part in ("10 min 0 s", "commit c0ffee", "+0.500 [+0.500, +0.500]", " 0.039 ", "kept bytes +100.00 %: 800 to"):
         assert part in page and part in text
     assert page.index("## Regressed") < page.index("## Improved") < page.index("## Seconds")
     assert "+25.0 [+25.0, +25.0]" in page.split("## Improved")[1]
     assert not verdict().publishable
     assert verdict(accept=True).publishable
-    assert headline(verdict(accept=True)) == "5 regressions, accepted"
+    assert headline(verdict(accept=True)) == "8 regressions, accepted"
 
 
 def test_the_report_of_an_equal_night_is_short() -> None:

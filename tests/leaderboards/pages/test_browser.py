@@ -30,13 +30,13 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A plain page of two settings with a memory search and a table, and one with markup planted everywhere."""
     folder, limits = tmp_path_factory.mktemp("pages"), [(MANIFEST, searches())]
-    records, runs = [*pretend(), *pretend(query="agnostic")], [run(git_commit="abc123")]
+    records, runs = [*pretend(n=21), *pretend(n=21, query="agnostic")], [run(git_commit="abc123")]
     extras = Extras(limits, [TableMap("tables", "64", [[0.5, 1.5], [2.0, 0.0]])])
     plain = write_page(aggregate(records, manifests=runs), records, folder, "plain", manifests=runs, extras=extras)
     records, runs = planted()
     extras = Extras(limits, [TableMap(EVIL, EVIL, [[1.0]])], [EVIL])
     evil = write_page(aggregate(records, manifests=runs), records, folder, "evil", manifests=runs, extras=extras)
-    records = pretend(first_token="prefill") + crossed(pretend(model="other"))
+    records = pretend(first_token="prefill") + crossed(pretend(model="other", accelerator="EPYC"))
     tables = aggregate(records)
     for table in tables:
         table.rows["memory"] = ["simulated" if method == "h2o" else "physical" for method in table.rows["method"]]
@@ -134,7 +134,7 @@ def test_every_axis_is_a_filter_that_hides_the_rest_of_its_tables(opened: Any) -
     page = opened("various")
     of_tables = page.locator("#charts .of:visible")
     assert (len(visible(page)), of_tables.count()) == (10, 2)
-    for name, value in (("model", "other"), ("first_token", "prefill")):
+    for name, value in (("model", "other"), ("processor", "EPYC"), ("first_token", "prefill")):
         page.select_option(f"#f-{name}", value)
         assert (len(visible(page)), of_tables.count()) == (5, 1)
         page.select_option(f"#f-{name}", "")

@@ -12,7 +12,14 @@ from tests.pretend import cell, manifest, only, row
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "big"}, {"dtype": "bfloat16"}, {"query": "agnostic"}, {"first_token": "prefill"}, {"seed": 1}],
+    [
+        {"model": "big"},
+        {"dtype": "bfloat16"},
+        {"accelerator": "EPYC"},
+        {"query": "agnostic"},
+        {"first_token": "prefill"},
+        {"seed": 1},
+    ],
 )
 def test_axes_are_never_mixed(change: dict[str, Any]) -> None:
     tables = aggregate(cell("a", "64", [1.0] * 8) + cell("a", "64", [0.0] * 8, run_id="run2", **change))
@@ -35,6 +42,28 @@ def test_settings_of_the_runs_are_axes_where_they_differ(change: dict[str, Any],
     tables = aggregate(records, manifests=runs)
     assert len(tables) == 2
     assert any(says in t.axes.settings for t in tables)
+
+
+def test_records_of_one_run_on_two_processors_never_share_a_table() -> None:
+    """Those that nothing ran count where most of their run did."""
+    on = {"Xeon": cell("a", "64", [1.0] * 8), "EPYC": cell("a", "64", [0.0] * 6, task="other")}
+    records = [r.model_copy(update={"accelerator": name}) for name, some in on.items() for r in some]
+    failed = cell("b", "64", [None] * 3)
+    tables = aggregate([*failed, *records])
+    assert [t.axes.processor for t in tables] == ["EPYC", "Xeon"]
+    assert [list(t.rows.method) for t in tables] == [["a"], ["a", "b"]]
+
+
+def test_a_processor_is_named_by_its_record_and_else_by_its_manifest() -> None:
+    def of(device: str, **machine: Any) -> str:
+        model = ModelSpec(name="tiny", revision="r0", dtype="float32", device=device)
+        told = manifest(model=model, machine=machine)
+        return aggregate(cell("a", "64", [1.0], run_id=told.run_id), manifests=[told])[0].axes.processor
+
+    assert of("cpu", processor="Xeon", accelerators=["H100"]) == "Xeon"
+    assert of("cuda:1", processor="Xeon", accelerators=["H100", "H100"]) == "H100 (cuda)"
+    assert of("mps", processor="M2", accelerators=[]) == "M2 (mps)"
+    assert of("cpu") == aggregate(cell("a", "64", [1.0]))[0].axes.processor == "unknown processor"
 
 
 def test_runs_that_add_methods_budgets_or_tasks_share_a_table() -> None:

@@ -69,7 +69,9 @@ def test_the_ranking_says_what_the_records_say() -> None:
 
 def test_page_has_header_tables_and_legend() -> None:
     page = to_markdown(aggregate(board()), title="quick")
-    assert page.startswith("# quick\n\n## tiny, float32, query-aware, first token compressed, seed 42\n")
+    assert page.startswith(
+        "# quick\n\n## tiny, float32 on unknown processor, query-aware, first token compressed, seed 42\n"
+    )
     for text in ("samples: 24 of 2 tasks: niah, ruler/vt", "runs: run1", "How to read", "95%", "seed 0", "unweighted"):
         assert text in page
     main, tasks, ranks, tails, ruler = tables_of(page)
@@ -184,8 +186,8 @@ def test_the_other_csv_files_are_complete_and_numeric(tmp_path: Path) -> None:
     assert [row[c] for c in ("model", "query", "seed", "budget", "n_ok")] == ["tiny", "aware", 42, "128", 12]
     assert row.score_points_mean == pytest.approx(15)
     assert list(frame) == [
-        "model", "dtype", "query", "first_token", "seed", "settings", "budget", "method", "summary", "column", "mean",
-        "low", "high", "n", "n_expected", "tasks_present", "tasks_expected", "flags",
+        "model", "dtype", "processor", "query", "first_token", "seed", "settings", "budget", "method", "summary",
+        "column", "mean", "low", "high", "n", "n_expected", "tasks_present", "tasks_expected", "flags",
     ]  # fmt: skip
     assert len(frame) == 3 * len(METHODS) and set(frame["query"]) == {"aware"}
     row = frame[(frame.method == "h2o") & (frame.column == "Avg")].iloc[0]
