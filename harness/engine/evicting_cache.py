@@ -1,7 +1,7 @@
 """The layer cache of rows whose policy evicts while decoding: they stay at their budget while they grow."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from operator import itemgetter
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from harness.engine.kernels import slot_attention, slot_weights
 from harness.engine.layer_cache import DecodingLayer, Parts, room_step, visible
-from harness.engine.packed import each_tensor, storage_bytes, tensors_of
+from harness.engine.packed import Packed, each_tensor, pack, storage_bytes, tensors_of
 from methods.base import KV, KVPolicy, PolicyError, StepView
 
 
@@ -34,16 +34,67 @@ class _Batch(EvictingRow):
 
     rows: list[int] = field(default_factory=list)  # ascending; B of the KV
 
-    def widen(self) -> None:
-        """Add some of the slots that it may still have."""
+    @property
+    def held(self) -> KV | Packed:
+        """What is held between two steps."""
+        return self.kv
+
+    def free(self) -> Tensor:
+        """Return an empty slot of each head: [B, H, 1]. Raises PolicyError when there is none to be had."""
+        lowest, free = self.kv.positions.min(dim=-1, keepdim=True)
+        if int(lowest.max()) < 0:
+            return free
+        if not self.more:
+            raise self._full()
         step = min(self.more, room_step(self.kv.positions.shape[2]))
         self.kv, self.more = with_room(self.kv, step), self.more - step
+        return self.kv.positions.min(dim=-1, keepdim=True).indices
+
+    def close(self) -> None:
+        """End a step."""
+
+    def mark(self) -> Any:
+        """Return the state of now."""
+        return each_tensor(Tensor.clone, self.kv), self.more
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to a state."""
+        self.kv, self.more = mark
+
+    def _full(self) -> PolicyError:
+        return PolicyError(f"{type(self.policy).__name__} left no slot for the next token; after_step must free one")
+
+
+class _Unlike(_Batch):
+    """A row (B = 1) whose heads have unlike numbers of slots: packed between two steps, padded within one."""
+
+    def __init__(self, row: EvictingRow, number: int) -> None:
+        super().__init__(row.policy, row.budget, row.kv, row.more, [number])
+        columns = row.kv.positions.shape[2]
+        self.close()
+        empty = columns - max(self._packed.sizes) + row.more
+        self._most = [size + empty for size in self._packed.sizes]  # slots of each head, the next token's too
 
     @property
-    def lowest(self) -> tuple[Tensor, Tensor]:
-        """The lowest position of each head, -1 where a slot is empty, and its slot: [B, H, 1] both."""
-        lowest, free = self.kv.positions.min(dim=-1, keepdim=True)
-        return lowest, free
+    def held(self) -> Packed:
+        return self._packed
+
+    def free(self) -> Tensor:
+        if any(size >= most for size, most in zip(self._packed.sizes, self._most, strict=True)):
+            raise self._full()
+        self.kv = self._packed.kv(more=1)
+        return self.kv.positions.min(dim=-1, keepdim=True).indices
+
+    def close(self) -> None:
+        packed = pack(self.kv, 0)
+        assert isinstance(packed, Packed)
+        self._packed, self.kv = packed, self.kv.take(self.kv.positions[..., :0].long())
+
+    def mark(self) -> Any:
+        return self._packed
+
+    def rewind(self, mark: Any) -> None:
+        self._packed = mark
 
 
 class EvictingRows(DecodingLayer):
@@ -63,22 +114,19 @@ class EvictingRows(DecodingLayer):
         alike: dict[Hashable, list[int]] = {}
         for i, row in enumerate(rows):
             alike.setdefault(_alike(row) or i, []).append(i)
-        batches = []
+        batches = list[_Batch]()
         for own in alike.values():
             first, kvs = rows[own[0]], [rows[i].kv for i in own]
+            if type(first.kv) is KV and len(set(first.kv.live.flatten().tolist())) > 1:
+                batches += [_Unlike(rows[i], i) for i in own]
+                continue
             kv = first.kv if len(own) == 1 else each_tensor(lambda *tensors: torch.cat(tensors), *kvs)
             batches.append(_Batch(first.policy, first.budget, kv, first.more, own))
         self._hold(batches)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         for batch, k, v in zip(self.batches, self._parts.split(keys), self._parts.split(values), strict=True):
-            if int((at := batch.lowest)[0].max()) >= 0:
-                if not batch.more:
-                    name = type(batch.policy).__name__
-                    raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
-                batch.widen()
-                at = batch.lowest
-            kv, free = batch.kv, at[1]
+            free, kv = batch.free(), batch.kv
             for held, x in ((kv.keys, k), (kv.values, v)):
                 held.scatter_(2, free.unsqueeze(-1).expand(x.shape), x)
             kv.positions.scatter_(2, free, self.position)
@@ -97,15 +145,16 @@ class EvictingRows(DecodingLayer):
             else:
                 wanted = batch.policy.needs.decode_attention
                 _evict(batch, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None, position=last)
+            batch.close()
         return self._parts.join(outputs)
 
     def mark(self) -> Any:
-        return self.position, [(each_tensor(Tensor.clone, batch.kv), batch.more) for batch in self.batches]
+        return self.position, [batch.mark() for batch in self.batches]
 
     def rewind(self, mark: Any) -> None:
         self.position, held = mark
-        for batch, (kv, more) in zip(self.batches, held, strict=True):
-            batch.kv, batch.more = kv, more
+        for batch, own in zip(self.batches, held, strict=True):
+            batch.rewind(own)
 
     def keep(self, rows: Sequence[int]) -> None:
         place = {row: new for new, row in enumerate(rows)}
@@ -113,18 +162,22 @@ class EvictingRows(DecodingLayer):
         for batch in self.batches:
             at = [i for i, row in enumerate(batch.rows) if row in place]
             if at:
-                kv = batch.kv if len(at) == len(batch.rows) else each_tensor(itemgetter(at), batch.kv)
-                kept.append(replace(batch, rows=[place[batch.rows[i]] for i in at], kv=kv))
+                if len(at) < len(batch.rows):
+                    batch.kv = each_tensor(itemgetter(at), batch.kv)
+                batch.rows = [place[batch.rows[i]] for i in at]
+                kept.append(batch)
         self._hold(kept)
 
     def nbytes(self, row: int) -> int:
         batch = self._batch_of(row)
+        if isinstance(batch.held, Packed):
+            return sum(x.nbytes for x in batch.held.tensors())
         at = batch.rows.index(row)
         return (batch.kv if len(batch.rows) == 1 else each_tensor(itemgetter(slice(at, at + 1)), batch.kv)).nbytes
 
     def stored_bytes(self, row: int) -> int:
         batch = self._batch_of(row)
-        return storage_bytes(tensors_of(batch.kv)) // len(batch.rows)
+        return storage_bytes(tensors_of(batch.held)) // len(batch.rows)
 
     def _batch_of(self, row: int) -> _Batch:
         for batch in self.batches:

@@ -8,7 +8,7 @@ still sees of it, need no positions: their number tells them, so none are stored
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class Packed:
 
     keys, values: [P, D], of slots that are no codes. positions: [S] int32, of all, or None where they are implied.
     sizes: slots of each head. plain: those that are no codes. first: the token of the first slot, where implied.
+    side: [S, ...], side data of slots. beside: side data of no slot, as it was.
     """
 
     keys: Tensor
@@ -40,31 +41,37 @@ class Packed:
     sizes: tuple[int, ...]
     plain: tuple[int, ...]
     first: int
-    coded: Coded | None
+    coded: Coded | None = None
+    side: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
         codes = () if self.coded is None else (x for _, own in self.coded.parts for x in own.tensors())
-        return [self.keys, self.values, *([] if self.positions is None else [self.positions]), *codes]
+        extra = (*self.side.values(), *self.beside.values())
+        return [self.keys, self.values, *([] if self.positions is None else [self.positions]), *extra, *codes]
 
-    def kv(self) -> KV:
-        """The layer as methods leave it, padded where heads differ; else no copy."""
+    def kv(self, more: int = 0) -> KV:
+        """The layer as methods leave it, padded where heads differ, with `more` empty columns; else no copy."""
         if self.positions is None:
             end = self.first + self.sizes[0]
             run = torch.arange(self.first, end, dtype=torch.int32, device=self.keys.device)
             positions = run.expand(1, len(self.sizes), -1)
         else:
-            positions = _padded(self.positions, self.sizes, empty=-1)
-        keys, values = (_padded(x, self.plain) for x in (self.keys, self.values))
-        return KV(keys, values, positions) if self.coded is None else CodedKV(keys, values, positions, {}, *self.coded)
+            positions = _padded(self.positions, self.sizes, more, empty=-1)
+        keys, values = (_padded(x, self.plain, more) for x in (self.keys, self.values))
+        if self.coded is not None:
+            return CodedKV(keys, values, positions, {}, *self.coded)
+        side = {name: _padded(x, self.sizes, more) for name, x in self.side.items()}
+        return KV(keys, values, positions, side | {name: x.clone() for name, x in self.beside.items()})
 
 
 def pack(kv: KV, end: int, *, window: bool = False) -> Packed | KV:
     """Pack what is left of a layer (B = 1) of a prompt of `end` tokens. window: whether it is of a sliding window.
 
-    A KV with side data or of an unknown class stays as it is, but for views that keep more than they show.
+    Codes with side data and a KV of an unknown class stay as they are, but for views that keep more than they show.
     """
-    if kv.extra or type(kv) not in (KV, CodedKV):
+    if type(kv) is not KV and (kv.extra or type(kv) is not CodedKV):
         return each_tensor(_own, kv)
     coded = Coded(kv.counts, kv.parts) if isinstance(kv, CodedKV) else None
     there, implied = kv.positions[0] >= 0, is_implied(kv, end, window=window)
@@ -76,7 +83,10 @@ def pack(kv: KV, end: int, *, window: bool = False) -> Packed | KV:
         own = width < torch.tensor(plain, device=there.device).unsqueeze(1)
     keys, values = (_flat(x[0], own, sum(plain)) for x in (kv.keys, kv.values))
     positions = None if implied else _flat(kv.positions[0], there, sum(sizes))
-    return Packed(keys, values, positions, sizes, plain, end - sizes[0], coded)
+    slotted = {name for name, x in kv.extra.items() if x.shape[:3] == kv.positions.shape}
+    side = {name: _flat(kv.extra[name][0], there, sum(sizes)) for name in slotted}
+    beside = {name: _own(x) for name, x in kv.extra.items() if name not in slotted}
+    return Packed(keys, values, positions, sizes, plain, end - sizes[0], coded, side, beside)
 
 
 def is_implied(kv: KV, end: int, *, window: bool = False) -> bool:
@@ -124,9 +134,9 @@ def _flat(x: Tensor, there: Tensor, count: int) -> Tensor:
     return _own(x.flatten(0, 1) if count == there.numel() else x[there])
 
 
-def _padded(x: Tensor, sizes: tuple[int, ...], *, empty: int = 0) -> Tensor:
-    """Rows x [sum(sizes), ...] as [1, H, max(sizes), ...]."""
-    width = max(sizes)
+def _padded(x: Tensor, sizes: tuple[int, ...], more: int = 0, *, empty: int = 0) -> Tensor:
+    """Rows x [sum(sizes), ...] as [1, H, max(sizes) + more, ...]."""
+    width = max(sizes) + more
     if min(sizes) == width:
         return x.view(1, len(sizes), width, *x.shape[1:])
     there = torch.arange(width, device=x.device) < torch.tensor(sizes, device=x.device).unsqueeze(1)
