@@ -1,4 +1,4 @@
-"""`protect` around every method: what is marked is kept, the budget is the same, the rest is the method's own choice."""
+"""`protect` around every method: what is marked is kept, the budget is the same, the rest is the method's choice."""
 
 import pytest
 import torch
