@@ -1,6 +1,5 @@
 """Instructions: every rule by hand, what a block holds, and that neither silence nor chatter keeps a secret."""
 
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
@@ -42,15 +41,15 @@ def test_a_drawn_answer_keeps_its_rule_and_hardly_another_draws(rule: Rule) -> N
     assert sum(rule.kept(own.answer, other.wanted) for own, other in pairs) < 0.45 * len(pairs)
 
 
-def test_rules_take_turns_in_every_place(drawn: TaskOptions) -> None:
-    samples = draw_samples(OBEY, replace(drawn, limit=21, lengths=(256,)))
-    assert set(Counter((one.meta["rule"], one.meta["place"]) for one in samples).values()) == {1}
-    asked = Counter(
-        (one.meta["rule"], one.meta["place"]) for one in draw_samples(SECRET, replace(drawn, limit=12, lengths=(256,)))
-    )
-    assert set(asked) == {(kind, place) for kind in ("secret", "fact") for place in PLACES} and set(asked.values()) == {
-        2
-    }
+def test_every_rule_of_a_block_is_asked_for_and_every_place_sees_every_rule(drawn: TaskOptions) -> None:
+    samples = draw_samples(OBEY, replace(drawn, limit=60, lengths=(256,)))
+    assert [one.meta["place"] for one in samples] == [*PLACES] * 20
+    for of_one in zip(*[iter(samples)] * 3, strict=True):
+        assert len({one.context for one in of_one}) == 1 and len({one.meta["rule"] for one in of_one}) == 3
+    assert len({(one.meta["rule"], one.meta["place"]) for one in samples}) > 2.5 * len(RULES)
+    twins = draw_samples(SECRET, replace(drawn, limit=39, lengths=(256,)))
+    assert [one.meta["rule"] for one in twins] == [*["secret", "fact"] * 19, "secret"]
+    assert len({(one.meta["rule"], one.meta["place"]) for one in twins}) == 6
 
 
 @pytest.mark.parametrize("name", [OBEY, SECRET])
@@ -68,13 +67,13 @@ def test_the_block_is_marked_and_holds_the_rule_that_decides(name: str, drawn: T
 
 @pytest.mark.parametrize("name", [OBEY, SECRET])
 def test_prompts_fill_their_length_and_share_no_text(name: str, drawn: TaskOptions) -> None:
-    options = replace(drawn, limit=3, lengths=(256, 512))
+    options = replace(drawn, limit=4, lengths=(256, 512))
     tokenizer, samples = options.tokenizer, draw_samples(name, options)
     for one in samples:
         used = len(tokenizer.encode(one.context + one.question)) + len(tokenizer.encode(one.answer_prefix))
         used += tokenizer.template_tokens + one.max_new_tokens
         assert 0.9 * one.meta["length"] < used <= one.meta["length"]
-    assert len({one.meta["group"] for one in samples}) == len(samples) == 6
+    assert len({one.meta["group"] for one in samples}) == 4 and len(samples) == 8
 
 
 def test_a_secret_is_kept_by_the_answer_that_the_rule_gives_alone(drawn: TaskOptions) -> None:
