@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadgroup
 QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null night-power overlap demo docs tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null figures night-power overlap demo docs tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -65,16 +65,19 @@ test-cluster: $(READY) model ## the autoscaler with fake nodes, on a Ray cluster
 	$(PYTEST) -m cluster
 
 faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50 --keep docs/measured/faults.json
 
 overlap: $(READY) model ## how much text any two prompts of a board file have in common
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.overlap
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.overlap --keep docs/measured/overlap.json
 
 null: $(READY) ## boards of equal methods: how often some are told apart, and which differences are found (20 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.null --out docs/measured/null.json
+
+figures: $(READY) ## what the pages say beside what their sources say
+	$(BIN)/python -m tests.figures
 
 night-power: $(READY) ## pretend nights: how often one fails when nothing is wrong, and when something is (15 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.night_power
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.night_power --keep docs/measured/nights.json
 
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick
@@ -123,7 +126,7 @@ test-kvpress: model $(BENCH)/.ready ## presses of kvpress under our budgets, in 
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q tests/kvpress
 
 bench: model $(BENCH)/.ready ## speed of this harness beside kvpress, in an environment of its own
-	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest tests/bench -m bench
+	HF_HUB_OFFLINE=1 KVH_BENCH_OUT=docs/measured/bench.json $(BENCH)/bin/python -m pytest tests/bench -m bench
 
 # The wheel is tried where the sources are not: a fresh environment, another folder, the project installed from the
 # wheel alone. The dependencies are lent by the development environment through a .pth line instead of 1.4 GB

@@ -29,6 +29,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from harness.cli import main
+from tests.measured import keep
 from tests.tiny_run import TIMES, key, only
 
 RUN = (
@@ -181,8 +182,8 @@ def _what(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in {*TIMES, "accelerator"}}
 
 
-def campaign(seeds: Sequence[int], folder: Path) -> list[Trial]:
-    """Run the trials of `seeds` one after another on one cluster; prints a line for each."""
+def campaign(seeds: Sequence[int], folder: Path, keep_file: Path | None = None) -> list[Trial]:
+    """Run the trials of `seeds` one after another on one cluster; prints and keeps a line for each."""
     expected, trials = sequential(folder / "sequential"), []
     with small_cluster() as cluster:
         for seed in seeds:
@@ -190,6 +191,9 @@ def campaign(seeds: Sequence[int], folder: Path) -> list[Trial]:
             disturbed(trial, cluster, own, expected)
             print(trial.line(), flush=True)
             trials.append(trial)
+            if keep_file is not None:
+                result = {"struck": trial.struck, "drivers": trial.drivers, "wrong": trial.wrong}
+                keep(keep_file, "make faults", {f"seed {seed}": result})
             if not trial.wrong:
                 shutil.rmtree(own)
     return trials
@@ -200,10 +204,11 @@ def ask() -> int:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     parser.add_argument("--out", type=Path, default=Path("build/faults"))
+    parser.add_argument("--keep", type=Path, help="file of `tests/measured.py` to keep each run's outcome in")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    trials = campaign(range(args.seed, args.seed + args.runs), args.out.resolve())
+    trials = campaign(range(args.seed, args.seed + args.runs), args.out.resolve(), args.keep)
     struck = Counter(kind for trial in trials for kind in trial.struck)
     kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(struck.items()))
     lost = sum(bool(trial.wrong) for trial in trials)

@@ -29,6 +29,7 @@ import leaderboards
 from leaderboards.nights.compare import NightlyOptions
 from leaderboards.stats.bootstrap import Array, Mask
 from leaderboards.stats.paired import holm
+from tests.measured import keep
 
 TASKS = np.array([0.95, 0.9, 0.8, 0.5])
 CELLS = np.array([1.0, 0.9, 0.6, 0.95, 0.7, 0.5, 0.3, 0.25, 0.15, 0.1, 0.05])
@@ -162,24 +163,32 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nights", type=int, default=200)
+    parser.add_argument("--keep", type=Path, help="file of `tests/measured.py` to keep the rows in")
     asked = parser.parse_args()
+
+    def keep_row(name: str, values: list[float] | list[int | None]) -> None:
+        if asked.keep is not None:
+            keep(asked.keep, "make night-power", {name: {"values": values, "nights": asked.nights}})
+
     print("Nights that fail, in %. moved: share of the answers that another release of a library draws anew.")
     print("scope | moved | prompts a task | nothing | 3 points | 5 points | 10 points | to 0")
     for scope in SCOPES:
         for moved in (0.0, 0.1, 0.3):
             for limit in (8, 20, 50):
-                shares = (
+                shares = [
                     failed(limit, count=asked.nights, moved=moved, points=points, scope=scope)
                     for points in (0, 3, 5, 10, ZERO)
-                )
+                ]
                 print(scope, moved, limit, *(f"{100 * share:.1f}" for share in shares), sep=" | ", flush=True)
+                keep_row(f"fails {scope}, {100 * moved:.0f} %, {limit}", [100 * share for share in shares])
     print("Prompts a task with which four of five nights fail, of 8, 20, 50, 100, 200, 400")
     print("scope | moved | 3 points | 5 points | 10 points")
     limits, few = (8, 20, 50, 100, 200, 400), max(1, asked.nights // 4)
     for scope in SCOPES:
         for moved in (0.0, 0.1):
-            found = (needed(points, scope, moved=moved, count=few, limits=limits) for points in (3, 5, 10))
+            found = [needed(points, scope, moved=moved, count=few, limits=limits) for points in (3, 5, 10)]
             print(scope, moved, *(n or "more" for n in found), sep=" | ", flush=True)
+            keep_row(f"needs {scope}, {100 * moved:.0f} %", found)
 
 
 if __name__ == "__main__":

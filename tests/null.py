@@ -20,9 +20,10 @@ level that Holm leaves it. `old`: by itself at 5 %, and every sample its own con
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from scipy import special
 from leaderboards.stats.bootstrap import LEVEL, Array, Drawn, Indexes, Mask, joint_counts
 from leaderboards.stats.eligible import LOWEST
 from leaderboards.stats.ranks import Contrasts, contrasts, first_limit, least_seen, step_down
+from tests.measured import keep
 
 CHANCES = (0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 """Of a 100, by task, in turn from the last; those below `LOWEST` are left out by the full cache, mostly."""
@@ -39,6 +41,7 @@ SPREAD = 0.7
 ALIKE = 0.3
 """Share of the contexts in which all methods answer alike."""
 RULES = ("old", "holm", "new")
+KINDS = (("equal", 0.0), ("equal", 0.05), ("equal", 0.2), ("half", 0.2), ("unlike", 0.2))
 
 
 class Shape(NamedTuple):
@@ -239,27 +242,40 @@ def least(shape: Shape, icc: float, *, count: int, resamples: int) -> tuple[floa
     return float(points), float(nats)
 
 
+def simulate(names: Sequence[str], count: int, resamples: int, keep_row: Callable[[str, dict[str, Any]], None]) -> None:
+    """Print the tables; `keep_row` is given each row's name and values, as they are found."""
+    times = {"count": count, "resamples": resamples}
+    print("Boards with a false claim, in %. Shape: methods, budgets, tasks, contexts a task, samples a context.")
+    print("board, shape, kind, icc: old, holm, new")
+    for name, (kind, icc) in product(names, KINDS):
+        found = {rule: false_claims(BOARDS[name], icc, rule, kind=kind, **times) / count for rule in RULES}
+        print(name, tuple(BOARDS[name]), kind, icc, *(f"{100 * share:.1f}" for share in found.values()), flush=True)
+        claims = {f"{rule}_percent": 100 * share for rule, share in found.items()}
+        keep_row(f"claims {name}, {kind}, {icc}", claims | {"boards": count, "resamples": resamples})
+    print("The differences that are said to be found with 80 %, points and nats, and how often they are: holm, new")
+    for name, icc in product(names, (0.0, 0.05, 0.2)):
+        gaps = least(BOARDS[name], icc, count=30, resamples=resamples)
+        shares = {r: power(BOARDS[name], icc, r, gaps=gaps, count=200, resamples=resamples) for r in RULES[1:]}
+        said = (f"{100 * share:.0f}" for both in shares.values() for share in both)
+        print(name, icc, f"{gaps[0]:.1f} {gaps[1]:.3f}", *said, flush=True)
+        percent = {f"{r}_percent": [100 * share for share in both] for r, both in shares.items()}
+        keep_row(f"seen {name}, {icc}", {"points": gaps[0], "nats": gaps[1], **percent})
+
+
 def main() -> None:
-    """Print the tables."""
+    """Print the tables, and keep their rows in a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--boards", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=400)
     parser.add_argument("--shapes", default=",".join(BOARDS))
+    parser.add_argument("--out", type=Path, help="file of `tests/measured.py` to keep the rows in")
     asked = parser.parse_args()
-    names, times = asked.shapes.split(","), {"count": asked.boards, "resamples": asked.resamples}
-    print("Boards with a false claim, in %. Shape: methods, budgets, tasks, contexts a task, samples a context.")
-    print("board, shape, kind, icc: old, holm, new")
-    for name, (kind, icc) in product(
-        names, [("equal", 0.0), ("equal", 0.05), ("equal", 0.2), ("half", 0.2), ("unlike", 0.2)]
-    ):
-        found = [false_claims(BOARDS[name], icc, rule, kind=kind, **times) for rule in RULES]
-        print(name, tuple(BOARDS[name]), kind, icc, *(f"{100 * n / asked.boards:.1f}" for n in found), flush=True)
-    print("The differences that are said to be found with 80 %, points and nats, and how often they are: holm, new")
-    for name, icc in product(names, (0.0, 0.05, 0.2)):
-        gaps = least(BOARDS[name], icc, count=30, resamples=asked.resamples)
-        found = [power(BOARDS[name], icc, rule, gaps=gaps, count=200, resamples=asked.resamples) for rule in RULES[1:]]
-        shares = (f"{100 * share:.0f}" for both in found for share in both)
-        print(name, icc, f"{gaps[0]:.1f} {gaps[1]:.3f}", *shares, flush=True)
+
+    def keep_row(name: str, values: dict[str, Any]) -> None:
+        if asked.out is not None:
+            keep(asked.out, "make null", {name: values})
+
+    simulate(asked.shapes.split(","), asked.boards, asked.resamples, keep_row)
 
 
 if __name__ == "__main__":

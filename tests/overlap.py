@@ -6,16 +6,19 @@ is left out, which is its question, its answer prefix and its needles; what it s
 one `meta.group` are one context and are not compared.
 """
 
+import argparse
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 from harness.boards.sources import BOARDS, read_config
 from harness.plan.datasets import find_asset
 from tasks import load_tasks
 from tasks.base import Contexts, Sample, TaskOptions, find_tasks
+from tests.measured import keep
 from tests.task_data import Words
 
 RUN = 8
@@ -90,6 +93,9 @@ def _runs(text: str) -> Iterator[int]:
 
 
 def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", type=Path, help="file of `tests/measured.py` to keep the largest overlaps in")
+    asked = parser.parse_args()
     print("| board | contexts | prompts | groups | largest overlap | of |\n| --- | --- | --- | --- | --- | --- |")
     for board in boards():
         for contexts in ("protocol", "drawn"):
@@ -98,6 +104,8 @@ def _main() -> None:
             groups = len({one.group for one in prompts})
             of = f"{most.first}, {most.second}"
             print(f"| `{board}` | {contexts} | {len(prompts)} | {groups} | {most.share:.3f} | {of} |", flush=True)
+            if asked.keep is not None:
+                keep(asked.keep, "make overlap", {f"{board}, {contexts}": {"share": most.share, "of": of}})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,14 @@ HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "g
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    dropout: float = 0.0,  # in the sixth place, where kvpress's wrapper of every registered attention puts it
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     cache: LayerCache | None = getattr(key, "layer_cache", None)
     tied = getattr(value, "layer_cache", None) is cache

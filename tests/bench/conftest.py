@@ -1,7 +1,7 @@
 """Fixtures of the speed comparisons: both sides, exact prompts, races in turn, and a table of ratios at the end.
 
 Nothing here fails on time: a ratio is printed beside its goal. Without kvpress only what compares with
-no other library is collected.
+no other library is collected. KVH_BENCH_OUT names the file of `tests/measured.py` that keeps the ratios.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from harness.models.assets import asset_folder
 from harness.models.load import resolve_dtype
+from tests.measured import keep
 
 if TYPE_CHECKING:
     from tests.bench.sides import Ours, Text, Theirs
@@ -33,12 +34,13 @@ THREADS = int(os.environ.get("KVH_BENCH_THREADS", "2"))
 ROUNDS = int(os.environ.get("KVH_BENCH_ROUNDS", "1000"))  # at most so many rounds of anything
 DTYPES = sorted({"float32", str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")})
 Goal = tuple[Literal["<=", ">="], float]
+Note = tuple[str, list[float], Goal | None]
 
 
-LINES = pytest.StashKey[list[str]]()
+NOTES = pytest.StashKey[list[Note]]()
 
 
-def line(name: str, values: list[float], goal: Goal | None = None) -> str:
+def line(name: str, values: list[float], goal: Goal | None) -> str:
     """One line of the final table. values: a ratio per round."""
     middle = statistics.median(values)
     told = f"{name:<58} {middle:7.2f}x  ({min(values):.2f} to {max(values):.2f}, {len(values)} rounds)"
@@ -57,8 +59,8 @@ def _threads() -> None:
 @pytest.fixture
 def note(pytestconfig: pytest.Config) -> Callable[..., None]:
     """Put a ratio into the final table."""
-    lines = pytestconfig.stash.setdefault(LINES, [])
-    return lambda *given: lines.append(line(*given))
+    notes = pytestconfig.stash.setdefault(NOTES, [])
+    return lambda name, values, goal=None: notes.append((name, list(values), goal))
 
 
 @pytest.fixture(scope="session", params=DTYPES)
@@ -116,8 +118,17 @@ def race(benchmark: Any, note: Callable[..., None]) -> Callable[..., tuple[Any, 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    lines = config.stash.get(LINES, [])
-    if lines:
-        terminalreporter.section(f"ratios: median of the rounds, {THREADS} torch threads")
-        for told in lines:
-            terminalreporter.write_line(told)
+    notes = config.stash.get(NOTES, [])
+    if not notes:
+        return
+    terminalreporter.section(f"ratios: median of the rounds, {THREADS} torch threads")
+    for given in notes:
+        terminalreporter.write_line(line(*given))
+    if out := os.environ.get("KVH_BENCH_OUT"):
+        keep(Path(out), "make bench", {name: _result(values, goal) for name, values, goal in notes})
+
+
+def _result(values: list[float], goal: Goal | None) -> dict[str, Any]:
+    """As it is kept: the median, all rounds, the goal as a sign and a bound, and how busy the machine is at the end."""
+    kept = {"median": statistics.median(values), "rounds": values, "goal": goal}
+    return {**kept, "threads": THREADS, "load": round(os.getloadavg()[0], 1)}

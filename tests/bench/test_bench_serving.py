@@ -158,5 +158,5 @@ def test_the_peak_of_a_prefill(note: Callable[..., None], label: str, dtype: str
             assert result.measured is not None, result.error
             peaks.append(result.measured.peak_bytes)
     full, kept = peaks
-    name = f"peak, {LONG} tokens, {dtype}: {label} / fullkv, {kept / 2**20:.0f} / {full / 2**20:.0f} MiB"
+    name = f"peak, {LONG} tokens, {dtype}: {label} / fullkv"
     note(name, [kept / full], ("<=", 1.15))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from harness.engine.engine import Engine
-from harness.engine.transformers_seam import AttachedModel
+from harness.engine.transformers_seam import ATTENTION, AttachedModel
 from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from methods.base import Budget, KVPolicy, Needs
@@ -88,6 +89,19 @@ def test_the_uncompressed_engine_is_the_plain_model(name: str, tokens: int) -> N
         assert list(outcome.token_ids) == gold
         assert outcome.nll_per_token == pytest.approx(nll, abs=1e-4)
     assert len(set(gold)) > 1  # a model that repeats one token would hide a wrong cache
+
+
+def test_it_runs_where_kvpress_has_wrapped_every_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `attention_patch.py:85 at kvpress 8bb29b9`: dropout by its place, the rest by name."""
+    registered = ALL_ATTENTION_FUNCTIONS[ATTENTION]
+
+    def wrapper(module: Any, query: Any, key: Any, value: Any, mask: Any, dropout: float, **kwargs: Any) -> Any:
+        return registered(module, query, key, value, mask, dropout, **kwargs)
+
+    _, model = pair("llama")
+    expected = run(model, prompt(20), FullKV()).token_ids
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION, wrapper)
+    assert run(model, prompt(20), FullKV()).token_ids == expected
 
 
 @every_model
