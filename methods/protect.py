@@ -65,6 +65,8 @@ class Protect(KVPolicy):
         return self.inner.fitted_on()
 
     def check(self, view: PromptView) -> None:
+        if self.needs.hidden_states:
+            raise PolicyError(f"protect.over={self.over!r} reads hidden states, of protected tokens too; name another")
         self.inner.check(view)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
@@ -115,6 +117,4 @@ def _chooser(label: str) -> KVPolicy:
         raise PolicyError(f"{name} evicts nothing, so everything is kept; name a method that evicts")
     if policy.evicts_while_decoding:
         raise PolicyError(f"{name} evicts while decoding, protected tokens too; name another preset or method")
-    if policy.needs.hidden_states:
-        raise PolicyError(f"{name} reads the whole prompt's hidden states; name a method of this registry")
     return policy

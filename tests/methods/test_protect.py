@@ -7,12 +7,22 @@ from harness.contract import DIM, HEADS, LAYERS, make_view
 from methods.base import KV, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
 from methods.protect import PRESETS
+from methods.random import RandomEviction
 from methods.registry import load_methods, make_policy
+from methods.tuned.artefact import load_tuning, packaged
 
 TOKENS, MARKED = 90, (0, 1, 30, 31, 32, 33, 34, 60)
 BUDGETS = (9, 12, 24, 40)
 REFUSED = {"fullkv": "evicts nothing", "quant": "evicts nothing", "protect": "protects already"}
 AROUND = sorted({*load_methods()} - {*REFUSED})
+
+
+class Reader(RandomEviction):
+    """A method that reads hidden states, as a press does."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hidden_states=True)
 
 
 def view_of(needs: Needs, protected: tuple[int, ...] = MARKED) -> PromptView:
@@ -69,6 +79,24 @@ def test_presets_go_around_every_method_that_can_be() -> None:
 def test_what_cannot_be_protected_is_refused(over: str, why: str) -> None:
     with pytest.raises(PolicyError, match=rf"protect.over='{over}' .*{why}"):
         make_policy("protect", {"over": over})
+
+
+def test_a_method_that_reads_hidden_states_is_refused_once_the_model_is_known() -> None:
+    policy = make_policy("protect@random")
+    policy.check(view_of(Needs()))
+    object.__setattr__(policy, "inner", Reader())
+    with pytest.raises(PolicyError, match="protect.over='random' reads hidden states"):
+        policy.check(view_of(Needs()))
+
+
+def test_tuned_parameters_are_those_of_the_model() -> None:
+    (path, *_) = packaged("snapkv")
+    tuning, _ = load_tuning(path)
+    policy = make_policy("protect", {"over": "snapkv@tuned"}).for_model(tuning.model_revision)
+    view = view_of(policy.needs)
+    own = make_policy("snapkv", tuning.chosen).compress(view.others, 40 - len(MARKED))
+    assert positions(policy.compress(view, 40)) == [[head | set(MARKED) for head in layer] for layer in positions(own)]
+    assert "artefact_sha256" in policy.provenance() and policy.fitted_on() >= set(tuning.prompts)
 
 
 def test_a_span_as_large_as_the_budget_is_one_clear_line() -> None:
