@@ -174,10 +174,11 @@ RULES = (
     Rule("format", "What time is it?", _format, holds),
     Rule("capitals", "Who won the race?", _capitals, holds),
 )
-"""Rules that SmolLM2-135M keeps with its full cache in half of the prompts or more: forbidden 6 of 6, opening 9 of 10,
-ending 7 of 8, count 8 of 10, capitals 10 of 13, format 5 of 7, language 3 of 6, by `harness run --methods fullkv --tasks
-instructions/obey --lengths 512 --limit 60 --seed 1003`. A model that cannot keep one tells less by it: a record names
-the rule (`meta.rule`), and a run's provenance all of them."""
+"""Those that SmolLM2-135M keeps with its full cache in half of the prompts or more: forbidden 6 of 6, opening 9 of 10,
+ending 7 of 8, count 8 of 10, capitals 10 of 13, format 5 of 7, language 3 of 6, by `harness run --methods fullkv
+--tasks instructions/obey --lengths 512 --limit 60 --seed 1003`. A rule that a model cannot keep tells nothing of a
+cache: every record names its rule (`meta.rule`).
+"""
 
 
 class InstructionTask(Task):
