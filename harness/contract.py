@@ -14,9 +14,10 @@ from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
 from methods.label import MethodLabel
 from methods.registry import METHODS, make_policy
+from methods.views import POSITION_BYTES
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
-PLAIN = 2 * DIM * 4  # bytes of a slot
+PLAIN = 2 * DIM * 4 + POSITION_BYTES  # bytes of a slot
 LENGTHS = (2, 17, 50, 90)
 BUDGETS = (1, 2, 3, 5, 9, 20, 33, 64)
 
@@ -55,7 +56,7 @@ def make_view(tokens: int, needs: Needs, *, dim: int = DIM, dtype: torch.dtype =
         keys, values = (torch.randn(1, HEADS, tokens, dim, generator=draw).to(dtype) for _ in range(2))
         queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), dim, generator=draw).to(dtype)
         sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw) if needs.column_sums else None
-        kv = KV(keys, values, torch.arange(tokens).expand(1, HEADS, tokens))
+        kv = KV(keys, values, torch.arange(tokens, dtype=torch.int32).expand(1, HEADS, tokens))
         layers.append(LayerView(index, kv, queries, dim**-0.5, sums, _turn))
     own = -torch.rand(1, max(0, min(needs.window, tokens - 1)), generator=draw)
     return PromptView(layers, own if needs.logprobs else None)
@@ -85,8 +86,8 @@ def one_kv_a_layer(label: str) -> Iterator[str]:
             yield f"{len(kvs)} KVs for {LAYERS} layers {where}"
         for kv in kvs:
             shapes = [list(x.shape[:3]) for x in (*kv.load(), kv.positions)]
-            if not (shapes[0] == shapes[1] == shapes[2] and kv.positions.dtype == torch.int64):
-                yield f"keys, values, int64 positions of {shapes} {where}"
+            if not (shapes[0] == shapes[1] == shapes[2] and kv.positions.dtype == torch.int32):
+                yield f"keys, values, int32 positions of {shapes} {where}"
 
 
 @clause
@@ -231,7 +232,7 @@ def _differing(label: str, part: int, what: str) -> Iterator[str]:
     for _, view, _, kvs, where in tried(label):
         for layer, kv in zip(view.layers, kvs, strict=True):
             own, prompt = kv.load()[part], layer.kv.load()[part]  # [1, H, S, D] and [1, H, T, D]
-            source = prompt.gather(2, kv.positions.clamp(min=0).unsqueeze(-1).expand(own.shape))
+            source = prompt.gather(2, kv.positions.clamp(min=0).long().unsqueeze(-1).expand(own.shape))
             wrong = sorted(set(kv.positions[(own != source).any(dim=-1) & (kv.positions >= 0)].tolist()))
             if wrong:
                 yield f"positions whose {what} differs: {wrong} {where}"

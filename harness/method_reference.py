@@ -17,9 +17,10 @@ from methods.base import KV, KVPolicy, Needs
 from methods.codes import CodedKV
 from methods.registry import Method, load_methods, make_policy
 from methods.tuned.artefact import load_tuning, packaged
+from methods.views import POSITION_BYTES
 
 DIM, DTYPE = 64, torch.bfloat16
-PLAIN = f"2 x D x {DTYPE.itemsize} = {2 * DIM * DTYPE.itemsize}"
+PLAIN = f"2 x D x {DTYPE.itemsize} + {POSITION_BYTES} = {2 * DIM * DTYPE.itemsize + POSITION_BYTES}"
 PROMPT, BUDGETS = 2048, (128, 256, 512)
 """Tokens of the prompt that bytes are measured on, and budgets where they depend on it."""
 
@@ -34,7 +35,8 @@ Written by `make docs` from the files of `methods/`; change those. A result name
 - **Observes** is what the engine gathers during the prefill, of the policy as it is made without a model: compiled
   tables may ask for more.
 - **Bytes of a slot**, of one KV head: measured on a random prompt of {PROMPT} tokens at D = {DIM} in {str(DTYPE)[6:]}
-  (D: size of a head), where a plain slot, a key and a value, takes {PLAIN}.
+  (D: size of a head), where a plain slot, a key, a value and its position, takes
+  {PLAIN}. The full cache needs no positions and takes {POSITION_BYTES} less, however it is coded.
 - An empty cell of a preset is the default.
 """
 
@@ -136,7 +138,10 @@ def _codes(kv: KV) -> Iterator[str]:
         _, codes = kv.parts[0]
         numbers = codes.keys.shape[-1] + codes.values.shape[-1]
         scales = codes.nbytes / (codes.keys.shape[0] * codes.slots) - numbers
-        yield f"2 x D x {codes.coding.bits} / 8 = {numbers} of codes + {scales:.1f} of scales and zeros"
+        yield (
+            f"2 x D x {codes.coding.bits} / 8 = {numbers} of codes + {scales:.1f} of scales and zeros + "
+            f"{POSITION_BYTES}"
+        )
         yield f"the last {codes.coding.residual} of a head are plain"
 
 

@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from methods.views import KV
+from methods.views import KV, POSITION_BYTES
 
 HALF_BYTES = 2  # of a scale, and of a zero
 
@@ -40,9 +40,9 @@ class Coding:
         return next(width for width in range(min(self.group, dim), 0, -1) if dim % width == 0)
 
     def coded_slot_bytes(self, key_dim: int, value_dim: int) -> int:
-        """Return the bytes of a coded slot without its key's scales, which its group shares."""
+        """Return the bytes of a coded slot and its position without its key's scales, which its group shares."""
         codes = (key_dim + value_dim) * self.bits // 8
-        return codes + 2 * HALF_BYTES * (value_dim // self.channels(value_dim))
+        return POSITION_BYTES + codes + 2 * HALF_BYTES * (value_dim // self.channels(value_dim))
 
     def nbytes(self, slots: int, key_dim: int, value_dim: int) -> int:
         """Return the bytes of `slots` coded slots of a head; a last group that is not full has scales of its own."""
@@ -95,9 +95,13 @@ class Codes:
     def slots(self) -> int:
         return int(self.keys.shape[1])
 
+    def tensors(self) -> list[Tensor]:
+        """Return everything that is held."""
+        return [getattr(self, name) for name in _TENSORS]
+
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in _TENSORS)
+        return sum(x.nbytes for x in self.tensors())
 
     def take(self, streams: Tensor) -> Codes:
         """Return the codes of some of the streams. streams: [n'] int64."""
@@ -162,8 +166,8 @@ class CodedKV(KV):
 
     @property
     def nbytes(self) -> int:
-        """Codes with their scales, and the live slots that are none."""
-        coded = sum(codes.nbytes for _, codes in self.parts)
+        """Codes with their scales and positions, and the live slots that are none."""
+        coded = sum(codes.nbytes for _, codes in self.parts) + sum(self.counts) * POSITION_BYTES
         first = torch.tensor(self.counts, device=self.positions.device).unsqueeze(1)  # [H, 1]
         own = torch.arange(self.positions.shape[2], device=first.device) >= first
         return coded + int((own & (self.positions[0] >= 0)).sum()) * self.slot_bytes
@@ -171,7 +175,7 @@ class CodedKV(KV):
 
 def encode(kv: KV, coding: Coding) -> CodedKV:
     """Code a KV (B = 1) of any number of slots in each head. `kv` is left alone, and nothing of it is shared."""
-    last = torch.iinfo(torch.int64).max
+    last = torch.iinfo(kv.positions.dtype).max
     order = kv.positions.masked_fill(kv.positions < 0, last).argsort(dim=-1, stable=True)
     live = kv.live[0].tolist()
     counts = tuple(coding.coded(slots, kv) for slots in live)

@@ -44,7 +44,7 @@ class StreamingLLM(EvictionPolicy):
     def after_step(self, step: StepView) -> Tensor:
         kv = step.kv
         kept = (kv.positions < 0) | (kv.positions < self.sinks)
-        victim = kv.positions.masked_fill(kept, torch.iinfo(torch.int64).max).argmin(dim=-1)
+        victim = kv.positions.masked_fill(kept, torch.iinfo(kv.positions.dtype).max).argmin(dim=-1)
         full = kv.live > step.budget
         if isinstance(kv, ReassignedKV) and bool(full.all()):
             kv.shift += 1

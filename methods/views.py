@@ -14,6 +14,8 @@ from torch import Tensor
 
 from methods.budget import PolicyError
 
+POSITION_BYTES = 4  # of a slot: which token it holds, an int32
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -41,7 +43,7 @@ class KV:
     """What is left of one layer's cache, and all the state a policy has: it dies with its sequence.
 
     keys, values: [B, H, S, D], RoPE applied to the keys.
-    positions: [B, H, S] int64, the token each slot came from; -1 marks an empty slot.
+    positions: [B, H, S] int32 (made so), the token each slot came from; -1 marks an empty slot.
     extra: side data a method stores with the slots; it counts as cache bytes, of live slots where it is [B, H, S, ...].
     """
 
@@ -49,6 +51,9 @@ class KV:
     values: Tensor
     positions: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.positions = self.positions.to(torch.int32)
 
     def load(self) -> tuple[Tensor, Tensor]:
         """Return what attention reads, keys and values [B, H, S, D]. A subclass may store codes and decode here."""
@@ -69,12 +74,12 @@ class KV:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot of one head, key and value as they are, without side data."""
-        return sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))
+        """Bytes of one slot of one head: key and value as they are and the position, without side data."""
+        return sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values)) + POSITION_BYTES
 
     @property
     def nbytes(self) -> int:
-        """Measured cache bytes: live slots only, side data included. Positions are the harness's own books."""
+        """Measured cache bytes: live slots only, their positions and side data included."""
         live, slots = int(self.live.sum()), self.positions.shape
         side = [x.nbytes // slots.numel() * live if x.shape[:3] == slots else x.nbytes for x in self.extra.values()]
         return live * self.slot_bytes + sum(side)

@@ -35,12 +35,14 @@ def record(number: int, method: str, budget: str, **changes: Any) -> Record:
     answer, kept = f"{7000 + number}", {"full": TOKENS, "16": 16, "0.5": 50}[budget]
     prediction = f"the key is {answer}" if (number + kept) % 2 else "I cannot tell"
     meta = {"length": 1024, "depth": 10 * number, "needles": [f"The key is {answer}."]}
-    size = HEADS * LAYERS * SLOT
+    size, position = HEADS * LAYERS * SLOT, 0 if budget == "full" else HEADS * LAYERS * 4
+    held = kept * (size + position)
     values: dict[str, Any] = {
         **{"run_id": manifest().run_id, "task": "niah/passkey", "prompt_sha256": f"{number:064x}"},
         **{"prompt_tokens": TOKENS, "compressed_tokens": TOKENS, "budget_tokens": None if budget == "full" else kept},
-        **{"kept_slots": (kept * HEADS,) * LAYERS, "kv_bytes": kept * size, "kv_bytes_end": kept * size},
-        **{"asked_bytes": kept * size, "full_bytes": TOKENS * size, "answers": (answer,), "prediction": prediction},
+        **{"kept_slots": (kept * HEADS,) * LAYERS, "kv_bytes": held, "kv_bytes_end": held + size},
+        **{"stored_bytes": held, "stored_bytes_end": held + 4 * size},
+        **{"asked_bytes": held, "full_bytes": TOKENS * size, "answers": (answer,), "prediction": prediction},
         **{"token_ids": (1, 2, 3), "nll": 2.0, "nll_tokens": 4, "nll_first": 3.0, "meta": meta, **changes},
     }
     name = changes.get("sample_id", f"1024/depth{number}/0")

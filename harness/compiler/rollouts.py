@@ -87,7 +87,7 @@ class Rollout:
         """Biases [1, H, T] of what a policy left."""
         biases = [torch.full_like(bias, float("-inf")) for bias in self.all_kept()]
         for bias, kv in zip(biases, kvs, strict=True):  # the last slot is shut anyway
-            bias.scatter_(2, kv.positions.masked_fill(kv.positions < 0, self.view.tokens - 1), 0.0)
+            bias.scatter_(2, kv.positions.masked_fill(kv.positions < 0, self.view.tokens - 1).long(), 0.0)
         return biases
 
     def attention_on(self, tokens: Sequence[int]) -> Tensor:

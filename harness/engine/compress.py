@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.engine.clock import PhaseClock
+from harness.engine.packed import Packed, live_bytes, pack, storage_bytes, tensors_of
 from harness.engine.prefill import Prefilled
 from methods.base import KV, KVPolicy, PolicyError
 
@@ -15,21 +16,23 @@ from methods.base import KV, KVPolicy, PolicyError
 class Compressed:
     """A prompt under one policy at one budget.
 
-    budget: slots per layer and KV head. kvs: one per model layer, sliding-window layers included. compressible: indexes
-    of the others. logits: [1, V] float32 after the last token, from the full cache. kept_slots: live slots of each
-    compressible layer, summed over its KV heads. layer_bytes: live key, value and side-data bytes of each model layer.
-    asked_bytes, full_bytes: of the budget, and of the uncompressed cache. prefill_s, observe_s, compress_s: seconds
-    apart; their sum is the time to the first token but for its choice.
+    budget: slots per layer and KV head. layers: one per model layer, sliding-window layers included. compressible:
+    indexes of the others. logits: [1, V] float32 after the last token, from the full cache. kept_slots: live slots of
+    each compressible layer, summed over its KV heads. layer_bytes: live bytes of each model layer. stored_bytes: that
+    all of them keep allocated (`harness.engine.packed` on both). asked_bytes, full_bytes: of the budget, and of the
+    uncompressed cache. prefill_s, observe_s, compress_s: seconds apart; their sum is the time to the first token but
+    for its choice.
     """
 
     policy: KVPolicy
     budget: int
-    kvs: list[KV]
+    layers: list[Packed | KV]
     compressible: list[int]
     logits: Tensor
     tokens: int
     kept_slots: tuple[int, ...] = ()
     layer_bytes: Sequence[int] = ()
+    stored_bytes: int = 0
     asked_bytes: int = 0
     full_bytes: int = 0
     prefill_s: float = 0.0
@@ -38,15 +41,21 @@ class Compressed:
 
     @property
     def kv_bytes(self) -> int:
-        """Measured bytes of all layers."""
+        """Live bytes of all layers."""
         return sum(self.layer_bytes)
+
+    @property
+    def kvs(self) -> list[KV]:
+        """What each layer holds, in the form in which methods leave it."""
+        return [layer.kv() if isinstance(layer, Packed) else layer for layer in self.layers]
 
     def needle_kept(self, needle: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Tokens of `needle` that each compressible layer and KV head holds; empty without a needle."""
         if not needle:
             return ()
         wanted = torch.tensor(needle, device=self.logits.device)
-        own = [self.kvs[i].positions[0] for i in self.compressible]
+        kvs = self.kvs
+        own = [kvs[i].positions[0] for i in self.compressible]
         return tuple(tuple(torch.isin(positions, wanted).sum(dim=-1).tolist()) for positions in own)
 
 
@@ -66,16 +75,19 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
         raise PolicyError(f"{name} left {len(kept)} layers of {seen}; return one KV a layer")
     left = dict(zip(prefilled.compressible, kept, strict=True))
     kvs = [left[i] if i in left else layer.kv() for i, layer in enumerate(prefilled.layers)]
+    sliding = [i not in left for i in range(len(kvs))]
+    layers = [pack(kv, prefilled.tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)]
     observe_s, compress_s = on_the_way.seconds("observe"), on_the_way.seconds("compress")
     return Compressed(
         policy,
         budget,
-        kvs,
+        layers,
         prefilled.compressible,
         prefilled.logits,
         prefilled.tokens,
         kept_slots=tuple(int(kv.live.sum()) for kv in kept),
-        layer_bytes=[kv.nbytes for kv in kvs],
+        layer_bytes=[live_bytes(kv, prefilled.tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)],
+        stored_bytes=storage_bytes(x for layer in layers for x in tensors_of(layer)),
         asked_bytes=prefilled.nbytes(budget),
         full_bytes=prefilled.nbytes(prefilled.tokens),
         prefill_s=on_the_way.seconds("prefill") - observe_s - compress_s,

@@ -15,21 +15,22 @@ from torch import Tensor
 from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.layer_cache import DecodingLayer
+from harness.engine.packed import Packed
 from harness.engine.row_cache import GrowingRows, without
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits
 
-ROOM = 64  # tokens that a cache can take before it grows, where nobody knows how many will come
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
 CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Decoding._forwards`
 
 
 @dataclass
 class Generated:
-    """What one row produced. kv_bytes_end: measured after the last token that was fed."""
+    """What one row produced. kv_bytes_end, stored_bytes_end: live and stored after the last token that was fed."""
 
     tokens: list[int] = field(default_factory=list)
     kv_bytes_end: int = 0
+    stored_bytes_end: int = 0
     done: bool = False
 
 
@@ -61,23 +62,28 @@ class Decoding:
             model: that they were prefilled by.
             rows: prompts of one length; else ValueError.
             again: the prompts' last token is to be fed again, so its slot is given up.
-            room: tokens to come, all rows alike; None when that is not known.
-            release: take the rows' own KVs, layer by layer, so that they need not be held twice.
+            room: most tokens to come, all rows alike; None when that is not known. Memory for them comes in steps.
+            release: take the rows' own layers, one by one, so that they need not be held twice.
         """
         lengths = {row.tokens for row in rows}
         if len(lengths) > 1:
             raise ValueError(f"prompts of {sorted(lengths)} tokens; a batch has one length")
         position, caches = rows[0].tokens - again, list[DecodingLayer]()
         for i, window in enumerate(model.windows):
-            kvs = [row.kvs.pop(0) if release else row.kvs[i] for row in rows]
+            layers = [row.layers.pop(0) if release else row.layers[i] for row in rows]
+            kvs = [layer.kv() if isinstance(layer, Packed) else layer for layer in layers]
             if rows[0].policy.evicts_while_decoding:
-                roomy = [with_room(kv, _free_slots(row, window, room)) for row, kv in zip(rows, kvs, strict=True)]
-                own = [without(kv, position) for kv in roomy]
-                evicting = [EvictingRow(row.policy, row.budget, kv) for row, kv in zip(rows, own, strict=True)]
+                free = [_free_slots(row, window, room) for row in rows]
+                roomy = [without(with_room(kv, 1), position) for kv in kvs]
+                evicting = [
+                    EvictingRow(row.policy, row.budget, kv, more - 1)
+                    for row, kv, more in zip(rows, roomy, free, strict=True)
+                ]
                 caches.append(EvictingRows(evicting, position))
             else:
                 own = [without(kv, position) for kv in kvs]
-                caches.append(GrowingRows(own, position=position, room=ROOM if room is None else room))
+                caches.append(GrowingRows(own, position=position, room=room, window=window is not None))
+            del layers, kvs  # or the last layer's would stay
         return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]))
 
     @property
@@ -86,8 +92,12 @@ class Decoding:
         return self.caches[0].position
 
     def nbytes(self, row: int) -> int:
-        """Measured bytes of a row's cache."""
+        """Live bytes of a row's cache."""
         return sum(cache.nbytes(row) for cache in self.caches)
+
+    def stored_bytes(self, row: int) -> int:
+        """Bytes that are allocated for a row's cache, room for tokens to come included."""
+        return sum(cache.stored_bytes(row) for cache in self.caches)
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append the same tokens to every row; logits after the last one, [R, V] float32; `first` after none."""
@@ -155,7 +165,7 @@ class Decoding:
             result.tokens.append(token)
             result.done = limits.ends(result.tokens)
         if result.done:
-            result.kv_bytes_end = self.nbytes(row)
+            result.kv_bytes_end, result.stored_bytes_end = self.nbytes(row), self.stored_bytes(row)
 
     def _forwards(self, tokens: Sequence[int], *, keep: int, alone: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Feed the same tokens to every row: where each piece of them starts, and its logits.
@@ -173,11 +183,10 @@ class Decoding:
 
 
 def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:
-    """Slots more than its policy left that a row needs, for it evicts while it decodes.
+    """Most slots more than its policy left that a row comes to need, for it evicts while it decodes.
 
-    One for the next token, and as many as a prompt within its budget may still grow by. In a layer with a sliding
-    window tokens leave as the window passes them: its own width, or what will come.
+    One for the next token, and as many as a prompt within its budget, or within the layer's sliding window, may still
+    grow by.
     """
-    if window is None:
-        return max(1, row.budget + 1 - row.tokens)
-    return window if room is None else min(room, window)
+    more = (row.budget if window is None else window) + 1 - row.tokens
+    return max(1, more if room is None else min(room, more))

@@ -21,6 +21,7 @@ from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Outcome, Prompt, SkippedCell
 from harness.errors import HarnessError
+from harness.records.record import OVER
 from harness.records.spec import FirstToken, QueryMode
 from methods.base import KVPolicy, Needs, PolicyError
 
@@ -160,7 +161,8 @@ class Engine:
         for run, result, own in zip(runs, results, nll, strict=True):
             outcome = run.outcome
             outcome.token_ids, outcome.nll_per_token = tuple(result.tokens), tuple(own)
-            outcome.kv_bytes_end, outcome.decode_s, outcome.decode_rows = result.kv_bytes_end, seconds, len(runs)
+            outcome.kv_bytes_end, outcome.stored_bytes_end = result.kv_bytes_end, result.stored_bytes_end
+            outcome.decode_s, outcome.decode_rows = seconds, len(runs)
             if not all(map(math.isfinite, own)):
                 outcome.fail("the answer's log-likelihood is not a finite number; try --dtype float32")
 
@@ -178,5 +180,5 @@ def _compress(run: CellRun, prefilled: Prefilled) -> None:
         outcome.notes = cell.policy.notes(budget, prefilled.view.sizes)
     run.compressed = left = compress(prefilled, cell.policy, budget)
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
-    outcome.kv_bytes, outcome.asked_bytes = left.kv_bytes, left.asked_bytes
-    outcome.over_budget = outcome.kv_bytes > 1.01 * outcome.asked_bytes
+    outcome.kv_bytes, outcome.stored_bytes, outcome.asked_bytes = left.kv_bytes, left.stored_bytes, left.asked_bytes
+    outcome.over_budget = outcome.stored_bytes > OVER * outcome.asked_bytes

@@ -1,7 +1,7 @@
 """The layer cache of rows whose policy evicts while decoding: they stay at their budget while they grow."""
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields
 from operator import itemgetter
 from typing import Any
 
@@ -10,24 +10,91 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from harness.engine.kernels import slot_attention, slot_weights
-from harness.engine.layer_cache import DecodingLayer, Parts, visible
+from harness.engine.layer_cache import DecodingLayer, Parts, room_step, visible
+from harness.engine.packed import Packed, each_tensor, pack, storage_bytes, tensors_of
 from methods.base import KV, KVPolicy, PolicyError, StepView
 
 
 @dataclass
 class EvictingRow:
-    """A row whose policy evicts after every decoded token. kv has at least one empty slot per head to write into."""
+    """A row whose policy evicts after every decoded token. kv has at least one empty slot per head to write into.
+
+    more: slots that it may still be widened by, as a prompt within its budget grows.
+    """
 
     policy: KVPolicy
     budget: int
     kv: KV
+    more: int = 0
 
 
 @dataclass
 class _Batch(EvictingRow):
     """Rows of one policy, budget and number of slots, in one KV: they are asked, and evict, at once."""
 
-    rows: list[int]  # ascending; B of the KV
+    rows: list[int] = field(default_factory=list)  # ascending; B of the KV
+
+    @property
+    def held(self) -> KV | Packed:
+        """What is held between two steps."""
+        return self.kv
+
+    def free(self) -> Tensor:
+        """Return an empty slot of each head: [B, H, 1]. Raises PolicyError when there is none to be had."""
+        lowest, free = self.kv.positions.min(dim=-1, keepdim=True)
+        if int(lowest.max()) < 0:
+            return free
+        if not self.more:
+            raise self._full()
+        step = min(self.more, room_step(self.kv.positions.shape[2]))
+        self.kv, self.more = with_room(self.kv, step), self.more - step
+        return self.kv.positions.min(dim=-1, keepdim=True).indices
+
+    def close(self) -> None:
+        """End a step."""
+
+    def mark(self) -> Any:
+        """Return the state of now."""
+        return each_tensor(Tensor.clone, self.kv), self.more
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to a state."""
+        self.kv, self.more = mark
+
+    def _full(self) -> PolicyError:
+        return PolicyError(f"{type(self.policy).__name__} left no slot for the next token; after_step must free one")
+
+
+class _Unlike(_Batch):
+    """A row (B = 1) whose heads have unlike numbers of slots: packed between two steps, padded within one."""
+
+    def __init__(self, row: EvictingRow, number: int) -> None:
+        super().__init__(row.policy, row.budget, row.kv, row.more, [number])
+        columns = row.kv.positions.shape[2]
+        self.close()
+        empty = columns - max(self._packed.sizes) + row.more
+        self._most = [size + empty for size in self._packed.sizes]  # slots of each head, the next token's too
+
+    @property
+    def held(self) -> Packed:
+        return self._packed
+
+    def free(self) -> Tensor:
+        if any(size >= most for size, most in zip(self._packed.sizes, self._most, strict=True)):
+            raise self._full()
+        self.kv = self._packed.kv(more=1)
+        return self.kv.positions.min(dim=-1, keepdim=True).indices
+
+    def close(self) -> None:
+        packed = pack(self.kv, 0)
+        assert isinstance(packed, Packed)
+        self._packed, self.kv = packed, self.kv.take(self.kv.positions[..., :0].long())
+
+    def mark(self) -> Any:
+        return self._packed
+
+    def rewind(self, mark: Any) -> None:
+        self._packed = mark
 
 
 class EvictingRows(DecodingLayer):
@@ -47,20 +114,19 @@ class EvictingRows(DecodingLayer):
         alike: dict[Hashable, list[int]] = {}
         for i, row in enumerate(rows):
             alike.setdefault(_alike(row) or i, []).append(i)
-        batches = []
+        batches = list[_Batch]()
         for own in alike.values():
             first, kvs = rows[own[0]], [rows[i].kv for i in own]
+            if type(first.kv) is KV and len(set(first.kv.live.flatten().tolist())) > 1:
+                batches += [_Unlike(rows[i], i) for i in own]
+                continue
             kv = first.kv if len(own) == 1 else each_tensor(lambda *tensors: torch.cat(tensors), *kvs)
-            batches.append(_Batch(first.policy, first.budget, kv, own))
+            batches.append(_Batch(first.policy, first.budget, kv, first.more, own))
         self._hold(batches)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         for batch, k, v in zip(self.batches, self._parts.split(keys), self._parts.split(values), strict=True):
-            kv = batch.kv
-            lowest, free = kv.positions.min(dim=-1, keepdim=True)  # [B, H, 1], an empty slot
-            if int(lowest.max()) >= 0:
-                name = type(batch.policy).__name__
-                raise PolicyError(f"{name} left no slot for the next token; after_step must free one")
+            free, kv = batch.free(), batch.kv
             for held, x in ((kv.keys, k), (kv.values, v)):
                 held.scatter_(2, free.unsqueeze(-1).expand(x.shape), x)
             kv.positions.scatter_(2, free, self.position)
@@ -79,15 +145,16 @@ class EvictingRows(DecodingLayer):
             else:
                 wanted = batch.policy.needs.decode_attention
                 _evict(batch, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None, position=last)
+            batch.close()
         return self._parts.join(outputs)
 
     def mark(self) -> Any:
-        return self.position, [each_tensor(Tensor.clone, batch.kv) for batch in self.batches]
+        return self.position, [batch.mark() for batch in self.batches]
 
     def rewind(self, mark: Any) -> None:
-        self.position, kvs = mark
-        for batch, kv in zip(self.batches, kvs, strict=True):
-            batch.kv = kv
+        self.position, held = mark
+        for batch, own in zip(self.batches, held, strict=True):
+            batch.rewind(own)
 
     def keep(self, rows: Sequence[int]) -> None:
         place = {row: new for new, row in enumerate(rows)}
@@ -95,16 +162,27 @@ class EvictingRows(DecodingLayer):
         for batch in self.batches:
             at = [i for i, row in enumerate(batch.rows) if row in place]
             if at:
-                kv = batch.kv if len(at) == len(batch.rows) else each_tensor(itemgetter(at), batch.kv)
-                kept.append(replace(batch, rows=[place[batch.rows[i]] for i in at], kv=kv))
+                if len(at) < len(batch.rows):
+                    batch.kv = each_tensor(itemgetter(at), batch.kv)
+                batch.rows = [place[batch.rows[i]] for i in at]
+                kept.append(batch)
         self._hold(kept)
 
     def nbytes(self, row: int) -> int:
+        batch = self._batch_of(row)
+        if isinstance(batch.held, Packed):
+            return sum(x.nbytes for x in batch.held.tensors())
+        at = batch.rows.index(row)
+        return (batch.kv if len(batch.rows) == 1 else each_tensor(itemgetter(slice(at, at + 1)), batch.kv)).nbytes
+
+    def stored_bytes(self, row: int) -> int:
+        batch = self._batch_of(row)
+        return storage_bytes(tensors_of(batch.held)) // len(batch.rows)
+
+    def _batch_of(self, row: int) -> _Batch:
         for batch in self.batches:
             if row in batch.rows:
-                at = batch.rows.index(row)
-                kv = batch.kv if len(batch.rows) == 1 else each_tensor(itemgetter(slice(at, at + 1)), batch.kv)
-                return kv.nbytes
+                return batch
         raise IndexError(f"row {row} of {sum(len(batch.rows) for batch in self.batches)}")
 
     def _hold(self, batches: list[_Batch]) -> None:
@@ -119,14 +197,14 @@ def _alike(row: EvictingRow) -> Hashable:
     with the same fields and as many live slots in every head.
     """
     kv, side = row.kv, sorted(row.kv.extra.items())
-    state = tuple(getattr(kv, field.name) for field in fields(kv)[len(fields(KV)) :])
+    state = tuple(getattr(kv, own.name) for own in fields(kv)[len(fields(KV)) :])
     apart = any(x.shape[:2] != kv.positions.shape[:2] for _, x in side)
     if apart or any(isinstance(value, Tensor) or not isinstance(value, Hashable) for value in state):
         return None
     own = (("keys", kv.keys), ("values", kv.values), ("positions", kv.positions), *side)
     shapes = tuple((name, x.shape, x.dtype) for name, x in own)
     live = () if type(kv) is KV else tuple(kv.live[0].tolist())
-    return row.policy, row.budget, type(kv), shapes, state, live
+    return row.policy, row.budget, row.more, type(kv), shapes, state, live
 
 
 def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
@@ -138,13 +216,6 @@ def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
     slot = freed.unsqueeze(-1)
     at = slot.clamp(min=0)
     kv.positions.scatter_(2, at, kv.positions.gather(2, at).masked_fill_(slot >= 0, -1))
-
-
-def each_tensor(change: Callable[..., Tensor], *kvs: KV) -> KV:
-    """A KV of what `change` makes of each tensor of one KV, or of the same tensors of several alike."""
-    own = {name: change(*(getattr(kv, name) for kv in kvs)) for name in ("keys", "values", "positions")}
-    extra = {name: change(*(kv.extra[name] for kv in kvs)) for name in kvs[0].extra}
-    return replace(kvs[0], **own, extra=extra)
 
 
 def with_room(kv: KV, more: int) -> KV:

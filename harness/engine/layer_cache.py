@@ -47,7 +47,14 @@ class DecodingLayer(LayerCache):
 
     @abstractmethod
     def nbytes(self, row: int) -> int:
-        """Measured bytes of a row, side data included. Raises IndexError for a row that there is not."""
+        """Live bytes of a row, positions and side data included. Raises IndexError for a row that there is not."""
+
+    @abstractmethod
+    def stored_bytes(self, row: int) -> int:
+        """Bytes that are allocated for a row, in company as alone: what lives, room for tokens to come, its index."""
+
+
+INDEX_BYTES = 8  # of an entry of a batch whose entries do not stand part after part: two int32
 
 
 class Parts:
@@ -62,8 +69,8 @@ class Parts:
         self._back: Tensor | None = None
         order = [number for own in members for number in own]
         if order != sorted(order):
-            self._order = torch.tensor(order, device=device)
-            self._back = self._order.argsort()
+            self._order = torch.tensor(order, dtype=torch.int32, device=device)
+            self._back = self._order.argsort().int()
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """The parts of x [batch, ...]."""
@@ -75,6 +82,11 @@ class Parts:
         """What `split` took apart, or something of the same entries: [batch, ...]."""
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         return x if self._back is None else x.index_select(0, self._back)
+
+
+def room_step(slots: int) -> int:
+    """Slots of memory to add at once to `slots` of a head: a sixteenth, so that copying costs little and room too."""
+    return max(4, slots // 16)
 
 
 def visible(positions: Tensor, asked: Tensor, window: int | None) -> Tensor:

@@ -20,7 +20,7 @@ from harness.engine.layer_cache import LayerCache
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from methods.base import KV, LayerView, Needs, PromptView
-from methods.views import LayerSource
+from methods.views import POSITION_BYTES, LayerSource
 
 Act = Callable[[LayerView], KV]
 
@@ -51,7 +51,8 @@ class PrefillLayer(LayerCache):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         first, self.seen = self.seen, self.seen + keys.shape[2]
-        self.slot_bytes = sum(x[0, :, 0].nbytes for x in (keys, values))  # of one slot in every KV head
+        self.slot_bytes = sum(x[0, :, 0].nbytes for x in (keys, values))  # of a slot in every KV head
+        self.position_bytes = POSITION_BYTES * keys.shape[1]  # and of its position, where that is not implied
         if keys.shape[2] == self.tokens:
             self.keys, self.values = keys.contiguous(), values.contiguous()  # heads first: policies take rows of slots
             return
@@ -98,11 +99,13 @@ class PrefillLayer(LayerCache):
         return self.tokens if self.window is None else min(self.tokens, self.window)
 
     def kv(self) -> KV:
-        """The full cache; of a sliding-window layer, what later tokens can still see."""
+        """The full cache; of a sliding-window layer, what later tokens can still see, which is all it keeps then."""
         start = self.tokens - self.slots
-        positions = torch.arange(start, self.tokens, device=self.keys.device)
-        keys, values = self.keys[:, :, start:], self.values[:, :, start:]
-        return KV(keys, values, positions.expand(keys.shape[:3]))
+        if self.keys.shape[2] > self.slots:
+            self.keys, self.values = (x[:, :, start:].clone() for x in (self.keys, self.values))
+            self.whole = []
+        positions = torch.arange(start, self.tokens, dtype=torch.int32, device=self.keys.device)
+        return KV(self.keys, self.values, positions.expand(self.keys.shape[:3]))
 
 
 @dataclass
@@ -127,8 +130,14 @@ class Prefilled:
         return PromptView([self.layers[i].view() for i in self.compressible], self.logprobs, self.protected)
 
     def nbytes(self, budget: int) -> int:
-        """Bytes of `budget` slots per layer and KV head, at most the prompt's; sliding windows at their own size."""
-        return sum(x.slot_bytes * (x.slots if x.window else min(budget, x.slots)) for x in self.layers)
+        """Bytes of `budget` slots per layer and KV head with their positions; sliding windows at their own size.
+
+        A budget of the whole prompt is the full cache, whose positions need not be stored.
+        """
+        if budget >= self.tokens:
+            return sum(x.slot_bytes * x.slots for x in self.layers)
+        windows = sum(x.slot_bytes * x.slots for x in self.layers if x.window)
+        return windows + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.window)
 
 
 def prefill(

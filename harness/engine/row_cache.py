@@ -1,7 +1,7 @@
 """The layer cache of rows that grow by every token: whatever a policy left, every head at its own number of slots."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 
 from harness.engine.kernels import slot_attention
-from harness.engine.layer_cache import DecodingLayer, Parts, visible
+from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, Parts, room_step, visible
+from harness.engine.packed import is_implied, live_bytes, storage_bytes
 from methods.base import KV
 from methods.codes import CodedKV, Codes, Coding
 
 
 class _Shape(NamedTuple):
-    """What streams of a group have in common: live slots, and how many of the first are codes, and of what kind."""
+    """What streams of a group have in common: live slots; how many of the first are codes, and of what kind.
+
+    step: tokens that memory is added for at once, by what the whole row holds in this layer.
+    """
 
     size: int
+    step: int
     coded: int = 0
     coding: Coding | None = None
+    implied: bool = False  # whether positions are those of the last tokens, in order
 
 
 @dataclass
@@ -34,9 +40,10 @@ class _Group:
     streams: list[int]  # ascending
     keys: Tensor  # [n, 1, plain + room, D]
     values: Tensor  # [n, 1, plain + room, D]
-    positions: Tensor  # [n, 1, size + room] int64, those of tokens still to come included
+    positions: Tensor | None  # [n, 1, size] int32; None where they are implied, as those of tokens that came later are
     size: int  # slots that the policies left, none of them empty
     plain: int  # those that they left as they were, after the coded ones
+    step: int  # tokens that memory is added for at once, and a sixteenth of those that came
     codes: Codes | None = None
 
     def take(self, at: list[int], streams: list[int]) -> "_Group":
@@ -44,9 +51,36 @@ class _Group:
         if len(at) == len(self.streams):
             return replace(self, streams=streams)
         index = torch.tensor(at, device=self.keys.device)
-        keys, values, positions = (x[index] for x in (self.keys, self.values, self.positions))
+        keys, values = self.keys[index], self.values[index]
+        positions = None if self.positions is None else self.positions[index]
         codes = None if self.codes is None else self.codes.take(index)
-        return _Group(streams, keys, values, positions, self.size, self.plain, codes)
+        return _Group(streams, keys, values, positions, self.size, self.plain, self.step, codes)
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit after the slots that the policies left."""
+        return self.keys.shape[2] - self.plain
+
+    def resize(self, grown: int, room: int) -> None:
+        """Copy what it holds to memory for `room` tokens. grown: those that came."""
+        used = self.plain + grown
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], self.plain + room, old.shape[3])
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+
+    def tokens(self, start: int, grown: int) -> Tensor:
+        """The token of every slot: [n, 1, size + grown] int32. start: the first one that came later."""
+        before = self.size if self.positions is None else 0
+        run = torch.arange(start - before, start + grown, dtype=torch.int32, device=self.keys.device)
+        run = run.expand(len(self.streams), 1, -1)
+        return run if self.positions is None else torch.cat([self.positions, run], dim=2)
+
+    def stream_bytes(self) -> int:
+        """Bytes that are allocated for each stream."""
+        own = [x for x in (self.keys, self.values, self.positions) if x is not None]
+        return storage_bytes([*own, *([] if self.codes is None else self.codes.tensors())]) // len(self.streams)
 
     def load(self, grown: int) -> tuple[Tensor, Tensor]:
         """Keys and values [n, 1, size + grown, D], decoded where they are codes."""
@@ -67,20 +101,30 @@ class GrowingRows(DecodingLayer):
     Args:
         rows: what each row kept, every KV of batch 1.
         position: position of the next token, the same for all rows.
-        room: tokens that can be appended before memory is allocated anew.
+        room: most tokens that will come; None when that is not known. Memory for them is added in steps (`room_step`),
+            so that every row has little more than it fills.
+        window: whether this is a layer of a sliding window.
     """
 
-    def __init__(self, rows: Sequence[KV], *, position: int, room: int) -> None:
+    def __init__(self, rows: Sequence[KV], *, position: int, room: int | None, window: bool = False) -> None:
         self.start = self.position = position
         self.room = room
         self.heads = rows[0].positions.shape[1]
-        self.kept_bytes = [kv.nbytes for kv in rows]
-        self._hold(_groups(rows, position=position, room=room))
+        first = rows[0]
+        like = (first.keys, first.values) if isinstance(first, CodedKV) else first.load()
+        self.slot_bytes = sum(x.shape[-1] * x.element_size() for x in like)  # of a token that comes
+        self.kept_bytes = [live_bytes(kv, position, window=window) for kv in rows]
+        self.extra = [kv.extra for kv in rows]
+        steps = [room_step(kept // (self.heads * self.slot_bytes)) for kept in self.kept_bytes]
+        implied = [is_implied(kv, position, window=window) for kv in rows]
+        shapes = [_shapes(*own) for own in zip(rows, steps, implied, strict=True)]
+        self._hold(_groups(rows, shapes, self._room))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         grown, new = self.position - self.start, keys.shape[2]
-        if grown + new > self.room:
-            self._widen(max(grown + new, 2 * self.room))
+        for group in self.groups:
+            if grown + new > group.room:
+                group.resize(grown, max(grown + new, self._room(group.step)))
         for group, k, v in zip(self.groups, self._split(keys), self._split(values), strict=True):
             group.keys.narrow(2, group.plain + grown, new).copy_(k)
             group.values.narrow(2, group.plain + grown, new).copy_(v)
@@ -93,7 +137,7 @@ class GrowingRows(DecodingLayer):
             asked = torch.arange(self.position - queries.shape[2], self.position, device=queries.device)
         outputs = []
         for group, own in zip(self.groups, self._split(queries), strict=True):
-            mask = None if asked is None else visible(group.positions[:, :, : group.size + grown], asked, window)
+            mask = None if asked is None else visible(group.tokens(self.start, grown), asked, window)
             outputs.append(slot_attention(own, *group.load(grown), mask=mask, scaling=scaling))
         out = self._parts.join(outputs)  # [R * H, G, Q, D]
         return out.reshape(queries.shape[0], -1, *out.shape[2:])
@@ -103,10 +147,14 @@ class GrowingRows(DecodingLayer):
 
     def rewind(self, mark: int) -> None:
         self.position = mark
+        for group in self.groups:
+            room = self._room(group.step)
+            if group.room > room:
+                group.resize(mark - self.start, room)
 
     def keep(self, rows: Sequence[int]) -> None:
         number = {row * self.heads + h: new * self.heads + h for new, row in enumerate(rows) for h in range(self.heads)}
-        self.kept_bytes = [self.kept_bytes[row] for row in rows]
+        self.kept_bytes, self.extra = [self.kept_bytes[row] for row in rows], [self.extra[row] for row in rows]
         kept = []
         for group in self.groups:
             at = [i for i, stream in enumerate(group.streams) if stream in number]
@@ -116,9 +164,21 @@ class GrowingRows(DecodingLayer):
 
     def nbytes(self, row: int) -> int:
         """What the row's policy left, and what every head appended since."""
-        k, v = self.groups[0].keys, self.groups[0].values
-        slot = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
-        return self.kept_bytes[row] + (self.position - self.start) * self.heads * slot
+        return self.kept_bytes[row] + (self.position - self.start) * self.heads * self.slot_bytes
+
+    def stored_bytes(self, row: int) -> int:
+        group_of = {stream: i for i, group in enumerate(self.groups) for stream in group.streams}
+        own = [group_of[stream] for stream in range(row * self.heads, (row + 1) * self.heads)]
+        alone = [group for first in dict.fromkeys(own) for group in own if group == first]
+        index = 0 if own == alone else INDEX_BYTES * self.heads
+        streams = sum(self.groups[group].stream_bytes() for group in own)
+        return streams + index + storage_bytes(self.extra[row].values())
+
+    def _room(self, step: int) -> int:
+        """Tokens to have memory for now, those that came included. step: of a group."""
+        grown = self.position - self.start
+        room = grown + step + grown // 16
+        return room if self.room is None else min(room, self.room)
 
     def _hold(self, groups: list[_Group]) -> None:
         self.groups = groups
@@ -127,16 +187,6 @@ class GrowingRows(DecodingLayer):
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         """The streams' parts of x [R, H * k, Q, D], by group: [n, k, Q, D]."""
         return self._parts.split(x.reshape(-1, x.shape[1] // self.heads, *x.shape[2:]))
-
-    def _widen(self, room: int) -> None:
-        for group in self.groups:
-            later = torch.arange(self.start + self.room, self.start + room, device=group.keys.device)
-            group.keys, group.values = (
-                torch.cat([x, x.new_empty(*x.shape[:2], len(later), x.shape[3])], dim=2)
-                for x in (group.keys, group.values)
-            )
-            group.positions = torch.cat([group.positions, later.expand(*group.positions.shape[:2], -1)], dim=2)
-        self.room = room
 
 
 def without(kv: KV, position: int) -> KV:
@@ -150,9 +200,8 @@ def without(kv: KV, position: int) -> KV:
     return replace(kv, positions=kv.positions.masked_fill(drop, -1))
 
 
-def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
-    """The streams of `rows` by their live slots, with room for the tokens from `position` on."""
-    shapes = [_shapes(kv) for kv in rows]
+def _groups(rows: Sequence[KV], shapes: Sequence[list[_Shape]], room: Callable[[int], int]) -> list[_Group]:
+    """The streams of `rows` by their shapes. room: tokens that a group of some step has memory for beside them."""
     streams = defaultdict[_Shape, list[int]](list)
     for stream, shape in enumerate(chain.from_iterable(shapes)):
         streams[shape].append(stream)
@@ -162,13 +211,14 @@ def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
         keys, values, positions = _packed(kv, min(shape.size for shape in own))
         for shape, run in groupby(range(len(own)), key=own.__getitem__):
             if shape not in groups:
-                groups[shape] = _empty(streams[shape], shape, keys, values, position=position, room=room)
+                groups[shape] = _empty(streams[shape], shape, keys, values, room=room(shape.step))
             group, heads, first = groups[shape], list(run), filled[shape]
             filled[shape] += len(heads)
             to, of = slice(first, filled[shape]), slice(heads[0], heads[-1] + 1)
             group.keys[to, 0, : group.plain] = keys[0, of, : group.plain]
             group.values[to, 0, : group.plain] = values[0, of, : group.plain]
-            group.positions[to, 0, : group.size] = positions[0, of, : group.size]
+            if group.positions is not None:
+                group.positions[to, 0] = positions[0, of, : group.size]
             if isinstance(kv, CodedKV):
                 codes[shape] += kv.codes_of(heads)
     for shape, parts in codes.items():
@@ -176,13 +226,14 @@ def _groups(rows: Sequence[KV], *, position: int, room: int) -> list[_Group]:
     return list(groups.values())
 
 
-def _shapes(kv: KV) -> list[_Shape]:
+def _shapes(kv: KV, step: int, implied: bool) -> list[_Shape]:
     """Of every head of a row."""
     live = kv.live[0].tolist()
     if not isinstance(kv, CodedKV):
-        return [_Shape(size) for size in live]
+        return [_Shape(size, step, implied=implied) for size in live]
     coding = kv.parts[0][1].coding if kv.parts else None
-    return [_Shape(size, coded, coding if coded else None) for size, coded in zip(live, kv.counts, strict=True)]
+    counted = zip(live, kv.counts, strict=True)
+    return [_Shape(size, step, coded, coding if coded else None, implied) for size, coded in counted]
 
 
 def _packed(kv: KV, least: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,9 +245,11 @@ def _packed(kv: KV, least: int) -> tuple[Tensor, Tensor, Tensor]:
     return *kv.load(), kv.positions
 
 
-def _empty(streams: list[int], shape: _Shape, *like: Tensor, position: int, room: int) -> _Group:
+def _empty(streams: list[int], shape: _Shape, *like: Tensor, room: int) -> _Group:
     """A group of that shape, to be filled. like: keys and values of some row that is in it."""
-    plain = shape.size - shape.coded
-    keys, values = (x.new_empty(len(streams), 1, plain + room, x.shape[-1]) for x in like)
-    positions = torch.arange(position - shape.size, position + room, device=keys.device).repeat(len(streams), 1, 1)
-    return _Group(streams, keys, values, positions, shape.size, plain)
+    plain, count = shape.size - shape.coded, len(streams)
+    keys, values = (x.new_empty(count, 1, plain + room, x.shape[-1]) for x in like)
+    positions = None
+    if not shape.implied:
+        positions = torch.empty(count, 1, shape.size, dtype=torch.int32, device=keys.device)
+    return _Group(streams, keys, values, positions, shape.size, plain, shape.step)

@@ -78,6 +78,8 @@ class Outcome:
     needle_kept: tuple[tuple[int, ...], ...] = ()
     kv_bytes: int = 0
     kv_bytes_end: int = 0
+    stored_bytes: int = 0
+    stored_bytes_end: int = 0
     asked_bytes: int = 0
     full_bytes: int = 0
     token_ids: tuple[int, ...] = ()

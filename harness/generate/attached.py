@@ -55,14 +55,15 @@ class RowReport:
     """What compression left of one prompt of a batch.
 
     budget_tokens: slots asked for per layer and KV head, None for a method that keeps everything. kept_slots: live
-    slots of every compressible layer, summed over its KV heads. kv_bytes, full_bytes: of all layers, after and before.
-    notes: what the method says of this budget.
+    slots of every compressible layer, summed over its KV heads. kv_bytes, stored_bytes: live and allocated after
+    compression, all layers; full_bytes: before. notes: what the method says of this budget.
     """
 
     prompt_tokens: int
     budget_tokens: int | None
     kept_slots: tuple[int, ...]
     kv_bytes: int
+    stored_bytes: int
     full_bytes: int
     notes: tuple[str, ...] = ()
 
@@ -77,6 +78,10 @@ class CacheReport:
     @property
     def kv_bytes(self) -> int:
         return sum(row.kv_bytes for row in self.rows)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(row.stored_bytes for row in self.rows)
 
     @property
     def full_bytes(self) -> int:
@@ -144,7 +149,7 @@ class Compressor:
             policy = FullKV()
         left = compress(prefilled, policy, tokens if asked is None else asked)
         notes = () if asked is None else self.policy.notes(asked, prefilled.view.sizes)
-        report = RowReport(tokens, asked, left.kept_slots, left.kv_bytes, left.full_bytes, notes)
+        report = RowReport(tokens, asked, left.kept_slots, left.kv_bytes, left.stored_bytes, left.full_bytes, notes)
         again = self.first_token == "compressed"
         decoding = Decoding.of(whole, [left], again=again, release=True)
         return decoding, decoding.feed(ids[-1:] if again else []), report
@@ -181,7 +186,7 @@ def attached(
     ...     out = loaded.model.generate(ids, max_new_tokens=5, do_sample=False)
     >>> out.shape[1] - ids.shape[1], report.rows[0].prompt_tokens, report.rows[0].kept_slots
     (5, 181, (96, 96, 96, 96))
-    >>> report.kv_bytes / report.full_bytes == 48 / 181
+    >>> report.stored_bytes == report.kv_bytes < report.full_bytes * 0.28
     True
 
     Args:

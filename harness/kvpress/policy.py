@@ -231,7 +231,7 @@ def hooked(press: Any, layer: LayerView, *, whole: bool = False) -> KV:
     kv = KV(
         own.keys, own.values, positions
     )  # now in the order of tokens, without columns that are empty for every head
-    order = positions.masked_fill(positions < 0, WHOLE).argsort(dim=-1)
+    order = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
     return kv.take(order[..., : int(kv.live.max())])
 
 

@@ -83,7 +83,7 @@ class ScoringEngine(Engine):
                 parts = [_judge(logits[0], own) for logits, own in decoding.forced(first, tokens, alone=True)]
                 logprobs, greedy = zip(*parts, strict=True)
                 scored.append((sum(logprobs), all(greedy)))
-            run.outcome.kv_bytes_end = decoding.nbytes(0)
+            run.outcome.kv_bytes_end, run.outcome.stored_bytes_end = decoding.nbytes(0), decoding.stored_bytes(0)
         return scored
 
 

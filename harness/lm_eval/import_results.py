@@ -29,6 +29,7 @@ STAMP = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.-]+)\.json$")
 UNCOMPRESSED = "no longer than its budget: scored uncompressed"
 TRUNCATED = "longer than the model's context: truncated by the lm-eval plugin"
 FACTS = ("prompt_sha256", *(name for name in STORED if name != "notes"))
+LATER = ("stored_bytes", "stored_bytes_end")  # facts that older results lack
 
 
 class ResultsFile(NamedTuple):
@@ -152,7 +153,7 @@ def _records(one: ResultsFile, spec: RunSpec, metric: str | None) -> Iterator[Re
                 yield Record(**shared, status="skipped", error=why)
                 continue
             marks = {UNCOMPRESSED: not facts["compressed"], TRUNCATED: facts["truncated"]}
-            measured: dict[str, Any] = {name: facts[name] for name in FACTS}
+            measured: dict[str, Any] = {name: facts[name] for name in FACTS if name in facts or name not in LATER}
             measured["memory"] = config["kv_memory"]
             measured["prompt_tokens"] = facts["compressed_tokens"]
             measured["metrics"] = _metrics(line, metric, raised, where=f"{one.path}: {task}")

@@ -43,6 +43,7 @@ class BoardRecord(NamedTuple):
     notes: tuple[str, ...]
     prompt_sha256: str
     kv_bytes: int
+    stored_bytes: int
     asked_bytes: int
     full_bytes: int
     observe_ms: float | None

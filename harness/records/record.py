@@ -10,6 +10,7 @@ from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, 
 Status = Literal["ok", "skipped", "failed", "oom"]
 CellKey = tuple[str, str]  # method label and budget as they stand in a record
 PROMPT_TAIL = 240
+OVER = 1.01  # bytes above those asked for by which a record is over its budget
 Memory = Literal["physical", "simulated"]
 Key = tuple[str, str, str, str]  # task, sample, method and budget: what a run holds at most one record of
 
@@ -31,7 +32,7 @@ class Record(Frozen):
     status: Status  # ok: scored; skipped: cannot be run as asked; failed: an error; oom: out of memory
     error: str | None = None  # one line on why the status is not ok
     memory: Memory = "physical"  # simulated: nothing it drops is freed, so bytes, seconds and peaks are no results
-    over_budget: bool = False  # measured bytes exceed asked bytes by more than 1 %
+    over_budget: bool = False  # stored bytes (live ones of old records) exceed asked bytes by more than 1 %
     notes: tuple[str, ...] = ()  # what a reader must know, such as a degenerate allocation or neutral tables
 
     prompt_tokens: int = 0  # tokens of the whole prompt, chat wrap and answer prefix included
@@ -41,10 +42,12 @@ class Record(Frozen):
     budget_tokens: int | None = None  # resolved for this prompt: slots per layer and KV head; None without a budget
     kept_slots: tuple[int, ...] = ()  # live ones of each compressible layer after compression, over its KV heads
 
-    kv_bytes: int = 0  # right after compression: live keys, values and side data, sliding-window layers included
+    kv_bytes: int = 0  # right after compression: live keys, values, positions, side data; sliding windows included
     kv_bytes_end: int = 0  # the same after the last decoded token
-    asked_bytes: int = 0  # what the budget allows in bytes, sliding-window layers at their own size
-    full_bytes: int = 0  # the uncompressed cache of the same tokens
+    stored_bytes: int = 0  # right after compression: all that is allocated for it; 0: not measured (old records)
+    stored_bytes_end: int = 0  # the same after the last decoded token, room for further ones included
+    asked_bytes: int = 0  # what the budget allows: slots with their positions, sliding-window layers at their own size
+    full_bytes: int = 0  # the uncompressed cache of the same tokens, which needs no positions
     needle_tokens: int = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
     needle_kept: tuple[tuple[int, ...], ...] = ()  # of those, by compressible layer and KV head, after compression
 

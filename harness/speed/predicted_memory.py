@@ -2,7 +2,7 @@
 
 Letters as in `methods.base`, and Q tokens of a prefill forward, P prompts, e bytes of a number, E hidden and I
 intermediate size, V vocabulary, N slots kept of every layer and KV head, R new tokens. Every cache slot of every KV
-head costs c = 2 * D * e bytes, and 8 for its position once a policy has taken slots. The peak is the highest of:
+head costs c = 2 * D * e bytes, and 4 for its position once a policy has taken slots. The peak is the highest of:
 
     prefill     KV(now) + Q * 2 * D * e (rotary tables) + the highest of
                   norm      Q * E * (4 e), above it two float32 copies where e < 4
@@ -17,7 +17,8 @@ head costs c = 2 * D * e bytes, and 8 for its position once a policy has taken s
     compress    KV(now) + one layer's N slots + window weights Hq * W * T * (4, + e where e < 4) + 4 * H * T * 8
     logits      V * (e, + 4 where e < 4), W + 1 times with 4 more where log-probabilities are wanted
     batch       KV of all prompts, and one layer of them again with room for R
-    decode      KV of all prompts with room for R, P * V * 4 (first logits), P * V * (e, + 4 where e < 4)
+    decode      KV of all prompts with room for R, P * V * 4 (first logits), and the higher of
+                  P * V * (e, + 4 where e < 4), and half a layer (its keys or values are copied to where room is)
 
 A method that leaves codes (`methods.quant`) has the bytes of its codes, scales and residual for N * c, and more in
 
@@ -27,7 +28,7 @@ A method that leaves codes (`methods.quant`) has the bytes of its codes, scales 
 KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the prompt itself
     per layer, unchunked    L - 1 layers of N slots, and one full
     otherwise               L full layers; after it, N slots of each of them as well
-What a policy observed stays with every full layer. A sliding-window layer is full until the batch is made.
+What a policy observed stays with every full layer. A sliding-window layer is full until all are compressed.
 Attention and column sums are those of a CPU, where one kernel serves both (`harness.engine.kernels`).
 """
 
@@ -41,9 +42,9 @@ from harness.records.measured import ProbeSpec
 from methods.base import KVPolicy, Needs, Sizes
 from methods.codes import Coding
 from methods.quant import Quant
+from methods.views import POSITION_BYTES
 
-POSITION = 8  # int64
-FLOAT32 = 4
+FLOAT32, INDEX = 4, 8
 
 
 @dataclass(frozen=True)
@@ -153,18 +154,23 @@ def slot_bytes(dims: Dims, shape: ProbeShape) -> int:
     if shape.coding is None:
         return shape.slots * dims.slot
     older = max(0, shape.slots - shape.coding.residual)
-    codes = dims.kv_heads * shape.coding.nbytes(older, dims.head_dim, dims.head_dim)
+    codes = dims.kv_heads * (shape.coding.nbytes(older, dims.head_dim, dims.head_dim) - older * POSITION_BYTES)
     return min(shape.slots * dims.slot, codes + (shape.slots - older) * dims.slot)
 
 
 def kept_layer(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of one compressible layer of one prompt after compression."""
-    return slot_bytes(dims, shape) + (0 if shape.keeps_all else shape.slots * POSITION * dims.kv_heads)
+    """Bytes of one compressible layer of one prompt after compression; positions of a whole prompt are implied."""
+    return slot_bytes(dims, shape) + (shape.slots * POSITION_BYTES * dims.kv_heads if shape.slots < shape.tokens else 0)
 
 
 def kept(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of all layers of one prompt after compression; sliding-window layers are cut when the batch is made."""
-    return dims.seen * kept_layer(dims, shape) + (len(dims.windows) - dims.seen) * full_layer(dims, shape)
+    """Bytes of all layers of one prompt after compression, sliding-window layers cut to their windows."""
+    return dims.seen * kept_layer(dims, shape) + sum(windows(dims, shape))
+
+
+def windows(dims: Dims, shape: ProbeShape) -> list[int]:
+    """Bytes of each sliding-window layer of one prompt, at its own size."""
+    return [min(window, shape.tokens) * dims.slot for window in dims.windows if window is not None]
 
 
 def prefill(dims: Dims, shape: ProbeShape) -> int:
@@ -175,7 +181,7 @@ def prefill(dims: Dims, shape: ProbeShape) -> int:
     if shape.per_layer and shape.step == shape.tokens and not shape.keeps_all:
         now = (dims.seen - 1) * new + (layers - dims.seen + 1) * full
         held = now + max(activations(dims, shape), attention(dims, shape) + seen + new + scores)
-        now = kept(dims, shape)  # when the logits come
+        now = dims.seen * new + (layers - dims.seen) * full  # when the logits come
     else:
         now = layers * full + dims.seen * seen
         at_once = 0 if not shape.per_layer else attention(dims, shape)
@@ -225,7 +231,7 @@ def score_bytes(dims: Dims, shape: ProbeShape) -> int:
     coded = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + 13)
     half = dims.number if dims.up else 0
     window = dims.heads * min(shape.needs.window, shape.tokens) * shape.tokens * (FLOAT32 + half)
-    return max(window, 4 * dims.kv_heads * shape.tokens * POSITION, coded)
+    return max(window, 4 * dims.kv_heads * shape.tokens * INDEX, coded)
 
 
 def logits(dims: Dims, shape: ProbeShape) -> int:
@@ -235,18 +241,16 @@ def logits(dims: Dims, shape: ProbeShape) -> int:
 
 
 def rows(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of all layers of all prompts while decoding, with room for the tokens to come, positions included."""
-    own = [shape.slots if window is None else min(window, shape.tokens) for window in dims.windows]
-    slots = sum(own) + len(own) * (shape.new_tokens - 1)
-    smaller = dims.seen * (shape.slots * dims.slot - slot_bytes(dims, shape))  # 0 where slots are no codes
-    return shape.batch * (slots * (dims.slot + POSITION * dims.kv_heads) - smaller)
+    """Bytes of all layers of all prompts while decoding, with all the room that the tokens to come take."""
+    room = len(dims.windows) * (shape.new_tokens - 1) * dims.slot
+    return shape.batch * (kept(dims, shape) + room)
 
 
 def batching(dims: Dims, shape: ProbeShape) -> int:
     """Most bytes that are held while the prompts' caches are copied into a batch, layer by layer."""
     before = shape.batch * kept(dims, shape)
     one = rows(dims, shape) // len(dims.windows)
-    last = shape.batch * max(kept_layer(dims, shape), full_layer(dims, shape) if dims.seen < len(dims.windows) else 0)
+    last = shape.batch * max(kept_layer(dims, shape), *windows(dims, shape), 0)
     return max(before + one, rows(dims, shape) + last) + shape.batch * dims.vocab * FLOAT32
 
 
@@ -255,4 +259,6 @@ def decoding(dims: Dims, shape: ProbeShape) -> int:
     step = dims.vocab * (dims.number + dims.up) + (4 * dims.hidden + 3 * dims.intermediate) * dims.number
     weights = dims.heads * (shape.slots + shape.new_tokens) * FLOAT32 * 2 if shape.needs.decode_attention else 0
     each = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (3 * dims.number + 1)
-    return rows(dims, shape) + shape.batch * (step + dims.vocab * FLOAT32 + each) + weights
+    held = rows(dims, shape)
+    growing = held // len(dims.windows) // 2
+    return held + shape.batch * dims.vocab * FLOAT32 + max(shape.batch * (step + each) + weights, growing)

@@ -1,20 +1,22 @@
 """Whether the bytes of a submitted record follow from its budget, and its kept slots from its bytes.
 
 A cache of T tokens takes F = W + slot x S bytes: S slots over the compressible layers (T per layer and KV head), W for
-sliding-window layers, which no budget touches. Asking for b of T tokens allows A = W + slot x S x b/T. So a sample with
-an uncompressed cell gives slot = (F - A) / (S (1 - b/T)) from each other cell, and the model has only one. What a cell
-holds is at least W + slot x kept slots; the rest is its method's side data. Slots held as codes of b bits take at least
-b over the bits of a plain number of that.
+sliding-window layers, which no budget touches. Asking for b of T tokens allows A = W + (slot + p) x S x b/T, where p
+are the bytes of a position: 4, and 0 in old records, which know no stored bytes. So a sample with an uncompressed cell
+gives slot = (F - A + p S b/T) / (S (1 - b/T)) from each other cell, and the model has only one. What a cell holds is at
+least W + (slot + p) x kept slots; the rest is its method's side data. Slots held as codes of b bits take at least b
+over the bits of a plain number of a slot, and all slots of the prompt need no positions. What is stored is no less than
+what is live.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from harness.records.record import CellKey, Record
+from harness.records.record import OVER, CellKey, Record
 from methods.base import Budget
+from methods.views import POSITION_BYTES
 
-OVER = 1.01  # as the engine marks a cell
 ROUNDING = 1e-6
 MOST = 1 << 48  # bytes or tokens
 
@@ -29,6 +31,7 @@ class _Asked(NamedTuple):
     held: int
     kept: int
     least: float
+    position: int
 
 
 class _Full(NamedTuple):
@@ -54,7 +57,8 @@ class Budgets:
         budget = self.cells[record.method, record.budget]
         tokens, sample = record.compressed_tokens, (record.task, record.sample_id)
         numbers = (tokens, record.kv_bytes, record.asked_bytes, record.full_bytes)
-        if min(numbers) < 1 or max(*numbers, *record.kept_slots) > MOST or min(record.kept_slots, default=0) < 0:
+        more = (record.stored_bytes, record.stored_bytes_end, *record.kept_slots)
+        if min(numbers) < 1 or max(*numbers, *more) > MOST or min(more) < 0:
             yield f"tokens and bytes of a cache are 1 to {MOST:,}, kept slots none below 0"
             return
         resolved = None if budget is None else budget.resolve(tokens)
@@ -70,7 +74,9 @@ class Budgets:
                 self._full[sample] = _Full(record.full_bytes, slots, len(set(record.kept_slots)) == 1)
         else:
             part, least = resolved / tokens, self.least.get(record.method, 1.0)
-            self._asked.append(_Asked(where, sample, part, record.asked_bytes, record.kv_bytes, slots, least))
+            position = POSITION_BYTES if record.stored_bytes else 0
+            own = _Asked(where, sample, part, record.asked_bytes, record.kv_bytes, slots, least, position)
+            self._asked.append(own)
             same = self._same.setdefault((resolved, tokens, record.full_bytes), record.asked_bytes)
             if same != record.asked_bytes:
                 yield f"{record.asked_bytes} bytes asked for, another record of the same budget has {same}"
@@ -87,20 +93,28 @@ class Budgets:
             if abs(slot - usual) > ROUNDING * usual + 1e-3:
                 found = f"{slot:.1f} bytes a slot, elsewhere {usual:.1f}"
                 yield f"{asked.where}: {asked.asked} bytes asked for make {found}"
-            elif full.even and asked.held < (windows + usual * asked.kept * asked.least) * (1 - ROUNDING):
+                continue
+            position = asked.position if asked.kept < full.slots else 0
+            least = windows + (usual * asked.least + position) * asked.kept
+            if full.even and asked.held < least * (1 - ROUNDING):
                 yield f"{asked.where}: {asked.kept} kept slots of {usual:.1f} bytes do not fit into {asked.held} bytes"
 
 
 def _slot(asked: _Asked, full: _Full) -> float:
-    return (full.held - asked.asked) / (full.slots * (1 - asked.share))
+    positions = asked.position * full.slots * asked.share
+    return (full.held - asked.asked + positions) / (full.slots * (1 - asked.share))
 
 
 def _own_problems(record: Record) -> Iterator[str]:
-    over = record.kv_bytes > OVER * record.asked_bytes
+    held = record.stored_bytes or record.kv_bytes
+    over = held > OVER * record.asked_bytes
     if over != record.over_budget:
         told = "" if record.over_budget else "not "
-        yield f"{record.kv_bytes} bytes of {record.asked_bytes} asked for, and over_budget is {told}set"
-    if record.asked_bytes > record.full_bytes:
+        yield f"{held} bytes of {record.asked_bytes} asked for, and over_budget is {told}set"
+    if record.stored_bytes and (held < record.kv_bytes or record.stored_bytes_end < record.kv_bytes_end):
+        yield f"{held} bytes stored, {record.stored_bytes_end} at the end, less than live"
+    most = record.full_bytes * (2 if record.stored_bytes else 1)  # a slot is no smaller than its position
+    if record.asked_bytes > most:
         yield f"{record.asked_bytes} bytes asked for, more than the {record.full_bytes} of the whole cache"
     kept = [count for layer in record.needle_kept for count in layer]
     if kept and not 0 <= min(kept) <= max(kept) <= record.needle_tokens:

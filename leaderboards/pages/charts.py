@@ -20,6 +20,8 @@ from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
+from leaderboards.stats.stored import STORED, percent_column
+from leaderboards.stats.stored import words as words_of
 from leaderboards.tables.picture import LINES, MARKERS
 from leaderboards.text import clean, number
 
@@ -72,6 +74,15 @@ TPOT = Cost("Score against time per token", "tpot_s_mean", "TPOT, ms (measured)"
 SCORE_COLUMNS = ("score", "low", "high")
 
 
+def bytes_cost(table: Table) -> Cost:
+    """The bytes that a table is drawn against: stored ones where it has them."""
+    column = percent_column(table.rows)
+    if column == BYTES.column:
+        return BYTES
+    label = f"{words_of(table.rows)}, % of the full cache (measured)"
+    return BYTES._replace(title="Score against stored cache bytes", column=column, label=label, unit="stored %")
+
+
 def methods_of(table: Table) -> list[str]:
     """Methods with a budget, in the order of their colours."""
     return sorted(set(table.rows["method"][table.rows["budget"] != FULL]))
@@ -86,7 +97,10 @@ def charts(table: Table, *, salt: str) -> ChartList | None:
     if not any(row["budget"] != FULL for row in scored):
         return None
     with mpl.rc_context(RC):
-        found = [_against(table, scored, BYTES, salt=f"{salt}-bytes"), _by_budget(table, scored, salt=f"{salt}-budget")]
+        found = [
+            _against(table, scored, bytes_cost(table), salt=f"{salt}-bytes"),
+            _by_budget(table, scored, salt=f"{salt}-budget"),
+        ]
         if is_measured(table.rows) and any(row["n_measured"] for row in scored):
             timed = [row for row in scored if row["n_measured"]]
             found.append(_against(table, timed, TPOT, salt=f"{salt}-tpot"))
@@ -113,7 +127,7 @@ def _against(table: Table, rows: Sequence[TableRow], cost: Cost, *, salt: str) -
     said: dict[str, list[str]] = {}
     for i, method in enumerate(methods_of(table)):
         own = sorted((r for r in rows if r["method"] == method and r["budget"] != FULL), key=lambda r: r[cost.column])
-        said |= _series(axes, i, own, [cost.scale * row[cost.column] for row in own], line=cost is BYTES)
+        said |= _series(axes, i, own, [cost.scale * row[cost.column] for row in own], line=cost.column != TPOT.column)
     _full(axes, rows, cost)
     _front(axes, rows, cost)
     costs = [cost.scale * row[cost.column] for row in rows if row["budget"] != FULL]
@@ -138,7 +152,7 @@ def _by_budget(table: Table, rows: Sequence[TableRow], *, salt: str) -> Chart:
         own = [row for row in rows if row["method"] == method and row["budget"] != FULL]
         aside = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
         said |= _series(axes, i, own, [budgets.index(row["budget"]) + aside for row in own], line=True)
-    _full(axes, rows, BYTES)
+    _full(axes, rows, bytes_cost(table))
     axes.set_xlabel("budget as asked: tokens, or a fraction")
     axes.set_xticks(range(len(budgets)), [clean(budget) for budget in budgets])
     title = "Score by budget"
@@ -178,13 +192,15 @@ def words(row: TableRow) -> str:
     mean, low, high = _score(row)
     spread = "" if low == "-" else f" ({low} to {high})"
     timed = row.get("tpot_s_mean", math.nan)
+    what, column = ("stored", STORED) if STORED in row else ("KV", BYTES.column)
+    kept = f"{what} {number(row[column])} %"
     tpot = "" if math.isnan(timed) else f", TPOT {1000 * timed:.2f} ms"
-    return f"{' at '.join(_key(row))}: score {mean}{spread}, KV {number(row['kv_percent_of_full'])} %{tpot}"
+    return f"{' at '.join(_key(row))}: score {mean}{spread}, {kept}{tpot}"
 
 
 def _full(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
     for row in [row for row in rows if row["budget"] == FULL]:
-        if cost is BYTES and row["kv_percent_of_full"] > WHOLE:
+        if cost.column != TPOT.column and row[cost.column] > WHOLE:
             axes.axhline(row["score_points_mean"], color=INK, lw=1, ls="--")
         else:
             axes.plot(cost.scale * row[cost.column], row["score_points_mean"], color=INK, marker="_", ms=10, ls="")

@@ -87,7 +87,7 @@ def _best(means: Sequence[tuple[float, str]], *, named: bool) -> str:
 
 def _share(rows: Sequence[TableRow], budget: str) -> str:
     """The most bytes that a cell of this budget took."""
-    shares = [row["kv_percent_of_full"] for row in rows if row["budget"] == budget]
+    shares = [row.get("stored_percent_of_full", row["kv_percent_of_full"]) for row in rows if row["budget"] == budget]
     known = [share for share in shares if not isnan(share)]
     return f", {number(max(known))} % of bytes" if known else ""
 

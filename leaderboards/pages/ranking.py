@@ -14,7 +14,8 @@ from leaderboards.tables.sections import rank_text
 from leaderboards.tables.verdicts import score_text
 from leaderboards.text import MIB, clean, number
 
-FLAGS = {"oom": "out of memory", "over_budget": "over budget", "few": "few contexts", "unknown": "contexts unknown"}
+FLAGS = {"oom": "out of memory", "few": "few contexts", "unknown": "contexts unknown"}
+FLAGS |= {"over_budget": "over budget", "under_budget": "under budget"}
 """Flags that a page words otherwise."""
 AXES = {
     "model": "Model",
@@ -106,6 +107,7 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
     measured, ranked, tailed = (any(map(known, frames)) for known in (is_measured, is_ranked, is_known))
     there = {
         "Rank": ranked,
+        **dict.fromkeys(("Stored %", "Stored MiB"), any("stored_bytes_mean" in frame for frame in frames)),
         "Observe ms": any(map(is_observed, frames)),
         **dict.fromkeys(("TPOT ms", "Peak MiB"), measured),
         **dict.fromkeys(("Broken %", "NLL worst 10%"), tailed),
@@ -119,6 +121,8 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
         Column("Rank", "num agg"),
         Column("KV %", "num"),
         Column("KV MiB", "num", more=True),
+        Column("Stored %", "num"),
+        Column("Stored MiB", "num", more=True),
         Column("Observe ms", "num agg"),
         Column("TPOT ms", "num agg"),
         Column("Peak MiB", "num agg", more=True),
@@ -139,7 +143,7 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
 
 def _cells(table: Table, row: TableRow) -> dict[str, Shown]:
     """What a row shows below every column that there may be."""
-    mib = row["kv_bytes_mean"] / MIB
+    mib, stored = row["kv_bytes_mean"] / MIB, row.get("stored_bytes_mean", math.nan) / MIB
     low, high = row.get("rank_low", math.nan), row.get("rank_high", math.nan)
     plain = {
         "Budget": row["budget"],
@@ -154,6 +158,8 @@ def _cells(table: Table, row: TableRow) -> dict[str, Shown]:
         "Rank": Shown(rank_text(low, high), _value(low + high / 1e4)),
         "KV %": _number(row["kv_percent_of_full"]),
         "KV MiB": _number(mib, digits=1 if mib >= 100 else 3),
+        "Stored %": _number(row.get("stored_percent_of_full", math.nan)),
+        "Stored MiB": _number(stored, digits=1 if stored >= 100 else 3),
         "Observe ms": _number(row.get("observe_ms_median", math.nan)),
         "TPOT ms": _number(1000 * row.get("tpot_s_mean", math.nan), digits=2),
         "Peak MiB": _number(row.get("peak_bytes_mean", math.nan) / MIB),

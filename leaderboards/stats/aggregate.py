@@ -41,6 +41,7 @@ from leaderboards.stats.observing import observe_columns
 from leaderboards.stats.pareto import FRONTS, fronts
 from leaderboards.stats.processors import Elsewhere, elsewhere
 from leaderboards.stats.ranks import Ranking, rank_columns
+from leaderboards.stats.stored import stored_columns
 from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import summarise
 from leaderboards.stats.worst import tail_columns
@@ -137,10 +138,11 @@ def _table(
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
     ranked, ranking = rank_columns(grid)
     tailed, timed = tail_columns(grid), _measured(grid, told=not ranking.eligible["score"].why)
-    observing = observe_columns(grid)
+    observing, stored = observe_columns(grid), stored_columns(grid)
     marks = _marks(grid, ranked)
-    more = {c: {**observing[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
-    rows = pd.DataFrame([{**asdict(axes), **_row(grid, c, used), **more[c]} for c in order])
+    costs = {c: stored[c] | observing[c] for c in order}
+    more = {c: {**costs[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
+    rows = pd.DataFrame([_flagged({**asdict(axes), **_row(grid, c, used), **more[c]}) for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
@@ -199,6 +201,12 @@ def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[st
     present |= {"over_budget": row["n_over_budget"], "few": grid.few(cell)}
     present["unknown"] = grid.unnamed(grid.values(cell, "score"))
     return {**row, "flags": " ".join(name for name, here in present.items() if here)}
+
+
+def _flagged(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its flag `under_budget`, where stored bytes tell."""
+    under = "under_budget" if row.get("n_under_budget") else ""
+    return {**row, "flags": f"{row['flags']} {under}".strip()}
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:

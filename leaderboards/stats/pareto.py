@@ -22,16 +22,20 @@ import pandas as pd
 
 from harness.records.record import CellKey
 from leaderboards.stats.grid import Grid
+from leaderboards.stats.stored import is_stored
 
 FRONTS = {"front_bytes": "kv_bytes", "front_tpot": "tpot_s"}
-"""Column of the table to the cost."""
+"""Column of the table to the cost. Bytes are stored ones where every record knows them."""
+EXACT = ("kv_bytes", "stored_bytes")
+"""Costs without noise."""
 WHOLE = 99.9
 """Percent of the full cache above which a method without a budget is a line in a picture of bytes, and else a point."""
 
 
 def fronts(grid: Grid) -> dict[CellKey, dict[str, str]]:
     """`*`, `=` or nothing for every cell, by the columns of `FRONTS`."""
-    marks = {name: _front(grid, cost) for name, cost in FRONTS.items()}
+    costs = FRONTS | ({"front_bytes": "stored_bytes"} if is_stored(grid) else {})
+    marks = {name: _front(grid, cost) for name, cost in costs.items()}
     return {cell: {name: own.get(cell, "") for name, own in marks.items()} for cell in grid.cells}
 
 
@@ -52,7 +56,7 @@ def _front(grid: Grid, cost: str) -> dict[CellKey, str]:
     off: set[CellKey] = set()
     doubtful = set(here) - whole
     pairs = list(permutations(here, 2))
-    if cost != "kv_bytes":
+    if cost not in EXACT:
         grid.prepare((other, cost, cell) for cell, other in pairs)
     cheaper = {pair: costs for pair in pairs if (costs := _costs_no_more(grid, pair[1], pair[0], cost))[1]}
     grid.prepare((a, "score", b) for pair in cheaper for a, b in (pair, pair[::-1]))
@@ -66,7 +70,7 @@ def _front(grid: Grid, cost: str) -> dict[CellKey, str]:
 
 def _costs_no_more(grid: Grid, cell: CellKey, other: CellKey, cost: str) -> tuple[bool, bool]:
     """Whether `cell` surely costs no more than `other`, and whether it may."""
-    if cost == "kv_bytes":
+    if cost in EXACT:
         mean = grid.bootstrap.mean(grid.values(cell, cost) - grid.values(other, cost))
         return mean <= 0, not mean > 0  # not: without common samples nothing is known
     paired = grid.estimate(cell, cost, minus=other)

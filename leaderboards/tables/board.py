@@ -143,6 +143,7 @@ def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: boo
         **({"memory": row["memory"]} if "memory" in row else {}),
         "KV MiB": number(mib, digits=1 if mib >= 100 else 3),
         "KV %": number(row["kv_percent_of_full"]),
+        **(_stored_cells(row) if "stored_bytes_mean" in row else {}),
         **({"observe ms": number(row["observe_ms_median"])} if "observe_n" in row else {}),
         "score": f"{score_text(row)} {row['mark']}".strip(),
     }
@@ -156,6 +157,11 @@ def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: boo
     for wanted, label in baselines.items():
         cells[f"ΔNLL {clean(label or wanted)}"] = estimate(row, f"nll_nats_vs_{wanted}", digits=3, sign="+")
     return cells
+
+
+def _stored_cells(row: TableRow) -> dict[str, str]:
+    mib = row["stored_bytes_mean"] / MIB
+    return {"stored MiB": number(mib, digits=1 if mib >= 100 else 3), "stored %": number(row["stored_percent_of_full"])}
 
 
 def _measured_cells(row: TableRow) -> dict[str, str]:

@@ -135,4 +135,6 @@ def _counts(rows: pd.DataFrame) -> dict[str, Any]:
     ok = rows["status"] == "ok"
     share = rows.loc[ok, "kv_bytes"] / rows.loc[ok, "full_bytes"]
     held = {"kv_bytes": float(rows.loc[ok, "kv_bytes"].mean()), "kept_share": float(share.mean())} if ok.any() else {}
+    if ok.any() and (rows.loc[ok, "stored_bytes"] > 0).all():
+        held["stored_bytes"] = float(rows.loc[ok, "stored_bytes"].mean())
     return {"samples": int(ok.sum()), "samples_without_score": int((~ok).sum()), **held}

@@ -35,6 +35,11 @@ MEASURED = (
     "samples. Empty: off it, for a cell that costs no more is told better; or never measured; or the table ranks "
     f"nothing. {LEVEL:.0%} per comparison, not corrected for their number.",
 )
+STORED = (
+    "KV are live bytes: slots that hold a token, with their positions. stored: all that is allocated for them, right "
+    "after compression; pictures and the front go by it, and so does the budget: b, more than 1 % over the bytes asked "
+    "for, and l, more than 1 % under them, so that equal budgets are equal stored bytes or a row is marked.",
+)
 OBSERVING = (
     "observe ms: prefill with what the method observes less a plain prefill of the same prompt in the same process, "
     "median over the prompts on which it was measured (observe_n in the CSV). Nothing of compression, which is "
@@ -82,6 +87,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "samples that share a context are redrawn together; not corrected for the number of comparisons (ranks are).",
         "NLL: nats per token of the reference answer on the compressed cache, where a task has one; lower is better.",
         "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache.",
+        *(STORED if any("stored_bytes_mean" in frame for frame in rows) else ()),
         *(OBSERVING if any(map(observing.is_observed, rows)) else ()),
         "n: samples scored. first token: whether the first answer token was predicted from the compressed cache, or by "
         "the uncompressed prefill.",

@@ -17,6 +17,7 @@ from harness.records.run_folder import write_text
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
+from leaderboards.stats.stored import percent_column, words
 from leaderboards.tables.board import heading
 
 MARKERS = "osD^vPX*<>hd"
@@ -50,7 +51,7 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
     if not tables:
         raise HarnessError("there is no table to draw; run a benchmark first")
     table = tables[0]
-    panels = MEASURED_PANELS if is_measured(table.rows) else PANELS
+    panels = [_of_bytes(panel, table.rows) for panel in (MEASURED_PANELS if is_measured(table.rows) else PANELS)]
     figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
     figure.suptitle(heading(table), fontsize=10)
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -67,6 +68,13 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
     return path
 
 
+def _of_bytes(panel: Panel, rows: pd.DataFrame) -> Panel:
+    """The panel over stored bytes, where the rows have them and it is of bytes."""
+    if panel.x != SCORE.x:
+        return panel
+    return panel._replace(x=percent_column(rows), xlabel=f"{words(rows)}, % of the full cache (measured)")
+
+
 def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
     x, y = rows[panel.x] * panel.scale, rows[f"{panel.y}_mean"]
     for i, (method, cells) in enumerate(rows[rows["budget"] != FULL].groupby("method")):
@@ -78,7 +86,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
         axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), marker=marker, ls=line, **LOOK)
     for row in rows[rows["budget"] == FULL].to_dict("records"):
         mean, label = row[f"{panel.y}_mean"], row["method"]
-        if panel.full_line and row["kv_percent_of_full"] > WHOLE:
+        if panel.full_line and row[panel.x] > WHOLE:
             axes.axhline(mean, color="black", lw=1, ls="--", label=label)
         else:
             axes.plot(row[panel.x] * panel.scale, mean, color="black", marker="_", ms=9, ls="", label=label)

@@ -10,7 +10,8 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
 from leaderboards.text import KEYS, clean, estimate, half_width, interval, keys, number
 
-FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "few": "w", "unknown": "u"}
+FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "under_budget": "l"}
+FLAGS |= {"few": "w", "unknown": "u"}
 """Flag of a row to its letter."""
 RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 """Measure to its words in a title and its decimals."""

@@ -16,6 +16,7 @@ from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.processors import Elsewhere
+from leaderboards.stats.stored import percent_column
 from leaderboards.text import MIB, clean, half_width, interval, number
 
 NAMED = 4
@@ -101,7 +102,7 @@ def tightest_and_widest(table: Table) -> list[str]:
     Differences to the uncompressed cache are the table's own paired ones, with their intervals.
     """
     limited = table.rows[table.rows["budget"] != FULL]
-    kept = limited.groupby("budget", sort=False)["kv_percent_of_full"].mean().dropna()
+    kept = limited.groupby("budget", sort=False)[percent_column(limited)].mean().dropna()
     if not len(kept):
         return []
     ends = {kept.idxmin(), kept.idxmax()}
@@ -164,8 +165,8 @@ def _tied(marked: Sequence[TableRow], others: int) -> Words:
 
 def _cost(rows: Sequence[TableRow]) -> str:
     """What these cells take, from the least to the most: measured bytes, and the time per token where there is one."""
-    kept = _range([row["kv_percent_of_full"] for row in rows], digits=1)
-    mib = _range([row["kv_bytes_mean"] / MIB for row in rows], digits=2)
+    kept = _range([row.get("stored_percent_of_full", row["kv_percent_of_full"]) for row in rows], digits=1)
+    mib = _range([row.get("stored_bytes_mean", row["kv_bytes_mean"]) / MIB for row in rows], digits=2)
     tpot = _range([1000 * row.get("tpot_s_mean", math.nan) for row in rows], digits=1)
     parts = [f"{kept} % of the full cache, {mib} MiB" if kept else "", f"{tpot} ms per token" if tpot else ""]
     return ", ".join(filter(None, parts))

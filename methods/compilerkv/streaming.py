@@ -25,7 +25,7 @@ def affordable(kv: KV, budget: int) -> int:
 
 def start(kv: KV, scores: Tensor) -> KV:
     """Return `kv` with its side data. scores: [B, H, T] of the whole prompt, at the end of prefill."""
-    kv.extra["worth"] = scores.gather(2, kv.positions.clamp(min=0)).masked_fill(kv.positions < 0, 0.0)
+    kv.extra["worth"] = scores.gather(2, kv.positions.clamp(min=0).long()).masked_fill(kv.positions < 0, 0.0)
     kv.extra["seen"] = torch.zeros_like(kv.extra["worth"])
     kv.extra["slots"] = kv.live.to(torch.int32)  # [B, H], what each head may hold
     return kv

@@ -65,14 +65,21 @@ def _uncompressed(stored: dict[str, Any]) -> None:
         facts["compressed"] = False
 
 
+def _older(stored: dict[str, Any]) -> None:
+    for facts in stored["config"]["kv_prompts"].values():
+        for name in ("stored_bytes", "stored_bytes_end"):
+            del facts[name]
+
+
 @pytest.mark.parametrize(
     ("change", "marked"),
     [
         (lambda stored: stored["config"].update(kv_memory="simulated"), lambda r: r.memory == "simulated"),
         (lambda stored: stored["config"].update(kv_prompts={}), lambda r: (r.status, r.kv_bytes) == ("skipped", 0)),
+        (_older, lambda r: r.status == "ok" and r.stored_bytes == 0 < r.kv_bytes),
         (_uncompressed, lambda r: "scored uncompressed" in r.notes[-1]),
     ],
-    ids=("simulated memory", "answers from a cache", "prompts below their budget"),
+    ids=("simulated memory", "answers from a cache", "from before stored bytes", "prompts below their budget"),
 )
 def test_what_is_no_result_is_marked(results: Path, tmp_path: Path, change: Any, marked: Any) -> None:
     ((folder, _),) = import_results(_changed(results, tmp_path, change), root=tmp_path / "runs", command=())

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.engine.evicting_cache import EvictingRow, EvictingRows, each_tensor, with_room
+from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
+from harness.engine.packed import each_tensor
+from harness.engine.row_cache import without
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import LoadedModel
 from harness.speed.one_method import Isolated
@@ -40,6 +42,18 @@ class Oldest(LayerPolicy):
         return old.masked_fill((step.kv.live <= step.budget) | torch.tensor(self.lazy), -1)
 
 
+@dataclass(frozen=True)
+class OldestOfEach(Oldest):
+    """Heads of unlike numbers of slots, which are side data, beside the age of every slot."""
+
+    def after_step(self, step: StepView) -> Tensor:
+        kv = step.kv
+        kv.extra["age"].masked_fill_(kv.positions == step.position, 0.0)
+        kv.extra["age"] += 1
+        oldest = kv.extra["age"].masked_fill(kv.positions < 0, -1.0).argmax(dim=-1)
+        return oldest.masked_fill((kv.live <= kv.extra["slots"]) | torch.tensor(self.lazy), -1)
+
+
 def evicting(policy: KVPolicy, feed: Sequence[Tensor], *, room: int = 1) -> EvictingRows:
     keys, values = (x[:, :, :TOKENS] for x in feed[1:])
     rows = [EvictingRow(policy, 3, with_room(kept(keys, values, [[7, 8, 9]] * HEADS), room)) for _ in range(2)]
@@ -49,13 +63,46 @@ def evicting(policy: KVPolicy, feed: Sequence[Tensor], *, room: int = 1) -> Evic
 def test_an_evicting_row_sees_its_budget_and_the_new_token() -> None:
     queries, keys, values = feed = tokens_of(TOKENS + 5)
     cache = evicting(Oldest(), feed)
-    assert cache.nbytes(0) == 3 * HEADS * SLOT
+    assert cache.nbytes(0) == 3 * HEADS * (SLOT + 4)
     for at in range(TOKENS, TOKENS + 5):
         out = ask(cache, *new(feed, at, 2))
         gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 3, at - 2, at - 1, at]] * HEADS)
         torch.testing.assert_close(out, gold.expand(2, -1, -1, -1))
-        assert cache.nbytes(1) == 3 * HEADS * SLOT
+        assert cache.nbytes(1) == 3 * HEADS * (SLOT + 4)
     assert cache.position == TOKENS + 5
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_heads_of_unlike_sizes_store_what_they_fill(again: bool) -> None:
+    queries, keys, values = feed = tokens_of(TOKENS + 5)
+
+    def cache(policy: KVPolicy) -> EvictingRows:
+        kv = kept(keys[:, :, :TOKENS], values[:, :, :TOKENS], [[5, 6, 7, 8, 9], [8, 9, -1, -1, -1]])
+        kv.extra["age"] = (TOKENS - kv.positions).float()
+        kv.extra["slots"] = kv.live.to(torch.int32)
+        roomy = with_room(kv, 1)
+        return EvictingRows([EvictingRow(policy, 3, without(roomy, TOKENS - 1) if again else roomy)], TOKENS - again)
+
+    def check(row: EvictingRows, at: int) -> None:
+        out = ask(row, *new(feed, at, 1))
+        given_up = int(at == TOKENS - 1)  # the token comes again, and nothing has to go
+        seen = [list(range(at - 5 + given_up, at + 1)), list(range(at - 2 + given_up, at + 1))]
+        torch.testing.assert_close(out, plain(queries[:, :, at : at + 1], keys, values, seen))
+        assert row.nbytes(0) == row.stored_bytes(0) == 7 * (SLOT + 4 + 4) + HEADS * 4
+
+    row = cache(OldestOfEach())
+    for at in range(TOKENS - again, TOKENS + 1):
+        check(row, at)
+    mark = row.mark()
+    for at in (*range(TOKENS + 1, TOKENS + 5), TOKENS + 1, TOKENS + 2):
+        if at == TOKENS + 1:
+            row.rewind(mark)
+        check(row, at)
+    lazy = cache(OldestOfEach(lazy=True))
+    for at in range(TOKENS - again, TOKENS + 1):
+        ask(lazy, *new(feed, at, 1))
+    with pytest.raises(PolicyError, match="OldestOfEach left no slot for the next token"):
+        lazy.append(*new(feed, TOKENS + 1, 1)[1:])
 
 
 def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
@@ -68,7 +115,7 @@ def test_an_evicting_row_comes_back_to_its_snapshot() -> None:
     assert all(torch.equal(a, ask(cache, *own)) for a, own in zip(first[:2], feeds, strict=False))
     cache.keep([1])
     assert torch.equal(ask(cache, *(x[1:] for x in feeds[2])), first[2][1:])
-    assert cache.nbytes(0) == 3 * HEADS * SLOT
+    assert cache.nbytes(0) == 3 * HEADS * (SLOT + 4)
     with pytest.raises(IndexError, match="row 1 of 1"):
         cache.nbytes(1)
 
@@ -80,7 +127,7 @@ def test_a_sliding_layer_of_an_evicting_row_follows_its_window() -> None:
         out = ask(cache, *new(feed, at, 2), window=3)
         gold = plain(queries[:, :, at : at + 1], keys, values, [[at - 2, at - 1, at]] * HEADS)
         torch.testing.assert_close(out[:1], gold)
-        assert cache.nbytes(0) == 2 * HEADS * SLOT  # what the next token's window still reaches
+        assert cache.nbytes(0) == 2 * HEADS * (SLOT + 4)  # what the next token's window still reaches
 
 
 def compressed(tiny: LoadedModel, names: Sequence[str]) -> list[EvictingRow]:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.engine.evicting_cache import each_tensor, with_room
+from harness.engine.evicting_cache import with_room
 from harness.engine.kernels import causal_attention, slot_attention
 from harness.engine.layer_cache import LayerCache
+from harness.engine.packed import each_tensor, live_bytes, storage_bytes
 from harness.engine.prefill import PrefillLayer
 from harness.engine.row_cache import GrowingRows, without
 from methods.base import KV, Needs
@@ -77,7 +78,7 @@ def test_bytes_of_a_row_are_its_live_slots_and_side_data() -> None:
     kvs = [kept(*feed[1:], slots) for slots in ROWS]
     kvs[0].extra["scales"] = torch.zeros(5, dtype=torch.float16)
     cache = GrowingRows(kvs, position=TOKENS, room=3)
-    held = [sum(s >= 0 for head in slots for s in head) * SLOT for slots in ROWS]
+    held = [sum(s >= 0 for head in slots for s in head) * (SLOT + 4) for slots in ROWS]
     held[0] += 10
     assert [cache.nbytes(row) for row in range(4)] == held
     for _ in range(2):
@@ -127,13 +128,13 @@ def test_every_head_takes_memory_for_its_own_slots() -> None:
     counts, room = [[5, 40], [200, 5], [0, 40]], 7
     cache = GrowingRows(ragged(counts), position=256, room=room)
     slots = sum(map(sum, counts))
-    assert allocated(cache) == slots + 6 * room
-    assert [len(group.streams) for group in cache.groups] == [2, 2, 1, 1]
-    assert sum(cache.nbytes(row) for row in range(3)) == slots * SLOT
+    assert allocated(cache) == slots + 4 * 4 + 2 * 7  # a sixteenth of the slots of a row, 4 at least
+    assert [len(group.streams) for group in cache.groups] == [1, 2, 1, 1, 1]
+    assert sum(cache.nbytes(row) for row in range(3)) == slots * (SLOT + 4)
     ask(cache, *fresh(3, 2))
-    assert [cache.nbytes(row) for row in range(3)] == [(sum(heads) + 2 * HEADS) * SLOT for heads in counts]
+    assert [cache.nbytes(row) for row in range(3)] == [sum(own) * (SLOT + 4) + 2 * HEADS * SLOT for own in counts]
     cache.keep([0, 2])
-    assert allocated(cache) == 5 + 40 + 40 + 4 * room
+    assert allocated(cache) == 5 + 40 + 40 + 4 * 4
 
 
 @settings(max_examples=40, deadline=None)
@@ -159,7 +160,7 @@ def test_heads_of_any_counts_compute_what_padded_and_masked_rows_compute(
             fed, kvs = [(q[rows], k[rows], v[rows]) for q, k, v in fed], [kvs[row] for row in rows]
         torch.testing.assert_close(ask(cache, *fed[-1], window=window), padded(kvs, fed, window))
     assert [cache.nbytes(i) for i in range(len(rows))] == [
-        (sum(counts[row]) + HEADS * sum(chunks)) * SLOT for row in rows
+        sum(counts[row]) * (SLOT + 4) + HEADS * sum(chunks) * SLOT for row in rows
     ]
 
 
@@ -241,7 +242,10 @@ def test_a_sliding_layer_leaves_what_its_window_reaches(window: int, start: int)
     kv = layer.kv()
     assert kv.positions[0, 0].tolist() == list(range(start, TOKENS))
     assert torch.equal(kv.keys, keys[:, :, start:])
-    assert kv.nbytes == (TOKENS - start) * HEADS * SLOT
+    assert kv.nbytes == (TOKENS - start) * HEADS * (SLOT + 4)
+    assert live_bytes(kv, TOKENS, window=True) == (TOKENS - start) * HEADS * SLOT
+    if start:
+        assert storage_bytes([layer.keys, layer.values]) == (TOKENS - start) * HEADS * SLOT  # the rest is freed
 
 
 def test_without_and_room_leave_their_argument_alone() -> None:

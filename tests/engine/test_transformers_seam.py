@@ -115,7 +115,7 @@ def test_sliding_layers_are_left_alone_and_counted(name: str) -> None:
         assert whole.kv_bytes == whole.full_bytes == whole.asked_bytes == full * tokens * HEADS * SLOT + windows
         assert whole.kept_slots == (tokens * HEADS,) * full
         some = run(attached, prompt(tokens), RandomEviction(), 5)
-        assert some.kv_bytes == some.asked_bytes == full * 5 * HEADS * SLOT + windows
+        assert some.kv_bytes == some.asked_bytes == full * 5 * HEADS * (SLOT + 4) + windows == some.stored_bytes
         assert some.full_bytes == whole.full_bytes
         assert not some.over_budget
 
@@ -127,8 +127,8 @@ def test_what_a_sliding_layer_sees_is_no_policy_s_business() -> None:
     outcome = run(attached, asked, StreamingLLM(sinks=0, evict=True), 6)
     kept = run(attached, asked, StreamingLLM(sinks=0), 6)
     assert outcome.token_ids[:1] == kept.token_ids[:1]
-    sliding = 2 * (WINDOW - 1) * HEADS * SLOT  # what the next token's window still reaches
-    assert outcome.kv_bytes_end == 2 * 6 * HEADS * SLOT + sliding
+    sliding = 2 * (WINDOW - 1) * HEADS * (SLOT + 4)  # what the next token's window still reaches
+    assert outcome.kv_bytes_end == 2 * 6 * HEADS * (SLOT + 4) + sliding
 
 
 def test_a_model_of_sliding_layers_alone_has_nothing_to_compress() -> None:

@@ -142,7 +142,7 @@ def test_generation_is_compressed_and_measured(tiny: LoadedModel, full: KVPolicy
     info, tokens = lm.get_model_info(), len(lm.tok_encode(TEXT * 4))
     assert (info["kv_method"]["label"], info["kv_budget"]) == ("snapkv[recent=8]", "0.25")
     quarter, token = round(tokens / 4), 4 * 2 * 16 * 4 * 2  # layers, heads, dims, float32, k and v
-    assert (info["kv_kept_tokens"], info["kv_bytes"]) == (quarter, quarter * token)
+    assert (info["kv_kept_tokens"], info["kv_bytes"]) == (quarter, quarter * (token + 4 * 2 * 4))  # a position a slot
     assert info["kv_full_bytes"] == tokens * token
 
 

@@ -136,12 +136,12 @@ def test_adakvs_heads_are_ragged_and_what_they_give_up_is_freed(uneven: tuple[Go
     kept = policy.compress(PromptView([gold.view for gold in uneven]), 20)
     counts = [kv.live[0].tolist() for kv in kept]
     assert all(abs(row[0] - row[1]) > 4 and sum(row) == 40 and min(row) >= 8 + 12 // 5 for row in counts)
-    slot = 2 * DIM * 4  # float32 key and value
+    slot = 2 * DIM * 4 + 4  # float32 key and value, int32 position
     for kv in kept:
         rows = GrowingRows([kv], position=77, room=1)
-        held = sum(x.numel() * x.element_size() for group in rows.groups for x in (group.keys, group.values))
+        held = rows.stored_bytes(0)
         assert kv.nbytes == 40 * slot
-        assert held == kv.nbytes + HEADS * slot  # room for one token, and no padding
+        assert held == kv.nbytes + HEADS * (slot - 4)  # room for one token, and no padding
     for own in (policy, make_policy("dynamickv")):
         assert own.notes(20, sizes(77, LAYERS)) == ()
         assert "share evenly" in own.notes(8, sizes(77, LAYERS))[0]

@@ -60,9 +60,9 @@ def test_every_need_has_its_words() -> None:
 @pytest.mark.parametrize(
     ("label", "said"),
     [
-        ("snapkv", "2 x D x 2 = 256"),
-        ("h2o@paper", "2 x D x 2 = 256 + 4 a slot (`sums`)"),
-        ("compilerkv@streaming", "2 x D x 2 = 256 + 4 a slot (`worth`) + 4 a slot (`seen`) + 4 a head (`slots`)"),
+        ("snapkv", "2 x D x 2 + 4 = 260"),
+        ("h2o@paper", "2 x D x 2 + 4 = 260 + 4 a slot (`sums`)"),
+        ("compilerkv@streaming", "2 x D x 2 + 4 = 260 + 4 a slot (`worth`) + 4 a slot (`seen`) + 4 a head (`slots`)"),
     ],
 )
 def test_a_slot_takes_its_key_its_value_and_its_side_data(label: str, said: str) -> None:
@@ -70,11 +70,13 @@ def test_a_slot_takes_its_key_its_value_and_its_side_data(label: str, said: str)
 
 
 def test_a_slot_of_codes_takes_codes_and_scales() -> None:
-    """By hand, in groups of 32: 2 x 64 / 2 of codes, two scales and zeros a value, 1/32 of 64 a key; 32 plain ones."""
+    """By hand: 2 x 64 / 2 of codes, scale and zero of 2 groups a value, of 64 a key for 32 slots; 32 plain ones."""
     said = slot_bytes(make_policy("quant@int4"))
-    assert said.startswith("2 x D x 4 / 8 = 64 of codes + 16.0 of scales and zeros; the last 32 of a head are plain; ")
+    assert said.startswith(
+        "2 x D x 4 / 8 = 64 of codes + 16.0 of scales and zeros + 4; the last 32 of a head are plain; "
+    )
     for tokens in (128, 256, 512):
-        mean = ((tokens - 32) * (64 + 2 * 2 * 2 + 64 * 2 * 2 / 32) + 32 * 256) / tokens
+        mean = ((tokens - 32) * (64 + 2 * 2 * 2 + 64 * 2 * 2 / 32) + 32 * 256) / tokens + 4
         assert f"{mean:.1f} at {tokens} tokens" in said
 
 
@@ -114,8 +116,8 @@ def test_a_section_shows_code_presets_choices_and_a_mean_where_no_formula_holds(
         "- **Paper:** <https://arxiv.org/abs/1>",
         "- **Authors' code:** [some/code at 0123abc](https://github.com/some/code/tree/0123abc)",
         "- **Observes:** nothing",
-        "- **Bytes of a slot:** on average 257.0 at budget 128 (128 slots), 257.0 at budget 256 (256 slots), "
-        "257.0 at budget 512 (512 slots)",
+        "- **Bytes of a slot:** on average 261.0 at budget 128 (128 slots), 261.0 at budget 256 (256 slots), "
+        "261.0 at budget 512 (512 slots)",
         "| parameter | default | `@paper` | `@big` | `harness tune` tries |",
         "| `tag` | `3` |  | `9` | `3`, `9` |",
         "Parameters: tag: of each slot.",

@@ -66,7 +66,7 @@ def wait_until(true: Callable[[], object]) -> None:
 def test_a_measurement(ready: ServerReady) -> None:
     found = measure(ready.model, make_policy("snapkv"), SPEC, vocabulary=ready.vocabulary)
     assert (found.tokens, found.batch, found.new_tokens, found.rounds) == (90, 2, 4, 2)
-    assert found.kv_bytes == (20 * 2 * 2 * 16 * 4,) * 4
+    assert found.kv_bytes == (20 * 2 * (2 * 16 * 4 + 4),) * 4
     assert found.ttft_s.median >= found.prefill_s.low + found.compress_s.low
     assert found.tokens_per_s == pytest.approx(2 / found.tpot_s.median)
     assert found.predicted_bytes > 0 and found.memory == "resident set" and found.model_bytes > 0

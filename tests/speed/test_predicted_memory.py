@@ -8,8 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from harness.engine.decode import Decoding
 from harness.engine.kernels import causal_attention, column_sums
+from harness.engine.packed import live_bytes
 from harness.engine.prefill import PrefillLayer
-from harness.engine.row_cache import GrowingRows
 from harness.engine.transformers_seam import AttachedModel
 from harness.records.measured import ProbeSpec
 from harness.speed import predicted_memory
@@ -34,8 +34,7 @@ def test_the_kept_part_is_what_lives(model: AttachedModel, label: str) -> None:
     policy = make_policy(label)
     kvs = Isolated(model, policy, BUDGET if policy.budgeted else None).prefill(ids()).kvs
     dims = Dims.of(model.config, 4)
-    positions = 0 if not policy.budgeted else sum(kv.positions.nbytes for kv in kvs)
-    assert predicted_memory.kept(dims, work(label)) == sum(kv.nbytes for kv in kvs) + positions
+    assert predicted_memory.kept(dims, work(label)) == sum(live_bytes(kv, TOKENS) for kv in kvs)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -45,13 +44,9 @@ def test_the_rows_part_is_what_a_batch_allocates(model: AttachedModel, label: st
     runner = Isolated(model, policy, BUDGET if policy.budgeted else None)
     prompts = [runner.prefill(ids()) for _ in range(batch)]
     session = Decoding.of(model, prompts, room=NEW - 1, release=True)
-    held = sum(
-        tensor.nbytes
-        for cache in session.caches
-        if isinstance(cache, GrowingRows)
-        for group in cache.groups
-        for tensor in (group.keys, group.values, group.positions)
-    )
+    for _ in range(NEW - 1):
+        session.step([7] * batch)
+    held = sum(map(session.stored_bytes, range(batch)))
     assert predicted_memory.rows(Dims.of(model.config, 4), work(label, batch=batch)) == held
 
 
@@ -99,9 +94,9 @@ def test_shapes_by_hand() -> None:
     dims = Dims((None, 10), heads=4, kv_heads=2, head_dim=8, hidden=32, intermediate=64, vocab=100, number=2)
     own = work("snapkv", tokens=50, slots=20, new_tokens=6)
     assert dims.slot == 2 * 2 * 8 * 2 == 64
-    assert predicted_memory.kept_layer(dims, own) == 20 * (64 + 16)
-    assert predicted_memory.kept(dims, own) == 20 * (64 + 16) + 50 * 64
-    assert predicted_memory.rows(dims, own) == (20 + 10 + 2 * 5) * (64 + 16)
+    assert predicted_memory.kept_layer(dims, own) == 20 * (64 + 2 * 4)
+    assert predicted_memory.kept(dims, own) == 20 * (64 + 2 * 4) + 10 * 64
+    assert predicted_memory.rows(dims, own) == (20 + 10 + 2 * 5) * 64 + 20 * 2 * 4
     assert predicted_memory.logits(dims, own) == 100 * (2 + 4)
 
 

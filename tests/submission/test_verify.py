@@ -27,6 +27,9 @@ def test_a_true_run_passes_and_every_record_is_looked_at(pack: Path) -> None:
     assert {r.metrics["score"] for r in records()} == {0.0, 1.0}
 
 
+BYTES = ("asked_bytes", "kv_bytes", "kv_bytes_end", "stored_bytes", "stored_bytes_end")
+
+
 def changed(at: int, **fields: Any) -> Callable[[Lines], None]:
     return lambda lines: lines[at].update(fields)
 
@@ -51,7 +54,10 @@ FORGERIES: dict[str, tuple[Callable[[Lines], None], str, str]] = {
     "a missing cell": (lambda lines: lines.__delitem__(3), "complete", "lacks 1 cells: h2o 16"),
     "a cell twice": (lambda lines: lines.append(lines[3]), "records", "is there twice"),
     "fewer bytes": (changed(1, kv_bytes=9000), "budgets", "do not fit into 9000 bytes"),
-    "more bytes": (changed(1, kv_bytes=17000), "budgets", "over_budget is not set"),
+    "more bytes": (changed(1, kv_bytes=17100, stored_bytes=17100), "budgets", "over_budget is not set"),
+    "fewer bytes stored": (changed(1, stored_bytes=16800), "budgets", "less than live"),
+    "fewer stored at the end": (changed(1, stored_bytes_end=16800), "budgets", "less than live"),
+    "uncounted positions": (changed(1, kv_bytes=16384), "budgets", "do not fit into 16384 bytes"),
     "fewer slots asked": (changed(1, budget_tokens=8), "budgets", "is 16 slots, not 8"),
     "more bytes asked for": (changed(1, asked_bytes=20000), "budgets", "asked for"),
     "a huge number": (changed(1, kv_bytes=10**400, over_budget=True), "budgets", "1 to"),
@@ -89,9 +95,20 @@ def test_bytes_raised_in_every_record_of_a_budget_are_caught_by_the_other_budget
     def raise_all(lines: Lines) -> None:
         for line in lines:
             if line["budget"] == "16":
-                line.update(asked_bytes=2 * line["asked_bytes"], kv_bytes=2 * line["kv_bytes"])
+                line.update({name: 2 * line[name] for name in BYTES})
 
     assert any("bytes a slot" in reason for reason in verify_pack(forged(pack, raise_all)).reasons)
+
+
+def test_a_run_from_before_stored_bytes_is_checked_without_positions(tmp_path: Path) -> None:
+    own = [r.model_copy(update={"stored_bytes": 0, "stored_bytes_end": 0}) for r in records()]
+    plain = {"kv_bytes": 16 * 1024, "asked_bytes": 16 * 1024}
+    half = {"kv_bytes": 50 * 1024, "asked_bytes": 50 * 1024}
+    sizes = {"full": {}, "16": plain, "0.5": half}
+    old = [r.model_copy(update=sizes[r.budget]) for r in own]
+    for run, ok in ((old, True), (own, False)):
+        pack_run(stored(tmp_path / f"results {ok}", own=run), tmp_path / "pack.zip")
+        assert verify_pack(tmp_path / "pack.zip").ok == ok
 
 
 def test_a_sample_cannot_be_dropped_by_changing_the_manifest_too(pack: Path) -> None:

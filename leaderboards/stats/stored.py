@@ -1,0 +1,51 @@
+"""Stored bytes of a table's cells, and which bytes its pictures and fronts are of: stored ones where all are known.
+
+Old records know live bytes alone. A table with one of them goes by live bytes throughout, and says so by its columns.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.records.record import CellKey
+from leaderboards.stats.comparable import FULL
+from leaderboards.stats.grid import Grid
+
+STORED = "stored_percent_of_full"
+UNDER = 0.99  # of the bytes asked for, below which a row is marked: it was given no equal budget
+
+
+def is_stored(grid: Grid) -> bool:
+    """Whether every scored record knows its stored bytes."""
+    known = [grid.values(cell, "stored_bytes") for cell in grid.cells]
+    found = np.concatenate(known) if known else np.array([])
+    return bool((found[~np.isnan(found)] > 0).all() and (~np.isnan(found)).any())
+
+
+def stored_columns(grid: Grid) -> dict[CellKey, dict[str, Any]]:
+    """Columns of mean stored bytes, their percent of the full cache, and samples under budget; none where unknown."""
+    if not is_stored(grid):
+        return {cell: {} for cell in grid.cells}
+    return {cell: _columns(grid, cell) for cell in grid.cells}
+
+
+def percent_column(rows: pd.DataFrame) -> str:
+    """Name the column of a table's bytes in percent of the full cache: stored ones where it has them."""
+    return STORED if STORED in rows else "kv_percent_of_full"
+
+
+def words(rows: pd.DataFrame) -> str:
+    """Name those bytes in words."""
+    return "stored KV bytes" if STORED in rows else "KV bytes"
+
+
+def _columns(grid: Grid, cell: CellKey) -> dict[str, Any]:
+    stored, asked, full = (grid.values(cell, what) for what in ("stored_bytes", "asked_bytes", "full_bytes"))
+    there = ~np.isnan(stored)
+    return {
+        "stored_bytes_mean": float(stored[there].mean()) if there.any() else math.nan,
+        STORED: 100 * float(stored[there].sum() / full[there].sum()) if there.any() else math.nan,
+        "n_under_budget": 0 if cell[1] == FULL else int((stored[there] < UNDER * asked[there]).sum()),
+    }
