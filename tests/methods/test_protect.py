@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.contract import DIM, HEADS, LAYERS, make_view
+from harness.contract import HEADS, LAYERS, PLAIN, make_view
 from methods.base import KV, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
 from methods.protect import PRESETS
@@ -45,7 +45,7 @@ def test_marked_tokens_are_kept_within_the_budget_and_the_rest_is_the_methods(ov
         assert positions(kept) == [[head | set(MARKED) for head in layer] for layer in own]
         assert not any(head & set(MARKED) for layer in own for head in layer)
         plain = sum(kv.nbytes for kv in inner.compress(view, budget))
-        assert sum(kv.nbytes for kv in kept) == plain == budget * LAYERS * HEADS * 2 * DIM * 4
+        assert sum(kv.nbytes for kv in kept) == plain == budget * LAYERS * HEADS * PLAIN
         for layer, kv in zip(view.layers, kept, strict=True):
             live = kv.positions >= 0
             assert torch.equal(kv.keys[live], layer.kv.take(kv.positions).keys[live])
