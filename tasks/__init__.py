@@ -5,7 +5,7 @@ from importlib import import_module
 
 from tasks.base import TASKS, Task
 
-FAMILIES = ("niah", "ruler", "longbench", "longbench_kvpress", "multiquery", "stdlib", "prose")
+FAMILIES = ("niah", "ruler", "longbench", "longbench_kvpress", "multiquery", "stdlib", "prose", "instructions")
 
 
 def load_tasks() -> Mapping[str, Task]:

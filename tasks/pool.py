@@ -6,9 +6,9 @@ for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS
 sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its task, index, seed, the run's
 lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
 
-With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 136,000: for a task of
-RULER 121 contexts of 1k, 25 each of 1k and 4k, or 8 of 16k. So there are four seeds before text returns, for at most a
-quarter of a lane each (30 contexts of 1k); a seed that takes more goes on into the text that the next one begins with,
+With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 118,000: for a task of
+RULER 118 contexts of 1k, 23 each of 1k and 4k, or 7 of 16k. So there are four seeds before text returns, for at most a
+quarter of a lane each (29 contexts of 1k); a seed that takes more goes on into the text that the next one begins with,
 and seeds 0 and 4 share all.
 """
 
@@ -28,6 +28,7 @@ LANES = (
     *("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1"),
     *("ruler/niah_multivalue", "ruler/niah_multiquery", "ruler/vt", "multiquery/niah"),
     *("prose/continuation", "prose/long"),
+    *("instructions/obey", "instructions/secret"),
 )
 """Every task that draws from the pool. A new one at the end changes what all draw: bump the digests of their tests."""
 SEEDS = 4

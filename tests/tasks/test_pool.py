@@ -1,8 +1,5 @@
 """Drawn contexts: each prompt's own text, whatever else is asked for; its name; and a lane that is spent."""
 
-import gzip
-import json
-import random
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -13,29 +10,10 @@ from tasks import load_tasks
 from tasks.base import TASKS, Sample, TaskError, TaskOptions
 from tasks.pool import LANES, SEEDS, entered, pool_spans
 from tests.overlap import overlaps, prompt
-from tests.task_data import Words, tokens
+from tests.task_data import tokens
 
 load_tasks()
 DRAWING = [name for name in LANES if name != "prose/long"]  # that one needs more than a small pool has
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> TaskOptions:
-    """Options over a pool of some 110,000 words in 17 sections of documentation and 12 essays, a quarter apart."""
-    folder = tmp_path_factory.mktemp("pool")
-    words = [f"word{number}" for number in range(3000)]
-    draw = random.Random(5)
-
-    def sentences(count: int) -> list[str]:
-        return [f"The {' '.join(draw.choices(words, k=draw.randint(6, 18)))} end." for _ in range(count)]
-
-    for name in ("awsdocs", "essays"):
-        (folder / name).mkdir()
-    said = [{"documentation": f"<p>{' '.join(sentences(3))}</p>"} for _ in range(3300)]
-    (folder / "awsdocs" / "ec2-2016-11-15-service-2.json.gz").write_bytes(gzip.compress(json.dumps(said).encode()))
-    for number in range(12):
-        (folder / "essays" / f"essay{number}.txt").write_text(" ".join(sentences(150)))
-    return TaskOptions(tokenizer=Words(), max_tokens=9000, lengths=(512,), limit=5, seed=3, fetch=folder.__truediv__)
 
 
 def samples(name: str, options: TaskOptions, **changes: object) -> list[Sample]:
@@ -47,7 +25,7 @@ def test_each_context_is_its_own_text_and_named(drawn: TaskOptions, name: str) -
     made = samples(name, drawn)
     assert len(made) == 5
     groups = [sample.meta["group"] for sample in made]
-    asked = 4 if name.startswith("multiquery") else 1
+    asked = {"multiquery/niah": 4, "instructions/obey": 3, "instructions/secret": 2}.get(name, 1)
     assert len(set(groups)) == -(-len(made) // asked)
     most = overlaps([prompt(name, sample) for sample in made])
     assert not most or most[0].share < 0.1
