@@ -10,6 +10,10 @@ class PolicyError(ValueError):
     """A policy was asked for something it cannot do; the message says what to change."""
 
 
+class BudgetTooSmall(PolicyError):
+    """A budget that a policy cannot serve on this prompt: its cell is skipped."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much a policy may keep: tokens per layer and KV head, or a fraction of the prompt. Exactly one is set."""

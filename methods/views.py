@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import astuple, dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -157,14 +158,42 @@ class LayerView:
         self._memo.clear()
 
 
+@dataclass
+class OthersView(LayerView):
+    """A layer without its protected tokens, which `whole` shows: they have no slots and get no score.
+
+    others: [T'] int64, places of the tokens that are left. Positions are still the prompt's, and attention and column
+    sums are what these tokens got in the whole prompt.
+    """
+
+    whole: LayerView = field(kw_only=True)
+    others: Tensor = field(kw_only=True)
+
+    def attention(self, window: int) -> Tensor:
+        """Return what the whole layer does, of the tokens that are left: [B, H, G, W, T'] float32."""
+        return self.whole.attention(window)[..., self.others]
+
+    @classmethod
+    def of(cls, whole: LayerView, others: Tensor) -> OthersView:
+        kv, sums = whole.kv, whole.column_sums
+        left = KV(kv.keys[:, :, others], kv.values[:, :, others], kv.positions[:, :, others])
+        seen = None if sums is None else sums[..., others]
+        queries, rotate = whole.queries, whole.rotate
+        return cls(whole.index, left, queries, whole.scaling, seen, rotate, whole=whole, others=others)
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a prompt and the layers that a policy sees: T tokens, L layers, Hq query heads on H KV heads."""
+    """Sizes of a prompt and the layers that a policy sees: T tokens, L layers, Hq query heads on H KV heads.
+
+    protected: how many of the tokens are marked to be kept.
+    """
 
     tokens: int
     layers: int
     query_heads: int
     kv_heads: int
+    protected: int = 0
 
 
 @dataclass
@@ -173,10 +202,12 @@ class PromptView:
 
     layers: the compressible layers in depth order (sliding-window layers are left alone and not shown).
     logprobs: [B, W] float32 or None, log-probability of each of the last W prompt tokens given what precedes it.
+    protected: ascending places of the tokens that the prompt's author marks to be kept; only `protect` minds them.
     """
 
     layers: list[LayerView]
     logprobs: Tensor | None = None
+    protected: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -185,7 +216,15 @@ class PromptView:
     @property
     def sizes(self) -> Sizes:
         first = self.layers[0]
-        return Sizes(self.tokens, len(self.layers), int(first.queries.shape[1]), int(first.kv.keys.shape[1]))
+        heads, kv_heads = int(first.queries.shape[1]), int(first.kv.keys.shape[1])
+        return Sizes(self.tokens, len(self.layers), heads, kv_heads, len(self.protected))
+
+    @cached_property
+    def others(self) -> PromptView:
+        """The prompt without its protected tokens, made once for all policies and budgets."""
+        own = set(self.protected)
+        left = torch.tensor([at for at in range(self.tokens) if at not in own], device=self.layers[0].kv.keys.device)
+        return PromptView([OthersView.of(layer, left) for layer in self.layers], self.logprobs)
 
 
 @dataclass

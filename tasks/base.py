@@ -94,7 +94,8 @@ class Sample:
     id: unique within the task and independent of limit and task order, such as `1024/depth50/3`.
     stop: generation ends before the first of these strings. min_new_tokens: end-of-text is ignored until then.
     meta: what a board may split by (`length`, `depth`, `dataset`, ...), JSON values; `group` names the text that the
-    prompt was drawn from, the same for all samples of one text.
+    prompt was drawn from, the same for all samples of one text. `needles` are strings of the prompt whose survival is
+    counted, `protect` strings that the method `protect` keeps; the first occurrence of each counts.
     """
 
     id: str

@@ -6,9 +6,9 @@ sentence whatever a run asks for. A lane is a ring of sentences. Seed s enters i
 way and takes span after span: sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its
 task, index, seed, the run's lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
 
-With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 93,000: for a task of
-RULER 107 contexts of 1k, 19 each of 1k and 4k, or 5 of 16k; a graded one 33 contexts of 1k. So there are four seeds
-before text returns, for at most a quarter of a lane each (26 contexts of 1k); a seed that takes more goes on into the
+With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 84,000: for a task of
+RULER 86 contexts of 1k, 16 each of 1k and 4k, or 5 of 16k; a graded one 30 contexts of 1k. So there are four seeds
+before text returns, for at most a quarter of a lane each (21 contexts of 1k); a seed that takes more goes on into the
 text that the next one begins with, and seeds 0 and 4 share all.
 """
 
@@ -28,6 +28,7 @@ LANES = (
     *("ruler/niah_single_1", "ruler/niah_single_2", "ruler/niah_single_3", "ruler/niah_multikey_1"),
     *("ruler/niah_multivalue", "ruler/niah_multiquery", "ruler/vt", "multiquery/niah"),
     *("prose/continuation", "prose/long"),
+    *("instructions/obey", "instructions/secret"),
     *("graded/retrieval_number", "graded/retrieval_owner", "graded/retrieval_digits", "graded/retrieval_label"),
     *("graded/keys_all", "graded/keys_owned", "graded/tracking_moves", "graded/tracking_hands"),
     *("graded/tracking_same", "graded/ordering_first", "graded/ordering_last", "graded/ordering_next"),

@@ -66,9 +66,11 @@ class Engine:
         """
         border = prompts[0].context if self.query == "agnostic" else len(prompts[0].ids)
         head = list(prompts[0].ids[:border])
-        if any(list(prompt.ids[:border]) != head for prompt in prompts):
+        marked = [tuple(at for at in prompt.protected if at < border) for prompt in prompts]
+        if any(list(prompt.ids[:border]) != head for prompt in prompts) or len(set(marked)) > 1:
             raise HarnessError(f"{len(prompts)} prompts of one group differ in their first {border} tokens")
-        done, _ = self.compress_cells(head, list(dict.fromkeys(cell for own in cells for cell in own)))
+        wanted = list(dict.fromkeys(cell for own in cells for cell in own))
+        done, _ = self.compress_cells(head, wanted, protected=marked[0])
         results = []
         for prompt, own in zip(prompts, cells, strict=True):
             runs = [replace(done[cell], outcome=replace(done[cell].outcome)) for cell in own]
@@ -82,19 +84,19 @@ class Engine:
         return prefill(self.model, ids, needs)
 
     def compress_cells(
-        self, head: Sequence[int], cells: Sequence[Cell], *, also: Needs | None = None
+        self, head: Sequence[int], cells: Sequence[Cell], *, also: Needs | None = None, protected: Sequence[int] = ()
     ) -> tuple[dict[Cell, CellRun], Prefilled | None]:
         """Prefill `head` once and compress it for every cell.
 
-        also: what is to be observed besides what the policies need. Returns every cell, compressed or marked, and what
-        they were compressed from: None when the prompt could not be prefilled.
+        also: what is to be observed besides what the policies need. protected: as in `Prompt`. Returns every cell,
+        compressed or marked, and what they were compressed from: None when the prompt could not be prefilled.
         """
         runs = {cell: CellRun(cell, Outcome()) for cell in cells}
         try:
             if not head:
                 raise SkippedCell("the context has no tokens")
             needs = reduce(Needs.__or__, (cell.policy.needs for cell in cells), also or Needs())
-            prefilled = self.prefill(head, needs)
+            prefilled = replace(self.prefill(head, needs), protected=tuple(protected))
         except (RuntimeError, MemoryError, SkippedCell) as error:
             for run in runs.values():
                 run.outcome.fail(error)

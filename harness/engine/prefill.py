@@ -113,7 +113,7 @@ class Prefilled:
     """A prompt in the uncompressed cache, but for layers that were compressed on the way.
 
     compressible: indexes of the layers that policies see. logits: [1, V] float32 after the last token. logprobs: as in
-    `PromptView`.
+    `PromptView`. protected: as there; set before `view` is asked for.
     """
 
     layers: list[PrefillLayer]
@@ -122,11 +122,12 @@ class Prefilled:
     logprobs: Tensor | None
     tokens: int
     clock: PhaseClock
+    protected: tuple[int, ...] = ()
 
     @cached_property
     def view(self) -> PromptView:
         """The prompt as policies see it; what they memorise of it serves every cell."""
-        return PromptView([self.layers[i].view() for i in self.compressible], self.logprobs)
+        return PromptView([self.layers[i].view() for i in self.compressible], self.logprobs, self.protected)
 
     def nbytes(self, budget: int) -> int:
         """Bytes of `budget` slots per layer and KV head with their positions; sliding windows at their own size.

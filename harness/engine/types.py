@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError
 from harness.records.record import Status
-from methods.budget import Budget, PolicyError
+from methods.budget import Budget, BudgetTooSmall, PolicyError
 
 if TYPE_CHECKING:
     from methods.base import KVPolicy
@@ -49,7 +49,7 @@ class Limits:
 class Prompt:
     """Token ids of a prompt, how many of them are context, the reference answer's ids, and when to stop.
 
-    needle: indexes of the tokens whose survival is counted.
+    needle: indexes of the tokens whose survival is counted. protected: of those that `protect` keeps.
     """
 
     ids: Sequence[int]
@@ -57,6 +57,7 @@ class Prompt:
     answer: Sequence[int]
     limits: Limits
     needle: Sequence[int] = ()
+    protected: Sequence[int] = ()
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Outcome:
         text = str(error) if speaks else f"{type(error).__name__}: {error}"
         memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         oom = memory or "can't allocate memory" in text
-        own: Status = "skipped" if isinstance(error, SkippedCell) else "oom" if oom else "failed"
+        own: Status = "skipped" if isinstance(error, SkippedCell | BudgetTooSmall) else "oom" if oom else "failed"
         self.status, self.error = status or own, " ".join(text.split())[:500]
 
     def stored(self) -> dict[str, Any]:

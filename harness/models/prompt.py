@@ -48,12 +48,13 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 class Wrapped(NamedTuple):
     """A prompt as token ids. context: how many leading ones hold nothing beyond the end of the sample's context.
 
-    needle: indexes of the tokens that hold a part of one of the sample's needles.
+    needle: indexes of the tokens that hold a part of one of the sample's needles. protected: of its spans to protect.
     """
 
     ids: list[int]
     context: int
     needle: tuple[int, ...] = ()
+    protected: tuple[int, ...] = ()
 
 
 def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
@@ -75,9 +76,8 @@ def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
     encoded = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     context = next((index for index, (_, end) in enumerate(offsets) if end > border), len(offsets))
-    places = [(text.find(needle), len(needle)) for needle in sample.meta.get("needles", ()) if needle in text]
-    touching = (i for i, (a, b) in enumerate(offsets) if any(a < b and a < at + size and b > at for at, size in places))
-    return Wrapped(list(encoded["input_ids"]), context, tuple(touching))
+    needle, protected = (_touching(text, offsets, sample.meta.get(name, ())) for name in ("needles", "protect"))
+    return Wrapped(list(encoded["input_ids"]), context, needle, protected)
 
 
 def answer_tokens(
@@ -90,6 +90,13 @@ def answer_tokens(
     tail = plain.decode(wrapped.ids[-1:])
     glued = not tail or tail[-1].isspace() or reference[0].isspace() or ord(reference[0]) >= 0x2E80
     return plain.encode(reference if glued else f" {reference}")[:limit]
+
+
+def _touching(text: str, offsets: Sequence[tuple[int, int]], spans: Iterable[str]) -> tuple[int, ...]:
+    """Indexes of the tokens that hold a part of the first occurrence of one of the spans in `text`."""
+    places = [(text.find(span), len(span)) for span in spans if span in text]
+    found = enumerate(offsets)
+    return tuple(i for i, (a, b) in found if any(a < b and a < at + size and b > at for at, size in places))
 
 
 def token_sha256(ids: Iterable[int]) -> str:

@@ -42,7 +42,8 @@ class PlannedCell:
 class PlannedSample:
     """A sample with its token ids (`array` of int) and the context border; the answer's ids follow the prompt.
 
-    needle: indexes of the tokens of its needles. notes: what its records must say of the prompt.
+    needle, protected: indexes of the tokens of its needles, and of its spans to protect. notes: what its records must
+    say of the prompt.
     """
 
     task: Task
@@ -51,6 +52,7 @@ class PlannedSample:
     context: int
     answer: tuple[int, ...]
     needle: tuple[int, ...] = ()
+    protected: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,7 +67,7 @@ class PlannedSample:
             stop=self.sample.stop,
             text=tokenizer.decode,
         )
-        return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle)
+        return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle, self.protected)
 
 
 Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]  # samples of one context, with the cells wanted of each
@@ -242,7 +244,9 @@ def _plan_sample(task: Task, sample: Sample, loaded: LoadedModel, nll_tokens: in
     answer = answer_tokens(loaded.tokenizer, wrapped, task.reference(sample), limit=nll_tokens)
     notes = (NO_TEMPLATE,) if sample.chat and not loaded.tokenizer.chat_template else ()
     ids = array("i", wrapped.ids)
-    return PlannedSample(task, sample, ids, wrapped.context, tuple(answer), wrapped.needle, notes)
+    return PlannedSample(
+        task, sample, ids, wrapped.context, tuple(answer), wrapped.needle, wrapped.protected, notes=notes
+    )
 
 
 def _check_fits(planned: PlannedSample, max_tokens: int, max_new_tokens: int | None) -> None:

@@ -292,6 +292,20 @@ def test_kept_needle_tokens_are_counted_per_layer_and_head(model: AttachedModel,
     assert engine.run(replace(prompt, needle=()), [cell("fullkv", 1)])[0].needle_kept == ()
 
 
+@every_mode
+def test_marked_tokens_are_kept_and_a_span_over_the_budget_is_skipped(
+    model: AttachedModel, first_token: Any, query: Any
+) -> None:
+    prompt = replace(make_prompt(40), needle=(0, 3, 17, 29, 35), protected=(0, 3, 17, 29, 35))
+    engine = Engine(model, query=query, first_token=first_token)
+    held = sum(at < (30 if query == "agnostic" else 40) for at in prompt.protected)
+    plain, kept, small = engine.run(prompt, [cell("snapkv", 12), cell("protect@snapkv", 12), cell("protect@tova", 4)])
+    ok([plain, kept])
+    assert kept.needle_kept == ((held,) * HEADS,) * LAYERS != plain.needle_kept
+    assert (kept.kv_bytes, kept.kept_slots) == (plain.kv_bytes, plain.kept_slots)
+    assert small.status == "skipped" and f"budget 4 leaves no slot beside the {held} protected" in str(small.error)
+
+
 @pytest.mark.parametrize("tokens", [2, 5, 9])
 @every_mode
 def test_prompts_shorter_than_every_window(model: AttachedModel, tokens: int, first_token: Any, query: Any) -> None:

@@ -230,7 +230,7 @@ def test_the_packaged_model_talks(smollm2: LoadedModel) -> None:
     sample = Sample("0", "Complete the sentence: the capital of France is", " ...", ("Paris",), max_new_tokens=8)
     assert smollm2.tokenizer("hello world is ...")["input_ids"] == [28120, 905, 314, 4563]  # whatever the transformers
     assert smollm2.eos_ids == {2}
-    ids, border, _ = wrap(smollm2.tokenizer, sample)
+    ids, border, *_ = wrap(smollm2.tokenizer, sample)
     assert str(smollm2.tokenizer.decode(ids[:border])).endswith("the capital of France is")
     said: list[int] = []
     with torch.inference_mode():

@@ -32,7 +32,7 @@ def sample(context: str, question: str, *, prefix: str = "", chat: bool = True) 
 
 
 def split(tokenizer: PreTrainedTokenizerBase, item: Sample) -> tuple[str, str]:
-    ids, border, _ = wrap(tokenizer, item)
+    ids, border, *_ = wrap(tokenizer, item)
     return str(tokenizer.decode(ids[:border])), str(tokenizer.decode(ids[border:]))
 
 
@@ -76,7 +76,7 @@ def test_border_is_exact_for_any_text(context: str, question: str, template: str
     cut = content.index(kept) if kept else 0
     of_context = kept[: max(len(context) - cut, 0)]
     tokenizer = with_template(template)
-    ids, border, _ = wrap(tokenizer, sample(context, question))
+    ids, border, *_ = wrap(tokenizer, sample(context, question))
     head = 2 + (2 if template == TRIMMING else 0)
     assert border - head == len(of_context.encode())
     assert tokenizer.decode(ids[head : head + len(kept.encode())]) == kept
@@ -98,6 +98,8 @@ def test_needle_tokens_are_found_where_the_text_is() -> None:
     torn = wrap(merging, replace(sample("x needle b", "?", chat=False), meta={"needles": ["needle b"]}))
     assert [merging.decode([torn.ids[at]]) for at in torn.needle] == ["x nee", "d", "l", "e", " ", "b?"]
     assert wrap(BYTES, sample("a", "b")).needle == ()
+    marked = wrap(BYTES, replace(item, meta={"protect": ["needle b"]}))
+    assert (marked.needle, marked.protected) == ((), wrapped.needle[2:])
 
 
 @pytest.mark.parametrize(

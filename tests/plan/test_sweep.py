@@ -60,6 +60,17 @@ class Fixed(Task):
 SAMPLE = Sample(id="0", context="c" * 40, question="q" * 10, answers=("gold",), max_new_tokens=20, chat=False)
 
 
+def test_what_a_sample_marks_reaches_the_engine(tiny: LoadedModel) -> None:
+    marked = replace(SAMPLE, context="keep this, not that", meta={"protect": ["keep this"], "needles": ["that"]})
+    (planned,), *_ = plan_samples(sweep(), [Fixed([marked])], tiny)
+    prompt = planned.prompt(TaskTokenizer(tiny.tokenizer), tiny, None)
+
+    def text(places: Sequence[int]) -> str:
+        return str(tiny.tokenizer.decode([prompt.ids[at] for at in places]))
+
+    assert (text(prompt.protected), text(prompt.needle)) == ("keep this", "that")
+
+
 def test_methods_carry_their_parameters_and_overrides_their_names() -> None:
     asked = sweep(methods=("snapkv@kvcf", "fullkv", "snapkv@kvcf"), set={"snapkv.kernel": 5})
     planned = plan_methods(asked)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from harness.models.assets import asset_folder
-from tests.task_data import Options, small_options, write_pool, write_prose
+from tasks.base import TaskOptions
+from tests.task_data import Options, Words, small_options, write_pool, write_prose
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,11 @@ def essays_folder() -> Path:
 def small_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the assets of a small pool."""
     return write_pool(tmp_path_factory.mktemp("pool"))
+
+
+@pytest.fixture(scope="session")
+def drawn(small_pool: Path) -> TaskOptions:
+    """Options over it."""
+    return TaskOptions(
+        tokenizer=Words(), max_tokens=9000, lengths=(512,), limit=5, seed=3, fetch=small_pool.__truediv__
+    )
