@@ -5,7 +5,17 @@ from importlib import import_module
 
 from tasks.base import TASKS, Task
 
-FAMILIES = ("niah", "ruler", "longbench", "longbench_kvpress", "multiquery", "stdlib", "prose", "instructions")
+FAMILIES = (
+    "niah",
+    "ruler",
+    "longbench",
+    "longbench_kvpress",
+    "multiquery",
+    "stdlib",
+    "prose",
+    "instructions",
+    "graded",
+)
 
 
 def load_tasks() -> Mapping[str, Task]:

@@ -50,6 +50,17 @@ class DataOptions:
         return self.fetch(name)
 
 
+@dataclass(frozen=True)
+class Grades:
+    """Which settings a model's calibration chose for graded tasks (`tasks.graded`).
+
+    settings: of each task at each length where it qualified. said: what a record says of the calibration, JSON values.
+    """
+
+    settings: Mapping[str, Mapping[int, int]]
+    said: Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(DataOptions):
     """What a run asks of every task, beside where its data is.
@@ -61,6 +72,8 @@ class TaskOptions(DataOptions):
     all lengths of the run and the tokenizer decide too.
     whole: leave out rows of data sets that would have to be cut to fit.
     contexts: whether each prompt has a text of its own (tasks.pool), or haystacks are fixed as the protocol has them.
+    calibrates: draw from the documents that are put aside for calibration instead of the pool.
+    grades: settings of graded tasks for the model under test, or None where nobody calibrated them.
     """
 
     tokenizer: Tokenizer
@@ -70,6 +83,8 @@ class TaskOptions(DataOptions):
     seed: int = 42
     whole: bool = False
     contexts: Contexts = "drawn"
+    calibrates: bool = False
+    grades: Grades | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, sample: Sample, prediction: str) -> Mapping[str, float]:
         """Return metric values in [0, 1] by name; `score` is the primary one and always present."""
+
+    def fitting(self, options: TaskOptions) -> tuple[int, ...]:
+        """Return the lengths of the run that the task serves at when its family is asked for: all, if none is unfit."""
+        return options.lengths
 
     def find_data(self, options: DataOptions) -> None:  # noqa: B027 - most tasks make their samples themselves
         """Look for the files that a run does not fetch by itself, and read none of them.

@@ -1,15 +1,15 @@
 """The pool that contexts are drawn from: a lane of it for each task, and in a lane a span for each sample.
 
-The pool is three documents of four of `tasks.texts`, in the order of a hash of their names. It is cut into as many
-lanes as `LANES` names tasks, of the same number of characters, so no two tasks share a sentence whatever a run asks
-for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS` of its way and takes span after span:
-sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its task, index, seed, the run's
-lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
+The pool is three documents of four of `tasks.texts`, in the order of a hash of their names. It is cut into lanes by
+characters, one for each task that `LANES` names, `graded` ones a third as long as the others, so no two tasks share a
+sentence whatever a run asks for. A lane is a ring of sentences. Seed s enters it at (s mod `SEEDS`) / `SEEDS` of its
+way and takes span after span: sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its
+task, index, seed, the run's lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
 
-With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 118,000: for a task of
-RULER 118 contexts of 1k, 23 each of 1k and 4k, or 7 of 16k. So there are four seeds before text returns, for at most a
-quarter of a lane each (29 contexts of 1k); a seed that takes more goes on into the text that the next one begins with,
-and seeds 0 and 4 share all.
+With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 84,000: for a task of
+RULER 86 contexts of 1k, 16 each of 1k and 4k, or 5 of 16k; a graded one 30 contexts of 1k. So there are four seeds
+before text returns, for at most a quarter of a lane each (21 contexts of 1k); a seed that takes more goes on into the
+text that the next one begins with, and seeds 0 and 4 share all.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from typing import Any
 import punkt
 
 from tasks.base import TaskError, TaskOptions
-from tasks.texts import Document, documentation, essays, sha256
+from tasks.texts import Document, documentation, essays, sha256, share_of
 
 LANES = (
     *("niah/snapkv", "niah/kamradt", "niah/passkey"),
@@ -29,9 +29,18 @@ LANES = (
     *("ruler/niah_multivalue", "ruler/niah_multiquery", "ruler/vt", "multiquery/niah"),
     *("prose/continuation", "prose/long"),
     *("instructions/obey", "instructions/secret"),
+    *("graded/retrieval_number", "graded/retrieval_owner", "graded/retrieval_digits", "graded/retrieval_label"),
+    *("graded/keys_all", "graded/keys_owned", "graded/tracking_moves", "graded/tracking_hands"),
+    *("graded/tracking_same", "graded/ordering_first", "graded/ordering_last", "graded/ordering_next"),
+    *("graded/ordering_list", "graded/aggregation_most", "graded/aggregation_voters", "graded/aggregation_kinds"),
+    *("graded/copying_words", "graded/copying_letters"),
 )
 """Every task that draws from the pool. A new one at the end changes what all draw: bump the digests of their tests."""
 SEEDS = 4
+WIDE, NARROW = 3, 1
+"""Shares of the pool that a lane has: narrow ones are of `graded`, whose many tasks are read together."""
+ENTRIES = 997
+"""Places where calibration enters its text."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +155,15 @@ class Spans:
 
 
 def pool_spans(task: str, options: TaskOptions, needs: Mapping[int, int], *, whole: bool = False) -> Spans:
-    """Return the spans of a task of `LANES`. Raises TaskError when an asset of the pool is missing."""
+    """Return the spans of a task of `LANES`, or of calibration's text: all of it, entered where the task's name says.
+
+    Raises TaskError when an asset is missing.
+    """
     pool = read_pool(options)
-    lane = entered(_lane(pool, LANES.index(task)), options.seed)
+    if options.calibrates:
+        lane = _begun(_between(pool, 0, 1, 1), share_of(f"enter/{task}", ENTRIES), ENTRIES)
+    else:
+        lane = entered(_lane(pool, task), options.seed)
     return Spans(task, lane, needs, lambda text: len(options.tokenizer.encode(f" {text}")), whole=whole)
 
 
@@ -166,21 +181,37 @@ def pool_facts(task: str, options: TaskOptions) -> dict[str, Any]:
 
 def entered(sentences: Sequence[Sentence], seed: int) -> list[Sentence]:
     """Return a lane from where a seed enters it, round."""
-    sums = list(accumulate(len(sentence.text) for sentence in sentences))
-    first = next(at for at, total in enumerate(sums) if total > sums[-1] * (seed % SEEDS) // SEEDS)
-    return [*sentences[first:], *sentences[:first]]
+    return _begun(sentences, seed % SEEDS, SEEDS)
 
 
 def read_pool(options: TaskOptions) -> tuple[Document, ...]:
-    """Return the documents that evaluation draws from, in the order of hashes. Raises TaskError for missing files."""
+    """Return the documents that are drawn from, in the order of hashes. Raises TaskError for missing files."""
     found = (*documentation(options.asset("awsdocs")), *essays(options))
-    return tuple(sorted((one for one in found if not one.calibrates), key=lambda one: sha256(f"order/{one.name}")))
+    return tuple(
+        sorted(
+            (one for one in found if one.calibrates == options.calibrates), key=lambda one: sha256(f"order/{one.name}")
+        )
+    )
 
 
-def _lane(pool: Sequence[Document], lane: int) -> list[Sentence]:
-    """The sentences that begin in a lane."""
+def _begun(sentences: Sequence[Sentence], part: int, parts: int) -> list[Sentence]:
+    """The sentences from a part of their characters on, round."""
+    sums = list(accumulate(len(sentence.text) for sentence in sentences))
+    first = next(at for at, total in enumerate(sums) if total > sums[-1] * part // parts)
+    return [*sentences[first:], *sentences[:first]]
+
+
+def _lane(pool: Sequence[Document], task: str) -> list[Sentence]:
+    """The sentences that begin in a task's lane."""
+    shares = [NARROW if name.startswith("graded/") else WIDE for name in LANES]
+    before = sum(shares[: LANES.index(task)])
+    return _between(pool, before, before + shares[LANES.index(task)], sum(shares))
+
+
+def _between(pool: Sequence[Document], first: int, last: int, parts: int) -> list[Sentence]:
+    """The sentences that begin between two of so many equal parts of the pool."""
     ends = list(accumulate(len(document.text) for document in pool))
-    low, high = (ends[-1] * at // len(LANES) for at in (lane, lane + 1))
+    low, high = (ends[-1] * at // parts for at in (first, last))
     found = []
     for document, end in zip(pool, ends, strict=True):
         before = end - len(document.text)

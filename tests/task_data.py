@@ -1,5 +1,6 @@
 """What the tests of generated tasks share: a tokenizer, small essays and question files, and digests of samples."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -116,6 +117,23 @@ def small_options(folder: Path) -> Options:
         contexts="protocol",
     )
     return lambda **changes: replace(base, **changes)
+
+
+def write_pool(folder: Path) -> Path:
+    """A pool of some 220,000 words in sections of documentation and 12 essays, a quarter apart, written into it."""
+    words = [f"word{number}" for number in range(3000)]
+    draw = random.Random(5)
+
+    def sentences(count: int) -> list[str]:
+        return [f"The {' '.join(draw.choices(words, k=draw.randint(6, 18)))} end." for _ in range(count)]
+
+    for name in ("awsdocs", "essays"):
+        (folder / name).mkdir()
+    said = [{"documentation": f"<p>{' '.join(sentences(3))}</p>"} for _ in range(6600)]
+    (folder / "awsdocs" / "ec2-2016-11-15-service-2.json.gz").write_bytes(gzip.compress(json.dumps(said).encode()))
+    for number in range(12):
+        (folder / "essays" / f"essay{number}.txt").write_text(" ".join(sentences(150)))
+    return folder
 
 
 LONGBENCH_ANSWERS = {"retrieval": "Paragraph 2", "retrieval_zh": "段落2", "count": "12", "classification": "City"}

@@ -23,6 +23,7 @@ COMMANDS = {
     "fetch": "download a packaged asset into the cache, to work offline later",
     "compile": "compile CompilerKV's tables from roll-outs of a model",
     "tune": "choose a method's parameters on calibration prompts, for NAME@tuned",
+    "calibrate-tasks": "find the difficulty of graded tasks that suits a model",
     "tables": "look at compiled tables, compare and move them",
     "bench": "speed and memory of methods, each by itself",
     "serve-bench": "speed and memory of a batch of prompts decoded together",

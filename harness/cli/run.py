@@ -33,6 +33,7 @@ def run_parser(run: argparse.ArgumentParser) -> None:
     add("--data-dir", help="folder with the files of LongBench and of RULER's qa tasks")
     add("--whole", action="store_true", default=None, help="only LongBench rows that fit without being cut")
     add("--contexts", choices=("drawn", "protocol"), help="a text for each prompt (default), or fixed haystacks")
+    add("--graded", metavar="FILE", help="settings of graded tasks, from `harness calibrate-tasks` (default: packaged)")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")

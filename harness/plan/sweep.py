@@ -5,9 +5,10 @@ Sweep -> plan_names -> NamedSweep -> (the model) -> plan_sweep -> Plan
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from harness.plan.names import check_sweep, refusals
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
 from tasks.base import Sample, Task, TaskOptions
+from tasks.graded.settings import find_grades
 
+LOG = logging.getLogger(__name__)
 NO_TEMPLATE = "the model has no chat template: raw prompts"
 
 
@@ -145,12 +148,34 @@ def plan_samples(
 
     Raises HarnessError for missing or damaged data and for a prompt that does not fit.
     """
-    tokenizer = TaskTokenizer(loaded.tokenizer)
+    options = task_options(sweep, loaded)
+    samples, specs = [], []
+    for task in tasks:
+        own = options if task.name in sweep.tasks else replace(options, lengths=task.fitting(options))
+        if len(own.lengths) < len(options.lengths):
+            unfit = ", ".join(str(length) for length in options.lengths if length not in own.lengths)
+            LOG.warning("%s is left out at %s tokens: no setting of it qualified there", task.name, unfit)
+        if not own.lengths:
+            continue
+        drawn, spec = plan_task(task, own, loaded, sweep.nll_tokens)
+        for planned in drawn:
+            _check_fits(planned, options.max_tokens, sweep.max_new_tokens)
+        samples += drawn
+        specs.append(spec)
+    if not specs:
+        raise HarnessError("no task is left: none has a setting that qualified at these lengths; see --graded")
+    return samples, tuple(specs), options.max_tokens
+
+
+def task_options(sweep: Sweep, loaded: LoadedModel) -> TaskOptions:
+    """What a sweep asks of every task. Raises HarnessError for more tokens than the model takes, or unsound grades."""
     max_tokens = sweep.max_tokens or loaded.context
     if max_tokens > loaded.context:
         raise HarnessError(f"--max-tokens {max_tokens} exceeds the model's context of {loaded.context}; lower it")
-    options = TaskOptions(
-        tokenizer=tokenizer,
+    with refusals():
+        grades = find_grades(sweep.graded, loaded.spec.revision)
+    return TaskOptions(
+        tokenizer=TaskTokenizer(loaded.tokenizer),
         max_tokens=max_tokens,
         lengths=sweep.lengths,
         limit=sweep.limit,
@@ -159,19 +184,20 @@ def plan_samples(
         whole=sweep.whole,
         contexts=sweep.contexts,
         fetch=find_asset,
+        grades=grades,
     )
-    samples, specs = [], []
-    for task in tasks:
-        with refusals(f"task {task.name}: "):
-            drawn = [_plan_sample(task, sample, loaded, sweep.nll_tokens) for sample in task.samples(options)]
-            provenance = {**asdict(task.about), **task.provenance(options)}
-            specs.append(TaskSpec(name=task.name, protocol=task.protocol, provenance=provenance))
-        if not drawn:
-            raise HarnessError(f"task {task.name} has no samples for these options; raise --limit or check the data")
-        for planned in drawn:
-            _check_fits(planned, max_tokens, sweep.max_new_tokens)
-        samples += drawn
-    return samples, tuple(specs), max_tokens
+
+
+def plan_task(
+    task: Task, options: TaskOptions, loaded: LoadedModel, nll_tokens: int
+) -> tuple[list[PlannedSample], TaskSpec]:
+    """The prompts of one task and what it says of its data. Raises HarnessError for missing or damaged data."""
+    with refusals(f"task {task.name}: "):
+        drawn = [_plan_sample(task, sample, loaded, nll_tokens) for sample in task.samples(options)]
+        provenance = {**asdict(task.about), **task.provenance(options)}
+    if not drawn:
+        raise HarnessError(f"task {task.name} has no samples for these options; raise --limit or check the data")
+    return drawn, TaskSpec(name=task.name, protocol=task.protocol, provenance=provenance)
 
 
 def contexts(samples: Sequence[PlannedSample], query: QueryMode) -> list[list[PlannedSample]]:

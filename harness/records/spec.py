@@ -84,7 +84,7 @@ class Sweep(Asked):
     tasks' own. nll_tokens: reference tokens that are scored at most. observe: prompts per length, or data set, on which
     the cost of observing is measured; no part of what is run. measure: time every cell by itself too, and its memory.
     whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the haystacks that
-    the protocols fix.
+    the protocols fix. graded: a calibration of graded tasks, a file or a packaged name; None for the model's own.
     """
 
     OTHER_WAY = " or --config quick"
@@ -104,6 +104,7 @@ class Sweep(Asked):
     measure: bool = False
     whole: bool = False
     contexts: Contexts = "drawn"
+    graded: str | None = None
 
     @field_validator("tasks")
     @classmethod

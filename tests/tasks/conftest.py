@@ -1,15 +1,12 @@
 """What the tests of tasks share: options over small generated data, and the real essays."""
 
-import gzip
-import json
-import random
 from pathlib import Path
 
 import pytest
 
 from harness.models.assets import asset_folder
 from tasks.base import TaskOptions
-from tests.task_data import Options, Words, small_options, write_prose
+from tests.task_data import Options, Words, small_options, write_pool, write_prose
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +39,14 @@ def essays_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> TaskOptions:
-    """Options over a pool of some 110,000 words in 17 sections of documentation and 12 essays, a quarter apart."""
-    folder = tmp_path_factory.mktemp("pool")
-    words = [f"word{number}" for number in range(3000)]
-    draw = random.Random(5)
+def small_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the assets of a small pool."""
+    return write_pool(tmp_path_factory.mktemp("pool"))
 
-    def sentences(count: int) -> list[str]:
-        return [f"The {' '.join(draw.choices(words, k=draw.randint(6, 18)))} end." for _ in range(count)]
 
-    for name in ("awsdocs", "essays"):
-        (folder / name).mkdir()
-    said = [{"documentation": f"<p>{' '.join(sentences(3))}</p>"} for _ in range(3300)]
-    (folder / "awsdocs" / "ec2-2016-11-15-service-2.json.gz").write_bytes(gzip.compress(json.dumps(said).encode()))
-    for number in range(12):
-        (folder / "essays" / f"essay{number}.txt").write_text(" ".join(sentences(150)))
-    return TaskOptions(tokenizer=Words(), max_tokens=9000, lengths=(512,), limit=5, seed=3, fetch=folder.__truediv__)
+@pytest.fixture(scope="session")
+def drawn(small_pool: Path) -> TaskOptions:
+    """Options over it."""
+    return TaskOptions(
+        tokenizer=Words(), max_tokens=9000, lengths=(512,), limit=5, seed=3, fetch=small_pool.__truediv__
+    )

@@ -1,0 +1,48 @@
+"""`harness calibrate-tasks` on the command line."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.cli.arguments import names, numbers
+from harness.cli.compile import calibration_spec
+from tasks.graded.settings import Graded
+
+
+def calibrate_tasks_parser(calibrating: argparse.ArgumentParser) -> None:
+    add = calibrating.add_argument
+    add("--model", help="as in `harness run`")
+    add("--tasks", type=names, help="graded tasks (default: graded, all of them)")
+    add("--lengths", type=numbers, metavar="A,B", help="context lengths in tokens (1024,2048)")
+    add("--samples", type=int, help="prompts that a chosen setting is measured on (24); half of them while searching")
+    add("--seed", type=int, help="of the prompts (1000)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for scores and the result; repeat to resume")
+    add("--dtype", help="as in `harness run`")
+    add("--device", help="as in `harness run`")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    calibrating.set_defaults(action=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from harness.compiler.grade import Grader, GradeSpec
+
+    grader = Grader(calibration_spec(GradeSpec, args), args.out)
+    found = []
+    for length in grader.spec.lengths:
+        for task in grader.tasks:
+            graded = grader.grade(task, length)
+            found.append(graded)
+            print(f"{task.name} at {length}: {_shown(graded)}", flush=True)
+    path = grader.write(found, command)
+    print(f"{sum(one.chosen is not None for one in found)} of {len(found)} qualify; wrote {path}")
+    print(f"use it with --tasks graded --graded {path}")
+    return 0
+
+
+def _shown(graded: Graded) -> str:
+    """What was chosen, or all that was tried."""
+    tried = {one.setting: one for one in graded.tried}
+    if graded.chosen is None:
+        return f"no {graded.dial} qualifies: " + ", ".join(f"{one.setting} {one.score:.0f}" for one in graded.tried)
+    chosen = tried[graded.chosen]
+    return f"{graded.dial} {chosen.setting}, full cache {chosen.score:.1f} +- {chosen.error:.1f} on {chosen.n} prompts"
