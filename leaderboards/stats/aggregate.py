@@ -24,7 +24,7 @@ place on the fronts. The column `memory` is there when some table has such a cel
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
@@ -36,6 +36,7 @@ from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import CellKey, Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
+from leaderboards.stats.floors import floors
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
 from leaderboards.stats.observing import observe_columns
 from leaderboards.stats.pareto import FRONTS, fronts
@@ -67,7 +68,7 @@ class Table:
 
     summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
-    runs; one of each is used. elsewhere: the same sweep on other processors.
+    runs; one of each is used. elsewhere: the same sweep on other processors. floors: as `floors.floors` makes it.
     """
 
     axes: Axes
@@ -82,6 +83,7 @@ class Table:
     notes: tuple[Note, ...]
     duplicates: int
     elsewhere: tuple[Elsewhere, ...] = ()
+    floors: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 TableRow = Mapping[Any, Any]
@@ -148,7 +150,8 @@ def _table(
     runs = tuple(sorted({r.run_id for r in records}))
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
-    return Table(axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
+    made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
+    return Table(*made, floors=floors(grid))
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from leaderboards.stats import observing, pareto, ranks, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
-from leaderboards.stats.eligible import CONTEXTS
+from leaderboards.stats.eligible import CONTEXTS, LOWEST
 
 RANKS = (
     "rank: the places among the methods of its budget that the samples leave possible; methods that are not told apart "
@@ -56,6 +56,12 @@ RIVALS = (
     f"incomplete is not judged, nor is any where a task has fewer than {CONTEXTS} contexts. loss: NLL above that of "
     "fullkv on the same samples; loss ratio: subject's by rival's.",
 )
+SMALLEST = (
+    "smallest cache: measured bytes, in % of fullkv's, with which a method first keeps that share of its score, mean "
+    f"over the tasks of a family where fullkv has {LOWEST:g} points or more; between two budgets by interpolation over "
+    f"the logarithm of bytes, with the {LEVEL:.0%} interval over contexts where they have names. ≤: the smallest "
+    "budget does; >: the largest does not.",
+)
 SUMMARIES = (
     "averages by protocol: 0-100, mean ± half of its interval. (13 of 16): the mean of the 13 tasks there are, of 16 "
     "that belong to it; (n 180/200): of 180 samples, of 200 that are expected of every method at that budget. Such "
@@ -96,6 +102,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "some sample does not name its context and counts as one of its own (the interval may be far too narrow).",
         *(RANKS if ranked else ()),
         *(OTHERS if any((frame["best_other"] != "").any() for frame in rows) else ()),
+        *(SMALLEST if any(len(table.floors) for table in tables) else ()),
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
         *(RIVALS if any(len(table.rivals) for table in tables) else ()),

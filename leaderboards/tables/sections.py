@@ -25,6 +25,8 @@ def sections(table: Table) -> dict[str, pd.DataFrame]:
         found["Ranks and best others" if ranked else "Best others"] = pd.DataFrame(
             [_rank_texts(row, ranked=ranked) for row in limited.to_dict("records")]
         )
+    for floor, rows in table.floors.groupby("floor") if len(table.floors) else ():
+        found[f"Smallest cache that keeps {floor} % of fullkv, in % of its bytes"] = _floor_frame(rows)
     if worst.is_known(table.rows):
         found["Tail failures"] = pd.DataFrame([_tail_texts(row) for row in table.rows.to_dict("records")])
     for title, rows in table.summaries.groupby("title", sort=False):
@@ -63,6 +65,25 @@ def rank_text(low: float, high: float) -> str:
     if math.isnan(low):
         return "-"
     return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
+
+
+def _floor_frame(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per method, those that need least first, a column per family."""
+    order = rows.groupby("method")["percent"].mean().sort_values(kind="stable").index
+    found = {method: {"method": clean(method)} for method in order}
+    for row in rows.to_dict("records"):
+        found[row["method"]][clean(row["family"])] = _floor_text(row)
+    return pd.DataFrame(list(found.values())).fillna("-")
+
+
+def _floor_text(row: TableRow) -> str:
+    def told(percent: float) -> str:
+        if percent > row["largest"] * (1 + 1e-9):
+            return f">{row['largest']:.1f}"
+        return f"≤{row['smallest']:.1f}" if percent <= row["smallest"] * (1 + 1e-9) else f"{percent:.1f}"
+
+    ends = "" if math.isnan(row["low"]) else f" [{told(row['low'])}, {told(row['high'])}]"
+    return told(row["percent"]) + ends
 
 
 def _summary_frame(rows: pd.DataFrame) -> pd.DataFrame:

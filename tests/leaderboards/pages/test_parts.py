@@ -68,7 +68,9 @@ def test_rivals_are_shown_with_a_subject_alone() -> None:
     assert table_parts(0, plain, records, several=False)["rivals"] == {}
     parts = table_parts(0, told, records, several=False)
     assert list(parts["rivals"]) == ["snapkv against the strongest other method of each family: score, 0-100"]
-    assert list(parts["more"])[:4] == ["Score by task", "Ranks and best others", "Tail failures", "NIAH by depth"]
+    smallest = [f"Smallest cache that keeps {floor} % of fullkv, in % of its bytes" for floor in (95, 99)]
+    wanted = ["Score by task", "Ranks and best others", *smallest, "Tail failures", "NIAH by depth"]
+    assert list(parts["more"])[:6] == wanted
     html = to_html([told], records, title="x")
     assert html.count('id="rivals"') == 1 == html.count('href="#rivals"')
 

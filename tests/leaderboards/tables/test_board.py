@@ -74,11 +74,12 @@ def test_page_has_header_tables_and_legend() -> None:
     )
     for text in ("samples: 24 of 2 tasks: niah, ruler/vt", "runs: run1", "How to read", "95%", "seed 0", "unweighted"):
         assert text in page
-    main, tasks, ranks, tails, ruler = tables_of(page)
+    main, tasks, ranks, *smallest, tails, ruler = tables_of(page)
     assert main[0].split()[1] == "budget" and "ruler/vt" in tasks[0]
     assert "unknown" in ruler[0]  # pretend records have no length
     assert len(main) == len(tasks) == len(tails) == len(ruler) == len(METHODS) + 2
     assert len(ranks) == len(METHODS) - 1 + 2  # fullkv has no budget
+    assert [len(own) for own in smallest] == [3 + 2] * 2  # a row per method
 
 
 def test_terminal_fits_and_loses_nothing() -> None:
