@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -40,11 +41,11 @@ def drawn(small_pool: Path) -> TaskOptions:
     )
 
 
-def samples(task: GradedTask, options: TaskOptions, setting: int | None = None, **changes: object) -> list[Sample]:
+def samples(task: GradedTask, options: TaskOptions, setting: int | None = None, **changes: Any) -> list[Sample]:
     if setting is not None:
         grades = Grades({task.name: dict.fromkeys(options.lengths, setting)}, {})
         options = replace(options, grades=grades)
-    return [*task.samples(replace(options, **changes))]  # type: ignore[arg-type]
+    return [*task.samples(replace(options, **changes))]
 
 
 def test_there_are_twelve_tasks_in_five_families() -> None:
