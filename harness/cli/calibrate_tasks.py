@@ -27,10 +27,12 @@ def _calibrate(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.compiler.grade import Grader, GradeSpec
 
     grader = Grader(calibration_spec(GradeSpec, args), args.out)
-    found = []
+    found: list[Graded] = []
+    chosen: dict[str, int | None] = {}  # of each task at the length before
     for length in grader.spec.lengths:
         for task in grader.tasks:
-            graded = grader.grade(task, length)
+            graded = grader.grade(task, length, chosen.get(task.name))
+            chosen[task.name] = graded.chosen
             found.append(graded)
             print(f"{task.name} at {length}: {_shown(graded)}", flush=True)
     path = grader.write(found, command)

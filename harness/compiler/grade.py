@@ -69,14 +69,14 @@ class Grader:
         decides = {"revision": self.loaded.spec.revision, "dtype": self.loaded.spec.dtype, "seed": spec.seed}
         self.saved = SavedState(folder, decides)
 
-    def grade(self, task: GradedTask, length: int) -> Graded:
-        """Search a task's dial at a length of prompts."""
+    def grade(self, task: GradedTask, length: int, near: int | None = None) -> Graded:
+        """Search a task's dial at a length of prompts. near: the setting to try first, as another length chose it."""
         dial = task.kind.dial
 
         def scores(setting: int, count: int) -> list[float]:
             return self._scores(task, length, setting, count)
 
-        chosen, tried = search(dial.scale, scores, self.spec.samples)
+        chosen, tried = search(dial.scale, scores, self.spec.samples, near)
         return Graded(task=task.name, length=length, dial=dial.name, scale=dial.scale, tried=tried, chosen=chosen)
 
     def write(self, graded: Sequence[Graded], command: Sequence[str]) -> Path:
@@ -121,16 +121,20 @@ class Grader:
         return planned.task.score(planned.sample, said)["score"]
 
 
-def search(scale: Sequence[int], scores: Scores, samples: int) -> tuple[int | None, tuple[Tried, ...]]:
+def search(
+    scale: Sequence[int], scores: Scores, samples: int, near: int | None = None
+) -> tuple[int | None, tuple[Tried, ...]]:
     """Search a dial, easiest setting first, by bisection; return the setting that qualified, if any, and all tried.
+
+    near: the setting to begin with instead of the middle one.
 
     Of the settings within `LOW` and `HIGH` on half of the prompts the one nearest to `AIM`, the harder of two, is
     measured on all; where it leaves the range, the next nearest is.
     """
     found: dict[int, Tried] = {}
     low, high = 0, len(scale) - 1
+    middle = (low + high) // 2 if near is None else scale.index(near)
     while low <= high:
-        middle = (low + high) // 2
         setting, count = scale[middle], samples // 2
         if fmean(scores(setting, count // 2)) <= HOPELESS:
             count //= 2
@@ -138,6 +142,7 @@ def search(scale: Sequence[int], scores: Scores, samples: int) -> tuple[int | No
         if GOOD[0] <= found[middle].score <= GOOD[1]:
             break
         low, high = (middle + 1, high) if found[middle].score >= AIM else (low, middle - 1)
+        middle = (low + high) // 2
     nearest = sorted(found, key=lambda at: (abs(found[at].score - AIM), -at))
     chosen = None
     for at in nearest:

@@ -64,6 +64,12 @@ def test_the_search_ends_near_the_aim_or_says_that_nothing_qualifies(
     assert all(one.score == pytest.approx(100 * means[one.setting]) for one in seen)
 
 
+@pytest.mark.parametrize(("near", "tried"), [(3, [3]), (4, [3, 4]), (0, [0, 2, 3])])
+def test_the_search_begins_where_another_length_ended(near: int, tried: list[int]) -> None:
+    found, seen = search(range(5), steady(1.0, 1.0, 1.0, 0.8, 0.1), 16, near)
+    assert (found, [one.setting for one in seen]) == (3, tried)
+
+
 def test_a_setting_that_leaves_the_range_on_all_prompts_gives_way_to_the_next_nearest() -> None:
     def scores(setting: int, count: int) -> list[float]:
         half, rest = {0: (1.0, 1.0), 1: (0.92, 0.92), 2: (0.7, 0.1)}.get(setting, (0.0, 0.0))
