@@ -126,7 +126,7 @@ def search(
 ) -> tuple[int | None, tuple[Tried, ...]]:
     """Search a dial, easiest setting first, by bisection; return the setting that qualified, if any, and all tried.
 
-    near: the setting to begin with instead of the middle one.
+    near: the setting to begin with, and to go on from step by step.
 
     Of the settings within `LOW` and `HIGH` on half of the prompts the one nearest to `AIM`, the harder of two, is
     measured on all; where it leaves the range, the next nearest is.
@@ -141,8 +141,9 @@ def search(
         found[middle] = tried(setting, scores(setting, count))
         if GOOD[0] <= found[middle].score <= GOOD[1]:
             break
-        low, high = (middle + 1, high) if found[middle].score >= AIM else (low, middle - 1)
-        middle = (low + high) // 2
+        easy = found[middle].score >= AIM
+        low, high = (middle + 1, high) if easy else (low, middle - 1)
+        middle = (low + high) // 2 if near is None else low if easy else high
     nearest = sorted(found, key=lambda at: (abs(found[at].score - AIM), -at))
     chosen = None
     for at in nearest:

@@ -64,7 +64,7 @@ def test_the_search_ends_near_the_aim_or_says_that_nothing_qualifies(
     assert all(one.score == pytest.approx(100 * means[one.setting]) for one in seen)
 
 
-@pytest.mark.parametrize(("near", "tried"), [(3, [3]), (4, [3, 4]), (0, [0, 2, 3])])
+@pytest.mark.parametrize(("near", "tried"), [(3, [3]), (4, [3, 4]), (1, [1, 2, 3])])
 def test_the_search_begins_where_another_length_ended(near: int, tried: list[int]) -> None:
     found, seen = search(range(5), steady(1.0, 1.0, 1.0, 0.8, 0.1), 16, near)
     assert (found, [one.setting for one in seen]) == (3, tried)
