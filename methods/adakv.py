@@ -47,7 +47,7 @@ class AdaKV(WindowPolicy):
         return super().redundant or (self.floor and self.safeguard == 0)
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
-        scores, recent = self.score(view), self.recent
+        scores, recent = view.only_live(self.score(view)), self.recent
         return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=self.floor, recent=recent))
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
@@ -82,10 +82,13 @@ def head_counts(scores: Tensor, slots: int, *, fixed: int, safeguard: float, flo
     mean = slots - fixed  # of a head, on average, beside the fixed ones
     if mean == 0:
         return [fixed] * heads
+    dead = scores == -torch.inf
     if floor:
-        scores = scores.scatter(1, best(scores, max(0, int(safeguard * slots) - fixed)), torch.inf)
+        own = best(scores, max(0, int(safeguard * slots) - fixed))
+        scores = scores.scatter(1, own, torch.inf).masked_fill_(dead, -torch.inf)
     owner = best(scores.reshape(-1), mean * heads) // before
     shares = torch.bincount(owner, minlength=heads).tolist()
     if not floor:
-        shares = spread(mean * heads, [(1 - safeguard) * n + safeguard * mean for n in shares], before)
+        room = (~dead).sum(dim=1).tolist()
+        shares = spread(mean * heads, [(1 - safeguard) * n + safeguard * mean for n in shares], room)
     return [fixed + n for n in shares]

@@ -141,7 +141,7 @@ class EvictionPolicy(LayerPolicy):
         """Choose the slots to keep: [B, H, min(budget, T)] int64, ascending. Equal scores go to the earlier token."""
         if budget >= view.tokens:
             return torch.arange(view.tokens, device=view.kv.keys.device).expand(view.kv.positions.shape)
-        return self.keep(view.memo((type(self), self), self.score), budget)
+        return self.keep(view.only_live(view.memo((type(self), self), self.score)), budget)
 
     def keep(self, scores: Tensor, budget: int) -> Tensor:
         """Choose `budget` < S slots by their scores [B, H, S], in the order of their tokens: [B, H, budget] int64."""

@@ -56,20 +56,21 @@ class Budget:
         return text + "0" if text.endswith(".") else text
 
 
-def spread(total: int, weights: Sequence[float], cap: int) -> list[int]:
-    """Whole shares of `total` in proportion to `weights`, none above `cap`; sums to min(total, cap * len(weights)).
+def spread(total: int, weights: Sequence[float], cap: int | Sequence[int]) -> list[int]:
+    """Whole shares of `total` in proportion to `weights`, none above `cap`; sums to min(total, sum of all caps).
 
-    Largest remainder; what a capped share cannot hold goes to the others in proportion.
+    Largest remainder; what a capped share cannot hold goes to the others in proportion. cap: one, or each share's own.
     """
-    shares, left = [0.0] * len(weights), float(min(total, cap * len(weights)))
+    caps = [cap] * len(weights) if isinstance(cap, int) else cap
+    shares, left = [0.0] * len(weights), float(min(total, sum(caps)))
     free = [i for i, weight in enumerate(weights) if weight > 0]
     while free and left > 1e-9:
         scale = left / sum(weights[i] for i in free)
-        grown = {i: min(float(cap), shares[i] + scale * weights[i]) for i in free}
+        grown = {i: min(float(caps[i]), shares[i] + scale * weights[i]) for i in free}
         left -= sum(grown[i] - shares[i] for i in free)
         for i in free:
             shares[i] = grown[i]
-        free = [i for i in free if shares[i] < cap - 1e-9]
+        free = [i for i in free if shares[i] < caps[i] - 1e-9]
     whole = [int(share + 1e-9) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: (whole[i] - shares[i], i))
     for i in by_remainder[: round(sum(shares)) - sum(whole)]:

@@ -60,12 +60,14 @@ class DynamicKV(KVPolicy):
         mean = min(budget, view.tokens) - self.recent  # slots outside the window, on average over the layers
         if mean <= 0 or before <= 0:
             return [min(budget, view.tokens)] * layers
-        scores = [window_scores(layer, self.recent, self.kernel, self.pool) for layer in view.layers]
+        scores = [layer.only_live(window_scores(layer, self.recent, self.kernel, self.pool)) for layer in view.layers]
         pooled = torch.cat(scores)[..., :before]  # [L, H, T - W]
         owner = best(pooled.flatten(), mean * layers * pooled.shape[1]) // pooled[0].numel()
         found = torch.bincount(owner, minlength=layers).tolist()
         weights = [max(float(count), LEAST) for count in found]
-        return [self.recent + n for n in spread(mean * layers, weights, min(int(self.ratio * mean), before))]
+        held = [int(layer.kv.live[0, 0]) - self.recent for layer in view.layers]
+        room = [min(int(self.ratio * mean), own) for own in held]
+        return [self.recent + n for n in spread(mean * layers, weights, room)]
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         even = ("layers share evenly at this budget: it holds the window alone",)

@@ -77,7 +77,7 @@ class ExpectedAttention(PooledPolicy):
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         if self.safeguard is None:
             return super().compress_layer(view, budget)
-        scores = view.memo((type(self), self), self.score)
+        scores = view.only_live(view.memo((type(self), self), self.score))
         return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=True, sinks=self.sinks))
 
     def score(self, view: LayerView) -> Tensor:
@@ -90,7 +90,8 @@ class ExpectedAttention(PooledPolicy):
             apart = queries - mean
             spread = apart.transpose(3, 4) @ apart / queries.shape[3]  # [B, H, G, D, D]
             logits = logits + ((keys @ spread) * keys).sum(dim=-1) / 2
-        expected = logits.softmax(dim=-1).mean(dim=2)
+        dead = view.kv.positions[:, :, None, first:] < 0
+        expected = logits.masked_fill(dead, -torch.inf).softmax(dim=-1).mean(dim=2)
         if self.value_norm:
             expected = (expected + self.epsilon) * view.kv.values[:, :, first:].float().norm(dim=-1)
         return pad(self.pooled(expected), (first, 0))  # sinks are kept without a score
@@ -99,7 +100,7 @@ class ExpectedAttention(PooledPolicy):
         """Window queries from token `first` on, over the next positions on average: [B, H, G, W, D] float32."""
         if view.rotate is None:
             raise PolicyError("expected_attention needs rotary embeddings, which this model has not")
-        window = min(self.window, view.tokens - first)
+        window = min(self.window, view.seen - first)
         queries = view.last_queries(window).float().clone()
         steps = torch.arange(window, 0, -1, device=queries.device)  # from each query to the end of the prompt
         for bit in range(window.bit_length()):

@@ -12,7 +12,6 @@ of sum, no recent part. `kernel`, `pool`, `forward` and `sinks` are no part of t
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from methods.base import KV, LayerView, Needs, PolicyError, StepView, at_least, at_most
@@ -68,7 +67,7 @@ class H2O(PooledPolicy):
         if view.column_sums is None:
             raise PolicyError("h2o needs column sums; declare them in needs")
         sums = view.column_sums.sum(dim=2)  # [B, H, T]
-        queries = torch.arange(view.tokens, 0, -1, device=sums.device)
+        queries = view.seen - view.kv.positions
         return sums / queries / view.column_sums.shape[2] if self.mean else sums
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:

@@ -129,6 +129,15 @@ class LayerView:
     def tokens(self) -> int:
         return int(self.kv.keys.shape[2])
 
+    @property
+    def seen(self) -> int:
+        """Tokens that there were so far: those of the prompt."""
+        return self.tokens
+
+    def only_live(self, scores: Tensor) -> Tensor:
+        """Return scores [B, H, S] that choose no dead slot: -inf there; only a `GrownView` has any."""
+        return scores
+
     def last_queries(self, window: int) -> Tensor:
         """Return the last `window` tokens' queries: [B, Hq, W, D]. Raises PolicyError when fewer were observed."""
         observed = self.queries.shape[2]
@@ -138,14 +147,18 @@ class LayerView:
 
     def attention(self, window: int) -> Tensor:
         """Return softmax attention of the last `window` tokens (T at most) over the prompt: [B, H, G, W, T] float32."""
-        window = min(window, self.tokens)
-        queries, keys = self.last_queries(window), self.kv.keys
-        batch, heads, tokens, dim = keys.shape
-        grouped = queries.reshape(batch, heads, -1, dim) * self.scaling  # [B, H, G * W, D]
-        logits = (grouped @ keys.transpose(2, 3)).float().view(batch, heads, -1, window, tokens)
-        future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+        logits = self._logits(min(window, self.tokens))
+        window, tokens = logits.shape[3:]
+        future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu_(1)
         logits[..., tokens - window :].masked_fill_(future, float("-inf"))
         return torch.softmax(logits, dim=-1, out=logits)  # in place: a second tensor of this size costs as much again
+
+    def _logits(self, window: int) -> Tensor:
+        """Attention logits of the last `window` tokens, what is to come included: [B, H, G, W, S] float32."""
+        queries, keys = self.last_queries(window), self.kv.keys
+        batch, heads, slots, dim = keys.shape
+        grouped = queries.reshape(batch, heads, -1, dim) * self.scaling  # [B, H, G * W, D]
+        return (grouped @ keys.transpose(2, 3)).float().view(batch, heads, -1, window, slots)
 
     def memo(self, key: Hashable, compute: Callable[[LayerView], Tensor]) -> Tensor:
         """Return `compute(self)`, once per key: scores that do not depend on the budget serve every budget of a run."""
@@ -169,6 +182,10 @@ class OthersView(LayerView):
     whole: LayerView = field(kw_only=True)
     others: Tensor = field(kw_only=True)
 
+    @property
+    def seen(self) -> int:
+        return self.whole.seen
+
     def attention(self, window: int) -> Tensor:
         """Return what the whole layer does, of the tokens that are left: [B, H, G, W, T'] float32."""
         return self.whole.attention(window)[..., self.others]
@@ -180,6 +197,39 @@ class OthersView(LayerView):
         seen = None if sums is None else sums[..., others]
         queries, rotate = whole.queries, whole.rotate
         return cls(whole.index, left, queries, whole.scaling, seen, rotate, whole=whole, others=others)
+
+
+@dataclass
+class GrownView(LayerView):
+    """A layer that was compressed before and has grown since: slots that were kept, then those that came.
+
+    Slots are in the order of their tokens, whose true positions they have. All layers and heads have as many; one that
+    holds fewer has dead ones, position -1, behind the first `sinks` of its policy, else at the head. A dead slot is
+    attended to by nobody, has no column sum, is never to be chosen (`only_live`), and stays dead if it is.
+
+    end: tokens that there were so far. queries: of the last W of them. column_sums: what each slot got since its token
+    came, from what was there then.
+    """
+
+    end: int = field(kw_only=True)
+
+    @property
+    def seen(self) -> int:
+        return self.end
+
+    def only_live(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(self.kv.positions < 0, float("-inf"))
+
+    def attention(self, window: int) -> Tensor:
+        """Return softmax attention of the last `window` tokens over the slots: [B, H, G, W, S] float32.
+
+        A query all of whose slots are gone gives none.
+        """
+        logits = self._logits(min(window, self.tokens))
+        asked = torch.arange(self.end - logits.shape[3], self.end, device=logits.device)[:, None]
+        slot = self.kv.positions.unsqueeze(2)
+        hidden = (slot < 0) | (slot > asked)  # [B, H, W, S]
+        return torch.softmax(logits.masked_fill_(hidden.unsqueeze(2), float("-inf")), dim=-1).nan_to_num_(0.0)
 
 
 @dataclass(frozen=True)
@@ -203,11 +253,13 @@ class PromptView:
     layers: the compressible layers in depth order (sliding-window layers are left alone and not shown).
     logprobs: [B, W] float32 or None, log-probability of each of the last W prompt tokens given what precedes it.
     protected: ascending places of the tokens that the prompt's author marks to be kept; only `protect` minds them.
+    seen: tokens that there were so far, where layers have grown since they were compressed; None for a prompt.
     """
 
     layers: list[LayerView]
     logprobs: Tensor | None = None
     protected: tuple[int, ...] = ()
+    seen: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -217,7 +269,8 @@ class PromptView:
     def sizes(self) -> Sizes:
         first = self.layers[0]
         heads, kv_heads = int(first.queries.shape[1]), int(first.kv.keys.shape[1])
-        return Sizes(self.tokens, len(self.layers), heads, kv_heads, len(self.protected))
+        tokens = self.tokens if self.seen is None else self.seen
+        return Sizes(tokens, len(self.layers), heads, kv_heads, len(self.protected))
 
     @cached_property
     def others(self) -> PromptView:

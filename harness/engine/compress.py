@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,22 +76,29 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
         raise PolicyError(f"{name} left {len(kept)} layers of {seen}; return one KV a layer")
     left = dict(zip(prefilled.compressible, kept, strict=True))
     kvs = [left[i] if i in left else layer.kv() for i, layer in enumerate(prefilled.layers)]
-    sliding = [i not in left for i in range(len(kvs))]
-    layers = [pack(kv, prefilled.tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)]
     observe_s, compress_s = on_the_way.seconds("observe"), on_the_way.seconds("compress")
     return Compressed(
         policy,
         budget,
-        layers,
-        prefilled.compressible,
-        prefilled.logits,
-        prefilled.tokens,
-        kept_slots=tuple(int(kv.live.sum()) for kv in kept),
-        layer_bytes=[live_bytes(kv, prefilled.tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)],
-        stored_bytes=storage_bytes(x for layer in layers for x in tensors_of(layer)),
+        compressible=prefilled.compressible,
+        logits=prefilled.logits,
+        tokens=prefilled.tokens,
+        **weighed(kvs, prefilled.compressible, prefilled.tokens),
         asked_bytes=prefilled.nbytes(budget),
         full_bytes=prefilled.nbytes(prefilled.tokens),
         prefill_s=on_the_way.seconds("prefill") - observe_s - compress_s,
         observe_s=observe_s,
         compress_s=compress_s + after.seconds("compress"),
     )
+
+
+def weighed(kvs: Sequence[KV], compressible: Sequence[int], tokens: int) -> dict[str, Any]:
+    """The fields of `Compressed` that follow from what each model layer holds of `tokens` tokens."""
+    sliding = [i not in compressible for i in range(len(kvs))]
+    layers = [pack(kv, tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)]
+    return {
+        "layers": layers,
+        "kept_slots": tuple(int(kvs[i].live.sum()) for i in compressible),
+        "layer_bytes": [live_bytes(kv, tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)],
+        "stored_bytes": storage_bytes(x for layer in layers for x in tensors_of(layer)),
+    }

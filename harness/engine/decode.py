@@ -99,10 +99,13 @@ class Decoding:
         """Bytes that are allocated for a row's cache, room for tokens to come included."""
         return sum(cache.stored_bytes(row) for cache in self.caches)
 
-    def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Append the same tokens to every row; logits after the last one, [R, V] float32; `first` after none."""
+    def feed(self, tokens: Sequence[int], *, alone: bool = False) -> Tensor:
+        """Append the same tokens to every row; logits after the last one, [R, V] float32; `first` after none.
+
+        alone: as in `forced`.
+        """
         logits = self.first
-        for _, own in self._forwards(tokens, keep=1):
+        for _, own in self._forwards(tokens, keep=1, alone=alone):
             logits = own[:, -1].float()
         assert logits is not None
         return logits

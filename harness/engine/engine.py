@@ -15,10 +15,12 @@ from functools import reduce
 
 import torch
 
+from harness.engine.again import Noted, note, why_not
 from harness.engine.compress import Compressed, compress
-from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding
+from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding, Generated
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
+from harness.engine.turns import Again, converse, joined, room_of
 from harness.engine.types import Cell, Outcome, Prompt, SkippedCell
 from harness.errors import HarnessError
 from harness.records.record import OVER
@@ -28,11 +30,16 @@ from methods.base import KVPolicy, Needs, PolicyError
 
 @dataclass
 class CellRun:
-    """A cell on its way through one prompt. compressed: None until it is, and where the outcome says why not."""
+    """A cell on its way through one prompt.
+
+    compressed: None until it is, and where the outcome says why not. noted: what it takes to compress it again; None
+    where that is not wanted.
+    """
 
     cell: Cell
     outcome: Outcome
     compressed: Compressed | None = None
+    noted: list[Noted] | None = None
 
 
 class Engine:
@@ -70,7 +77,11 @@ class Engine:
         if any(list(prompt.ids[:border]) != head for prompt in prompts) or len(set(marked)) > 1:
             raise HarnessError(f"{len(prompts)} prompts of one group differ in their first {border} tokens")
         wanted = list(dict.fromkeys(cell for own in cells for cell in own))
-        done, _ = self.compress_cells(head, wanted, protected=marked[0])
+        done, prefilled = self.compress_cells(head, wanted, protected=marked[0])
+        if prefilled is not None and prompts[0].again:
+            for run in done.values():
+                _prepare_again(run, prefilled)
+        del prefilled  # and the full cache with it
         results = []
         for prompt, own in zip(prompts, cells, strict=True):
             runs = [replace(done[cell], outcome=replace(done[cell].outcome)) for cell in own]
@@ -132,8 +143,9 @@ class Engine:
             else:
                 ready[run.cell.policy.evicts_while_decoding].append(run)
         for batch in ready.values():
-            for i in range(0, len(batch), self.rows):
-                self._decode(batch[i : i + self.rows], prompt, [prompt.ids[-1]] if self.again else tail)
+            rows = 1 if prompt.turns else self.rows
+            for i in range(0, len(batch), rows):
+                self._decode(batch[i : i + rows], prompt, [prompt.ids[-1]] if self.again else tail)
 
     def _decode(self, runs: list[CellRun], prompt: Prompt, feed: list[int]) -> None:
         """Decode `runs` as one batch; a batch that does not fit in memory is halved until single rows are marked."""
@@ -151,12 +163,16 @@ class Engine:
     def _decode_batch(self, runs: list[CellRun], prompt: Prompt, feed: list[int]) -> None:
         start = time.perf_counter()
         room = len(feed) + max(len(prompt.answer), prompt.limits.max_new_tokens)
+        room += 0 if runs[0].noted else room_of(prompt.turns)
         rows = [run.compressed for run in runs if run.compressed is not None]
         with torch.inference_mode():
             decoding = Decoding.of(self.model, rows, again=self.again, room=room)
             logits = decoding.feed(feed)
             nll = decoding.answer_nll(logits, prompt.answer).tolist() if prompt.answer else [[]] * len(runs)
+            at = decoding.position
             results = decoding.greedy(logits, prompt.limits)  # tells tokens, so a GPU is waited for
+            if prompt.turns:
+                results = [_go_on(runs[0], decoding, results[0], prompt, feed, at)]
         seconds = time.perf_counter() - start
         for run, result, own in zip(runs, results, nll, strict=True):
             outcome = run.outcome
@@ -182,3 +198,27 @@ def _compress(run: CellRun, prefilled: Prefilled) -> None:
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
     outcome.kv_bytes, outcome.stored_bytes, outcome.asked_bytes = left.kv_bytes, left.stored_bytes, left.asked_bytes
     outcome.over_budget = outcome.stored_bytes > OVER * outcome.asked_bytes
+
+
+def _prepare_again(run: CellRun, prefilled: Prefilled) -> None:
+    """Note what it takes to compress a cell again, or that it cannot be."""
+    cell, left = run.cell, run.compressed
+    if left is None or cell.budget is None:
+        return
+    if cell.policy.evicts_while_decoding:
+        run.outcome.notes += ("it evicts while it decodes: nothing is left to compress again",)
+    elif why := why_not(cell.policy, left):
+        run.outcome.fail(why, "skipped")
+        run.compressed = None
+    else:
+        run.noted = note(prefilled, left)
+
+
+def _go_on(run: CellRun, decoding: Decoding, first: Generated, prompt: Prompt, given: list[int], at: int) -> Generated:
+    """All answers of a conversation, as one, of which the first is given. given, at: as of `converse`."""
+    assert run.compressed is not None
+    again = None if run.noted is None else Again(run.compressed, run.noted)
+    answers = converse(decoding, first, prompt, given, at, again)
+    run.outcome.turn_tokens = tuple(len(answer.tokens) for answer in answers)
+    run.outcome.notes += tuple(again.over if again else ())
+    return joined(answers)

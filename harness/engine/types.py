@@ -46,10 +46,19 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class NextTurn:
+    """A further turn of a conversation: the tokens between the last answer and the next one, and when that ends."""
+
+    ids: Sequence[int]
+    limits: Limits
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Token ids of a prompt, how many of them are context, the reference answer's ids, and when to stop.
 
-    needle: indexes of the tokens whose survival is counted. protected: of those that `protect` keeps.
+    needle: indexes of the tokens whose survival is counted. protected: of those that `protect` keeps. turns: how the
+    conversation goes on. again: whether the cache is compressed again after each answer that another turn follows.
     """
 
     ids: Sequence[int]
@@ -58,6 +67,8 @@ class Prompt:
     limits: Limits
     needle: Sequence[int] = ()
     protected: Sequence[int] = ()
+    turns: Sequence[NextTurn] = ()
+    again: bool = False
 
 
 @dataclass
@@ -83,6 +94,7 @@ class Outcome:
     asked_bytes: int = 0
     full_bytes: int = 0
     token_ids: tuple[int, ...] = ()
+    turn_tokens: tuple[int, ...] = ()
     nll_per_token: tuple[float, ...] = ()
     prefill_s: float = 0.0
     observe_ms: float | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 
 from harness.errors import HarnessError
-from tasks.base import Sample
+from tasks.base import Sample, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +80,21 @@ def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
     return Wrapped(list(encoded["input_ids"]), context, needle, protected)
 
 
+def turn_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, turn: Turn) -> list[int]:
+    """Return the tokens between an answer and the next: the end of the answer's message, the user's, the answer's head.
+
+    They are what the chat template adds for another question to a conversation; without one, a blank line and the text.
+    Raises HarnessError when the template fails, or does not show both messages as they are.
+    """
+    text = f"\n\n{turn.question}"
+    if sample.chat and tokenizer.chat_template:
+        parts = _render(tokenizer, "Hello.", MARK, turn.question).split(MARK)
+        if len(parts) != 2 or turn.question.strip() not in parts[1]:
+            raise HarnessError("the chat template does not show a conversation as it is; use a model whose does")
+        text = parts[1]
+    return TaskTokenizer(tokenizer).encode(text + turn.answer_prefix)
+
+
 def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, wrapped: Wrapped, reference: str | None, *, limit: int
 ) -> list[int]:
@@ -126,10 +141,12 @@ def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tup
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    message = [{"role": "user", "content": content}]
+def _render(tokenizer: PreTrainedTokenizerBase, *contents: str) -> str:
+    """A conversation, which the user begins, up to the head of the next answer."""
+    said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    what = "a single user message" if len(said) == 1 else f"a conversation of {len(said)} messages"
     try:
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
     except TemplateError as error:
-        raise HarnessError(f"the chat template refuses a single user message ({error}); " + ADVICE) from None
+        raise HarnessError(f"the chat template refuses {what} ({error}); " + ADVICE) from None
     return str(text)

@@ -13,10 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness.engine.types import Cell, Limits, Prompt
+from harness.engine.types import Cell, Limits, NextTurn, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
-from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, wrap
+from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, turn_tokens, wrap
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
 from harness.plan.names import check_sweep, refusals
@@ -43,7 +43,7 @@ class PlannedSample:
     """A sample with its token ids (`array` of int) and the context border; the answer's ids follow the prompt.
 
     needle, protected: indexes of the tokens of its needles, and of its spans to protect. notes: what its records must
-    say of the prompt.
+    say of the prompt. turns: the tokens that each further turn of a conversation brings.
     """
 
     task: Task
@@ -54,6 +54,7 @@ class PlannedSample:
     needle: tuple[int, ...] = ()
     protected: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    turns: tuple[array[int], ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -67,7 +68,17 @@ class PlannedSample:
             stop=self.sample.stop,
             text=tokenizer.decode,
         )
-        return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle, self.protected)
+        turns = tuple(
+            NextTurn(ids.tolist(), replace(limits, max_new_tokens=_capped(turn.max_new_tokens, max_new_tokens)))
+            for ids, turn in zip(self.turns, self.sample.turns, strict=True)
+        )
+        again = self.task.again
+        return Prompt(self.ids.tolist(), self.context, self.answer, limits, self.needle, self.protected, turns, again)
+
+    def longest(self, max_new_tokens: int | None) -> int:
+        """Most tokens that are generated, and those that further turns bring."""
+        new = [self.sample.max_new_tokens, *(turn.max_new_tokens for turn in self.sample.turns)]
+        return sum(_capped(own, max_new_tokens) for own in new) + sum(map(len, self.turns))
 
 
 Group = Sequence[tuple[PlannedSample, Sequence[PlannedCell]]]  # samples of one context, with the cells wanted of each
@@ -243,14 +254,15 @@ def _plan_sample(task: Task, sample: Sample, loaded: LoadedModel, nll_tokens: in
     wrapped = wrap(loaded.tokenizer, sample)
     answer = answer_tokens(loaded.tokenizer, wrapped, task.reference(sample), limit=nll_tokens)
     notes = (NO_TEMPLATE,) if sample.chat and not loaded.tokenizer.chat_template else ()
-    ids = array("i", wrapped.ids)
-    return PlannedSample(
-        task, sample, ids, wrapped.context, tuple(answer), wrapped.needle, wrapped.protected, notes=notes
-    )
+    if sample.turns and "\n" not in sample.stop:
+        raise HarnessError(f"task {task.name}: a conversation has a line for each answer; add a line break to `stop`")
+    turns = tuple(array("i", turn_tokens(loaded.tokenizer, sample, turn)) for turn in sample.turns)
+    ids, of_spans = array("i", wrapped.ids), (wrapped.needle, wrapped.protected)
+    return PlannedSample(task, sample, ids, wrapped.context, tuple(answer), *of_spans, notes, turns)
 
 
 def _check_fits(planned: PlannedSample, max_tokens: int, max_new_tokens: int | None) -> None:
-    tokens, new = len(planned.ids), _capped(planned.sample.max_new_tokens, max_new_tokens)
+    tokens, new = len(planned.ids), planned.longest(max_new_tokens)
     if tokens + new > max_tokens:
         raise HarnessError(
             f"task {planned.task.name} sample {planned.sample.id}: a prompt of {tokens} tokens and {new} generated "

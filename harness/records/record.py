@@ -1,5 +1,7 @@
 """Everything that is ever written to disk. Every field has one line that says what it holds and in which unit."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
@@ -54,6 +56,7 @@ class Record(Frozen):
     answers: tuple[str, ...] = ()  # references, so that the prediction can be scored again from this line
     prediction: str = ""
     token_ids: tuple[int, ...] = ()  # generated token ids, end-of-text excluded
+    turn_tokens: tuple[int, ...] = ()  # of a conversation: how many of them each turn said, a line of the prediction
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)  # task metrics in [0, 1]; `score` is the primary one
     nll: FiniteFloat | None = None  # mean of the reference, nats per token, teacher-forced on the compressed cache
     nll_tokens: int = 0  # reference tokens that `nll` is the mean of
@@ -71,6 +74,12 @@ class Record(Frozen):
     @property
     def key(self) -> Key:
         return (self.task, self.sample_id, self.method, self.budget)
+
+
+def by_turns(token_ids: Sequence[int], turn_tokens: Sequence[int]) -> list[Sequence[int]]:
+    """Return what each turn of a record said; all of it without turns. turn_tokens: as of a record."""
+    ends = list(accumulate(turn_tokens)) or [len(token_ids)]
+    return [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class RunManifest(Frozen):

@@ -15,7 +15,7 @@ from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
 from harness.plan.sweep import Group, NamedSweep, PlannedCell, PlannedSample, contexts, plan_names, plan_sweep
 from harness.records.log_folder import now
-from harness.records.record import PROMPT_TAIL, Record, RunManifest
+from harness.records.record import PROMPT_TAIL, Record, RunManifest, by_turns
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
 from harness.run.observing import Observed, at_prefill, observe_ms, observed
@@ -48,10 +48,13 @@ class SampleRunner:
         if observe:
             self._observe(group, prompts[0], outcomes)
         return [
-            record_of(self.spec, planned, cell, outcome, self.tokenizer.decode(outcome.token_ids), self.accelerator)
+            record_of(self.spec, planned, cell, outcome, self._said(outcome), self.accelerator)
             for (planned, cells), own in zip(group, outcomes, strict=True)
             for cell, outcome in zip(cells, own, strict=True)
         ]
+
+    def _said(self, outcome: Outcome) -> list[str]:
+        return [self.tokenizer.decode(ids) for ids in by_turns(outcome.token_ids, outcome.turn_tokens)]
 
     def _observe(self, group: Group, prompt: Prompt, outcomes: Sequence[Sequence[Outcome]]) -> None:
         """Note what observing costs on a prompt that is one to measure it on, in every outcome that is ok."""
@@ -68,14 +71,17 @@ class SampleRunner:
 
 
 def record_of(
-    spec: RunSpec, planned: PlannedSample, cell: PlannedCell, outcome: Outcome, text: str = "", accelerator: str = ""
+    spec: RunSpec,
+    planned: PlannedSample,
+    cell: PlannedCell,
+    outcome: Outcome,
+    said: Sequence[str] = (),
+    accelerator: str = "",
 ) -> Record:
-    """What is stored of a cell. text: what its tokens say. accelerator: what ran it, if anything did."""
+    """What is stored of a cell. said: what its tokens say, by turns. accelerator: what ran it, if anything did."""
     sample, prediction, metrics = planned.sample, "", {}
     if outcome.status == "ok":
-        prediction = text
-        for stop in sample.stop:
-            prediction = prediction.split(stop)[0]
+        prediction = "\n".join(_until(sample.stop, text) for text in said)
         metrics = dict(planned.task.score(sample, prediction))
     stored = outcome.stored()
     return Record(
@@ -102,6 +108,13 @@ def record_of(
         accelerator=accelerator,
         **stored,
     )
+
+
+def _until(stops: Sequence[str], text: str) -> str:
+    """The text before the first of the stop strings."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
 
 
 @dataclass(frozen=True)

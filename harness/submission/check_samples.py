@@ -47,10 +47,13 @@ class Samples:
             yield f"task {ascii(record.task)[:80]} is not in the spec"
         if (record.method, record.budget) not in self.cells:
             yield f"cell {ascii(f'{record.method} {record.budget}')[:80]} is not in the spec"
-        if spec.max_new_tokens is not None and len(record.token_ids) > spec.max_new_tokens:
-            yield f"{len(record.token_ids)} tokens generated, the spec allows {spec.max_new_tokens}"
-        if record.prediction and not record.token_ids:
+        generated = max(record.turn_tokens or (len(record.token_ids),))
+        if spec.max_new_tokens is not None and generated > spec.max_new_tokens:
+            yield f"{generated} tokens generated, the spec allows {spec.max_new_tokens}"
+        if record.prediction.strip("\n" if record.turn_tokens else "") and not record.token_ids:
             yield "a prediction without tokens"
+        if record.turn_tokens and (min(record.turn_tokens) < 0 or sum(record.turn_tokens) != len(record.token_ids)):
+            yield f"turns of {ascii(record.turn_tokens)[:80]} tokens, {len(record.token_ids)} generated"
 
     def _sample(self, record: Record) -> Iterator[str]:
         prompt, cell = _prompt(record), (record.method, record.budget)

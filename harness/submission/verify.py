@@ -18,13 +18,14 @@ seen with a tokenizer alone. A cell that was lost (out of memory, failed) has no
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import HarnessError
-from harness.records.record import CellKey, Record, RunManifest
+from harness.records.record import CellKey, Record, RunManifest, by_turns
 from harness.records.spec import SCHEMA_VERSION
 from harness.submission.archive import MANIFEST, RECORDS, Index, Pack, open_pack
 from harness.submission.check_bytes import Budgets
@@ -278,10 +279,14 @@ def _likelihood_problems(record: Record, manifest: RunManifest) -> Iterator[str]
 
 
 def _token_problems(record: Record, decode: Decode) -> Iterator[str]:
+    turns = by_turns(record.token_ids, record.turn_tokens)
     try:
-        text = decode(record.token_ids)
+        texts = [decode(ids) for ids in turns]
     except (ValueError, TypeError, IndexError, OverflowError) as error:
         yield f"the tokens cannot be decoded ({type(error).__name__})"
         return
-    if not text.startswith(record.prediction):  # a stop string ends it earlier
-        yield f"the tokens say {ascii(text)[:60]}, the prediction is {ascii(record.prediction)[:60]}"
+    said = record.prediction.split("\n") if record.turn_tokens else [record.prediction]
+    for text, own in zip_longest(texts, said, fillvalue=""):
+        if not text.startswith(own):  # a stop string ends it earlier
+            yield f"the tokens say {ascii(text)[:60]}, the prediction is {ascii(own)[:60]}"
+            return

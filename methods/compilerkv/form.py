@@ -49,12 +49,14 @@ class Form(BaseModel):
     def scores(self, view: PromptView) -> list[Tensor]:
         """Return the worth of every token in each layer: [B, H, T] float32, distributions over the prompt.
 
-        Raises PolicyError when column sums are wanted and not there.
+        Raises PolicyError when column sums are wanted and not there, or heads to be averaged hold unlike tokens.
         """
         key = self.model_copy(update={"basis": "head", "gate": 0.0})
         own = [layer.memo(key, self._score) for layer in view.layers]
         if self.basis == "head":
             return own
+        if view.seen is not None:
+            raise PolicyError(f"basis {self.basis!r} averages heads, which hold unlike tokens here; use basis 'head'")
         means = [scores.mean(dim=1, keepdim=True) for scores in own]
         if self.basis == "global":
             means = [torch.stack(means).mean(dim=0)] * len(own)
@@ -103,7 +105,8 @@ class FormPolicy(KVPolicy):
         return self._kept(layer, self.form.scores(PromptView([layer]))[0], counts)
 
     def _kept(self, layer: LayerView, scores: Tensor, counts: list[int]) -> KV:
-        slots, tokens = best_slots(scores, counts, recent=self.form.window), scores.shape[-1]
+        scores, tokens = layer.only_live(scores), scores.shape[-1]
+        slots = best_slots(scores, counts, recent=self.form.window)
         if self.form.gate:
             candidate = scores * tokens >= self.form.gate
             candidate[..., max(0, tokens - self.form.window) :] = True

@@ -58,7 +58,7 @@ class HeadBudgets(WindowPolicy):
         return [partial(self._kept, own) for own in slot_counts(shares, budget, sizes, window=self.recent)]
 
     def _kept(self, counts: list[int], layer: LayerView) -> KV:
-        return layer.kv.take(best_slots(self.score(layer), counts, recent=self.recent))
+        return layer.kv.take(best_slots(layer.only_live(self.score(layer)), counts, recent=self.recent))
 
     def _lookup(self) -> CompilerKV:
         return CompilerKV(tables=self.tables)

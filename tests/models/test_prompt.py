@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
-from harness.models.prompt import TaskTokenizer, template_tokens, wrap
+from harness.models.prompt import TaskTokenizer, template_tokens, turn_tokens, wrap
 from harness.models.tiny import tiny_tokenizer
-from tasks.base import Sample
+from tasks.base import Sample, Turn
 
 TRIMMING = (  # as Llama 3 has it
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n\n{{ m['content'] | trim }}<|end|>{% endfor %}"
@@ -137,3 +137,35 @@ def test_task_tokenizer(tiny: LoadedModel) -> None:
 def test_text_is_encoded_as_the_tokenizer_encodes_it(smollm2: LoadedModel, text: str) -> None:
     own = smollm2.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert TaskTokenizer(smollm2.tokenizer).encode(text) == own
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [BYTES.chat_template, TRIMMING, CHATML])
+def test_a_turn_goes_on_as_the_template_renders_the_conversation(template: str) -> None:
+    tokenizer = with_template(template)
+    item, turn = sample("abc ", "What?", prefix="It is"), Turn("And then?", 4, "Then")
+    said = wrap(tokenizer, item).ids + TaskTokenizer(tokenizer).encode(" so.")
+    messages = [("user", "abc What?"), ("assistant", "It is so."), ("user", "And then?")]
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in messages], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(said + turn_tokens(tokenizer, item, turn)) == f"{whole}Then"
+
+
+def test_a_turn_without_a_template_is_plain_text() -> None:
+    item, turn = sample("abc", "What?"), Turn("And then?", 4, " Then")
+    for tokenizer, own in ((with_template(None), item), (BYTES, replace(item, chat=False))):
+        assert tokenizer.decode(turn_tokens(tokenizer, own, turn)) == "\n\nAnd then? Then"
+
+
+def test_a_template_that_hides_or_refuses_a_conversation_is_refused() -> None:
+    last = "{{ messages[-1]['content'] }}"
+    strict = "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}" + last
+    for template, why in ((last, "does not show a conversation"), (strict, "refuses a conversation of 3 messages")):
+        with pytest.raises(HarnessError, match=why):
+            turn_tokens(with_template(template), sample("abc", "What?"), Turn("And then?", 4))
