@@ -88,6 +88,15 @@ class TaskOptions(DataOptions):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A further turn of a conversation: what the user says, and what the answer begins with."""
+
+    question: str
+    max_new_tokens: int
+    answer_prefix: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One prompt with its references.
 
@@ -96,6 +105,8 @@ class Sample:
     meta: what a board may split by (`length`, `depth`, `dataset`, ...), JSON values; `group` names the text that the
     prompt was drawn from, the same for all samples of one text. `needles` are strings of the prompt whose survival is
     counted, `protect` strings that the method `protect` keeps; the first occurrence of each counts.
+    turns: how a conversation goes on after the first answer; `answers` has one reference for each of its answers then,
+    a line break is among `stop`, and the prediction has a line for each.
     """
 
     id: str
@@ -108,6 +119,7 @@ class Sample:
     stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,13 +141,15 @@ class Task(ABC):
     """One named set of samples with one primary score in [0, 1].
 
     name: `family/dataset`, or `family/protocol/dataset` for a variant. protocol: `official`, or the variant's name.
-    query: `agnostic` when the task means nothing to a method that saw the question.
+    query: `agnostic` when the task means nothing to a method that saw the question. again: whether the cache is
+    compressed again after each answer of a conversation but the last.
     """
 
     name: str
     about: About
     protocol: str = "official"
     query: str | None = None
+    again: bool = False
 
     def check_length(self, length: int, options: TaskOptions) -> None:
         """Raise TaskError when a context length, in tokens, exceeds what the run allows."""
