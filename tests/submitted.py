@@ -80,10 +80,10 @@ def repacked(pack: Path, members: Mapping[str, bytes], **changes: Any) -> Path:
     return pack
 
 
-def forged(pack: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path:
+def forged(pack: Path, change: Callable[[list[dict[str, Any]]], None], **changes: Any) -> Path:
     """The archive after `change` had its way with the parsed records, with checksums that fit."""
     members = members_of(pack)
     lines = [json.loads(line) for line in members[RECORDS].splitlines()]
     change(lines)
     members[RECORDS] = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    return repacked(pack, members)
+    return repacked(pack, members, **changes)

@@ -39,9 +39,11 @@ class Noted:
     sums: Tensor | None
 
 
-def why_not(policy: KVPolicy, left: Compressed) -> str | None:
-    """Why what a policy left cannot be compressed again; None where it can."""
-    needs, name = policy.needs, type(policy).__name__
+def why_not(prefilled: Prefilled, left: Compressed) -> str | None:
+    """Why what a policy left of a prompt cannot be compressed again; None where it can."""
+    needs, name = left.policy.needs, type(left.policy).__name__
+    if prefilled.protected:
+        return f"{name} cannot compress again: tokens are marked to be kept, which is known of the prompt alone"
     unknown = [what for what in ("hidden_states", "logprobs") if getattr(needs, what)]
     if unknown:
         return f"{name} cannot compress again: {unknown[0].replace('_', ' ')} are observed of a whole prompt alone"

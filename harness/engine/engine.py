@@ -207,7 +207,7 @@ def _prepare_again(run: CellRun, prefilled: Prefilled) -> None:
         return
     if cell.policy.evicts_while_decoding:
         run.outcome.notes += ("it evicts while it decodes: nothing is left to compress again",)
-    elif why := why_not(cell.policy, left):
+    elif why := why_not(prefilled, left):
         run.outcome.fail(why, "skipped")
         run.compressed = None
     else:

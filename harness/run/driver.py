@@ -177,7 +177,7 @@ def _accept(wanted: ModelSpec, logs: Path) -> Callable[[int, Mapping[str, Any]],
 
 def _cost(group: Group) -> int:
     """Tokens to be prefilled and, for every cell, decoded: an order, no seconds."""
-    return sum(len(planned.ids) + len(cells) * planned.sample.max_new_tokens for planned, cells in group)
+    return sum(len(planned.ids) + len(cells) * planned.longest(None) for planned, cells in group)
 
 
 def _progress(store: RunStore, work: Sequence[Group], schedule: Schedule[Group, list[Record]]) -> Progress:

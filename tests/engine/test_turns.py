@@ -36,6 +36,8 @@ from tests.engine.test_engine import (
     prefilled,
     same,
 )
+from tests.engine.test_transformers_seam import pair
+from tests.engine.test_transformers_seam import prompt as seam_prompt
 
 TOKENS, BORDER, BUDGET = 60, 45, 16
 ENDS = frozenset(range(0, 261, 9))  # a ninth of all tokens end an answer
@@ -72,15 +74,15 @@ class Everything(LayerPolicy):
         return view.kv.take(torch.arange(view.tokens).expand(view.kv.positions.shape))
 
 
-def plain(tiny: LoadedModel, prompt: Prompt) -> list[list[int]]:
+def plain(model: Any, prompt: Prompt) -> list[list[int]]:
     """Greedy answers of the model itself, which reads the whole transcript anew for each token."""
     ids, answers = list(prompt.ids), []
     for turn in (None, *prompt.turns):
         ids += turn.ids if turn else []
         said: list[int] = []
         while len(said) < prompt.limits.max_new_tokens:
-            token = int(tiny.model(torch.tensor([ids])).logits[0, -1].argmax())
-            if token in ENDS:
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token in prompt.limits.eos_ids:
                 break
             said.append(token)
             ids.append(token)
@@ -94,7 +96,7 @@ def test_a_full_cache_says_what_the_model_says_of_the_whole_transcript(
 ) -> None:
     engine, prompt = Engine(model, query=query, first_token=first_token), talk()
     full, kept = ok(engine.run(prompt, [cell("fullkv", 1), cell(Everything(), BUDGET)]))
-    answers = plain(tiny, prompt)
+    answers = plain(tiny.model, prompt)
     assert full.token_ids == tuple(token for answer in answers for token in answer)
     assert full.turn_tokens == tuple(map(len, answers)) and len(set(full.turn_tokens)) > 1
     full_again, kept_again = ok(engine.run(talk(again=True), [cell("fullkv", 1), cell(Everything(), BUDGET)]))
@@ -102,6 +104,19 @@ def test_a_full_cache_says_what_the_model_says_of_the_whole_transcript(
         assert (other.token_ids, other.turn_tokens) == (full.token_ids, full.turn_tokens)
     assert "asked" in kept_again.notes[0] and not full_again.notes  # what keeps everything is over its budget
     assert full.kv_bytes_end == full_again.kv_bytes_end > full.kv_bytes
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2-late-windows"])
+def test_layers_of_a_sliding_window_go_on_as_the_model_s(name: str) -> None:
+    whole, attached = pair(name)
+    limits = Limits(5, frozenset())
+    asked = replace(seam_prompt(30), limits=limits, turns=[NextTurn([7, 40, 9], limits), NextTurn([50], limits)])
+    gold = plain(whole, asked)
+    for prompt in (asked, replace(asked, again=True)):
+        found = ok(Engine(attached).run(prompt, [cell("fullkv", 1), cell(Everything(), 8)]))
+        assert [outcome.token_ids for outcome in found] == [tuple(token for own in gold for token in own)] * 2
+    small, large = (ok(Engine(attached).run(own, [cell("streamingllm", 8)]))[0] for own in (prompt, asked))
+    assert small.kv_bytes == large.kv_bytes and small.kv_bytes_end < large.kv_bytes_end and not small.notes
 
 
 @every_mode
@@ -150,7 +165,8 @@ def compressed(model: AttachedModel, policy: KVPolicy, budget: int = BUDGET) -> 
     ids = make_prompt(TOKENS).ids[:BORDER]
     seen = Engine(model).prefill(ids, policy.needs)
     left = compress(seen, policy, budget)
-    assert why_not(policy, left) is None
+    assert why_not(seen, left) is None
+    assert "marked to be kept" in str(why_not(replace(seen, protected=(3,)), left))
     return left, note(seen, left)
 
 
