@@ -10,7 +10,7 @@ from harness.records.record import CellKey, Record, RunManifest
 from methods.base import Budget
 from tasks import load_tasks
 
-MAY_RUN_OUT = frozenset({"prose", "turns", "again"})  # protocols that draw what there is, up to the limit
+MAY_RUN_OUT = frozenset({"prose"})  # protocols that draw what there is, up to the limit
 
 
 @dataclass
