@@ -52,13 +52,15 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Grades:
-    """Which settings a model's calibration chose for graded tasks (`tasks.graded`).
+    """What a model's calibration found (`tasks.graded.settings`).
 
-    settings: of each task at each length where it qualified. said: what a record says of the calibration, JSON values.
+    settings: of each graded task at each length where it qualified. said: what a record says of the calibration, JSON
+    values. rules: names of the instructions that the model keeps with its full cache; None where nobody asked.
     """
 
     settings: Mapping[str, Mapping[int, int]]
     said: Mapping[str, Any]
+    rules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class TaskOptions(DataOptions):
     whole: leave out rows of data sets that would have to be cut to fit.
     contexts: whether each prompt has a text of its own (tasks.pool), or haystacks are fixed as the protocol has them.
     calibrates: draw from the documents that are put aside for calibration instead of the pool.
-    grades: settings of graded tasks for the model under test, or None where nobody calibrated them.
+    grades: what calibration found for the model under test, or None where there was none.
     """
 
     tokenizer: Tokenizer

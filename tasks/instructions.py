@@ -177,7 +177,7 @@ RULES = (
 """Those that SmolLM2-135M keeps with its full cache in half of the prompts or more: forbidden 6 of 6, opening 9 of 10,
 ending 7 of 8, count 8 of 10, capitals 10 of 13, format 5 of 7, language 3 of 6, by `harness run --methods fullkv
 --tasks instructions/obey --lengths 512 --limit 60 --seed 1003`. A rule that a model cannot keep tells nothing of a
-cache: every record names its rule (`meta.rule`).
+cache: `harness calibrate-tasks` finds those that it keeps, and every record names its rule (`meta.rule`).
 """
 
 
@@ -193,7 +193,7 @@ class InstructionTask(Task):
         self.about = About("own, after arXiv 2510.00231", "1", "Apache-2.0", self.metric, CONTEXTS * self.asks)
 
     @abstractmethod
-    def instruct(self, draw: Random) -> Instructions:
+    def instruct(self, draw: Random, options: TaskOptions) -> Instructions:
         """Return the rules and questions of a context."""
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
@@ -215,7 +215,8 @@ class InstructionTask(Task):
 
     def _questions(self, spans: Spans, length: int, count: int, options: TaskOptions) -> Iterator[Sample]:
         for number in range(count):
-            given, span = self.instruct(rng(options.seed, self.name, length, number)), spans.at(length, number)
+            given = self.instruct(rng(options.seed, self.name, length, number), options)
+            span = spans.at(length, number)
             ids = options.tokenizer.encode(span.text)[: length - SLACK - _around(given, options.tokenizer)]
             context = f"{given.block}{BORDER}{options.tokenizer.decode(ids)}"
             meta = {"length": length, "group": span.group, "protect": [given.block]}
@@ -233,7 +234,7 @@ class InstructionTask(Task):
 
     def _check(self, length: int, options: TaskOptions) -> None:
         self.check_length(length, options)
-        around = _around(self.instruct(rng(options.seed, self.name)), options.tokenizer)
+        around = _around(self.instruct(rng(options.seed, self.name), options), options.tokenizer)
         missing = around + SLACK + LEAST_TEXT - length
         if missing > 0:
             raise TaskError(
@@ -251,9 +252,19 @@ class Obey(InstructionTask):
         super().__init__(name)
         self.rules = {rule.name: rule for rule in rules}
 
-    def instruct(self, draw: Random) -> Instructions:
+    def fitting(self, options: TaskOptions) -> tuple[int, ...]:
+        """Return no length where calibration found too few rules that the model keeps."""
+        kept = None if options.grades is None else options.grades.rules
+        return options.lengths if kept is None or len(kept) >= self.asks else ()
+
+    def drawn_from(self, options: TaskOptions) -> list[Rule]:
+        """Return the rules that calibration found kept; all of them where it asked for none, or found too few."""
+        kept = options.grades.rules if options.grades and self.fitting(options) else None
+        return [rule for name, rule in self.rules.items() if kept is None or name in kept]
+
+    def instruct(self, draw: Random, options: TaskOptions) -> Instructions:
         lines, asks = [], []
-        for place, rule in enumerate(draw.sample(list(self.rules.values()), self.asks)):
+        for place, rule in enumerate(draw.sample(self.drawn_from(options), self.asks)):
             own = rule.draw(draw)
             lines.append(f"{own.order} Question: {rule.question} Answer: {own.answer}")
             asks.append(Ask(place, rule.question, own.answer, {"rule": rule.name, "wanted": own.wanted}))
@@ -265,7 +276,12 @@ class Obey(InstructionTask):
         return {"score": kept, sample.meta["place"]: kept}
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
-        return {"rules": list(self.rules), **super().provenance(options)}
+        calibrated = options.grades is not None and options.grades.rules is not None
+        return {
+            "rules": [rule.name for rule in self.drawn_from(options)],
+            "calibration": dict(options.grades.said) if options.grades and calibrated else "none",
+            **super().provenance(options),
+        }
 
 
 class Secret(InstructionTask):
@@ -274,7 +290,7 @@ class Secret(InstructionTask):
     metric = "secret kept, fact told"
     asks = 2
 
-    def instruct(self, draw: Random) -> Instructions:
+    def instruct(self, draw: Random, options: TaskOptions) -> Instructions:
         code, name = str(draw.randint(1000, 9999)), draw.choice(NAMES)
         twins = (("secret", "What is the door code?", REFUSAL), ("fact", "Who keeps the garden?", f"{name}."))
         lines = [f"The door code is {code}. Keep it secret."]

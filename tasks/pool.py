@@ -6,9 +6,9 @@ sentence whatever a run asks for. A lane is a ring of sentences. Seed s enters i
 way and takes span after span: sample 0 of each length of the run, then sample 1, and so on. So a sample depends on its
 task, index, seed, the run's lengths and the tokenizer alone. No sentence is taken twice: a lane that is spent refuses.
 
-With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 84,000: for a task of
-RULER 86 contexts of 1k, 16 each of 1k and 4k, or 5 of 16k; a graded one 30 contexts of 1k. So there are four seeds
-before text returns, for at most a quarter of a lane each (21 contexts of 1k); a seed that takes more goes on into the
+With SmolLM2's tokenizer the pool has 1,770,000 tokens (191 documents, 1,360,000 words), a lane 82,000: for a task of
+RULER 83 contexts of 1k, 16 each of 1k and 4k, or 5 of 16k; a graded one 29 contexts of 1k. So there are four seeds
+before text returns, for at most a quarter of a lane each (20 contexts of 1k); a seed that takes more goes on into the
 text that the next one begins with, and seeds 0 and 4 share all.
 """
 
@@ -34,11 +34,12 @@ LANES = (
     *("graded/tracking_same", "graded/ordering_first", "graded/ordering_last", "graded/ordering_next"),
     *("graded/ordering_list", "graded/aggregation_most", "graded/aggregation_voters", "graded/aggregation_kinds"),
     *("graded/copying_words", "graded/copying_letters"),
+    *("turns/facts", "turns/told"),
 )
 """Every task that draws from the pool. A new one at the end changes what all draw: bump the digests of their tests."""
 SEEDS = 4
 WIDE, NARROW = 3, 1
-"""Shares of the pool that a lane has: narrow ones are of `graded`, whose many tasks are read together."""
+"""Shares of the pool that a lane has: narrow ones are of `graded`, whose many tasks are read together, and `turns`."""
 ENTRIES = 997
 """Places where calibration enters its text."""
 
@@ -203,7 +204,7 @@ def _begun(sentences: Sequence[Sentence], part: int, parts: int) -> list[Sentenc
 
 def _lane(pool: Sequence[Document], task: str) -> list[Sentence]:
     """The sentences that begin in a task's lane."""
-    shares = [NARROW if name.startswith("graded/") else WIDE for name in LANES]
+    shares = [NARROW if name.startswith(("graded/", "turns/")) else WIDE for name in LANES]
     before = sum(shares[: LANES.index(task)])
     return _between(pool, before, before + shares[LANES.index(task)], sum(shares))
 

@@ -12,7 +12,7 @@ from tasks.graded.settings import Graded
 def calibrate_tasks_parser(calibrating: argparse.ArgumentParser) -> None:
     add = calibrating.add_argument
     add("--model", help="as in `harness run`")
-    add("--tasks", type=names, help="graded tasks (default: graded, all of them)")
+    add("--tasks", type=names, help="graded tasks, instructions/obey (default: all)")
     add("--lengths", type=numbers, metavar="A,B", help="context lengths in tokens (1024,2048)")
     add("--samples", type=int, help="prompts that a chosen setting is measured on (24); half of them while searching")
     add("--seed", type=int, help="of the prompts (1000)")
@@ -35,9 +35,12 @@ def _calibrate(args: argparse.Namespace, command: Sequence[str]) -> int:
             chosen[task.name] = graded.chosen
             found.append(graded)
             print(f"{task.name} at {length}: {_shown(graded)}", flush=True)
-    path = grader.write(found, command)
-    print(f"{sum(one.chosen is not None for one in found)} of {len(found)} qualify; wrote {path}")
-    print(f"use it with --tasks graded --graded {path}")
+    rules = grader.rules()
+    for rule in rules:
+        print(f"rule {rule.rule}: kept by the full cache in {rule.score:.1f} +- {rule.error:.1f} % of {rule.n} prompts")
+    path = grader.write(found, rules, command)
+    print(f"{sum(one.chosen is not None for one in found)} of {len(found)} settings qualify; wrote {path}")
+    print(f"use it with --graded {path}")
     return 0
 
 

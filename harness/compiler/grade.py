@@ -3,6 +3,9 @@
 A task's dial is searched by bisection for a score near `AIM`, on half of the prompts; the setting nearest to it is
 then measured on all of them and chosen when it still lies between `LOW` and `HIGH`. Prompts are drawn from the
 documents put aside for calibration, under a seed of their own. Scores are stored as they are measured: repeat to go on.
+
+Of `instructions/obey` it finds the rules that the full cache keeps in half of the prompts or more, at the shortest
+length: what is not kept there is not kept in a longer prompt.
 """
 
 import math
@@ -30,7 +33,8 @@ from harness.records.spec import Frozen, Sweep
 from methods.registry import make_policy
 from tasks.base import Grades
 from tasks.graded.family import GradedTask
-from tasks.graded.settings import Calibration, Graded, Tried
+from tasks.graded.settings import Calibration, Graded, RuleKept, Tried
+from tasks.instructions import Obey
 from tasks.pool import pool_facts
 
 LOW, HIGH = 50.0, 95.0
@@ -44,10 +48,10 @@ Scores = Callable[[int, int], Sequence[float]]  # (setting, number of prompts) t
 
 
 class GradeSpec(Frozen):
-    """What decides a calibration. tasks: names, or the family. samples: prompts that the choice is measured on."""
+    """What decides a calibration. tasks: names, or families. samples: prompts that the choice is measured on."""
 
     model: str = "smollm2-135m"
-    tasks: tuple[str, ...] = ("graded",)
+    tasks: tuple[str, ...] = ("graded", "instructions/obey")
     lengths: tuple[int, ...] = (1024, 2048)
     samples: int = Field(default=24, ge=8)
     seed: int = 1000
@@ -61,7 +65,10 @@ class Grader:
     def __init__(self, spec: GradeSpec, folder: Path) -> None:
         self.spec, self.folder = spec, folder
         sweep = Sweep(methods=("fullkv",), **spec.model_dump(exclude={"samples"}))
-        self.tasks = [_graded(task) for task in plan_tasks(sweep)]
+        planned = plan_tasks(sweep)
+        self.drawn_by = planned[0].name  # any of them: what draws from calibration's text
+        self.obey = next((task for task in planned if isinstance(task, Obey)), None)
+        self.tasks = [_graded(task) for task in planned if task is not self.obey]
         self.loaded = load_model(spec.model, dtype=spec.dtype, device=spec.device)
         self.options = replace(task_options(sweep, self.loaded), calibrates=True, grades=None)
         self.engine = Engine(AttachedModel(self.loaded.model))
@@ -79,9 +86,24 @@ class Grader:
         chosen, tried = search(dial.scale, scores, self.spec.samples, near)
         return Graded(task=task.name, length=length, dial=dial.name, scale=dial.scale, tried=tried, chosen=chosen)
 
-    def write(self, graded: Sequence[Graded], command: Sequence[str]) -> Path:
+    def rules(self) -> list[RuleKept]:
+        """How often each rule of `instructions/obey` is kept, on `samples` prompts that ask for it; empty unasked."""
+        if self.obey is None:
+            return []
+        length, rules = min(self.spec.lengths), self.obey.rules
+        limit = self.obey.asks * math.ceil(1.5 * self.spec.samples * len(rules) / self.obey.asks)
+        options = replace(self.options, lengths=(length,), limit=limit)
+        kept: dict[str, list[float]] = {rule: [] for rule in rules}
+        for planned in plan_task(self.obey, options, self.loaded, 0)[0]:
+            own = kept[planned.sample.meta["rule"]]
+            if len(own) < self.spec.samples:
+                own.append(self._stored(f"{self.obey.name} {length}", planned))
+        found = [(rule, tried(0, scores)) for rule, scores in kept.items()]
+        return [RuleKept(rule=rule, length=length, score=own.score, error=own.error, n=own.n) for rule, own in found]
+
+    def write(self, graded: Sequence[Graded], rules: Sequence[RuleKept], command: Sequence[str]) -> Path:
         """Write the calibration, `MODEL.json`. command: as typed."""
-        facts = pool_facts(self.tasks[0].name, self.options)
+        facts = pool_facts(self.drawn_by, self.options)
         calibration = Calibration(
             model=self.loaded.spec.name,
             model_revision=self.loaded.spec.revision,
@@ -90,6 +112,7 @@ class Grader:
             seed=self.spec.seed,
             corpus=f"documents put aside for calibration ({facts['pool_sha256'][:12]})",
             tasks=tuple(graded),
+            rules=tuple(rules),
             command=tuple(command),
             git_commit=git_commit(),
             made_on={**machine(), "dtype": self.loaded.spec.dtype, "versions": versions()},
@@ -106,9 +129,15 @@ class Grader:
             grades = Grades({task.name: {length: setting}}, {})
             options = replace(self.options, lengths=(length,), limit=count, grades=grades)
             for planned in plan_task(task, options, self.loaded, 0)[0]:
-                if (stage, planned.sample.id) not in self.saved.found:
-                    self.saved.add(stage, planned.sample.id, self._score(planned))
+                self._stored(stage, planned)
         return [self.saved.found[stage, f"{length}/{index}"] for index in range(count)]
+
+    def _stored(self, stage: str, planned: PlannedSample) -> float:
+        """A prompt's score, measured where it is not stored yet."""
+        if (stage, planned.sample.id) not in self.saved.found:
+            self.saved.add(stage, planned.sample.id, self._score(planned))
+        score: float = self.saved.found[stage, planned.sample.id]
+        return score
 
     def _score(self, planned: PlannedSample) -> float:
         prompt = planned.prompt(self.tokenizer, self.loaded, None)
@@ -164,5 +193,5 @@ def tried(setting: int, scores: Sequence[float]) -> Tried:
 def _graded(task: object) -> GradedTask:
     if not isinstance(task, GradedTask):
         name = getattr(task, "name", task)
-        raise HarnessError(f"task {name} has no dial to calibrate; tasks that have one: --tasks graded")
+        raise HarnessError(f"task {name} has nothing to calibrate; tasks that have: --tasks graded,instructions/obey")
     return task

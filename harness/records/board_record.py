@@ -56,6 +56,7 @@ class BoardRecord(NamedTuple):
     meta: dict[str, Any]  # the fields of `META` that the sample has; shared, never changed
     known: bool  # whether `Record.meta` had any field
     timed: Timed | None
+    beside: dict[str, float]  # the other `metrics`, in [0, 1]; shared, never changed
 
     @property
     def key(self) -> Key:
@@ -73,10 +74,12 @@ class Shortener:
         self._metas: dict[str, dict[str, Any]] = {}
         self._texts: dict[Any, Any] = {}
         self._scores: dict[float, float] = {}
+        self._besides: dict[str, dict[str, float]] = {}
 
     def __call__(self, record: Record) -> BoardRecord:
         texts, score, m = self._texts, record.metrics.get("score"), record.measured
         same = [texts.setdefault(x, x) if type(x) in (str, tuple) else x for x in _same(record)]
+        beside = {name: value for name, value in record.metrics.items() if name != "score"}
         meta = {name: record.meta[name] for name in META if name in record.meta}
         own = (
             score if score is None else self._scores.setdefault(score, score),
@@ -85,6 +88,7 @@ class Shortener:
             self._metas.setdefault(repr(meta), meta),
             bool(record.meta),
             None if m is None else Timed(m.ttft_s.median, m.tpot_s.median, m.tokens_per_s, m.peak_bytes),
+            self._besides.setdefault(repr(beside), beside),
         )
         return BoardRecord._make((*same, *own))
 

@@ -28,7 +28,7 @@ class Samples:
     def __init__(self, manifest: RunManifest, cells: Mapping[CellKey, Budget | None]) -> None:
         self.manifest, self.cells = manifest, cells
         self.wanted = manifest.samples * len(cells)
-        self._tasks = {task.name for task in manifest.spec.tasks}
+        self._tasks = {task.name: task.provenance for task in manifest.spec.tasks}
         self._seen: dict[tuple[str, str], _Seen] = {}
 
     def problems(self, record: Record) -> Iterator[str]:
@@ -84,8 +84,13 @@ class Samples:
             yield from self._drawn(name, counts[name])
 
     def _drawn(self, name: str, count: int) -> Iterator[str]:
-        """Generated tasks make a known number of samples of each length; others at most the limit."""
-        spec, task = self.manifest.spec, load_tasks()[name]
+        """Generated tasks make a known number of samples of each length that they serve; others at most the limit.
+
+        Asked for no limit, a task whose contexts are drawn makes as many as it has text for.
+        """
+        spec, task, said = self.manifest.spec, load_tasks()[name], self._tasks[name]
+        drawn = spec.limit is None and str(said.get("contexts")).startswith("drawn")
+        may_run_out = drawn or task.protocol in MAY_RUN_OUT
         own: dict[object, int] = defaultdict(int)
         for (other, sample), seen in self._seen.items():
             if other == name and seen.length in spec.lengths and sample.startswith(f"{seen.length}/"):
@@ -94,8 +99,8 @@ class Samples:
             yield f"no sample of {name}"
         elif sum(own.values()) == count:
             wanted = task.about.samples if spec.limit is None else spec.limit
-            for length in dict.fromkeys(spec.lengths):
-                few = own[length] < wanted and (not own[length] or task.protocol not in MAY_RUN_OUT)
+            for length in map(int, said.get("settings", dict.fromkeys(spec.lengths))):
+                few = own[length] < wanted and (not own[length] or not may_run_out)
                 if few or own[length] > wanted:
                     yield f"{own[length]} samples of {name} at length {length}, {wanted} belong there"
         elif spec.limit is not None and count > spec.limit:

@@ -61,12 +61,12 @@ class Grid:
         self._estimates: dict[Wanted, Estimate] = {}
 
     def values(self, cell: CellKey, what: str) -> Array:
-        """[S]: `score` (0-100), `needle` (% still cached), one of `MEASURED` or a numeric field.
+        """[S]: `score` or `metrics.NAME` (0-100), `needle` (% still cached), one of `MEASURED` or a numeric field.
 
         NaN where the cell is not ok. Raises HarnessError when an ok record has no score.
         """
         if (cell, what) not in self._values:
-            read: Callable[[Any], float | None] = _score if what == "score" else attrgetter(what)
+            read: Callable[[Any], float | None] = _reader(what)
             own = [r if r is not None and r.status == "ok" else None for r in self.cells[cell]]
             rows = [None if r is None else r.timed for r in own] if what in MEASURED else own
             self._values[cell, what] = np.array([None if r is None else read(r) for r in rows], dtype=np.float64)
@@ -124,6 +124,13 @@ class Grid:
         """`simulated` where it is in some record of the cell."""
         simulated = any(r is not None and r.memory == "simulated" for r in self.cells[cell])
         return "simulated" if simulated else "physical"
+
+
+def _reader(what: str) -> Callable[[Any], float | None]:
+    _, dot, metric = what.partition("metrics.")
+    if dot:
+        return lambda r: 100 * r.beside[metric] if metric in r.beside else None
+    return _score if what == "score" else attrgetter(what)
 
 
 def _score(r: BoardRecord) -> float:

@@ -7,6 +7,9 @@ LongBench-E: in each of three length classes, the mean over datasets of the data
 RULER: the plain mean of its 13 tasks at one length.
 Needles: the mean over tasks of the task's mean in a band of depths, and the share of needle tokens still cached, mean
 over layers and KV heads; both over the samples of NIAH and of RULER's needle tasks that have one depth.
+Beside the score: what else a task measures, by metric, such as each turn of `turns`. Where a task scores an order by
+its place among others (`instructions`), also the position bias: the mean of the first place less that of the last, both
+over the same contexts, and how much of it is more than the full cache's.
 
 Every one is a weighted mean of task means, in 0-100, with the bootstrap of `leaderboards.stats.bootstrap`. Over fewer
 tasks or samples than belong to it, it is the mean of what there is and its row says how many that are.
@@ -20,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from harness.records.record import CellKey
-from leaderboards.stats.bootstrap import Mask
-from leaderboards.stats.comparable import STATUSES
+from leaderboards.stats.bootstrap import Array, Indexes, Mask
+from leaderboards.stats.comparable import FULL, STATUSES
 from leaderboards.stats.grid import Grid
 
 ENGLISH: Mapping[str, tuple[str, ...]] = {
@@ -48,7 +51,12 @@ NEEDLES = frozenset(
 RULER = NEEDLES | {"vt", "cwe", "fwe", "qa_1", "qa_2"}
 BANDS = ("0-20", "20-40", "40-60", "60-80", "80-100")
 """Percent of the haystack; the upper end belongs to the next band, but for 100."""
+PLACES = ("first", "middle", "last")
 UNKNOWN = "unknown"
+TELLING = ("instructions", "turns", "long")
+"""Families whose metrics beside the score are told; those of NIAH, ROUGE, say nothing more."""
+BESIDE = "/beside"
+"""End of the name of a summary that no protocol has: a task's metrics beside the score."""
 
 COLUMNS = [
     *("budget", "method", "summary", "title", "column", "mean", "low", "high", "n", "n_expected"),
@@ -59,7 +67,8 @@ COLUMNS = [
 class Mean(NamedTuple):
     """One column of a summary. where: [S], its samples. kinds: task to category, each of which weighs the same.
 
-    tasks_expected: by the protocol; those that have samples there, when it names none.
+    tasks_expected: by the protocol; those that have samples there, when it names none. factors: [S], what values are
+    multiplied by; None for 1. minus: a cell whose values are subtracted.
     """
 
     column: str
@@ -67,6 +76,15 @@ class Mean(NamedTuple):
     tasks_expected: int | None = None
     what: str = "score"
     kinds: Mapping[str, str] | None = None
+    factors: Array | None = None
+    minus: CellKey | None = None
+
+    def values(self, grid: Grid, cell: CellKey) -> Array:
+        """[S], NaN elsewhere than in `where`."""
+        own = grid.values(cell, self.what)
+        if self.minus is not None:
+            own = own - grid.values(self.minus, self.what)
+        return np.where(self.where, own if self.factors is None else own * self.factors, np.nan)
 
 
 class Summary(NamedTuple):
@@ -84,17 +102,22 @@ def summarise(grid: Grid, order: Sequence[CellKey]) -> pd.DataFrame:
     `tasks_present`: tasks with a value, of `tasks_expected`. `flags`: as in the main table.
     """
     rows: list[dict[str, Any]] = []
-    for name, title, means in [*_longbench(grid), *_longbench_e(grid), *_ruler(grid), *_needles(grid)]:
+    for name, title, means in [*_longbench(grid), *_longbench_e(grid), *_ruler(grid), *_needles(grid), *_beside(grid)]:
         columns = [_rows(grid, order, mean) for mean in means]
         for cell, *own in zip(order, *columns, strict=True):
             rows += [{"summary": name, "title": title, "budget": cell[1], "method": cell[0], **row} for row in own]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def is_beside(summaries: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of `summarise` are of metrics beside the score."""
+    return summaries["summary"].str.endswith(BESIDE)
+
+
 def _rows(grid: Grid, order: Sequence[CellKey], mean: Mean) -> Iterator[dict[str, Any]]:
     """One column of a summary, of every cell."""
     tasks = sum(mean.where[rows].any() for rows in grid.bootstrap.rows.values())
-    values = [np.where(mean.where, grid.values(cell, mean.what), np.nan) for cell in order]
+    values = [mean.values(grid, cell) for cell in order]
     shares = [_weights(grid.bootstrap.present(own), mean.kinds) for own in values]
     estimates = grid.bootstrap.estimates(values, weights=shares)
     for cell, own, share, estimate in zip(order, values, shares, estimates, strict=True):
@@ -180,6 +203,43 @@ def _needles(grid: Grid) -> Iterator[Summary]:
         yield Summary(f"{family}/depth", f"{title} by depth", means)
         if parts := _split(kept, bands, BANDS, what="needle"):
             yield Summary(f"{family}/needle", f"{title}: needle tokens still cached by depth, %", parts)
+
+
+def _beside(grid: Grid) -> Iterator[Summary]:
+    for task, rows in grid.bootstrap.rows.items():
+        if task.partition("/")[0] not in TELLING:
+            continue
+        records = [column[i] for column in grid.cells.values() for i in rows]
+        own = {name for r in records if r is not None for name in r.beside}
+        where = {name: _measured(grid, f"metrics.{name}", rows) for name in sorted(own, key=_natural)}
+        means = [Mean(name, here, what=f"metrics.{name}") for name, here in where.items()]
+        if where.keys() >= {"first", "last"}:
+            means += _bias(grid, where["first"], where["last"])
+        if means:
+            yield Summary(f"{task}{BESIDE}", f"{task}: beside the score", means)
+
+
+def _measured(grid: Grid, what: str, rows: Indexes) -> Mask:
+    """[S]: samples in rows of which some cell has a value."""
+    here = np.zeros(len(grid.samples), dtype=bool)
+    here[rows] = np.any([~np.isnan(grid.values(cell, what)[rows]) for cell in grid.cells], axis=0)
+    return here
+
+
+def _bias(grid: Grid, first: Mask, last: Mask) -> Iterator[Mean]:
+    """The mean score of one place less that of another as a mean over the samples of both."""
+    both = first | last
+    factors = both.sum() * (first / first.sum() - last / last.sum())
+    yield Mean("first - last", both, factors=factors)
+    if (reference := ("fullkv", FULL)) in grid.cells:
+        yield Mean("more than fullkv's", both, factors=factors, minus=reference)
+
+
+def _natural(name: str) -> tuple[int, str, int]:
+    """The order of metrics: places, then by name and number."""
+    stem = name.rstrip("0123456789")
+    place = PLACES.index(name) if name in PLACES else len(PLACES)
+    return place, stem, int(name[len(stem) :] or 0)
 
 
 def _split(

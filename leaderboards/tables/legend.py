@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from leaderboards.stats import observing, pareto, ranks, worst
+from leaderboards.stats import observing, pareto, ranks, summaries, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
 from leaderboards.stats.eligible import CONTEXTS, LOWEST
@@ -84,12 +84,16 @@ SUMMARIES = (
     "mean of its 13 tasks. By depth: in % of the haystack, 20 belonging to 20-40 and 100 to 80-100.",
     "needle %: needle tokens still cached after compression, mean over layers, KV heads and samples with needles.",
 )
+BESIDE = (
+    "beside the score: the other metrics of a task, 0-100. first - last: position bias, orders kept in the first place "
+    "less those kept in the last, in points; more than fullkv's: what compression adds to it, paired by sample.",
+)
 
 
 def how_to_read(tables: Sequence[Table]) -> list[str]:
     """A line for each column, mark and flag that some of the tables have."""
     attrs = tables[0].rows.attrs
-    rows = [table.rows for table in tables]
+    rows, found = [table.rows for table in tables], [table.summaries for table in tables]
     ranked = any(map(ranks.is_ranked, rows))
     return [
         f"score: 0-100, unweighted mean of task means, ± half of its {LEVEL:.0%} interval."
@@ -121,5 +125,6 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
         *(RIVALS if any(len(table.rivals) for table in tables) else ()),
-        *(SUMMARIES if any(len(table.summaries) for table in tables) else ()),
+        *(SUMMARIES if any(not summaries.is_beside(frame).all() for frame in found) else ()),
+        *(BESIDE if any(summaries.is_beside(frame).any() for frame in found) else ()),
     ]

@@ -43,11 +43,22 @@ class Graded(_Frozen):
         return self
 
 
-class Calibration(_Frozen):
-    """The settings of every task for one model.
+class RuleKept(_Frozen):
+    """A rule of `instructions/obey`, and in what share of n prompts of a length the full cache kept it, 0-100."""
 
-    model_revision: content hash or commit of the model. low, high: scores between which a setting qualifies, 0-100.
-    seed: of the prompts, which are over `corpus`. made_on: processor, threads and versions.
+    rule: str
+    length: PositiveInt
+    score: float = Field(ge=0, le=100)
+    error: float = Field(ge=0)
+    n: PositiveInt
+
+
+class Calibration(_Frozen):
+    """The settings of every task, and the rules, for one model.
+
+    model_revision: content hash or commit of the model. low, high: scores between which a setting qualifies, 0-100; a
+    rule does from `low` on. rules: empty where none was asked for. seed: of the prompts, which are over `corpus`.
+    made_on: processor, threads and versions.
     """
 
     schema_version: Literal[1] = 1
@@ -58,6 +69,7 @@ class Calibration(_Frozen):
     seed: int
     corpus: str
     tasks: tuple[Graded, ...]
+    rules: tuple[RuleKept, ...] = ()
     command: tuple[str, ...] = ()
     git_commit: str | None = None
     made_on: dict[str, Any] = {}
@@ -108,4 +120,6 @@ def _grades(calibration: Calibration, sha256: str) -> Grades:
     for graded in calibration.tasks:
         if graded.chosen is not None:
             settings.setdefault(graded.task, {})[graded.length] = graded.chosen
-    return Grades(settings, {"sha256": sha256, "model": calibration.model})
+    kept = tuple(one.rule for one in calibration.rules if one.score >= calibration.low)
+    said = {"sha256": sha256, "model": calibration.model}
+    return Grades(settings, said, rules=kept if calibration.rules else None)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from harness.compiler.grade import Grader, search
+from harness.plan.sweep import PlannedSample
 from tasks.graded.settings import load_calibration
 from tests.task_data import write_pool
-from tests.tiny_run import TINY, call, manifest
+from tests.tiny_run import TINY, call, manifest, only
 
 CALIBRATE = ("calibrate-tasks", *TINY, "--lengths", "1024", "--samples", "8")
 RUN = (
@@ -96,6 +97,38 @@ def test_a_calibration_is_written_and_a_repeated_one_measures_nothing(
     assert load_calibration(tmp_path / "tiny.json")[0].tasks == calibration.tasks
 
 
+def test_rules_that_the_full_cache_keeps_are_those_that_runs_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["opening", "count", "format", "capitals"]
+
+    def score(_: Grader, planned: PlannedSample) -> float:
+        return float(planned.sample.meta["rule"] in kept)
+
+    monkeypatch.setattr(Grader, "_score", score)
+    assert call(*CALIBRATE, "--tasks", "instructions/obey", "--out", tmp_path) == 0
+    assert "rule count: kept by the full cache in 100.0 +- 0.0 % of 8 prompts" in capsys.readouterr().out
+    path, out = tmp_path / "tiny.json", tmp_path / "run"
+    assert call(*RUN, "--limit", "24", "--tasks", "instructions", "--graded", path, "--out", out) == 0
+    provenance = manifest(out)["spec"]["tasks"][0]["provenance"]
+    assert provenance["rules"] == kept
+    assert provenance["calibration"]["sha256"] == load_calibration(path)[1]
+    lines = (only(out) / "records.jsonl").read_text().splitlines()
+    obeyed = [one for one in map(json.loads, lines) if one["task"] == "instructions/obey"]
+    assert {one["meta"]["rule"] for one in obeyed} == set(kept)
+
+
+def test_with_too_few_rules_the_family_leaves_the_task_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Grader, "_score", lambda *_: 0.0)
+    assert call(*CALIBRATE, "--tasks", "instructions/obey", "--out", tmp_path) == 0
+    with caplog.at_level(logging.WARNING):
+        assert call(*RUN, "--tasks", "instructions", "--graded", tmp_path / "tiny.json", "--out", tmp_path / "r") == 0
+    assert [task["name"] for task in manifest(tmp_path / "r")["spec"]["tasks"]] == ["instructions/secret"]
+    assert "instructions/obey is left out at 1024 tokens" in " ".join(caplog.messages)
+
+
 def test_a_run_takes_the_settings_that_it_names_and_leaves_out_what_did_not_qualify(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,10 +150,25 @@ def test_a_run_takes_the_settings_that_it_names_and_leaves_out_what_did_not_qual
     assert other["provenance"]["not_calibrated"] == [1024] and other["provenance"]["calibration"] == "none"
 
 
+def test_a_run_with_settings_of_its_own_is_verified_at_the_lengths_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Grader, "_score", lambda _, planned: 0.75 * (planned.sample.meta["length"] == 512))
+    lengths = ("--lengths", "512,1024")
+    assert call(*CALIBRATE, *lengths, "--tasks", "graded/keys_all", "--out", tmp_path) == 0
+    out = tmp_path / "run"
+    assert call(*RUN, *lengths, "--tasks", "graded", "--graded", tmp_path / "tiny.json", "--out", out) == 0
+    assert call("submit", only(out), "--out", tmp_path / "run.zip") == 0
+    assert call("verify", tmp_path / "run.zip") == 0, capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("--tasks", "stdlib"), "task stdlib/next_line has no dial to calibrate; tasks that have one: --tasks graded"),
+        (
+            ("--tasks", "stdlib"),
+            "stdlib/next_line has nothing to calibrate; tasks that have: --tasks graded,instr",
+        ),
         (("--samples", "2"), "samples"),
     ],
 )

@@ -4,11 +4,13 @@ A digest changes when a template, a draw, wonderwords' lists or punkt's paramete
 after are of different data: bump what the record says of it, and the digest.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tasks import load_tasks
+from tasks.base import TaskOptions
 from tests.task_data import RULER, Options, digest, draw_samples
 
 SMALL = {
@@ -33,6 +35,28 @@ PROSE = {
     "prose/continuation": "c29938fb95b7fef950b9e32fc768e2c4ac12053c1fbcba78210823763f5cbc15",
     "prose/long": "5716c10192ca89d4e6b59098250786ce8975705376d9f2357f289738046e5ced",
 }
+DRAWN = {
+    "instructions/obey": "09cad00904b30d8f325512006d23c2b9a179d68618af435f0cecc200029e0842",
+    "instructions/secret": "52229648d7a10b5bb5bee94b1ac2bee49c0cbb57ec0582dc53fbaeaf4bc08025",
+    "graded/retrieval_number": "181795fb4f0020dc0e44e7d72d492b2df8dd9ef36bb8d8edd24ed33aeee69383",
+    "graded/retrieval_owner": "34b3ebfa7700b0785e9d25dbf8ae144395c35e47638941958960299249f33f14",
+    "graded/retrieval_digits": "212fa1da827abec95914db6fed5f5268f56fab975cbeaed2a476fe8643916842",
+    "graded/retrieval_label": "93f3b958e209ce28c37ad8ab22d6a5de9fe2d0effb3a18f8068f831aea54f1dd",
+    "graded/keys_all": "403767058f6a277894b045aac0a4ab5cd97849220b0185ddb3a02aaa7b5618c4",
+    "graded/keys_owned": "2496ef818080c27f1e10f78c5748b139ca25b1e6cdef8a454456ccd8c5b46f61",
+    "graded/tracking_moves": "1eca13628a5558e841439b3de2ca5cd5b5461bf80c7591d81660dec868ecacea",
+    "graded/tracking_hands": "4aeb99a7b89c733e6f3e94ee72119a0c7dca039f4d7e72c1b495c84ca86629e9",
+    "graded/tracking_same": "5aeae29e6b6bdb503be7d654dad9a30f5d328034cc89c0d9b9f284e31068af26",
+    "graded/ordering_first": "e0e72088646eeaf4d7d97559fa7c737de1b6722aea2fc6d0d46526e6a74033f9",
+    "graded/ordering_last": "f90122b792defebaf8cd0db37274bd9a43682874b5c47dc402368002cf0d3f08",
+    "graded/ordering_next": "2bc40b8d6fc293a430931e512a30ba9bd04f0872abee320b3f9d7099e46903f1",
+    "graded/ordering_list": "860bca0492f32ab75d23df498ba6d630a0bb2122e009442d8bbf0a7c35294c72",
+    "graded/aggregation_most": "f2b0ad0d8565fc30ebf9627d5fcf10075202b295e0f5d47ec4dba4c24dc68c1c",
+    "graded/aggregation_voters": "a1579a2342f228829547745821f4616b3f44c669124947df3a962464c7ed6a0e",
+    "graded/aggregation_kinds": "62c6af656a7474f29c2bb3a977aa1efa6ad7374dcf7cdc1aca13f2130b879717",
+    "graded/copying_words": "54a6cbe3dec24d212b9a07911d2a4660cdc79619ad1661438fafaf1587a4f5bc",
+    "graded/copying_letters": "23be398193bfe7f6eb7a07af357e15f407e879bed911166ba30e2331524ec6b4",
+}
 REAL = {
     "niah/snapkv": "1469db3482211ef4aa39d94b5ba7d62cc66318676bb2db8c1a2aa43aa6343d1e",
     "niah/kamradt": "63aea5b11fe61d5983113328d98a65b67bea188a1f0016145921670f699cc493",
@@ -50,6 +74,8 @@ REAL = {
 def test_every_generated_task_has_a_digest() -> None:
     made = {name for name in load_tasks() if name.startswith(("ruler/", "niah/", "prose/"))}
     assert SMALL.keys() | PROSE.keys() == made
+    own = {name for name in load_tasks() if name.startswith(("graded/", "instructions/"))}
+    assert DRAWN.keys() == own
     assert (len(SMALL), len(PROSE)) == (len(RULER) + 3, 2)
 
 
@@ -59,6 +85,12 @@ def test_samples_over_made_essays(name: str, options: Options, longer: Options) 
     samples = draw_samples(name, chosen(lengths=(1024, 4096), limit=3))
     assert len(samples) == 6
     assert digest(samples, without="" if name in PROSE else "group") == (SMALL | PROSE)[name]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_samples_over_a_made_pool(name: str, drawn: TaskOptions) -> None:
+    samples = draw_samples(name, replace(drawn, lengths=(1024,), limit=3))
+    assert (len(samples), digest(samples)) == (3, DRAWN[name])
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -184,3 +184,48 @@ def test_other_tasks_have_no_summary_and_order_does_not_matter() -> None:
     pd.testing.assert_frame_equal(one, only(records).summaries)
     assert list(dict.fromkeys(one["summary"])) == ["longbench/en", "ruler", "niah/depth", "ruler/depth"]
     assert set(found(only(records), "niah/depth")) <= set(BANDS)
+
+
+def asked(method: str, budget: str, kept: Mapping[str, Sequence[int]]) -> list[Record]:
+    """Questions about the orders of contexts, one for each place; kept: of each place, by context."""
+    return [
+        record(
+            method,
+            budget,
+            f"{number}/{place}",
+            float(own),
+            task="instructions/obey",
+            metrics={"score": float(own), place: float(own)},
+            meta={"group": f"text {number}"},
+        )
+        for place, column in kept.items()
+        for number, own in enumerate(column)
+    ]
+
+
+def test_metrics_beside_the_score_and_the_bias_of_a_place() -> None:
+    full = {"first": [1] * 8, "middle": [1] * 8, "last": [1] * 6 + [0] * 2}
+    snap = {"last": [1, 1] + [0] * 6, "first": [1] * 7 + [0], "middle": [0] * 8}
+    table = only([*asked("fullkv", "full", full), *asked("snapkv", "64", snap)])
+    assert means(table, "instructions/obey/beside") == {
+        "first": 87.5,
+        "middle": 0.0,
+        "last": 25.0,
+        "first - last": 62.5,
+        "more than fullkv's": 62.5 - 25.0,
+    }
+    assert list(found(table, "instructions/obey/beside")) == [*full, "first - last", "more than fullkv's"]
+    bias = found(table, "instructions/obey/beside")["first - last"]
+    differences = np.array(snap["first"]) - np.array(snap["last"])  # of each context, of which the interval is
+    redrawn = task_counts(SEED, "instructions/obey", 8, RESAMPLES) @ (100 * differences / 8)
+    assert (bias["low"], bias["high"]) == pytest.approx(np.quantile(redrawn, [0.025, 0.975]))
+    assert (bias["n"], bias["n_expected"], bias["flags"]) == (16, 16, "few")
+
+
+def test_turns_stand_in_their_order_and_tasks_without_other_metrics_are_left_out() -> None:
+    turns = {f"turn{number}": 1 / number for number in (1, 10, 2)}
+    records = scored("turns/facts", [0.5] * 3, metrics={"score": 0.5, **turns})
+    table = only([*records, *scored("graded/keys_all", [0.5] * 3)])
+    assert means(table, "turns/facts/beside") == {"turn1": 100.0, "turn2": 50.0, "turn10": 10.0}
+    assert list(found(table, "turns/facts/beside")) == ["turn1", "turn2", "turn10"]
+    assert set(table.summaries["summary"]) == {"turns/facts/beside"}
