@@ -24,7 +24,7 @@ AXES = {
     "first_token": "First token",
 }
 """Axes of a table that are filters, and columns where they differ."""
-OTHER_AXES = {"seed": "Seed", "settings": "Settings"}
+OTHER_AXES = {"seed": "Seed", "settings": "Settings", "division": "Division"}
 """Axes that are columns alone."""
 
 

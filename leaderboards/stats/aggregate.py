@@ -125,6 +125,9 @@ def aggregate(
     if all((table.rows["memory"] == "physical").all() for table in tables):
         for table in tables:
             del table.rows["memory"]
+    if not any(axes.division for axes in groups):
+        for table in tables:
+            del table.rows["division"]
     return tables
 
 

@@ -110,6 +110,7 @@ def heading(table: Table) -> str:
         f"first token {a.first_token}",
         f"seed {a.seed}",
         a.settings,
+        a.division,
     ]
     return clean(", ".join(part for part in parts if part))
 
@@ -212,4 +213,6 @@ def _csv(frames: Sequence[pd.DataFrame]) -> str:
     frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1])  # an empty one has no column types
     texts = frame.select_dtypes(exclude="number").columns
     frame[texts] = frame[texts].fillna("").map(clean)  # a table may lack columns of another one
+    if "division" in frame and not frame["division"].any():
+        frame = frame.drop(columns="division")
     return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
