@@ -59,7 +59,8 @@ def visible(grid: Grid, ranking: Ranking) -> pd.DataFrame:
     """One row per task, or task and length, then per family, then over all; with `COLUMNS`.
 
     kind: `task`, `family` or `all`. length: of the prompts, empty for all. full, one, all: points. contexts: of all its
-    tasks together. ranks: `yes`, or why it does not. why: why there is no difference.
+    tasks together. ranks: `yes`, `no` where the table ranks nothing, or why the task does not. why: why there is no
+    difference.
     """
     own = ranking.eligible["score"]
     scored = np.any([~np.isnan(grid.values(cell, "score")) for cell in grid.cells], axis=0)
@@ -135,7 +136,7 @@ def _by_length(grid: Grid, rows: Indexes) -> dict[str, Indexes]:
 
 
 def _ranks(task: str, own: Eligible) -> str:
-    return dict(own.left_out).get(task, "the table ranks nothing" if own.why else "yes")
+    return dict(own.left_out).get(task, "no" if own.why else "yes")
 
 
 def _families(parts: Mapping[str, Part], ranking: Ranking) -> Iterator[dict[str, Any]]:
@@ -145,7 +146,7 @@ def _families(parts: Mapping[str, Part], ranking: Ranking) -> Iterator[dict[str,
     families = list(dict.fromkeys(map(family_of, there)))
     for name in [*families, ALL] if len(families) > 1 else families:
         some = [part for task, part in there.items() if name in (ALL, family_of(task))]
-        kind, ranks = "all" if name == ALL else "family", "the table ranks nothing" if own.why else "yes"
+        kind, ranks = "all" if name == ALL else "family", "no" if own.why else "yes"
         yield {"kind": kind, **_row(name, some, "", ranking), "ranks": ranks}
 
 
