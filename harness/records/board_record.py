@@ -43,7 +43,9 @@ class BoardRecord(NamedTuple):
     notes: tuple[str, ...]
     prompt_sha256: str
     kv_bytes: int
+    kv_bytes_end: int
     stored_bytes: int
+    stored_bytes_end: int
     asked_bytes: int
     full_bytes: int
     observe_ms: float | None
