@@ -15,6 +15,7 @@ FAMILIES = (
     "prose",
     "instructions",
     "graded",
+    "long",
 )
 
 
