@@ -38,6 +38,7 @@ from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array,
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.floors import floors
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
+from leaderboards.stats.lengths import lengths
 from leaderboards.stats.observing import observe_columns
 from leaderboards.stats.pareto import FRONTS, fronts
 from leaderboards.stats.processors import Elsewhere, elsewhere
@@ -68,7 +69,8 @@ class Table:
 
     summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
-    runs; one of each is used. elsewhere: the same sweep on other processors. floors: as `floors.floors` makes it.
+    runs; one of each is used. elsewhere: the same sweep on other processors. floors, lengths: as `floors.floors`
+    and `lengths.lengths` make them.
     """
 
     axes: Axes
@@ -84,6 +86,7 @@ class Table:
     duplicates: int
     elsewhere: tuple[Elsewhere, ...] = ()
     floors: pd.DataFrame = field(default_factory=pd.DataFrame)
+    lengths: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 TableRow = Mapping[Any, Any]
@@ -151,7 +154,7 @@ def _table(
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
     made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
-    return Table(*made, floors=floors(grid))
+    return Table(*made, floors=floors(grid), lengths=lengths(grid, order))
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

@@ -39,7 +39,8 @@ def write_board(
     """Write the files of a board into `out_dir` and return their paths.
 
     They are `<name>.md`; `.csv`, see `to_csv`; `.tasks.csv`, the means of each task; `.summary.csv`, the protocols'
-    averages in long form, 0-100; and of tables with a subject `.rivals.csv`, a row per budget, measure and family.
+    averages in long form, 0-100; of tables with a subject `.rivals.csv`, a row per budget, measure and family; and of
+    long outputs `.lengths.csv`, a row per budget and method.
     manifests: of the runs that the tables are of.
 
     Raises HarnessError when `name` is no file name or a file cannot be written.
@@ -52,6 +53,8 @@ def write_board(
     }
     if any(len(table.rivals) for table in tables):
         texts["rivals.csv"] = _csv([_with_axes(table, table.rivals) for table in tables])
+    if any(len(table.lengths) for table in tables):
+        texts["lengths.csv"] = _csv([_with_axes(table, table.lengths) for table in tables])
     return write_files(out_dir, name, texts)
 
 

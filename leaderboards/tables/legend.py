@@ -62,6 +62,13 @@ SMALLEST = (
     f"the logarithm of bytes, with the {LEVEL:.0%} interval over contexts where they have names. ≤: the smallest "
     "budget does; >: the largest does not.",
 )
+LONG = (
+    "long outputs: of tasks that tell whether an answer ended. length / fullkv: tokens generated, by those of the "
+    f"uncompressed cache on the same prompts, with its {LEVEL:.0%} interval; ratio of the means of a task, geometric "
+    "mean over tasks; above 1 is longer. ended %: answers that came to their end before the token limit. until error "
+    "%, right %: steps right before the first error, and in all. end MiB: stored after the last token. cost / fullkv: "
+    "bytes x steps, what is stored at each token summed over all, as a ratio like the length.",
+)
 SUMMARIES = (
     "averages by protocol: 0-100, mean ± half of its interval. (13 of 16): the mean of the 13 tasks there are, of 16 "
     "that belong to it; (n 180/200): of 180 samples, of 200 that are expected of every method at that budget. Such "
@@ -107,6 +114,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         *(RANKS if ranked else ()),
         *(OTHERS if any((frame["best_other"] != "").any() for frame in rows) else ()),
         *(SMALLEST if any(len(table.floors) for table in tables) else ()),
+        *(LONG if any(len(table.lengths) for table in tables) else ()),
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
         *(RIVALS if any(len(table.rivals) for table in tables) else ()),
