@@ -7,7 +7,7 @@ from random import Random
 from tasks.graded.words import FRUITS, NAMES, PLACES, THINGS, some
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
-FRUIT_CYCLE, COLOUR_CYCLE = 5, 3  # words of a table's columns, which come in turn
+FRUIT_CYCLE, COLOUR_CYCLE = 4, 2  # words of a table's columns, which come in turn
 END = "END"
 CERTAIN = 4  # steps of a box that are no draw, so that the steps given show both kinds
 
