@@ -17,7 +17,7 @@ from tasks.long.kinds import Kind
 from tasks.long.steps import step_metrics
 
 SAMPLES = 30  # of each length when no limit is given
-GIVEN = 3  # steps that the answer prefix has
+GIVEN = 6  # steps that the answer prefix has
 SHORTEST, LONGEST = 256, 1024  # tokens of a right answer
 ROOM = 1.75  # tokens to generate, by those of a right answer
 START = 1  # tokens left for a beginning of text

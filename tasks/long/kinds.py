@@ -9,7 +9,7 @@ from tasks.graded.words import FRUITS, NAMES, PLACES, THINGS, some
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
 FRUIT_CYCLE, COLOUR_CYCLE = 4, 2  # words of a table's columns, which come in turn
 END = "END"
-CERTAIN = 4  # steps of a box that are no draw, so that the steps given show both kinds
+SHOWN = (True, False, True, True, False, True)  # which of the first lines change something, so that both are shown
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def _table(count: int, draw: Random) -> Work:
     rows = [
         [f"{fruits[at % FRUIT_CYCLE]}, {colours[at % COLOUR_CYCLE]}, {name}" for at in range(count)] for name in tables
     ]
-    intro = f"The two tables follow the same rule. Write table {tables[1]}, one row a line, down to 0."
+    intro = f"Both tables follow one rule. Write table {tables[1]}, down to 0."
     return Work(f"{intro}\n\nTable {tables[0]}", _down(rows[0]), f"Table {tables[1]}", _down(rows[1]))
 
 
@@ -48,16 +48,17 @@ def _list(count: int, draw: Random) -> Work:
     """Lost things and their owners, which are to be copied."""
     lost = zip(_many(NAMES, count, draw), _many(THINGS, count, draw), strict=True)
     rows = _down([f"{name}: {thing}" for name, thing in lost])
-    return Work("Copy the list, one entry a line, down to 0.\n\nList", rows, "Copy", rows)
+    return Work("Copy the list, down to 0.\n\nList", rows, "Copy", rows)
 
 
 def _sums(count: int, draw: Random) -> Work:
     """Votes, and the number of those that are yes."""
-    votes = ["yes", "no", "yes", *draw.choices(("yes", "no"), k=count)][:count]
-    lines = [f"{name}: {vote}" for name, vote in zip(_many(NAMES, count, draw), votes, strict=True)]
-    totals = [votes[: at + 1].count("yes") for at in range(count)]
-    steps = [f"{line}, {total}" for line, total in zip(lines, totals, strict=True)]
-    intro = "Go through the votes and count those that are yes, one vote a line, down to 0."
+    yes = [*SHOWN, *(draw.random() < 0.5 for _ in range(count))][:count]
+    lines = [f"{name}: {'yes' if one else 'no'}" for name, one in zip(_many(NAMES, count, draw), yes, strict=True)]
+    totals = [sum(yes[: at + 1]) for at in range(count)]
+    sums = [f"{total - one} + {int(one)} = {total}" for total, one in zip(totals, yes, strict=True)]
+    steps = [f"{line}, {text}" for line, text in zip(lines, sums, strict=True)]
+    intro = "Count the votes that are yes, one vote a line, down to 0."
     return Work(f"{intro}\n\nVotes", _down(lines), "Count", _down(steps))
 
 
@@ -65,11 +66,11 @@ def _state(count: int, draw: Random) -> Work:
     """A box that people carry somewhere or leave where it is, and where it is then."""
     lines, steps, place = [], [], ""
     for at, (name, goal) in enumerate(zip(_many(NAMES, count, draw), _many(PLACES, count, draw), strict=True)):
-        waits = at % 2 == 1 if at < CERTAIN else draw.random() < 0.5
+        waits = not SHOWN[at] if at < len(SHOWN) else draw.random() < 0.5
         place = place if waits else goal
         lines.append(f"{name}: {'wait' if waits else goal}")
         steps.append(f"{lines[-1]}, at {place}")
-    intro = "A box is carried about. Write who carries it and where it is then, one step a line, down to 0."
+    intro = "A box is carried about. Write where it is after each step, down to 0."
     return Work(f"{intro}\n\nSteps", _down(lines), "Box", _down(steps))
 
 
