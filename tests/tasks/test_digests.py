@@ -56,6 +56,10 @@ DRAWN = {
     "graded/aggregation_kinds": "62c6af656a7474f29c2bb3a977aa1efa6ad7374dcf7cdc1aca13f2130b879717",
     "graded/copying_words": "54a6cbe3dec24d212b9a07911d2a4660cdc79619ad1661438fafaf1587a4f5bc",
     "graded/copying_letters": "23be398193bfe7f6eb7a07af357e15f407e879bed911166ba30e2331524ec6b4",
+    "long/table": "d49c7498aa4c2e0f2e32831ec5f81a7ea6d393e476b6a92733b4eea6c843d06e",
+    "long/list": "bf7b8659a56677d6bbb5ebae9452835b19fc5fdc22ec700dc9977a8297b54169",
+    "long/sums": "3e6d30a0617f4e22d4c08e537319c9aa21f024e4e381a868ea343d1deffc7875",
+    "long/state": "fc561ac7db4f90d5acf1cec7de389406a9155956636fa8c7bdf8ca191b2082aa",
 }
 REAL = {
     "niah/snapkv": "1469db3482211ef4aa39d94b5ba7d62cc66318676bb2db8c1a2aa43aa6343d1e",
@@ -74,7 +78,7 @@ REAL = {
 def test_every_generated_task_has_a_digest() -> None:
     made = {name for name in load_tasks() if name.startswith(("ruler/", "niah/", "prose/"))}
     assert SMALL.keys() | PROSE.keys() == made
-    own = {name for name in load_tasks() if name.startswith(("graded/", "instructions/"))}
+    own = {name for name in load_tasks() if name.startswith(("graded/", "instructions/", "long/"))}
     assert DRAWN.keys() == own
     assert (len(SMALL), len(PROSE)) == (len(RULER) + 3, 2)
 
