@@ -2,7 +2,7 @@
 
     long/table     a table by the rule of another one
     long/list      a list, entry by entry
-    long/sums      votes, and how many were for it after each
+    long/sums      apples that people bring, and how many there are after each
     long/state     a box that is carried about, and where it is after each step
 
 After "Rethinking Key-Value Cache Compression Techniques" (MLSys 2025), which found that outputs get longer, and "Hold

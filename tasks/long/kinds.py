@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 
 from tasks.graded.words import FRUITS, NAMES, PLACES, THINGS, some
@@ -9,7 +10,7 @@ from tasks.graded.words import FRUITS, NAMES, PLACES, THINGS, some
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
 FRUIT_CYCLE, COLOUR_CYCLE = 4, 2  # words of a table's columns, which come in turn
 END = "END"
-SHOWN = (True, False, True, True, False, True)  # which of the first lines change something, so that both are shown
+SHOWN = (True, False, True, True, False, True)  # which of the first lines bring two, or move the box: both are shown
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ def _list(count: int, draw: Random) -> Work:
 
 
 def _sums(count: int, draw: Random) -> Work:
-    """Votes, and the number of those that are yes."""
-    yes = [*SHOWN, *(draw.random() < 0.5 for _ in range(count))][:count]
-    lines = [f"{name}: {'yes' if one else 'no'}" for name, one in zip(_many(NAMES, count, draw), yes, strict=True)]
-    totals = [sum(yes[: at + 1]) for at in range(count)]
-    sums = [f"{total - one} + {int(one)} = {total}" for total, one in zip(totals, yes, strict=True)]
+    """Apples that people bring, one or two, and how many there are then."""
+    brought = [*(1 + more for more in SHOWN), *(draw.choice((1, 2)) for _ in range(count))][:count]
+    totals = list(accumulate(brought))
+    lines = [f"{name}: {more}" for name, more in zip(_many(NAMES, count, draw), brought, strict=True)]
+    sums = [f"{total - more} + {more} = {total}" for total, more in zip(totals, brought, strict=True)]
     steps = [f"{line}, {text}" for line, text in zip(lines, sums, strict=True)]
-    intro = "Count the votes that are yes, one vote a line, down to 0."
-    return Work(f"{intro}\n\nVotes", _down(lines), "Count", _down(steps))
+    intro = "Count the apples that these people bring, down to 0."
+    return Work(f"{intro}\n\nApples", _down(lines), "Count", _down(steps))
 
 
 def _state(count: int, draw: Random) -> Work:

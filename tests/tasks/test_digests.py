@@ -58,7 +58,7 @@ DRAWN = {
     "graded/copying_letters": "23be398193bfe7f6eb7a07af357e15f407e879bed911166ba30e2331524ec6b4",
     "long/table": "d49c7498aa4c2e0f2e32831ec5f81a7ea6d393e476b6a92733b4eea6c843d06e",
     "long/list": "bf7b8659a56677d6bbb5ebae9452835b19fc5fdc22ec700dc9977a8297b54169",
-    "long/sums": "3e6d30a0617f4e22d4c08e537319c9aa21f024e4e381a868ea343d1deffc7875",
+    "long/sums": "5ecbe39153fbd46b601b1827992654d27bf789cb2f309f9d2a94a98be50e5284",
     "long/state": "fc561ac7db4f90d5acf1cec7de389406a9155956636fa8c7bdf8ca191b2082aa",
 }
 REAL = {
