@@ -12,6 +12,7 @@ import pandas as pd
 KEYS = ["budget", "method"]
 """Columns that name a row; they come first, and again where a table is folded."""
 LEFT = (*KEYS, "task", "memory", "flags", "family", "rival", "verdict", "over tasks", "best other", "best other NLL")
+LEFT = (*LEFT, "ranks", "why none")
 """Columns of words."""
 NOTE_CHARS = 200
 """Characters of a name, a note or an error on a page."""
@@ -75,6 +76,13 @@ def estimate(row: Mapping[Any, Any], name: str, *, digits: int = 1, sign: str = 
 def half_width(mean: float, low: float, high: float) -> str:
     """`1.0 ± 0.5`, the mean and half of its interval; the mean alone where there is none."""
     return number(mean) + ("" if math.isnan(low) else f" ± {number((high - low) / 2)}")
+
+
+def rank_text(low: float, high: float) -> str:
+    """`1-3`, `2`, or a dash where there is none."""
+    if math.isnan(low):
+        return "-"
+    return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
 
 
 def keys(row: Mapping[Any, Any]) -> dict[str, str]:

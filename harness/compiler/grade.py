@@ -157,8 +157,8 @@ def search(
 
     near: the setting to begin with, and to go on from step by step.
 
-    Of the settings within `LOW` and `HIGH` on half of the prompts the one nearest to `AIM`, the harder of two, is
-    measured on all; where it leaves the range, the next nearest is.
+    Of the settings that qualify on half of the prompts the one nearest to `AIM`, the harder of two, is measured on all;
+    where it then does not, the next nearest is.
     """
     found: dict[int, Tried] = {}
     low, high = 0, len(scale) - 1
@@ -168,7 +168,7 @@ def search(
         if fmean(scores(setting, count // 2)) <= HOPELESS:
             count //= 2
         found[middle] = tried(setting, scores(setting, count))
-        if GOOD[0] <= found[middle].score <= GOOD[1]:
+        if qualifies(found[middle]) and GOOD[0] <= found[middle].score <= GOOD[1]:
             break
         easy = found[middle].score >= AIM
         low, high = (middle + 1, high) if easy else (low, middle - 1)
@@ -176,12 +176,17 @@ def search(
     nearest = sorted(found, key=lambda at: (abs(found[at].score - AIM), -at))
     chosen = None
     for at in nearest:
-        if LOW <= found[at].score <= HIGH:
+        if qualifies(found[at]):
             found[at] = tried(scale[at], scores(scale[at], samples))
-            if LOW <= found[at].score <= HIGH:
+            if qualifies(found[at]):
                 chosen = scale[at]
                 break
     return chosen, tuple(found[at] for at in sorted(found))
+
+
+def qualifies(one: Tried) -> bool:
+    """Whether a setting's score is within `LOW` and `HIGH`, and not the same on every prompt, which tells nothing."""
+    return LOW <= one.score <= HIGH and one.error > 0
 
 
 def tried(setting: int, scores: Sequence[float]) -> Tried:

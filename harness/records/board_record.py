@@ -24,10 +24,9 @@ class Timed(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What boards need of a long answer: tokens generated, and the fields of `Record` by name."""
+    """What boards need of a long answer: tokens generated, and `Record.byte_steps`."""
 
     tokens: int
-    stored_bytes_end: int
     byte_steps: int | None
 
 
@@ -51,7 +50,9 @@ class BoardRecord(NamedTuple):
     notes: tuple[str, ...]
     prompt_sha256: str
     kv_bytes: int
+    kv_bytes_end: int
     stored_bytes: int
+    stored_bytes_end: int
     asked_bytes: int
     full_bytes: int
     observe_ms: float | None
@@ -96,7 +97,7 @@ class Shortener:
             bool(record.meta),
             None if m is None else Timed(m.ttft_s.median, m.tpot_s.median, m.tokens_per_s, m.peak_bytes),
             self._besides.setdefault(repr(beside), beside),
-            Decoded(len(record.token_ids), record.stored_bytes_end, record.byte_steps) if "ended" in beside else None,
+            Decoded(len(record.token_ids), record.byte_steps) if "ended" in beside else None,
         )
         return BoardRecord._make((*same, *own))
 

@@ -179,7 +179,7 @@ def _series(axes: Axes, i: int, rows: Sequence[TableRow], x: Sequence[float], *,
         return {}
     color, marker, dash = _style(i)
     mean, low, high = (np.array([row[f"score_points_{part}"] for row in rows]) for part in ("mean", "low", "high"))
-    yerr = [mean - low, high - mean]
+    yerr = [(mean - low).clip(min=0), (high - mean).clip(min=0)]  # intervals are rounded, means are not
     drawn = axes.errorbar(x, mean, yerr=yerr, color=color, marker=marker, ls=dash if line else "", **LOOK)
     drawn.lines[0].set_gid(f"series-{i}")
     for bars in drawn.lines[2]:

@@ -19,6 +19,7 @@ from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
 from leaderboards.tables import boundary
 from leaderboards.tables.board import heading
+from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.sections import rival_frames, sections
 from leaderboards.tables.verdicts import standing, uncompressed, verdicts
 from leaderboards.text import clean, number
@@ -30,10 +31,11 @@ Search = tuple[BoundaryManifest, Sequence[BoundaryRecord]]
 def table_parts(i: int, table: Table, records: Sequence[Record], *, several: bool) -> dict[str, Any]:
     """The parts of the i-th table by the names that the templates know; one that has nothing to show is empty.
 
-    Tables of text are frames by their captions. records: one per key, those that the table is of. several: whether
-    the page has other tables.
+    Tables of text are frames by their captions, or lines. records: one per key, those that the table is of. several:
+    whether the page has other tables.
     """
     rivals = rival_frames(table.rivals)
+    more = {title: frame for title, frame in sections(table).items() if title not in rivals and len(frame)}
     return {
         "index": i,
         "several": several,
@@ -45,7 +47,7 @@ def table_parts(i: int, table: Table, records: Sequence[Record], *, several: boo
         "charts": charts(table, salt=f"chart-{i}"),
         "rivals": rivals,
         "needles": heat_groups(records),
-        "more": {title: frame for title, frame in sections(table).items() if title not in rivals and len(frame)},
+        "more": {**more, **closed_parts(table.closed)},
     }
 
 

@@ -10,9 +10,8 @@ from leaderboards.stats.observing import is_observed
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import is_ranked
 from leaderboards.stats.worst import is_known
-from leaderboards.tables.sections import rank_text
 from leaderboards.tables.verdicts import score_text
-from leaderboards.text import MIB, clean, number
+from leaderboards.text import MIB, clean, number, rank_text
 
 FLAGS = {"oom": "out of memory", "few": "few contexts", "unknown": "contexts unknown"}
 FLAGS |= {"over_budget": "over budget", "under_budget": "under budget"}
@@ -25,7 +24,7 @@ AXES = {
     "first_token": "First token",
 }
 """Axes of a table that are filters, and columns where they differ."""
-OTHER_AXES = {"seed": "Seed", "settings": "Settings"}
+OTHER_AXES = {"seed": "Seed", "settings": "Settings", "division": "Division"}
 """Axes that are columns alone."""
 
 

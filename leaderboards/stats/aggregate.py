@@ -35,6 +35,7 @@ from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import CellKey, Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
+from leaderboards.stats.closed import closed
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.floors import floors
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
@@ -46,6 +47,7 @@ from leaderboards.stats.ranks import Ranking, rank_columns
 from leaderboards.stats.stored import stored_columns
 from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import summarise
+from leaderboards.stats.visible import visible
 from leaderboards.stats.worst import tail_columns
 
 BASELINES = ("fullkv", "snapkv")
@@ -69,8 +71,8 @@ class Table:
 
     summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
-    runs; one of each is used. elsewhere: the same sweep on other processors. floors, lengths: as `floors.floors`
-    and `lengths.lengths` make them.
+    runs; one of each is used. elsewhere: the same sweep on other processors. floors, closed, visible, lengths: as the
+    modules of these names make them.
     """
 
     axes: Axes
@@ -86,6 +88,8 @@ class Table:
     duplicates: int
     elsewhere: tuple[Elsewhere, ...] = ()
     floors: pd.DataFrame = field(default_factory=pd.DataFrame)
+    closed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    visible: pd.DataFrame = field(default_factory=pd.DataFrame)
     lengths: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
@@ -123,6 +127,9 @@ def aggregate(
     if all((table.rows["memory"] == "physical").all() for table in tables):
         for table in tables:
             del table.rows["memory"]
+    if not any(axes.division for axes in groups):
+        for table in tables:
+            del table.rows["division"]
     return tables
 
 
@@ -154,7 +161,8 @@ def _table(
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
     made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
-    return Table(*made, floors=floors(grid), lengths=lengths(grid, order))
+    more = {"floors": floors(grid), "closed": closed(grid), "visible": visible(grid, ranking)}
+    return Table(*made, **more, lengths=lengths(grid, order))
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

@@ -187,11 +187,17 @@ class Bootstrap:
 
     def noise(self, values: Array, rows: Indexes) -> float:
         """Standard error of the mean of the values [S] in rows, over clusters; NaN with fewer than two of those."""
-        sizes, sums = self.cluster_sums(values, rows).T
-        if len(sizes) < 2:
-            return math.nan
-        residuals = sums - sizes * (sums.sum() / sizes.sum())
-        return float(math.sqrt(len(sizes) / (len(sizes) - 1) * (residuals**2).sum()) / sizes.sum())
+        parts = self.noise_parts(values, rows)
+        return float(np.sqrt((parts**2).sum())) if len(parts) > 1 else math.nan
+
+    def noise_parts(self, values: Array, rows: Indexes) -> Array:
+        """[G, K]: of the mean of the values [S, K] or [S] in rows, what each cluster adds to its standard error.
+
+        Their squares add up to its square; those of a difference of two columns are the columns' differences.
+        """
+        sizes, sums = np.split(self.cluster_sums(values, rows), [1], axis=1)
+        whole, wider = sizes.sum(), math.sqrt(len(sizes) / max(1, len(sizes) - 1))
+        return np.asarray(wider * (sums - sizes * sums.sum(axis=0) / whole) / whole)
 
     def cluster_sums(self, values: Array, rows: Indexes) -> Array:
         """[G, 1 + K]: number and sums of the values [S, K] or [S] in each cluster of rows, in the order of rows."""

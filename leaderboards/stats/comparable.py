@@ -5,32 +5,39 @@ decides numbers (model revision, token limits, a task's protocol) never share a 
 So do runs that timed their cells on different machines: speed is ranked within one machine only. A run that timed
 nothing joins those of one machine, for its scores do.
 
+Divisions. Tasks of our own, whose protocol is named as their family is, are never averaged with those of a published
+protocol: a group of records with both is two tables, `official tasks` and `own tasks`, each with its own means, ranks
+and verdicts. One with either kind alone, or of runs without a manifest, is as it was.
+
 Processor. That of a record is what ran it: two processors round sums differently, and in bfloat16 that moves answers. A
 record that nothing ran takes the processor of most of its run's, or what the manifest says.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TypeVar
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import Record, RunManifest
+from harness.records.spec import TaskSpec
 
 AnyRecord = TypeVar("AnyRecord", Record, BoardRecord)
 STATUSES = ("ok", "skipped", "failed", "oom")
 FULL = "full"
 """The budget of a method without one."""
 UNKNOWN = "unknown processor"
+DIVISIONS = ("official tasks", "own tasks")
 
 
 @dataclass(frozen=True, order=True)
 class Axes:
     """What all records of a table share. settings: run settings that differ between the runs given, else empty.
 
-    processor: GPU, with its kind of device, or processor, as `processor_of` names it.
+    processor: GPU, with its kind of device, or processor, as `processor_of` names it. division: one of `DIVISIONS`
+    where the same sweep has both, else empty.
     """
 
     model: str
@@ -40,6 +47,7 @@ class Axes:
     first_token: str
     seed: int
     settings: str = ""
+    division: str = ""
 
 
 def split_by_axes(
@@ -58,7 +66,23 @@ def split_by_axes(
         for name, some in by_name.items():
             place = processor_of(name or most, about.get(run_id))
             groups[Axes(model, dtype, place, query, first_token, seed, settings.get(run_id, ""))] += some
-    return {axes: groups[axes] for axes in sorted(groups)}
+    own = {(m.run_id, task.name) for m in manifests for task in m.spec.tasks if is_own(task)}
+    return {axes: some for at in sorted(groups) for axes, some in _divisions(at, groups[at], own).items()}
+
+
+def is_own(task: TaskSpec) -> bool:
+    """Whether a task follows no protocol but our own, which has the name of its family."""
+    return task.protocol == task.name.partition("/")[0]
+
+
+def _divisions(axes: Axes, records: list[AnyRecord], own: Collection[tuple[str, str]]) -> dict[Axes, list[AnyRecord]]:
+    """The records by division where they are of both, else together. own: run and name of tasks of our own."""
+    parts: tuple[list[AnyRecord], list[AnyRecord]] = ([], [])
+    for r in records:
+        parts[(r.run_id, r.task) in own].append(r)
+    if not all(parts):
+        return {axes: records}
+    return {replace(axes, division=name): part for name, part in zip(DIVISIONS, parts, strict=True)}
 
 
 def processor_of(name: str, manifest: RunManifest | None) -> str:

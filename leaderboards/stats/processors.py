@@ -44,7 +44,8 @@ def elsewhere(
     sweeps: dict[tuple[object, ...], list[Axes]] = {}
     for axes, records in groups.items():
         run = settings.get(records[0].run_id, "")
-        sweeps.setdefault((axes.model, axes.dtype, axes.query, axes.first_token, axes.seed, run), []).append(axes)
+        sweep = (axes.model, axes.dtype, axes.query, axes.first_token, axes.seed, axes.division, run)
+        sweeps.setdefault(sweep, []).append(axes)
     found: dict[Axes, tuple[Elsewhere, ...]] = dict.fromkeys(groups, ())
     for alike in sweeps.values():
         if len({axes.processor for axes in alike}) < 2:

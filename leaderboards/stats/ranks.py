@@ -106,10 +106,17 @@ def least_seen(errors: Array, freedom: Array, limit: float) -> float:
     there = errors > 0
     if not there.any():
         return math.nan
-    own = np.minimum(freedom[there], 1e9)
+    return float(np.median(deviates(freedom[there], limit) * errors[there]))
+
+
+def deviates(freedom: Array, limit: float) -> Array:
+    """The difference that is found with `POWER`, in units of its spread; the noncentral t as by Johnson and Welch.
+
+    freedom: degrees of freedom of the spread. limit: a normal deviate, which Student's t of that probability exceeds.
+    """
+    own = np.minimum(freedom, 1e9)
     limits = -special.stdtrit(own, special.ndtr(-limit))
-    deviates = limits + special.ndtri(POWER) * np.sqrt(1 + limits**2 / (2 * own))  # noncentral t, as Johnson and Welch
-    return float(np.median(deviates * errors[there]))
+    return np.asarray(limits + special.ndtri(POWER) * np.sqrt(1 + limits**2 / (2 * own)))
 
 
 class _Field:
@@ -196,10 +203,14 @@ class _Field:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What ranks in a table. eligible: measure to its tasks; least: measure to the difference found with `POWER`."""
+    """What ranks in a table. eligible: measure to its tasks; least: measure to the difference found with `POWER`.
+
+    limit: the normal deviate that a difference must exceed to be told on this table; NaN where nothing is tested.
+    """
 
     eligible: Mapping[str, Eligible]
     least: Mapping[str, float]
+    limit: float = math.nan
 
 
 def rank_columns(grid: Grid) -> tuple[dict[CellKey, dict[str, Any]], Ranking]:
@@ -218,22 +229,22 @@ def rank_columns(grid: Grid) -> tuple[dict[CellKey, dict[str, Any]], Ranking]:
         if budget != FULL and not of[measure].why:
             tested.append((field, field.contrasts(of[measure].tasks)))
         field.forget()
-    least = _tell_apart(tested)
+    limit, least = _tell_apart(tested)
     for field, _ in tested:
         for cell, ends in field.ranks().items():
             found[cell] |= dict(zip(_rank_names(field.measure), ends, strict=True))
-    return found, Ranking(of, least)
+    return found, Ranking(of, least, limit)
 
 
 def _rank_names(measure: str) -> tuple[str, str]:
     return f"rank{SUFFIXES[measure]}_low", f"rank{SUFFIXES[measure]}_high"
 
 
-def _tell_apart(tested: Sequence[tuple[_Field, Sequence[Contrasts]]]) -> dict[str, float]:
-    """Say in the fields who is surely better, all at once; return measure to the least difference that is seen."""
+def _tell_apart(tested: Sequence[tuple[_Field, Sequence[Contrasts]]]) -> tuple[float, dict[str, float]]:
+    """Say in the fields who is surely better, all at once; return the limit, and of each measure the least seen."""
     every = [one for _, some in tested for one in some]
     if not every:
-        return {}
+        return math.nan, {}
     draws = np.concatenate([one.draws for one in every], axis=1)
     told = step_down(np.concatenate([one.statistics for one in every]), draws)
     for field, _ in tested:
@@ -245,7 +256,7 @@ def _tell_apart(tested: Sequence[tuple[_Field, Sequence[Contrasts]]]) -> dict[st
         if some:
             errors, freedom = (np.concatenate([getattr(one, name) for one in some]) for name in ("errors", "freedom"))
             least[measure] = least_seen(errors, freedom, limit)
-    return least
+    return limit, least
 
 
 def _other_columns(grid: Grid, field: _Field) -> dict[CellKey, dict[str, Any]]:

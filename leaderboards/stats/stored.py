@@ -14,14 +14,23 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.grid import Grid
 
 STORED = "stored_percent_of_full"
+AT_END = ("stored_bytes_end", "kv_bytes_end")
 UNDER = 0.99  # of the bytes asked for, below which a row is marked: it was given no equal budget
 
 
-def is_stored(grid: Grid) -> bool:
-    """Whether every scored record knows its stored bytes."""
-    known = [grid.values(cell, "stored_bytes") for cell in grid.cells]
+def is_stored(grid: Grid, what: str = "stored_bytes") -> bool:
+    """Whether every scored record knows its stored bytes, or those of another field."""
+    known = [grid.values(cell, what) for cell in grid.cells]
     found = np.concatenate(known) if known else np.array([])
     return bool((found[~np.isnan(found)] > 0).all() and (~np.isnan(found)).any())
+
+
+def at_end(grid: Grid) -> str:
+    """Name the field of the bytes after the last decoded token: stored ones, or live ones where some are unknown.
+
+    Of records that know neither, the live ones right after compression.
+    """
+    return next((what for what in AT_END if is_stored(grid, what)), "kv_bytes")
 
 
 def stored_columns(grid: Grid) -> dict[CellKey, dict[str, Any]]:

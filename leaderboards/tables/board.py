@@ -16,9 +16,10 @@ from harness.records.record import RunManifest
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import SUFFIXES, Ranking, is_ranked
+from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.files import write_files
 from leaderboards.tables.legend import how_to_read
-from leaderboards.tables.sections import flag_letters, rank_text, sections
+from leaderboards.tables.sections import flag_letters, sections
 from leaderboards.tables.verdicts import score_text, standing, tightest_and_widest
 from leaderboards.text import (
     MIB,
@@ -29,6 +30,7 @@ from leaderboards.text import (
     keys,
     markdown,
     number,
+    rank_text,
     terminal,
 )
 
@@ -39,8 +41,9 @@ def write_board(
     """Write the files of a board into `out_dir` and return their paths.
 
     They are `<name>.md`; `.csv`, see `to_csv`; `.tasks.csv`, the means of each task; `.summary.csv`, the protocols'
-    averages in long form, 0-100; of tables with a subject `.rivals.csv`, a row per budget, measure and family; and of
-    long outputs `.lengths.csv`, a row per budget and method.
+    averages in long form, 0-100; `.visible.csv`, the smallest visible difference of each task and family;
+    `.closed.csv`, who keeps a share of the full cache's score; `.lengths.csv`, how long answers are; and of tables with
+    a subject `.rivals.csv`, a row per budget, measure and family.
     manifests: of the runs that the tables are of.
 
     Raises HarnessError when `name` is no file name or a file cannot be written.
@@ -51,10 +54,11 @@ def write_board(
         "tasks.csv": _csv([_with_axes(table, table.tasks) for table in tables]),
         "summary.csv": _csv([_with_axes(table, table.summaries.drop(columns="title")) for table in tables]),
     }
+    for what in ("visible", "closed", "lengths"):
+        frames = [_with_axes(table, getattr(table, what)) for table in tables]
+        texts |= {f"{what}.csv": _csv(frames)} if any(map(len, frames)) else {}
     if any(len(table.rivals) for table in tables):
         texts["rivals.csv"] = _csv([_with_axes(table, table.rivals) for table in tables])
-    if any(len(table.lengths) for table in tables):
-        texts["lengths.csv"] = _csv([_with_axes(table, table.lengths) for table in tables])
     return write_files(out_dir, name, texts)
 
 
@@ -106,6 +110,7 @@ def heading(table: Table) -> str:
         f"first token {a.first_token}",
         f"seed {a.seed}",
         a.settings,
+        a.division,
     ]
     return clean(", ".join(part for part in parts if part))
 
@@ -135,6 +140,7 @@ def _parts(table: Table, lines: Sequence[str]) -> Iterator[Section]:
     yield Section(heading(table), lines)
     yield Section("", main_frame(table))
     yield from (Section(title, frame, level=3) for title, frame in sections(table).items())
+    yield from (Section(title, body, level=3) for title, body in closed_parts(table.closed).items())
     if notes := notes_of(table):
         yield Section("Notes", notes, level=3)
 
@@ -207,4 +213,6 @@ def _csv(frames: Sequence[pd.DataFrame]) -> str:
     frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1])  # an empty one has no column types
     texts = frame.select_dtypes(exclude="number").columns
     frame[texts] = frame[texts].fillna("").map(clean)  # a table may lack columns of another one
+    if "division" in frame and not frame["division"].any():
+        frame = frame.drop(columns="division")
     return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")

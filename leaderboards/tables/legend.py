@@ -62,6 +62,19 @@ SMALLEST = (
     f"the logarithm of bytes, with the {LEVEL:.0%} interval over contexts where they have names. ≤: the smallest "
     "budget does; >: the largest does not.",
 )
+VISIBLE = (
+    f"smallest visible difference: what a paired comparison of two methods at one budget finds with {ranks.POWER:.0%}, "
+    f"by the spread of this table's own pairs, pooled. alone: one comparison at {1 - LEVEL:.0%}, two-sided, not "
+    "corrected; in the joint test: at the limit by which all pairs of a table that ranks are told apart. A family is "
+    "the mean over its tasks that may rank.",
+)
+CLOSED = (
+    "closed division: rows whose share of fullkv's score is told to be no less than the floor, by the lower end of its "
+    f"{LEVEL:.0%} interval over contexts, which is never nearer to the share than what so many contexts may leave "
+    f"unseen; mean over the tasks where fullkv has {LOWEST:g} points or more. In order of bytes at the end of "
+    "decoding; within 1 % they share a place. not told: the interval straddles the floor; out: all of it is below. "
+    f"Nothing is told with fewer than {CONTEXTS} named contexts in a task.",
+)
 LONG = (
     "long outputs: of tasks that tell whether an answer ended. length / fullkv: tokens generated, by those of the "
     f"uncompressed cache on the same prompts, with its {LEVEL:.0%} interval; ratio of the means of a task, geometric "
@@ -114,6 +127,8 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         *(RANKS if ranked else ()),
         *(OTHERS if any((frame["best_other"] != "").any() for frame in rows) else ()),
         *(SMALLEST if any(len(table.floors) for table in tables) else ()),
+        *(VISIBLE if any(len(table.visible) for table in tables) else ()),
+        *(CLOSED if any(len(table.closed) for table in tables) else ()),
         *(LONG if any(len(table.lengths) for table in tables) else ()),
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),

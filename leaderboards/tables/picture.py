@@ -80,7 +80,8 @@ def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
     for i, (method, cells) in enumerate(rows[rows["budget"] != FULL].groupby("method")):
         cells = cells.sort_values(panel.x)
         mean = cells[f"{panel.y}_mean"]
-        spread = [mean - cells[f"{panel.y}_low"], cells[f"{panel.y}_high"] - mean]
+        ends = (mean - cells[f"{panel.y}_low"], cells[f"{panel.y}_high"] - mean)
+        spread = [end.clip(lower=0) for end in ends]  # intervals are rounded, means are not
         turn = i // COLORS
         marker, line = MARKERS[(i + turn) % len(MARKERS)], LINES[turn % len(LINES)]
         axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), marker=marker, ls=line, **LOOK)

@@ -8,7 +8,8 @@ from leaderboards.stats import ranks, worst
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
-from leaderboards.text import KEYS, MIB, clean, estimate, half_width, interval, keys, number
+from leaderboards.tables.visible import TITLE, visible_frame
+from leaderboards.text import KEYS, MIB, clean, estimate, half_width, interval, keys, number, rank_text
 
 FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "under_budget": "l"}
 FLAGS |= {"few": "w", "unknown": "u"}
@@ -20,6 +21,8 @@ RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 def sections(table: Table) -> dict[str, pd.DataFrame]:
     """Title to frame of everything below the ranking, one row per budget and method or family."""
     found = {**rival_frames(table.rivals), "Score by task": task_frame(table)}
+    if len(table.visible):
+        found[TITLE] = visible_frame(table.visible)
     limited = table.rows[table.rows["budget"] != FULL]
     if (ranked := ranks.is_ranked(table.rows)) or (limited["best_other"] != "").any():
         found["Ranks and best others" if ranked else "Best others"] = pd.DataFrame(
@@ -60,13 +63,6 @@ def task_frame(table: Table) -> pd.DataFrame:
 def flag_letters(flags: str) -> str:
     """The letters of a row's flags, in the order of `FLAGS`."""
     return "".join(letter for flag, letter in FLAGS.items() if flag in flags.split())
-
-
-def rank_text(low: float, high: float) -> str:
-    """`1-3`, `2`, or a dash where there is none."""
-    if math.isnan(low):
-        return "-"
-    return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
 
 
 def _floor_frame(rows: pd.DataFrame) -> pd.DataFrame:

@@ -33,7 +33,7 @@ class HiddenPuzzle(DrawnText):
         return LEAST_WORDS
 
     def build(self, units: int, plan: SamplePlan) -> FittedPrompt:
-        setting = self.settings[plan.length]
+        setting = self.settings.get(plan.length, self.settings[min(self.settings)])  # another one is a probe's
         puzzle = self.kind.make(setting, plan.draw)
         span = (
             self._spans.at(next(iter(self._spans.needs)), 0) if plan.probe else self._spans.at(plan.length, plan.index)

@@ -42,7 +42,8 @@ def _small_pool(pool: Path, monkeypatch: pytest.MonkeyPatch, _no_pictures: None)
 
 
 def steady(*means: float) -> Callable[[int, int], Sequence[float]]:
-    return lambda setting, count: [means[setting], *[means[setting]] * (count - 1)]
+    """Scores of these means, which vary by a point."""
+    return lambda setting, count: [means[setting] + (0.01, -0.01)[at % 2] for at in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,11 @@ def test_the_search_ends_near_the_aim_or_says_that_nothing_qualifies(
     assert all(one.score == pytest.approx(100 * means[one.setting]) for one in seen)
 
 
+def test_a_score_that_never_varies_does_not_qualify() -> None:
+    chosen, seen = search(range(3), lambda setting, count: [(1.0, 0.75, 0.5)[setting]] * count, 16)
+    assert chosen is None and [one.setting for one in seen] == [1, 2]
+
+
 @pytest.mark.parametrize(("near", "tried"), [(3, [3]), (4, [3, 4]), (1, [1, 2, 3])])
 def test_the_search_begins_where_another_length_ended(near: int, tried: list[int]) -> None:
     found, seen = search(range(5), steady(1.0, 1.0, 1.0, 0.8, 0.1), 16, near)
@@ -74,7 +80,7 @@ def test_the_search_begins_where_another_length_ended(near: int, tried: list[int
 def test_a_setting_that_leaves_the_range_on_all_prompts_gives_way_to_the_next_nearest() -> None:
     def scores(setting: int, count: int) -> list[float]:
         half, rest = {0: (1.0, 1.0), 1: (0.92, 0.92), 2: (0.7, 0.1)}.get(setting, (0.0, 0.0))
-        return ([half] * 8 + [rest] * 8)[:count]
+        return ([half, half - 0.01] * 4 + [rest] * 8)[:count]
 
     chosen, seen = search(range(5), scores, 16)
     assert chosen is None and [(one.setting, one.n) for one in seen] == [(2, 16)]
@@ -153,7 +159,10 @@ def test_a_run_takes_the_settings_that_it_names_and_leaves_out_what_did_not_qual
 def test_a_run_with_settings_of_its_own_is_verified_at_the_lengths_it_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Grader, "_score", lambda _, planned: 0.75 * (planned.sample.meta["length"] == 512))
+    def score(_: Grader, planned: PlannedSample) -> float:
+        return (planned.sample.meta["length"] == 512) * (0.5 if planned.sample.id.endswith("0") else 0.75)
+
+    monkeypatch.setattr(Grader, "_score", score)
     lengths = ("--lengths", "512,1024")
     assert call(*CALIBRATE, *lengths, "--tasks", "graded/keys_all", "--out", tmp_path) == 0
     out = tmp_path / "run"

@@ -82,7 +82,17 @@ def test_the_first_night_becomes_the_baseline(first: Path) -> None:
     assert (about["board"], about["version"], about["samples"]) == ("tiny", 1, 6)
     assert about["machine_class"].startswith("cpu, ") and ", float32, torch " in about["machine_class"]
     stem = only(first / "published", "*.json").stem
-    ends = {".md", ".csv", ".tasks.csv", ".summary.csv", ".rivals.csv", ".samples.csv", ".json", ".report.md"}
+    ends = {
+        ".md",
+        ".csv",
+        ".tasks.csv",
+        ".summary.csv",
+        ".rivals.csv",
+        ".visible.csv",
+        ".samples.csv",
+        ".json",
+        ".report.md",
+    }
     assert set(published) == {stem + end for end in ends}
     assert published[f"{stem}.report.md"].startswith(
         b"# tiny: new series: compared with no night, this one becomes its baseline\n"

@@ -5,8 +5,13 @@ from typing import Any
 import pytest
 
 from harness.errors import HarnessError
+from harness.records.record import Record, RunManifest
 from harness.records.spec import MethodSpec, ModelSpec, TaskSpec
+from leaderboards.pages.ranking import ranking
 from leaderboards.stats.aggregate import aggregate
+from leaderboards.stats.comparable import is_own
+from leaderboards.tables.board import heading, to_csv
+from tasks import load_tasks
 from tests.pretend import cell, manifest, only, row
 
 
@@ -84,3 +89,51 @@ def test_a_cell_of_two_runs_is_used_once_and_ok_goes_first() -> None:
     found = row(table, "a", "64")
     assert (found["n_ok"], found["score_points_mean"]) == (2, 75)  # 0.5 of run2, 1.0 of run1
     assert (table.duplicates, table.run_ids) == (2, ("run1", "run2"))
+
+
+PROTOCOLS = {
+    "ruler/vt": "official",
+    "niah/passkey": "passkey",
+    "longbench/kvpress/lcc": "kvpress",
+    "graded/keys_all": "graded",
+    "prose/long": "prose",
+}
+
+
+def _mixed(*tasks: str) -> tuple[list[Record], list[RunManifest]]:
+    """Records of these tasks, of which those of our own have 0 and the others 100 points."""
+    specs = tuple(TaskSpec(name=name, protocol=PROTOCOLS[name]) for name in tasks)
+    run = manifest(tasks=specs)
+    scores = {name: 0.0 if PROTOCOLS[name] == name.partition("/")[0] else 1.0 for name in tasks}
+    return [r for name in tasks for r in cell("a", "64", [scores[name]] * 8, task=name, run_id=run.run_id)], [run]
+
+
+def test_own_tasks_are_never_averaged_with_official_ones() -> None:
+    records, runs = _mixed(*PROTOCOLS)
+    official, own = aggregate(records, manifests=runs)
+    assert (official.axes.division, own.axes.division) == ("official tasks", "own tasks")
+    assert set(official.tasks.task) == {"ruler/vt", "niah/passkey", "longbench/kvpress/lcc"}
+    assert (row(official, "a", "64")["score_points_mean"], row(own, "a", "64")["score_points_mean"]) == (100, 0)
+    assert heading(own).endswith(", own tasks")
+    csv = to_csv([official, own])
+    assert csv.count("official tasks") == csv.count("own tasks") == 1
+    found = ranking([official, own], {})
+    assert [r["cells"]["Division"].shown for r in found["rows"]] == ["official tasks", "own tasks"]
+    assert "Division" in [column.name for column in found["columns"]]
+
+
+def test_tasks_of_one_kind_and_runs_without_a_manifest_share_a_table() -> None:
+    for tasks in (("ruler/vt", "niah/passkey"), ("graded/keys_all", "prose/long")):
+        records, runs = _mixed(*tasks)
+        table = only(records, manifests=runs)
+        assert table.axes.division == "" and "division" not in to_csv([table])
+        assert "Division" not in [column.name for column in ranking([table], {})["columns"]]
+    assert only(_mixed(*PROTOCOLS)[0]).axes.division == ""
+
+
+def test_every_task_of_the_project_is_official_or_names_its_family() -> None:
+    kinds: dict[str, set[bool]] = {}
+    for name, one in load_tasks().items():
+        kinds.setdefault(name.partition("/")[0], set()).add(is_own(TaskSpec(name=name, protocol=one.protocol)))
+    published = {"ruler", "niah", "longbench", "longbench_e"}
+    assert {family for family, found in kinds.items() if found != {family not in published}} == set()

@@ -19,7 +19,7 @@ from leaderboards.stats.aggregate import Table
 from leaderboards.stats.grid import Grid
 from leaderboards.stats.ranks import rank_columns, step_down
 from leaderboards.stats.subject import compare
-from leaderboards.tables.sections import rank_text
+from leaderboards.text import rank_text
 from tests.pretend import cell, only, record, row
 
 

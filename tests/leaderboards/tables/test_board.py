@@ -74,7 +74,14 @@ def test_page_has_header_tables_and_legend() -> None:
     )
     for text in ("samples: 24 of 2 tasks: niah, ruler/vt", "runs: run1", "How to read", "95%", "seed 0", "unweighted"):
         assert text in page
-    main, tasks, ranks, *smallest, tails, ruler = tables_of(page)
+    main, tasks, visible, ranks, *smallest, tails, ruler = tables_of(page)
+    assert [line.split("|")[1].strip() for line in visible[2:]] == [
+        "niah",
+        "ruler/vt",
+        "niah (family)",
+        "ruler (family)",
+        "all tasks",
+    ]
     assert main[0].split()[1] == "budget" and "ruler/vt" in tasks[0]
     assert "unknown" in ruler[0]  # pretend records have no length
     assert len(main) == len(tasks) == len(tails) == len(ruler) == len(METHODS) + 2
@@ -156,8 +163,8 @@ def test_text_from_outside_breaks_no_table(
     tables = aggregate(records, subject=f"m{method}")
     page, *csvs = (path.read_text() for path in write_board(tables, tmp_path_factory.getbasetemp(), "b"))
     blocks = tables_of(page)
-    assert [len(block) for block in blocks[-3:]] == [4, 4, 4]  # tasks, ranks and averages of the variant
-    assert len(blocks) == 5 and len(csvs) == 4  # the ranking and the rivals too
+    assert [len(block) for block in blocks[-3:]] == [7, 4, 4]  # visible, ranks and averages of the variant
+    assert len(blocks) == 6 and len(csvs) == 5  # the ranking, the tasks and the rivals too
     for block in blocks:  # GitHub splits at pipes that no backslash escapes
         assert len({line.replace("\\\\", "").replace("\\|", "").count("|") for line in block}) == 1
     for text in (page, to_terminal(tables), *csvs):
@@ -181,7 +188,7 @@ def test_csv_is_complete_and_numeric() -> None:
 def test_the_other_csv_files_are_complete_and_numeric(tmp_path: Path) -> None:
     """Two tables of which one has no averages."""
     tables = aggregate(board(["niah", "longbench/lcc"]) + board(["stdlib/next_line"], query="agnostic", run_id="run2"))
-    tasks, frame = map(pd.read_csv, write_board(tables, tmp_path, "b")[2:])
+    tasks, frame = map(pd.read_csv, write_board(tables, tmp_path, "b")[2:4])
     assert len(tasks) == 3 * len(METHODS)
     row = tasks[(tasks.method == "h2o") & (tasks.task == "niah")].iloc[0]
     assert [row[c] for c in ("model", "query", "seed", "budget", "n_ok")] == ["tiny", "aware", 42, "128", 12]
@@ -204,7 +211,8 @@ def test_same_records_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
     first = write_board(aggregate(records), tmp_path / "one", "quick")
     Random(1).shuffle(records)
     second = write_board(aggregate(records), tmp_path / "two", "quick")
-    assert [p.name for p in first] == ["quick.md", "quick.csv", "quick.tasks.csv", "quick.summary.csv"]
+    kinds = ("md", "csv", "tasks.csv", "summary.csv", "visible.csv", "closed.csv")
+    assert [p.name for p in first] == [f"quick.{kind}" for kind in kinds]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     assert b"first error: error 0" in first[0].read_bytes()
 

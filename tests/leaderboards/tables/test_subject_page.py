@@ -17,6 +17,8 @@ from tests.pretend import manifest, only
 FAST = "--model tiny --dtype float32 --device cpu --nll-tokens 8 --budgets 32 --tasks stdlib/next_line --lengths 512"
 CONFIG = 'methods = ["fullkv", "streamingllm@paper", "snapkv@kvcf"]\n'
 
+FILES = ["b.md", "b.csv", "b.tasks.csv", "b.summary.csv", "b.visible.csv", "b.closed.csv"]
+
 
 def test_page_terminal_and_csv_have_the_section(tmp_path: Path) -> None:
     records = [r for m, n in (("mine", 1.0), ("other", 2.25), ("fullkv", 0.5)) for r in scored(m, "ruler/vt", [n] * 20)]
@@ -31,7 +33,7 @@ def test_page_terminal_and_csv_have_the_section(tmp_path: Path) -> None:
     }  # fmt: skip
     assert every["family"] == ALL and "loss" not in sections(table)[score]
     pages = write_board([table], tmp_path, "b")
-    assert [p.name for p in pages] == ["b.md", "b.csv", "b.tasks.csv", "b.summary.csv", "b.rivals.csv"]
+    assert [p.name for p in pages] == [*FILES, "b.rivals.csv"]
     page, text = pages[0].read_text(), to_terminal([table])
     assert f"### {nll}\n\n| budget " in page and "favours it" in page
     frame = pd.read_csv(pages[-1])
@@ -44,7 +46,7 @@ def test_page_terminal_and_csv_have_the_section(tmp_path: Path) -> None:
 def test_without_a_subject_nothing_changes(tmp_path: Path) -> None:
     plain, asked = aggregate(small()), aggregate(small(), subject="mine")
     pages = write_board(plain, tmp_path, "b")
-    assert [p.name for p in pages] == ["b.md", "b.csv", "b.tasks.csv", "b.summary.csv"]
+    assert [p.name for p in pages] == FILES
     page = pages[0].read_text()
     assert "against" not in page
     parts = to_markdown(asked, title="b").split("\n### ")
