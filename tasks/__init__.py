@@ -16,6 +16,7 @@ FAMILIES = (
     "instructions",
     "graded",
     "turns",
+    "long",
 )
 
 

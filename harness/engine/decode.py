@@ -26,11 +26,15 @@ CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any ba
 
 @dataclass
 class Generated:
-    """What one row produced. kv_bytes_end, stored_bytes_end: live and stored after the last token that was fed."""
+    """What one row produced. kv_bytes_end, stored_bytes_end: live and stored after the last token that was fed.
+
+    byte_steps: the sum of what was stored when each token was picked, end-of-text too.
+    """
 
     tokens: list[int] = field(default_factory=list)
     kv_bytes_end: int = 0
     stored_bytes_end: int = 0
+    byte_steps: int = 0
     done: bool = False
 
 
@@ -146,6 +150,9 @@ class Decoding:
             if count < limits.min_new_tokens:
                 logits[:, eos] = float("-inf")
             picked: list[int] = logits.max(dim=-1).indices.tolist()  # on a CPU faster than argmax
+            stored = map(sum, zip(*(cache.stored for cache in self.caches), strict=True))
+            for result, held in zip(active, stored, strict=True):
+                result.byte_steps += 0 if result.done else held
             for row, token in enumerate(picked):
                 self._take(row, active[row], token, limits)
             left = [row for row, result in enumerate(active) if not result.done]

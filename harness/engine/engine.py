@@ -178,6 +178,7 @@ class Engine:
             outcome = run.outcome
             outcome.token_ids, outcome.nll_per_token = tuple(result.tokens), tuple(own)
             outcome.kv_bytes_end, outcome.stored_bytes_end = result.kv_bytes_end, result.stored_bytes_end
+            outcome.byte_steps = result.byte_steps
             outcome.decode_s, outcome.decode_rows = seconds, len(runs)
             if not all(map(math.isfinite, own)):
                 outcome.fail("the answer's log-likelihood is not a finite number; try --dtype float32")

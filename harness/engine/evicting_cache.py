@@ -33,11 +33,19 @@ class _Batch(EvictingRow):
     """Rows of one policy, budget and number of slots, in one KV: they are asked, and evict, at once."""
 
     rows: list[int] = field(default_factory=list)  # ascending; B of the KV
+    measured: int | None = field(default=None, init=False)  # bytes of each row; None once memory came or went
 
     @property
     def held(self) -> KV | Packed:
         """What is held between two steps."""
         return self.kv
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that are allocated for each row between two steps."""
+        if self.measured is None:
+            self.measured = storage_bytes(tensors_of(self.held)) // len(self.rows)
+        return self.measured
 
     def free(self) -> Tensor:
         """Return an empty slot of each head: [B, H, 1]. Raises PolicyError when there is none to be had."""
@@ -47,7 +55,7 @@ class _Batch(EvictingRow):
         if not self.more:
             raise self._full()
         step = min(self.more, room_step(self.kv.positions.shape[2]))
-        self.kv, self.more = with_room(self.kv, step), self.more - step
+        self.kv, self.more, self.measured = with_room(self.kv, step), self.more - step, None
         return self.kv.positions.min(dim=-1, keepdim=True).indices
 
     def close(self) -> None:
@@ -59,7 +67,7 @@ class _Batch(EvictingRow):
 
     def rewind(self, mark: Any) -> None:
         """Go back to a state."""
-        self.kv, self.more = mark
+        (self.kv, self.more), self.measured = mark, None
 
     def _full(self) -> PolicyError:
         return PolicyError(f"{type(self.policy).__name__} left no slot for the next token; after_step must free one")
@@ -71,7 +79,7 @@ class _Unlike(_Batch):
     def __init__(self, row: EvictingRow, number: int) -> None:
         super().__init__(row.policy, row.budget, row.kv, row.more, [number])
         columns = row.kv.positions.shape[2]
-        self.close()
+        self._packed = self._pack()
         empty = columns - max(self._packed.sizes) + row.more
         self._most = [size + empty for size in self._packed.sizes]  # slots of each head, the next token's too
 
@@ -86,15 +94,21 @@ class _Unlike(_Batch):
         return self.kv.positions.min(dim=-1, keepdim=True).indices
 
     def close(self) -> None:
-        packed = pack(self.kv, 0)
-        assert isinstance(packed, Packed)
-        self._packed, self.kv = packed, self.kv.take(self.kv.positions[..., :0].long())
+        before, self._packed = self._packed.sizes, self._pack()
+        if self._packed.sizes != before:
+            self.measured = None
 
     def mark(self) -> Any:
         return self._packed
 
     def rewind(self, mark: Any) -> None:
-        self._packed = mark
+        self._packed, self.measured = mark, None
+
+    def _pack(self) -> Packed:
+        packed = pack(self.kv, 0)
+        assert isinstance(packed, Packed)
+        self.kv = self.kv.take(self.kv.positions[..., :0].long())
+        return packed
 
 
 class EvictingRows(DecodingLayer):
@@ -178,6 +192,11 @@ class EvictingRows(DecodingLayer):
     def stored_bytes(self, row: int) -> int:
         batch = self._batch_of(row)
         return storage_bytes(tensors_of(batch.held)) // len(batch.rows)
+
+    @property
+    def stored(self) -> list[int]:
+        found = {row: batch.row_bytes for batch in self.batches for row in batch.rows}
+        return [found[row] for row in range(len(found))]
 
     def _batch_of(self, row: int) -> _Batch:
         for batch in self.batches:

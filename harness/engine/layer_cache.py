@@ -53,6 +53,11 @@ class DecodingLayer(LayerCache):
     def stored_bytes(self, row: int) -> int:
         """Bytes that are allocated for a row, in company as alone: what lives, room for tokens to come, its index."""
 
+    @property
+    @abstractmethod
+    def stored(self) -> list[int]:
+        """`stored_bytes` of every row, kept up as memory is added, so that it may be asked for after every token."""
+
 
 INDEX_BYTES = 8  # of an entry of a batch whose entries do not stand part after part: two int32
 

@@ -61,14 +61,15 @@ class _Group:
         """Tokens that fit after the slots that the policies left."""
         return self.keys.shape[2] - self.plain
 
-    def resize(self, grown: int, room: int) -> None:
-        """Copy what it holds to memory for `room` tokens. grown: those that came."""
-        used = self.plain + grown
+    def resize(self, grown: int, room: int) -> int:
+        """Copy what it holds to memory for `room` tokens; bytes that each stream has more. grown: tokens that came."""
+        used, before = self.plain + grown, self.stream_bytes()
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(*old.shape[:2], self.plain + room, old.shape[3])
             new[:, :, :used] = old[:, :, :used]
             setattr(self, name, new)
+        return self.stream_bytes() - before
 
     def tokens(self, start: int, grown: int) -> Tensor:
         """The token of every slot: [n, 1, size + grown] int32. start: the first one that came later."""
@@ -119,12 +120,13 @@ class GrowingRows(DecodingLayer):
         implied = [is_implied(kv, position, window=window) for kv in rows]
         shapes = [_shapes(*own) for own in zip(rows, steps, implied, strict=True)]
         self._hold(_groups(rows, shapes, self._room))
+        self._stored = [self.stored_bytes(row) for row in range(len(rows))]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         grown, new = self.position - self.start, keys.shape[2]
         for group in self.groups:
             if grown + new > group.room:
-                group.resize(grown, max(grown + new, self._room(group.step)))
+                self._resize(group, grown, max(grown + new, self._room(group.step)))
         for group, k, v in zip(self.groups, self._split(keys), self._split(values), strict=True):
             group.keys.narrow(2, group.plain + grown, new).copy_(k)
             group.values.narrow(2, group.plain + grown, new).copy_(v)
@@ -150,11 +152,12 @@ class GrowingRows(DecodingLayer):
         for group in self.groups:
             room = self._room(group.step)
             if group.room > room:
-                group.resize(mark - self.start, room)
+                self._resize(group, mark - self.start, room)
 
     def keep(self, rows: Sequence[int]) -> None:
         number = {row * self.heads + h: new * self.heads + h for new, row in enumerate(rows) for h in range(self.heads)}
         self.kept_bytes, self.extra = [self.kept_bytes[row] for row in rows], [self.extra[row] for row in rows]
+        self._stored = [self._stored[row] for row in rows]
         kept = []
         for group in self.groups:
             at = [i for i, stream in enumerate(group.streams) if stream in number]
@@ -173,6 +176,15 @@ class GrowingRows(DecodingLayer):
         index = 0 if own == alone else INDEX_BYTES * self.heads
         streams = sum(self.groups[group].stream_bytes() for group in own)
         return streams + index + storage_bytes(self.extra[row].values())
+
+    @property
+    def stored(self) -> list[int]:
+        return self._stored
+
+    def _resize(self, group: _Group, grown: int, room: int) -> None:
+        more = group.resize(grown, room)
+        for stream in group.streams:
+            self._stored[stream // self.heads] += more
 
     def _room(self, step: int) -> int:
         """Tokens to have memory for now, those that came included. step: of a group."""

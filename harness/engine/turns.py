@@ -6,7 +6,7 @@ after every answer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harness.engine.again import Noted, compress_again
 from harness.engine.compress import Compressed
@@ -73,10 +73,10 @@ def converse(
 
 
 def joined(answers: Sequence[Generated]) -> Generated:
-    """All answers as one; its bytes are those at the end."""
-    last = answers[-1]
+    """All answers as one; its bytes at the end are the last one's."""
     tokens = [token for answer in answers for token in answer.tokens]
-    return Generated(tokens, last.kv_bytes_end, last.stored_bytes_end, done=True)
+    steps = sum(answer.byte_steps for answer in answers)
+    return replace(answers[-1], tokens=tokens, byte_steps=steps)
 
 
 def _stored(left: Compressed) -> int:

@@ -91,6 +91,7 @@ class Outcome:
     kv_bytes_end: int = 0
     stored_bytes: int = 0
     stored_bytes_end: int = 0
+    byte_steps: int | None = None
     asked_bytes: int = 0
     full_bytes: int = 0
     token_ids: tuple[int, ...] = ()

@@ -23,6 +23,13 @@ class Timed(NamedTuple):
     peak_bytes: int
 
 
+class Decoded(NamedTuple):
+    """What boards need of a long answer: tokens generated, and `Record.byte_steps`."""
+
+    tokens: int
+    byte_steps: int | None
+
+
 class BoardRecord(NamedTuple):
     """A record in short. Fields up to `accelerator` are those of `Record`, by name; it compares as a tuple."""
 
@@ -57,6 +64,7 @@ class BoardRecord(NamedTuple):
     known: bool  # whether `Record.meta` had any field
     timed: Timed | None
     beside: dict[str, float]  # the other `metrics`, in [0, 1]; shared, never changed
+    decoded: Decoded | None  # of answers whose metrics tell whether they `ended`
 
     @property
     def key(self) -> Key:
@@ -89,6 +97,7 @@ class Shortener:
             bool(record.meta),
             None if m is None else Timed(m.ttft_s.median, m.tpot_s.median, m.tokens_per_s, m.peak_bytes),
             self._besides.setdefault(repr(beside), beside),
+            Decoded(len(record.token_ids), record.byte_steps) if "ended" in beside else None,
         )
         return BoardRecord._make((*same, *own))
 

@@ -48,6 +48,7 @@ class Record(Frozen):
     kv_bytes_end: int = 0  # the same after the last decoded token
     stored_bytes: int = 0  # right after compression: all that is allocated for it; 0: not measured (old records)
     stored_bytes_end: int = 0  # the same after the last decoded token, room for further ones included
+    byte_steps: int | None = None  # sum of what was stored at each token picked, end-of-text too; None: not measured
     asked_bytes: int = 0  # what the budget allows: slots with their positions, sliding-window layers at their own size
     full_bytes: int = 0  # the uncompressed cache of the same tokens, which needs no positions
     needle_tokens: int = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none

@@ -39,6 +39,7 @@ from leaderboards.stats.closed import closed
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.floors import floors
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
+from leaderboards.stats.lengths import lengths
 from leaderboards.stats.observing import observe_columns
 from leaderboards.stats.pareto import FRONTS, fronts
 from leaderboards.stats.processors import Elsewhere, elsewhere
@@ -70,7 +71,7 @@ class Table:
 
     summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
-    runs; one of each is used. elsewhere: the same sweep on other processors. floors, closed, visible: as the
+    runs; one of each is used. elsewhere: the same sweep on other processors. floors, closed, visible, lengths: as the
     modules of these names make them.
     """
 
@@ -89,6 +90,7 @@ class Table:
     floors: pd.DataFrame = field(default_factory=pd.DataFrame)
     closed: pd.DataFrame = field(default_factory=pd.DataFrame)
     visible: pd.DataFrame = field(default_factory=pd.DataFrame)
+    lengths: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 TableRow = Mapping[Any, Any]
@@ -159,7 +161,8 @@ def _table(
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
     made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
-    return Table(*made, floors=floors(grid), closed=closed(grid), visible=visible(grid, ranking))
+    seen, decoded = visible(grid, ranking), lengths(grid, order)
+    return Table(*made, floors=floors(grid), closed=closed(grid), visible=seen, lengths=decoded)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import HarnessError
-from harness.records.board_record import BoardRecord, board_records
+from harness.records.board_record import BoardRecord, Decoded, board_records
 from harness.records.board_record import needle_percent as needle_percent
 from harness.records.record import CellKey, Memory, Record
 from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate, Mask
@@ -16,6 +16,8 @@ from leaderboards.stats.comparable import FULL, STATUSES
 
 MEASURED = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
 """What `Record.measured` adds; of seconds the median."""
+DECODED = Decoded._fields
+"""What is known of long answers."""
 Wanted = tuple[CellKey, str, CellKey | None]
 """An estimate: of a cell, of what, and which cell is subtracted."""
 
@@ -61,14 +63,15 @@ class Grid:
         self._estimates: dict[Wanted, Estimate] = {}
 
     def values(self, cell: CellKey, what: str) -> Array:
-        """[S]: `score` or `metrics.NAME` (0-100), `needle` (% still cached), one of `MEASURED` or a numeric field.
+        """[S]: `score` or `metrics.NAME` (0-100), `needle` (% still cached), a number, of `MEASURED` or `DECODED`.
 
         NaN where the cell is not ok. Raises HarnessError when an ok record has no score.
         """
         if (cell, what) not in self._values:
             read: Callable[[Any], float | None] = _reader(what)
             own = [r if r is not None and r.status == "ok" else None for r in self.cells[cell]]
-            rows = [None if r is None else r.timed for r in own] if what in MEASURED else own
+            part = "timed" if what in MEASURED else "decoded" if what in DECODED else None
+            rows = own if part is None else [None if r is None else getattr(r, part) for r in own]
             self._values[cell, what] = np.array([None if r is None else read(r) for r in rows], dtype=np.float64)
         return self._values[cell, what]
 

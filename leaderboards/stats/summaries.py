@@ -24,7 +24,8 @@ import pandas as pd
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import Array, Indexes, Mask
-from leaderboards.stats.comparable import FULL, STATUSES
+from leaderboards.stats.comparable import STATUSES
+from leaderboards.stats.eligible import REFERENCE
 from leaderboards.stats.grid import Grid
 
 ENGLISH: Mapping[str, tuple[str, ...]] = {
@@ -231,8 +232,8 @@ def _bias(grid: Grid, first: Mask, last: Mask) -> Iterator[Mean]:
     both = first | last
     factors = both.sum() * (first / first.sum() - last / last.sum())
     yield Mean("first - last", both, factors=factors)
-    if (reference := ("fullkv", FULL)) in grid.cells:
-        yield Mean("more than fullkv's", both, factors=factors, minus=reference)
+    if REFERENCE in grid.cells:
+        yield Mean("more than fullkv's", both, factors=factors, minus=REFERENCE)
 
 
 def _natural(name: str) -> tuple[int, str, int]:

@@ -75,6 +75,13 @@ CLOSED = (
     "decoding; within 1 % they share a place. not told: the interval straddles the floor; out: all of it is below. "
     f"Nothing is told with fewer than {CONTEXTS} named contexts in a task.",
 )
+LONG = (
+    "long outputs: of tasks that tell whether an answer ended. length / fullkv: tokens generated, by those of the "
+    f"uncompressed cache on the same prompts, with its {LEVEL:.0%} interval; ratio of the means of a task, geometric "
+    "mean over tasks; above 1 is longer. ended %: answers that came to their end before the token limit. until error "
+    "%, right %: steps right before the first error, and in all. end MiB: stored after the last token. cost / fullkv: "
+    "bytes x steps, what is stored at each token summed over all, as a ratio like the length.",
+)
 SUMMARIES = (
     "averages by protocol: 0-100, mean ± half of its interval. (13 of 16): the mean of the 13 tasks there are, of 16 "
     "that belong to it; (n 180/200): of 180 samples, of 200 that are expected of every method at that budget. Such "
@@ -122,6 +129,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         *(SMALLEST if any(len(table.floors) for table in tables) else ()),
         *(VISIBLE if any(len(table.visible) for table in tables) else ()),
         *(CLOSED if any(len(table.closed) for table in tables) else ()),
+        *(LONG if any(len(table.lengths) for table in tables) else ()),
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
         *(RIVALS if any(len(table.rivals) for table in tables) else ()),

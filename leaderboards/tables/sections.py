@@ -9,7 +9,7 @@ from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
 from leaderboards.tables.visible import TITLE, visible_frame
-from leaderboards.text import KEYS, clean, estimate, half_width, interval, keys, number, rank_text
+from leaderboards.text import KEYS, MIB, clean, estimate, half_width, interval, keys, number, rank_text
 
 FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "under_budget": "l"}
 FLAGS |= {"few": "w", "unknown": "u"}
@@ -30,6 +30,8 @@ def sections(table: Table) -> dict[str, pd.DataFrame]:
         )
     for floor, rows in table.floors.groupby("floor") if len(table.floors) else ():
         found[f"Smallest cache that keeps {floor} % of fullkv, in % of its bytes"] = _floor_frame(rows)
+    if len(table.lengths):
+        found["Long outputs"] = pd.DataFrame([_length_texts(row) for row in table.lengths.to_dict("records")])
     if worst.is_known(table.rows):
         found["Tail failures"] = pd.DataFrame([_tail_texts(row) for row in table.rows.to_dict("records")])
     for title, rows in table.summaries.groupby("title", sort=False):
@@ -80,6 +82,19 @@ def _floor_text(row: TableRow) -> str:
 
     ends = "" if math.isnan(row["low"]) else f" [{told(row['low'])}, {told(row['high'])}]"
     return told(row["percent"]) + ends
+
+
+def _length_texts(row: TableRow) -> dict[str, str]:
+    return {
+        **keys(row),
+        "length / fullkv": estimate(row, "inflation", digits=2),
+        "ended %": number(row["ended"]),
+        "until error %": number(row["until"]),
+        "right %": number(row["right"]),
+        "end MiB": number(row["stored_bytes_end"] / MIB, digits=2),
+        "cost / fullkv": estimate(row, "cost", digits=2),
+        "n": str(row["n"]),
+    }
 
 
 def _summary_frame(rows: pd.DataFrame) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from methods.registry import load_methods, make_policy
 
 LAYERS, HEADS, GROUP, DIM, NEW = 4, 2, 2, 16, 7
 SLOT = 2 * DIM * 4  # bytes of one slot of one head
-SAME_BYTES = ("kv_bytes", "kv_bytes_end", "stored_bytes", "stored_bytes_end", "asked_bytes", "full_bytes")
+SAME_BYTES = ("kv_bytes", "kv_bytes_end", "stored_bytes", "stored_bytes_end", "byte_steps", "asked_bytes", "full_bytes")
 NO_END = Limits(NEW, frozenset())
 LABELS = [
     label

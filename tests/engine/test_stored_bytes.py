@@ -70,6 +70,7 @@ def test_nothing_that_a_row_holds_is_hidden(model: AttachedModel, label: str) ->
         for token in range(20, 30):
             decoding.step([token])
             assert decoding.stored_bytes(0) == reachable(decoding.caches) >= decoding.nbytes(0)
+            assert decoding.stored_bytes(0) == sum(cache.stored[0] for cache in decoding.caches)
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -87,6 +88,35 @@ def test_a_row_stores_at_most_a_tenth_more_than_it_fills(model: AttachedModel, l
     for token in range(20, 20 + NEW):
         decoding.step([token])
         assert decoding.stored_bytes(0) <= 1.10 * decoding.nbytes(0), token
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_byte_steps_are_the_sum_of_what_is_stored_at_each_token(model: AttachedModel, label: str) -> None:
+    policy = make_policy(label)
+    cell = Cell(policy, Budget(tokens=BUDGET) if policy.budgeted else None)
+    answer = list(range(30, 70))  # its likelihood is measured first, and the row goes back
+    [outcome] = Engine(model).run(Prompt(IDS, TOKENS - 20, answer, Limits(NEW, frozenset())), [cell])
+    decoding = Decoding.of(model, [compressed(model, label)], again=True, room=1 + NEW)
+    decoding.answer_nll(decoding.feed(IDS[-1:]), answer)
+    held = [reachable(decoding.caches)]
+    for token in outcome.token_ids[:-1]:
+        decoding.step([token])
+        held.append(reachable(decoding.caches))
+    assert len(held) == NEW and outcome.byte_steps == sum(held)
+    assert outcome.stored_bytes_end == held[-1]
+
+
+def test_byte_steps_of_a_row_end_with_it_whatever_its_company(model: AttachedModel) -> None:
+    labels = ["fullkv", "snapkv", "headkv", "h2o@paper", "streamingllm@paper", "tova@paper"]
+    cells = [Cell(p, Budget(tokens=BUDGET) if p.budgeted else None) for p in map(make_policy, labels)]
+    plain = Engine(model).run(Prompt(IDS, TOKENS - 20, (), Limits(NEW, frozenset())), cells)
+    ends = frozenset(outcome.token_ids[5 + 9 * at] for at, outcome in enumerate(plain))  # rows end one after another
+    prompt = Prompt(IDS, TOKENS - 20, (), Limits(NEW, ends))
+    together = Engine(model).run(prompt, cells)
+    assert len({len(outcome.token_ids) for outcome in together}) > 2
+    for cell, outcome in zip(cells, together, strict=True):
+        [alone] = Engine(model).run(prompt, [cell])
+        assert (outcome.byte_steps, outcome.token_ids) == (alone.byte_steps, alone.token_ids)
 
 
 @pytest.mark.parametrize("room", [None, 64])

@@ -58,6 +58,10 @@ DRAWN = {
     "graded/copying_letters": "23be398193bfe7f6eb7a07af357e15f407e879bed911166ba30e2331524ec6b4",
     "turns/facts": "5ea2bc1d2b6750f31d23da116301adcb097a93ba87d13bb752acd6d40baad055",
     "turns/told": "06e764f4287282e489d9cb83881b60cfeb5d2af121bae7b2137a17d3747e4c70",
+    "long/table": "d49c7498aa4c2e0f2e32831ec5f81a7ea6d393e476b6a92733b4eea6c843d06e",
+    "long/list": "bf7b8659a56677d6bbb5ebae9452835b19fc5fdc22ec700dc9977a8297b54169",
+    "long/sums": "5ecbe39153fbd46b601b1827992654d27bf789cb2f309f9d2a94a98be50e5284",
+    "long/state": "fc561ac7db4f90d5acf1cec7de389406a9155956636fa8c7bdf8ca191b2082aa",
 }
 REAL = {
     "niah/snapkv": "1469db3482211ef4aa39d94b5ba7d62cc66318676bb2db8c1a2aa43aa6343d1e",
@@ -77,7 +81,7 @@ def test_every_generated_task_has_a_digest() -> None:
     made = {name for name in load_tasks() if name.startswith(("ruler/", "niah/", "prose/"))}
     assert SMALL.keys() | PROSE.keys() == made
     again = "turns/again/"  # the samples of `turns`
-    own = {name for name in load_tasks() if name.startswith(("graded/", "instructions/", "turns/"))}
+    own = {name for name in load_tasks() if name.startswith(("graded/", "instructions/", "turns/", "long/"))}
     own = {name for name in own if not name.startswith(again)}
     assert DRAWN.keys() == own
     assert (len(SMALL), len(PROSE)) == (len(RULER) + 3, 2)
