@@ -161,8 +161,8 @@ def _table(
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
     made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
-    more = {"floors": floors(grid), "closed": closed(grid), "visible": visible(grid, ranking)}
-    return Table(*made, **more, lengths=lengths(grid, order))
+    seen, decoded = visible(grid, ranking), lengths(grid, order)
+    return Table(*made, floors=floors(grid), closed=closed(grid), visible=seen, lengths=decoded)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

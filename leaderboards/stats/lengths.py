@@ -16,7 +16,7 @@ import pandas as pd
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import MIN_PAIRS, Array, Mask, Request, percentiles
-from leaderboards.stats.floors import REFERENCE
+from leaderboards.stats.eligible import REFERENCE
 from leaderboards.stats.grid import Grid
 
 MEANS = {"ended": "metrics.ended", "until": "score", "right": "metrics.right", "stored_bytes_end": "stored_bytes_end"}
