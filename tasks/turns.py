@@ -121,7 +121,7 @@ class Conversation(Task):
     def __init__(self, name: str, *, again: bool = False) -> None:
         self.lane, self.again = f"turns/{name}", again
         self.name = f"turns/again/{name}" if again else self.lane
-        self.protocol = "again" if again else "turns"
+        self.protocol = "turns/again" if again else "turns"
         self.about = About("own, text of the pool", "1", "Apache-2.0", self.metric, CONTEXTS)
 
     def ask(self, draw: Random) -> tuple[list[Fact], list[Ask]]:

@@ -71,8 +71,8 @@ def split_by_axes(
 
 
 def is_own(task: TaskSpec) -> bool:
-    """Whether a task follows no protocol but our own, which has the name of its family."""
-    return task.protocol == task.name.partition("/")[0]
+    """Whether a task follows no protocol but our own, which begins with the name of its family."""
+    return task.protocol.partition("/")[0] == task.name.partition("/")[0]
 
 
 def _divisions(axes: Axes, records: list[AnyRecord], own: Collection[tuple[str, str]]) -> dict[Axes, list[AnyRecord]]:

@@ -19,7 +19,9 @@ from harness.errors import HarnessError
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import find_runs, load_run, write_text
 
-LISTS = frozenset({"answers", "token_ids", "kept_slots", "needle_kept", "notes", "metrics", "meta", "measured"})
+LISTS = frozenset(
+    {"answers", "token_ids", "turn_tokens", "kept_slots", "needle_kept", "notes", "metrics", "meta", "measured"}
+)
 SCALARS = tuple(name for name in Record.model_fields if name not in LISTS)
 TIMES = ("prefill_s", "observe_s", "compress_s", "ttft_s", "tpot_s")
 PLAIN = ("tokens", "batch", "new_tokens", "tokens_per_s", "model_bytes", "peak_bytes", "predicted_bytes")

@@ -166,7 +166,7 @@ def test_bad_input_of_other_commands(tmp_path: Path, capsys: Captured) -> None:
         (("dance",), "'dance'"),
         ((), "COMMAND"),
         (("run", "--config", tmp_path / "empty.toml"), "no methods asked for"),
-        (("run", "--config", "quikc"), "packaged boards: baselines, compilerkv, compilerkv-longbench, longbench-8k"),
+        (("run", "--config", "quikc"), "packaged boards: baselines, compilerkv, compilerkv-longbench, graded"),
         ((*RUN, "--out", tmp_path / "empty.toml"), "cannot write"),
     ]
     for arguments, says in bad:
