@@ -61,7 +61,7 @@ def test_a_context_hides_its_facts_in_a_text_of_its_own_that_fills_the_length(na
 def test_both_protocols_have_the_same_samples(name: str, drawn: TaskOptions) -> None:
     again = TASKS[name.replace("turns/", "turns/again/")]
     assert (TASKS[name].again, again.again) == (False, True)
-    assert (TASKS[name].protocol, again.protocol) == ("turns", "again")
+    assert (TASKS[name].protocol, again.protocol) == ("turns", "turns/again")
     assert draw_samples(again.name, drawn) == draw_samples(name, drawn)
     assert again.provenance(drawn) == TASKS[name].provenance(drawn)
     other = draw_samples(name, replace(drawn, seed=4))
