@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.contract import HEADS, LAYERS, PLAIN, make_view
-from methods.base import KV, Needs, PolicyError, PromptView
+from methods.base import KV, EvictionPolicy, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
 from methods.protect import PRESETS
 from methods.random import RandomEviction
@@ -58,11 +58,12 @@ def test_the_rest_are_the_best_of_the_others_by_the_scores_of_the_whole_prompt(o
     """Without pooling and a window of its own the choice is a sort of the whole prompt's scores."""
     changed = {"h2o": {"recent_share": 0.0}, "tova": {}, "snapkv": {"kernel": 1, "recent": 1}}.get(over, {"kernel": 1})
     inner = make_policy(over, {**changed, **({"recent": 1} if over == "adakv" else {})})
+    assert isinstance(inner, EvictionPolicy)
     policy = make_policy("protect", {"over": over})
     object.__setattr__(policy, "inner", inner)
     view = view_of(inner.needs)
     for layer, kv in zip(view.layers, policy.compress(view, 20), strict=True):
-        scores = inner.score(layer)[0]  # type: ignore[attr-defined]
+        scores = inner.score(layer)[0]
         fixed = {TOKENS - 1} if getattr(inner, "recent", 0) else set()
         for head, row in enumerate(kv.positions[0].tolist()):
             rest = {at for at in row if at >= 0} - set(MARKED) - fixed

@@ -13,13 +13,15 @@ from tasks.base import TASKS, Grades, Sample, TaskError, TaskOptions
 from tasks.graded import scores
 from tasks.graded.family import GradedTask
 from tasks.graded.settings import PACKAGED, find_grades, load_calibration
+from tasks.instructions import RULES
 from tests.overlap import overlaps, prompt
 from tests.task_data import Words, tokens
 
 load_tasks()
 GRADED = [task for task in TASKS.values() if isinstance(task, GradedTask)]
 NAMES = [task.name for task in GRADED]
-CALIBRATION = {
+BY_NAME = dict(zip(NAMES, GRADED, strict=True))
+CALIBRATION: dict[str, Any] = {
     "model": "made",
     "model_revision": "abc",
     "low": 50,
@@ -132,7 +134,7 @@ def test_a_calibration_sets_the_dial_and_is_named(tmp_path: Path, drawn: TaskOpt
     [
         ({"model_revision": "other"}, "was made for made of revision other, this model is abc; calibrate for it"),
         ({"low": "x"}, "is damaged: low: .* got 'x'; calibrate again"),
-        ({"tasks": [{**CALIBRATION["tasks"][0], "chosen": 3}]}, "setting 3 was never tried"),  # type: ignore[index]
+        ({"tasks": [{**CALIBRATION["tasks"][0], "chosen": 3}]}, "setting 3 was never tried"),
     ],
 )
 def test_an_unsound_calibration_is_refused_in_one_line(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_calibration_that_is_not_there_and_a_setting_that_no_dial_has(drawn: T
     with pytest.raises(TaskError, match="no calibration at nowhere: No such file.*harness calibrate-tasks"):
         find_grades("nowhere", "abc")
     with pytest.raises(TaskError, match="numbers 5 at 1024 tokens is no setting; the dial has 1, 2, 3"):
-        samples(TASKS["graded/keys_all"], drawn, 5)  # type: ignore[arg-type]
+        samples(BY_NAME["graded/keys_all"], drawn, 5)
     assert find_grades(None, "no such revision") is None
 
 
@@ -158,7 +160,9 @@ def test_packaged_calibrations_are_of_todays_dials(path: Path) -> None:
     assert grades is not None and grades == find_grades(path.stem, calibration.model_revision)
     assert grades.said["sha256"] == sha256 and grades.settings
     for graded in calibration.tasks:
-        dial = TASKS[graded.task].kind.dial  # type: ignore[attr-defined]
+        dial = BY_NAME[graded.task].kind.dial
         assert (graded.dial, graded.scale) == (dial.name, dial.scale)
         chosen = [tried for tried in graded.tried if tried.setting == graded.chosen]
-        assert all(calibration.low <= tried.score <= calibration.high for tried in chosen)
+        assert all(calibration.low <= tried.score <= calibration.high and tried.error > 0 for tried in chosen)
+    assert {kept.rule for kept in calibration.rules} == {rule.name for rule in RULES}
+    assert grades.rules == tuple(kept.rule for kept in calibration.rules if kept.score >= calibration.low)
