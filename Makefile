@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadgroup
 QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress faults null figures night-power overlap demo docs tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress hostile faults null figures night-power overlap demo docs tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -63,6 +63,9 @@ test-browser: $(READY) model ## the pages in a headless Chromium, where there is
 
 test-cluster: $(READY) model ## the autoscaler with fake nodes, on a Ray cluster of its own
 	$(PYTEST) -m cluster
+
+hostile: $(READY) model ## bad inputs by kind, many more than the suite tries, and how many there were
+	$(PYTEST) -m hostile --hypothesis-profile=many
 
 faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50 --keep docs/measured/faults.json

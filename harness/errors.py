@@ -1,5 +1,6 @@
 """Errors that end a command with one line and exit code 2."""
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -9,8 +10,48 @@ from pydantic import BaseModel, ValidationError
 Options = TypeVar("Options", bound=BaseModel)
 
 
+VALUE_CHARS = 200
+"""Characters of a value in an error line."""
+LINE_CHARS = 1000
+"""Characters of an error line."""
+CUT = "[...]"
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+"""What a terminal obeys, hides or cannot encode: control codes, line breaks, marks of direction, halves of a pair."""
+
+
 class HarnessError(ValueError):
     """Bad input or an unusable environment; the message says what is wrong, the value seen and what to do."""
+
+    def __str__(self) -> str:
+        return line_of(super().__str__())
+
+
+def line_of(text: str) -> str:
+    """A text as one line that a terminal shows as it is: what is unsafe escaped, the middle of a very long one cut."""
+    return _cut(UNSAFE.sub(_escaped, text), LINE_CHARS)
+
+
+def shown(value: object, most: int = VALUE_CHARS) -> str:
+    """A value as an error line shows it: `repr` with what is unsafe escaped, at most `most` characters of it."""
+    if isinstance(value, str | bytes):
+        value = value[: most + 1]  # the rest need not be read
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, a list too deep
+        text = f"<a {type(value).__name__} too large to show>"
+    return _cut(UNSAFE.sub(_escaped, text), most)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
+def _cut(text: str, most: int) -> str:
+    """At most so many characters, from both ends."""
+    if len(text) <= most:
+        return text
+    head = (most - len(CUT)) // 2
+    return text[:head] + CUT + text[len(text) - (most - len(CUT) - head) :]
 
 
 def checked(model: type[Options], given: Mapping[str, Any]) -> Options:
@@ -30,7 +71,7 @@ def one_line(error: ValidationError) -> HarnessError:
     if first["type"] == "value_error":
         return HarnessError(str(first["ctx"]["error"]))
     where = ".".join(map(str, first["loc"]))
-    return HarnessError(f"option {where}: {first['msg']}, got {first['input']!r}")
+    return HarnessError(f"option {where}: {first['msg']}, got {shown(first['input'])}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

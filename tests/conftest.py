@@ -8,15 +8,27 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 from harness.models.assets import asset_folder
 from harness.models.load import LoadedModel, load_model
-from tests import tiny_run
+from tests import hostile, tiny_run
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# the suite tries the same examples each time; `make hostile` more, and others each time
+hypothesis.settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("many", max_examples=150, deadline=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if hostile.TALLY:
+        terminalreporter.write_line("\n".join(hostile.table()))
 
 
 def pytest_configure() -> None:

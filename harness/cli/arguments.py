@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from harness.errors import line_of
+
 RESULTS = Path("results")  # folder of run folders, where none is named
 
 
@@ -11,7 +13,7 @@ class Parser(argparse.ArgumentParser):
     """Ends with one line and exit code 2 for arguments that it cannot take."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"harness: {message}; see `{self.prog} --help`\n")
+        self.exit(2, f"harness: {line_of(message)}; see `{self.prog} --help`\n")
 
 
 def names(text: str) -> tuple[str, ...]:

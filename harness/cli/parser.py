@@ -13,7 +13,9 @@ from typing import Any
 
 from harness import __version__
 from harness.cli.arguments import Parser
-from harness.errors import HarnessError
+from harness.errors import HarnessError, line_of
+from methods.budget import PolicyError
+from tasks.base import TaskError
 
 COMMANDS = {
     "run": "run methods x budgets on tasks, then print the board",
@@ -55,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     action: Callable[[argparse.Namespace, Sequence[str]], int] = args.action
     try:
         return action(args, command)
-    except HarnessError as error:
-        print(f"harness: {error}", file=sys.stderr)
+    except (HarnessError, PolicyError, TaskError) as error:
+        print(f"harness: {line_of(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("harness: interrupted; what is recorded stays, repeat the command to go on", file=sys.stderr)

@@ -48,6 +48,7 @@ class BoardRecord(NamedTuple):
     over_budget: bool
     memory: Memory
     notes: tuple[str, ...]
+    environment_changes: tuple[str, ...]
     prompt_sha256: str
     kv_bytes: int
     kv_bytes_end: int

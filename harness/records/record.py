@@ -36,6 +36,7 @@ class Record(Frozen):
     memory: Memory = "physical"  # simulated: nothing it drops is freed, so bytes, seconds and peaks are no results
     over_budget: bool = False  # stored bytes (live ones of old records) exceed asked bytes by more than 1 %
     notes: tuple[str, ...] = ()  # what a reader must know, such as a degenerate allocation or neutral tables
+    environment_changes: tuple[str, ...] = ()  # since the run's first session, where it was resumed all the same
 
     prompt_tokens: int = 0  # tokens of the whole prompt, chat wrap and answer prefix included
     compressed_tokens: int = 0  # that were cached at compression: the prompt, or its context when query-agnostic

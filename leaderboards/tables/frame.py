@@ -2,8 +2,8 @@
 
 Columns: the scalar fields of `harness.records.record.Record` under their names; `metrics.NAME` in [0, 1], with `score`
 also by itself; `meta.NAME` where it is a scalar; `measured.NAME` of a timed cell, seconds as medians; `needle_percent`;
-`kept_slots` in total; `notes` joined by "; ". Lists (answers, token ids) stay in the records. From the manifest:
-revision, device, protocol, machine, commit, version, and when the run started.
+`kept_slots` in total; `notes` and `environment_changes` joined by "; ". Lists (answers, token ids) stay in the records.
+From the manifest: revision, device, protocol, machine, commit, version, and when the run started.
 """
 
 import json
@@ -19,8 +19,9 @@ from harness.errors import HarnessError
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import find_runs, load_run, write_text
 
+TEXTS = ("notes", "environment_changes")
 LISTS = frozenset(
-    {"answers", "token_ids", "turn_tokens", "kept_slots", "needle_kept", "notes", "metrics", "meta", "measured"}
+    {*TEXTS, "answers", "token_ids", "turn_tokens", "kept_slots", "needle_kept", "metrics", "meta", "measured"}
 )
 SCALARS = tuple(name for name in Record.model_fields if name not in LISTS)
 TIMES = ("prefill_s", "observe_s", "compress_s", "ttft_s", "tpot_s")
@@ -107,7 +108,8 @@ def _flat(record: Record) -> dict[str, Any]:
     percent = 100 * sum(kept) / (len(kept) * record.needle_tokens) if kept and record.needle_tokens else math.nan
     row = {name: getattr(record, name) for name in SCALARS}
     row |= {"score": record.metrics.get("score", math.nan), "needle_percent": percent}
-    row |= {"kept_slots": sum(record.kept_slots), "notes": "; ".join(record.notes)}
+    row |= {"kept_slots": sum(record.kept_slots)}
+    row |= {name: "; ".join(getattr(record, name)) for name in TEXTS}
     row |= {f"metrics.{name}": value for name, value in record.metrics.items()}
     row |= {f"meta.{name}": v for name, v in record.meta.items() if isinstance(v, (str, int, float, bool))}
     if record.measured is not None:
