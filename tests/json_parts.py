@@ -34,8 +34,9 @@ def changed(value: Any, place: tuple[Any, ...], to: Any) -> Any:
 
 
 def damages(good: Any, values: Sequence[Any], *, under: Any = None) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every part of `good` replaced by every value, as (place, damaged copy); some of them in the suite, all of them
-    under `make hostile`. under: first key of the places.
+    """Every part of `good` replaced by every value: its place and the damaged copy.
+
+    The suite tries some of them, `make hostile` all. under: first key of the places.
     """
     found = [(place, value) for place in places(good)[1:] if under in (None, place[0]) for value in values]
     step = 1 if hypothesis.settings().max_examples > 25 else 7  # a step that no number of values has as a factor
