@@ -10,6 +10,8 @@ from typing import Any
 
 from methods.budget import PolicyError
 
+MOST_CHARS = 400
+"""Of a label: more than a press of presses with all its parameters needs."""
 ADVICE = "write kvpress:NAME or kvpress:NAME(parameter=literal, ...)"
 
 
@@ -27,7 +29,9 @@ class PressCall:
 
 
 def parse_press(text: str) -> PressCall:
-    """Return the press that `text` names. Raises PolicyError when it is anything but names and literals."""
+    """Return the press that `text` names. Raises PolicyError when it is anything but names and literals, or long."""
+    if len(text) > MOST_CHARS:
+        raise PolicyError(f"a press of {len(text):,} characters is no press, {MOST_CHARS} are most; {ADVICE}")
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -46,6 +50,8 @@ def _press(node: ast.Name | ast.Call, text: str) -> PressCall:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise PolicyError(f"press {text!r} unpacks a dictionary; {ADVICE}")
+        if keyword.arg in dict(keywords):
+            raise PolicyError(f"press {text!r} has {keyword.arg} twice; {ADVICE}")
         keywords.append((keyword.arg, _value(keyword.value, text)))
     return PressCall(node.func.id, tuple(_value(arg, text) for arg in node.args), tuple(keywords))
 
@@ -56,9 +62,13 @@ def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.List):
         return [_value(item, text) for item in node.elts]
     try:
-        return ast.literal_eval(node)
+        value = ast.literal_eval(node)
+        if _text(value) != _text(ast.literal_eval(_text(value))):  # 1e999 has no spelling
+            raise ValueError
+        return value
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise PolicyError(f"press {text!r}: {ast.unparse(node)} is not a literal or a press; {ADVICE}") from None
+        what = ast.get_source_segment(text.strip(), node) or ""  # `unparse` recurses
+        raise PolicyError(f"press {text!r}: {what!r} is not a literal or a press; {ADVICE}") from None
 
 
 def _text(value: Any) -> str:

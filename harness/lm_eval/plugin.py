@@ -156,7 +156,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Refuse a response cache of another policy; see `harness.lm_eval.response_cache`."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
-            asked = {"budget": self.answers.planned.budget, "add_bos_token": self.add_bos_token}
+            asked: dict[str, Any] = {"budget": self.answers.planned.budget, "add_bos_token": self.add_bos_token}
             asked |= {"max_length": self.max_length, "truncation_side": self.answers.side}
             claim(cache_hook.dbdict, identity(self.loaded.spec, self.spec, **asked))
 
