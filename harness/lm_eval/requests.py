@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from harness.errors import HarnessError, shown
 from harness.models.load import LoadedModel
+from harness.models.source import check_dtype, check_model
 from harness.plan.methods import plan_budget, plan_method
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.spec import MethodSpec
@@ -37,17 +38,17 @@ class ModelArguments(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    pretrained: Word
-    method: Word
-    budget: int | FiniteFloat | Word | None
-    dtype: Word
-    device: Word | None
-    max_length: Annotated[int, Field(ge=2, lt=2**31)] | None
-    truncation_side: Literal["left", "right", "middle"]
-    add_bos_token: bool | None
-    trust_remote_code: bool
-    device_map: Word | None
-    set: dict[str, Any] | None
+    pretrained: Word = "smollm2-135m"
+    method: Word = "fullkv"
+    budget: int | FiniteFloat | Word | None = None
+    dtype: Word = "auto"
+    device: Word | None = None
+    max_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    truncation_side: Literal["left", "right", "middle"] = "left"
+    add_bos_token: bool | None = None
+    trust_remote_code: bool = False
+    device_map: Word | None = None
+    set: dict[str, Any] | None = None
 
 
 class GenerationArguments(BaseModel):
@@ -138,6 +139,19 @@ def check_alone(batch_size: object) -> None:
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise HarnessError(f"kvpolicy runs in one process, WORLD_SIZE is {world}; start it without a launcher")
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raises HarnessError for model arguments that can be refused before tasks and a model are read."""
+    check_own_options(given)
+    asked = taken(ModelArguments, given, "model argument")
+    check_model(asked.pretrained)
+    check_dtype(asked.dtype)
+    others = {"tokenizer", *ModelArguments.model_fields}
+    params = {name: value for name, value in given.items() if name not in others}
+    plan_method(asked.method, {**(asked.set or {}), **params})
+    if asked.budget is not None:
+        plan_budget(asked.budget)
 
 
 def check_own_options(arguments: Mapping[str, Any]) -> None:
