@@ -24,6 +24,8 @@ MOST_BYTES = 256 << 20
 MOST_ROWS = 100_000
 MOST_CHARS = 1 << 23
 """Of a text: ten times the longest official context."""
+MOST_TEXTS = 10_000
+"""Of a row: references, or classes."""
 
 
 def _whole(text: str) -> str:
@@ -52,7 +54,7 @@ def _references(texts: tuple[str, ...]) -> tuple[str, ...]:
 Text = Annotated[str, Field(max_length=MOST_CHARS), AfterValidator(_whole)]
 Reference = Annotated[Text, AfterValidator(_told)]
 """A text that a prediction is scored against."""
-References = Annotated[tuple[Text, ...], AfterValidator(_references)]
+References = Annotated[tuple[Text, ...], Field(max_length=MOST_TEXTS), AfterValidator(_references)]
 """Texts of which any will do, at least one of them not blank."""
 Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 from pydantic import Field, StrictInt, TypeAdapter, model_validator
 
 from tasks.base import TaskError, shown
-from tasks.datafile import Count, Part, References, Text, checked, json_lines
+from tasks.datafile import MOST_TEXTS, Count, Part, References, Text, checked, json_lines
 
 NAME_CHARS = 200
+Classes = Annotated[tuple[Text, ...], Field(min_length=1, max_length=MOST_TEXTS)]
 
 
 class Row(Part):
@@ -20,7 +21,7 @@ class Row(Part):
     length: Count
     dataset: Text
     language: Text
-    all_classes: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    all_classes: Classes | None = None
     id: Annotated[Text, Field(max_length=NAME_CHARS)] | Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = Field(
         None, alias="_id"
     )
@@ -35,7 +36,7 @@ class Row(Part):
 class ClassRow(Row):
     """One row of a data set of classes."""
 
-    all_classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    all_classes: Classes
 
 
 SHAPES: dict[bool, TypeAdapter[Any]] = {False: TypeAdapter(Row), True: TypeAdapter(ClassRow)}

@@ -46,7 +46,7 @@ def _press(node: ast.Name | ast.Call, text: str) -> PressCall:
         return PressCall(node.id)
     if not isinstance(node.func, ast.Name):
         raise PolicyError(f"press {text!r} calls something that is not a name; {ADVICE}")
-    keywords = []
+    keywords: list[tuple[str, Any]] = []
     for keyword in node.keywords:
         if keyword.arg is None:
             raise PolicyError(f"press {text!r} unpacks a dictionary; {ADVICE}")

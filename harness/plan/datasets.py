@@ -105,7 +105,7 @@ def fetch_data(name: str, *, to: Path | None = None, revision: str | None = None
         assets.fill_once(folder, fill)
     except OSError as error:  # a name that is too long, above all
         raise HarnessError(f"cannot make {shown(str(folder))}: {error.strerror}; name another with --to") from None
-    _check(folder, asked, sha256)
+    _check(folder, asked, sha256, files=data.rows)
     if sha256 is None:
         made = read_lock(folder / LOCK).sha256
         print(f"{name}: pinned by its commit alone; --sha256 {made} refuses any other content", file=sys.stderr)
@@ -142,7 +142,7 @@ def _hub(repo: str, revision: str) -> Iterator[None]:
         talk.setLevel(level)
 
 
-def _check(folder: Path, asked: str, sha256: str | None) -> None:
+def _check(folder: Path, asked: str, sha256: str | None, *, files: Iterable[str]) -> None:
     """Raises HarnessError when a folder is not what is asked for, or its files are not what its lock says."""
     remedy = f"delete {folder} and repeat the command"
     try:
@@ -150,6 +150,9 @@ def _check(folder: Path, asked: str, sha256: str | None) -> None:
         found = {file: hashlib.sha256(read_plain(folder / file)).hexdigest() for file in lock.files}
     except TaskError as error:
         raise HarnessError(f"{folder} is damaged ({error}); {remedy}") from None
+    lacking = sorted(set(files) - lock.files.keys())
+    if lacking:
+        raise HarnessError(f"{folder} is damaged (its {LOCK} lacks {', '.join(lacking)}); {remedy}")
     if asked not in (lock.revision, lock.commit):
         raise HarnessError(f"{folder} holds revision {lock.commit[:12]}, not {asked[:12]}; {remedy}")
     if sha256 not in (None, lock.sha256):
