@@ -10,7 +10,7 @@ from typing import Any
 
 from methods.budget import PolicyError
 
-MOST_CHARS = 400
+MOST_CHARS, DEPTH = 400, 30
 """Of a label: more than a press of presses with all its parameters needs."""
 ADVICE = "write kvpress:NAME or kvpress:NAME(parameter=literal, ...)"
 
@@ -34,6 +34,8 @@ def parse_press(text: str) -> PressCall:
         raise PolicyError(f"a press of {len(text):,} characters is no press, {MOST_CHARS} are most; {ADVICE}")
     try:
         node = ast.parse(text.strip(), mode="eval").body
+        if _deeper(node, DEPTH):
+            raise ValueError
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise PolicyError(f"press {text!r} cannot be read; {ADVICE}") from None
     if not isinstance(node, ast.Name | ast.Call):
@@ -46,13 +48,13 @@ def _press(node: ast.Name | ast.Call, text: str) -> PressCall:
         return PressCall(node.id)
     if not isinstance(node.func, ast.Name):
         raise PolicyError(f"press {text!r} calls something that is not a name; {ADVICE}")
-    keywords: list[tuple[str, Any]] = []
+    keywords = []
     for keyword in node.keywords:
         if keyword.arg is None:
             raise PolicyError(f"press {text!r} unpacks a dictionary; {ADVICE}")
-        if keyword.arg in dict(keywords):
-            raise PolicyError(f"press {text!r} has {keyword.arg} twice; {ADVICE}")
         keywords.append((keyword.arg, _value(keyword.value, text)))
+    if len({name for name, _ in keywords}) < len(keywords):
+        raise PolicyError(f"press {node.func.id} has a parameter twice; {ADVICE}")
     return PressCall(node.func.id, tuple(_value(arg, text) for arg in node.args), tuple(keywords))
 
 
@@ -67,11 +69,18 @@ def _value(node: ast.expr, text: str) -> Any:
             raise ValueError
         return value
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        what = ast.get_source_segment(text.strip(), node) or ""  # `unparse` recurses
-        raise PolicyError(f"press {text!r}: {what!r} is not a literal or a press; {ADVICE}") from None
+        raise PolicyError(f"press {text!r}: {ast.unparse(node)} is not a literal or a press; {ADVICE}") from None
 
 
 def _text(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple):
         return f"[{', '.join(map(_text, value))}]"
     return str(value) if isinstance(value, PressCall) else repr(value)
+
+
+def _deeper(node: ast.AST, most: int) -> bool:
+    """Whether nodes stand more than `most` deep in one another; level by level, without recursion."""
+    level = [node]
+    for _ in range(most):
+        level = [child for parent in level for child in ast.iter_child_nodes(parent)]
+    return bool(level)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from harness.errors import HarnessError
 from harness.lm_eval.answers import Answerer, ScoredPair
+from harness.lm_eval.cache_owner import claim, identity
 from harness.lm_eval.requests import (
     ModelArguments,
     check_alone,
@@ -43,7 +44,6 @@ from harness.lm_eval.requests import (
     taken,
     tokenizer_folder,
 )
-from harness.lm_eval.response_cache import claim, identity
 from harness.models.load import LoadedModel, load_model
 
 log = logging.getLogger("harness")
@@ -153,7 +153,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return tokenizer_folder(self.loaded)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Refuse a response cache of another policy; see `harness.lm_eval.response_cache`."""
+        """Refuse a response cache of another policy; see `harness.lm_eval.cache_owner`."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             asked: dict[str, Any] = {"budget": self.answers.planned.budget, "add_bos_token": self.add_bos_token}
