@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.models.assets import cache_dir
 from harness.models.prompt import template_tokens
 from harness.models.readers import Parts, need, read_model
-from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, resolve_model
+from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, check_model
 from harness.records.spec import ModelSpec
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -62,7 +61,7 @@ def load_model(
 
     Raises HarnessError: unknown name, device or dtype; no network; damaged files; not a decoder-only language model.
     """
-    source, place = resolve_model(name), resolve_device(device)
+    source, place = check_model(name), resolve_device(device)
     kind = resolve_dtype(dtype, place)
     device_map = "auto" if device == AUTO_MAP and source.kind != "tiny" else device_map
     if device_map is not None:
@@ -84,7 +83,7 @@ def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: boo
 
     device: `cpu` or `cuda`; it need not be here. dtype `auto` is bfloat16 on a device that is not. Raises HarnessError.
     """
-    source, place = resolve_model(name), torch.device(device)
+    source, place = check_model(name), torch.device(device)
     away = dtype == "auto" and place.type == "cuda" and not torch.cuda.is_available()
     kind = torch.bfloat16 if away else resolve_dtype(dtype, place)
     options = {"trust_remote_code": trust_remote_code, "weights": False}
@@ -98,7 +97,7 @@ def _loaded(
 ) -> LoadedModel:
     model, tokenizer, revision = parts
     spec = ModelSpec(
-        name=source.name,
+        name=source.title,
         revision=revision,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(place),
@@ -118,8 +117,8 @@ def _loaded(
 
 def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | None) -> Iterator[str]:
     """What `ModelSpec.loaded_as` says; nothing of a plain model, a GGUF file included, whose name says it."""
-    if source.adapted is not None:
-        yield f"peft adapter merged into {source.adapted}"
+    if source.base is not None:
+        yield f"peft adapter merged into {source.base.title}"
     quantised = getattr(model.config, "quantization_config", None)
     if quantised is not None and source.kind in ("folder", "hub"):
         told = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -175,12 +174,12 @@ def _quiet(source: ModelSource) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except HarnessError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except HarnessError as error:
+        raise HarnessError(f"model {shown(source.name)} cannot be loaded: {error}") from None
+    except Exception as error:  # whatever transformers trips over in files that it was not written for
         line = " ".join(str(error).split()) or type(error).__name__
         why = line if len(line) <= 300 else f"{line[:300]}..."
-        raise HarnessError(f"model {source.name!r} cannot be loaded: {why}; {_remedy(source, line)}") from error
+        raise HarnessError(f"model {shown(source.name)} cannot be loaded: {why}; {_remedy(source, line)}") from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

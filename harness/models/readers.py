@@ -6,7 +6,10 @@ A model without its weights (on the meta device) is what a driver needs of one t
 import contextlib
 import hashlib
 import io
+import re
 import sys
+import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,13 +28,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.models.assets import ASSETS, cache_dir, content_sha256, fetch, fill_once
+from harness.models.files import decisive_files
 from harness.models.source import ModelSource
 from harness.models.tiny import tiny_model, tiny_tokenizer
 
 CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+LEFTOVER = re.compile(r"(attn|attention)\.(masked_)?bias$")  # masks that old checkpoints stored among the weights
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
@@ -56,8 +60,8 @@ def read_model(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """
     if source.kind == "tiny":
         return _read_tiny(kind)
-    if source.adapted is not None:
-        return _read_adapted(source, kind, **options)
+    if source.base is not None:
+        return _read_adapted(source, source.base, kind, **options)
     if source.kind == "packaged":
         return *_read(str(_dequantised(source.name)), kind, **options), ASSETS[source.name].sha256
     if source.path is not None and source.kind == "gguf":
@@ -71,23 +75,24 @@ def read_model(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     return *parts, commit or "unknown"
 
 
-def _read_adapted(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
+def _read_adapted(source: ModelSource, base: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """The base model with the adapter's weights added to its own. revision: of the base and of the adapter's files."""
-    base, folder = str(source.adapted), Path(source.name).expanduser()
-    need("peft", f"{source.name!r} is a peft adapter of {base}", other="merge it and give the merged folder")
-    whole = ModelSource(base, "folder", Path(base)) if Path(base).is_dir() else ModelSource(base, "hub")
-    model, tokenizer, revision = read_model(whole, kind, **options)
+    folder = Path(source.name).expanduser()
+    need("peft", f"{source.name!r} is a peft adapter of {base.name}", other="merge it and give the merged folder")
+    model, tokenizer, revision = read_model(base, kind, **options)
     own = _folder_sha256(folder)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, **_only(options, "trust_remote_code"))
     if options.get("weights", True):
-        merged = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys")  # of which peft only warns
+            merged = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         model = merged.to(kind) if getattr(merged, "quantization_method", None) is None else merged
     return model, tokenizer, hashlib.sha256(f"{revision} {own}".encode()).hexdigest()
 
 
 def _folder_sha256(folder: Path) -> str:
-    return content_sha256([path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS])
+    return content_sha256(decisive_files(folder))
 
 
 def need(package: str, what: str, *, other: str) -> None:
@@ -129,12 +134,37 @@ def _read(
         if weights or gguf:
             spread = device_map or ({"": str(place)} if quantised and place is not None else None)
             mapped = {} if spread is None else {"device_map": spread}
-            return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **mapped, **options), tokenizer
+            told: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=kind, output_loading_info=True, **mapped, **options
+            )
+            _check_weights(*told)
+            return told[0], tokenizer
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=kind, **_only(options, "trust_remote_code"))
     with contextlib.suppress(OSError):  # few have none; then the model's own config names the end of text
         model.generation_config = GenerationConfig.from_pretrained(where, **_only(options, "revision"))
     return model, tokenizer
+
+
+def _check_weights(model: PreTrainedModel, told: dict[str, Iterable[Any]]) -> None:
+    """Refuse a model that is not all, and nothing but, what its files hold. told: what transformers says of loading."""
+    unexpected = [name for name in told["unexpected_keys"] if not LEFTOVER.search(name)]
+    odd = [str(name) for name, *_ in told["mismatched_keys"]]
+    for what, names in (("lack", told["missing_keys"]), ("hold besides", unexpected), ("hold in another shape", odd)):
+        if some := sorted(map(str, names)):
+            more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+            raise HarnessError(
+                f"its files {what} {shown(some[0])}{more} of {type(model).__name__}; config and weights must be of one "
+                "model and whole: fetch them again"
+            )
+    ins, outs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    first, last = (getattr(part, "weight", None) for part in (ins, outs))
+    if tied and first is not None and last is not None and first.data_ptr() != last.data_ptr():
+        raise HarnessError(
+            "its config ties the output to the input embedding (tie_word_embeddings) and its files hold two that "
+            "differ; say in config.json which is meant"
+        )
 
 
 def _only(options: dict[str, Any], name: str) -> dict[str, Any]:
