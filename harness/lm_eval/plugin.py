@@ -30,7 +30,7 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.lm_eval.answers import Answerer, ScoredPair
 from harness.lm_eval.requests import (
     check_alone,
@@ -152,7 +152,9 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        return list(self.tokenizer.encode(string, verbose=False, **options))
+        ids = list(self.tokenizer.encode(string, verbose=False, **options))
+        self.loaded.check_ids(ids, f"the text {shown(string, 60)}")
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages as `hf` does: a template that refuses a system message gets the other messages."""
@@ -246,7 +248,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             "kv_max_length": self.max_length,
             **answers.facts.means(),
             "kv_prefills": answers.engine.prefills,
-            "kv_notes": list(self.notes),
+            "kv_notes": [*self.loaded.set_aside, *self.notes],
             "kv_tasks": {task: facts.summary() for task, facts in answers.facts.tasks.items()},
             "kv_prompts": answers.facts.prompts,
         }

@@ -8,9 +8,10 @@ org/name          a model of the Hugging Face hub
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from harness.errors import HarnessError, shown
 from harness.models.assets import cache_dir
-from harness.models.prompt import template_tokens
+from harness.models.generation import end_ids, set_aside
+from harness.models.prompt import template_notes, template_tokens
 from harness.models.readers import Parts, need, read_model
 from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, check_model
 from harness.records.spec import ModelSpec
@@ -31,7 +33,8 @@ class LoadedModel:
     """A model ready to run: evaluation mode, no gradients, on its device.
 
     context: positions the model was made for, prompt and generation together.
-    eos_ids: every token that ends a generation. template_tokens: tokens around one user message.
+    eos_ids: every token that ends a generation. template_tokens: tokens around one user message. vocabulary: how many
+    tokens have an embedding. set_aside: notes for records on what its files ask for and is done otherwise here.
     """
 
     model: PreTrainedModel
@@ -40,6 +43,18 @@ class LoadedModel:
     context: int
     eos_ids: frozenset[int]
     template_tokens: int
+    vocabulary: int
+    set_aside: tuple[str, ...]
+
+    def check_ids(self, ids: Iterable[int], what: str) -> None:
+        """Raise HarnessError for a token without an embedding: a tokenizer may know more than its model."""
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:
+            token = shown(self.tokenizer.convert_ids_to_tokens(highest))
+            raise HarnessError(
+                f"{what} has token {highest} ({token}), the model has embeddings for {self.vocabulary}; its tokenizer "
+                "is another model's, or tokens were added and the embedding never resized"
+            )
 
 
 def load_model(
@@ -75,7 +90,7 @@ def load_model(
         if getattr(model, "hf_device_map", None) is None:
             model.to(place)  # type: ignore[arg-type]
         model.eval().requires_grad_(False)
-    return _loaded(source, parts, place, trust_remote_code=trust_remote_code, device_map=device_map)
+        return _loaded(source, parts, place, trust_remote_code=trust_remote_code, device_map=device_map)
 
 
 def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
@@ -89,7 +104,7 @@ def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: boo
     options = {"trust_remote_code": trust_remote_code, "weights": False}
     with _quiet(source):
         parts = read_model(source, kind, **options)
-    return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
+        return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
 
 
 def _loaded(
@@ -108,11 +123,17 @@ def _loaded(
     if not isinstance(context, int):
         unknown = "has no max_position_embeddings, so its context is unknown"
         raise HarnessError(f"the config of {source.name!r} {unknown}; add it")
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = configured if isinstance(configured, list) else [configured]
-    # Both count: chat models end turns with a token that only the generation config names.
-    ends = frozenset(token for token in (*several, tokenizer.eos_token_id) if isinstance(token, int))
-    return LoadedModel(model, tokenizer, spec, context, ends, template_tokens(tokenizer))
+    embedding: Any = model.get_input_embeddings()
+    return LoadedModel(
+        model,
+        tokenizer,
+        spec,
+        context,
+        end_ids(model, tokenizer),
+        template_tokens(tokenizer),
+        vocabulary=int(embedding.weight.shape[0]),
+        set_aside=(*set_aside(model), *template_notes(tokenizer)),
+    )
 
 
 def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | None) -> Iterator[str]:
@@ -141,7 +162,7 @@ def resolve_device(device: str) -> torch.device:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (place.index or 0) >= count.get(place.type, 0):
         raise HarnessError(f"device {device!r} is not available here; give auto or cpu")
-    return place
+    return torch.device("cpu") if place.type == "cpu" else place  # cpu:0 is no other device
 
 
 def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:

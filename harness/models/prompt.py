@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
-from harness.errors import HarnessError
+from harness.errors import HarnessError, line_of
 from tasks.base import Sample, Turn
 
 if TYPE_CHECKING:
@@ -17,9 +16,19 @@ if TYPE_CHECKING:
 MARK = "KVH7CONTENT7MARK"
 ADVICE = "use a model whose template leaves user messages as they are"
 
-# Templates ignore what they do not know. These two would otherwise make a prompt depend on the day it is built
-# (Llama 3.2) or on room for a hidden monologue that no benchmark's generation length leaves (Qwen3, SmolLM3).
-TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
+DAY = datetime(2024, 7, 26)
+"""The day on which every prompt is written."""
+DATED = f"the chat template writes a date, always {DAY:%Y-%m-%d}"
+
+
+def on_day(day: datetime) -> dict[str, Any]:
+    """Options of a chat template by which it writes that day, and not the one on which it is rendered (Llama 3.2)."""
+    return {"date_string": f"{day:%d %b %Y}", "strftime_now": day.strftime}
+
+
+# Templates ignore what they do not know. Models that think aloud (Qwen3, SmolLM3) get no room for it: no benchmark's
+# generation length leaves any.
+TEMPLATE_OPTIONS: dict[str, Any] = {**on_day(DAY), "enable_thinking": False}
 
 
 class TaskTokenizer:
@@ -39,10 +48,30 @@ class TaskTokenizer:
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count tokens around one user message; without a chat template, those that are put around raw text (a BOS)."""
-    chat = bool(tokenizer.chat_template)
-    text = _render(tokenizer, "") if chat else ""
-    return len(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+    """Count tokens around one user message; without a chat template, those that are put before raw text (a BOS).
+
+    Raises HarnessError for a template that refuses every message.
+    """
+    if not tokenizer.chat_template:
+        return _added(tokenizer("a", return_special_tokens_mask=True)).index(False)
+    try:
+        around = _render(tokenizer, "")
+    except HarnessError:  # some refuse an empty message
+        around = _render(tokenizer, MARK).replace(MARK, "")
+    return len(tokenizer(around, add_special_tokens=False)["input_ids"])
+
+
+def _added(encoded: Any) -> list[bool]:
+    """Which tokens the tokenizer added to a text, and False for the end."""
+    return [*map(bool, encoded["special_tokens_mask"]), False]
+
+
+def template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What a reader of records must know of the chat template: that it writes a date."""
+    if not tokenizer.chat_template:
+        return ()
+    dated = _render(tokenizer, MARK) != _render(tokenizer, MARK, **on_day(datetime(1999, 12, 31)))
+    return (DATED,) if dated else ()
 
 
 class Wrapped(NamedTuple):
@@ -60,7 +89,8 @@ class Wrapped(NamedTuple):
 def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
     """Return the whole prompt of a sample.
 
-    A chat template brings its own special tokens; raw text gets the tokenizer's (a BOS, unless it starts with one).
+    A chat template brings its own special tokens; raw text gets those that the tokenizer puts before it (a BOS, unless
+    it starts with one), and none behind it (`add_eos_token`): no model goes on after an end of text.
     The answer prefix is joined as text, before tokenising, so that merges are those of natural text.
     Raises HarnessError: the template fails or rewrites the message, or the tokenizer does not tell offsets.
     """
@@ -73,11 +103,14 @@ def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
         text, border = _chat(tokenizer, content, border)
         special = False
     whole = text + sample.answer_prefix
-    encoded = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
+    options = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
+    encoded = tokenizer(whole, add_special_tokens=special, **options)
+    added = _added(encoded)
+    end = next((at for at in range(len(added) - 1, 0, -1) if not added[at - 1]), 0)
+    ids, offsets = encoded["input_ids"][:end], encoded["offset_mapping"][:end]
     context = next((index for index, (_, end) in enumerate(offsets) if end > border), len(offsets))
     needle, protected = (_touching(text, offsets, sample.meta.get(name, ())) for name in ("needles", "protect"))
-    return Wrapped(list(encoded["input_ids"]), context, needle, protected)
+    return Wrapped(ids, context, needle, protected)
 
 
 def turn_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, turn: Turn) -> list[int]:
@@ -141,12 +174,12 @@ def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tup
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, *contents: str) -> str:
-    """A conversation, which the user begins, up to the head of the next answer."""
+def _render(tokenizer: PreTrainedTokenizerBase, *contents: str, **options: Any) -> str:
+    """A conversation, which the user begins, up to the head of the next answer. options: in place of our own."""
     said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     what = "a single user message" if len(said) == 1 else f"a conversation of {len(said)} messages"
+    own = {**TEMPLATE_OPTIONS, **options, "tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
-    except TemplateError as error:
-        raise HarnessError(f"the chat template refuses {what} ({error}); " + ADVICE) from None
-    return str(text)
+        return str(tokenizer.apply_chat_template(said, **own))
+    except Exception as error:  # a template is a program
+        raise HarnessError(f"the chat template refuses {what} ({line_of(str(error))[:300]}); {ADVICE}") from None

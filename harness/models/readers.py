@@ -181,6 +181,10 @@ def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
         field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
         if field is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    for gguf_name in ("eot", "eom"):  # further ends, of a turn and of a message
+        field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        if field is not None:
+            tokenizer.init_kwargs[f"{gguf_name}_token"] = tokenizer.convert_ids_to_tokens(int(field.contents()))
     return tokenizer
 
 

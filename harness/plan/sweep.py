@@ -9,7 +9,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +254,11 @@ def _plan_sample(task: Task, sample: Sample, loaded: LoadedModel, nll_tokens: in
     wrapped = wrap(loaded.tokenizer, sample)
     answer = answer_tokens(loaded.tokenizer, wrapped, task.reference(sample), limit=nll_tokens)
     notes = (NO_TEMPLATE,) if sample.chat and not loaded.tokenizer.chat_template else ()
+    notes = (*notes, *loaded.set_aside)
     if sample.turns and "\n" not in sample.stop:
         raise HarnessError(f"task {task.name}: a conversation has a line for each answer; add a line break to `stop`")
     turns = tuple(array("i", turn_tokens(loaded.tokenizer, sample, turn)) for turn in sample.turns)
+    loaded.check_ids(chain(wrapped.ids, answer, *turns), f"task {task.name} sample {sample.id}")
     ids, of_spans = array("i", wrapped.ids), (wrapped.needle, wrapped.protected)
     return PlannedSample(task, sample, ids, wrapped.context, tuple(answer), *of_spans, notes, turns)
 
