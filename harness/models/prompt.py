@@ -53,7 +53,7 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises HarnessError for a template that refuses every message.
     """
     if not tokenizer.chat_template:
-        return _added(tokenizer("a", return_special_tokens_mask=True)).index(False)
+        return [*tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"], 0].index(0)
     try:
         around = _render(tokenizer, "")
     except HarnessError:  # some refuse an empty message
@@ -61,9 +61,14 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(tokenizer(around, add_special_tokens=False)["input_ids"])
 
 
-def _added(encoded: Any) -> list[bool]:
-    """Which tokens the tokenizer added to a text, and False for the end."""
-    return [*map(bool, encoded["special_tokens_mask"]), False]
+def open_ended(encoded: Any) -> list[int]:
+    """The token ids of a text without those that the tokenizer added behind it, which is none of most tokenizers.
+
+    encoded: with its `special_tokens_mask`.
+    """
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    end = next((at + 1 for at in reversed(range(len(ids))) if not added[at]), len(ids))
+    return ids[:end]
 
 
 def template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -105,10 +110,8 @@ def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
     whole = text + sample.answer_prefix
     options = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
     encoded = tokenizer(whole, add_special_tokens=special, **options)
-    added = _added(encoded)
-    end = next((at for at in range(len(added) - 1, 0, -1) if not added[at - 1]), 0)
-    ids, offsets = encoded["input_ids"][:end], encoded["offset_mapping"][:end]
-    context = next((index for index, (_, end) in enumerate(offsets) if end > border), len(offsets))
+    ids, offsets = open_ended(encoded), encoded["offset_mapping"]
+    context = next((index for index, (_, end) in enumerate(offsets[: len(ids)]) if end > border), len(ids))
     needle, protected = (_touching(text, offsets, sample.meta.get(name, ())) for name in ("needles", "protect"))
     return Wrapped(ids, context, needle, protected)
 
@@ -182,4 +185,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, *contents: str, **options: Any) 
     try:
         return str(tokenizer.apply_chat_template(said, **own))
     except Exception as error:  # a template is a program
-        raise HarnessError(f"the chat template refuses {what} ({line_of(str(error))[:300]}); {ADVICE}") from None
+        raise HarnessError(
+            f"the chat template refuses {what} ({line_of(str(error) or type(error).__name__)[:300]}); {ADVICE}"
+        ) from None
