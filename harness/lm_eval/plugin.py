@@ -42,7 +42,7 @@ from harness.lm_eval.requests import (
     tokenizer_folder,
 )
 from harness.models.load import LoadedModel, load_model
-from harness.models.prompt import DAY, on_day, open_ended
+from harness.models.prompt import dated, open_ended
 
 log = logging.getLogger("harness")
 
@@ -168,9 +168,9 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             return self._rendered(others, add_generation_prompt)
 
     def _rendered(self, messages: list[dict[str, str]], head: bool) -> str:
-        options = {"tokenize": False, "add_generation_prompt": head, "continue_final_message": not head, **on_day(DAY)}
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": head, "continue_final_message": not head}
         try:
-            return str(self.tokenizer.apply_chat_template(messages, **options))
+            return str(self.tokenizer.apply_chat_template(messages, **options, **dated(self.tokenizer)))
         except Exception as error:  # a template is a program
             why = line_of(str(error) or type(error).__name__)[:300]
             raise HarnessError(f"the chat template refuses the messages ({why}); leave the template out") from None

@@ -5,12 +5,10 @@ What is found here is found in milliseconds; what only the weights themselves sh
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, Field, ValidationError, create_model
+from typing import Any
 
 from harness.errors import HarnessError, shown
-from harness.records.plain_files import parse_json, read_plain, refused
+from harness.records.plain_files import parse_json, read_plain
 
 REMEDY = "check the files and the options"
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -23,24 +21,15 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt",
 HEADER_BYTES = 100_000_000
 """The most that the format allows."""
 LARGEST = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1024),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 512),
     **dict.fromkeys(
         ("num_attention_heads", "num_key_value_heads", "n_head", "num_experts", "num_local_experts"), 2**16
     ),
-    **dict.fromkeys(("hidden_size", "head_dim", "n_embd", "d_model", "intermediate_size", "n_inner"), 2**20),
-    **{"vocab_size": 2**24, "max_position_embeddings": 2**40, "n_positions": 2**40, "n_ctx": 2**40},
+    **dict.fromkeys(("hidden_size", "head_dim", "n_embd", "d_model"), 2**16),
+    **dict.fromkeys(("intermediate_size", "n_inner"), 2**18),
+    **{"vocab_size": 2**21, "max_position_embeddings": 2**40, "n_positions": 2**40, "n_ctx": 2**40},
 }
 """Sizes in a config, and the most that any model of this decade could mean by them."""
-
-
-def _count(most: int) -> Any:
-    one = Annotated[int, Field(strict=True, ge=1, le=most)]
-    return (one | list[one] | None, None)
-
-
-Token = Annotated[int, Field(strict=True)]
-Ends = Token | list[Token] | None
-Sizes: type[BaseModel] = create_model("Sizes", eos_token_id=(Ends, None), **{k: _count(n) for k, n in LARGEST.items()})
 
 
 def check_folder(folder: Path) -> None:
@@ -61,7 +50,7 @@ def check_folder(folder: Path) -> None:
 def decisive_files(folder: Path) -> list[Path]:
     """Everything in a folder that decides what its model is, by its ending."""
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS and not path.is_dir())
+        return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
     except OSError as error:
         raise HarnessError(f"cannot list {shown(str(folder))}: {error.strerror}; {REMEDY}") from None
 
@@ -75,13 +64,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_sizes(config: dict[str, Any], *, where: str) -> None:
-    """Refuse sizes that no model has, also those of its part for text. Raises HarnessError."""
+    """Refuse sizes that no model has and ends of text that are no tokens, also in its part for text."""
     for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            try:
-                Sizes.model_validate(part)
-            except ValidationError as error:
-                raise refused(error, where=where, remedy=REMEDY) from None
+        for name, value in part.items() if isinstance(part, dict) else ():
+            least, most = (0, 2**31) if name == "eos_token_id" else (1, LARGEST.get(name, 0))
+            for one in value if isinstance(value, list) else [value]:
+                if most and one is not None and not (type(one) is int and least <= one <= most):
+                    raise HarnessError(f"{where} says {name} {shown(one)}, no number from {least} to {most}; {REMEDY}")
 
 
 def check_safetensors(path: Path) -> None:

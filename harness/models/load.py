@@ -198,7 +198,9 @@ def _quiet(source: ModelSource) -> Iterator[None]:
     except HarnessError as error:
         raise HarnessError(f"model {shown(source.name)} cannot be loaded: {error}") from None
     except Exception as error:  # whatever transformers trips over in files that it was not written for
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = " ".join(str(error).split())
+        if not line or isinstance(error, LookupError | AttributeError | TypeError):
+            line = f"{type(error).__name__} {line}".strip()  # of these the text alone says little
         why = line if len(line) <= 300 else f"{line[:300]}..."
         raise HarnessError(f"model {shown(source.name)} cannot be loaded: {why}; {_remedy(source, line)}") from error
     finally:

@@ -21,14 +21,22 @@ DAY = datetime(2024, 7, 26)
 DATED = f"the chat template writes a date, always {DAY:%Y-%m-%d}"
 
 
-def on_day(day: datetime) -> dict[str, Any]:
-    """Options of a chat template by which it writes that day, and not the one on which it is rendered (Llama 3.2)."""
-    return {"date_string": f"{day:%d %b %Y}", "strftime_now": day.strftime}
+DIRECTIVES = (*(f"-{letter}" for letter in "dmHIMS"), *"aAbBcdDeFhHIjmMnpRSTuUVwWxXyYzZ")
+"""Those of strftime."""
 
 
-# Templates ignore what they do not know. Models that think aloud (Qwen3, SmolLM3) get no room for it: no benchmark's
-# generation length leaves any.
-TEMPLATE_OPTIONS: dict[str, Any] = {**on_day(DAY), "enable_thinking": False}
+def dated(tokenizer: PreTrainedTokenizerBase, day: datetime = DAY) -> dict[str, Any]:
+    """Options by which a chat template writes `day`, whenever and wherever it is rendered.
+
+    A date comes as a variable (`date_string`, Llama 3.1) or from a function of transformers (`strftime_now`, Llama
+    3.2), which a macro of that name takes the place of. Raises ValueError for several templates without a default.
+    """
+    options, template = {"date_string": f"{day:%d %b %Y}"}, str(tokenizer.get_chat_template())
+    if "strftime_now" in template:
+        steps = "".join(f".replace({'%' + name!r}, {day.strftime('%' + name)!r})" for name in DIRECTIVES)
+        macro = f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro +%}}"
+        options["chat_template"] = macro + template
+    return options
 
 
 class TaskTokenizer:
@@ -75,8 +83,8 @@ def template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What a reader of records must know of the chat template: that it writes a date."""
     if not tokenizer.chat_template:
         return ()
-    dated = _render(tokenizer, MARK) != _render(tokenizer, MARK, **on_day(datetime(1999, 12, 31)))
-    return (DATED,) if dated else ()
+    changes = _render(tokenizer, MARK) != _render(tokenizer, MARK, day=datetime(1999, 12, 31))
+    return (DATED,) if changes else ()
 
 
 class Wrapped(NamedTuple):
@@ -177,14 +185,16 @@ def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tup
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, *contents: str, **options: Any) -> str:
-    """A conversation, which the user begins, up to the head of the next answer. options: in place of our own."""
+def _render(tokenizer: PreTrainedTokenizerBase, *contents: str, day: datetime = DAY) -> str:
+    """A conversation, which the user begins, up to the head of the next answer.
+
+    Models that think aloud (Qwen3, SmolLM3) get no room for it: no benchmark's generation length leaves any.
+    """
     said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     what = "a single user message" if len(said) == 1 else f"a conversation of {len(said)} messages"
-    own = {**TEMPLATE_OPTIONS, **options, "tokenize": False, "add_generation_prompt": True}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     try:
-        return str(tokenizer.apply_chat_template(said, **own))
+        return str(tokenizer.apply_chat_template(said, **options, **dated(tokenizer, day)))
     except Exception as error:  # a template is a program
-        raise HarnessError(
-            f"the chat template refuses {what} ({line_of(str(error) or type(error).__name__)[:300]}); {ADVICE}"
-        ) from None
+        why = line_of(str(error) or type(error).__name__)[:300]
+        raise HarnessError(f"the chat template refuses {what} ({why}); {ADVICE}") from None

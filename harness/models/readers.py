@@ -135,7 +135,7 @@ def _read(
             spread = device_map or ({"": str(place)} if quantised and place is not None else None)
             mapped = {} if spread is None else {"device_map": spread}
             told: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=kind, output_loading_info=True, **mapped, **options
+                where, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **mapped, **options
             )
             _check_weights(*told)
             return told[0], tokenizer
@@ -149,14 +149,19 @@ def _read(
 def _check_weights(model: PreTrainedModel, told: dict[str, Iterable[Any]]) -> None:
     """Refuse a model that is not all, and nothing but, what its files hold. told: what transformers says of loading."""
     unexpected = [name for name in told["unexpected_keys"] if not LEFTOVER.search(name)]
-    odd = [str(name) for name, *_ in told["mismatched_keys"]]
-    for what, names in (("lack", told["missing_keys"]), ("hold besides", unexpected), ("hold in another shape", odd)):
+    odd, kind = [name for name, *_ in told["mismatched_keys"]], type(model).__name__
+    for names, what in (
+        (told["missing_keys"], f"its files lack {{}}, which {kind} needs"),
+        (unexpected, f"its files hold {{}}, which {kind} has no place for"),
+        (odd, "its files hold {} in another shape than its config says"),
+    ):
         if some := sorted(map(str, names)):
             more = f" and {len(some) - 1} more" if len(some) > 1 else ""
-            raise HarnessError(
-                f"its files {what} {shown(some[0])}{more} of {type(model).__name__}; config and weights must be of one "
-                "model and whole: fetch them again"
-            )
+            whole = "config and weights must be whole and of one model: fetch them again"
+            raise HarnessError(f"{what.format(shown(some[0]) + more)}; {whole}")
+    if getattr(model.config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+        unknown = "its config says that it is quantised in a way that transformers does not know"
+        raise HarnessError(f"{unknown}; give one in full precision")
     ins, outs = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     first, last = (getattr(part, "weight", None) for part in (ins, outs))
