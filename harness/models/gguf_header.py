@@ -1,8 +1,9 @@
-"""The header of a GGUF file, read without numpy: whether the file is one, whole, and not a part of several.
+"""The header of a GGUF file, read without its tensors: whether the file is one, whole, and not a part of several.
 
 Format: ggml-org/ggml, docs/gguf.md. Little-endian; versions 2 and 3.
 """
 
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -20,19 +21,25 @@ REMEDY = "fetch the file again"
 
 
 class Header:
-    """The header of a file in memory. fields: scalars and strings; of a list its length. tensors: where each begins.
+    """The header of a file in memory.
 
-    Raises struct.error or ValueError for what is none.
+    fields: scalars and strings; of a list its length. tensors: how many there are. bytes: of the whole file, at least.
+    Raises struct.error, ValueError, TypeError or ArithmeticError for what is none.
     """
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 4
+        from gguf.constants import GGML_QUANT_SIZES  # takes half a second, for numpy
+
+        self.data, self.at, self.sizes = data, 4, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         version, tensors, fields = self._take("<I"), self._take("<Q"), self._take("<Q")
         if version not in VERSIONS:
             raise ValueError(f"it has version {version}, {' and '.join(map(str, VERSIONS))} are known")
         self._check(tensors, fields)
         self.fields = {self._string(): self._value(self._take("<I")) for _ in range(fields)}
-        self.tensors = dict(self._tensor() for _ in range(tensors))
+        ends = [self._end_of_tensor() for _ in range(tensors)]
+        step = self.fields.get("general.alignment", 32)
+        self.bytes = -(-self.at // step) * step + max(ends, default=0)
+        self.tensors = tensors
 
     def _check(self, *counts: int) -> None:
         for count in counts:
@@ -73,11 +80,15 @@ class Header:
             raise ValueError(f"it has a list of kind {inner}")
         return count
 
-    def _tensor(self) -> tuple[str, int]:
-        """A tensor's name and where it begins behind the header."""
-        name, dimensions = self._string(), self._take("<I")
-        self._skip(8 * min(dimensions, MOST) + 4)
-        return name, self._take("<Q")
+    def _end_of_tensor(self) -> int:
+        """Where a tensor ends, from where the first begins."""
+        self._string()
+        rank = self._take("<I")
+        self._check(rank)
+        numbers = math.prod(self._take("<Q") for _ in range(rank))
+        kind, begin = self._take("<I"), self._take("<Q")
+        block, block_bytes = self.sizes.get(kind, (1, 0))  # numbers in a block, and its bytes
+        return int(begin + numbers // block * block_bytes)
 
 
 def check_gguf(path: Path) -> None:
@@ -88,11 +99,11 @@ def check_gguf(path: Path) -> None:
                 raise ValueError(f"it does not begin with {MAGIC.decode()}, it is no GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = Header(data)
-                if header.at + max(header.tensors.values(), default=0) > len(data):
-                    raise ValueError("its last tensors are missing")
+                if header.bytes > len(data):
+                    raise ValueError(f"it has {len(data):,} bytes, its header tells of {header.bytes:,}")
     except OSError as error:
         raise HarnessError(f"{shown(path.name)} cannot be read ({error.strerror}); {REMEDY}") from None
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, TypeError, ArithmeticError) as error:
         why = "it ends in its header" if isinstance(error, struct.error) else error
         raise HarnessError(f"{shown(path.name)} is damaged: {why}; {REMEDY}") from None
     parts = header.fields.get("split.count", 1)

@@ -50,10 +50,10 @@ class ModelSource(NamedTuple):
         if not isinstance(name, str) or (self.path / "config.json").is_file():
             why = "and a config.json of a whole model" if isinstance(name, str) else "that names no base model"
             raise HarnessError(f"{shown(self.name)} has an {ADAPTER} {why}; keep the one or the other")
-        folder = Path(name).expanduser()
-        if (folder / ADAPTER).is_file():
+        base = resolve_model(name)
+        if base.kind == "folder" and base.path is not None and (base.path / ADAPTER).is_file():
             raise HarnessError(f"{shown(self.name)} is an adapter of {shown(name)}, another adapter; merge that first")
-        return ModelSource(name, "folder", folder) if folder.is_dir() else ModelSource(name, "hub")
+        return base
 
 
 def resolve_model(name: str) -> ModelSource:

@@ -25,14 +25,6 @@ def logits(loaded: LoadedModel) -> torch.Tensor:
         return loaded.model(IDS.to(loaded.model.device)).logits.cpu()  # type: ignore[no-any-return]
 
 
-@pytest.fixture
-def folder(tiny: LoadedModel, tmp_path: Path) -> Path:
-    """The tiny model as a local folder."""
-    for part in (tiny.model, tiny.tokenizer):
-        part.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 def edit(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
