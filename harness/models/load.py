@@ -124,14 +124,16 @@ def _loaded(
         unknown = "has no max_position_embeddings, so its context is unknown"
         raise HarnessError(f"the config of {source.name!r} {unknown}; add it")
     embedding: Any = model.get_input_embeddings()
+    vocabulary = int(embedding.weight.shape[0])
+    ends = frozenset(token for token in end_ids(model, tokenizer) if token < vocabulary)
     return LoadedModel(
         model,
         tokenizer,
         spec,
         context,
-        end_ids(model, tokenizer),
+        ends,
         template_tokens(tokenizer),
-        vocabulary=int(embedding.weight.shape[0]),
+        vocabulary=vocabulary,
         set_aside=(*set_aside(model), *template_notes(tokenizer)),
     )
 

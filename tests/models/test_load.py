@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
+from harness.models.generation import CHANGES_TEXT
 from harness.models.load import LoadedModel, describe_model, load_model, resolve_device, resolve_dtype
 from harness.models.prompt import wrap
 from harness.models.source import resolve_model
@@ -107,6 +109,67 @@ def test_the_revision_of_a_folder_follows_its_contents(folder: Path) -> None:
     changed = load_model(str(folder), device="cpu")
     assert changed.spec.revision != first
     assert changed.eos_ids == {2, 7}
+
+
+def test_a_folder_has_one_name_however_it_is_typed(
+    folder: Path, tmp_path: Path, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(folder)
+    typed = ("base", "./base", "base/", "base/../base/.", "~/base", "link", str(folder), f"{folder}//")
+    specs = [describe_model(name, dtype="float32", device=device).spec for name in typed for device in ("cpu", "cpu:0")]
+    assert {(spec.name, spec.revision) for spec in specs} == {("base", load_model("base").spec.revision)}
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "0123abc"
+    shutil.copytree(folder, snapshot)
+    shutil.copytree(folder, tmp_path / "tiny")
+    names = [
+        describe_model(name, dtype="float32", device="cpu").spec.name for name in (str(snapshot), "./tiny", "tiny")
+    ]
+    assert names == ["org/name", "./tiny", "tiny"]
+    other = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "base"))
+    edit(other / "generation_config.json", eos_token_id=[2, 7])
+    assert load_model(str(other)).spec.name == "base"  # a board tells it apart by its revision
+    assert load_model(str(other)).spec.revision != load_model("base").spec.revision
+
+
+def test_a_gguf_file_has_the_name_of_the_link_that_ends_in_gguf(tmp_path: Path) -> None:
+    for name in ("blob", "real.gguf"):
+        (tmp_path / name).touch()
+        (tmp_path / f"{name}-link.gguf").symlink_to(name)
+    titles = [resolve_model(str(tmp_path / f"{name}-link.gguf")).title for name in ("blob", "real.gguf")]
+    assert titles == ["blob-link.gguf", "real.gguf"]
+
+
+def test_a_turn_ends_at_every_token_that_a_file_names(folder: Path) -> None:
+    edit(folder / "generation_config.json", eos_token_id=[4, 5])
+    edit(folder / "config.json", eos_token_id=[6, 7])
+    edit(folder / "tokenizer_config.json", eot_token="<|user|>", eom_token="<|no such token|>")
+    assert load_model(str(folder), device="cpu").eos_ids == {2, 3, 4, 5, 6, 7}
+
+
+def test_what_greedy_decoding_sets_aside_is_said(folder: Path, tiny: LoadedModel) -> None:
+    asked = {
+        "repetition_penalty": 1.5,
+        "no_repeat_ngram_size": 3,
+        "suppress_tokens": [5] * 100,
+        "forced_eos_token_id": 2,
+    }
+    edit(folder / "generation_config.json", **asked, num_beams=1, do_sample=True, temperature=0.6, length_penalty=1.0)
+    notes = load_model(str(folder), device="cpu").set_aside
+    assert [note.partition("=")[0].removeprefix("generation config set aside: ") for note in notes] == sorted(
+        asked, key=list(CHANGES_TEXT).index
+    )
+    assert notes[0].endswith("repetition_penalty=1.5") and max(map(len, notes)) < 120
+    assert tiny.set_aside == ()
+
+
+def test_a_token_without_an_embedding_is_refused(tiny: LoadedModel) -> None:
+    assert tiny.vocabulary == 261
+    tiny.check_ids([0, 260], "this")
+    tiny.check_ids([], "nothing")
+    with pytest.raises(HarnessError, match=r"this has token 261 .*, the model has embeddings for 261; its tokenizer"):
+        tiny.check_ids([0, 261, 5], "this")
 
 
 def test_attention_implementation_is_set() -> None:

@@ -85,7 +85,8 @@ def test_models_that_cannot_be_read_are_refused_by_a_look(tmp_path: Path, monkey
     folder.mkdir()
     bad, good = tmp_path / "bad.gguf", tmp_path / "good.gguf"
     bad.write_bytes(b"GGM")
-    good.write_bytes(b"GGUF" + struct.pack("<IQQ Q1sIQIQ", 3, 1, 0, 1, b"w", 1, 8, 0, 0))  # a tensor of 8 numbers
+    head = b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 8, 0, 0)  # of a tensor of 8 float32
+    good.write_bytes(head + bytes(64 - len(head)) + bytes(32))
     refused = {
         str(folder): "no config.json in",
         str(bad): "does not begin with GGUF",
