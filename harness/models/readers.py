@@ -9,7 +9,7 @@ import io
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -30,7 +31,7 @@ from transformers import (
 
 from harness.errors import HarnessError, shown
 from harness.models.assets import ASSETS, cache_dir, content_sha256, fetch, fill_once
-from harness.models.files import decisive_files
+from harness.models.files import ADAPTED, decisive_files
 from harness.models.source import ModelSource
 from harness.models.tiny import tiny_model, tiny_tokenizer
 
@@ -85,10 +86,23 @@ def _read_adapted(source: ModelSource, base: ModelSource, kind: torch.dtype, **o
         tokenizer = AutoTokenizer.from_pretrained(folder, **_only(options, "trust_remote_code"))
     if options.get("weights", True):
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys")  # of which peft only warns
-            merged = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # of which peft only warns
+            wrapped = import_module("peft").PeftModel.from_pretrained(model, str(folder))
+        _check_adapter(folder / ADAPTED, import_module("peft").get_peft_model_state_dict(wrapped))
+        merged = wrapped.merge_and_unload()
         model = merged.to(kind) if getattr(merged, "quantization_method", None) is None else merged
     return model, tokenizer, hashlib.sha256(f"{revision} {own}".encode()).hexdigest()
+
+
+def _check_adapter(path: Path, taken: Container[str]) -> None:
+    """Refuse an adapter with weights for modules that the base model lacks, which peft passes over in silence."""
+    if path.is_file():
+        with safe_open(path, framework="pt") as held:
+            left = sorted(name for name in held.keys() if "lora_" in name and name not in taken)
+        if left:
+            raise HarnessError(
+                f"{path.name} holds {shown(left[0])}, which its base model has no place for; mend the base"
+            )
 
 
 def _folder_sha256(folder: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from harness.errors import HarnessError
@@ -268,6 +269,14 @@ def test_an_adapter_is_merged(folder: Path, tmp_path: Path, tiny: LoadedModel) -
     assert type(loaded.model) is type(tiny.model)
     described = describe_model(str(into), dtype="float32", device="cpu")
     assert described.spec == loaded.spec
+    weights = into / "adapter_model.safetensors"
+    held = load_file(weights)
+    less = {name: tensor for name, tensor in held.items() if ".layers.2." not in name}
+    more = {**held, next(iter(held)).replace(".layers.0.", ".layers.9."): next(iter(held.values())).clone()}
+    for changed, complaint in ((less, "missing adapter keys"), (more, "has no place for")):
+        save_file(changed, weights)
+        with pytest.raises(HarnessError, match=complaint):
+            load_model(str(into), dtype="float32", device="cpu")
     for part in (loaded.model, loaded.tokenizer):
         part.save_pretrained(tmp_path / "merged")
     plain = load_model(str(tmp_path / "merged"), dtype="float32", device="cpu")
