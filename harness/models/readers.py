@@ -98,11 +98,11 @@ def _check_adapter(path: Path, taken: Container[str]) -> None:
     """Refuse an adapter with weights for modules that the base model lacks, which peft passes over in silence."""
     if path.is_file():
         with safe_open(path, framework="pt") as held:
-            left = sorted(name for name in held.keys() if "lora_" in name and name not in taken)
+            names = held.keys()
+        left = sorted(name for name in names if "lora_" in name and name not in taken)
         if left:
-            raise HarnessError(
-                f"{path.name} holds {shown(left[0])}, which its base model has no place for; mend the base"
-            )
+            wrong = f"{path.name} holds {shown(left[0])}, which its base model has no place for"
+            raise HarnessError(f"{wrong}; put its own base into adapter_config.json")
 
 
 def _folder_sha256(folder: Path) -> str:
