@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from methods.base import KVPolicy
 
 
+class NotFinite(HarnessError):
+    """The model's own logits are NaN or infinite. where: after which tokens."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"the model's logits {where} are NaN or infinite; try --dtype float32, or check its weights")
+
+
 class SkippedCell(Exception):
     """A cell that cannot be run as asked on this prompt."""
 
