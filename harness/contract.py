@@ -257,7 +257,12 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = args[0] if args else None
-        if not self.seen and func.overloadpacket in RANKING and isinstance(given, Tensor) and bool((given != given).any()):
+        if (
+            not self.seen
+            and func.overloadpacket in RANKING
+            and isinstance(given, Tensor)
+            and bool((given != given).any())
+        ):
             self.seen = func.overloadpacket.__name__
         return func(*args, **(kwargs or {}))
 

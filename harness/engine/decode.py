@@ -147,7 +147,7 @@ class Decoding:
         """Greedy generation of every row from its first logits [R, V]; a row stops on its own, or at a flaw."""
         results = [Generated() for _ in range(self.rows)]
         active = results.copy()  # those of the batch's rows
-        barred = [token for token in sorted(limits.eos_ids) if token < logits.shape[-1]]
+        barred = [token for token in sorted(limits.eos_ids) if token < logits.shape[-1]]  # a model may name more
         eos = torch.tensor(barred, dtype=torch.int64, device=logits.device)
         for count in range(limits.max_new_tokens):
             if count < limits.min_new_tokens:

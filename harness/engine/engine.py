@@ -21,7 +21,7 @@ from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding, Generated
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.turns import Again, converse, joined, room_of
-from harness.engine.types import Cell, NotFinite, Outcome, Prompt, SkippedCell
+from harness.engine.types import Cell, NotFinite, Outcome, Prompt, PromptFailed, SkippedCell
 from harness.errors import HarnessError
 from harness.records.record import OVER
 from harness.records.spec import FirstToken, QueryMode
@@ -109,7 +109,7 @@ class Engine:
             needs = reduce(Needs.__or__, (cell.policy.needs for cell in cells), also or Needs())
             prefilled = replace(self.prefill(head, needs), protected=tuple(protected))
         except Exception as error:  # the model may be foreign code too
-            if isinstance(error, HarnessError) and not isinstance(error, NotFinite):
+            if isinstance(error, HarnessError) and not isinstance(error, PromptFailed):
                 raise  # it cannot run any prompt
             for run in runs.values():
                 run.outcome.fail(error)
@@ -128,7 +128,7 @@ class Engine:
         """
         try:
             view = prefill(self.model, list(ids[:8]), Needs(window=1)).view
-        except NotFinite:
+        except PromptFailed:
             return  # each cell will say so, of each prompt
         for policy in policies:
             try:
@@ -169,6 +169,7 @@ class Engine:
         start = time.perf_counter()
         room = len(feed) + max(len(prompt.answer), prompt.limits.max_new_tokens)
         room += 0 if runs[0].noted else room_of(prompt.turns)
+        self.model.check_ids([*feed, *prompt.answer, *(token for turn in prompt.turns for token in turn.ids)])
         rows = [run.compressed for run in runs if run.compressed is not None]
         with torch.inference_mode():
             decoding = Decoding.of(self.model, rows, again=self.again, room=room)

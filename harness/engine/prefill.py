@@ -160,10 +160,12 @@ def prefill(
 
     Raises:
         HarnessError: every layer of the model has a sliding window; hidden states that a model hides, or in chunks.
+        PromptFailed: a token id that the model does not know.
         NotFinite: logits, or log-probabilities that are wanted, are not numbers.
     """
     if not model.compressible:
         raise HarnessError("every layer of this model has a sliding window; there is nothing to compress")
+    model.check_ids(ids)
     if needs.hidden_states and chunk is not None and chunk < len(ids):
         raise HarnessError(
             f"hidden states are wanted of a whole prompt, not of chunks of {chunk} tokens; leave --chunk out"

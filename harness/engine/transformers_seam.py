@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from harness.engine.layer_cache import LayerCache
+from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
 from methods.views import LayerSource
@@ -156,17 +157,24 @@ class AttachedModel:
         """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
 
         keep: how many last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated.
-        Raises HarnessError for tokens beyond a window that is taken for the whole context.
+        Raises PromptFailed for tokens beyond a window that is taken for the whole context.
         """
         if position + ids.shape[1] > self.reach:
             what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
-            raise HarnessError(f"{what} of {self.reach}; shorten the prompt")
+            raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
         self.forget_lengths()
         cache = Cache(layers=[_Layer(layer, position) for layer in caches])
         at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         with torch.enable_grad() if grad else torch.inference_mode():
             out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return out.logits  # type: ignore[no-any-return]
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise PromptFailed for a token id that the model has no embedding of."""
+        count = int(self.model.get_input_embeddings().weight.shape[0])
+        unknown = next((token for token in ids if not 0 <= token < count), None)
+        if unknown is not None:
+            raise PromptFailed(f"token id {unknown} is none of this model's {count}; use its own tokenizer")
 
     def forget_lengths(self) -> None:
         """Set back RoPE that scales with the longest text so far: a forward depends on no other."""

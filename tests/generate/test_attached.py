@@ -179,7 +179,7 @@ def test_another_cache_or_padding_is_refused(model: PreTrainedModel, options: di
     [
         ({"method": "snapvk", "budget": 8}, "did you mean 'snapkv'"),
         ({"method": "snapkv"}, "needs a budget, got None"),
-        ({"method": "snapkv", "budget": True}, "needs a budget, got True"),
+        ({"method": "snapkv", "budget": True}, "budget True is no budget"),
         ({"method": "snapkv", "budget": 0}, "budget 0 keeps nothing"),
         ({"method": "snapkv", "budget": 1.5}, "is not a kept fraction"),
         ({"method": "snapkv", "budget": 8, "params": {"kernal": 5}}, "did you mean 'kernel'"),
