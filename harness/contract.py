@@ -164,7 +164,7 @@ def what_is_ranked_are_numbers(label: str) -> Iterator[str]:
         for layer in view.layers:
             layer.kv.keys *= factor
             layer.queries *= factor
-        with _Watch() as watch:
+        with _Watch() as watch:  # type: ignore[no-untyped-call]
             policy.compress(view, 16)
         if watch.seen:
             yield f"{watch.seen} of NaN (70 tokens, budget 16, {dtype}, queries and keys times {factor:g})"
@@ -248,7 +248,7 @@ def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV], str]]:
     return [(policy, view, n, policy.compress(view, n), f"({view.tokens} tokens, budget {n})") for view, n in asked]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the first operation that ranks numbers of which some are NaN. seen: its name."""
 
     seen = ""
@@ -256,13 +256,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = args[0] if args else None
-        if (
-            not self.seen
-            and func.overloadpacket in RANKING
-            and isinstance(given, Tensor)
-            and bool((given != given).any())
-        ):
+        given = args[0] if args and func.overloadpacket in RANKING else None
+        if not self.seen and isinstance(given, Tensor) and bool(given.isnan().any()):
             self.seen = func.overloadpacket.__name__
         return func(*args, **(kwargs or {}))
 

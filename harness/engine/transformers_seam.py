@@ -171,7 +171,8 @@ class AttachedModel:
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise PromptFailed for a token id that the model has no embedding of."""
-        count = int(self.model.get_input_embeddings().weight.shape[0])
+        table: Any = self.model.get_input_embeddings()
+        count = int(table.weight.shape[0])
         unknown = next((token for token in ids if not 0 <= token < count), None)
         if unknown is not None:
             raise PromptFailed(f"token id {unknown} is none of this model's {count}; use its own tokenizer")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from harness.errors import HarnessError, shown
 from harness.plan.methods import plan_budget
@@ -57,7 +56,7 @@ class Arguments(BaseModel):
         raise HarnessError(f"budget {shown(given)} is no budget; give tokens (512) or a fraction (0.25)")
 
 
-def refuse(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any], cache: type) -> None:
+def refuse(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cache: type) -> None:
     """Raise HarnessError for a `generate` whose options need another cache than one of the class `cache`."""
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
     for name, allowed in ALLOWED.items():
