@@ -5,6 +5,7 @@ Shape letters as in `methods.base`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
@@ -148,9 +149,8 @@ class LayerView:
 
     def finite(self, x: Tensor, what: str) -> Tensor:
         """Return x. Raises PolicyError when one of its numbers is not finite. what: they are, in the plural."""
-        sound = x.isfinite()
-        if not bool(sound.all()):
-            bad = f"{int((~sound).sum())} of {x.numel()} {what} of layer {self.index} are NaN or infinite"
+        if not math.isfinite(x.sum(dtype=torch.float64).item()):  # a fifth of what `isfinite` costs
+            bad = f"{int((~x.isfinite()).sum())} of {x.numel()} {what} of layer {self.index} are NaN or infinite"
             raise PolicyError(f"{bad}; mend the method, or try --dtype float32")
         return x
 

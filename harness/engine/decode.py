@@ -6,6 +6,7 @@ take one token at a time, so they live in a session of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -153,7 +154,8 @@ class Decoding:
             if count < limits.min_new_tokens:
                 logits[:, eos] = float("-inf")
             best = logits.max(dim=-1)  # on a CPU faster than argmax
-            picked: list[int] = best.indices.where(best.values.isfinite(), FLAWED).tolist()
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            picked: list[int] = [token if math.isfinite(logit) else FLAWED for token, logit in pairs]
             stored = map(sum, zip(*(cache.stored for cache in self.caches), strict=True))
             for result, held in zip(active, stored, strict=True):
                 result.byte_steps += 0 if result.done else held
