@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import HarnessError, shown
+from harness.errors import HarnessError, line_of, shown
 from harness.records.record import Status
 from methods.budget import Budget, BudgetTooSmall, PolicyError
 
@@ -141,7 +141,7 @@ class Outcome:
         memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         oom = memory or "can't allocate memory" in text
         own: Status = "skipped" if isinstance(error, SkippedCell | BudgetTooSmall) else "oom" if oom else "failed"
-        self.status, self.error = status or own, " ".join(text.split())[:500]
+        self.status, self.error = status or own, line_of(" ".join(text.split()))[:500]
 
     def stored(self) -> dict[str, Any]:
         """The fields of a record that the engine fills in, under their names."""

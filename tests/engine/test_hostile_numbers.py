@@ -17,6 +17,7 @@ from harness.engine.engine import Engine
 from harness.engine.kernels import causal_attention, column_sums, slot_weights
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Outcome, Prompt
+from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from methods.base import Budget, EvictionPolicy, LayerView, StepView
 from methods.registry import make_policy
@@ -45,7 +46,8 @@ def refused(kind: str, outcome: Outcome, what: str) -> None:
     """A failed cell that says so in one line and has nothing that a record cannot hold."""
     assert outcome.status == "failed" and what in str(outcome.error), outcome
     assert all(math.isfinite(x) for x in outcome.nll_per_token)
-    tried(kind, lambda: outcome.stored()["nll"], may_pass=True)
+    assert outcome.stored()["nll"] is None
+    tried(kind, lambda: _raised(HarnessError(str(outcome.error))))
 
 
 @pytest.fixture(params=["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
