@@ -63,7 +63,7 @@ class PlannedSample:
     def prompt(self, tokenizer: TaskTokenizer, loaded: LoadedModel, max_new_tokens: int | None) -> Prompt:
         limits = Limits(
             max_new_tokens=_capped(self.sample.max_new_tokens, max_new_tokens),
-            eos_ids=loaded.eos_ids | _stop_ids(self.sample.stop, tokenizer),
+            eos_ids=loaded.eos_ids | _ids_of((*self.sample.stop, *self.sample.end_tokens), tokenizer),
             min_new_tokens=self.sample.min_new_tokens,
             stop=self.sample.stop,
             text=tokenizer.decode,
@@ -244,9 +244,9 @@ def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
     return RunSpec(**values | resolved)
 
 
-def _stop_ids(stop: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:
-    """Tokens that are a stop string and nothing else; like end-of-text they are barred before `min_new_tokens`."""
-    last = {text: tokenizer.encode(text)[-1:] for text in stop}
+def _ids_of(texts: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:
+    """Tokens that are one of `texts` and nothing else; like end-of-text they are barred before `min_new_tokens`."""
+    last = {text: tokenizer.encode(text)[-1:] for text in texts}
     return frozenset(ids[0] for text, ids in last.items() if ids and tokenizer.decode(ids) == text)
 
 
