@@ -26,6 +26,7 @@ from leaderboards.text import (
     NOTE_CHARS,
     Section,
     clean,
+    csv_text,
     estimate,
     keys,
     markdown,
@@ -212,7 +213,7 @@ def _with_axes(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
 def _csv(frames: Sequence[pd.DataFrame]) -> str:
     frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1])  # an empty one has no column types
     texts = frame.select_dtypes(exclude="number").columns
-    frame[texts] = frame[texts].fillna("").map(clean)  # a table may lack columns of another one
+    frame[texts] = frame[texts].fillna("")  # a table may lack columns of another one
     if "division" in frame and not frame["division"].any():
         frame = frame.drop(columns="division")
-    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    return csv_text(frame)

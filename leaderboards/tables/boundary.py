@@ -20,7 +20,7 @@ from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, lo
 from harness.records.run_folder import write_bytes
 from leaderboards.stats.comparable import budget_order
 from leaderboards.tables.files import write_files
-from leaderboards.text import MIB, Section, clean, escape, markdown, number, terminal
+from leaderboards.text import MIB, Section, clean, csv_text, escape, markdown, number, terminal
 
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "oo")
 """Hatching of the bars of each budget, so that they are told apart without colour."""
@@ -71,9 +71,9 @@ def to_csv(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> str
     for record in ordered(records):
         found, edge = record.found, record.probe(record.found.answer) if record.found else None
         row = {
-            **{"model": clean(model.name), "dtype": model.dtype, "device": model.device},
-            **{"limit_bytes": record.limit_bytes, "limit_kind": clean(manifest.limit_kind)},
-            **{"model_bytes": manifest.model_bytes, "method": clean(record.method), "budget": clean(record.budget)},
+            **{"model": model.name, "dtype": model.dtype, "device": model.device},
+            **{"limit_bytes": record.limit_bytes, "limit_kind": manifest.limit_kind},
+            **{"model_bytes": manifest.model_bytes, "method": record.method, "budget": record.budget},
             **{"kind": record.kind, "at_context": record.at_context},
             **{"answer": found.answer if found else None, "everything_fits": found.whole if found else None},
             **{name: getattr(edge, name, None) for name in ("peak_bytes", "predicted_bytes")},
@@ -83,7 +83,7 @@ def to_csv(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> str
         rows.append(row)
     whole = ("at_context", "answer", "peak_bytes", "predicted_bytes", "next_size")
     table = pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64"))
-    return str(table.to_csv(index=False, lineterminator="\n"))
+    return csv_text(table)
 
 
 def frame(records: Sequence[BoundaryRecord]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from harness.records.bench_folder import BenchManifest, BenchRecord
 from harness.records.measured import Measured, Spread
 from leaderboards.tables.files import write_files
 from leaderboards.tables.speed_rows import ALARM, SPREADS, SpeedRow, SpeedTable, numbers, tables
-from leaderboards.text import MIB, NOTE_CHARS, Section, clean, markdown, number, terminal
+from leaderboards.text import MIB, NOTE_CHARS, Section, clean, csv_text, markdown, number, terminal
 
 
 def frame(table: SpeedTable) -> pd.DataFrame:
@@ -42,10 +42,7 @@ def _parts(records: Sequence[BenchRecord], manifests: Sequence[BenchManifest]) -
 def to_csv(records: Sequence[BenchRecord]) -> str:
     """All cells, one line each: axes, status, seconds, bytes and ratios, unrounded."""
     lines = [_csv_line(table, row) for table in tables(records) for row in table.rows]
-    found = pd.DataFrame(lines)
-    texts = found.select_dtypes(exclude="number").columns
-    found[texts] = found[texts].map(lambda value: "" if value is None else clean(value))
-    return found.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    return csv_text(pd.DataFrame(lines))
 
 
 def write_speed(
