@@ -110,8 +110,7 @@ def distinct(names: Iterable[Any], *, beside: Collection[str] = ()) -> dict[Any,
 
     beside: heads that are there already.
     """
-    found: dict[Any, str] = {}
-    taken = set(beside)
+    found, taken = dict[Any, str](), set(beside)
     for name in dict.fromkeys(names):
         shown = clean(name)
         found[name] = next(text for n in count(1) if (text := f"{shown} ({n})" if n > 1 else shown) not in taken)

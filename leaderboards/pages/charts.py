@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
@@ -22,11 +21,11 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
 from leaderboards.stats.stored import STORED, percent_column
 from leaderboards.stats.stored import words as words_of
-from leaderboards.tables.picture import LINES, MARKERS
+from leaderboards.tables.picture import LINES, MARKERS, plain_text
 from leaderboards.text import clean, number
 
 SIZE = (4.4, 3.3)  # inches: as an SVG about as wide as a phone, so that its text is not scaled down there
-RC: dict[Any, Any] = {"font.size": 9, "axes.linewidth": 0.7, "text.parse_math": False, "text.usetex": False}
+RC: dict[Any, Any] = {"font.size": 9, "axes.linewidth": 0.7}
 RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 LOOK: dict[str, Any] = {"ms": 4.5, "lw": 1.2, "elinewidth": 0.8}
 DASHES = {"-": "", ":": "2 2", "-.": "6 2 2 2"}
@@ -96,7 +95,7 @@ def charts(table: Table, *, salt: str) -> ChartList | None:
     scored = [row for row in table.rows.to_dict("records") if row["n_ok"]]
     if not any(row["budget"] != FULL for row in scored):
         return None
-    with mpl.rc_context(RC):
+    with plain_text(RC):
         found = [
             _against(table, scored, bytes_cost(table), salt=f"{salt}-bytes"),
             _by_budget(table, scored, salt=f"{salt}-budget"),

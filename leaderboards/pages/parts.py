@@ -22,7 +22,7 @@ from leaderboards.tables.board import heading
 from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.sections import rival_frames, sections
 from leaderboards.tables.verdicts import standing, uncompressed, verdicts
-from leaderboards.text import clean, number
+from leaderboards.text import clean, distinct, number
 
 Search = tuple[BoundaryManifest, Sequence[BoundaryRecord]]
 """A folder of searches."""
@@ -69,7 +69,8 @@ def best_by_task(table: Table) -> dict[str, pd.DataFrame]:
         (clean(task), *(_best(means.get(b, []), named=b not in alone) for b in budgets))
         for task, means in found.items()
     ]
-    heads = ["task", *(clean(b) if b == FULL else f"budget {clean(b)}{_share(rows, b)}" for b in budgets)]
+    told = distinct(budgets)
+    heads = ["task", *(told[b] if b == FULL else f"budget {told[b]}{_share(rows, b)}" for b in budgets)]
     caption = "Highest mean of each task and how many methods share it; not tested against the next one"
     return {caption: pd.DataFrame(cells, columns=heads)} if cells else {}
 

@@ -13,6 +13,7 @@ Processor. That of a record is what ran it: two processors round sums differentl
 record that nothing ran takes the processor of most of its run's, or what the manifest says.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -123,9 +124,12 @@ def _preference(record: Record | BoardRecord) -> tuple[int, bool, bool, str, str
 def budget_order(budget: str) -> tuple[int, float, str]:
     """Sort key: without a budget first, then tokens, then fractions."""
     try:
-        return (2 if "." in budget else 1, float(budget), budget)
+        size = float(budget)
     except ValueError:
+        size = math.nan
+    if not math.isfinite(size):
         return (0 if budget == FULL else 3, 0.0, budget)
+    return (2 if "." in budget else 1, size, budget)
 
 
 def _check_prompts(records: Iterable[Record | BoardRecord]) -> None:

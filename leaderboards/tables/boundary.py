@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from html import escape as html
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, lo
 from harness.records.run_folder import write_bytes
 from leaderboards.stats.comparable import budget_order
 from leaderboards.tables.files import write_files
+from leaderboards.tables.picture import plain_text
 from leaderboards.text import MIB, Section, clean, csv_text, escape, markdown, number, terminal
 
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "oo")
@@ -167,8 +167,7 @@ def draw(records: Sequence[BoundaryRecord], manifest: BoundaryManifest, *, salt:
     panels = list(dict.fromkeys((r.kind, r.at_context) for r in sorted(records, key=lambda r: r.at_context or 0)))
     rows = len({(r.method, r.budget) for r in records})
     text, image = io.StringIO(), io.BytesIO()
-    # text.parse_math: a dollar sign in a label is a dollar sign
-    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "text.parse_math": False}):
+    with plain_text({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure = Figure(figsize=(max(4.5, 1.1 * rows + 1.5) * len(panels), 4.8), layout="constrained")
         figure.suptitle(title(manifest), fontsize=10)
         for panel, (kind, at) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

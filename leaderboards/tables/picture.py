@@ -4,6 +4,9 @@ A table with measured cells has the Pareto fronts too, and a panel of score agai
 """
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +22,10 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
 from leaderboards.stats.stored import percent_column, words
 from leaderboards.tables.board import heading
+from leaderboards.text import clean
 
+KEY_CHARS = 60
+"""Characters of a label in a picture."""
 MARKERS = "osD^vPX*<>hd"
 COLORS, LINES = 10, ("-", ":", "-.")  # matplotlib has 10 colours; the next 10 methods are told by their lines
 LOOK: dict[str, Any] = {"ms": 5, "lw": 1.2, "capsize": 2, "elinewidth": 0.7}
@@ -52,20 +58,35 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
         raise HarnessError("there is no table to draw; run a benchmark first")
     table = tables[0]
     panels = [_of_bytes(panel, table.rows) for panel in (MEASURED_PANELS if is_measured(table.rows) else PANELS)]
-    figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
-    figure.suptitle(heading(table), fontsize=10)
-    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        _draw(axes, table.rows, panel)
-        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-        axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
     text = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    with plain_text({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
+        figure.suptitle(heading(table), fontsize=10)
+        for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            _draw(axes, table.rows, panel)
+            axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+            axes.grid(alpha=0.3)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False)
         figure.savefig(text, format="svg", metadata={"Date": None})
     path = Path(out_dir) / f"{name}.svg"
     write_text(path, text.getvalue())
     return path
+
+
+@contextmanager
+def plain_text(settings: dict[Any, Any]) -> Iterator[None]:
+    """Draw with these settings, and every text as it is: a dollar sign is one, and no letter is too rare for a font."""
+    with mpl.rc_context({"text.parse_math": False, "text.usetex": False, **settings}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        warnings.filterwarnings("ignore", message="constrained_layout not applied", category=UserWarning)
+        yield
+
+
+def key_text(label: object) -> str:
+    """A label for the key of a picture, which leaves out what is empty or begins with an underscore."""
+    text = clean(label, longest=KEY_CHARS)
+    return f" {text}" if text.startswith("_") else text or "(no name)"
 
 
 def _of_bytes(panel: Panel, rows: pd.DataFrame) -> Panel:
@@ -84,9 +105,9 @@ def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
         spread = [end.clip(lower=0) for end in ends]  # intervals are rounded, means are not
         turn = i // COLORS
         marker, line = MARKERS[(i + turn) % len(MARKERS)], LINES[turn % len(LINES)]
-        axes.errorbar(x[cells.index], mean, yerr=spread, label=str(method), marker=marker, ls=line, **LOOK)
+        axes.errorbar(x[cells.index], mean, yerr=spread, label=key_text(method), marker=marker, ls=line, **LOOK)
     for row in rows[rows["budget"] == FULL].to_dict("records"):
-        mean, label = row[f"{panel.y}_mean"], row["method"]
+        mean, label = row[f"{panel.y}_mean"], key_text(row["method"])
         if panel.full_line and row[panel.x] > WHOLE:
             axes.axhline(mean, color="black", lw=1, ls="--", label=label)
         else:

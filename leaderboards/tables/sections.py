@@ -9,7 +9,7 @@ from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
 from leaderboards.tables.visible import TITLE, visible_frame
-from leaderboards.text import KEYS, MIB, clean, estimate, half_width, interval, keys, number, rank_text
+from leaderboards.text import KEYS, MIB, clean, distinct, estimate, half_width, interval, keys, number, rank_text
 
 FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "under_budget": "l"}
 FLAGS |= {"few": "w", "unknown": "u"}
@@ -53,10 +53,11 @@ def rival_frames(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def task_frame(table: Table) -> pd.DataFrame:
     """Mean score per task, a column each; `(n)` behind a mean that lacks samples."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
+    heads = distinct(table.tasks["task"], beside=KEYS)
     for row in table.tasks.to_dict("records"):
         n = row["n_ok"]
         text = number(row["score_points_mean"]) + (f" ({n})" if 0 < n < row["n_expected"] else "")
-        rows.setdefault((row["budget"], row["method"]), keys(row))[clean(row["task"])] = text
+        rows.setdefault((row["budget"], row["method"]), keys(row))[heads[row["task"]]] = text
     return pd.DataFrame(list(rows.values()))
 
 
@@ -69,8 +70,9 @@ def _floor_frame(rows: pd.DataFrame) -> pd.DataFrame:
     """A row per method, those that need least first, a column per family."""
     order = rows.groupby("method")["percent"].mean().sort_values(kind="stable").index
     found = {method: {"method": clean(method)} for method in order}
+    heads = distinct(rows["family"], beside=["method"])
     for row in rows.to_dict("records"):
-        found[row["method"]][clean(row["family"])] = _floor_text(row)
+        found[row["method"]][heads[row["family"]]] = _floor_text(row)
     return pd.DataFrame(list(found.values())).fillna("-")
 
 
@@ -99,10 +101,10 @@ def _length_texts(row: TableRow) -> dict[str, str]:
 
 def _summary_frame(rows: pd.DataFrame) -> pd.DataFrame:
     """One summary; behind a mean of fewer tasks or samples than belong to it, how many they are."""
-    found = []
+    found, heads = [], distinct(rows["column"], beside=[*KEYS, "flags"])
     for _, of_cell in rows.groupby(KEYS, sort=False):
         own = of_cell.to_dict("records")
-        texts = {row["column"]: _summary_text(row) for row in own}
+        texts = {heads[row["column"]]: _summary_text(row) for row in own}
         found.append({**keys(own[0]), **texts, "flags": flag_letters(" ".join(row["flags"] for row in own))})
     return pd.DataFrame(found)
 
