@@ -21,7 +21,7 @@ from leaderboards.tables import boundary
 from leaderboards.tables.board import heading
 from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.sections import rival_frames, sections
-from leaderboards.tables.verdicts import standing, uncompressed, verdicts
+from leaderboards.tables.verdicts import is_incomplete, standing, uncompressed, verdicts
 from leaderboards.text import clean, distinct, number
 
 Search = tuple[BoundaryManifest, Sequence[BoundaryRecord]]
@@ -57,7 +57,7 @@ def best_by_task(table: Table) -> dict[str, pd.DataFrame]:
     Cells over their bytes or with missing samples are no candidates. No interval here: a task has few samples.
     """
     rows = table.rows.to_dict("records")
-    fair = {(r["budget"], r["method"]) for r in rows if not {"incomplete", "over_budget"} & set(r["flags"].split())}
+    fair = {(r["budget"], r["method"]) for r in rows if not is_incomplete(r) and not r["n_over_budget"]}
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["n_ok"]))
     found: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for row in table.tasks.to_dict("records"):

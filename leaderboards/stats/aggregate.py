@@ -13,9 +13,13 @@ about sqrt(1 - 1/n); cells with fewer than 10 in some task are flagged. `n` alwa
 
 Marks. They follow the rank intervals (`leaderboards.stats.ranks`), which are corrected for the number of methods,
 budgets and measures. At each budget the cells that may be first, of those within their bytes, are `=`; a cell is `*`
-only when it is the one that may be, and is told apart from every other. `=` is no proof of equality. Nothing is marked
-where there are fewer than two methods or none is complete, or where the table ranks nothing
-(`leaderboards.stats.eligible`).
+only when it is the one that may be, and is told apart from every other. `=` is no proof of equality. A cell that lacks
+samples has no mark: its mean is over others. Nothing is marked where there are fewer than two methods or none is
+complete, or where the table ranks nothing (`leaderboards.stats.eligible`).
+
+Flags. `incomplete`: other cells of that budget have samples that this one lacks. `other_samples`: no other one of its
+budget has more, but those of another budget do. `timed_on_fewer`: others were timed on prompts that it was not.
+`resumed`: some record was made in another environment than its run began in.
 
 Memory. A cell of which some record has simulated memory is `simulated`: scored and ranked as any other, but with no
 place on the fronts. The column `memory` is there when some table has such a cell.
@@ -154,7 +158,7 @@ def _table(
     marks = _marks(grid, ranked)
     costs = {c: stored[c] | observing[c] for c in order}
     more = {c: {**costs[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
-    rows = pd.DataFrame([_flagged({**asdict(axes), **_row(grid, c, used), **more[c]}) for c in order])
+    rows = pd.DataFrame([_flagged({**asdict(axes), **_row(grid, c, used), **more[c]}, grid, c) for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
@@ -217,10 +221,15 @@ def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[st
     return {**row, "flags": " ".join(name for name, here in present.items() if here)}
 
 
-def _flagged(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its flag `under_budget`, where stored bytes tell."""
-    under = "under_budget" if row.get("n_under_budget") else ""
-    return {**row, "flags": f"{row['flags']} {under}".strip()}
+def _flagged(row: dict[str, Any], grid: Grid, cell: CellKey) -> dict[str, Any]:
+    """The row with the flags that more than its own samples tell."""
+    more = {
+        "under_budget": row.get("n_under_budget"),
+        "other_samples": grid.complete(cell) and (grid.expected(FULL) & ~grid.expected(cell[1])).any(),
+        "timed_on_fewer": grid.timed_on_fewer(cell),
+        "resumed": any(r is not None and r.environment_changes for r in grid.cells[cell]),
+    }
+    return {**row, "flags": " ".join([*row["flags"].split(), *(name for name, here in more.items() if here)])}
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:
@@ -236,7 +245,7 @@ def _marks(grid: Grid, ranked: Mapping[CellKey, Mapping[str, Any]]) -> dict[Cell
             continue
         first = [c for c in rivals if ranked[c]["rank_low"] == 1]
         alone = len(first) == 1 and ranked[first[0]]["rank_high"] == 1
-        marks.update(dict.fromkeys(first, "*" if alone else "="))
+        marks.update(dict.fromkeys(filter(grid.complete, first), "*" if alone else "="))
     return marks
 
 

@@ -123,7 +123,7 @@ def _shares(means: Array) -> Array:
     """Of the last member's mean over tasks: [T, ..., K] -> [..., K]; 1 where that is 0."""
     whole = means.mean(axis=0)
     full = whole[..., -1:]
-    return np.asarray(np.divide(whole, full, out=np.ones_like(whole), where=full > 0))
+    return np.asarray(np.divide(whole, full, out=np.ones_like(whole), where=full > 1e-9))
 
 
 def _curves(grid: Grid) -> dict[str, list[CellKey]]:

@@ -20,7 +20,7 @@ from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.files import write_files
 from leaderboards.tables.legend import how_to_read
 from leaderboards.tables.sections import flag_letters, sections
-from leaderboards.tables.verdicts import score_text, standing, tightest_and_widest
+from leaderboards.tables.verdicts import most_nll, nll_text, score_text, standing, tightest_and_widest
 from leaderboards.text import (
     MIB,
     NOTE_CHARS,
@@ -119,9 +119,9 @@ def heading(table: Table) -> str:
 def main_frame(table: Table) -> pd.DataFrame:
     """The ranking as text: one row per (budget, method)."""
     needles, measured = bool(table.rows["needle_percent_n"].any()), is_measured(table.rows)
-    lines = []
+    lines, most = [], most_nll(table.rows)
     for row in table.rows.to_dict("records"):
-        line = _main_row(row, table.baselines, ranked=is_ranked(table.rows))
+        line = _main_row(row, table.baselines, ranked=is_ranked(table.rows), most=most[row["budget"]])
         line |= {"needle %": number(row["needle_percent_mean"])} if needles else {}
         lines.append(line | (_measured_cells(row) if measured else {}))
     return pd.DataFrame(lines)
@@ -146,7 +146,7 @@ def _parts(table: Table, lines: Sequence[str]) -> Iterator[Section]:
         yield Section("Notes", notes, level=3)
 
 
-def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: bool) -> dict[str, str]:
+def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: bool, most: int) -> dict[str, str]:
     mib = row["kv_bytes_mean"] / MIB
     cells = {
         **keys(row),
@@ -163,7 +163,7 @@ def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: boo
         cells["rank"] = rank_text(row["rank_low"], row["rank_high"])
     cells["n"] = str(row["n_ok"])
     cells["flags"] = flag_letters(row["flags"])
-    cells["NLL"] = number(row["nll_nats_mean"], digits=3)
+    cells["NLL"] = nll_text(row, most)
     for wanted, label in baselines.items():
         cells[f"ΔNLL {clean(label or wanted)}"] = estimate(row, f"nll_nats_vs_{wanted}", digits=3, sign="+")
     return cells

@@ -1,5 +1,7 @@
 """One picture of a board: score and answer loss against measured cache bytes, a line per method, with intervals.
 
+A hollow marker is a mean over other samples than those beside it; it is on no front.
+
 A table with measured cells has the Pareto fronts too, and a panel of score against TPOT.
 """
 
@@ -22,6 +24,8 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
 from leaderboards.stats.stored import percent_column, words
 from leaderboards.tables.board import heading
+from leaderboards.tables.sections import LACKS
+from leaderboards.tables.verdicts import has_other_samples
 from leaderboards.text import clean
 
 KEY_CHARS = 60
@@ -98,6 +102,7 @@ def _of_bytes(panel: Panel, rows: pd.DataFrame) -> Panel:
 
 def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
     x, y = rows[panel.x] * panel.scale, rows[f"{panel.y}_mean"]
+    lacking = pd.Series([has_other_samples(row) for row in rows.to_dict("records")], index=rows.index)
     for i, (method, cells) in enumerate(rows[rows["budget"] != FULL].groupby("method")):
         cells = cells.sort_values(panel.x)
         mean = cells[f"{panel.y}_mean"]
@@ -105,14 +110,17 @@ def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
         spread = [end.clip(lower=0) for end in ends]  # intervals are rounded, means are not
         turn = i // COLORS
         marker, line = MARKERS[(i + turn) % len(MARKERS)], LINES[turn % len(LINES)]
-        axes.errorbar(x[cells.index], mean, yerr=spread, label=key_text(method), marker=marker, ls=line, **LOOK)
+        drawn = axes.errorbar(x[cells.index], mean, yerr=spread, label=key_text(method), marker=marker, ls=line, **LOOK)
+        color = drawn.lines[0].get_color()
+        if (fewer := lacking[cells.index]).any():  # hollow: its mean is over other samples
+            axes.plot(x[cells.index][fewer], mean[fewer], color=color, marker=marker, mfc="white", ms=5, ls="")
     for row in rows[rows["budget"] == FULL].to_dict("records"):
-        mean, label = row[f"{panel.y}_mean"], key_text(row["method"])
+        mean, label = row[f"{panel.y}_mean"], key_text(row["method"]) + (LACKS if has_other_samples(row) else "")
         if panel.full_line and row[panel.x] > WHOLE:
             axes.axhline(mean, color="black", lw=1, ls="--", label=label)
         else:
             axes.plot(row[panel.x] * panel.scale, mean, color="black", marker="_", ms=9, ls="", label=label)
     if panel.front:
-        on = rows[panel.front] != ""
+        on = (rows[panel.front] != "") & ~lacking
         best = pd.DataFrame(running_best(list(zip(x[on], y[on], strict=True))), columns=["cost", "score"])
         axes.step(best.cost, best.score, where="post", color="0.4", lw=3, alpha=0.35, label="front of the means")
