@@ -132,11 +132,11 @@ def csv_text(frame: pd.DataFrame) -> str:
     Numbers are written as they are, NaN is empty. Labels are not cut.
     """
     texts = frame.select_dtypes(exclude="number").columns
-    frame = frame.assign(**{name: frame[name].map(_csv_cell).astype(object) for name in texts})
+    frame = frame.assign(**{name: frame[name].map(csv_cell).astype(object) for name in texts})
     return str(frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
 
-def _csv_cell(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
     """An apostrophe before what a spreadsheet would run; a sign alone is none."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float):
         text = "" if value is None else clean(value, longest=LABEL_CHARS)

@@ -26,7 +26,7 @@ place on the fronts. The column `memory` is there when some table has such a cel
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -37,7 +37,7 @@ import pandas as pd
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import CellKey, Record, RunManifest
+from harness.records.record import CellKey, Key, Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.closed import closed
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
@@ -75,8 +75,9 @@ class Table:
 
     summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
-    runs; one of each is used. elsewhere: the same sweep on other processors. floors, closed, visible, lengths: as the
-    modules of these names make them.
+    runs; one of each is used, see `comparable.one_per_key`, which says `differing` too. elsewhere: the same sweep on
+    other processors. changes: of the environment, since a run began, and how many records have each. floors, closed,
+    visible, lengths: as the modules of these names make them.
     """
 
     axes: Axes
@@ -91,6 +92,8 @@ class Table:
     notes: tuple[Note, ...]
     duplicates: int
     elsewhere: tuple[Elsewhere, ...] = ()
+    differing: tuple[tuple[str, str, int, Key], ...] = ()
+    changes: tuple[tuple[str, int], ...] = ()
     floors: pd.DataFrame = field(default_factory=pd.DataFrame)
     closed: pd.DataFrame = field(default_factory=pd.DataFrame)
     visible: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -126,7 +129,8 @@ def aggregate(
         raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
     others = elsewhere(groups, manifests)
     tables = [
-        _table(axes, group, subject, others[axes], seed=seed, resamples=resamples) for axes, group in groups.items()
+        _table(axes, group, manifests, subject, others[axes], seed=seed, resamples=resamples)
+        for axes, group in groups.items()
     ]
     if all((table.rows["memory"] == "physical").all() for table in tables):
         for table in tables:
@@ -140,13 +144,14 @@ def aggregate(
 def _table(
     axes: Axes,
     records: list[BoardRecord],
+    manifests: Sequence[RunManifest],
     subject: str | None,
     others: tuple[Elsewhere, ...],
     *,
     seed: int,
     resamples: int,
 ) -> Table:
-    chosen, duplicates = one_per_key(records)
+    chosen, duplicates, differing = one_per_key(records, manifests=manifests)
     grid = Grid(chosen, seed=seed, resamples=resamples)
     used = {wanted: _baseline(wanted, grid.cells) for wanted in BASELINES}
     grid.prepare(_wanted(grid, used))
@@ -164,9 +169,10 @@ def _table(
     runs = tuple(sorted({r.run_id for r in records}))
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
-    made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
+    made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others, differing)
     seen, decoded = visible(grid, ranking), lengths(grid, order)
-    return Table(*made, floors=floors(grid), closed=closed(grid), visible=seen, lengths=decoded)
+    changes = tuple(sorted(Counter(change for r in chosen for change in r.environment_changes).items()))
+    return Table(*made, changes, floors=floors(grid), closed=closed(grid), visible=seen, lengths=decoded)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.record import RunManifest
+from harness.records.record import Key, RunManifest
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import SUFFIXES, Ranking, is_ranked
@@ -129,11 +129,22 @@ def main_frame(table: Table) -> pd.DataFrame:
 
 def notes_of(table: Table) -> list[str]:
     """The footnotes of a table, a line each."""
-    return [
-        f"{clean(note.method)} at {', '.join(note.budgets)}: {clean(note.what)} ({note.count} records)"
+    notes = [
+        f"{clean(note.method)} at {clean(', '.join(note.budgets))}: {clean(note.what)} ({note.count} records)"
         + (f"; first error: {clean(note.error)}" if note.error else "")
         for note in table.notes
     ]
+    resumed = [f"resumed with another environment: {clean(what)} ({count} records)" for what, count in table.changes]
+    return [*notes, *resumed, *map(_disagreement, table.differing)]
+
+
+def _disagreement(told: tuple[str, str, int, Key]) -> str:
+    """Two runs that say other things of the same cells."""
+    used, other, count, (task, sample, method, budget) = told
+    runs = f"run {clean(used)}, which is used, and run {clean(other)}" if used != other else f"two copies of run {used}"
+    first = f"{clean(method)} at {clean(budget)} on {clean(task)}, sample {clean(sample)}"
+    cells = f"{count} cells" if count > 1 else "a cell"
+    return f"{runs} disagree in score, NLL or bytes in {cells}, first in {first}"
 
 
 def _parts(table: Table, lines: Sequence[str]) -> Iterator[Section]:
@@ -198,11 +209,20 @@ def _facts(table: Table, manifests: Sequence[RunManifest]) -> list[str]:
         "code": ", ".join(commits),
         "measured on": "; ".join(sorted({m.spec.measured_on for m in runs if m.spec.measured_on})),
         "unfinished runs": ", ".join(unfinished),
-        "cells found in several runs": f"{table.duplicates}, one of each used" if table.duplicates else "",
+        "cells found in several runs": _several(table),
         "no baseline": ", ".join(wanted for wanted, label in table.baselines.items() if label is None),
     }
     told = [f"{name}: {clean(text, longest=10 * NOTE_CHARS)}" for name, text in facts.items() if text]
     return [*standing(table), *told]
+
+
+def _several(table: Table) -> str:
+    """How many cells were run more than once, which record is used, and how many disagree."""
+    if not table.duplicates:
+        return ""
+    different = sum(count for _, _, count, _ in table.differing)
+    told = f"; {different} differ between runs (see Notes)" if different else ""
+    return f"{table.duplicates}, of each that of the finished run that was started last{told}"
 
 
 def _with_axes(table: Table, frame: pd.DataFrame) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, load_boundaries
 from harness.records.run_folder import write_bytes
 from leaderboards.stats.comparable import budget_order
+from leaderboards.stats.machines import listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.picture import plain_text
 from leaderboards.text import MIB, Section, clean, csv_text, escape, markdown, number, terminal
@@ -145,7 +146,7 @@ def facts(manifest: BoundaryManifest) -> list[str]:
         f"limit: {manifest.limit_bytes} bytes by {manifest.limit_kind}, {manifest.model_bytes} of them the model's",
         f"each probe: prefill and {manifest.new_tokens} tokens by itself, at most {manifest.timeout_s:g} s, "
         f"chunk {manifest.chunk or 'none'}, threads {manifest.threads or 'default'}",
-        f"machine: {', '.join([*where, *map(str, machine.get('accelerators') or ())]) or 'unknown'}",
+        f"machine: {', '.join([*where, *listed(machine, 'accelerators')]) or 'unknown'}",
         *manifest.notes,
     ]
     return [clean(line) for line in lines]

@@ -9,6 +9,7 @@ import pandas as pd
 
 from harness.records.bench_folder import BenchManifest, BenchRecord
 from harness.records.measured import Measured, Spread
+from leaderboards.stats.machines import listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.speed_rows import ALARM, SPREADS, SpeedRow, SpeedTable, numbers, tables
 from leaderboards.text import MIB, NOTE_CHARS, Section, clean, csv_text, markdown, number, terminal
@@ -113,7 +114,7 @@ def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
     ids = {row.first.bench_id for row in table.rows}
     used = sorted((m for m in manifests if m.bench_id in ids), key=lambda m: m.bench_id)
     passes = sorted({row.passes for row in table.rows})
-    notes = dict.fromkeys(str(note) for m in used for note in m.machine.get("notes", ()))
+    notes = dict.fromkeys(note for m in used for note in listed(m.machine, "notes"))
     wanted = ("python", "torch", "transformers")
     versions = (", ".join(f"{name} {m.versions[name]}" for name in wanted if name in m.versions) for m in used)
     facts = {
@@ -129,9 +130,12 @@ def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
 
 def _machine(manifest: BenchManifest) -> str:
     found = manifest.machine
-    clocks = found.get("clocks_mhz") or {}
-    told = f", {clocks['low']:.0f} to {clocks['high']:.0f} MHz at the start" if clocks else ", clocks not told"
-    graphics = "".join(f", {name}" for name in found.get("accelerators") or ())
+    clocks = found.get("clocks_mhz")
+    low, high = (clocks.get(name) if isinstance(clocks, dict) else None for name in ("low", "high"))
+    told = ", clocks not told"
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        told = f", {low:.0f} to {high:.0f} MHz at the start"
+    graphics = "".join(f", {name}" for name in listed(found, "accelerators"))
     return f"{found.get('processor')}, {found.get('cores')} cores, {found.get('memory_gib')} GiB{graphics}{told}"
 
 
