@@ -34,7 +34,7 @@ from harness.records.spec import Frozen
 from leaderboards.stats.comparable import one_per_key
 from leaderboards.stats.machines import listed, processor
 from leaderboards.stats.paired import COLUMNS, KEY, PROMPT_DIGITS, table_of
-from leaderboards.text import csv_cell
+from leaderboards.text import clean, csv_cell
 
 SETTINGS = ("query", "first_token", "max_new_tokens", "nll_tokens", "seed")
 """Settings of the run that decide scores: with other ones the same prompts have other scores."""
@@ -43,8 +43,8 @@ CLASS_CHARS = 60
 """Characters of the machine class in a file name."""
 
 
-LABEL_CHARS = 1100
-"""Of a text in one of these files; those of records have 1000 at most, before an apostrophe."""
+LABEL_CHARS = 4000
+"""Of a text in one of these files; names in records have a quarter of that at most."""
 
 
 def _is_time(text: str) -> str:
@@ -54,6 +54,8 @@ def _is_time(text: str) -> str:
 
 
 Label = Annotated[str, Field(max_length=LABEL_CHARS)]
+Shown = Annotated[Label, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+"""Escaped before it was written."""
 Time = Annotated[Label, AfterValidator(_is_time)]
 """ISO 8601, with its zone."""
 Mean = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -95,19 +97,19 @@ class About(Frozen):
 class Line(Frozen):
     """A line of a night's samples, as `leaderboards.stats.paired.COLUMNS` has it; empty where there is no number."""
 
-    task: Label
-    sample_id: Label
+    task: Shown
+    sample_id: Shown
     prompt: Annotated[str, Field(pattern=f"^([0-9a-f]{{{PROMPT_DIGITS}}})?$")]
-    group: Label
-    method: Label
-    budget: Label
+    group: Shown
+    method: Shown
+    budget: Shown
     status: Status
     score: Annotated[float, Field(ge=0, le=100.001)] | Literal[""]
     nll: Annotated[float, Field(ge=-1e-6, le=1e6)] | Literal[""]
     kv_bytes: Annotated[int, Field(ge=0, le=MOST)]
 
 
-LINES = TypeAdapter(list[Line])
+LINES = TypeAdapter(Annotated[list[Line], Field(min_length=1)])
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def machine_class(manifest: RunManifest, records: Sequence[Record]) -> str:
     here = cards or [processor(manifest.machine) or "unknown"]
     names = sorted({r.accelerator for r in records if r.accelerator}) or here
     torch = ".".join(manifest.versions.get("torch", "unknown").split(".")[:2])
-    return ", ".join([kind, " + ".join(names), manifest.spec.model.dtype, f"torch {torch}"])
+    told = ", ".join([kind, " + ".join(names), manifest.spec.model.dtype, f"torch {torch}"])
+    return clean(told, longest=LABEL_CHARS)
 
 
 def machine_id(machine: Mapping[str, object], host: str) -> str:
