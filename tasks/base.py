@@ -126,7 +126,9 @@ class Sample:
     """One prompt with its references.
 
     id: unique within the task and independent of limit and task order, such as `1024/depth50/3`.
-    stop: generation ends before the first of these strings. min_new_tokens: end-of-text is ignored until then.
+    stop: generation ends before the first of these strings. end_tokens: at a token that is one of these and nothing
+    else, as at end-of-text; a token that only holds one, such as of two line breaks, does not end it. min_new_tokens:
+    end-of-text is ignored until then.
     meta: what a board may split by (`length`, `depth`, `dataset`, ...), JSON values; `group` names the text that the
     prompt was drawn from, the same for all samples of one text. `needles` are strings of the prompt whose survival is
     counted, `protect` strings that the method `protect` keeps; the first occurrence of each counts.
@@ -142,6 +144,7 @@ class Sample:
     answer_prefix: str = ""
     chat: bool = True
     stop: tuple[str, ...] = ()
+    end_tokens: tuple[str, ...] = ()
     min_new_tokens: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()

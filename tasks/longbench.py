@@ -28,7 +28,7 @@ LM_EVAL = "0.4.13"  # the release whose templates the checksums were taken from
 DEVIATIONS = (
     "tokens are counted and cut without special tokens; pred.py counts the beginning-of-text token as one of them",
     "max_length, which pred.py reads from a table of models, follows from the model's context",
-    "a prediction ends before samsum's newline; pred.py decodes the newline and drops it when scoring",
+    "a prediction ends before the newline token that ends samsum's; pred.py decodes it and drops it when scoring",
 )
 
 METRICS: Mapping[str, Callable[[str, str], float]] = {
@@ -58,8 +58,8 @@ class Dataset:
     """One row of LongBench's tables (config/*.json, task.md).
 
     samples, samples_e: rows, of LongBench-E too where it has the dataset. template: first 12 hex digits of the official
-    prompt template's sha256. first_line: only the first line of a prediction is scored. newline_ends: so does
-    generation, after one token.
+    prompt template's sha256. first_line: only the first line of a prediction is scored. newline_ends: the
+    token of a newline ends generation, after one token.
     """
 
     name: str
@@ -196,7 +196,7 @@ class LongBench(Task):
             answers=tuple(row["answers"]),
             max_new_tokens=data.max_new_tokens,
             chat=data.chat,
-            stop=("\n",) if data.newline_ends else (),
+            end_tokens=("\n",) if data.newline_ends else (),
             min_new_tokens=int(data.newline_ends),
             meta=self.meta(row) | {"truncated": truncated},
         )

@@ -16,7 +16,9 @@ loglikelihood_rolling  the first half of the text, or of each window of `max_len
 With `method=fullkv` all three give what lm-eval's `hf` gives: the same generations, log-probabilities up to rounding.
 A prompt no longer than its budget stays uncompressed; the results' `kv_tasks` say how many did.
 
-Differences from `hf`: one prompt at a time, greedy only, and generation stops at the tokenizer's end of text too.
+Differences from `hf`: one prompt at a time; greedy only, so that a repetition penalty and the like of the model's own
+generation config are set aside (`kv_notes` name them); generation stops at every end of text or turn that the model's
+files name; a date that a chat template writes is always the same day; no end of text is put behind a text.
 """
 
 import logging
@@ -24,13 +26,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Self
 
-import jinja2
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, line_of, shown
 from harness.lm_eval.answers import Answerer, ScoredPair
 from harness.lm_eval.cache_owner import claim, identity
 from harness.lm_eval.requests import (
@@ -45,6 +46,7 @@ from harness.lm_eval.requests import (
     tokenizer_folder,
 )
 from harness.models.load import LoadedModel, load_model
+from harness.models.prompt import dated, open_ended
 
 log = logging.getLogger("harness")
 
@@ -167,19 +169,26 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         if add_special_tokens is None and prefix is not None and has_bos_prefix(string, self._token(prefix)):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        return list(self.tokenizer.encode(string, verbose=False, **options))
+        ids = open_ended(self.tokenizer(string, verbose=False, return_special_tokens_mask=True, **options))
+        self.loaded.check_ids(ids, f"the text {shown(string, 60)}")
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages as `hf` does: a template that refuses a system message gets the other messages."""
-        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
-        options["continue_final_message"] = not add_generation_prompt
         try:
-            text = self.tokenizer.apply_chat_template(chat_history, **options)
-        except jinja2.TemplateError:
+            return self._rendered(chat_history, add_generation_prompt)
+        except HarnessError:
             log.warning("the chat template refuses the messages; once more without the system's")
             others = [message for message in chat_history if message["role"] != "system"]
-            text = self.tokenizer.apply_chat_template(others, **options)
-        return str(text)
+            return self._rendered(others, add_generation_prompt)
+
+    def _rendered(self, messages: list[dict[str, str]], head: bool) -> str:
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": head, "continue_final_message": not head}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **options, **dated(self.tokenizer)))
+        except Exception as error:  # a template is a program
+            why = line_of(str(error) or type(error).__name__)[:300]
+            raise HarnessError(f"the chat template refuses the messages ({why}); leave the template out") from None
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the generated texts, cut at the first stop string."""
@@ -263,7 +272,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             "kv_max_length": self.max_length,
             **answers.facts.means(),
             "kv_prefills": answers.engine.prefills,
-            "kv_notes": list(self.notes),
+            "kv_notes": [*self.loaded.set_aside, *self.notes],
             "kv_tasks": {task: facts.summary() for task, facts in answers.facts.tasks.items()},
             "kv_prompts": answers.facts.prompts,
         }

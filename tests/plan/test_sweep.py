@@ -226,6 +226,9 @@ def test_limits_are_the_sample_s_own_with_the_sweep_s_cap(tiny: LoadedModel) -> 
     assert prompt.limits.eos_ids == tiny.eos_ids | set(newline)  # a stop of one token is an end, barred at first
     assert (prompt.limits.min_new_tokens, prompt.limits.stop) == (1, ("\n", "END"))
     assert prompt.limits.ends(tokenizer.encode("abcEND"))
+    ends = replace(SAMPLE, end_tokens=("\n", "END"), min_new_tokens=1)
+    limits = plan_samples(sweep(), [Fixed([ends])], tiny)[0][0].prompt(tokenizer, tiny, None).limits
+    assert (limits.eos_ids, limits.stop) == (tiny.eos_ids | set(newline), ())  # one token, and no text, ends it
     assert (list(prompt.ids), prompt.context, prompt.answer) == (planned.ids.tolist(), 41, planned.answer)
 
 

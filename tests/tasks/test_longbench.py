@@ -92,9 +92,16 @@ def test_few_shot_answers_are_scored_by_their_first_line_and_the_best_reference(
     assert hotpot.score(york, "new york\nor not")["score"] == pytest.approx(2 / 3)
 
 
-def test_samsum_ends_at_a_newline_after_one_token(tmp_path: Path) -> None:
+def test_samsum_ends_at_the_token_of_a_newline_after_one_token(tmp_path: Path) -> None:
     (sample,) = made(tmp_path, "samsum", {})
-    assert (sample.stop, sample.min_new_tokens, sample.chat) == (("\n",), 1, False)
+    assert (sample.stop, sample.end_tokens, sample.min_new_tokens, sample.chat) == ((), ("\n",), 1, False)
+
+
+def test_samsum_scores_the_first_line_behind_blank_ones(tmp_path: Path) -> None:
+    """A token of two line breaks ends nothing in pred.py, and eval.py drops them before it takes a line."""
+    (sample,) = made(tmp_path, "samsum", {"answers": ["Ann bakes cakes."]})
+    for said in ("\n\nAnn bakes cakes.", "Ann bakes cakes.\n\nBen: more", "\nAnn bakes cakes.\nand"):
+        assert LongBench(BY_NAME["samsum"]).score(sample, said)["score"] == pytest.approx(1.0)
 
 
 def test_placeholders_in_the_data_are_left_alone(tmp_path: Path) -> None:
