@@ -17,8 +17,31 @@ T = TypeVar("T")
 AnyTask = TypeVar("AnyTask", bound="Task")
 
 
+VALUE_CHARS = 200
+"""Characters of a value in an error line."""
+LINE_CHARS = 1000
+"""Characters of an error line, about."""
+
+
 class TaskError(ValueError):
-    """A task cannot be built or scored as asked; the message says what to change."""
+    """A task cannot be built or scored as asked; the message, one line, says what to change."""
+
+    def __str__(self) -> str:
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        return text if len(text) <= LINE_CHARS else f"{text[: LINE_CHARS // 2]}[...]{text[-LINE_CHARS // 2 :]}"
+
+
+class NothingFits(TaskError):
+    """No sample of a task fits the run as asked: the task can be left out."""
+
+
+def shown(value: object) -> str:
+    """A value as an error line shows it: `repr`, cut at `VALUE_CHARS`."""
+    try:
+        text = repr(value[: VALUE_CHARS + 1] if isinstance(value, str | bytes | list | tuple) else value)
+    except (ValueError, RecursionError):  # an integer of too many digits, a list too deep
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 5]}[...]"
 
 
 class Tokenizer(Protocol):
@@ -180,6 +203,9 @@ class Task(ABC):
 
         Raises TaskError, with the command that fetches it, for one that is not there.
         """
+
+    def read_data(self, options: DataOptions) -> None:  # noqa: B027 - as above
+        """Read those files and keep nothing of them. Raises TaskError, with the place, for a damaged one."""
 
     def reference(self, sample: Sample) -> str | None:
         """Return the text whose log-likelihood is measured on the compressed cache, or None where that says nothing."""
