@@ -5,10 +5,11 @@ No torch and no transformers here: leaderboards import this module.
 
 import hashlib
 import json
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from harness.records.ranges import Count, Label, Lengths, Meta, Seed, Tokens, Typed, Wanted
 from methods.budget import Budget
 
 SCHEMA_VERSION = 2
@@ -49,12 +50,12 @@ class Asked(Frozen):
 
     OTHER_WAY: ClassVar[str] = ""  # of naming methods, for an error line
 
-    model: str = "smollm2-135m"
-    methods: tuple[str, ...]
-    budgets: tuple[str, ...] = ("128", "256", "512")
-    dtype: str = "auto"
-    device: str = "auto"
-    set: dict[str, Any] = Field(default_factory=dict)
+    model: Label = "smollm2-135m"
+    methods: Typed
+    budgets: Typed = ("128", "256", "512")
+    dtype: Label = "auto"
+    device: Label = "auto"
+    set: Meta = Field(default_factory=dict)
 
     @field_validator("methods")
     @classmethod
@@ -89,22 +90,22 @@ class Sweep(Asked):
 
     OTHER_WAY = " or --config quick"
 
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...] = (1024,)
-    limit: int | None = None
-    seed: int = 42
-    max_tokens: int | None = None
-    max_new_tokens: int | None = None
+    tasks: Typed
+    lengths: Annotated[tuple[Wanted, ...], Field(max_length=1000)] = (1024,)
+    limit: Wanted | None = None
+    seed: Seed = 42
+    max_tokens: Wanted | None = None
+    max_new_tokens: Wanted | None = None
     first_token: FirstToken = "compressed"
     query: QueryMode = "aware"
-    nll_tokens: int = 64
-    observe: int = 2
+    nll_tokens: Wanted = 64
+    observe: Wanted = 2
     trust_remote_code: bool = False
-    data_dir: str | None = None
+    data_dir: Label | None = None
     measure: bool = False
     whole: bool = False
     contexts: Contexts = "drawn"
-    graded: str | None = None
+    graded: Label | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -145,9 +146,9 @@ class Sweep(Asked):
 class MethodSpec(Frozen):
     """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved."""
 
-    label: str
-    name: str
-    params: dict[str, Any] = Field(default_factory=dict)
+    label: Label
+    name: Label
+    params: Meta = Field(default_factory=dict)
     budgeted: bool = True
 
 
@@ -157,20 +158,20 @@ class ModelSpec(Frozen):
     loaded_as: what was done to its weights: an adapter merged, quantised, spread over devices.
     """
 
-    name: str
-    revision: str
-    dtype: str
-    device: str
+    name: Label
+    revision: Label
+    dtype: Label
+    device: Label
     trust_remote_code: bool = False
-    loaded_as: tuple[str, ...] = ()
+    loaded_as: Typed = ()
 
 
 class TaskSpec(Frozen):
     """A task as run. provenance: what the task says of its data (source, revision, checksums, substitutions)."""
 
-    name: str
-    protocol: str
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    name: Label
+    protocol: Label
+    provenance: Meta = Field(default_factory=dict)
 
 
 class RunSpec(Frozen):
@@ -178,18 +179,18 @@ class RunSpec(Frozen):
 
     schema_version: int = SCHEMA_VERSION
     model: ModelSpec
-    tasks: tuple[TaskSpec, ...]
-    methods: tuple[MethodSpec, ...]
-    budgets: tuple[str, ...]
-    lengths: tuple[int, ...]
-    limit: int | None
-    seed: int
-    max_tokens: int
-    max_new_tokens: int | None
+    tasks: Annotated[tuple[TaskSpec, ...], Field(max_length=1000)]
+    methods: Annotated[tuple[MethodSpec, ...], Field(max_length=1000)]
+    budgets: Typed
+    lengths: Lengths
+    limit: Tokens | None
+    seed: Seed
+    max_tokens: Tokens
+    max_new_tokens: Tokens | None
     first_token: FirstToken
     query: QueryMode
-    nll_tokens: int
-    measured_on: str | None = None  # the machine that cells are also timed on, which decides those numbers
+    nll_tokens: Count
+    measured_on: Label | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
     contexts: Contexts = "protocol"  # what all runs had before contexts were drawn
 
