@@ -101,10 +101,9 @@ def differences(own: Record, made: Record, *, same: bool) -> Iterator[str]:
         if own.status != "oom":  # memory may be short there and not here
             yield f"status {own.status}, here {made.status} ({shown(made.error)})"
         return
-    if same and own.token_ids != made.token_ids:
-        yield f"tokens {shown(own.token_ids, 60)}, here {shown(made.token_ids, 60)}"
-    if same and own.kept_slots != made.kept_slots:
-        yield f"kept slots {shown(own.kept_slots, 60)}, here {shown(made.kept_slots, 60)}"
+    for name in ("token_ids", "turn_tokens", "kept_slots", "needle_kept", "memory") if same else ():
+        if getattr(own, name) != getattr(made, name):
+            yield f"{name} {shown(getattr(own, name), 60)}, here {shown(getattr(made, name), 60)}"
     for name in ("kv_bytes", "asked_bytes", "full_bytes"):
         if not isclose(getattr(own, name), getattr(made, name), rel_tol=0 if same else OTHER_BYTES):
             yield f"{name} {getattr(own, name)}, here {getattr(made, name)}"

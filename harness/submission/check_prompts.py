@@ -39,9 +39,11 @@ class Drawn:
             yield f"{record.task} draws no sample {record.sample_id[:80]} with this seed"
             return
         wanted: dict[str, object] = {"prompt_sha256": planned.sha256, "prompt_tokens": len(planned.ids)}
-        wanted |= {"answers": planned.sample.answers, "meta": _json(planned.sample.meta)}
-        wanted |= {"needle_tokens": len(planned.needle)}
+        wanted |= {"answers": planned.sample.answers, "needle_tokens": len(planned.needle)}
         other = [name for name, value in wanted.items() if getattr(record, name) != value]
+        meta = _json(planned.sample.meta)
+        if {**meta, **record.meta} != meta:  # older runs have less
+            other.append("meta")
         if other:
             yield f"{', '.join(other)} not those of the task's own draw"
         yield from self._too_long(record, planned)
