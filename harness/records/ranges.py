@@ -1,4 +1,4 @@
-"""What a stored value may be: the types of the fields of records, manifests, archive indexes and sweeps.
+"""What a stored value may be: the types of the fields of records, manifests and archive indexes.
 
 Integers and numbers are strict: `true` is not 1, `"1"` is not 1. Numbers are finite. Texts are bounded, and can be
 written as UTF-8: no half of a surrogate pair. The bounds are far above what a run makes; they keep one forged line from
@@ -20,8 +20,6 @@ Bytes = Annotated[int, Field(strict=True, ge=0, le=MOST)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1 << 48)]
 Tokens = Annotated[int, Field(strict=True, ge=1, le=1 << 31)]
 """Of a length or a limit."""
-Wanted = Annotated[int, Field(strict=True, le=1 << 31)]
-"""What an option asks for, which says itself when it is too small."""
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 Seed = Annotated[int, Field(strict=True, ge=-MOST, le=MOST)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e12, le=1e12)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from harness.records.ranges import Count, Label, Lengths, Meta, Seed, Tokens, Typed, Wanted
+from harness.records.ranges import Count, Label, Lengths, Meta, Seed, Tokens, Typed
 from methods.budget import Budget
 
 SCHEMA_VERSION = 2
@@ -50,12 +50,12 @@ class Asked(Frozen):
 
     OTHER_WAY: ClassVar[str] = ""  # of naming methods, for an error line
 
-    model: Label = "smollm2-135m"
-    methods: Typed
-    budgets: Typed = ("128", "256", "512")
-    dtype: Label = "auto"
-    device: Label = "auto"
-    set: Meta = Field(default_factory=dict)
+    model: str = "smollm2-135m"
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...] = ("128", "256", "512")
+    dtype: str = "auto"
+    device: str = "auto"
+    set: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("methods")
     @classmethod
@@ -90,22 +90,22 @@ class Sweep(Asked):
 
     OTHER_WAY = " or --config quick"
 
-    tasks: Typed
-    lengths: Annotated[tuple[Wanted, ...], Field(max_length=1000)] = (1024,)
-    limit: Wanted | None = None
-    seed: Seed = 42
-    max_tokens: Wanted | None = None
-    max_new_tokens: Wanted | None = None
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...] = (1024,)
+    limit: int | None = None
+    seed: int = 42
+    max_tokens: int | None = None
+    max_new_tokens: int | None = None
     first_token: FirstToken = "compressed"
     query: QueryMode = "aware"
-    nll_tokens: Wanted = 64
-    observe: Wanted = 2
+    nll_tokens: int = 64
+    observe: int = 2
     trust_remote_code: bool = False
-    data_dir: Label | None = None
+    data_dir: str | None = None
     measure: bool = False
     whole: bool = False
     contexts: Contexts = "drawn"
-    graded: Label | None = None
+    graded: str | None = None
 
     @field_validator("tasks")
     @classmethod

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
@@ -72,7 +73,7 @@ def _method_problems(method: MethodSpec) -> Iterator[str]:
 def _param_problems(method: MethodSpec, label: MethodLabel, spelled: Mapping[str, Any]) -> Iterator[str]:
     from methods.base import KVPolicy  # brings torch
 
-    known = load_methods()[label.name]
+    known = _registry()[label.name]
     defaults = {field.name: field.default for field in fields(known.policy) if field.init}  # type: ignore[arg-type]
     wanted = {**defaults, **known.presets.get(label.preset, {}), **spelled}
     if known.policy.budgeted is KVPolicy.budgeted and not method.budgeted:
@@ -82,6 +83,9 @@ def _param_problems(method: MethodSpec, label: MethodLabel, spelled: Mapping[str
         if fixed and value != wanted.get(name, MISSING):
             here = shown(wanted[name]) if name in wanted else "no such parameter"
             yield f"method {label} has {name}={shown(value)}, its label makes {here}"
+
+
+_registry = cache(load_methods)  # it looks for plugins each time
 
 
 def _value(text: str) -> Any:

@@ -12,8 +12,12 @@ EXACT = 1e-9
 ROUNDING = 1e-6
 SCORED = 64 << 10
 """Characters of a prediction that is scored, of its references, and of each text in the sample's meta."""
-WORK = 1 << 26
+WORK = 1 << 25
 """Characters of a prediction times those of the longest reference: metrics compare each with each."""
+NEEDLES = 1 << 22
+"""Likewise of a needle, against which ROUGE fills a table."""
+SENTENCES = 1 << 18
+"""Sentences of the one times those of the other, likewise."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -47,13 +51,17 @@ def score_problems(task: Task, record: Record) -> Iterator[str]:
 
 def _too_long(record: Record) -> str:
     """Why a record is not scored: metrics of long texts take minutes; empty where it is."""
-    needles = record.meta.get("needles", ())
-    others = (*record.answers, *(text for text in needles if isinstance(text, str)))
+    needles = record.meta.get("needles")
+    hidden = [text for text in needles if isinstance(text, str)] if isinstance(needles, list) else []
+    others = (*record.answers, *hidden)
     said, longest = len(record.prediction), max(map(len, others), default=0)
-    if max(said, sum(map(len, others))) > SCORED or said * longest > WORK:
+    stops = (record.prediction.count(".") + 1) * (max((text.count(".") for text in others), default=0) + 1)
+    table = said * max(map(len, hidden), default=0)
+    large = max(said, sum(map(len, others))) > SCORED or said * longest > WORK
+    if large or table > NEEDLES or stops > SENTENCES:
         return (
-            f"a prediction of {said:,} characters against references of {longest:,} is not scored: at most {SCORED:,} "
-            f"of each, and {WORK:,} as their product"
+            f"a prediction of {said:,} characters and references of {longest:,} are too long to score: at most "
+            f"{SCORED:,} of each, {WORK:,} as their product, {NEEDLES:,} of a needle, {SENTENCES:,} pairs of sentences"
         )
     return ""
 

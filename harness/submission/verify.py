@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from harness.submission.check_prompts import Drawn
 
 REFUSALS = 100
-SECONDS = 6.0
+SECONDS = 5.0
 """Of processor time for the records, without a tokenizer and a model. A record takes about 0.1 ms."""
 
 
