@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from harness.cli.arguments import place
 
 if TYPE_CHECKING:
     from harness.submission.verify import Decode
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def verify_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("pack", type=Path, metavar="PACK", help="archive that `harness submit` wrote")
+    add("pack", type=place, metavar="PACK", help="archive that `harness submit` wrote")
     add("--partial", action="store_true", help="missing cells are no fault")
     add("--tokenizer", metavar="MODEL", help="decode the stored tokens too, with this model's tokenizer")
     parser.set_defaults(action=_action)

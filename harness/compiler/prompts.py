@@ -72,8 +72,6 @@ def calibration_samples(
     fewer than the least. Ids are `{corpus}/{family}/{index}`. Meta: family, corpus, length (the drawn one), depth in
     percent and needles where something is asked for. Raises HarnessError for lengths that the corpus has no prompt of.
     """
-    if not 1 <= lengths[0] <= lengths[1]:
-        raise HarnessError(f"calibration lengths {lengths[0]} to {lengths[1]}: give the least and the most tokens")
     turns = ((families[n % len(families)], n // len(families)) for n in range(count))
     return [_sample(_plan(corpus, *turn, seed=seed, lengths=lengths), tokenizer) for turn in turns]
 

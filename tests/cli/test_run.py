@@ -116,7 +116,7 @@ CONFIGS = {
 BAD = [
     ("--methods snapvk", "unknown method 'snapvk'; did you mean 'snapkv'"),
     ("--methods snapkv@papre", "unknown preset 'papre'"),
-    ("--methods ,", "no methods asked for"),
+    ("--methods ,", "argument --methods: ',' names nothing"),
     ("--tasks stdlb", "unknown task 'stdlb'; did you mean 'stdlib'"),
     ("--tasks longbench/qasper --data-dir .", "qasper.jsonl"),
     ("--model tinny", "unknown model 'tinny'; did you mean 'tiny'"),

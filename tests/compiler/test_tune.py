@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from harness.cli import main
-from harness.compiler.compile import TRIALS
+from harness.compiler.asked import TRIALS, TuneSpec
 from harness.compiler.rollouts import Rollout
-from harness.compiler.tune import Tuner, TuneSpec, parameter_sets, parameter_space
+from harness.compiler.tune import Tuner, parameter_sets, parameter_space
 from harness.errors import HarnessError
 from harness.models.prompt import token_sha256
 from harness.plan.methods import plan_method
