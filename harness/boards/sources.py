@@ -5,7 +5,6 @@ A published board is made from the archives in `leaderboards/published/records/<
 has a memory boundary (`boundary.json`) shows it beside the scores.
 """
 
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import leaderboards
-from harness.errors import HarnessError, one_line
+from harness.errors import HarnessError, one_line, shown
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchRecord, load_bench
 from harness.records.board_record import BoardRecord
 from harness.records.boundary_folder import BOUNDARIES
 from harness.records.log_folder import LogLayout
+from harness.records.options import Flag, Word
+from harness.records.paths import path_of
+from harness.records.plain_files import parse_toml, read_plain
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import RUNS, find_runs, load_board_records, load_run
 from harness.records.spec import Frozen, Sweep
@@ -28,6 +30,8 @@ from methods.label import MethodLabel
 HOME = Path(leaderboards.__file__).resolve().parent
 BOARDS, PUBLISHED = HOME / "boards", HOME / "published"
 KEPT = PUBLISHED / "records"
+MOST_BYTES = 1 << 20
+"""Of a TOML file."""
 
 Run = tuple[RunManifest, Sequence[Record | BoardRecord]]
 Bench = tuple[BenchManifest, list[BenchRecord]]
@@ -39,8 +43,8 @@ class BoardOptions(Frozen):
     subject: one of the methods, as in `harness board --subject`. html: its page is published too.
     """
 
-    subject: str | None = None
-    html: bool = False
+    subject: Word | None = None
+    html: Flag = False
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,9 @@ class Sources:
 
 def read_config(name: str) -> dict[str, Any]:
     """Return a TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
-    path = Path(name)
-    if not path.suffix and (BOARDS / f"{name}.toml").is_file():
-        path = BOARDS / f"{name}.toml"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(sorted(board.stem for board in BOARDS.glob("*.toml")))
-        raise HarnessError(f"cannot read {name}: {error.strerror}; packaged boards: {known}") from None
-    except ValueError as error:
-        raise HarnessError(f"{path} is not TOML: {error}") from None
+    packaged = {board.stem: board for board in sorted(BOARDS.glob("*.toml"))}
+    path, remedy = packaged.get(name) or path_of(name), f"packaged boards: {', '.join(packaged)}"
+    return parse_toml(read_plain(path, most=MOST_BYTES, remedy=remedy), where=shown(name)[1:-1], remedy=remedy)
 
 
 def board_options(board: Any) -> BoardOptions:
@@ -151,5 +148,5 @@ def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
         return None
     labels = {MethodLabel.parse(spec.label).asked: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
     if wanted not in labels and not typed:
-        raise HarnessError(f"board.subject {wanted!r} is no method with a budget of this run: {', '.join(labels)}")
+        raise HarnessError(f"board.subject {shown(wanted)} is no method with a budget of this run: {', '.join(labels)}")
     return labels.get(wanted)

@@ -33,6 +33,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown arguments {shown(' '.join(left))}")
         return found
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and arg_strings == ["--"]:  # argparse would drop it and give an empty list
+            raise argparse.ArgumentError(action, "'--' is no value; leave the option out or give one")
+        return super()._get_values(action, arg_strings)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"{shown(value)} is none of {', '.join(action.choices)}")

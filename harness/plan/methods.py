@@ -13,8 +13,9 @@ from harness.errors import HarnessError
 from harness.plan.names import asked_methods, refusals
 from harness.records.spec import Asked, MethodSpec
 from methods.base import Budget, KVPolicy, PolicyError
+from methods.budget import decimal_text, quoted
 from methods.label import MethodLabel
-from methods.registry import make_policy
+from methods.registry import make_policy, read_label
 
 
 class PlannedMethod(NamedTuple):
@@ -43,14 +44,14 @@ def plan_method(label: str, changed: Mapping[str, Any] | None = None, *, revisio
     for an unknown name, preset or parameter, a value that the method refuses, or another model's method.
     """
     with refusals():
-        planned = _planned(MethodLabel.parse(label), changed or {})
+        planned = _planned(read_label(label), changed or {})
     return planned if revision is None else planned.on(revision)
 
 
 def plan_budget(budget: object) -> Budget:
     """A budget as typed: tokens (512) or a fraction of the prompt (0.25, 25%). Raises HarnessError for another."""
     with refusals():
-        return Budget.parse(str(budget))
+        return Budget.parse(decimal_text(budget) if isinstance(budget, float) else str(budget))
 
 
 def _planned(label: MethodLabel, changed: Mapping[str, Any]) -> PlannedMethod:
@@ -61,7 +62,8 @@ def _planned(label: MethodLabel, changed: Mapping[str, Any]) -> PlannedMethod:
     except PolicyError as error:
         raise HarnessError(str(error)) from None
     except (TypeError, ValueError) as error:
-        raise HarnessError(f"method '{label}' refuses its parameters: {error}") from None
+        told = f"method {quoted(str(label))} refuses its parameters: {quoted(str(error))[1:-1]}"
+        raise HarnessError(f"{told}; see docs/method-reference.md") from None
     full = str(label.changed(changed))
     return PlannedMethod(MethodSpec(label=full, name=label.name, params=params, budgeted=policy.budgeted), policy)
 
@@ -78,4 +80,5 @@ def _check_types(policy: KVPolicy, changed: Mapping[str, Any]) -> None:
         try:
             TypeAdapter(hints[key]).validate_python(value, strict=True)
         except ValidationError as error:
-            raise PolicyError(f"{type(policy).__name__}.{key}={value!r}: {error.errors()[0]['msg']}") from None
+            told = f"{type(policy).__name__}.{key}={quoted(value)}: {error.errors()[0]['msg']}"
+            raise PolicyError(f"{told}; see docs/method-reference.md") from None
