@@ -13,11 +13,18 @@ LEAST_FRACTION = 1e-9
 TEXT_CHARS = 40
 BUDGET = re.compile(r"(-?\d+)|(\d+\.\d*|\.\d+)|(\d+\.?\d*|\.\d+)%", re.ASCII)
 """Tokens, a fraction, or a percentage."""
-SHOWN_CHARS = 200
+SHOWN_CHARS, LINE_CHARS = 200, 1000
+"""Of a value in an error line, and of the line."""
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+"""What a terminal obeys, hides or cannot encode."""
 
 
 class PolicyError(ValueError):
-    """A policy was asked for something it cannot do; the message says what to change."""
+    """A policy was asked for something it cannot do; the message, a line safe to show, says what to change."""
+
+    def __str__(self) -> str:
+        text = UNSAFE.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
+        return text if len(text) <= LINE_CHARS else f"{text[: LINE_CHARS // 2]}[...]{text[-LINE_CHARS // 3 :]}"
 
 
 class BudgetTooSmall(PolicyError):

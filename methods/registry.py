@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from traceback import format_exception_only
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 import methods
 from methods.budget import PolicyError, quoted
@@ -148,7 +151,7 @@ def _load_plugin(plugin: EntryPoint) -> None:
         for registry, own in zip(registries, before, strict=True):
             for name in registry.keys() - own:
                 del registry[name]
-        where, what = f"{plugin.name} = {plugin.value}", f"{type(error).__name__}: {error}"
+        where, what = f"{plugin.name} = {plugin.value}", format_exception_only(error)[-1].strip()
         LOG.warning("plug-in %s is left out, it cannot be loaded: %s", quoted(where), quoted(what))
 
 
@@ -221,5 +224,24 @@ def make_policy(label: str | MethodLabel, overrides: Mapping[str, Any] | None = 
     if asked.preset == TUNED:
         from methods.tuned.policy import Tuned
 
+        _check_types(Tuned, changed)
         return Tuned(asked.name, **changed)
-    return entry.policy(**{**entry.presets.get(asked.preset, {}), **changed})
+    _check_types(entry.policy, changed)
+    try:
+        return entry.policy(**{**entry.presets.get(asked.preset, {}), **changed})
+    except PolicyError:
+        raise
+    except (TypeError, ValueError) as error:
+        what = f"method {quoted(str(asked))} refuses its parameters: {quoted(str(error))[1:-1]}"
+        raise PolicyError(f"{what}; see docs/method-reference.md") from None
+
+
+def _check_types(policy: type[KVPolicy], changed: Mapping[str, Any]) -> None:
+    """Raises PolicyError when a changed parameter is not of the type that the policy declares."""
+    hints = get_type_hints(policy)
+    for key, value in changed.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            told = f"{policy.__name__}.{key}={quoted(value)}: {error.errors()[0]['msg']}"
+            raise PolicyError(f"{told}; see docs/method-reference.md") from None

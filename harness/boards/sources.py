@@ -67,7 +67,7 @@ class Sources:
 def read_config(name: str) -> dict[str, Any]:
     """Return a TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
     packaged = {board.stem: board for board in sorted(BOARDS.glob("*.toml"))}
-    path, remedy = packaged.get(name) or path_of(name), f"packaged boards: {', '.join(packaged)}"
+    path, remedy = packaged.get(name) or path_of(name), f"packaged boards: {', '.join(sorted(packaged))}"
     return parse_toml(read_plain(path, most=MOST_BYTES, remedy=remedy), where=shown(name)[1:-1], remedy=remedy)
 
 

@@ -107,7 +107,7 @@ def test_an_option_of_any_value_is_taken_as_it_stands_or_refused(name: str, valu
 
 
 @given(
-    st.sampled_from([*COUNTS, "lengths"]),
+    st.sampled_from([*sorted(COUNTS), "lengths"]),
     st.one_of(st.booleans(), st.floats(), st.integers(max_value=-1), st.integers(10**10, 10**40)),
 )
 def test_no_count_is_a_boolean_a_fraction_or_out_of_range(name: str, value: Any) -> None:

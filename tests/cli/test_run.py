@@ -135,7 +135,7 @@ BAD = [
     ("--set snapkv.recent=many", "valid integer"),
     ("--set snapkv.recent", "has no value"),
     ("--set h2o.mean=true", "names no method of this run"),
-    ("--config absent.toml", "cannot read absent.toml"),
+    ("--config absent.toml", "cannot read 'absent.toml'"),
     ("--config broken.toml", "broken.toml is not TOML"),
     ("--config binary.toml", "binary.toml is not TOML"),
     ("--config unknown.toml", "option budegts"),
