@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import os
 import sys
 import unicodedata
 
@@ -23,8 +24,10 @@ def _plain(letter: str) -> str:
 
 
 def fit_streams() -> None:
-    """Have stdout and stderr take every character, whatever their encoding."""
+    """Have stdout and stderr take every character, whatever their encoding, and nothing where they are closed."""
     codecs.register_error(HANDLER, plain)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)
