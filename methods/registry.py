@@ -25,6 +25,8 @@ from methods.label import ARTEFACT, NAME, TUNED, MethodLabel, nearest
 if TYPE_CHECKING:
     from methods.base import KVPolicy
 
+MOST_NUMBER = 10_000_000
+"""Of a parameter, which counts tokens or weighs; either way it changes nothing more from there on."""
 LOG = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "kv_policy_harness.methods"
 
@@ -245,3 +247,5 @@ def _check_types(policy: type[KVPolicy], changed: Mapping[str, Any]) -> None:
         except ValidationError as error:
             told = f"{policy.__name__}.{key}={quoted(value)}: {error.errors()[0]['msg']}"
             raise PolicyError(f"{told}; see docs/method-reference.md") from None
+        if isinstance(value, int | float) and not abs(value) <= MOST_NUMBER:
+            raise PolicyError(f"{policy.__name__}.{key}={quoted(value)} is out of range; give at most {MOST_NUMBER:,}")
