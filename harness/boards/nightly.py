@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.machine import git_commit, machine, versions
 from harness.records.run_folder import RUNS, load_run, write_text
 from harness.records.spec import Sweep
@@ -57,7 +57,9 @@ def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[NightVerdict, 
     Raises HarnessError for bad input, a damaged stored night, or a folder that cannot be written.
     """
     if not re.fullmatch(r"\w[\w.-]*", ask.board):
-        raise HarnessError(f"board name {ask.board!r} is no file name; rename the file to letters, digits, '-' and '_'")
+        raise HarnessError(
+            f"board name {shown(ask.board)} is no file name; rename the file to letters, digits, '-' and '_'"
+        )
     stored = read_nights(ask.baseline, ask.board)  # a night is long: what is damaged is found before it
     folder = night_folder(ask.out)
     if ask.fan is None:

@@ -79,7 +79,9 @@ def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
     kept = tuple(paragraphs)
     words = sum(len(paragraph.split()) for paragraph in kept)
     if words < MIN_WORDS:
-        raise HarnessError(f"corpus {name!r} has {words} words of prose, {MIN_WORDS} are needed; give it more text")
+        raise HarnessError(
+            f"corpus {shown(name)} has {words} words of prose, {MIN_WORDS} are needed; give it more text"
+        )
     text = "\n\n".join(kept)
     return Corpus(name, kept, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest())
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from harness.compiler.corpora import Corpus
 from harness.compiler.wordings import ASIDES, COPIES, FACTS, INTROS, TRAILS, invented
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from tasks.base import Sample, Tokenizer, point, rng
 
 FAMILIES = ("continuation", "copy", "needle", "multikey", "tracking")
@@ -93,7 +93,7 @@ def _sample(plan: PromptPlan, tokenizer: Tokenizer) -> Sample:
         if found := _longest(plan, pieces, most, tokenizer):
             return found
     raise HarnessError(
-        f"corpus {plan.corpus.name!r}: no {plan.family} prompt of {plan.length} tokens can be made of whole "
+        f"corpus {shown(plan.corpus.name)}: no {plan.family} prompt of {plan.length} tokens can be made of whole "
         f"sentences, {LEAST_SENTENCES} at least; ask for longer prompts, or take another corpus"
     )
 
@@ -126,7 +126,7 @@ def _window(plan: PromptPlan, tokenizer: Tokenizer, *, place: float, skip: int) 
         if total > plan.length + 1.5 * CONTINUATION:
             return pieces, most
     raise HarnessError(
-        f"corpus {plan.corpus.name!r} has about {total} tokens, a prompt of {plan.length} and what follows it "
+        f"corpus {shown(plan.corpus.name)} has about {total} tokens, a prompt of {plan.length} and what follows it "
         "need more; give it more text, or ask for shorter prompts"
     )
 
