@@ -51,9 +51,10 @@ class Budget:
     fraction: float | None = None
 
     def __post_init__(self) -> None:
+        for given, kinds in ((self.tokens, int), (self.fraction, int | float)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, kinds)):
+                raise PolicyError(f"budget {quoted(given)} is no number; give tokens (128) or a fraction (0.25)")
         if (self.tokens is None) == (self.fraction is None):
-            raise PolicyError(f"a budget is tokens or a fraction, got tokens={self.tokens} fraction={self.fraction}")
-        if isinstance(self.tokens, bool) or isinstance(self.fraction, bool):
             raise PolicyError(f"a budget is tokens or a fraction, got tokens={self.tokens} fraction={self.fraction}")
         if self.tokens is not None and not 1 <= self.tokens <= MOST_TOKENS:
             what = "keeps nothing" if self.tokens < 1 else "is beyond any prompt"

@@ -7,7 +7,6 @@ unfinished one is gone on with, but only by the same commit, packages and machin
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import HarnessError, shown
 from harness.machine import git_commit, machine, versions
 from harness.records.run_folder import RUNS, load_run, write_text
 from harness.records.spec import Sweep
@@ -26,6 +24,7 @@ from leaderboards.nights.files import machine_id, night_of, read_nights, write_n
 from leaderboards.nights.report import NightVerdict, judge, to_markdown
 from leaderboards.stats.aggregate import aggregate
 from leaderboards.tables.board import write_board
+from leaderboards.tables.files import checked_name
 
 if TYPE_CHECKING:
     from harness.run.driver import FanOut
@@ -56,11 +55,7 @@ def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[NightVerdict, 
     They are written beside the run, and into the folder of published nights unless something regressed.
     Raises HarnessError for bad input, a damaged stored night, or a folder that cannot be written.
     """
-    if not re.fullmatch(r"\w[\w.-]*", ask.board):
-        raise HarnessError(
-            f"board name {shown(ask.board)} is no file name; rename the file to letters, digits, '-' and '_'"
-        )
-    stored = read_nights(ask.baseline, ask.board)  # a night is long: what is damaged is found before it
+    stored = read_nights(ask.baseline, checked_name(ask.board))  # a night is long: what is damaged is found before it
     folder = night_folder(ask.out)
     if ask.fan is None:
         manifest, records = load_run(run_sweep(ask.sweep, root=folder, command=command))

@@ -30,8 +30,7 @@ from methods.label import MethodLabel
 HOME = Path(leaderboards.__file__).resolve().parent
 BOARDS, PUBLISHED = HOME / "boards", HOME / "published"
 KEPT = PUBLISHED / "records"
-MOST_BYTES = 1 << 20
-"""Of a TOML file."""
+CONFIG_BYTES = 1 << 20
 
 Run = tuple[RunManifest, Sequence[Record | BoardRecord]]
 Bench = tuple[BenchManifest, list[BenchRecord]]
@@ -66,9 +65,10 @@ class Sources:
 
 def read_config(name: str) -> dict[str, Any]:
     """Return a TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
-    packaged = {board.stem: board for board in sorted(BOARDS.glob("*.toml"))}
-    path, remedy = packaged.get(name) or path_of(name), f"packaged boards: {', '.join(sorted(packaged))}"
-    return parse_toml(read_plain(path, most=MOST_BYTES, remedy=remedy), where=shown(name)[1:-1], remedy=remedy)
+    known = sorted(board.stem for board in BOARDS.glob("*.toml"))
+    path = BOARDS / f"{name}.toml" if name in known else path_of(name)
+    data = read_plain(path, most=CONFIG_BYTES, remedy=f"packaged boards: {', '.join(known)}")
+    return parse_toml(data, where=str(path), remedy="mend it")
 
 
 def board_options(board: Any) -> BoardOptions:
@@ -128,6 +128,10 @@ def load_pack(path: Path) -> Run:
             manifest = RunManifest.model_validate_json(pack.read(MANIFEST))
         except ValidationError as error:
             raise HarnessError(f"{path.name}: {MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+        given = manifest.spec.run_id
+        if other := {manifest.run_id, pack.index.run_id} - {given}:
+            edited = f"its id is {shown(other.pop())}, but its contents give {given}"
+            raise HarnessError(f"{path.name}: {MANIFEST} was edited: {edited}; ask for another copy")
         return manifest, list(RUNS.parse(path / RECORDS, pack.lines(), owner=manifest.run_id))
 
 

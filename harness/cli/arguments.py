@@ -70,14 +70,6 @@ def place(text: str) -> Path:
 
 
 @_typed
-def stem(text: str) -> str:
-    """The name of a file without its ending."""
-    if path_of(text).name != text or len(text.encode()) > 200:
-        raise HarnessError(f"{shown(text)} is no name of a file; give a short one without slashes")
-    return text
-
-
-@_typed
 def names(text: str) -> tuple[str, ...]:
     """The parts of a list, cut at commas outside brackets; one at least."""
     parts, depth = [""], 0

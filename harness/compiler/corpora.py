@@ -15,13 +15,13 @@ A paragraph is one line of prose. Headings, tables and other lines that do not e
 import ast
 import gzip
 import hashlib
-import io
 import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BytesIO
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -30,15 +30,13 @@ import punkt
 from harness.errors import HarnessError, did_you_mean, shown
 from harness.models.assets import fetch
 from harness.records.paths import path_of
-from harness.records.plain_files import read_plain
+from harness.records.plain_files import MOST_BYTES, read_plain
 from tasks.base import TaskError
 from tasks.stdlib import help_paragraphs
 from tasks.texts import Document, calibrates, documentation
 
 MIN_WORDS = 2000
 """Words of the smallest corpus: a few prompts of 600 tokens without an overlap."""
-MOST_BYTES = 1 << 28
-"""Of one file of a corpus, unpacked."""
 LEAST_PROSE = 4
 """Words of the shortest paragraph."""
 SENTENCE_END = re.compile(r"""[.!?]["')”’]*(?:\[\d+\])?$""")
@@ -136,17 +134,17 @@ def _folder(folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> str:
-    remedy = "repair it or take it away"
-    blob = read_plain(path, most=MOST_BYTES, remedy=remedy)
+    blob = read_plain(path, remedy="repair it or take it away")
     try:
         if path.suffix == ".gz":
-            with gzip.open(io.BytesIO(blob)) as packed:
+            with gzip.open(BytesIO(blob)) as packed:
                 blob = packed.read(MOST_BYTES + 1)
         if len(blob) > MOST_BYTES:
-            raise HarnessError(f"{shown(str(path))} holds more than {MOST_BYTES:,} bytes of text; {remedy}")
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
         return blob.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise HarnessError(f"{path} is not readable UTF-8 text ({error}); {remedy}") from None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        why = f"{path} is not readable UTF-8 text ({error})"
+        raise HarnessError(f"{why}; repair it or take it away") from None
 
 
 def _kjv() -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, Strict
 
-from harness.records.options import PathText, Seed
+from harness.records.options import PathText
 from harness.records.spec import Frozen
 from leaderboards.nights.files import Night
 from leaderboards.stats.bootstrap import Bootstrap
@@ -37,7 +37,7 @@ class NightlyOptions(Frozen):
     a change counts: score_points (0-100), nll_nats (per token), bytes_percent, speed_percent (None: never).
     """
 
-    version: Seed
+    version: Annotated[int, Strict(), Field(ge=0, lt=1 << 31)]
     baseline: PathText
     alpha: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.05
     score_points: Floor = 1.0
@@ -146,7 +146,7 @@ def _lost(both: pd.DataFrame) -> Iterator[str]:
 def _grown(both: pd.DataFrame, options: NightlyOptions) -> Iterator[str]:
     """Cells that keep more bytes on the samples that are ok in both nights."""
     for cell, rows in _by_cell(both[(both.status_before == "ok") & (both.status == "ok")]):
-        before, now = int(rows.kv_bytes_before.sum()), int(rows.kv_bytes.sum())
+        before, now = sum(rows.kv_bytes_before.tolist()), sum(rows.kv_bytes.tolist())
         if now > before * (1 + options.bytes_percent / 100):
             grown = f"+{100 * (now / before - 1):.2f} %" if before else "from none"
             yield f"{cell}: kept bytes {grown}: {before:,} to {now:,}"

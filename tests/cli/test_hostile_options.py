@@ -28,7 +28,6 @@ KINDS = {
         "~nobody-here/x",
         "$NOT_SET_HERE/x",
     ),
-    "stem": (*ANY, "a/b", "..", ".", "x" * 201),
 }
 """What each type must refuse by itself."""
 PLAIN = ("\0", "\udcff")
