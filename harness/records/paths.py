@@ -15,14 +15,14 @@ def expanded(text: str) -> str:
     """The path that a text stands for. Raises HarnessError for one that no file can have, or an unknown variable."""
     full = os.path.expandvars(os.path.expanduser(text)) if "\0" not in text else text
     if not text.strip() or CONTROL.search(full):
-        raise HarnessError(f"{shown(text)} is no path; give one of readable characters in UTF-8")
+        raise HarnessError(f"{shown(text)} is no path of a file or folder; write one in UTF-8, without control codes")
     data = full.encode()
     if len(data) > PATH_BYTES or max(map(len, data.split(b"/"))) > NAME_BYTES:
         limits = f"at most {PATH_BYTES} bytes, {NAME_BYTES} for each name"
-        raise HarnessError(f"the path {shown(text)} is too long; give one of {limits}")
+        raise HarnessError(f"the path {shown(text)} is too long for a file or folder; give {limits}")
     left = full.startswith("~") or re.search(r"\$(\w|\{\w)", full)
     if left and not os.path.lexists(full):
-        raise HarnessError(f"{shown(text)} names a home or a variable that is not set here; write the path out")
+        raise HarnessError(f"{shown(text)} names a home or a variable that is not set here; write the folder out")
     return full
 
 
