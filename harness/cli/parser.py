@@ -1,6 +1,7 @@
 """The command line, `harness COMMAND`; `harness --help` lists the commands.
 
-Bad input ends with one line on stderr and exit code 2, an interrupt with 130; what is already recorded stays. A
+Bad input, or a system that refuses a file, ends with one line on stderr and exit code 2, an interrupt with 130; what is
+already recorded stays. A
 command's module is imported once it is called: names and help lines of all of them are here.
 """
 
@@ -12,8 +13,9 @@ from importlib import import_module
 from typing import Any
 
 from harness import __version__
-from harness.cli.arguments import Parser
-from harness.errors import HarnessError, line_of
+from harness.cli.arguments import Parser, check_words
+from harness.cli.terminal import fit_streams
+from harness.errors import HarnessError, line_of, shown
 from methods.budget import PolicyError
 from tasks.base import TaskError
 
@@ -51,12 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `harness nightly` has a code of its own besides, 3: a new series.
     """
+    fit_streams()
     logging.basicConfig(format="harness: %(message)s", level=logging.WARNING)
-    args = command_line().parse_args(argv)
-    command = ("harness", *(sys.argv[1:] if argv is None else argv))
-    action: Callable[[argparse.Namespace, Sequence[str]], int] = args.action
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return action(args, command)
+        check_words(words)
+        args = command_line().parse_args(words)
+        action: Callable[[argparse.Namespace, Sequence[str]], int] = args.action
+        code = action(args, ("harness", *words))
+        sys.stdout.flush()  # a full disk is told here, not by the interpreter as it ends
+        return code
     except (HarnessError, PolicyError, TaskError) as error:
         print(f"harness: {line_of(str(error))}", file=sys.stderr)
         return 2
@@ -66,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno is None:  # no word of the system: a bug, or a library's own
+            raise
+        where = "the output" if error.filename is None else shown(str(error.filename))
+        print(f"harness: {where}: {error.strerror}; make room or choose another place", file=sys.stderr)
+        return 2
 
 
 class _Command(Parser):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import get_args
 
 import torch
 
@@ -22,7 +23,7 @@ from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.turns import Again, converse, joined, room_of
 from harness.engine.types import Cell, NotFinite, Outcome, Prompt, PromptFailed, SkippedCell
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.records.record import OVER
 from harness.records.spec import FirstToken, QueryMode
 from methods.base import KVPolicy, Needs, PolicyError
@@ -58,6 +59,9 @@ class Engine:
         first_token: FirstToken = "compressed",
         rows: int = CPU_ROWS_AT_ONCE,
     ) -> None:
+        for name, value, known in (("query", query, QueryMode), ("first_token", first_token, FirstToken)):
+            if value not in get_args(known):
+                raise HarnessError(f"{name} {shown(value)} is unknown; give {' or '.join(get_args(known))}")
         self.model, self.query, self.rows = model, query, rows
         self.again = query == "aware" and first_token == "compressed"  # the last prompt token is fed again
         self.prefills = 0  # prompts that went through the model

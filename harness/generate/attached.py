@@ -28,6 +28,7 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError, checked
 from harness.generate.asked import Arguments, refuse, rows_of
 from harness.plan.methods import plan_method
+from harness.plan.names import refusals
 from harness.records.spec import FirstToken
 from methods.base import Budget, KVPolicy
 from methods.fullkv import FullKV
@@ -116,7 +117,7 @@ class Compressor:
             if given:
                 raise HarnessError(f"generate got {', '.join(given)}; compressed caches take input_ids of text alone")
             ids, mask = kwargs["input_ids"] if not args else args[0], kwargs.get("attention_mask")
-            with torch.inference_mode():
+            with torch.inference_mode(), refusals():
                 logits = self._step(whole, handle, rows_of(ids, mask, handle.mask))
             handle.columns += ids.shape[1]
             handle.mask = None if mask is None else mask.bool()

@@ -86,6 +86,7 @@ class Config(Part):
     limit: Annotated[FiniteFloat, Field(ge=0, lt=2**53)] | None = None
     random_seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     gen_kwargs: Json = None
+    use_cache: Word | None = "not said"
 
     @model_validator(mode="after")
     def _params_are_finite(self) -> Self:
@@ -212,6 +213,8 @@ def read_results(path: Path, stamp: str) -> ResultsFile | str:
             raise HarnessError(f"{shown(file.name)}: {where} has no task {shown(task)}; take one of the two away")
         samples[task] = list(_first_filter(file))
         _check_whole(file, samples[task], results.counts.get(task))
+        if results.config.use_cache is None:  # every answer was made in this run
+            _check_measured(file, samples[task], results.config.kv_prompts)
     if not samples:
         raise HarnessError(f"{where} has no samples beside it; {REMEDY}")
     return ResultsFile(path, results, samples)
@@ -238,3 +241,12 @@ def _check_whole(file: Path, lines: list[Line], counted: SampleCount | None) -> 
     if counted is not None and len(lines) < counted.effective:
         told = f"{len(lines)} samples, the results count {counted.effective}"
         raise HarnessError(f"{shown(str(file))} has {told}; copy it again, or {REMEDY}")
+
+
+def _check_measured(file: Path, lines: list[Line], measured: Mapping[str, KeptPrompt]) -> None:
+    for line in lines:
+        if line.prompt_hash not in measured:
+            told = f"of document {line.doc_id} has a prompt that the results beside it do not know"
+            raise HarnessError(
+                f"{shown(str(file))}: the sample {told}; keep the files of one run together, or {REMEDY}"
+            )

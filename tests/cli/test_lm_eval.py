@@ -76,7 +76,10 @@ def _older(stored: dict[str, Any]) -> None:
     ("change", "marked"),
     [
         (lambda stored: stored["config"].update(kv_memory="simulated"), lambda r: r.memory == "simulated"),
-        (lambda stored: stored["config"].update(kv_prompts={}), lambda r: (r.status, r.kv_bytes) == ("skipped", 0)),
+        (
+            lambda stored: stored["config"].update(kv_prompts={}, use_cache="x.db"),
+            lambda r: (r.status, r.kv_bytes) == ("skipped", 0),
+        ),
         (_older, lambda r: r.status == "ok" and r.stored_bytes == 0 < r.kv_bytes),
         (_uncompressed, lambda r: "scored uncompressed" in r.notes[-1]),
     ],

@@ -195,6 +195,12 @@ def test_limits_of_another_type_are_one_line(name: str) -> None:
         tried("limits of a generation", lambda given=given: Limits(**given))  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("name", ["query", "first_token"])
+@pytest.mark.parametrize("value", ["", "awre", "Prefill", None, True, 5, b"prefill", ["prefill"], "\x1b[31m" * 999])
+def test_an_engine_takes_no_other_mode(model: AttachedModel, name: str, value: Any) -> None:
+    tried("modes of an engine", lambda: Engine(model, **{name: value}))
+
+
 @pytest.mark.parametrize("context", [-1, 25, True, 2.0, "a", None, 10**30])
 def test_a_context_that_is_no_part_of_the_prompt_is_one_line(context: Any) -> None:
     tried("context of a prompt", lambda: Prompt(IDS, context, (), Limits(5, frozenset())))

@@ -71,6 +71,7 @@ def results() -> dict[str, Any]:
         "limit": 2.0,
         "gen_kwargs": {},
         "random_seed": 0,
+        "use_cache": None,
     }
     return {
         "config": config,
@@ -145,6 +146,7 @@ def test_a_part_of_a_sample_is_what_it_must_be(number: int, tmp_path: Path) -> N
         ("made", [{**lines()[0], "filtered_resps": [["-1e999", "False"], ["-1", "True"]]}, lines()[1]]),
         ("made", [{**lines()[0], "filtered_resps": ["x"] * 20_000}, lines()[1]]),
         ("\x1b[31m", lines()),
+        ("made", [{**line, "prompt_hash": digest("another run's")} for line in lines()]),
     ],
 )
 def test_samples_that_are_not_those_of_the_results(task: str, samples: list[Any], tmp_path: Path) -> None:
