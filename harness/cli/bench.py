@@ -36,6 +36,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="as in `harness run`")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--timeout", type=float, dest="timeout_s", metavar="SECONDS", help="of one probe (1800)")
+    add("--resume-anyway", action="store_true", help="go on with a bench of other code or packages")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--out", type=Path, default=Path("benches"), help="folder of bench folders (default: benches)")
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, command: Sequence[str], **fixed: Any) -> int:
         ask = BenchAsk.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise _refusal(error) from None
-    folder = run_bench(ask, root=args.out, command=command, prober=Prober)
+    folder = run_bench(ask, root=args.out, command=command, prober=Prober, resume_anyway=args.resume_anyway)
     manifest, records = load_bench(folder)
     print(to_terminal(records, manifests=[manifest]))
     for path in write_speed(records, folder, "bench", manifests=[manifest]):

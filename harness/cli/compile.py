@@ -45,12 +45,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def calibration_spec(kind: type[Spec], args: argparse.Namespace) -> Spec:
     """Return what was asked for, and set the threads. Raises HarnessError for a value out of range."""
-    if args.threads is not None:
-        import torch
-
-        torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in kind.model_fields if getattr(args, name, None) is not None}
-    return checked(kind, given)
+    spec = checked(kind, given)
+    from harness.machine import set_threads
+
+    set_threads(args.threads)
+    return spec
 
 
 def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 
 if TYPE_CHECKING:
     from harness.run.driver import FanOut
@@ -38,13 +38,13 @@ def fan_out(args: argparse.Namespace) -> FanOut | None:
             raise HarnessError(f"--{next(iter(given)).replace('_', '-')} is for runs on a Ray cluster; add --ray")
         return None
     if args.threads is not None:
-        raise HarnessError(f"--threads {args.threads} is of this process; give --cpus-per-worker with --ray")
+        raise HarnessError(f"--threads {shown(args.threads)} is of this process; give --cpus-per-worker with --ray")
     for name, value in given.items():
         least = 0 if name == "gpus_per_worker" else 1
         if name != "autoscale" and not least <= value < 1e9:
-            raise HarnessError(f"--{name.replace('_', '-')} {value:g} is out of range; give at least {least}")
+            raise HarnessError(f"--{name.replace('_', '-')} {shown(value)} is out of range; give at least {least}")
     if (gpus := given.get("gpus_per_worker", 0)) > 1 and not float(gpus).is_integer():
-        raise HarnessError(f"--gpus-per-worker {gpus:g} is out of range; above 1 give a whole number")
+        raise HarnessError(f"--gpus-per-worker {shown(gpus)} is out of range; above 1 give a whole number")
     try:
         from harness.run.driver import FanOut
     except ModuleNotFoundError as error:

@@ -40,6 +40,7 @@ from harness.lm_eval.requests import (
     method_cells,
     tokenizer_folder,
 )
+from harness.machine import set_threads
 from harness.models.load import LoadedModel, load_model
 
 log = logging.getLogger("harness")
@@ -95,6 +96,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         check_alone(batch_size)
         if not isinstance(pretrained, LoadedModel):
             remote: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+            set_threads(None)
             pretrained = load_model(pretrained, dtype=dtype, device=device_here(device), **remote)
         self.loaded, self.tokenizer, self.add_bos_token = pretrained, pretrained.tokenizer, add_bos_token
         self.spec, planned = method_cells(pretrained, method, budget, {**(set or {}), **params})

@@ -11,20 +11,22 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import count
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from pydantic import ValidationError
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.records import atomic_files as disk
+from harness.records.changes import changes
+from harness.records.plain_files import parse_json, read_plain, refused
 from harness.records.spec import Frozen
 
+S = TypeVar("S")
 AnyFrozen = TypeVar("AnyFrozen", bound=Frozen)
 M = TypeVar("M", bound=Frozen)
 R = TypeVar("R", bound=Frozen)
@@ -45,13 +47,18 @@ class LogLayout(Generic[M, R]):
     record: type[R]  # has a property `key`; of several records with one key the last counts
     ids: Callable[[M], tuple[str, str]] = lambda _: ("", "")  # that a manifest states, and that its contents give
     owner: Callable[[R], str] = lambda _: ""  # the id that a record states
-    environment: tuple[str, ...] = ("git_commit", "versions")  # where it changed, the earlier manifest is kept too
+    environment: tuple[str, ...] = ("git_commit", "versions", "sources")  # where it changed, the earlier one is kept
+    device: Callable[[M], str] = lambda _: "cpu"  # that a manifest's numbers are made on
 
     def find(self, root: Path) -> list[Path]:
         """The folders below `root` in name order, or `root` itself when it is one. Raises HarnessError for none."""
-        if (root / self.manifest_file).is_file():
-            return [root]
-        found = sorted(path.parent for path in root.glob(f"*/{self.manifest_file}"))
+        try:
+            if (root / self.manifest_file).exists():
+                return [root]
+            found = sorted(path.parent for path in root.glob(f"*/{self.manifest_file}"))
+        except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+            told = error.strerror if isinstance(error, OSError) else error
+            raise HarnessError(f"cannot read {shown(str(root))}: {told}; give another folder") from None
         if not found:
             missing = f"no {self.kind} in {root}: no folder there holds a {self.manifest_file}"
             raise HarnessError(f"{missing}; run `harness {self.kind}` first")
@@ -71,11 +78,8 @@ class LogLayout(Generic[M, R]):
         Raises HarnessError when it is missing, damaged or was edited.
         """
         path = folder / (name or self.manifest_file)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            ask = f"is this a {self.kind} folder? If there is none, run `harness {self.kind}` first"
-            raise HarnessError(f"cannot read {path}: {error.strerror}; {ask}") from None
+        ask = f"is this a {self.kind} folder? If there is none, run `harness {self.kind}` first"
+        data = read_plain(path, remedy=ask)
         manifest = _validate(self.manifest, data, where=str(path), remedy="restore it or move the folder away")
         stated, given = self.ids(manifest)
         if stated != given:
@@ -100,17 +104,34 @@ class LogLayout(Generic[M, R]):
             yield record
 
 
+@dataclass(frozen=True)
+class Resume(Generic[S]):
+    """How a folder that is there is gone on with.
+
+    anyway: also where code, packages or machine are others than those of its first session. elsewhere: other machines
+    make the records, which say which one did. left: whether anything is left to do, by what is stored; a folder with
+    nothing left stays as it is.
+    """
+
+    anyway: bool = False
+    elsewhere: bool = False
+    left: Callable[[S], bool] = lambda _: True
+
+
 class LogFolder(ABC, Generic[M, R]):
     """The one writer of a folder; close it or use it as a context."""
 
-    def __init__(self, layout: LogLayout[M, R], folder: Path, manifest: M) -> None:
+    changes: tuple[str, ...] = ()
+    """Since the folder's first session, as every new record says."""
+
+    def __init__(self, layout: LogLayout[M, R], folder: Path, manifest: M, resume: Resume[Any] | None = None) -> None:
         """Create or resume `folder`.
 
         Raises HarnessError when the folder cannot be written, another process writes to it, it holds something else,
-        or a line before the last is damaged. Nothing is changed in these cases.
+        was made by other code or elsewhere, or a line before the last is damaged. Nothing is changed in these cases.
         """
         self.layout, self.folder, self.manifest = layout, folder, manifest
-        self._path, self._intact = folder / layout.records_file, 0
+        self._path, self._intact, self._how, self._complete = folder / layout.records_file, 0, resume or Resume(), False
         stated, given = layout.ids(manifest)
         if stated != given:
             raise HarnessError(f"{layout.kind} id {stated} is not the id of its spec, {given}")
@@ -119,6 +140,8 @@ class LogFolder(ABC, Generic[M, R]):
             self._lock = disk.lock_folder(folder)
         except OSError as error:
             raise disk.write_error(folder, error) from None
+        except ValueError as error:  # a NUL in its name; refusals are ValueErrors too
+            raise HarnessError(str(error)) from None
         with ExitStack() as undo:
             undo.callback(self.close)
             self._resume()
@@ -129,11 +152,12 @@ class LogFolder(ABC, Generic[M, R]):
         """Remember a stored record; called in the order of the log."""
 
     def append(self, records: Sequence[R]) -> None:
-        """Store records in one write; on return they are on the disk.
+        """Store records in one write, with what changed since the first session; on return they are on the disk.
 
         Raises HarnessError when a record belongs to another folder, and when the disk is full or fails: the log is then
         cut back to what it was before this call.
         """
+        records = [self._marked(record) for record in records]
         disk.append(self._path, self._lines(records), intact=self._intact)
         self._intact += len(records)
         for record in records:
@@ -145,7 +169,12 @@ class LogFolder(ABC, Generic[M, R]):
         self._intact = len(records)
 
     def finish(self, status: str, *, finished: str, **more: object) -> None:
-        """Rewrite a manifest that has a status with how the work ended, and with `more` of its fields."""
+        """Rewrite a manifest that has a status with how the work ended, and with `more` of its fields.
+
+        That of a folder in which nothing was left to do is finished at most.
+        """
+        if self._complete and (status != "finished" or self.manifest.model_dump()["status"] == "finished"):
+            return
         ended = {**self.manifest.model_dump(), "status": status, "finished": finished, **more}
         self.manifest = type(self.manifest).model_validate(ended)
         self._write_manifest()
@@ -156,11 +185,13 @@ class LogFolder(ABC, Generic[M, R]):
         try:
             yield
         except KeyboardInterrupt:
-            self.finish("interrupted", finished=now())
+            with suppress(HarnessError):  # what ended the work is told, not that its end cannot be written
+                self.finish("interrupted", finished=now())
             raise
         except BaseException as error:  # raised again: what ended the work only has to be told
             told = {"error": " ".join(str(error).split())[:END_CHARS]}
-            self.finish("failed", finished=now(), **(told if "error" in self.layout.manifest.model_fields else {}))
+            with suppress(HarnessError):
+                self.finish("failed", finished=now(), **(told if "error" in self.layout.manifest.model_fields else {}))
             raise
         self.finish("finished", finished=now())
 
@@ -194,10 +225,32 @@ class LogFolder(ABC, Generic[M, R]):
             self._note(record)
             self._intact += 1
         if earlier is not None:
+            self.changes = self._changes(earlier)
+            since = f"since it was begun: {'; '.join(self.changes)}"
+            if not self._how.left(self):
+                if self.changes:
+                    log.warning("%s has nothing left to do and stays as it is, although %s", self.folder, since)
+                self.manifest, self._complete = earlier, True
+                return
+            if self.changes and not self._how.anyway:
+                advice = "add --resume-anyway to go on with it (its new records say so), or choose another --out"
+                raise HarnessError(f"{self.folder} would hold two kinds of records; {since}; {advice}")
             self._keep(earlier)
         self._write_manifest()
         disk.cut(self._path)
         disk.append(self._path, b"", intact=self._intact)  # a log that cannot be written is refused before any work
+
+    def _changes(self, earlier: M) -> tuple[str, ...]:
+        """What decides numbers and is another now than in the first session."""
+        kept, this = self._kept(), self.manifest
+        first: Any = self.layout.read_manifest(self.folder, kept[min(kept)].name) if kept else earlier
+        return changes(first, this, device=self.layout.device(this), elsewhere=self._how.elsewhere)  # type: ignore[arg-type]
+
+    def _kept(self) -> dict[int, Path]:
+        """The manifests of earlier sessions, by their numbers."""
+        stem = self.layout.manifest_file.removesuffix(".json")
+        numbered = ((path.name.removeprefix(f"{stem}.")[:-5], path) for path in self.folder.glob(f"{stem}.*.json"))
+        return {int(number): path for number, path in numbered if number.isascii() and number.isdecimal()}
 
     def _keep(self, earlier: M) -> None:
         """Where only the environment changed, the earlier manifest is kept beside the new."""
@@ -205,11 +258,14 @@ class LogFolder(ABC, Generic[M, R]):
         old, new = (manifest.model_dump(mode="json", include=fields) for manifest in (earlier, self.manifest))
         changed = [name for name in new if old[name] != new[name]]
         if changed:
-            stem = self.layout.manifest_file.removesuffix(".json")
-            kept = next(path for n in count(1) if not (path := self.folder / f"{stem}.{n}.json").exists())
+            stem, number = self.layout.manifest_file.removesuffix(".json"), max(self._kept(), default=0) + 1
+            kept = self.folder / f"{stem}.{number}.json"
             disk.write_text(kept, earlier.model_dump_json(indent=2) + "\n")
             told = "%s: resumed with another commit or environment (%s); the earlier one is in %s"
             log.warning(told, self.folder, ", ".join(changed), kept)
+
+    def _marked(self, record: R) -> R:
+        return record.model_copy(update={"environment_changes": self.changes}) if self.changes else record
 
     def _write_manifest(self) -> None:
         disk.write_text(self.folder / self.layout.manifest_file, self.manifest.model_dump_json(indent=2) + "\n")
@@ -249,21 +305,16 @@ def _version(kind: type[Frozen]) -> int:
 
 def _validate(kind: type[AnyFrozen], data: bytes, *, where: str, remedy: str) -> AnyFrozen:
     current = _version(kind)
-    try:
-        raw: Any = json.loads(data)
-    except ValueError:
-        raise HarnessError(f"{where} is damaged: not JSON; {remedy}") from None
+    raw: Any = parse_json(data, where=where, remedy=remedy)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version == current or (version is None and isinstance(raw, dict)):
         try:
             found = kind.model_validate(raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise HarnessError(f"{where} is damaged: {field}: {first['msg']}; {remedy}") from None
+            raise refused(error, where=where, remedy=remedy) from None
     if version != current:
         raise HarnessError(
-            f"{where} has schema_version {version!r}, this version reads {current}; "
+            f"{where} has schema_version {shown(version)}, this version reads {current}; "
             "read it with the version that wrote it, or run again into another folder"
         )
     return found

@@ -99,4 +99,5 @@ class RunManifest(Frozen):
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)  # Python and package versions
     machine: dict[str, Any] = Field(default_factory=dict)  # as `harness.machine.machine` gives it
+    sources: dict[str, str] = Field(default_factory=dict)  # sha256 of code, as `harness.plan.sources` gives it
     error: str | None = None

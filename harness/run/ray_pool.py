@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.errors import HarnessError
 from harness.run.schedule import Done, Event, Lost, Raised, Refused, WorkerReady
+from harness.stopping import stopping
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -69,7 +70,8 @@ def connected(address: str) -> Iterator[tuple[Mapping[str, float], str]]:
         raise HarnessError(f"no Ray cluster at {address!r}: {why}; see `ray status`") from None
     try:
         resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield resources, getattr(context, "dashboard_url", "") or ""
+        with stopping():  # Ray sets a handler of its own, which would end a run as failed
+            yield resources, getattr(context, "dashboard_url", "") or ""
     finally:
         ray.shutdown()
 
