@@ -113,8 +113,8 @@ class Trial:
 
     def line(self) -> str:
         faults = ", ".join(f"{kind} at {at:.0%}" for kind, at in self.faults)
-        end = ", ".join(self.wrong) or "ok"
-        return f"{self.seed:>4}  {end}; {len(self.struck)} struck of {faults}; {self.sessions} sessions, {self.seconds:.0f} s"
+        end, struck = ", ".join(self.wrong) or "ok", len(self.struck)
+        return f"{self.seed:>4}  {end}; {struck} struck of {faults}; {self.sessions} sessions, {self.seconds:.0f} s"
 
 
 def disturbed(trial: Trial, folder: Path, expected: Path, whole: Session) -> None:
