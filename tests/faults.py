@@ -24,6 +24,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # or workers wait for whatever else this machine does
+
 import psutil
 from ray.cluster_utils import Cluster
 

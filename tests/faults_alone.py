@@ -47,7 +47,7 @@ class Session:
     code: int
     said: str
     seconds: float
-    first_s: float  # until the first record, or the end
+    first_s: float  # until the first line, or the end
 
     def faults(self, kind: str) -> list[str]:
         """What of its end is not as promised."""
@@ -59,22 +59,24 @@ class Session:
         return [] if self.code in {0, *EXITS[kind]} else [f"{kind}: exit code {self.code}"]
 
 
-def session(folder: Path, *, most: int = FREE, number: int = 0, after_s: float = 0.0) -> Session:
-    """Run the command in a fork. most: bytes of a file. number: a signal, sent after so many seconds."""
+def session(folder: Path, *, most: int = FREE, number: int = 0, after_s: float = 0.0, lines: int = 0) -> Session:
+    """Run the command in a fork. most: bytes of a file. number: a signal, sent so long after it has so many lines."""
     read, write = os.pipe()
     start, first_s = time.monotonic(), 0.0
     child = os.fork()
     if child == 0:
         _run(folder, write, most)
     os.close(write)
-    ended, sent = 0, False
+    ended, due = 0, None
     while not ended:
-        now = time.monotonic() - start
-        if not first_s and written(folder):
+        now, has = time.monotonic() - start, written(folder)
+        if not first_s and has:
             first_s = now
-        if number and not sent and now >= after_s:
+        if due is None and has >= lines:
+            due = now + after_s
+        if number and due is not None and now >= due:
             os.kill(child, number)
-            sent = True
+            number = 0
         time.sleep(0.005)
         ended, state = os.waitpid(child, os.WNOHANG)
     seconds = time.monotonic() - start
@@ -97,7 +99,7 @@ def _run(folder: Path, said: int, most: int) -> None:
 
 @dataclass
 class Trial:
-    """One disturbed run. faults: each of a kind, at a share of what is left. wrong: what differs in the end."""
+    """One disturbed run. faults: each of a kind, at a share of what is left; see `moment`. wrong: what differs."""
 
     seed: int
     faults: list[tuple[str, float]]
@@ -126,9 +128,8 @@ def disturbed(trial: Trial, folder: Path, expected: Path, whole: Session) -> Non
             here = sum(path.stat().st_size for path in folder.glob("*/records.jsonl"))
             found = session(folder, most=max(LEAST_BYTES, int(here + at * (size - here))))
         else:
-            left = 1 - written(folder) / total
-            seconds = at * (whole.first_s + left * (whole.seconds - whole.first_s))
-            found = session(folder, number=SIGNALS[kind], after_s=seconds)
+            after_s, at_line = moment(at, written(folder), total, whole)
+            found = session(folder, number=SIGNALS[kind], after_s=after_s, lines=at_line)
         trial.sessions += 1
         trial.wrong += found.faults(kind)
         if found.code == 0:  # it came too late
@@ -139,6 +140,14 @@ def disturbed(trial: Trial, folder: Path, expected: Path, whole: Session) -> Non
         trial.sessions += 1
     trial.seconds = time.monotonic() - start
     trial.wrong += [f"exit code {found.code} in the end"] if found.code else differences(only(folder), expected)
+
+
+def moment(at: float, here: int, total: int, whole: Session) -> tuple[float, int]:
+    """When to strike: in the first fifth of `at` while the session starts, then by lines, and a little after one."""
+    if at < 0.2:
+        return 5 * at * whole.first_s, 0
+    share = (at - 0.2) / 0.8
+    return share * 1000 % 1 * 0.2, here + int(share * (total - here))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ class Progress:
             cells=dict(self.cells),
             total=self.total,
             samples=self.samples,
-            samples_left=self.left,
+            samples_left=max(0, self.left),
             tokens=self.tokens,
             seconds=seconds,
             workers=self.workers(),

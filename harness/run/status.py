@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,13 +9,14 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from harness.errors import line_of
+from harness.errors import HarnessError, line_of
 from harness.records.atomic_files import LOCK_FILE, open_plain
 from harness.records.plain_files import of_json, read_plain
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import DONE, load_run
 from harness.run.progress import PROGRESS_FILE, Snapshot, duration
 
+TAIL_BYTES = 1 << 20  # of a log, in which its last lines are
 REASONS = 5  # that are shown
 
 
@@ -114,6 +114,14 @@ def log_tails(folder: Path, count: int) -> Iterator[str]:
         with suppress(ValueError):  # not one of ours
             found[int(path.stem.removeprefix("worker-"))] = path
     for number, path in sorted(found.items()):
-        lines = read_plain(path, most=sys.maxsize, remedy="move it away").decode(errors="replace").splitlines()
-        for line in lines[-count:]:
+        for line in _tail(path).decode(errors="replace").splitlines()[-count:]:
             yield _line(f"worker-{number}", line)
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read()
+    except OSError as error:
+        raise HarnessError(f"cannot read {path}: {error.strerror}; move it away") from None
