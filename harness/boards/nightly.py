@@ -29,7 +29,7 @@ from leaderboards.stats.aggregate import aggregate
 from leaderboards.tables.board import write_board
 
 if TYPE_CHECKING:
-    from harness.run.driver import FanOut
+    from harness.run.fan import FanOut
 
 REPORT = ".report.md"
 

@@ -18,7 +18,7 @@ from harness.errors import HarnessError, one_line
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchRecord, load_bench
 from harness.records.board_record import BoardRecord
 from harness.records.boundary_folder import BOUNDARIES
-from harness.records.log_folder import LogLayout
+from harness.records.log_layout import LogLayout
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import RUNS, find_runs, load_board_records, load_run
 from harness.records.spec import Frozen, Sweep

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness.records.log_folder import LogFolder, LogLayout, Resume
+from harness.records.log_folder import LogFolder, Resume
+from harness.records.log_layout import LogLayout
 from harness.records.measured import Measured
 from harness.records.spec import Frozen, MethodSpec
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness.errors import HarnessError
-from harness.records.log_folder import LogFolder, LogLayout, Resume
+from harness.records.log_folder import LogFolder, Resume
+from harness.records.log_layout import LogLayout
 from harness.records.measured import ProbeStatus
 from harness.records.spec import SCHEMA_VERSION, Frozen, ModelSpec
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from harness.records.atomic_files import write_bytes as write_bytes
 from harness.records.atomic_files import write_text as write_text
 from harness.records.board_record import BoardRecord, Shortener
-from harness.records.log_folder import LogFolder, LogLayout, Resume
+from harness.records.log_folder import LogFolder, Resume
+from harness.records.log_layout import LogLayout
 from harness.records.record import Key, Record, RunManifest
 
 DONE = frozenset({"ok", "skipped"})

@@ -24,7 +24,8 @@ from harness.records.atomic_files import check_place, open_plain, write_error
 from harness.records.log_folder import Resume, now
 from harness.records.record import Record
 from harness.records.run_folder import RunStore
-from harness.records.spec import Frozen, ModelSpec, RunSpec, Sweep
+from harness.records.spec import ModelSpec, RunSpec, Sweep
+from harness.run.fan import FanOut
 from harness.run.observing import Observed
 from harness.run.progress import Progress
 from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
@@ -35,24 +36,6 @@ from methods.base import KVPolicy
 SKEW_S = 30.0
 DEVICES = ("auto", "cpu", "cuda")  # a worker sees its own GPUs alone
 DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")  # versions that must be equal
-
-
-class FanOut(Frozen):
-    """How a run is fanned out, which is no part of what the run is."""
-
-    address: str = "auto"  # `auto`, `local`, or that of a cluster's head
-    workers: int | None = None  # None for as many as fit into the cluster now
-    cpus: float = 1.0
-    gpus: float | None = None  # of a worker; None for one where the cluster has some
-    autoscale: bool = False  # `workers` may be more than fit now: nodes will come
-    timeout_s: float = 3600.0  # of one sample with all its cells
-    tries: int = 3  # until a sample that kills its workers is given up
-    start_s: float = 900.0  # without any worker, until the run is given up
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of a worker."""
-        return max(1, int(self.cpus))
 
 
 @dataclass(frozen=True)

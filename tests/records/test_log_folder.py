@@ -16,7 +16,8 @@ from filelock import FileLock
 from harness.errors import HarnessError
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchSpec, BenchStore
 from harness.records.boundary_folder import BOUNDARIES, BoundaryStore
-from harness.records.log_folder import LogLayout, Resume
+from harness.records.log_folder import Resume
+from harness.records.log_layout import LogLayout
 from harness.records.run_folder import RUNS, RunStore
 from tests.leaderboards.tables import test_boundary, test_speed
 from tests.records import test_run_folder
