@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ def _run(folder: Path, said: int, most: int) -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(said, 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # not those of a test
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, FREE))  # Python ignores the signal for it
         code = main(["run", *RUN, "--threads", "1", "--out", str(folder)])
     finally:
@@ -185,7 +187,6 @@ def _what(record: dict[str, Any]) -> dict[str, Any]:
 
 def campaign(seeds: Sequence[int], folder: Path, keep_file: Path | None = None) -> list[Trial]:
     """Run the trials of `seeds` one after another; prints and keeps a line for each."""
-    session(folder / "warm")  # what it imports late, it finds in the file cache
     whole, trials = session(folder / "undisturbed"), []
     if whole.code:
         raise RuntimeError(f"the undisturbed run in {folder} failed: {whole.said[-500:]}")
