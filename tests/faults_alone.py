@@ -92,7 +92,7 @@ def _run(folder: Path, said: int, most: int) -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(said, 2)
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # not those of a test
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # not those of a test
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, FREE))  # Python ignores the signal for it
         code = main(["run", *RUN, "--threads", "1", "--out", str(folder)])
     finally:

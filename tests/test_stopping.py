@@ -3,15 +3,12 @@
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.records.run_folder import RunStore, load_run
-from harness.run.sequential import SampleRunner
 from harness.stopping import Stopped, stopping
 from tests.records import test_run_folder
-from tests.tiny_run import RUN, call, manifest, only, records
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -23,25 +20,13 @@ def test_what_is_told_to_end_closes_its_manifest(number: int, tmp_path: Path) ->
     assert load_run(store.folder)[0].status == "interrupted" and signal.getsignal(number) is before
 
 
-@pytest.mark.usefixtures("_no_pictures")
-def test_a_run_that_is_told_to_end_goes_on_when_its_command_is_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real, calls = SampleRunner.records, list[int]()
-
-    def told(self: SampleRunner, group: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
+def test_what_others_make_of_it_is_still_that_signal() -> None:
+    with pytest.raises(Stopped, match="SIGTERM") as told, stopping():
+        try:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, group, **options)
-
-    monkeypatch.setattr(SampleRunner, "records", told)
-    assert call(*RUN, "--out", tmp_path) == 143
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("harness: interrupted by SIGTERM; ") and "repeat the command to go on" in line
-    assert manifest(tmp_path)["status"] == "interrupted" and len(records(tmp_path)) > 0
-    assert call(*RUN, "--out", tmp_path) == 0 and manifest(tmp_path)["status"] == "finished"
-    assert not list(only(tmp_path).glob("*.part"))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray does
+    assert told.value.exit_code == 143
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:

@@ -11,7 +11,7 @@ from tests import faults, faults_alone
 pytestmark = pytest.mark.xdist_group("ray")
 
 
-SMALL = ("--lengths", "512", "--limit", "2", "--methods", "fullkv,snapkv", "--budgets", "32", "--nll-tokens", "4")
+SMALL = ("--tasks", "stdlib/next_line", "--contexts", "protocol", "--lengths", "512", "--limit", "3", "--budgets", "32")
 
 
 def test_nothing_is_lost_when_workers_nodes_and_drivers_are_killed(
