@@ -21,11 +21,14 @@ def test_what_is_told_to_end_closes_its_manifest(number: int, tmp_path: Path) ->
 
 
 def test_what_others_make_of_it_is_still_that_signal() -> None:
-    with pytest.raises(Stopped, match="SIGTERM") as told, stopping():
+    def as_ray_does() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt from None  # as Ray does
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(Stopped, match="SIGTERM") as told, stopping():
+        as_ray_does()
     assert told.value.exit_code == 143
 
 
