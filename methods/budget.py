@@ -22,12 +22,17 @@ class Budget:
     fraction: float | None = None
 
     def __post_init__(self) -> None:
+        for given, kinds in ((self.tokens, int), (self.fraction, int | float)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, kinds)):
+                raise PolicyError(f"budget {_shown(given)} is no number; give tokens (128) or a fraction (0.25)")
         if (self.tokens is None) == (self.fraction is None):
             raise PolicyError(f"a budget is tokens or a fraction, got tokens={self.tokens} fraction={self.fraction}")
         if self.tokens is not None and self.tokens < 1:
-            raise PolicyError(f"budget {self.tokens} keeps nothing; ask for at least 1 token")
+            raise PolicyError(f"budget {_shown(self.tokens)} keeps nothing; ask for at least 1 token")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
-            raise PolicyError(f"budget {self.fraction:g} is not a kept fraction; ask for more than 0 and at most 1")
+            raise PolicyError(
+                f"budget {_shown(self.fraction)} is not a kept fraction; ask for more than 0 and at most 1"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -54,6 +59,13 @@ class Budget:
             return str(self.tokens)
         text = f"{self.fraction:.6f}".rstrip("0")  # `1.0`, never `1`, which is one token
         return text + "0" if text.endswith(".") else text
+
+
+def _shown(value: object) -> str:
+    try:
+        return ascii(value)[:200]
+    except (ValueError, RecursionError):  # an integer of too many digits, a list too deep
+        return f"<a {type(value).__name__} too large to show>"
 
 
 def spread(total: int, weights: Sequence[float], cap: int | Sequence[int]) -> list[int]:

@@ -64,6 +64,10 @@ class Protect(KVPolicy):
     def fitted_on(self) -> frozenset[str]:
         return self.inner.fitted_on()
 
+    @property
+    def lacks(self) -> str:
+        return self.inner.lacks
+
     def check(self, view: PromptView) -> None:
         if self.needs.hidden_states:
             raise PolicyError(f"protect.over={self.over!r} reads hidden states, of protected tokens too; name another")

@@ -83,6 +83,10 @@ class Quant(KVPolicy):
     def fitted_on(self) -> frozenset[str]:
         return self.chooser.fitted_on()
 
+    @property
+    def lacks(self) -> str:
+        return self.chooser.lacks
+
     def check(self, view: PromptView) -> None:
         for layer in view.layers:
             self.slots(1, layer.kv)

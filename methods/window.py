@@ -80,7 +80,11 @@ def per_query_head(sizes: Sizes) -> tuple[str, ...]:
 
 def votes(view: LayerView, window: int) -> Tensor:
     """Average attention of the last `window` tokens over them and the query group: [B, H, T]. Computed once."""
-    return view.memo(("votes", window), lambda layer: layer.attention(window).mean(dim=(2, 3)))
+    return view.memo(("votes", window), lambda layer: _votes(layer, window))
+
+
+def _votes(layer: LayerView, window: int) -> Tensor:
+    return layer.finite(layer.attention(window).mean(dim=(2, 3)), "attention weights")
 
 
 def check_kernel(kernel: int, forward: bool = False) -> None:

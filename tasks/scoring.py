@@ -106,7 +106,7 @@ def code_similarity(prediction: str, reference: str) -> float:
 
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in NOT_CODE)), "")
-    return round(fuzz.ratio(line, reference)) / 100
+    return round(fuzz.ratio(line, reference)) / 100 if reference.strip() else 0.0
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
@@ -170,7 +170,7 @@ def _found(prediction: str, references: Sequence[str]) -> list[bool]:
     if not references:
         raise TaskError("nothing to look for: the sample has no references")
     text = CONTROL.sub("\n", prediction.strip()).strip().lower()
-    return [reference.lower() in text for reference in references]
+    return [bool(reference.strip()) and reference.lower() in text for reference in references]
 
 
 def _sentences(text: str) -> list[list[str]]:

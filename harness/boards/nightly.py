@@ -7,7 +7,6 @@ unfinished one is gone on with, but only by the same commit, packages and machin
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.records.atomic_files import check_place
 from harness.records.run_folder import RUNS, load_run, write_text
@@ -27,6 +25,7 @@ from leaderboards.nights.files import machine_id, night_of, read_nights, write_n
 from leaderboards.nights.report import NightVerdict, judge, to_markdown
 from leaderboards.stats.aggregate import aggregate
 from leaderboards.tables.board import write_board
+from leaderboards.tables.files import checked_name
 
 if TYPE_CHECKING:
     from harness.run.fan import FanOut
@@ -58,9 +57,7 @@ def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[NightVerdict, 
     They are written beside the run, and into the folder of published nights unless something regressed.
     Raises HarnessError for bad input, a damaged stored night, or a folder that cannot be written.
     """
-    if not re.fullmatch(r"\w[\w.-]*", ask.board):
-        raise HarnessError(f"board name {ask.board!r} is no file name; rename the file to letters, digits, '-' and '_'")
-    stored = read_nights(ask.baseline, ask.board)  # a night is long: what is damaged is found before it
+    stored = read_nights(ask.baseline, checked_name(ask.board))  # a night is long: what is damaged is found before it
     check_place(ask.out)
     about = machine() | ({} if ask.fan is None else {"torch_threads": ask.fan.threads})
     folder, anyway = night_folder(ask.out, about), ask.resume_anyway

@@ -25,9 +25,9 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     first, second = one_run(args.first), one_run(args.second)
     found, manifests = compare_runs(first, second), (first[0], second[0])
-    print(to_terminal(found, manifests))
     if args.csv is not None:
         write_text(args.csv, to_csv(found))
     if args.json is not None:
         write_text(args.json, to_json(found, manifests))
+    print(to_terminal(found, manifests))
     return 0

@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BytesIO
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import punkt
 
 from harness.errors import HarnessError, did_you_mean
 from harness.models.assets import fetch
+from harness.records.plain_files import MOST_BYTES, read_plain
 from tasks.base import TaskError
 from tasks.stdlib import help_paragraphs
 from tasks.texts import Document, calibrates, documentation
@@ -124,11 +126,17 @@ def _folder(folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> str:
+    blob = read_plain(path, remedy="repair it or take it away")
     try:
-        blob = path.read_bytes()
-        return (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise HarnessError(f"{path} is not readable UTF-8 text ({error}); repair it or take it away") from None
+        if path.suffix == ".gz":
+            with gzip.open(BytesIO(blob)) as packed:
+                blob = packed.read(MOST_BYTES + 1)
+        if len(blob) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+        return blob.decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        why = f"{path} is not readable UTF-8 text ({error})"
+        raise HarnessError(f"{why}; repair it or take it away") from None
 
 
 def _kjv() -> list[str]:

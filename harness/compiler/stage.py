@@ -163,5 +163,6 @@ def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: Ca
     for sample in chain.from_iterable(zip(*every, strict=True)):
         wrapped = wrap(loaded.tokenizer, sample)
         answer = answer_tokens(loaded.tokenizer, wrapped, sample.answers[0], limit=spec.answer)
+        loaded.check_ids(wrapped.ids, f"calibration sample {sample.id}")
         found.append(Calibration(sample.id, sample.meta["family"], wrapped.ids, answer, wrapped.needle))
     return found[: spec.prompts]

@@ -10,6 +10,8 @@ from typing import Any
 
 from methods.budget import PolicyError
 
+MOST_CHARS, DEPTH = 400, 30
+"""Of a label: more than a press of presses with all its parameters needs."""
 ADVICE = "write kvpress:NAME or kvpress:NAME(parameter=literal, ...)"
 
 
@@ -27,9 +29,13 @@ class PressCall:
 
 
 def parse_press(text: str) -> PressCall:
-    """Return the press that `text` names. Raises PolicyError when it is anything but names and literals."""
+    """Return the press that `text` names. Raises PolicyError when it is anything but names and literals, or long."""
+    if len(text) > MOST_CHARS:
+        raise PolicyError(f"a press of {len(text):,} characters is no press, {MOST_CHARS} are most; {ADVICE}")
     try:
         node = ast.parse(text.strip(), mode="eval").body
+        if _deeper(node, DEPTH):
+            raise ValueError
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise PolicyError(f"press {text!r} cannot be read; {ADVICE}") from None
     if not isinstance(node, ast.Name | ast.Call):
@@ -47,6 +53,8 @@ def _press(node: ast.Name | ast.Call, text: str) -> PressCall:
         if keyword.arg is None:
             raise PolicyError(f"press {text!r} unpacks a dictionary; {ADVICE}")
         keywords.append((keyword.arg, _value(keyword.value, text)))
+    if len({name for name, _ in keywords}) < len(keywords):
+        raise PolicyError(f"press {node.func.id} has a parameter twice; {ADVICE}")
     return PressCall(node.func.id, tuple(_value(arg, text) for arg in node.args), tuple(keywords))
 
 
@@ -56,7 +64,10 @@ def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.List):
         return [_value(item, text) for item in node.elts]
     try:
-        return ast.literal_eval(node)
+        value = ast.literal_eval(node)
+        if _text(value) != _text(ast.literal_eval(_text(value))):  # 1e999 has no spelling
+            raise ValueError
+        return value
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise PolicyError(f"press {text!r}: {ast.unparse(node)} is not a literal or a press; {ADVICE}") from None
 
@@ -65,3 +76,11 @@ def _text(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple):
         return f"[{', '.join(map(_text, value))}]"
     return str(value) if isinstance(value, PressCall) else repr(value)
+
+
+def _deeper(node: ast.AST, most: int) -> bool:
+    """Whether nodes stand more than `most` deep in one another; level by level, without recursion."""
+    level = [node]
+    for _ in range(most):
+        level = [child for parent in level for child in ast.iter_child_nodes(parent)]
+    return bool(level)

@@ -16,7 +16,8 @@ from methods.budget import PolicyError
 from methods.label import MethodLabel
 from methods.registry import check_method
 from tasks import load_tasks
-from tasks.base import DataOptions, Task, TaskError, find_tasks
+from tasks.base import DataOptions, NothingFits, Task, TaskError, find_tasks
+from tasks.graded.settings import named_calibration
 
 
 @contextmanager
@@ -24,6 +25,8 @@ def refusals(what: str = "") -> Iterator[None]:
     """What a method or a task refuses, as an error for the user, after `what`."""
     try:
         yield
+    except NothingFits:
+        raise
     except (PolicyError, TaskError) as error:
         raise HarnessError(f"{what}{error}") from None
 
@@ -64,6 +67,12 @@ def check_sweep(sweep: Sweep) -> list[Task]:
     for task in tasks:
         with refusals(f"task {task.name}: "):
             task.find_data(places)
+    for task in tasks:  # once all of them are there
+        with refusals(f"task {task.name}: "):
+            task.read_data(places)
+    if sweep.graded is not None:
+        with refusals():
+            named_calibration(sweep.graded)
     return tasks
 
 

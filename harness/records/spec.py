@@ -5,10 +5,11 @@ No torch and no transformers here: leaderboards import this module.
 
 import hashlib
 import json
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from harness.records.ranges import Count, Label, Lengths, Meta, Seed, Tokens, Typed
 from methods.budget import Budget
 
 SCHEMA_VERSION = 2
@@ -145,9 +146,9 @@ class Sweep(Asked):
 class MethodSpec(Frozen):
     """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved."""
 
-    label: str
-    name: str
-    params: dict[str, Any] = Field(default_factory=dict)
+    label: Label
+    name: Label
+    params: Meta = Field(default_factory=dict)
     budgeted: bool = True
 
 
@@ -157,20 +158,20 @@ class ModelSpec(Frozen):
     loaded_as: what was done to its weights: an adapter merged, quantised, spread over devices.
     """
 
-    name: str
-    revision: str
-    dtype: str
-    device: str
+    name: Label
+    revision: Label
+    dtype: Label
+    device: Label
     trust_remote_code: bool = False
-    loaded_as: tuple[str, ...] = ()
+    loaded_as: Typed = ()
 
 
 class TaskSpec(Frozen):
     """A task as run. provenance: what the task says of its data (source, revision, checksums, substitutions)."""
 
-    name: str
-    protocol: str
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    name: Label
+    protocol: Label
+    provenance: Meta = Field(default_factory=dict)
 
 
 class RunSpec(Frozen):
@@ -178,18 +179,18 @@ class RunSpec(Frozen):
 
     schema_version: int = SCHEMA_VERSION
     model: ModelSpec
-    tasks: tuple[TaskSpec, ...]
-    methods: tuple[MethodSpec, ...]
-    budgets: tuple[str, ...]
-    lengths: tuple[int, ...]
-    limit: int | None
-    seed: int
-    max_tokens: int
-    max_new_tokens: int | None
+    tasks: Annotated[tuple[TaskSpec, ...], Field(max_length=1000)]
+    methods: Annotated[tuple[MethodSpec, ...], Field(max_length=1000)]
+    budgets: Typed
+    lengths: Lengths
+    limit: Tokens | None
+    seed: Seed
+    max_tokens: Tokens
+    max_new_tokens: Tokens | None
     first_token: FirstToken
     query: QueryMode
-    nll_tokens: int
-    measured_on: str | None = None  # the machine that cells are also timed on, which decides those numbers
+    nll_tokens: Count
+    measured_on: Label | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
     contexts: Contexts = "protocol"  # what all runs had before contexts were drawn
 

@@ -56,7 +56,7 @@ class MakeRunner:
         torch.set_num_threads(max(1, int(self.shape.cpus)))
         wanted = self.spec.model
         loaded = load_model(
-            wanted.name,
+            self.sweep.model,  # as it was typed: the spec has no path
             dtype=wanted.dtype,
             device=wanted.device,
             trust_remote_code=wanted.trust_remote_code,

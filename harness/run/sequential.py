@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from harness.engine.engine import Engine
@@ -28,7 +28,6 @@ from harness.run.timing import measured_on, measuring
 from methods.base import KVPolicy
 from tasks.base import TaskError
 
-METRICS = TypeAdapter(dict[str, FiniteFloat])
 log = logging.getLogger("harness")
 
 
@@ -95,7 +94,7 @@ def record_of(
     if outcome.status == "ok":
         prediction = "\n".join(_until(sample.stop, text) for text in said)
         try:
-            metrics = METRICS.validate_python(dict(planned.task.score(sample, prediction)))
+            metrics = dict(planned.task.score(sample, prediction))
         except Exception as error:
             outcome.fail(f"not scored: {_why(error)}", "failed")
     stored = outcome.stored()

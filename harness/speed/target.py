@@ -61,6 +61,8 @@ class Restarting:
 class Target:
     """The model as the probes load it, and what is asked of it."""
 
+    typed: str
+    """The model's name or path as it was asked for."""
     model: ModelSpec
     config: Any
     """Of transformers."""
@@ -91,6 +93,7 @@ class Target:
         fitted = [method.on(loaded.spec.revision) for method in planned]
         Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
         return cls(
+            typed=asked.model,
             model=loaded.spec.model_copy(update={"device": str(place)}),
             config=loaded.model.config.get_text_config(decoder=True),
             context=loaded.context,
@@ -103,7 +106,7 @@ class Target:
         """Make what starts probers of this model."""
         model = self.model
         return Restarting(
-            partial(prober, model=model.name, dtype=model.dtype, device=model.device, threads=self.threads)
+            partial(prober, model=self.typed, dtype=model.dtype, device=model.device, threads=self.threads)
         )
 
     def predict(self, cell: PlannedCell, spec: ProbeSpec) -> int | None:

@@ -33,8 +33,8 @@ class NightlyOptions(Frozen):
     a change counts: score_points (0-100), nll_nats (per token), bytes_percent, speed_percent (None: never).
     """
 
-    version: int
-    baseline: str
+    version: int = Field(ge=0, lt=1 << 31)
+    baseline: str = Field(min_length=1, max_length=4095)
     alpha: FiniteFloat = Field(default=0.05, gt=0, lt=1)
     score_points: FiniteFloat = Field(default=1.0, ge=0)
     nll_nats: FiniteFloat = Field(default=0.05, ge=0)
@@ -142,7 +142,7 @@ def _lost(both: pd.DataFrame) -> Iterator[str]:
 def _grown(both: pd.DataFrame, options: NightlyOptions) -> Iterator[str]:
     """Cells that keep more bytes on the samples that are ok in both nights."""
     for cell, rows in _by_cell(both[(both.status_before == "ok") & (both.status == "ok")]):
-        before, now = int(rows.kv_bytes_before.sum()), int(rows.kv_bytes.sum())
+        before, now = sum(rows.kv_bytes_before.tolist()), sum(rows.kv_bytes.tolist())
         if now > before * (1 + options.bytes_percent / 100):
             grown = f"+{100 * (now / before - 1):.2f} %" if before else "from none"
             yield f"{cell}: kept bytes {grown}: {before:,} to {now:,}"

@@ -141,10 +141,17 @@ class CompilerKV(KVPolicy):
         tables = self._loaded()
         return frozenset() if tables is None else frozenset(tables.manifest.prompts)
 
+    @property
+    def lacks(self) -> str:
+        if self.tables not in (AUTO, NEUTRAL):
+            return ""
+        instead = "the default form with uniform budgets" if self.form == "compiled" else "neutral ones"
+        return f"no tables for this model: {instead}"
+
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         tables = self._loaded()
         if self.form == "compiled":
-            return () if tables else ("no tables for this model: the default form with uniform budgets",)
+            return (self.lacks,) if self.lacks else ()
         if tables is None or tables.published_neutral(budget):
             return ("neutral tables: every head weighs 1 and every threshold is 0.8, nothing was compiled",)
         origin, nearest = f"tables {tables.manifest.tensors_sha256[:12]}", tables.nearest_budget(budget)

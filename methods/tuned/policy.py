@@ -69,6 +69,10 @@ class Tuned(KVPolicy):
         return frozenset() if self.inner is None else frozenset(self._tuning()[0].prompts) | self.inner.fitted_on()
 
     @property
+    def lacks(self) -> str:
+        return self.chosen.lacks
+
+    @property
     def _known(self) -> KVPolicy:
         """What is known without a model: no tuning changes whether it has a budget, evicts or frees."""
         return self.inner or make_policy(self.method)
