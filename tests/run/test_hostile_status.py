@@ -89,7 +89,7 @@ def test_a_clock_that_jumps_is_no_trouble(tmp_path: Path, started: str, at: floa
     assert "finished 1999" in shown(store.folder)
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;x\x07", "\r\n\r\n", "\u202e", "x" * 10**6, "\ufeff\x00"])
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;x\x07", "\r\n\r\n", "\u202e", "x" * 3000, "\ufeff\x00"])
 def test_texts_of_others_are_shown_as_they_are(tmp_path: Path, text: str) -> None:
     with RunStore(tmp_path, manifest(started=now())) as store:
         store.append([record("a", status="failed", error=f"why {text}")])
