@@ -20,7 +20,7 @@ FIELDS = {
     **{f"metrics {v}": ("metrics", f'{{"score":{v}}}') for v in ("1e307", "NaN", "-1", "1e999", '"x"', "null", "[]")},
     **{f"nll {v}": ("nll", v) for v in ("NaN", "Infinity", "1e999", "-5", "1e300")},
     **{f"method {v[:9]}": ("method", v) for v in ('"\\ud800"', "5", "null", "[]", f'"{"x" * 5000}"')},
-    **{f"meta {v[:9]}": ("meta", v) for v in ('{"group":"\udfff"}', "5", '{"a":1e999}')},
+    **{f"meta {v[:9]}": ("meta", v) for v in ('{"group":"\\udfff"}', "5", '{"a":1e999}')},
 }
 
 
