@@ -17,7 +17,7 @@ from harness.errors import HarnessError, one_line, shown
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchRecord, load_bench
 from harness.records.board_record import BoardRecord
 from harness.records.boundary_folder import BOUNDARIES
-from harness.records.log_folder import LogLayout
+from harness.records.log_layout import LogLayout
 from harness.records.options import Flag, Word
 from harness.records.paths import path_of
 from harness.records.plain_files import parse_toml, read_plain

@@ -34,6 +34,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="as in `harness run`")
     add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     add("--timeout", type=real, dest="timeout_s", metavar="SECONDS", help="of one probe (1800)")
+    add("--resume-anyway", action="store_true", help="go on with a bench of other code or packages")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--out", type=place, default=Path("benches"), help="folder of bench folders (default: benches)")
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace, command: Sequence[str], **fixed: Any) -> int:
     from harness.speed.client import Prober
     from leaderboards.tables.speed import to_terminal, write_speed
 
-    folder = run_bench(ask, root=args.out, command=command, prober=Prober)
+    folder = run_bench(ask, root=args.out, command=command, prober=Prober, resume_anyway=args.resume_anyway)
     manifest, records = load_bench(folder)
     print(to_terminal(records, manifests=[manifest]))
     for path in write_speed(records, folder, "bench", manifests=[manifest]):

@@ -25,6 +25,7 @@ def boundary_parser(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="as in `harness run`")
     add("--device", default="auto", help="as in `harness run`")
     add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    add("--resume-anyway", action="store_true", help="go on with searches of other code, packages or another machine")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--out", type=place, default=Path("boundary"), metavar="DIR", help="folder; repeat the command to resume")
     parser.set_defaults(action=_action)
@@ -41,7 +42,9 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.speed.client import Prober
     from leaderboards.tables.boundary import to_terminal, write_boundary
 
-    manifest, records = run_boundary(ask, out=args.out, command=command, prober=Prober)
+    manifest, records = run_boundary(
+        ask, out=args.out, command=command, prober=Prober, resume_anyway=args.resume_anyway
+    )
     print(to_terminal(records, manifest))
     for path in write_boundary(args.out):
         print(f"wrote {path}", file=sys.stderr)

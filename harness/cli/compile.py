@@ -46,10 +46,9 @@ def calibration_spec(kind: type[Spec], args: argparse.Namespace) -> Spec:
     """Return what was asked for, and set the threads. Raises HarnessError for a value out of range."""
     given = {name: getattr(args, name) for name in kind.model_fields if getattr(args, name, None) is not None}
     spec = checked(kind, given)
-    if args.threads is not None:
-        import torch
+    from harness.machine import set_threads
 
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     return spec
 
 

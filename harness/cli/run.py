@@ -8,6 +8,7 @@ from harness.boards.sources import collect, read_config, subject_of
 from harness.cli.arguments import RESULTS, names, numbers, place, threads, whole
 from harness.cli.ray import fan_out, ray_options
 from harness.plan.names import check_sweep, sweep_of
+from harness.records.atomic_files import check_place
 
 
 def run_parser(run: argparse.ArgumentParser) -> None:
@@ -36,7 +37,8 @@ def run_parser(run: argparse.ArgumentParser) -> None:
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=place, default=RESULTS, help="folder of run folders (default: results)")
-    add("--threads", type=threads, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=threads, help="CPU threads (default: PyTorch's choice, within the container's)")
+    add("--resume-anyway", action="store_true", help="go on with a run of other code, packages or another machine")
     add("--html", action="store_true", help="write the board as board.html too")
     ray_options(run)
     run.set_defaults(action=_action)
@@ -47,21 +49,20 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     options.pop("nightly", None)  # what `harness nightly` adds to the same board
     board = options.pop("board", {})
     sweep = sweep_of(args, options)
+    check_place(args.out)
     check_sweep(sweep)
     subject = subject_of(board, sweep, typed=args.methods is not None)
     fan = fan_out(args)
     if fan is not None:
         from harness.run.driver import run_fanout
 
-        folder = run_fanout(sweep, fan, root=args.out, command=command)
+        folder = run_fanout(sweep, fan, root=args.out, command=command, resume_anyway=args.resume_anyway)
     else:
-        import torch
-
+        from harness.machine import set_threads
         from harness.run.sequential import run_sweep
 
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        folder = run_sweep(sweep, root=args.out, command=command)
+        set_threads(args.threads)
+        folder = run_sweep(sweep, root=args.out, command=command, resume_anyway=args.resume_anyway)
     from harness.boards.show import show
 
     return show(collect([folder], whole=args.html), out=folder, name="board", subject=subject, html=args.html)

@@ -119,4 +119,5 @@ class RunManifest(Frozen):
     git_commit: Label | None = None
     versions: Versions = Field(default_factory=dict)  # Python and package versions
     machine: Meta = Field(default_factory=dict)  # as `harness.machine.machine` gives it
+    sources: Versions = Field(default_factory=dict)  # sha256 of code, as `harness.plan.sources` gives it
     error: Line | None = None

@@ -23,7 +23,6 @@ from harness.records.options import (
     Word,
     Words,
 )
-from harness.records.ranges import Count, Label, Meta, Typed
 from methods.budget import Budget
 
 SCHEMA_VERSION = 2
@@ -134,9 +133,9 @@ class Sweep(Asked):
 class MethodSpec(Frozen):
     """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved."""
 
-    label: Label
-    name: Label
-    params: Meta = Field(default_factory=dict)
+    label: ranges.Label
+    name: ranges.Label
+    params: ranges.Meta = Field(default_factory=dict)
     budgeted: bool = True
 
 
@@ -146,20 +145,20 @@ class ModelSpec(Frozen):
     loaded_as: what was done to its weights: an adapter merged, quantised, spread over devices.
     """
 
-    name: Label
-    revision: Label
-    dtype: Label
-    device: Label
+    name: ranges.Label
+    revision: ranges.Label
+    dtype: ranges.Label
+    device: ranges.Label
     trust_remote_code: bool = False
-    loaded_as: Typed = ()
+    loaded_as: ranges.Typed = ()
 
 
 class TaskSpec(Frozen):
     """A task as run. provenance: what the task says of its data (source, revision, checksums, substitutions)."""
 
-    name: Label
-    protocol: Label
-    provenance: Meta = Field(default_factory=dict)
+    name: ranges.Label
+    protocol: ranges.Label
+    provenance: ranges.Meta = Field(default_factory=dict)
 
 
 class RunSpec(Frozen):
@@ -169,7 +168,7 @@ class RunSpec(Frozen):
     model: ModelSpec
     tasks: Annotated[tuple[TaskSpec, ...], Field(max_length=1000)]
     methods: Annotated[tuple[MethodSpec, ...], Field(max_length=1000)]
-    budgets: Typed
+    budgets: ranges.Typed
     lengths: ranges.Lengths
     limit: ranges.Tokens | None
     seed: ranges.Seed
@@ -177,8 +176,8 @@ class RunSpec(Frozen):
     max_new_tokens: ranges.Tokens | None
     first_token: FirstToken
     query: QueryMode
-    nll_tokens: Count
-    measured_on: Label | None = None  # the machine that cells are also timed on, which decides those numbers
+    nll_tokens: ranges.Count
+    measured_on: ranges.Label | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
     contexts: Contexts = "protocol"  # what all runs had before contexts were drawn
 

@@ -6,7 +6,7 @@ The same for one prompt at a time (`harness bench`) and for a batch that is deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,9 +17,11 @@ import torch
 from harness.engine.kernels import prefill_kernel
 from harness.machine import cpu_info, git_commit, machine, versions
 from harness.models.load import DTYPES
+from harness.plan.sources import sources
 from harness.plan.sweep import PlannedCell
+from harness.records.atomic_files import check_place
 from harness.records.bench_folder import BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
-from harness.records.log_folder import now
+from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed.asked import BenchAsk
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
@@ -30,13 +32,16 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: type[Prober]) -> Path:
-    """Run what is not yet recorded of a bench and return its folder.
+def run_bench(
+    ask: BenchAsk, *, root: Path, command: Sequence[str], prober: type[Prober], resume_anyway: bool = False
+) -> Path:
+    """Run what is not yet recorded of a bench and return its folder. resume_anyway: see `Resume`.
 
     Raises:
         HarnessError: bad input, before a probe is spent on it; or a folder that cannot be written.
         KeyboardInterrupt: after the manifest says so.
     """
+    check_place(root)
     target = Target.load(ask, ask.threads)
     spec = _resolved(ask, target)
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
@@ -53,8 +58,13 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: type
             git_commit=git_commit(),
             versions=versions(),
             machine=found | held,
+            sources=sources(target.cells),
         )
-        with BenchStore(root, manifest) as store:
+
+        def left(store: BenchStore) -> bool:
+            return next(_Bench(store, target, asker, ask).missing(), None) is not None
+
+        with BenchStore(root, manifest, Resume(resume_anyway, left=left)) as store:
             with store.ending():
                 _Bench(store, target, asker, ask).run()
             return store.folder
@@ -91,7 +101,11 @@ class _Bench:
     ask: BenchAsk
 
     def run(self) -> None:
-        """Pass after pass; a cell that came to grief in one pass is left out of the next."""
+        for cell, tokens, round_ in self.missing():
+            self.store.append([self._probed(self._blank(cell, tokens, round_), cell)])
+
+    def missing(self) -> Iterator[tuple[PlannedCell, int, int]]:
+        """Cell, length and pass of each probe to be made. One that came to grief in a pass is left out of the next."""
         spec, stored = self.store.manifest.spec, self.store.stored
         places = [(cell, tokens) for tokens in spec.lengths for cell in self.target.cells]
         lost: set[tuple[str, str, int]] = set()
@@ -101,7 +115,7 @@ class _Bench:
                 if place in lost:
                     continue
                 if not self.store.done((*place, round_)):
-                    self.store.append([self._probed(self._blank(cell, tokens, round_), cell)])
+                    yield cell, tokens, round_
                 if stored[*place, round_].status != "ok":
                     lost.add(place)
 

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError, shown
+from harness.machine import set_threads
 from harness.models.load import DTYPES, load_model, resolve_device, resolve_dtype
 from harness.plan.methods import plan_methods
 from harness.plan.names import check_asked
@@ -98,7 +97,7 @@ class Target:
             model=loaded.spec.model_copy(update={"device": str(place)}),
             config=loaded.model.config.get_text_config(decoder=True),
             context=loaded.context,
-            threads=threads or torch.get_num_threads(),
+            threads=set_threads(threads),
             methods={spec.label: spec for spec, _ in fitted},
             cells=plan_cells(fitted, budgets),
         )

@@ -22,7 +22,8 @@ from harness.plan.sweep import plan_names
 from harness.records.run_folder import RunStore, load_run
 from harness.records.spec import ModelSpec, Sweep
 from harness.run import driver
-from harness.run.driver import FanOut, MakeRunner
+from harness.run.driver import MakeRunner
+from harness.run.fan import FanOut
 from harness.run.progress import PROGRESS_FILE, Progress, Snapshot
 from harness.run.ray_pool import WorkerShape
 from harness.run.schedule import Item

@@ -28,7 +28,7 @@ from harness.cli.ray import fan_out
 from harness.plan.names import sweep_of
 from harness.plan.sweep import plan_methods
 from harness.records.run_folder import find_runs, load_run
-from harness.run.driver import FanOut
+from harness.run.fan import FanOut
 from tasks import load_tasks
 from tasks.base import find_tasks
 
