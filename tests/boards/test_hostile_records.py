@@ -14,13 +14,15 @@ from tests.submitted import members_of, records, repacked, stored
 
 pytestmark = pytest.mark.hostile
 
+DEEP = "[" * 100_000 + "]" * 100_000
 FIELDS = {
     **{f"kv_bytes {v[:9]}": ("kv_bytes", v) for v in ("-1", "1" + "0" * 400, str(2**63), "1.5", "true", "null", '"7"')},
     **{f"prefill_s {v}": ("prefill_s", v) for v in ("Infinity", "-Infinity", "NaN", "1e999", "-1", "1e300", '"x"')},
     **{f"metrics {v}": ("metrics", f'{{"score":{v}}}') for v in ("1e307", "NaN", "-1", "1e999", '"x"', "null", "[]")},
     **{f"nll {v}": ("nll", v) for v in ("NaN", "Infinity", "1e999", "-5", "1e300")},
     **{f"method {v[:9]}": ("method", v) for v in ('"\\ud800"', "5", "null", "[]", f'"{"x" * 5000}"')},
-    **{f"meta {v[:9]}": ("meta", v) for v in ('{"group":"\\udfff"}', "5", '{"a":1e999}')},
+    **{f"meta {v[:9]}": ("meta", v) for v in (f'{{"a":{DEEP}}}', DEEP, '{"group":"\\udfff"}', "5", '{"a":1e999}')},
+    **{f"{name} deep": (name, DEEP) for name in ("answers", "notes", "token_ids", "needle_kept", "measured")},
 }
 
 
@@ -46,7 +48,7 @@ def test_a_record_out_of_range_is_refused_by_file_and_line(name: str, value: str
 def test_the_board_command_ends_in_that_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = stored(tmp_path / "results")
     with (folder / RECORDS).open("ab") as log:
-        log.write(line_with("metrics", '{"score":1e307}'))
+        log.write(line_with("meta", f'{{"a":{DEEP}}}'))
     assert main(["board", str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{RECORDS}:16" in line
