@@ -106,7 +106,7 @@ def code_similarity(prediction: str, reference: str) -> float:
 
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in NOT_CODE)), "")
-    return round(fuzz.ratio(line, reference)) / 100 if reference.strip() else 0.0
+    return round(fuzz.ratio(line, reference)) / 100
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:

@@ -18,6 +18,8 @@ from harness.records.bench_folder import BENCHES, BenchManifest, BenchRecord, lo
 from harness.records.board_record import BoardRecord
 from harness.records.boundary_folder import BOUNDARIES
 from harness.records.log_layout import LogLayout
+from harness.records.options import Flag, Word
+from harness.records.paths import path_of
 from harness.records.plain_files import parse_toml, read_plain
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import RUNS, find_runs, load_board_records, load_run
@@ -40,8 +42,8 @@ class BoardOptions(Frozen):
     subject: one of the methods, as in `harness board --subject`. html: its page is published too.
     """
 
-    subject: str | None = None
-    html: bool = False
+    subject: Word | None = None
+    html: Flag = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Sources:
 def read_config(name: str) -> dict[str, Any]:
     """Return a TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
     known = sorted(board.stem for board in BOARDS.glob("*.toml"))
-    path = BOARDS / f"{name}.toml" if name in known else Path(name)
+    path = BOARDS / f"{name}.toml" if name in known else path_of(name)
     data = read_plain(path, most=CONFIG_BYTES, remedy=f"packaged boards: {', '.join(known)}")
     return parse_toml(data, where=str(path), remedy="mend it")
 
@@ -150,5 +152,5 @@ def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
         return None
     labels = {MethodLabel.parse(spec.label).asked: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
     if wanted not in labels and not typed:
-        raise HarnessError(f"board.subject {wanted!r} is no method with a budget of this run: {', '.join(labels)}")
+        raise HarnessError(f"board.subject {shown(wanted)} is no method with a budget of this run: {', '.join(labels)}")
     return labels.get(wanted)

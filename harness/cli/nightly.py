@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from harness.cli.arguments import place, threads
 from harness.cli.ray import fan_out, ray_options
 from harness.errors import HarnessError, one_line
 from leaderboards.nights.compare import NightlyOptions
@@ -25,10 +26,10 @@ def nightly_parser(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXITS
     add = parser.add_argument
     add("config", metavar="BOARD", help="a TOML file with a [nightly] table, or the name of a packaged board (nightly)")
-    add("--out", type=Path, default=Path("results/nightly"), help="folder of nights (default: results/nightly)")
-    add("--baseline", type=Path, help="folder of published nights (default: as in the [nightly] table)")
+    add("--out", type=place, default=Path("results/nightly"), help="folder of nights (default: results/nightly)")
+    add("--baseline", type=place, help="folder of published nights (default: as in the [nightly] table)")
     add("--accept", action="store_true", help="publish this night whatever came out; ends with 0")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice, within the container's)")
+    add("--threads", type=threads, help="CPU threads (default: PyTorch's choice, within the container's)")
     add("--resume-anyway", action="store_true", help="go on with an unfinished night where a method's code changed")
     ray_options(parser)
     parser.set_defaults(action=_action, set=None, methods=None)

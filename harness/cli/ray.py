@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 from pydantic import ValidationError
 
+from harness.cli.arguments import real, whole
 from harness.errors import HarnessError, shown
 from harness.run.fan import FanOut
 
@@ -19,13 +20,13 @@ def ray_options(run: argparse.ArgumentParser) -> None:
     add = run.add_argument_group("many workers", "the same run fanned out over a Ray cluster").add_argument
     ray = "auto (a cluster on this machine, or one of its own), local, host:port, ray://host:port"
     add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray)
-    add("--workers", type=int, help="how many (default: as many as fit into the cluster)")
-    add("--cpus-per-worker", type=float, help="CPU slots, and CPU threads, of a worker (default: 1)")
-    add("--gpus-per-worker", type=float, help="GPUs of a worker (default: 1 where there are any); more share a model")
+    add("--workers", type=whole, help="how many (default: as many as fit into the cluster)")
+    add("--cpus-per-worker", type=real, help="CPU slots, and CPU threads, of a worker (default: 1)")
+    add("--gpus-per-worker", type=real, help="GPUs of a worker (default: 1 where there are any); more share a model")
     add("--autoscale", action="store_true", default=None, help="nodes for --workers will be added to the cluster")
-    add("--item-timeout", type=float, metavar="S", help="seconds of a sample after which its worker hangs (3600)")
-    add("--tries", type=int, help="until a sample that kills its workers is marked failed (default: 3)")
-    add("--start-timeout", type=float, metavar="S", help="seconds without any worker until the run ends (900)")
+    add("--item-timeout", type=real, metavar="S", help="seconds of a sample after which its worker hangs (3600)")
+    add("--tries", type=whole, help="until a sample that kills its workers is marked failed (default: 3)")
+    add("--start-timeout", type=real, metavar="S", help="seconds without any worker until the run ends (900)")
 
 
 def fan_out(args: argparse.Namespace) -> FanOut | None:

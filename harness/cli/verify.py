@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.cli.arguments import place, whole
 from harness.errors import HarnessError
 from harness.models.source import KNOWN
 from harness.records.plain_files import of_json
@@ -14,12 +15,12 @@ from harness.records.record import RunManifest
 
 def verify_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("pack", type=Path, metavar="PACK", help="archive that `harness submit` wrote")
+    add("pack", type=place, metavar="PACK", help="archive that `harness submit` wrote")
     add("--partial", action="store_true", help="missing cells are no fault")
     add("--tokenizer", metavar="MODEL", help="the run's model: make its prompts again, and decode the stored tokens")
-    add("--data-dir", type=Path, metavar="DIR", help="where the tasks' data is, for --tokenizer and --rescore")
+    add("--data-dir", type=place, metavar="DIR", help="where the tasks' data is, for --tokenizer and --rescore")
     add("--rescore", action="store_true", help="run a tenth of the cells again, with the model of --tokenizer")
-    add("--rescore-seed", type=int, metavar="N", help="which tenth; drawn anew, and told, when not given")
+    add("--rescore-seed", type=whole, metavar="N", help="which tenth; drawn anew, and told, when not given")
     parser.set_defaults(action=_action)
 
 

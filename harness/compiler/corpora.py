@@ -27,8 +27,9 @@ from pathlib import Path
 
 import punkt
 
-from harness.errors import HarnessError, did_you_mean
+from harness.errors import HarnessError, did_you_mean, shown
 from harness.models.assets import fetch
+from harness.records.paths import path_of
 from harness.records.plain_files import MOST_BYTES, read_plain
 from tasks.base import TaskError
 from tasks.stdlib import help_paragraphs
@@ -80,7 +81,9 @@ def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
     kept = tuple(paragraphs)
     words = sum(len(paragraph.split()) for paragraph in kept)
     if words < MIN_WORDS:
-        raise HarnessError(f"corpus {name!r} has {words} words of prose, {MIN_WORDS} are needed; give it more text")
+        raise HarnessError(
+            f"corpus {shown(name)} has {words} words of prose, {MIN_WORDS} are needed; give it more text"
+        )
     text = "\n\n".join(kept)
     return Corpus(name, kept, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest())
 
@@ -92,11 +95,16 @@ def load_corpus(name: str) -> Corpus:
     """
     if name in CORPORA:
         return corpus_of(name, CORPORA[name]())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return corpus_of(folder.resolve().name, _folder(folder))
-    hint, known = did_you_mean(name, CORPORA), ", ".join(CORPORA)
-    raise HarnessError(f"unknown corpus {name!r}{hint} known: {known}, or a folder with *.txt or *.txt.gz")
+    check_corpus(name)
+    folder = path_of(name)
+    return corpus_of(folder.resolve().name, _folder(folder))
+
+
+def check_corpus(name: str) -> None:
+    """Raise HarnessError for a name that is none, nor a folder; touches no network."""
+    if name not in CORPORA and not path_of(name).is_dir():
+        hint, known = did_you_mean(name, CORPORA), ", ".join(CORPORA)
+        raise HarnessError(f"unknown corpus {shown(name)}{hint} known: {known}, or a folder with *.txt or *.txt.gz")
 
 
 @lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ TEXT = 1 << 20
 """Characters of a prediction or a reference, and of the texts in a sample's meta together."""
 META_DEPTH = 16
 META_VALUES = 10_000
+NUMBERS = frozenset({int, float, bool})
 
 Bytes = Annotated[int, Field(strict=True, ge=0, le=MOST)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1 << 48)]
@@ -61,13 +62,10 @@ def _bounded(given: dict[str, Any]) -> dict[str, Any]:
                 kind = type(value)
                 if kind is str:
                     size += len(value) if value.isascii() else len(value.encode())  # half of a pair: a ValueError
-                elif kind is int or kind is float:
-                    if not -MOST <= value <= MOST:
-                        raise ValueError("a number is not finite, or has more than 63 bits")
                 elif kind is list or kind is dict or kind is tuple:
                     below.append(value)
-                elif value is not None and kind is not bool:
-                    raise ValueError(f"{kind.__name__} is no value of JSON")
+                elif not (value is None or (kind in NUMBERS and -MOST <= value <= MOST)):
+                    raise ValueError("a value is no finite number, text, list or table of JSON")
         if values > META_VALUES or size > TEXT:
             raise ValueError(f"more than {META_VALUES:,} values, or {TEXT:,} bytes of text")
         if not below:

@@ -13,42 +13,23 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 
 from harness.engine.kernels import prefill_kernel
-from harness.errors import HarnessError
 from harness.machine import cpu_info, git_commit, machine, versions
 from harness.models.load import DTYPES
 from harness.plan.sources import sources
 from harness.plan.sweep import PlannedCell
 from harness.records.atomic_files import check_place
-from harness.records.bench_folder import BenchKind, BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
+from harness.records.bench_folder import BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
 from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.spec import Asked
-from harness.speed.memory_limit import Size
+from harness.speed.asked import BenchAsk
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
     from harness.speed.client import Prober
 
 MIB = 2**20
-
-
-class BenchAsk(Asked):
-    """What a person asked for, by command line. limit_bytes: of a probe, the model's own included."""
-
-    kind: BenchKind = "bench"
-    budgets: tuple[str, ...] = ("128", "512")
-    lengths: tuple[int, ...] = (2048, 8192)
-    batch: int = Field(default=1, ge=1)
-    new_tokens: int = Field(default=32, ge=2)
-    chunk: int | None = Field(default=None, ge=1)
-    rounds: int = Field(default=3, ge=1)
-    warm_up: bool = True
-    threads: int | None = Field(default=None, ge=1)
-    timeout_s: float = Field(default=1800, gt=0, le=1e6)
-    limit_bytes: Size | None = None
 
 
 def run_bench(
@@ -60,7 +41,6 @@ def run_bench(
         HarnessError: bad input, before a probe is spent on it; or a folder that cannot be written.
         KeyboardInterrupt: after the manifest says so.
     """
-    _check_lengths(ask)
     check_place(root)
     target = Target.load(ask, ask.threads)
     spec = _resolved(ask, target)
@@ -109,14 +89,6 @@ def clocks_mhz() -> dict[str, float]:
     """Read the least, median and most of the cores' clocks now; empty where the system does not tell them."""
     found = [float(clock) for clock in cpu_info("cpu MHz")]
     return {"low": min(found), "median": median(found), "high": max(found)} if found else {}
-
-
-def _check_lengths(ask: BenchAsk) -> None:
-    option = "--lengths" if ask.kind == "bench" else "--length"
-    if not ask.lengths:
-        raise HarnessError(f"no length asked for; name some with {option} 2048,8192")
-    if min(ask.lengths) < 2:
-        raise HarnessError(f"{option} {min(ask.lengths)} is too short for a prompt; give at least 2")
 
 
 @dataclass

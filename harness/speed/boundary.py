@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationInfo, field_validator
-
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.plan.sources import sources
@@ -26,8 +24,7 @@ from harness.records.atomic_files import check_place
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, BoundaryStore, Found, SizeKind, Tried
 from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec, ProbeStatus
-from harness.records.spec import Asked, check_least
-from harness.speed.memory_limit import Size
+from harness.speed.asked import BoundaryAsk
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
@@ -36,40 +33,9 @@ if TYPE_CHECKING:
 NEW_TOKENS = 32
 STEP = 256
 """Contexts are multiples of it."""
-LONGEST_TIMEOUT_S = 1e6
 CONTEXT = 8192
 """Tokens of each prompt of the batch search, or the most there can be where that is less."""
 MIB = 2**20
-
-
-class BoundaryAsk(Asked):
-    """What a person asked for, by command line.
-
-    limit_bytes: of a probe, the model's own included. context: tokens of each prompt of the batch search, None for
-    `CONTEXT`. max_tokens: longest context to try, None for the model's. chunk: tokens of a prefill forward, None for
-    the whole prompt at once. timeout_s: of one probe, in seconds.
-    """
-
-    budgets: tuple[str, ...] = ("128",)
-    limit_bytes: Size
-    context: int | None = None
-    max_tokens: int | None = None
-    max_batch: int = 64
-    chunk: int | None = None
-    timeout_s: float = 600.0
-    threads: int | None = None
-
-    @field_validator("max_batch", "chunk", "threads", "timeout_s", "context", "max_tokens")
-    @classmethod
-    def _large_enough(cls, given: Any, field: ValidationInfo) -> Any:
-        return check_least(given, 2 if field.field_name in ("context", "max_tokens") else 1, field)
-
-    @field_validator("timeout_s")
-    @classmethod
-    def _ends(cls, seconds: float) -> float:
-        if seconds > LONGEST_TIMEOUT_S:
-            raise ValueError(f"--timeout {seconds:g} is too long; give at most {LONGEST_TIMEOUT_S:g} seconds")
-        return seconds
 
 
 def run_boundary(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.machine import set_threads
 from harness.models.load import DTYPES, load_model, resolve_device, resolve_dtype
 from harness.plan.methods import plan_methods
@@ -86,7 +86,7 @@ class Target:
         plan_cells(planned, budgets)  # refuses a request without a cell before the model loads
         place = resolve_device(asked.device)
         if place.type not in ("cpu", "cuda"):
-            raise HarnessError(f"memory on device {asked.device!r} cannot be measured; give --device cpu or cuda")
+            raise HarnessError(f"memory on device {shown(asked.device)} cannot be measured; give --device cpu or cuda")
         dtype = str(resolve_dtype(asked.dtype, place)).removeprefix("torch.")
         print(f"loading {asked.model}", file=sys.stderr, flush=True)
         loaded = load_model(asked.model, dtype=dtype, device="cpu")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, checked
 from harness.models.load import LoadedModel
 from harness.plan.sweep import PlannedSample, plan_task, task_options
 from harness.records.record import Record, RunManifest, by_turns
@@ -73,8 +73,9 @@ def draw_again(manifest: RunManifest, loaded: LoadedModel, *, data_dir: Path | N
         theirs, ours = spec.model.revision[:12], loaded.spec.revision[:12]
         raise HarnessError(f"{loaded.spec.name} has revision {ours}, the run is of {theirs}; name the run's own model")
     same = {name: getattr(spec, name) for name in Sweep.model_fields.keys() & type(spec).model_fields.keys()}
-    same |= {"model": loaded.spec.name, "methods": ("fullkv",), "tasks": tuple(task.name for task in spec.tasks)}
-    sweep = Sweep(**same, data_dir=None if data_dir is None else str(data_dir))
+    same |= {"model": loaded.spec.name, "tasks": tuple(task.name for task in spec.tasks)}
+    same |= {"methods": ("fullkv",), "budgets": ("128",)}  # no part of a prompt
+    sweep = checked(Sweep, same | {"data_dir": None if data_dir is None else str(data_dir)})
     options, found = task_options(sweep, loaded), Drawn(manifest)
     for name in sweep.tasks:
         _draw(found, name, options, loaded)

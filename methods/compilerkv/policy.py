@@ -24,6 +24,7 @@ from methods.compilerkv.form import Form, FormPolicy
 from methods.compilerkv.manifest import Shapes
 from methods.compilerkv.risk import batch_budgets
 from methods.compilerkv.tables import Learned, Tables, load_tables, neutral
+from methods.plain_files import place_of
 from methods.registry import method
 
 AUTO, NEUTRAL = "auto", "neutral"
@@ -188,5 +189,6 @@ class CompilerKV(KVPolicy):
 
 def folder_of(tables: str) -> Path:
     """Return the folder that a name of tables stands for: packaged ones first."""
+    place = place_of(tables)
     packaged = COMPILED / tables
-    return packaged if packaged.is_dir() else Path(tables)
+    return packaged if packaged.is_dir() else place

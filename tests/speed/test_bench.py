@@ -14,7 +14,8 @@ from harness.errors import HarnessError, checked
 from harness.records.bench_folder import BENCH_FILE, BENCHES, LINES_FILE, load_bench, machine_id
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed import bench
-from harness.speed.bench import BenchAsk, clocks_mhz, run_bench
+from harness.speed.asked import BenchAsk
+from harness.speed.bench import clocks_mhz, run_bench
 from harness.speed.memory_limit import Limit
 from harness.speed.target import SHORT
 from tests.pretend import measured
