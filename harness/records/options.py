@@ -53,6 +53,12 @@ def _once(given: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(given))
 
 
+def _some(given: tuple[Any, ...], field: ValidationInfo) -> tuple[Any, ...]:
+    if not given:
+        raise ValueError(f"no {field.field_name} asked for; give some with {option(field)} 1024,4096")
+    return given
+
+
 def _changes(given: dict[str, Any], field: ValidationInfo) -> dict[str, Any]:
     level: list[Any] = [*given, *given.values()]
     for _ in range(DEPTH):
@@ -75,11 +81,14 @@ TokensOrOff = Annotated[int, Strict(), AfterValidator(between(0, MOST_TOKENS))]
 Samples = Annotated[int, Strict(), AfterValidator(between(1, MOST_SAMPLES))]
 SamplesOrOff = Annotated[int, Strict(), AfterValidator(between(0, MOST_SAMPLES))]
 Seed = Annotated[int, Strict(), AfterValidator(between(0, MOST_BYTES))]
+TwoTokens = Annotated[int, Strict(), AfterValidator(between(2, MOST_TOKENS))]
+"""As many as a prompt has at least, or an answer whose steps are timed."""
 Times = Annotated[int, Strict(), AfterValidator(between(1, MOST_ITEMS))]
 Seconds = Annotated[float, Strict(), AfterValidator(between(1, 1e6))]
 Word = Annotated[str, AfterValidator(_word)]
 PathText = Annotated[str, AfterValidator(expanded)]
 Words = Annotated[tuple[Word, ...], Field(max_length=MOST_ITEMS), AfterValidator(_once)]
-Lengths = Annotated[tuple[Tokens, ...], Field(max_length=MOST_ITEMS), AfterValidator(_once)]
+Lengths = Annotated[tuple[Tokens, ...], Field(max_length=MOST_ITEMS), AfterValidator(_some), AfterValidator(_once)]
+TwoTokenLengths = Annotated[tuple[TwoTokens, ...], Field(max_length=MOST_ITEMS), AfterValidator(_some)]
 Changes = Annotated[dict[str, Any], AfterValidator(_changes)]
 """Changed parameters of methods, `method.parameter` to value."""

@@ -113,13 +113,6 @@ class Sweep(Asked):
             raise ValueError(f"no tasks asked for; add --tasks niah,stdlib{cls.OTHER_WAY}")
         return tasks
 
-    @field_validator("lengths")
-    @classmethod
-    def _some_lengths(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        if not lengths:
-            raise ValueError("no lengths asked for; give some with --lengths 1024,4096")
-        return lengths
-
     @model_validator(mode="after")
     def _measurable(self) -> Self:
         if self.measure and self.query == "agnostic":

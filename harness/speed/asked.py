@@ -3,12 +3,22 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Strict
 
 from harness.errors import HarnessError, shown
 from harness.machine import check_threads
 from harness.records.bench_folder import BenchKind
-from harness.records.options import MOST_BYTES, MOST_ITEMS, MOST_TOKENS, Flag, Seconds, Times, Tokens, Words, between
+from harness.records.options import (
+    MOST_BYTES,
+    Flag,
+    Seconds,
+    Times,
+    Tokens,
+    TwoTokenLengths,
+    TwoTokens,
+    Words,
+    between,
+)
 from harness.records.spec import Asked
 
 SIZE = re.compile(r"(\d{1,19}(?:\.\d{1,9})?(?:e\d{1,2})?)\s?([kmgt]?)(i?)(?:b|bytes)?", re.IGNORECASE | re.ASCII)
@@ -31,8 +41,6 @@ Size = Annotated[int, BeforeValidator(parse_bytes)]
 """A number of bytes. pydantic alone would read `1.2.3MiB` as one byte and refuse `2e9`."""
 Threads = Annotated[int, Strict(), AfterValidator(check_threads)]
 Batch = Annotated[int, Strict(), AfterValidator(between(1, 100_000))]
-TwoTokens = Annotated[int, Strict(), AfterValidator(between(2, MOST_TOKENS))]
-"""As many as a prompt has at least, or an answer whose steps are timed."""
 
 
 class BenchAsk(Asked):
@@ -40,7 +48,7 @@ class BenchAsk(Asked):
 
     kind: BenchKind = "bench"
     budgets: Words = ("128", "512")
-    lengths: Annotated[tuple[TwoTokens, ...], Field(min_length=1, max_length=MOST_ITEMS)] = (2048, 8192)
+    lengths: TwoTokenLengths = (2048, 8192)
     batch: Batch = 1
     new_tokens: TwoTokens = 32
     chunk: Tokens | None = None

@@ -192,8 +192,8 @@ def test_clocks_and_threads_are_no_identity() -> None:
     [
         ({"methods": ()}, "no methods asked for"),
         ({"budgets": ("0",)}, "keeps nothing"),
-        ({"lengths": ()}, "no length asked for"),
-        ({"lengths": (1,)}, "--lengths 1 is too short"),
+        ({"lengths": ()}, "no lengths asked for"),
+        ({"lengths": (1,)}, "--lengths 1 is too small"),
         ({"dtype": "int4"}, "unknown dtype"),
         ({"set": {"pyramidkv.beta": 3}}, "names no method of this run"),
         ({"limit_bytes": 1000}, "--memory-limit of 1000 bytes is not above the loaded model's own 1000; raise it"),
