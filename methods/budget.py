@@ -61,7 +61,7 @@ class Budget:
             raise PolicyError(f"budget {quoted(self.tokens)} {what}; ask for 1 to {MOST_TOKENS:,} tokens")
         if self.fraction is not None and not LEAST_FRACTION <= self.fraction <= 1.0:
             what = "keeps nothing" if 0 <= self.fraction < LEAST_FRACTION else "is not a kept fraction"
-            raise PolicyError(f"budget {self.fraction:g} {what}; ask for {LEAST_FRACTION:g} to 1")
+            raise PolicyError(f"budget {quoted(self.fraction)} {what}; ask for {LEAST_FRACTION:g} to 1")
 
     @classmethod
     def parse(cls, text: str) -> Budget:

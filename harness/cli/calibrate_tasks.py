@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from harness.cli.arguments import names, numbers, place, threads, whole
 from harness.cli.compile import calibration_spec
+from harness.machine import set_threads
 from tasks.graded.settings import Graded
 
 
@@ -32,6 +33,7 @@ def _calibrate(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     from harness.compiler.grade import Grader
 
+    set_threads(args.threads)
     grader = Grader(spec, args.out)
     found: list[Graded] = []
     chosen: dict[str, int | None] = {}  # of each task at the length before

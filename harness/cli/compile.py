@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from harness.cli.arguments import names, numbers, place, threads, whole
 from harness.errors import checked
+from harness.machine import set_threads
 from harness.records.spec import Frozen
 
 Spec = TypeVar("Spec", bound=Frozen)
@@ -43,13 +44,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def calibration_spec(kind: type[Spec], args: argparse.Namespace) -> Spec:
-    """Return what was asked for, and set the threads. Raises HarnessError for a value out of range."""
-    given = {name: getattr(args, name) for name in kind.model_fields if getattr(args, name, None) is not None}
-    spec = checked(kind, given)
-    from harness.machine import set_threads
-
-    set_threads(args.threads)
-    return spec
+    """Return what was asked for. Raises HarnessError for a value out of range."""
+    return checked(kind, {name: own for name in kind.model_fields if (own := getattr(args, name, None)) is not None})
 
 
 def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
@@ -59,6 +55,7 @@ def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     from harness.compiler.compile import Compiler
 
+    set_threads(args.threads)
     manifest = Compiler(spec, args.out).compile(command).manifest
     print(f"form: {manifest.form}")
     print(f"halves agree at Spearman {manifest.report['halves_spearman']:.2f}")

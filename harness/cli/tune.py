@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from harness.cli.arguments import names, whole
 from harness.cli.compile import add_calibration, calibration_spec
+from harness.machine import set_threads
 
 
 def tune_parser(tuning: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def _tune(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     from harness.compiler.tune import Tuner
 
+    set_threads(args.threads)
     tuner = Tuner(spec, args.out)
     for method in tuner.methods:
         tuning, path = tuner.tune(method, command)

@@ -181,7 +181,7 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(results: Path, capsys:
     before = tree(results)
     for command in (("board", results), (*RUN, "--out", results)):
         assert call(*command) == 2
-        assert f"{path}:5 is damaged" in complained(capsys.readouterr().err)
+        assert f"{path}:5 is not JSON" in complained(capsys.readouterr().err)
     assert tree(results) == before
 
 

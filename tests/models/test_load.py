@@ -23,6 +23,12 @@ without_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") i
 IDS = torch.arange(5, 40)[None]
 
 
+@pytest.fixture(scope="session")
+def tiny() -> LoadedModel:
+    """One of these tests' own, whose attention is as transformers made it."""
+    return load_model("tiny", dtype="float32", device="cpu")
+
+
 def logits(loaded: LoadedModel) -> torch.Tensor:
     with torch.inference_mode():
         return loaded.model(IDS.to(loaded.model.device)).logits.cpu()  # type: ignore[no-any-return]
