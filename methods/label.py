@@ -101,6 +101,6 @@ def _parameters(text: str, inside: str) -> tuple[tuple[str, str], ...]:
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'? known: a, b` for an error line."""
     names = sorted(known)
-    close = get_close_matches(word, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    close = get_close_matches(word[:MOST_CHARS].lower(), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} known: {', '.join(names) or 'none'}"

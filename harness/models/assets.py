@@ -131,8 +131,8 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
                 fill(Path(scratch))
                 os.replace(Path(scratch) / "files", folder)
     except OSError as error:
-        advice = "set KVH_CACHE to another folder"
-        raise HarnessError(f"cannot write the cache {folder.parent}: {error}; {advice}") from None
+        advice = "choose another folder, for the cache by KVH_CACHE"
+        raise HarnessError(f"cannot write {folder.parent}: {error.strerror or error}; {advice}") from None
 
 
 def content_sha256(files: Sequence[Path]) -> str:

@@ -75,7 +75,7 @@ def resolve_model(name: str) -> ModelSource:
         raise HarnessError(f"model {shown(name)} is {what}; give the folder that holds config and weights")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelSource(name, "hub")
-    if name and path.parent != Path():
+    if "/" in name:
         raise HarnessError(f"unknown model {shown(name)}: there is no such folder or file; {_known()}")
     raise HarnessError(f"unknown model {shown(name)}{did_you_mean(name, KNOWN) or ';'} {_known()}")
 

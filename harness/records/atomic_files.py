@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import mkdtemp
 
 from harness.errors import HarnessError, shown
 from harness.records.plain_files import KINDS
@@ -50,13 +51,12 @@ def _check_plain(path: Path, mode: int) -> None:
 
 
 def check_place(root: Path) -> None:
-    """Raise HarnessError where no folder can be made or written at `root`. It writes nothing, so it can come early."""
+    """Raise HarnessError where no folder can be made or written at `root`. It leaves nothing, so it can come early."""
     try:
         here = next(path for path in (root, *root.absolute().parents) if path.exists())
         if not here.is_dir():
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(here, os.W_OK | os.X_OK):
-            raise OSError(errno.EACCES, "it may not be written")
+        os.rmdir(mkdtemp(prefix=".harness-", dir=here))
     except OSError as error:
         raise write_error(root, error) from None
     except ValueError as error:  # a NUL in the name

@@ -118,7 +118,7 @@ def test_what_is_no_budget_is_refused() -> None:
     [
         ("snapvk", {}, "unknown method 'snapvk'; did you mean 'snapkv'.*known: .*h2o"),
         ("snapkv@papre", {}, "unknown preset 'papre' of snapkv; did you mean 'paper'"),
-        ("random@paper", {}, "unknown preset 'paper' of random known: none"),
+        ("random@paper", {}, "unknown preset 'paper' of random; known: none"),
         ("snapkv", {"kernal": 5}, "snapkv has no parameter 'kernal'; did you mean 'kernel'"),
     ],
 )

@@ -85,7 +85,7 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(
     refused("toy", f"delete {folder} and run")
     for nowhere in (str(folder / "one.txt"), "~no-such-user/x", "/dev/null"):
         monkeypatch.setenv("KVH_CACHE", nowhere)
-        refused("essays", "set KVH_CACHE")
+        refused("essays", "KVH_CACHE")
 
 
 def test_every_name_is_checked_before_anything_is_downloaded(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
