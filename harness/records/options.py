@@ -48,6 +48,13 @@ def _word(text: str, field: ValidationInfo) -> str:
     return text
 
 
+def _path(text: str, field: ValidationInfo) -> str:
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise ValueError(f"{option(field)} {error}") from None
+
+
 def _once(given: tuple[Any, ...]) -> tuple[Any, ...]:
     """What is asked for twice is there once."""
     return tuple(dict.fromkeys(given))
@@ -86,7 +93,7 @@ TwoTokens = Annotated[int, Strict(), AfterValidator(between(2, MOST_TOKENS))]
 Times = Annotated[int, Strict(), AfterValidator(between(1, MOST_ITEMS))]
 Seconds = Annotated[float, Strict(), AfterValidator(between(1, 1e6))]
 Word = Annotated[str, AfterValidator(_word)]
-PathText = Annotated[str, AfterValidator(expanded)]
+PathText = Annotated[str, AfterValidator(_path)]
 Words = Annotated[tuple[Word, ...], Field(max_length=MOST_ITEMS), AfterValidator(_once)]
 Lengths = Annotated[tuple[Tokens, ...], Field(max_length=MOST_ITEMS), AfterValidator(_some), AfterValidator(_once)]
 TwoTokenLengths = Annotated[tuple[TwoTokens, ...], Field(max_length=MOST_ITEMS), AfterValidator(_some)]
