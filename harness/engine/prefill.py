@@ -9,6 +9,7 @@ never exists at once.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from harness.engine.clock import PhaseClock
 from harness.engine.kernels import causal_attention, column_sums
 from harness.engine.layer_cache import LayerCache
+from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import NotFinite
 from harness.errors import HarnessError
@@ -114,7 +116,8 @@ class Prefilled:
     """A prompt in the uncompressed cache, but for layers that were compressed on the way.
 
     compressible: indexes of the layers that policies see. logits: [1, V] float32 after the last token. logprobs: as in
-    `PromptView`. protected: as there; set before `view` is asked for.
+    `PromptView`. protected: as there; set before `view` is asked for. states: by the position of the token that they are
+    ready for, the prompt's last one and the one after it.
     """
 
     layers: list[PrefillLayer]
@@ -123,6 +126,7 @@ class Prefilled:
     logprobs: Tensor | None
     tokens: int
     clock: PhaseClock
+    states: dict[int, States]
     protected: tuple[int, ...] = ()
 
     @cached_property
@@ -131,14 +135,15 @@ class Prefilled:
         return PromptView([self.layers[i].view() for i in self.compressible], self.logprobs, self.protected)
 
     def nbytes(self, budget: int) -> int:
-        """Bytes of `budget` slots per layer and KV head with their positions; sliding windows at their own size.
+        """Bytes of `budget` slots per layer and KV head with their positions; sliding windows and states at their size.
 
         A budget of the whole prompt is the full cache, whose positions need not be stored.
         """
+        states = self.states[self.tokens].nbytes
         if budget >= self.tokens:
-            return sum(x.slot_bytes * x.slots for x in self.layers)
+            return states + sum(x.slot_bytes * x.slots for x in self.layers)
         windows = sum(x.slot_bytes * x.slots for x in self.layers if x.window)
-        return windows + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.window)
+        return states + windows + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.window)
 
 
 def prefill(
@@ -170,30 +175,40 @@ def prefill(
         raise HarnessError(
             f"hidden states are wanted of a whole prompt, not of chunks of {chunk} tokens; leave --chunk out"
         )
+    if model.stepwise and chunk is not None and chunk < len(ids):
+        raise HarnessError(
+            f"this model's recurrent layers take a prompt as a whole, not {chunk} tokens by {chunk}; leave --chunk out"
+        )
     clock, wanted = PhaseClock(model.device), needs.window if needs.logprobs else 0
     with clock.part("prefill"), model.sources(needs.hidden_states) as sources:
         act_of = dict(zip(model.compressible, acts or (), strict=acts is not None))
         shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources}
         layers = [PrefillLayer(needs, len(ids), index=i, act=act_of.get(i), **shared) for i in range(model.layers)]
-        logits, logprobs = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
+        logits, logprobs, states = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
     best = logits.amax(dim=-1)  # as all that is NaN or too large shows; minus infinity bars a token
     if not bool(best.isfinite().all()) or (logprobs is not None and bool(logprobs.isnan().any())):
         raise NotFinite(f"after the prompt's {len(ids)} tokens")
-    return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock)
+    return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock, states)
 
 
 def _forward(
     model: AttachedModel, ids: Sequence[int], layers: Sequence[LayerCache], *, chunk: int, wanted: int
-) -> tuple[Tensor, Tensor | None]:
-    """Logits [1, V] after the last token, and log-probabilities [1, W] of the last `wanted` tokens, None for 0."""
+) -> tuple[Tensor, Tensor | None, dict[int, States]]:
+    """Logits [1, V] after the last token, log-probabilities [1, W] of the last `wanted` tokens, None for 0; states.
+
+    States are those of `Prefilled`: where there are any, the last token goes by itself.
+    """
     tokens, found, logits = len(ids), list[Tensor](), torch.empty(0)
-    given = torch.tensor([list(ids)], device=model.device)
-    for start in range(0, tokens, chunk):
-        end = min(start + chunk, tokens)
+    given, states = torch.tensor([list(ids)], device=model.device), States()
+    starts = sorted({*range(0, tokens, chunk), *([tokens - 1] if model.mixed else [])})
+    before_last = States()
+    for start, end in pairwise([*starts, tokens]):
+        before_last = states.copy() if end == tokens else before_last
         first = max(start, tokens - 1 - wanted)  # the first position whose logits are of use
         keep = max(1, end - first)
-        logits = model.forward(given[:, start:end], layers, position=start, keep=keep).float()
+        logits = model.forward(given[:, start:end], layers, position=start, states=states, keep=keep).float()
         if wanted and end > first:
             told = given[:, end - keep + 1 : end + 1]
             found.append(logits[:, : told.shape[1]].log_softmax(dim=-1).gather(2, told.unsqueeze(-1)).squeeze(-1))
-    return logits[:, -1], torch.cat(found, dim=1) if found else None
+    logprobs = torch.cat(found, dim=1) if found else None
+    return logits[:, -1], logprobs, {tokens - 1: before_last, tokens: states}

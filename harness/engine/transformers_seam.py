@@ -6,26 +6,37 @@ with no code per model. Works on transformers 5.2 and later for models whose att
 `AttentionInterface`; others are refused.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from harness.engine.layer_cache import LayerCache
+from harness.engine.states import States
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
 from methods.views import LayerSource
 
 ATTENTION = "kv_policy"
-ADVICE = "use a model of full and sliding-window attention layers"
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+ADVICE = "use a model of full, sliding-window or linear attention layers"
+STATES = ("conv_states", "recurrent_states")  # of a layer that has any
+LAYERS = {  # classes of transformers' own caches, by what a layer keeps
+    "DynamicLayer",  # keys and values
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",  # states
+    "LinearAttentionAndFullAttentionLayer",  # both
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",  # nothing
+}
 HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gemma3"}
 
 
@@ -95,6 +106,15 @@ class _Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name up to transformers 5.2
 
 
+def _kinds(model: PreTrainedModel, config: Any) -> list[Any]:
+    """What transformers' own cache would keep of each layer. Raises HarnessError for a kind that is not known here."""
+    kinds = DynamicCache(config=config).layers
+    types = getattr(config, "layer_types", None) or [type(kind).__name__ for kind in kinds]
+    if other := {own for own, kind in zip(types, kinds, strict=True) if type(kind).__name__ not in LAYERS}:
+        raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
+    return kinds
+
+
 class _Probe(LayerCache):
     """Answers a single token, which sees itself alone, and notes which module asked and how far back it looks.
 
@@ -125,6 +145,8 @@ def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
 class AttachedModel:
     """A causal language model whose attention runs through `LayerCache` objects.
 
+    layers: how many keep keys and values; every list of layers is of these. mixed: whether some carry `States`.
+    stepwise: whether these, but for a prompt's beginning, take one token at a time.
     Raises HarnessError when the model's attention cannot be replaced, which one token sent through it shows.
     """
 
@@ -135,14 +157,17 @@ class AttachedModel:
             model.set_attn_implementation(ATTENTION)
         except (ValueError, AttributeError) as error:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
-        self.layers = int(self.config.num_hidden_layers)
         self.vocab = int(self.config.vocab_size)
-        if other := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
-            raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
+        self._kinds = _kinds(model, self.config)
+        self._attending = [i for i, kind in enumerate(self._kinds) if isinstance(kind, DynamicLayer)]
+        self._carrying = [i for i, kind in enumerate(self._kinds) if hasattr(kind, STATES[0])]
+        self.mixed, self.layers = bool(self._carrying), len(self._attending)
+        if not self.layers:
+            raise HarnessError(f"{type(model).__name__} has no attention layers, so no cache to compress; {ADVICE}")
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
-        self.reach = math.inf
+        self.reach, self.stepwise = math.inf, False
         self._probe()
 
     def sizes(self, tokens: int) -> Sizes:
@@ -152,22 +177,61 @@ class AttachedModel:
         return Sizes(tokens, len(self.compressible), heads, kv_heads)
 
     def forward(
-        self, ids: Tensor, caches: Sequence[LayerCache], *, position: int, keep: int = 0, grad: bool = False
+        self,
+        ids: Tensor,
+        caches: Sequence[LayerCache],
+        *,
+        position: int,
+        states: States | None = None,
+        keep: int = 0,
+        grad: bool = False,
     ) -> Tensor:
         """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
 
-        keep: how many last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated.
-        Raises PromptFailed for tokens beyond a window that is taken for the whole context.
+        states: of the tokens before, which become those after; None where nothing follows a first token. keep: how many
+        last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated. Raises
+        PromptFailed for tokens beyond a window that is taken for the whole context.
         """
+        states = States() if states is None else states
+        if self.mixed and position and not states.tensors:
+            raise HarnessError(f"{type(self.model).__name__} cannot go on at {position} without its layers' states")
         if position + ids.shape[1] > self.reach:
             what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
             raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
         self.forget_lengths()
-        cache = Cache(layers=[_Layer(layer, position) for layer in caches])
-        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         with torch.enable_grad() if grad else torch.inference_mode():
-            out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            if not (self.stepwise and position):
+                return self._pass(ids, caches, position, states, keep)
+            steps = [self._pass(one, caches, position + i, states, 1) for i, one in enumerate(ids.split(1, dim=1))]
+        return torch.cat(steps[-keep:], dim=1)
+
+    def _pass(self, ids: Tensor, caches: Sequence[LayerCache], position: int, states: States, keep: int) -> Tensor:
+        """`forward` of tokens that go through the model at once."""
+        cache = self._cache(caches, position, states)
+        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
+        out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        for i in self._carrying:
+            own = ((name, number, x) for name in STATES for number, x in getattr(cache.layers[i], name).items())
+            states.tensors |= {(i, name, number): x for name, number, x in own if x is not None}
         return out.logits  # type: ignore[no-any-return]
+
+    def _cache(self, caches: Sequence[LayerCache], position: int, states: States) -> Cache:
+        """What transformers is given: every layer of the model, with what it keeps of the tokens before `position`."""
+        layers = [copy.deepcopy(kind) for kind in self._kinds]
+        for i, cache in zip(self._attending, caches, strict=True):
+            own = _Layer(cache, position)
+            if i not in self._carrying:
+                layers[i] = own
+                continue
+            for name in ("update", "get_mask_sizes", "get_seq_length"):
+                setattr(layers[i], name, getattr(own, name))
+        for (i, name, number), x in states.tensors.items():
+            getattr(layers[i], name)[number] = x
+            getattr(layers[i], f"is_{name}_initialized")[number] = True
+            layers[i].has_previous_state[number] = True
+            if name == "conv_states":
+                layers[i].conv_kernel_size[number] = x.shape[-1]
+        return Cache(layers=layers)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise PromptFailed for a token id that the model has no embedding of."""
@@ -194,6 +258,21 @@ class AttachedModel:
             found += [(module, prefix) for prefix, own in kinds.items() if isinstance(own, str) and "dynamic" in own]
         return found
 
+    def _continues(self, ids: Tensor, probes: Sequence[LayerCache], states: States) -> bool:
+        """Whether what two tokens at once leave of the first recurrent state depends on what it was before them.
+
+        It does not in transformers' Mamba layers (Jamba, Zamba), whose scan of several tokens begins with nothing.
+        """
+        key = next((key for key in states.tensors if key[1] == STATES[1]), None)
+        if key is None:
+            return True
+        after = []
+        for more in (0.0, 1.0):
+            own = States({**states.copy().tensors, key: states.tensors[key] + more})
+            self.forward(ids, probes, position=1, states=own)
+            after.append(own.tensors[key])
+        return not torch.equal(*after)
+
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
         """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
@@ -205,9 +284,11 @@ class AttachedModel:
         def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if "hidden_states" not in kwargs:
                 raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
-            found.append(LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings")))
+            own = LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings"))
+            at = next(calls) % self.layers
+            found[at:] = [own] if at == len(found) else [found[at].then(own), *found[at + 1 :]]
 
-        modules = self.attention if wanted else []
+        calls, modules = count(), dict.fromkeys(self.attention) if wanted else []  # a module may serve many layers
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
         try:
             yield found
@@ -243,9 +324,12 @@ class AttachedModel:
         raise HarnessError(f"{type(self.model).__name__} has no rotary embedding; positions cannot be re-assigned")
 
     def _probe(self) -> None:
-        name, probes = type(self.model).__name__, [_Probe() for _ in range(self.layers)]
+        name, probes, states = type(self.model).__name__, [_Probe() for _ in range(self.layers)], States()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         try:
-            self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device), probes, position=0)
+            self.forward(token, probes, position=0, states=states)
+            if states.tensors:
+                self.stepwise = not self._continues(token.expand(1, 2), probes, states)
         except HarnessError:
             raise
         except Exception as error:  # what a model that knows other caches trips over is its own affair
@@ -256,5 +340,5 @@ class AttachedModel:
         self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
         self.compressible = [i for i, window in enumerate(self.windows) if window is None]  # what policies see
         self.attention = [probe.module for probe in probes if probe.module is not None]
-        if len(self.attention) < self.layers:
+        if len(self.attention) < self.layers or {key[0] for key in states.tensors} != {*self._carrying}:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

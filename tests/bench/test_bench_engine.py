@@ -16,6 +16,7 @@ from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
 from harness.engine.kernels import causal_attention, column_sums
 from harness.engine.row_cache import GrowingRows
+from harness.engine.states import States
 from methods.base import Needs
 from methods.registry import make_policy
 from tests.bench.sides import EXACT, NEW_TOKENS, PEERS, cell
@@ -128,7 +129,7 @@ def test_decode_step_of_26_rows(
             heads = layer.kv.positions.shape[:2]
             rows = [layer.kv.take(torch.arange(size).expand(*heads, size)) for size in slots]
             layers.append(GrowingRows(rows, position=1024, room=ROUNDS + 2))
-        return Decoding(model, layers, len(slots))
+        return Decoding(model, layers, len(slots), States())
 
     with torch.inference_mode():
         many, one = session([1024, *(budget for budget in BUDGETS for _ in range(5))]), session([1024])
