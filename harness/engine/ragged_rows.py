@@ -23,6 +23,11 @@ class RaggedRows(DecodingLayer):
     Rows of a sliding window hold their last tokens without a gap, so what a token still sees of one is its end.
     """
 
+    keys: Tensor  # [slots, D], of all streams
+    values: Tensor
+    starts: Tensor  # [R * H] int32
+    lengths: Tensor  # [R * H] int32
+
     def __init__(self, rows: Sequence[KV], *, position: int, room: int | None, window: bool = False) -> None:
         self.start = self.position = position
         self.most, self.heads = room, rows[0].positions.shape[1]
@@ -61,7 +66,7 @@ class RaggedRows(DecodingLayer):
         if window is not None:
             starts, lengths = starts + (lengths - window).clamp_min(0), lengths.clamp_max(window)
         limits = {"longest": self.longest, "scaling": scaling}
-        out = ragged_attention(asked, self.keys, self.values, starts, lengths, **limits)
+        out = ragged_attention(asked, self.keys, self.values, starts, lengths, **limits)  # [N * Q, G, D]
         return out.view(rows * self.heads, new, -1, dim).transpose(1, 2).reshape(rows, -1, new, dim)
 
     def reserve(self, tokens: int) -> None:
