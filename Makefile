@@ -67,8 +67,8 @@ test-cluster: $(READY) model ## the autoscaler with fake nodes, on a Ray cluster
 hostile: $(READY) model ## bad inputs by kind, many more than the suite tries, and how many there were
 	$(PYTEST) -m hostile --hypothesis-profile=many
 
-faults: $(READY) model ## 50 runs on a Ray cluster whose workers, nodes and driver are killed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --runs 50 --keep docs/measured/faults.json
+faults: $(READY) model ## 50 runs killed or out of disk, and 50 on a Ray cluster that is being killed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --runs 50 --keep docs/measured/faults.json
 
 overlap: $(READY) model ## how much text any two prompts of a board file have in common
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.overlap --keep docs/measured/overlap.json

@@ -6,9 +6,11 @@ Every clause is tried on random prompts of several lengths at budgets below and 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import FrozenInstanceError, fields
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
@@ -20,6 +22,10 @@ LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
 PLAIN = 2 * DIM * 4 + POSITION_BYTES  # bytes of a slot
 LENGTHS = (2, 17, 50, 90)
 BUDGETS = (1, 2, 3, 5, 9, 20, 33, 64)
+LARGE = 300.0  # factor of queries and keys whose products float16 cannot hold
+aten = torch.ops.aten
+RANKING = {aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.max, aten.min, aten.kthvalue, aten.view}
+RANKING |= {aten.gt, aten.ge, aten.lt, aten.le}
 
 CLAUSES: dict[str, Callable[[str], None]] = {}
 """Every clause by name: a function of a method's label that raises BrokenContract."""
@@ -150,6 +156,21 @@ def compression_is_repeatable(label: str) -> Iterator[str]:
 
 
 @clause
+def what_is_ranked_are_numbers(label: str) -> Iterator[str]:
+    """Nothing that is sorted or compared is NaN, in half precision with large queries and keys either."""
+    policy = make_policy(label)
+    for dtype, factor in ((torch.float32, 1.0), (torch.float16, LARGE)):
+        view = make_view(70, policy.needs, dtype=dtype)
+        for layer in view.layers:
+            layer.kv.keys *= factor
+            layer.queries *= factor
+        with _Watch() as watch:  # type: ignore[no-untyped-call]
+            policy.compress(view, 16)
+        if watch.seen:
+            yield f"{watch.seen} of NaN (70 tokens, budget 16, {dtype}, queries and keys times {factor:g})"
+
+
+@clause
 def the_prompt_is_left_alone(label: str) -> Iterator[str]:
     """Neither compressing nor writing into what it returned changes the view."""
     policy = make_policy(label)
@@ -225,6 +246,20 @@ def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV], str]]:
     views = [make_view(tokens, policy.needs) for tokens in LENGTHS]
     asked = [(view, budget) for view in views for budget in (*BUDGETS, view.tokens - 1) if budget < view.tokens]
     return [(policy, view, n, policy.compress(view, n), f"({view.tokens} tokens, budget {n})") for view, n in asked]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the first operation that ranks numbers of which some are NaN. seen: its name."""
+
+    seen = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = args[0] if args and func.overloadpacket in RANKING else None
+        if not self.seen and isinstance(given, Tensor) and bool(given.isnan().any()):
+            self.seen = func.overloadpacket.__name__
+        return func(*args, **(kwargs or {}))
 
 
 def _differing(label: str, part: int, what: str) -> Iterator[str]:

@@ -15,6 +15,13 @@ VALUE_CHARS = 200
 LINE_CHARS = 1000
 """Characters of an error line."""
 CUT = "[...]"
+ADVICE = {
+    **{"extra_forbidden": "leave it out, or mend its name", "missing": "add it"},
+    **{"tuple_type": 'write a list, ["a", "b"]', "list_type": 'write a list, ["a", "b"]', "dict_type": "write a table"},
+    **{"int_type": "write a whole number", "float_type": "write a number", "string_type": 'write a text, "a"'},
+    **{"bool_type": "write true or false", "too_long": "shorten it", "string_too_long": "shorten it"},
+}
+"""What to do about what pydantic refuses, by its name for the reason."""
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """What a terminal obeys, hides or cannot encode: control codes, line breaks, marks of direction, halves of a pair."""
 
@@ -67,13 +74,13 @@ def one_line(error: ValidationError) -> HarnessError:
 
     A rule of ours says all of it already: what is wrong, the value seen and what to do.
     """
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # what is no option, before all
     if first["type"] == "value_error":
         return HarnessError(str(first["ctx"]["error"]))
-    where = ".".join(map(str, first["loc"]))
-    return HarnessError(f"option {where}: {first['msg']}, got {shown(first['input'])}")
+    where, advice = ".".join(map(str, first["loc"])), ADVICE.get(first["type"], "give another value")
+    return HarnessError(f"option {shown(where)[1:-1]}: {first['msg']}, got {shown(first['input'])}; {advice}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the known word nearest to `word`, for a refusal of it; empty where none is near."""
-    return "".join(f"; did you mean {close!r}?" for close in get_close_matches(word, list(known), n=1))
+    return "".join(f"; did you mean {close!r}?" for close in get_close_matches(word.lower(), list(known), n=1))

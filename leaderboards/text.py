@@ -4,9 +4,11 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 KEYS = ["budget", "method"]
@@ -17,6 +19,12 @@ LEFT = (*LEFT, "ranks", "why none")
 NOTE_CHARS = 200
 """Characters of a name, a note or an error on a page."""
 TERMINAL_WIDTH = 120
+LABEL_CHARS = 1000
+"""Characters of a text in a CSV."""
+FORMULA = re.compile("[=+\\-@\uff1d\uff0b\uff0d\uff20].")
+"""What a spreadsheet runs; tabs and line breaks at the beginning are cleaned away."""
+ACTIVE = re.compile(r"([\\`*<>|~$]|(?<=\])[(\[]|(?<!\w)_|_(?!\w)|&(?=#?\w+;))")
+"""What markdown would act on."""
 MIB = 2**20
 """Bytes of a mebibyte."""
 
@@ -97,9 +105,43 @@ def clean(text: Any, *, longest: int = NOTE_CHARS) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+def distinct(names: Iterable[Any], *, beside: Collection[str] = ()) -> dict[Any, str]:
+    """Each name cleaned, for the head of a column: of two that look alike the later has a number behind it.
+
+    beside: heads that are there already.
+    """
+    found, taken = dict[Any, str](), set(beside)
+    for name in dict.fromkeys(names):
+        shown = clean(name)
+        found[name] = next(text for n in count(1) if (text := f"{shown} ({n})" if n > 1 else shown) not in taken)
+        taken.add(found[name])
+    return found
+
+
 def escape(text: str) -> str:
-    """Markdown shows the text as it is, in a table too: no column, emphasis, code, tag or link comes out of it."""
-    return re.sub(r"([\\`*<>|]|(?<=\])[(\[])", r"\\\1", text)
+    """Markdown shows the text as it is, in a table too.
+
+    No column, emphasis, formula, entity, code, tag or link comes out of it.
+    """
+    return ACTIVE.sub(r"\\\1", text)
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """A frame as CSV: texts cleaned, and none of them is a formula to the program that opens it.
+
+    Numbers are written as they are, NaN is empty. Labels are not cut.
+    """
+    texts = frame.select_dtypes(exclude="number").columns
+    frame = frame.assign(**{name: frame[name].map(csv_cell).astype(object) for name in texts})
+    return str(frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+
+
+def csv_cell(value: Any) -> Any:
+    """An apostrophe before what a spreadsheet would run; a sign alone is none."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float):
+        text = "" if value is None else clean(value, longest=LABEL_CHARS)
+        return f"'{text}" if FORMULA.match(text) else text
+    return "" if math.isnan(value) else value
 
 
 def _github(frame: pd.DataFrame) -> str:

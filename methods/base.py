@@ -72,6 +72,11 @@ class KVPolicy:
         """Return this policy for a model's revision (content hash or commit); PolicyError where it is of another."""
         return self
 
+    @property
+    def lacks(self) -> str:
+        """What it would need for this model and has not, so that it is less than its name says; empty for nothing."""
+        return ""
+
     def fitted_on(self) -> frozenset[str]:
         """Return the SHA-256 of the token ids of every prompt that decided its parameters; they are not for scoring."""
         return frozenset()

@@ -14,6 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from methods.budget import PolicyError
 from methods.views import KV, POSITION_BYTES
 
 HALF_BYTES = 2  # of a scale, and of a zero
@@ -205,6 +206,8 @@ def _coded(x: Tensor, coding: Coding, *, dim: int) -> tuple[Tensor, Tensor, Tens
     highest = int(2**coding.bits - 1)
     reach = (x.amax(dim=dim, keepdim=True) - zero.float()).clamp(min=0) / highest
     scale = (reach * (1 + torch.finfo(half).eps)).to(half)
+    if not bool((scale.isfinite() & zero.isfinite()).all()):
+        raise PolicyError("keys or values are NaN, infinite or too large for scales in half precision; try bfloat16")
     step = scale.float().masked_fill(scale == 0, 1.0)
     codes = ((x - zero.float()) / step).round_().clamp_(0, highest).to(torch.uint8)
     return codes, scale, zero

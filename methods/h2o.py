@@ -66,7 +66,7 @@ class H2O(PooledPolicy):
     def _received(self, view: LayerView) -> Tensor:
         if view.column_sums is None:
             raise PolicyError("h2o needs column sums; declare them in needs")
-        sums = view.column_sums.sum(dim=2)  # [B, H, T]
+        sums = view.finite(view.column_sums.sum(dim=2), "column sums")  # [B, H, T]
         queries = view.seen - view.kv.positions
         return sums / queries / view.column_sums.shape[2] if self.mean else sums
 

@@ -52,7 +52,7 @@ class KeyDiff(PooledPolicy):
         for start in range(budget, tokens, self.block):
             joined = torch.cat([kept, order[..., start : start + self.block]], dim=-1)
             scores = self._unlikeness(keys.gather(2, joined.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])))
-            kept = joined.gather(2, self.keep(scores, budget))
+            kept = joined.gather(2, self.keep(view.finite(scores, "scores"), budget))
         return kept
 
     def _unlikeness(self, keys: Tensor) -> Tensor:

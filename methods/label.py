@@ -16,14 +16,21 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from methods.budget import PolicyError
+from methods.budget import PolicyError, quoted
 
 TUNED = "tuned"
 """The preset of every method that `harness tune` can tune."""
 ARTEFACT = "artefact"
 """Its one parameter: where the tuned ones lie."""
-PREFIXED = re.compile(r"(\w*):")
+NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
+"""Of a method, a preset or a prefix."""
+PREFIXED = re.compile(rf"({NAME.pattern}):", re.ASCII)
 PARAMETER = re.compile(r"(?:^|,)(\w+)=")
+LABEL = re.compile(rf"({NAME.pattern})(?:@({NAME.pattern}))?(?:\[(.+)\])?", re.ASCII)
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MOST_CHARS = 8192
+"""Of a label with all its parameters, a path among them."""
+FORMS = "write name, name@preset or name@preset[parameter=value]"
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,17 @@ class MethodLabel:
 
     @classmethod
     def parse(cls, text: str) -> MethodLabel:
-        """The parts of a label. Raises PolicyError for brackets that hold no `parameter=value`."""
-        if PREFIXED.match(text):
+        """The parts of a label, of which `str` makes it again. Raises PolicyError for what is none."""
+        if len(text) > MOST_CHARS or CONTROL.search(text):
+            raise PolicyError(f"method {quoted(text)} cannot be read; {FORMS}")
+        if PREFIXED.match(text) and text.isascii():
             name, parenthesis, arguments = text.partition("(")
             return cls(name, arguments=parenthesis + arguments)
-        bare, bracket, inside = text.partition("[")
-        name, _, preset = bare.partition("@")
-        return cls(name, preset, params=_parameters(text, inside) if bracket else ())
+        found = LABEL.fullmatch(text)
+        if found is None:
+            raise PolicyError(f"method {quoted(text)} cannot be read; {FORMS}")
+        name, preset, inside = found.groups()
+        return cls(name, preset or "", params=_parameters(text, inside) if inside else ())
 
     def __str__(self) -> str:
         preset = f"@{self.preset}" if self.preset else ""
@@ -81,15 +92,15 @@ class MethodLabel:
 
 def _parameters(text: str, inside: str) -> tuple[tuple[str, str], ...]:
     """What stands in a label's brackets. A value reaches to the next `,parameter=`: it may hold commas itself."""
-    pieces = PARAMETER.split(inside.removesuffix("]"))
-    if pieces[0] or len(pieces) < 3 or not inside.endswith("]"):
-        raise PolicyError(f"method {text!r} cannot be read; write name, name@preset or name@preset[parameter=value]")
+    pieces = PARAMETER.split(inside)
+    if pieces[0] or len(pieces) < 3:
+        raise PolicyError(f"method {quoted(text)} cannot be read; {FORMS}")
     return tuple(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'? known: a, b` for an error line."""
     names = sorted(known)
-    close = get_close_matches(word, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    close = get_close_matches(word[:MOST_CHARS].lower(), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} known: {', '.join(names) or 'none'}"

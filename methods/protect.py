@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
-from methods.budget import BudgetTooSmall
+from methods.budget import BudgetTooSmall, quoted
 from methods.registry import make_policy, method
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -64,9 +64,15 @@ class Protect(KVPolicy):
     def fitted_on(self) -> frozenset[str]:
         return self.inner.fitted_on()
 
+    @property
+    def lacks(self) -> str:
+        return self.inner.lacks
+
     def check(self, view: PromptView) -> None:
         if self.needs.hidden_states:
-            raise PolicyError(f"protect.over={self.over!r} reads hidden states, of protected tokens too; name another")
+            raise PolicyError(
+                f"protect.over={quoted(self.over)} reads hidden states, of protected tokens too; name another"
+            )
         self.inner.check(view)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
@@ -87,7 +93,7 @@ class Protect(KVPolicy):
     def _joined(self, layer: LayerView, kept: KV, protected: tuple[int, ...]) -> KV:
         """The protected slots of a layer and those that were kept of the others, in the order of tokens."""
         if type(kept) is not KV or kept.extra:
-            raise PolicyError(f"protect.over={self.over!r} leaves more than keys and values; name another method")
+            raise PolicyError(f"protect.over={quoted(self.over)} leaves more than keys and values; name another method")
         at = torch.tensor(protected, device=kept.keys.device)
         whole = layer.kv
         both = KV(
@@ -110,7 +116,7 @@ def _left(budget: int, protected: int) -> int:
 def _chooser(label: str) -> KVPolicy:
     """The policy that chooses among the other tokens. Raises PolicyError for one that cannot."""
     policy = make_policy(label)
-    name = f"protect.over={label!r}"
+    name = f"protect.over={quoted(label)}"
     if isinstance(policy, Protect):
         raise PolicyError(f"{name} protects already; name the method that it goes around")
     if not policy.budgeted:

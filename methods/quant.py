@@ -18,6 +18,7 @@ from math import gcd
 from typing import Any, Literal
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
+from methods.budget import quoted
 from methods.codes import HALF_BYTES, CodedKV, Coding, encode
 from methods.fullkv import FullKV
 from methods.registry import make_policy, method
@@ -83,6 +84,10 @@ class Quant(KVPolicy):
     def fitted_on(self) -> frozenset[str]:
         return self.chooser.fitted_on()
 
+    @property
+    def lacks(self) -> str:
+        return self.chooser.lacks
+
     def check(self, view: PromptView) -> None:
         for layer in view.layers:
             self.slots(1, layer.kv)
@@ -128,7 +133,7 @@ class Quant(KVPolicy):
 
     def _encoded(self, kv: KV) -> CodedKV:
         if type(kv) is not KV or kv.extra:
-            raise PolicyError(f"quant.over={self.over!r} leaves more than keys and values, which has no codes")
+            raise PolicyError(f"quant.over={quoted(self.over)} leaves more than keys and values, which has no codes")
         self.slots(1, kv)
         return encode(kv, self.coding)
 
@@ -137,9 +142,11 @@ def _chooser(label: str) -> KVPolicy:
     """The policy that chooses slots. Raises PolicyError for one whose slots cannot be codes."""
     policy = make_policy(label)
     if isinstance(policy, Quant):
-        raise PolicyError(f"quant.over={label!r} makes codes itself; name a method that evicts")
+        raise PolicyError(f"quant.over={quoted(label)} makes codes itself; name a method that evicts")
     if not policy.budgeted:
-        raise PolicyError(f"quant.over={label!r} evicts nothing; leave `over` out to code the whole cache")
+        raise PolicyError(f"quant.over={quoted(label)} evicts nothing; leave `over` out to code the whole cache")
     if policy.evicts_while_decoding:
-        raise PolicyError(f"quant.over={label!r} evicts while decoding, and codes stay; name another preset or method")
+        raise PolicyError(
+            f"quant.over={quoted(label)} evicts while decoding, and codes stay; name another preset or method"
+        )
     return policy

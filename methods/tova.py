@@ -34,7 +34,8 @@ class TOVA(PooledPolicy):
         return Needs(window=1, decode_attention=self.evict)
 
     def score(self, view: LayerView) -> Tensor:
-        mean = view.attention(1).mean(dim=(1, 2, 3)).unsqueeze(1)  # [B, 1, T]
+        attention = view.finite(view.attention(1), "attention weights")
+        mean = attention.mean(dim=(1, 2, 3)).unsqueeze(1)  # [B, 1, T]
         return self.pooled(mean).expand(-1, view.kv.keys.shape[1], -1)
 
     def after_step(self, step: StepView) -> Tensor:

@@ -5,6 +5,7 @@ Shape letters as in `methods.base`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
@@ -85,6 +86,11 @@ class KV:
         return live * self.slot_bytes + sum(side)
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return x in a type whose products of queries and keys do not overflow: float16 (65,504 at most) as float32."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """Rows of x [B * H * S, D], as [*shape, D]: whole rows at once, which `gather` would copy number by number."""
     return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*shape, x.shape[-1])
@@ -135,8 +141,18 @@ class LayerView:
         return self.tokens
 
     def only_live(self, scores: Tensor) -> Tensor:
-        """Return scores [B, H, S] that choose no dead slot: -inf there; only a `GrownView` has any."""
-        return scores
+        """Return scores [B, H, S] that choose no dead slot: -inf there; only a `GrownView` has any.
+
+        Raises PolicyError for scores that are not finite.
+        """
+        return self.finite(scores, "scores")
+
+    def finite(self, x: Tensor, what: str) -> Tensor:
+        """Return x. Raises PolicyError when one of its numbers is not finite. what: they are, in the plural."""
+        if not math.isfinite(x.sum(dtype=torch.float64).item()):  # a fifth of what `isfinite` costs
+            bad = f"{int((~x.isfinite()).sum())} of {x.numel()} {what} of layer {self.index} are NaN or infinite"
+            raise PolicyError(f"{bad}; mend the method, or try --dtype float32")
+        return x
 
     def last_queries(self, window: int) -> Tensor:
         """Return the last `window` tokens' queries: [B, Hq, W, D]. Raises PolicyError when fewer were observed."""
@@ -155,7 +171,7 @@ class LayerView:
 
     def _logits(self, window: int) -> Tensor:
         """Attention logits of the last `window` tokens, what is to come included: [B, H, G, W, S] float32."""
-        queries, keys = self.last_queries(window), self.kv.keys
+        queries, keys = wide(self.last_queries(window)), wide(self.kv.keys)
         batch, heads, slots, dim = keys.shape
         grouped = queries.reshape(batch, heads, -1, dim) * self.scaling  # [B, H, G * W, D]
         return (grouped @ keys.transpose(2, 3)).float().view(batch, heads, -1, window, slots)
@@ -218,7 +234,8 @@ class GrownView(LayerView):
         return self.end
 
     def only_live(self, scores: Tensor) -> Tensor:
-        return scores.masked_fill(self.kv.positions < 0, float("-inf"))
+        dead = self.kv.positions < 0
+        return self.finite(scores.masked_fill(dead, 0.0), "scores").masked_fill_(dead, float("-inf"))
 
     def attention(self, window: int) -> Tensor:
         """Return softmax attention of the last `window` tokens over the slots: [B, H, G, W, S] float32.

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from methods.base import EvictionPolicy, LayerView, Needs, PolicyError, Sizes, at_least
+from methods.budget import quoted
 
 Pooling = Literal["max", "avg"]
 POOLINGS = {"kernel": (1, 5, 7, 13, 21), "pool": ("max", "avg"), "forward": (False, True)}
 """Values of the three that `harness tune` tries, for every method that pools."""
+MOST_KERNEL = 65_536
 WINDOWS = (4, 8, 16, 32, 64)
 """Values of `recent` that it tries, besides those of a method's own."""
 
@@ -80,11 +82,17 @@ def per_query_head(sizes: Sizes) -> tuple[str, ...]:
 
 def votes(view: LayerView, window: int) -> Tensor:
     """Average attention of the last `window` tokens over them and the query group: [B, H, T]. Computed once."""
-    return view.memo(("votes", window), lambda layer: layer.attention(window).mean(dim=(2, 3)))
+    return view.memo(("votes", window), lambda layer: _votes(layer, window))
+
+
+def _votes(layer: LayerView, window: int) -> Tensor:
+    return layer.finite(layer.attention(window).mean(dim=(2, 3)), "attention weights")
 
 
 def check_kernel(kernel: int, forward: bool = False) -> None:
-    """Raise PolicyError for a pooling width below 1, or one that is centred and has no middle."""
+    """Raise PolicyError for a pooling width out of range, or one that is centred and has no middle."""
+    if isinstance(kernel, int) and kernel > MOST_KERNEL:
+        raise PolicyError(f"kernel={quoted(kernel)} is wider than any sense; give at most {MOST_KERNEL}")
     if isinstance(kernel, int) and (kernel < 1 or (kernel % 2 == 0 and not forward)):
         raise PolicyError(f"kernel={kernel} has no middle; give an odd number, 1 for no pooling")
 

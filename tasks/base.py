@@ -17,8 +17,31 @@ T = TypeVar("T")
 AnyTask = TypeVar("AnyTask", bound="Task")
 
 
+VALUE_CHARS = 200
+"""Characters of a value in an error line."""
+LINE_CHARS = 1000
+"""Characters of an error line, about."""
+
+
 class TaskError(ValueError):
-    """A task cannot be built or scored as asked; the message says what to change."""
+    """A task cannot be built or scored as asked; the message, one line, says what to change."""
+
+    def __str__(self) -> str:
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        return text if len(text) <= LINE_CHARS else f"{text[: LINE_CHARS // 2]}[...]{text[-LINE_CHARS // 2 :]}"
+
+
+class NothingFits(TaskError):
+    """No sample of a task fits the run as asked: the task can be left out."""
+
+
+def shown(value: object) -> str:
+    """A value as an error line shows it: `repr`, cut at `VALUE_CHARS`."""
+    try:
+        text = repr(value[: VALUE_CHARS + 1] if isinstance(value, str | bytes | list | tuple) else value)
+    except (ValueError, RecursionError):  # an integer of too many digits, a list too deep
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 5]}[...]"
 
 
 class Tokenizer(Protocol):
@@ -103,7 +126,9 @@ class Sample:
     """One prompt with its references.
 
     id: unique within the task and independent of limit and task order, such as `1024/depth50/3`.
-    stop: generation ends before the first of these strings. min_new_tokens: end-of-text is ignored until then.
+    stop: generation ends before the first of these strings. end_tokens: at a token that is one of these and nothing
+    else, as at end-of-text; a token that only holds one, such as of two line breaks, does not end it. min_new_tokens:
+    end-of-text is ignored until then.
     meta: what a board may split by (`length`, `depth`, `dataset`, ...), JSON values; `group` names the text that the
     prompt was drawn from, the same for all samples of one text. `needles` are strings of the prompt whose survival is
     counted, `protect` strings that the method `protect` keeps; the first occurrence of each counts.
@@ -119,6 +144,7 @@ class Sample:
     answer_prefix: str = ""
     chat: bool = True
     stop: tuple[str, ...] = ()
+    end_tokens: tuple[str, ...] = ()
     min_new_tokens: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
@@ -177,6 +203,9 @@ class Task(ABC):
 
         Raises TaskError, with the command that fetches it, for one that is not there.
         """
+
+    def read_data(self, options: DataOptions) -> None:  # noqa: B027 - as above
+        """Read those files and keep nothing of them. Raises TaskError, with the place, for a damaged one."""
 
     def reference(self, sample: Sample) -> str | None:
         """Return the text whose log-likelihood is measured on the compressed cache, or None where that says nothing."""

@@ -18,6 +18,7 @@ from typing import Any
 import punkt
 
 from tasks.base import TaskError, TaskOptions
+from tasks.datafile import read_text
 
 ASSET = "essays"
 SOURCE = "gkamradt/LLMTest_NeedleInAHaystack"
@@ -78,7 +79,7 @@ def read_essays(options: TaskOptions) -> Essays:
     Raises TaskError when there is no asset, or no essay in it.
     """
     files = essay_files(options)
-    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    text = "".join(map(read_text, files))
     if not text.strip():
         raise TaskError(f"no essays in {options.asset(ASSET)}: expected *.txt in it or in a folder {FOLDER} below it")
     return _essays(text, len(files))

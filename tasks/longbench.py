@@ -19,15 +19,16 @@ from typing import Any
 import yaml
 
 from tasks import scoring
-from tasks.base import About, DataOptions, Sample, Task, TaskError, TaskOptions, draw, task
-from tasks.datafile import FileBytes, find_file, longbench_rows, read_file
+from tasks.base import About, DataOptions, NothingFits, Sample, Task, TaskError, TaskOptions, draw, task
+from tasks.datafile import FileBytes, find_file, read_file
+from tasks.longbench_rows import longbench_rows
 
 LM_EVAL = "0.4.13"  # the release whose templates the checksums were taken from
 
 DEVIATIONS = (
     "tokens are counted and cut without special tokens; pred.py counts the beginning-of-text token as one of them",
     "max_length, which pred.py reads from a table of models, follows from the model's context",
-    "a prediction ends before samsum's newline; pred.py decodes the newline and drops it when scoring",
+    "a prediction ends before the newline token that ends samsum's; pred.py decodes it and drops it when scoring",
 )
 
 METRICS: Mapping[str, Callable[[str, str], float]] = {
@@ -57,8 +58,8 @@ class Dataset:
     """One row of LongBench's tables (config/*.json, task.md).
 
     samples, samples_e: rows, of LongBench-E too where it has the dataset. template: first 12 hex digits of the official
-    prompt template's sha256. first_line: only the first line of a prediction is scored. newline_ends: so does
-    generation, after one token.
+    prompt template's sha256. first_line: only the first line of a prediction is scored. newline_ends: the
+    token of a newline ends generation, after one token.
     """
 
     name: str
@@ -129,6 +130,9 @@ class LongBench(Task):
     def find_data(self, options: DataOptions) -> None:
         find_file(options, "longbench", self.file)
 
+    def read_data(self, options: DataOptions) -> None:
+        self.data(options)
+
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         official_template(self.dataset)
         rows, data = self.data(options)
@@ -144,22 +148,28 @@ class LongBench(Task):
             "deviations": list(DEVIATIONS),
         }
 
-    def data(self, options: TaskOptions) -> tuple[list[dict[str, Any]], FileBytes]:
+    def data(self, options: DataOptions) -> tuple[list[dict[str, Any]], FileBytes]:
         """Return all rows of the dataset and their file. Raises TaskError when it is missing or damaged."""
-        read = read_file(find_file(options, "longbench", self.file))
-        return longbench_rows(read.blob, self.file, with_classes=self.dataset.metric == "classification"), read
+        read, metric = read_file(find_file(options, "longbench", self.file)), self.dataset.metric
+
+        def scorable(answer: str) -> None:
+            if metric.startswith("retrieval"):  # the one metric that refuses a reference
+                METRICS[metric]("", answer)
+
+        rows = longbench_rows(read.blob, self.file, with_classes=metric == "classification", scorable=scorable)
+        return rows, read
 
     def drawn(self, options: TaskOptions) -> list[dict[str, Any]]:
         """Return `limit` of the rows, or of those that fit uncut, spread evenly over their lengths.
 
-        Raises TaskError when there is none.
+        Raises NothingFits when there is none.
         """
         rows, _ = self.data(options)
         if options.whole:
             template = official_template(self.dataset)
             rows = [row for row in rows if not self._sample(row, template, options).meta["truncated"]]
         if not rows:
-            raise TaskError(f"no row of {self.file} fits {options.max_tokens} tokens uncut; drop the task or --whole")
+            raise NothingFits(f"no row of {self.file} fits {options.max_tokens} tokens uncut; drop the task or --whole")
         return draw(rows, options.limit, options.seed, self.name, by=lambda row: row["length"])
 
     def meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +196,7 @@ class LongBench(Task):
             answers=tuple(row["answers"]),
             max_new_tokens=data.max_new_tokens,
             chat=data.chat,
-            stop=("\n",) if data.newline_ends else (),
+            end_tokens=("\n",) if data.newline_ends else (),
             min_new_tokens=int(data.newline_ends),
             meta=self.meta(row) | {"truncated": truncated},
         )

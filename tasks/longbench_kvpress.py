@@ -63,6 +63,9 @@ class KvpressLongBench(Task):
     def find_data(self, options: DataOptions) -> None:
         self.official.find_data(options)
 
+    def read_data(self, options: DataOptions) -> None:
+        self.official.read_data(options)
+
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         own = {"differs_from_official": list(DIFFERS), "deviations": list(DEVIATIONS)}
         return {**self.official.provenance(options), **own}

@@ -50,6 +50,10 @@ class QuestionByQuestion(qa.Documents):
     def __init__(self, found: qa.Documents) -> None:
         super().__init__(found.items, found.documents)
         self.available = len(found.items) // QUESTIONS
+        if not self.available:
+            raise TaskError(
+                f"{len(found.items)} questions are too few, {QUESTIONS} are asked together; use whole files"
+            )
 
     def least(self, length: int, index: int) -> int:
         return len(self._together(index).own)
@@ -140,6 +144,10 @@ class SharedDocuments(Task):
         for source in self._tasks.values():
             source.find_data(options)
 
+    def read_data(self, options: DataOptions) -> None:
+        for source in self._tasks.values():
+            source.read_data(options)
+
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         return {name: dict(source.provenance(options)) for name, source in self._tasks.items()}
 
@@ -188,6 +196,7 @@ for _name, _file in qa.FILES.items():
             "four questions a context",
             facts=_file.provenance,
             find=_file.find,
+            read=_file.load,
         )
     )
 task(SharedDocuments())

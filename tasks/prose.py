@@ -30,6 +30,7 @@ from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from tasks.base import About, Sample, Task, TaskError, TaskOptions, Tokenizer, spread_order, task
+from tasks.datafile import read_text
 from tasks.essays import SOURCE, Essays, essay_files, read_essays
 from tasks.pool import Span, pool_facts, pool_spans
 from tasks.scoring import rouge_l
@@ -221,7 +222,7 @@ class Prose(Task):
 def open_essays(options: TaskOptions) -> tuple[Essay, ...]:
     """Return the essays of the asset, each by itself, by file name. Raises TaskError when there is none."""
     read_essays(options)  # refuses a folder without essays
-    texts = ((path.name, " ".join(path.read_text(encoding="utf-8").split())) for path in essay_files(options))
+    texts = ((path.name, " ".join(read_text(path).split())) for path in essay_files(options))
     return tuple(_essay(name, text) for name, text in texts if text)
 
 

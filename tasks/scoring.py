@@ -170,7 +170,7 @@ def _found(prediction: str, references: Sequence[str]) -> list[bool]:
     if not references:
         raise TaskError("nothing to look for: the sample has no references")
     text = CONTROL.sub("\n", prediction.strip()).strip().lower()
-    return [reference.lower() in text for reference in references]
+    return [bool(reference.strip()) and reference.lower() in text for reference in references]
 
 
 def _sentences(text: str) -> list[list[str]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.base import TaskError, TaskOptions
+from tasks.datafile import read_text
 from tasks.essays import essay_files
 
 SECTION = 8000  # words of the services in a document
@@ -83,7 +84,7 @@ def documentation(folder: Path) -> tuple[Document, ...]:
 
 def essays(options: TaskOptions) -> tuple[Document, ...]:
     """Return the essays of the `essays` asset, by file name. Raises TaskError when there is none."""
-    texts = ((path.name, " ".join(path.read_text(encoding="utf-8").split())) for path in essay_files(options))
+    texts = ((path.name, " ".join(read_text(path).split())) for path in essay_files(options))
     found = tuple(Document(f"essays/{name}", (text,)) for name, text in texts if text)
     if not found:
         raise TaskError(f"no essays in {options.asset('essays')}; run `harness fetch essays`")

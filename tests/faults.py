@@ -1,14 +1,13 @@
-"""Fault campaign: the same run again and again on a small Ray cluster, with workers, nodes and the driver killed.
+"""Fault campaigns: of the sequential run, and of the same run on a small Ray cluster, with what it runs on killed.
 
 Each seeded run draws one to three faults and the progress at which they strike. A driver that was killed is started
 again with the same command. In the end its records must be those of an undisturbed sequential run, timings apart: none
-lost, none twice, and the files of its board the same to the byte. `make faults` runs it.
+lost, none twice, and the files of its board the same to the byte. `make faults` runs it, and `tests/faults_alone.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -25,33 +24,21 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # or workers wait for whatever else this machine does
+
 import psutil
 from ray.cluster_utils import Cluster
 
+import harness.boards.show
+import harness.run.sequential  # noqa: F401 - forks of this process have it
 from harness.cli import main
+from tests import faults_alone
+from tests.faults_alone import RUN, differences, lines, written
 from tests.measured import keep
-from tests.tiny_run import TIMES, key, only
+from tests.tiny_run import only
 
-RUN = (
-    *("--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv,h2o"),
-    *(
-        "--observe",
-        "0",
-        "--tasks",
-        "stdlib",
-        "--budgets",
-        "32,64",
-        "--lengths",
-        "1024",
-        "--limit",
-        "12",
-        "--max-new-tokens",
-        "8",
-    ),
-)
 FAN = ("--workers", "2", "--gpus-per-worker", "1", "--item-timeout", "120")
 KINDS = ("worker", "node", "driver")
-BOARD = ("board.csv", "board.tasks.csv", "board.summary.csv")
 POLL_S, GIVE_UP_S, DRIVERS = 0.05, 600.0, 8
 
 
@@ -104,14 +91,14 @@ def sequential(folder: Path) -> Path:
 def disturbed(trial: Trial, cluster: Cluster, folder: Path, expected: Path) -> None:
     """Run one trial and write into it what came out."""
     start, pending = time.monotonic(), list(trial.faults)
-    total = len(_lines(expected))
+    total = len(lines(expected))
     with tempfile.TemporaryFile() as said:
         driver = _driver(cluster, folder, said)
         while True:
             if time.monotonic() - start > GIVE_UP_S:
                 driver.kill()
                 break
-            if pending and _written(folder) >= pending[0][1] * total and _strike(pending[0][0], cluster, driver):
+            if pending and written(folder) >= pending[0][1] * total and _strike(pending[0][0], cluster, driver):
                 trial.struck.append(pending.pop(0)[0])
             if driver.poll() is None:
                 time.sleep(POLL_S)
@@ -121,7 +108,7 @@ def disturbed(trial: Trial, cluster: Cluster, folder: Path, expected: Path) -> N
                 driver = _driver(cluster, folder, said)
                 trial.drivers += 1
     trial.seconds = time.monotonic() - start
-    trial.wrong = _differences(only(folder), expected)
+    trial.wrong = differences(only(folder), expected)
 
 
 def _driver(cluster: Cluster, folder: Path, said: Any) -> subprocess.Popen[bytes]:
@@ -152,36 +139,6 @@ def _strike(kind: str, cluster: Cluster, driver: subprocess.Popen[bytes]) -> boo
     return False
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    """Whole lines of a run's records."""
-    *lines, _ = (folder / "records.jsonl").read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines]
-
-
-def _written(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/records.jsonl"))
-
-
-def _differences(found: Path, expected: Path) -> list[str]:
-    """Of records and boards. A record that failed and was run again has two lines, of which the last counts."""
-    lines = _lines(found)
-    wanted, kept = ({key(record): _what(record) for record in own} for own in (_lines(expected), lines))
-    ended = Counter(key(record) for record in lines if record["status"] in ("ok", "skipped"))
-    boards = [(found / name, (expected / name).read_bytes()) for name in BOARD]
-    counts = {
-        "records lost": len(wanted.keys() - kept.keys()),
-        "twice": sum(count - 1 for count in ended.values()),
-        "different": sum(kept[name] != record for name, record in wanted.items() if name in kept),
-        "boards not equal": sum(not path.is_file() or path.read_bytes() != data for path, data in boards),
-    }
-    return [f"{count} {what}" for what, count in counts.items() if count]
-
-
-def _what(record: dict[str, Any]) -> dict[str, Any]:
-    """What came out, not how it was made."""
-    return {name: value for name, value in record.items() if name not in {*TIMES, "accelerator"}}
-
-
 def campaign(seeds: Sequence[int], folder: Path, keep_file: Path | None = None) -> list[Trial]:
     """Run the trials of `seeds` one after another on one cluster; prints and keeps a line for each."""
     expected, trials = sequential(folder / "sequential"), []
@@ -205,14 +162,19 @@ def ask() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     parser.add_argument("--out", type=Path, default=Path("build/faults"))
     parser.add_argument("--keep", type=Path, help="file of `tests/measured.py` to keep each run's outcome in")
+    parser.add_argument("--only", choices=("alone", "ray"), help="one of the two campaigns (default: both)")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    trials = campaign(range(args.seed, args.seed + args.runs), args.out.resolve(), args.keep)
-    struck = Counter(kind for trial in trials for kind in trial.struck)
-    kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(struck.items()))
-    lost = sum(bool(trial.wrong) for trial in trials)
-    print(f"{len(trials)} runs, {struck.total()} faults struck ({kinds}), {lost} runs not as the undisturbed one")
+    campaigns = {"alone": faults_alone.campaign, "ray": campaign}  # in this order: a process with Ray does not fork
+    lost = 0
+    for name in (args.only,) if args.only else campaigns:
+        trials = campaigns[name](range(args.seed, args.seed + args.runs), args.out.resolve(), args.keep)
+        struck = Counter(kind for trial in trials for kind in trial.struck)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(struck.items()))
+        wrong = sum(bool(trial.wrong) for trial in trials)
+        print(f"{name}: {len(trials)} runs, {struck.total()} faults struck ({kinds}), {wrong} not as the undisturbed")
+        lost += wrong
     return int(lost > 0)
 
 

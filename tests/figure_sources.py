@@ -275,12 +275,22 @@ def peaks_as_predicted(root: Path) -> list[float]:
 
 
 def faults(root: Path) -> list[float]:
-    """Runs that were disturbed, what was killed in all, and of it workers, nodes and drivers."""
-    results = json.loads((root / "docs/measured/faults.json").read_text(encoding="utf-8"))["results"]
+    """Runs on Ray that were disturbed, what was killed in all, and of it workers, nodes and drivers."""
+    return _struck(root, "seed", ("worker", "node", "driver"))
+
+
+def faults_alone(root: Path) -> list[float]:
+    """Runs without Ray that were disturbed, how often in all, and of it by SIGKILL, by SIGTERM and by a full disk."""
+    return _struck(root, "alone", ("kill", "term", "disk"))
+
+
+def _struck(root: Path, campaign: str, kinds: Sequence[str]) -> list[float]:
+    kept = json.loads((root / "docs/measured/faults.json").read_text(encoding="utf-8"))["results"]
+    results = {name: one for name, one in kept.items() if name.startswith(campaign)}
     if wrong := [name for name, one in results.items() if one["wrong"]]:
         raise FigureError(f"faults.json has runs that came out wrong: {wrong}; the page says that none did")
     struck = Counter(kind for one in results.values() for kind in one["struck"])
-    return [len(results), struck.total(), *(struck[kind] for kind in ("worker", "node", "driver"))]
+    return [len(results), struck.total(), *(struck[kind] for kind in kinds)]
 
 
 def importance_spearman(root: Path) -> list[float]:
@@ -298,6 +308,7 @@ CALLS: dict[str, Callable[..., list[float]]] = {
     "claims_range": claims_range,
     "falling": falling,
     "faults": faults,
+    "faults_alone": faults_alone,
     "full_cache": full_cache,
     "importance_spearman": importance_spearman,
     "mean_claims": mean_claims,

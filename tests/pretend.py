@@ -1,5 +1,6 @@
 """Pretend records, runs and tables for the tests of boards."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ def record(method: str, budget: str, sample: str, score: float | None, **changes
         **{"kv_bytes": 100, "asked_bytes": 100, "full_bytes": 400, "meta": {}},
     }
     values |= changes
+    if prompt := values.get("prompt_sha256"):  # any short name of a prompt
+        values["prompt_sha256"] = prompt if len(prompt) == 64 else hashlib.sha256(prompt.encode()).hexdigest()
     return Record(**values | {"meta": {"group": f"text {sample}"} | values["meta"]})
 
 

@@ -190,7 +190,8 @@ def digest(samples: Iterable[Sample], *, without: str = "") -> str:
     fields = [asdict(sample) for sample in samples]
     for each in fields:
         each["meta"].pop(without, None)
-        if not each["turns"]:  # they came after the first digests
-            del each["turns"]
+        for late in ("turns", "end_tokens"):  # they came after the first digests
+            if not each[late]:
+                del each[late]
     text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -56,7 +56,7 @@ def _maps(use: _Use, name: str, users: str) -> list[TableMap]:
 
     try:
         tables = load_tables(folder_of(use.tables))
-    except PolicyError:
+    except (PolicyError, OSError, ValueError):  # a name that no folder can have: overlong, or with a NUL
         return []
     if tables.manifest.tensors_sha256 != use.sha256:
         return []

@@ -13,9 +13,12 @@ def show(sources: Sources, *, out: Path, name: str, subject: str | None, html: b
 
     Raises HarnessError when there is no record, and as the writers do.
     """
+    from leaderboards.tables.files import checked_place
+
     records = sources.records
     if not records and not sources.benches and not sources.boundaries:
         raise HarnessError(f"no records for {name}; run a benchmark first")
+    out = checked_place(out, name)  # before the tables are made
     if sources.manifests:
         pages = _scores(sources, out=out, name=name, subject=subject, html=html, quiet=quiet)
     else:
@@ -35,8 +38,6 @@ def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html
 
     manifests = sources.manifests
     tables = aggregate(sources.records, manifests=manifests, subject=subject)
-    if not quiet:
-        print(to_terminal(tables, manifests=manifests))
     pages = write_board(tables, out, name, manifests=manifests)
     pages.append(write_picture(tables, out, name))
     if html:
@@ -49,6 +50,8 @@ def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html
             record for record in sources.records if isinstance(record, Record)
         ]  # all are: they were collected whole
         pages.append(write_page(tables, full, out, name, manifests=manifests, extras=extras))
+    if not quiet:  # last: a terminal that cannot show it costs no page
+        print(to_terminal(tables, manifests=manifests))
     return pages
 
 
@@ -59,9 +62,9 @@ def _speed(sources: Sources, *, out: Path, name: str, quiet: bool) -> list[Path]
     if sources.benches:
         manifests = [manifest for manifest, _ in sources.benches]
         records = [record for _, stored in sources.benches for record in stored]
-        if not quiet:
-            print(speed.to_terminal(records, manifests=manifests))
         pages += speed.write_speed(records, out, name, manifests=manifests)
     for number, folder in enumerate(sources.boundaries):
         pages += boundary.write_boundary(folder, out, f"{name}.frontier{number or ''}")
+    if sources.benches and not quiet:
+        print(speed.to_terminal(records, manifests=manifests))
     return pages

@@ -5,7 +5,6 @@ A published board is made from the archives in `leaderboards/published/records/<
 has a memory boundary (`boundary.json`) shows it beside the scores.
 """
 
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import leaderboards
-from harness.errors import HarnessError, one_line
+from harness.errors import HarnessError, one_line, shown
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchRecord, load_bench
 from harness.records.board_record import BoardRecord
 from harness.records.boundary_folder import BOUNDARIES
-from harness.records.log_folder import LogLayout
+from harness.records.log_layout import LogLayout
+from harness.records.options import Flag, Word
+from harness.records.paths import path_of
+from harness.records.plain_files import parse_toml, read_plain
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import RUNS, find_runs, load_board_records, load_run
 from harness.records.spec import Frozen, Sweep
@@ -28,6 +30,7 @@ from methods.label import MethodLabel
 HOME = Path(leaderboards.__file__).resolve().parent
 BOARDS, PUBLISHED = HOME / "boards", HOME / "published"
 KEPT = PUBLISHED / "records"
+CONFIG_BYTES = 1 << 20
 
 Run = tuple[RunManifest, Sequence[Record | BoardRecord]]
 Bench = tuple[BenchManifest, list[BenchRecord]]
@@ -39,8 +42,8 @@ class BoardOptions(Frozen):
     subject: one of the methods, as in `harness board --subject`. html: its page is published too.
     """
 
-    subject: str | None = None
-    html: bool = False
+    subject: Word | None = None
+    html: Flag = False
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,10 @@ class Sources:
 
 def read_config(name: str) -> dict[str, Any]:
     """Return a TOML file, or the packaged one of that name. Raises HarnessError when there is none or it is damaged."""
-    path = Path(name)
-    if not path.suffix and (BOARDS / f"{name}.toml").is_file():
-        path = BOARDS / f"{name}.toml"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(sorted(board.stem for board in BOARDS.glob("*.toml")))
-        raise HarnessError(f"cannot read {name}: {error.strerror}; packaged boards: {known}") from None
-    except ValueError as error:
-        raise HarnessError(f"{path} is not TOML: {error}") from None
+    known = sorted(board.stem for board in BOARDS.glob("*.toml"))
+    path = BOARDS / f"{name}.toml" if name in known else path_of(name)
+    data = read_plain(path, most=CONFIG_BYTES, remedy=f"packaged boards: {', '.join(known)}")
+    return parse_toml(data, where=str(path), remedy="mend it")
 
 
 def board_options(board: Any) -> BoardOptions:
@@ -131,6 +128,10 @@ def load_pack(path: Path) -> Run:
             manifest = RunManifest.model_validate_json(pack.read(MANIFEST))
         except ValidationError as error:
             raise HarnessError(f"{path.name}: {MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+        given = manifest.spec.run_id
+        if other := {manifest.run_id, pack.index.run_id} - {given}:
+            edited = f"its id is {shown(other.pop())}, but its contents give {given}"
+            raise HarnessError(f"{path.name}: {MANIFEST} was edited: {edited}; ask for another copy")
         return manifest, list(RUNS.parse(path / RECORDS, pack.lines(), owner=manifest.run_id))
 
 
@@ -151,5 +152,5 @@ def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
         return None
     labels = {MethodLabel.parse(spec.label).asked: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
     if wanted not in labels and not typed:
-        raise HarnessError(f"board.subject {wanted!r} is no method with a budget of this run: {', '.join(labels)}")
+        raise HarnessError(f"board.subject {shown(wanted)} is no method with a budget of this run: {', '.join(labels)}")
     return labels.get(wanted)

@@ -2,18 +2,17 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from harness.boards.show import show
 from harness.boards.sources import KEPT, PUBLISHED, collect, options_of, published_boards
-from harness.cli.arguments import RESULTS
+from harness.cli.arguments import RESULTS, place
 from harness.errors import HarnessError
 
 
 def board_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, help="run folders, folders of them, archives, or a published board (results)")
-    add("--out", type=Path, help="folder for the pages NAME.* (default: beside the records)")
+    add("runs", nargs="*", type=place, help="run folders, folders of them, archives, or a published board (results)")
+    add("--out", type=place, help="folder for the pages NAME.* (default: beside the records)")
     add("--name", help="file name of the board (default: board, or the published board's)")
     add("--subject", metavar="LABEL", help="method to judge against the strongest other one of each task family")
     add("--html", action="store_true", help="write NAME.html too: one page with charts and samples")

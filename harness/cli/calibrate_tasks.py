@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from harness.cli.arguments import names, numbers
+from harness.cli.arguments import names, numbers, place, threads, whole
 from harness.cli.compile import calibration_spec
+from harness.machine import set_threads
 from tasks.graded.settings import Graded
 
 
@@ -14,19 +14,27 @@ def calibrate_tasks_parser(calibrating: argparse.ArgumentParser) -> None:
     add("--model", help="as in `harness run`")
     add("--tasks", type=names, help="graded tasks, instructions/obey (default: all)")
     add("--lengths", type=numbers, metavar="A,B", help="context lengths in tokens (1024,2048)")
-    add("--samples", type=int, help="prompts that a chosen setting is measured on (24); half of them while searching")
-    add("--seed", type=int, help="of the prompts (1000)")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for scores and the result; repeat to resume")
+    add("--samples", type=whole, help="prompts that a chosen setting is measured on (24); half of them while searching")
+    add("--seed", type=whole, help="of the prompts (1000)")
+    add("--out", type=place, required=True, metavar="DIR", help="folder for scores and the result; repeat to resume")
     add("--dtype", help="as in `harness run`")
     add("--device", help="as in `harness run`")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=threads, help="CPU threads (default: PyTorch's choice)")
     calibrating.set_defaults(action=_calibrate)
 
 
 def _calibrate(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.compiler.grade import Grader, GradeSpec
+    from harness.compiler.asked import GradeSpec
+    from harness.plan.names import plan_tasks
+    from harness.records.spec import Sweep
 
-    grader = Grader(calibration_spec(GradeSpec, args), args.out)
+    spec = calibration_spec(GradeSpec, args)
+    plan_tasks(Sweep(methods=("fullkv",), tasks=spec.tasks))  # refuses an unknown one before torch is imported
+
+    from harness.compiler.grade import Grader
+
+    set_threads(args.threads)
+    grader = Grader(spec, args.out)
     found: list[Graded] = []
     chosen: dict[str, int | None] = {}  # of each task at the length before
     for length in grader.spec.lengths:

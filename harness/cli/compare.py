@@ -2,7 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+
+from harness.cli.arguments import place
 
 EXITS = "Ends with 0 whether or not they differ, and with 2 for a bad folder or two runs without a row in common."
 
@@ -10,10 +11,10 @@ EXITS = "Ends with 0 whether or not they differ, and with 2 for a bad folder or 
 def compare_parser(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXITS
     add = parser.add_argument
-    add("first", type=Path, metavar="RUN", help="run folder, archive, or published board of one run")
-    add("second", type=Path, metavar="RUN", help="what is set against it; differences are second less first")
-    add("--csv", type=Path, metavar="FILE", help="write the rows as CSV too")
-    add("--json", type=Path, metavar="FILE", help="write everything as JSON too")
+    add("first", type=place, metavar="RUN", help="run folder, archive, or published board of one run")
+    add("second", type=place, metavar="RUN", help="what is set against it; differences are second less first")
+    add("--csv", type=place, metavar="FILE", help="write the rows as CSV too")
+    add("--json", type=place, metavar="FILE", help="write everything as JSON too")
     parser.set_defaults(action=_action)
 
 
@@ -25,9 +26,9 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     first, second = one_run(args.first), one_run(args.second)
     found, manifests = compare_runs(first, second), (first[0], second[0])
-    print(to_terminal(found, manifests))
     if args.csv is not None:
         write_text(args.csv, to_csv(found))
     if args.json is not None:
         write_text(args.json, to_json(found, manifests))
+    print(to_terminal(found, manifests))
     return 0

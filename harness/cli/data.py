@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from harness.cli.arguments import Parser
+from harness.cli.arguments import Parser, place
 from harness.errors import HarnessError
 
 
@@ -12,7 +11,7 @@ def data_parser(data: argparse.ArgumentParser) -> None:
     verbs = data.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     fetching = verbs.add_parser("fetch", help="download data sets by pinned revision; runs find them in the cache")
     fetching.add_argument("names", nargs="+", metavar="NAME", help="longbench, squad, hotpotqa")
-    fetching.add_argument("--to", type=Path, metavar="DIR", help="put them in DIR/NAME, for --data-dir DIR")
+    fetching.add_argument("--to", type=place, metavar="DIR", help="put them in DIR/NAME, for --data-dir DIR")
     fetching.add_argument("--revision", help="branch, tag or commit instead of the pinned one")
     fetching.add_argument("--sha256", help="checksum of longbench's archive, or of the file written for the others")
     fetching.set_defaults(action=_fetch)

@@ -2,17 +2,23 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from harness.cli.arguments import RESULTS
+from harness.cli.arguments import RESULTS, place
 from harness.errors import HarnessError
 
 
 def export_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, nargs="?", default=RESULTS, metavar="RUN", help="run folder, or a folder of them (results)")
-    add("--parquet", type=Path, metavar="FILE", help="one row per record")
-    add("--card", type=Path, metavar="FILE", help="results for a Hugging Face model card; JSON or YAML by its name")
+    add(
+        "run",
+        type=place,
+        nargs="?",
+        default=RESULTS,
+        metavar="RUN",
+        help="run folder, or a folder of them (results)",
+    )
+    add("--parquet", type=place, metavar="FILE", help="one row per record")
+    add("--card", type=place, metavar="FILE", help="results for a Hugging Face model card; JSON or YAML by its name")
     parser.set_defaults(action=_action)
 
 

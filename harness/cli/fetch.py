@@ -10,8 +10,10 @@ def fetch_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.models.assets import fetch
+    from harness.models.assets import asset_folder, fetch
 
+    for asset in args.assets:
+        asset_folder(asset)  # all names are checked before anything is downloaded
     for asset in args.assets:
         print(fetch(asset))
     return 0

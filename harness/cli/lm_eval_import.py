@@ -2,15 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from harness.cli.arguments import RESULTS
+from harness.cli.arguments import RESULTS, place
 
 
 def lm_eval_import_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("results", type=Path, metavar="RESULTS_DIR", help="the --output_path of runs with --log_samples")
-    add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
+    add("results", type=place, metavar="RESULTS_DIR", help="the --output_path of runs with --log_samples")
+    add("--out", type=place, default=RESULTS, help="folder of run folders (default: results)")
     add("--metric", help="metric that is the score (default: of each sample the first in [0, 1])")
     parser.set_defaults(action=_action)
 

@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cli.arguments import place
+
 
 def new_method_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the method, an identifier in lower case")
     where = "checkout, or folder for the package (default: here)"
-    parser.add_argument("--to", type=Path, default=Path(), metavar="DIR", help=where)
+    parser.add_argument("--to", type=place, default=Path(), metavar="DIR", help=where)
     parser.set_defaults(action=_new_method)
 
 

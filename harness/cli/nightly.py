@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from harness.cli.arguments import place, threads
 from harness.cli.ray import fan_out, ray_options
 from harness.errors import HarnessError, one_line
 from leaderboards.nights.compare import NightlyOptions
@@ -25,10 +26,11 @@ def nightly_parser(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXITS
     add = parser.add_argument
     add("config", metavar="BOARD", help="a TOML file with a [nightly] table, or the name of a packaged board (nightly)")
-    add("--out", type=Path, default=Path("results/nightly"), help="folder of nights (default: results/nightly)")
-    add("--baseline", type=Path, help="folder of published nights (default: as in the [nightly] table)")
+    add("--out", type=place, default=Path("results/nightly"), help="folder of nights (default: results/nightly)")
+    add("--baseline", type=place, help="folder of published nights (default: as in the [nightly] table)")
     add("--accept", action="store_true", help="publish this night whatever came out; ends with 0")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=threads, help="CPU threads (default: PyTorch's choice, within the container's)")
+    add("--resume-anyway", action="store_true", help="go on with an unfinished night where a method's code changed")
     ray_options(parser)
     parser.set_defaults(action=_action, set=None, methods=None)
 
@@ -55,12 +57,11 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     fan = fan_out(args)
 
     from harness.boards.nightly import Nightly, run_nightly
+    from harness.machine import set_threads
     from leaderboards.nights.report import headline, to_terminal, warning
 
-    if fan is None and args.threads is not None:
-        import torch
-
-        torch.set_num_threads(args.threads)
+    if fan is None:
+        set_threads(args.threads)
     ask = Nightly(
         board=Path(args.config).stem,
         sweep=sweep,
@@ -70,6 +71,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
         fan=fan,
         subject=subject,
         accept=args.accept,
+        resume_anyway=args.resume_anyway,
     )
     verdict, written = run_nightly(ask, command=command)
     print(to_terminal(verdict))

@@ -1,7 +1,8 @@
 """The command line, `harness COMMAND`; `harness --help` lists the commands.
 
-Bad input ends with one line on stderr and exit code 2, an interrupt with 130; what is already recorded stays. A
-command's module is imported once it is called: names and help lines of all of them are here.
+Bad input, or a system that refuses a file, ends with one line on stderr and exit code 2, an interrupt with 130, SIGTERM
+with 143 and SIGHUP with 129; what is already recorded stays. A command's module is imported once it is called: names
+and help lines of all of them are here.
 """
 
 import argparse
@@ -12,8 +13,10 @@ from importlib import import_module
 from typing import Any
 
 from harness import __version__
-from harness.cli.arguments import Parser
-from harness.errors import HarnessError, line_of
+from harness.cli.arguments import Parser, check_words
+from harness.cli.terminal import fit_streams
+from harness.errors import HarnessError, line_of, shown
+from harness.stopping import Stopped, stopping
 from methods.budget import PolicyError
 from tasks.base import TaskError
 
@@ -49,23 +52,36 @@ PASSED_ON: dict[str, Any] = {"add_help": False, "prefix_chars": "\0"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 some cells failed, 2 bad input, 130 interrupted.
 
-    `harness nightly` has a code of its own besides, 3: a new series.
+    SIGTERM ends it with 143 and SIGHUP with 129, as an interrupt does. `harness nightly` has a code of its own
+    besides, 3: a new series.
     """
+    fit_streams()
     logging.basicConfig(format="harness: %(message)s", level=logging.WARNING)
-    args = command_line().parse_args(argv)
-    command = ("harness", *(sys.argv[1:] if argv is None else argv))
-    action: Callable[[argparse.Namespace, Sequence[str]], int] = args.action
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return action(args, command)
+        check_words(words)
+        args = command_line().parse_args(words)
+        action: Callable[[argparse.Namespace, Sequence[str]], int] = args.action
+        with stopping():
+            code = action(args, ("harness", *words))
+        sys.stdout.flush()  # a full disk is told here, not by the interpreter as it ends
+        return code
     except (HarnessError, PolicyError, TaskError) as error:
         print(f"harness: {line_of(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("harness: interrupted; what is recorded stays, repeat the command to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        told = f" by {stop}" if isinstance(stop, Stopped) else ""
+        print(f"harness: interrupted{told}; what is recorded stays, repeat the command to go on", file=sys.stderr)
+        return stop.exit_code if isinstance(stop, Stopped) else 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno is None:  # no word of the system: a bug, or a library's own
+            raise
+        where = "the output" if error.filename is None else shown(str(error.filename))
+        print(f"harness: {where}: {error.strerror}; make room or choose another place", file=sys.stderr)
+        return 2
 
 
 class _Command(Parser):

@@ -1,14 +1,13 @@
 """Options of `harness run` that fan it out over Ray."""
 
-from __future__ import annotations
-
 import argparse
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
 
-from harness.errors import HarnessError
+from pydantic import ValidationError
 
-if TYPE_CHECKING:
-    from harness.run.driver import FanOut
+from harness.cli.arguments import real, whole
+from harness.errors import HarnessError, shown
+from harness.run.fan import FanOut
 
 OPTIONS = {
     **{"workers": "workers", "cpus_per_worker": "cpus", "gpus_per_worker": "gpus", "autoscale": "autoscale"},
@@ -21,13 +20,13 @@ def ray_options(run: argparse.ArgumentParser) -> None:
     add = run.add_argument_group("many workers", "the same run fanned out over a Ray cluster").add_argument
     ray = "auto (a cluster on this machine, or one of its own), local, host:port, ray://host:port"
     add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray)
-    add("--workers", type=int, help="how many (default: as many as fit into the cluster)")
-    add("--cpus-per-worker", type=float, help="CPU slots, and CPU threads, of a worker (default: 1)")
-    add("--gpus-per-worker", type=float, help="GPUs of a worker (default: 1 where there are any); more share a model")
+    add("--workers", type=whole, help="how many (default: as many as fit into the cluster)")
+    add("--cpus-per-worker", type=real, help="CPU slots, and CPU threads, of a worker (default: 1)")
+    add("--gpus-per-worker", type=real, help="GPUs of a worker (default: 1 where there are any); more share a model")
     add("--autoscale", action="store_true", default=None, help="nodes for --workers will be added to the cluster")
-    add("--item-timeout", type=float, metavar="S", help="seconds of a sample after which its worker hangs (3600)")
-    add("--tries", type=int, help="until a sample that kills its workers is marked failed (default: 3)")
-    add("--start-timeout", type=float, metavar="S", help="seconds without any worker until the run ends (900)")
+    add("--item-timeout", type=real, metavar="S", help="seconds of a sample after which its worker hangs (3600)")
+    add("--tries", type=whole, help="until a sample that kills its workers is marked failed (default: 3)")
+    add("--start-timeout", type=real, metavar="S", help="seconds without any worker until the run ends (900)")
 
 
 def fan_out(args: argparse.Namespace) -> FanOut | None:
@@ -38,17 +37,21 @@ def fan_out(args: argparse.Namespace) -> FanOut | None:
             raise HarnessError(f"--{next(iter(given)).replace('_', '-')} is for runs on a Ray cluster; add --ray")
         return None
     if args.threads is not None:
-        raise HarnessError(f"--threads {args.threads} is of this process; give --cpus-per-worker with --ray")
-    for name, value in given.items():
-        least = 0 if name == "gpus_per_worker" else 1
-        if name != "autoscale" and not least <= value < 1e9:
-            raise HarnessError(f"--{name.replace('_', '-')} {value:g} is out of range; give at least {least}")
-    if (gpus := given.get("gpus_per_worker", 0)) > 1 and not float(gpus).is_integer():
-        raise HarnessError(f"--gpus-per-worker {gpus:g} is out of range; above 1 give a whole number")
+        raise HarnessError(f"--threads {shown(args.threads)} is of this process; give --cpus-per-worker with --ray")
     try:
-        from harness.run.driver import FanOut
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise HarnessError("--ray needs Ray; install it with `pip install 'kv-policy-harness[ray]'`") from None
-    return FanOut(address=args.ray, **{OPTIONS[name]: value for name, value in given.items()})
+        fan = FanOut(address=args.ray, **{OPTIONS[name]: value for name, value in given.items()})
+    except ValidationError as error:
+        raise _refusal(error) from None
+    if find_spec("ray") is None:
+        raise HarnessError("--ray needs Ray; install it with `pip install 'kv-policy-harness[ray]'`")
+    return fan
+
+
+def _refusal(error: ValidationError) -> HarnessError:
+    """The first option that is out of range, as it is typed."""
+    first = error.errors()[0]
+    name = next(name for name, field in OPTIONS.items() if field == first["loc"][0]).replace("_", "-")
+    why = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"].lower()
+    given = first["input"]
+    seen = f"{given:g}" if isinstance(given, float) else shown(given)
+    return HarnessError(f"--{name} {seen} is out of range; {why}")

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from harness.boards.sources import collect, read_config, subject_of
-from harness.cli.arguments import RESULTS, names, numbers
+from harness.cli.arguments import RESULTS, names, numbers, place, threads, whole
 from harness.cli.ray import fan_out, ray_options
 from harness.plan.names import check_sweep, sweep_of
+from harness.records.atomic_files import check_place
 
 
 def run_parser(run: argparse.ArgumentParser) -> None:
@@ -19,14 +19,14 @@ def run_parser(run: argparse.ArgumentParser) -> None:
     add("--tasks", type=names, help="comma-separated tasks or families; see `harness list tasks`")
     add("--budgets", type=names, help="tokens per layer and KV head (128), or kept fractions (0.25, 25%%)")
     add("--lengths", type=numbers, help="context lengths in tokens of generated tasks")
-    add("--limit", type=int, help="samples per task, or per task and length for generated tasks")
-    add("--seed", type=int)
-    add("--max-tokens", type=int, help="prompt and generation together (default: the model's context)")
-    add("--max-new-tokens", type=int, help="cap on the tasks' own generation lengths; recorded")
+    add("--limit", type=whole, help="samples per task, or per task and length for generated tasks")
+    add("--seed", type=whole)
+    add("--max-tokens", type=whole, help="prompt and generation together (default: the model's context)")
+    add("--max-new-tokens", type=whole, help="cap on the tasks' own generation lengths; recorded")
     add("--first-token", choices=("compressed", "prefill"), help="where the first generated token comes from")
     add("--query", choices=("aware", "agnostic"), help="whether compression sees the question")
-    add("--nll-tokens", type=int, help="reference tokens scored at most; 0 turns answer NLL off")
-    add("--observe", type=int, metavar="N", help="prompts per length or data set on which observing is timed; 0: none")
+    add("--nll-tokens", type=whole, help="reference tokens scored at most; 0 turns answer NLL off")
+    add("--observe", type=whole, metavar="N", help="prompts per length or data set on which it is timed; 0: none")
     add("--dtype", help="auto (default), float32, bfloat16 or float16")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--trust-remote-code", action="store_true", default=None, help="run code that a hub repository brings")
@@ -36,8 +36,9 @@ def run_parser(run: argparse.ArgumentParser) -> None:
     add("--graded", metavar="FILE", help="settings of graded tasks, from `harness calibrate-tasks` (default: packaged)")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
-    add("--out", type=Path, default=RESULTS, help="folder of run folders (default: results)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--out", type=place, default=RESULTS, help="folder of run folders (default: results)")
+    add("--threads", type=threads, help="CPU threads (default: PyTorch's choice, within the container's)")
+    add("--resume-anyway", action="store_true", help="go on with a run of other code, packages or another machine")
     add("--html", action="store_true", help="write the board as board.html too")
     ray_options(run)
     run.set_defaults(action=_action)
@@ -48,21 +49,20 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     options.pop("nightly", None)  # what `harness nightly` adds to the same board
     board = options.pop("board", {})
     sweep = sweep_of(args, options)
+    check_place(args.out)
     check_sweep(sweep)
     subject = subject_of(board, sweep, typed=args.methods is not None)
     fan = fan_out(args)
     if fan is not None:
         from harness.run.driver import run_fanout
 
-        folder = run_fanout(sweep, fan, root=args.out, command=command)
+        folder = run_fanout(sweep, fan, root=args.out, command=command, resume_anyway=args.resume_anyway)
     else:
-        import torch
-
+        from harness.machine import set_threads
         from harness.run.sequential import run_sweep
 
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        folder = run_sweep(sweep, root=args.out, command=command)
+        set_threads(args.threads)
+        folder = run_sweep(sweep, root=args.out, command=command, resume_anyway=args.resume_anyway)
     from harness.boards.show import show
 
     return show(collect([folder], whole=args.html), out=folder, name="board", subject=subject, html=args.html)

@@ -3,15 +3,16 @@
 import argparse
 from collections.abc import Sequence
 
+from harness.cli.arguments import whole
 from harness.cli.bench import bench_options, run
 
 
 def serve_bench_parser(parser: argparse.ArgumentParser) -> None:
     bench_options(parser)
     add = parser.add_argument
-    add("--length", type=int, default=8192, help="prompt length in tokens (8192)")
-    add("--batch", type=int, default=16, help="prompts, prefilled one at a time and decoded together (16)")
-    add("--rounds", type=int, default=1, help="passes over all methods (1)")
+    add("--length", type=whole, default=8192, help="prompt length in tokens (8192)")
+    add("--batch", type=whole, default=16, help="prompts, prefilled one at a time and decoded together (16)")
+    add("--rounds", type=whole, default=1, help="passes over all methods (1)")
     parser.set_defaults(action=_action)
 
 

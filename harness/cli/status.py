@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from harness.cli.arguments import RESULTS
+from harness.cli.arguments import RESULTS, place, whole
 from harness.errors import HarnessError
 
 LOG_LINES = 3  # of each worker
@@ -13,8 +12,8 @@ LOG_LINES = 3  # of each worker
 def status_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     runs = "run folders, or a folder of them (results)"
-    add("runs", nargs="*", type=Path, default=[RESULTS], metavar="RUN", help=runs)
-    add("--logs", nargs="?", type=int, const=LOG_LINES, metavar="N", help=f"last N lines of each worker ({LOG_LINES})")
+    add("runs", nargs="*", type=place, default=[RESULTS], metavar="RUN", help=runs)
+    add("--logs", nargs="?", type=whole, const=LOG_LINES, metavar="N", help=f"last lines of each worker ({LOG_LINES})")
     parser.set_defaults(action=_action)
 
 

@@ -5,13 +5,14 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cli.arguments import place
 from harness.errors import HarnessError
 
 
 def submit_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder, or a folder that holds one")
-    add("--out", type=Path, metavar="PACK", help="archive to write, or folder for RUN_ID.zip (here)")
+    add("run", type=place, metavar="RUN", help="run folder, or a folder that holds one")
+    add("--out", type=place, metavar="PACK", help="archive to write, or folder for RUN_ID.zip (here)")
     add("--partial", action="store_true", help="pack a run that is not finished")
     add("--no-references", action="store_true", help="leave the references out, where data must not be handed on")
     parser.set_defaults(action=_action)

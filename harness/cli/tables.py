@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli.arguments import Parser
+from harness.cli.arguments import Parser, place
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def tables_parser(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     show = verbs.add_parser("show", help="what tables hold, with heat maps as PNG and HTML")
     show.add_argument("tables", metavar="TABLES")
-    show.add_argument("--out", type=Path, help="folder for tables.png and tables.html (default: the tables' own)")
+    show.add_argument("--out", type=place, help="folder for tables.png and tables.html (default: the tables' own)")
     show.set_defaults(action=_show)
     compare = verbs.add_parser("compare", help="rank agreement of two tables, with an interval")
     compare.add_argument("tables", metavar="TABLES", nargs=2)
@@ -28,7 +27,7 @@ def tables_parser(parser: argparse.ArgumentParser) -> None:
     transfer.add_argument("tables", metavar="TABLES")
     transfer.add_argument("--model", required=True, help="the model to move them to, as in `harness run`")
     transfer.add_argument("--heads", action="store_true", help="move the heads too, where their number differs")
-    transfer.add_argument("--out", type=Path, required=True, metavar="DIR")
+    transfer.add_argument("--out", type=place, required=True, metavar="DIR")
     transfer.set_defaults(action=_transfer)
 
 

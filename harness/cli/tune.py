@@ -3,21 +3,27 @@
 import argparse
 from collections.abc import Sequence
 
-from harness.cli.arguments import names
+from harness.cli.arguments import names, whole
 from harness.cli.compile import add_calibration, calibration_spec
+from harness.machine import set_threads
 
 
 def tune_parser(tuning: argparse.ArgumentParser) -> None:
     tuning.add_argument("methods", type=names, metavar="METHOD", help="methods that state choices, by commas")
-    tuning.add_argument("--trials", type=int, help="sets of parameters of each (as many as CompilerKV's form had)")
+    tuning.add_argument("--trials", type=whole, help="sets of parameters of each (as many as CompilerKV's form had)")
     add_calibration(tuning)
     tuning.set_defaults(action=_tune)
 
 
 def _tune(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.compiler.tune import Tuner, TuneSpec
+    from harness.compiler.asked import TuneSpec
 
-    tuner = Tuner(calibration_spec(TuneSpec, args), args.out)
+    spec = calibration_spec(TuneSpec, args)
+
+    from harness.compiler.tune import Tuner
+
+    set_threads(args.threads)
+    tuner = Tuner(spec, args.out)
     for method in tuner.methods:
         tuning, path = tuner.tune(method, command)
         shown = ", ".join(f"{name}={value}" for name, value in tuning.chosen.items())

@@ -18,17 +18,17 @@ tokens, in nats a token.
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from harness.compiler.asked import CompileSpec
 from harness.compiler.estimators import ESTIMATORS, ridge_reliability, with_table
 from harness.compiler.paper_check import check_published, no_gain
 from harness.compiler.paper_tables import Observed, Published
 from harness.compiler.retrieval_heads import choose_pool, head_importance
-from harness.compiler.stage import CHOICE_PROMPTS, CalibrationSpec, Workbench
+from harness.compiler.stage import CHOICE_PROMPTS, Workbench
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.models.prompt import token_sha256
@@ -45,22 +45,7 @@ FORMS = tuple(
     for window, kernel, forward, whole in product((8, 16, 32), (7, 13, 21), (True, False), (0.0, 0.1, 0.2, 0.4))
 )
 BASES, GATES = ("head", "layer", "global"), (0.0, 0.1, 0.8)
-TRIALS = len(FORMS) + len(BASES) * len(GATES)
-"""Candidates that are tried for the form; `harness tune` tries as many for any other method."""
 SHUFFLES = 8
-
-
-class CompileSpec(CalibrationSpec):
-    """What decides the tables.
-
-    form: `auto`, or tables (a folder, or packaged ones) whose form is taken instead of choosing one. steps: of the
-    gradient. published: compile the tables of the published form too.
-    """
-
-    form: str = "auto"
-    steps: int = Field(default=160, ge=1)
-    estimator: Literal["gradient", "ridge"] = "gradient"
-    published: bool = False
 
 
 class Compiler:

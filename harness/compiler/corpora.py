@@ -21,13 +21,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BytesIO
 from itertools import accumulate, chain
 from pathlib import Path
 
 import punkt
 
-from harness.errors import HarnessError, did_you_mean
+from harness.errors import HarnessError, did_you_mean, shown
 from harness.models.assets import fetch
+from harness.records.paths import path_of
+from harness.records.plain_files import MOST_BYTES, read_plain
 from tasks.base import TaskError
 from tasks.stdlib import help_paragraphs
 from tasks.texts import Document, calibrates, documentation
@@ -78,7 +81,9 @@ def corpus_of(name: str, paragraphs: Iterable[str]) -> Corpus:
     kept = tuple(paragraphs)
     words = sum(len(paragraph.split()) for paragraph in kept)
     if words < MIN_WORDS:
-        raise HarnessError(f"corpus {name!r} has {words} words of prose, {MIN_WORDS} are needed; give it more text")
+        raise HarnessError(
+            f"corpus {shown(name)} has {words} words of prose, {MIN_WORDS} are needed; give it more text"
+        )
     text = "\n\n".join(kept)
     return Corpus(name, kept, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest())
 
@@ -90,11 +95,16 @@ def load_corpus(name: str) -> Corpus:
     """
     if name in CORPORA:
         return corpus_of(name, CORPORA[name]())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return corpus_of(folder.resolve().name, _folder(folder))
-    hint, known = did_you_mean(name, CORPORA), ", ".join(CORPORA)
-    raise HarnessError(f"unknown corpus {name!r}{hint} known: {known}, or a folder with *.txt or *.txt.gz")
+    check_corpus(name)
+    folder = path_of(name)
+    return corpus_of(folder.resolve().name, _folder(folder))
+
+
+def check_corpus(name: str) -> None:
+    """Raise HarnessError for a name that is none, nor a folder; touches no network."""
+    if name not in CORPORA and not path_of(name).is_dir():
+        hint, known = did_you_mean(name, CORPORA), ", ".join(CORPORA)
+        raise HarnessError(f"unknown corpus {shown(name)}{hint} known: {known}, or a folder with *.txt or *.txt.gz")
 
 
 @lru_cache(maxsize=4096)
@@ -124,11 +134,17 @@ def _folder(folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> str:
+    blob = read_plain(path, remedy="repair it or take it away")
     try:
-        blob = path.read_bytes()
-        return (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise HarnessError(f"{path} is not readable UTF-8 text ({error}); repair it or take it away") from None
+        if path.suffix == ".gz":
+            with gzip.open(BytesIO(blob)) as packed:
+                blob = packed.read(MOST_BYTES + 1)
+        if len(blob) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+        return blob.decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        why = f"{path} is not readable UTF-8 text ({error})"
+        raise HarnessError(f"{why}; repair it or take it away") from None
 
 
 def _kjv() -> list[str]:

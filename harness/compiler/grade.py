@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from pydantic import Field
-
+from harness.compiler.asked import GradeSpec
 from harness.compiler.saved_state import SavedState
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
@@ -29,7 +28,7 @@ from harness.plan.names import plan_tasks
 from harness.plan.sweep import PlannedSample, plan_task, task_options
 from harness.records.atomic_files import write_text
 from harness.records.log_folder import now
-from harness.records.spec import Frozen, Sweep
+from harness.records.spec import Sweep
 from methods.registry import make_policy
 from tasks.base import Grades
 from tasks.graded.family import GradedTask
@@ -45,18 +44,6 @@ HOPELESS = 0.125
 """Mean score, of 1, of half of the searching prompts at which the other half is spared."""
 
 Scores = Callable[[int, int], Sequence[float]]  # (setting, number of prompts) to their scores in [0, 1]
-
-
-class GradeSpec(Frozen):
-    """What decides a calibration. tasks: names, or families. samples: prompts that the choice is measured on."""
-
-    model: str = "smollm2-135m"
-    tasks: tuple[str, ...] = ("graded", "instructions/obey")
-    lengths: tuple[int, ...] = (1024, 2048)
-    samples: int = Field(default=24, ge=8)
-    seed: int = 1000
-    dtype: str = "auto"
-    device: str = "auto"
 
 
 class Grader:

@@ -25,7 +25,7 @@ from typing import Any
 
 from harness.compiler.corpora import Corpus
 from harness.compiler.wordings import ASIDES, COPIES, FACTS, INTROS, TRAILS, invented
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from tasks.base import Sample, Tokenizer, point, rng
 
 FAMILIES = ("continuation", "copy", "needle", "multikey", "tracking")
@@ -72,8 +72,6 @@ def calibration_samples(
     fewer than the least. Ids are `{corpus}/{family}/{index}`. Meta: family, corpus, length (the drawn one), depth in
     percent and needles where something is asked for. Raises HarnessError for lengths that the corpus has no prompt of.
     """
-    if not 1 <= lengths[0] <= lengths[1]:
-        raise HarnessError(f"calibration lengths {lengths[0]} to {lengths[1]}: give the least and the most tokens")
     turns = ((families[n % len(families)], n // len(families)) for n in range(count))
     return [_sample(_plan(corpus, *turn, seed=seed, lengths=lengths), tokenizer) for turn in turns]
 
@@ -95,7 +93,7 @@ def _sample(plan: PromptPlan, tokenizer: Tokenizer) -> Sample:
         if found := _longest(plan, pieces, most, tokenizer):
             return found
     raise HarnessError(
-        f"corpus {plan.corpus.name!r}: no {plan.family} prompt of {plan.length} tokens can be made of whole "
+        f"corpus {shown(plan.corpus.name)}: no {plan.family} prompt of {plan.length} tokens can be made of whole "
         f"sentences, {LEAST_SENTENCES} at least; ask for longer prompts, or take another corpus"
     )
 
@@ -128,7 +126,7 @@ def _window(plan: PromptPlan, tokenizer: Tokenizer, *, place: float, skip: int) 
         if total > plan.length + 1.5 * CONTINUATION:
             return pieces, most
     raise HarnessError(
-        f"corpus {plan.corpus.name!r} has about {total} tokens, a prompt of {plan.length} and what follows it "
+        f"corpus {shown(plan.corpus.name)} has about {total} tokens, a prompt of {plan.length} and what follows it "
         "need more; give it more text, or ask for shorter prompts"
     )
 

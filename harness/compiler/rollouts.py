@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.engine.engine import Engine
 from harness.engine.layer_cache import LayerCache
 from methods.base import KV, Needs
+from methods.views import wide
 
 
 class BiasedLayer(LayerCache):
@@ -33,10 +34,10 @@ class BiasedLayer(LayerCache):
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
         rows, _, count, dim = queries.shape
         heads = self.kv.keys.shape[1]
-        folded = queries.reshape(rows, heads, -1, dim)  # [R, H, G * Q, D]
+        folded = wide(queries).reshape(rows, heads, -1, dim)  # [R, H, G * Q, D]
         group = folded.shape[2] // count
-        past = (folded @ self.kv.keys.transpose(2, 3)).float() * scaling  # [R, H, G * Q, T]
-        own = (folded @ self.own[0].transpose(2, 3)).float() * scaling  # [R, H, G * Q, Q]
+        past = (folded @ wide(self.kv.keys).transpose(2, 3)).float() * scaling  # [R, H, G * Q, T]
+        own = (folded @ wide(self.own[0]).transpose(2, 3)).float() * scaling  # [R, H, G * Q, Q]
         if self.bias is not None:
             past = past + self.bias.unsqueeze(2)
         at = torch.arange(count, device=queries.device)

@@ -59,7 +59,7 @@ class SavedState:
             return fresh
         try:
             return fresh.at(torch.load(path, weights_only=True))
-        except (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:120]
             raise HarnessError(f"{path} is damaged ({reason}); delete it and repeat the command") from None
 
@@ -68,7 +68,7 @@ class SavedState:
             try:
                 entry = json.loads(line)
                 self.found[entry["stage"], entry["prompt"]] = entry["values"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 advice = "delete that line and repeat the command"
                 raise HarnessError(f"{path} line {number} is damaged; {advice}") from None
         cut(path)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.compiler.asked import CalibrationSpec
 from harness.compiler.corpora import Corpus, load_corpus
 from harness.compiler.prompts import FAMILIES, calibration_samples
 from harness.compiler.rollouts import Rollout
@@ -22,7 +22,6 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer, answer_tokens, wrap
-from harness.records.spec import Frozen
 from methods.base import KVPolicy, Needs
 from methods.compilerkv.manifest import Shapes
 
@@ -34,29 +33,6 @@ NEEDS = Needs(window=64, column_sums=True, logprobs=True)
 
 CHOICE_PROMPTS = 32
 """Training prompts that a choice among candidates is made on."""
-
-
-class CalibrationSpec(Frozen):
-    """What decides the calibration prompts and how candidates are judged on them.
-
-    prompts: of all corpora together. lengths: tokens of a prompt, least and most. answer: its first tokens, which are
-    judged.
-    """
-
-    model: str = "smollm2-135m"
-    corpora: tuple[str, ...] = ("kjv", "pydoc")
-    prompts: int = Field(default=128, ge=16)
-    lengths: tuple[int, int] = (600, 1000)
-    answer: int = Field(default=16, ge=1)
-    budgets: tuple[int, ...] = (64, 128, 256, 512)
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-
-    @property
-    def tight(self) -> tuple[int, ...]:
-        """The budgets that tell candidates apart: up to half of the shortest prompt, one at least."""
-        return tuple(own for own in self.budgets if own <= self.lengths[0] / 2) or self.budgets[:1]
 
 
 class Calibration(NamedTuple):
@@ -163,5 +139,6 @@ def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: Ca
     for sample in chain.from_iterable(zip(*every, strict=True)):
         wrapped = wrap(loaded.tokenizer, sample)
         answer = answer_tokens(loaded.tokenizer, wrapped, sample.answers[0], limit=spec.answer)
+        loaded.check_ids(wrapped.ids, f"calibration sample {sample.id}")
         found.append(Calibration(sample.id, sample.meta["family"], wrapped.ids, answer, wrapped.needle))
     return found[: spec.prompts]

@@ -13,11 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
-from harness.compiler.compile import TRIALS
-from harness.compiler.stage import CHOICE_PROMPTS, CalibrationSpec, Workbench
+from harness.compiler.asked import TuneSpec
+from harness.compiler.stage import CHOICE_PROMPTS, Workbench
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.models.prompt import token_sha256
@@ -25,26 +24,19 @@ from harness.records.atomic_files import write_text
 from harness.records.log_folder import now
 from methods.base import KVPolicy, Needs, PolicyError
 from methods.compilerkv.selection import choose
-from methods.label import MethodLabel
-from methods.registry import Method, check_method, load_methods, make_policy
+from methods.registry import Method, load_methods, make_policy
 from methods.tuned.artefact import Trial, Tuning
 
 Parameters = dict[str, Any]
 
 
-class TuneSpec(CalibrationSpec):
-    """What decides a tuning. methods: names. trials: sets of parameters that are tried of each at most."""
-
-    methods: tuple[str, ...] = Field(min_length=1)
-    trials: int = Field(default=TRIALS, ge=2)
-
-
 class Tuner:
-    """One folder of trials, of one or more methods on the same prompts. Raises HarnessError for one without choices."""
+    """One folder of trials, of one or more methods on the same prompts."""
 
     def __init__(self, spec: TuneSpec, folder: Path) -> None:
         self.spec, self.folder = spec, folder
-        self.methods = {name: _method(name) for name in spec.methods}
+        known = load_methods()
+        self.methods = {name: known[name] for name in spec.methods}
         self.sets = {name: parameter_sets(own, spec.trials, spec.seed) for name, own in self.methods.items()}
         wanted = (policy.needs for name in self.sets for policy in self._policies(name))
         self.bench = Workbench(spec, folder, needs=reduce(or_, wanted, Needs()), apart={"methods"})
@@ -115,15 +107,3 @@ def _as_choices(method: Method, preset: Mapping[str, Any]) -> Parameters | None:
     if any(getattr(own, name) != getattr(plain, name) for name in fixed):
         return None
     return {name: getattr(own, name) for name in method.choices}
-
-
-def _method(name: str) -> Method:
-    try:
-        check_method(MethodLabel.parse(name), {})
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
-    known = load_methods()
-    if name not in known or not known[name].choices:
-        able = ", ".join(sorted(own for own, method in known.items() if method.choices))
-        raise HarnessError(f"{name} states no choices, so there is nothing to tune; methods that do: {able}")
-    return known[name]

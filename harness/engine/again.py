@@ -22,7 +22,7 @@ from harness.engine.prefill import Prefilled
 from harness.engine.row_cache import without
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KV, KVPolicy, PolicyError, PromptView
-from methods.views import GrownView
+from methods.views import GrownView, wide
 
 Rotate = Callable[[Tensor, int], Tensor]
 
@@ -138,7 +138,7 @@ class GrownLayer(LayerCache):
         if before.sums is None:
             return Noted(last, None)
         heads, (new, slots) = self.keys.shape[1], mask.shape[2:]
-        logits = queries.reshape(1, heads, -1, queries.shape[3]) @ self.keys.transpose(2, 3)
+        logits = wide(queries).reshape(1, heads, -1, queries.shape[3]) @ wide(self.keys).transpose(2, 3)
         logits = logits.float().view(1, heads, -1, new, slots) * self.scaling
         weights = logits.masked_fill_(~mask.unsqueeze(2), float("-inf")).softmax(dim=-1)
         return Noted(last, weights.sum(dim=3) + pad(before.sums, (0, slots - before.sums.shape[3])))

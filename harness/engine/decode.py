@@ -6,6 +6,7 @@ take one token at a time, so they live in a session of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +19,10 @@ from harness.engine.layer_cache import DecodingLayer
 from harness.engine.packed import Packed
 from harness.engine.row_cache import GrowingRows, without
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.types import Limits
+from harness.engine.types import Limits, NotFinite
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
+FLAWED = -1  # picked of logits that are NaN or infinite
 CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any batch; see `Decoding._forwards`
 
 
@@ -28,7 +30,7 @@ CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any ba
 class Generated:
     """What one row produced. kv_bytes_end, stored_bytes_end: live and stored after the last token that was fed.
 
-    byte_steps: the sum of what was stored when each token was picked, end-of-text too.
+    byte_steps: the sum of what was stored when each token was picked, end-of-text too. flaw: why it ended early.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -36,6 +38,7 @@ class Generated:
     stored_bytes_end: int = 0
     byte_steps: int = 0
     done: bool = False
+    flaw: NotFinite | None = None
 
 
 @dataclass
@@ -142,14 +145,17 @@ class Decoding:
         return torch.cat(found, dim=1)
 
     def greedy(self, logits: Tensor, limits: Limits) -> list[Generated]:
-        """Greedy generation of every row from its first logits [R, V]; a row stops on its own."""
+        """Greedy generation of every row from its first logits [R, V]; a row stops on its own, or at a flaw."""
         results = [Generated() for _ in range(self.rows)]
         active = results.copy()  # those of the batch's rows
-        eos = torch.tensor(sorted(limits.eos_ids), dtype=torch.int64, device=logits.device)
+        barred = [token for token in sorted(limits.eos_ids) if token < logits.shape[-1]]  # a model may name more
+        eos = torch.tensor(barred, dtype=torch.int64, device=logits.device)
         for count in range(limits.max_new_tokens):
             if count < limits.min_new_tokens:
                 logits[:, eos] = float("-inf")
-            picked: list[int] = logits.max(dim=-1).indices.tolist()  # on a CPU faster than argmax
+            best = logits.max(dim=-1)  # on a CPU faster than argmax
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            picked: list[int] = [token if math.isfinite(logit) else FLAWED for token, logit in pairs]
             stored = map(sum, zip(*(cache.stored for cache in self.caches), strict=True))
             for result, held in zip(active, stored, strict=True):
                 result.byte_steps += 0 if result.done else held
@@ -163,13 +169,15 @@ class Decoding:
                     cache.keep(left)
                 self.rows = len(left)
                 active, picked = [active[row] for row in left], [picked[row] for row in left]
-            logits = self.step(picked)
+            logits = self.step([max(0, token) for token in picked])
         return results
 
     def _take(self, row: int, result: Generated, token: int, limits: Limits) -> None:
         if result.done:
             return
-        if token in limits.eos_ids:
+        if token == FLAWED:
+            result.flaw, result.done = NotFinite(f"after {len(result.tokens)} tokens of the answer"), True
+        elif token in limits.eos_ids:
             result.done = True
         else:
             result.tokens.append(token)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import get_args
 
 import torch
 
@@ -21,8 +22,8 @@ from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding, Generated
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.turns import Again, converse, joined, room_of
-from harness.engine.types import Cell, Outcome, Prompt, SkippedCell
-from harness.errors import HarnessError
+from harness.engine.types import Cell, NotFinite, Outcome, Prompt, PromptFailed, SkippedCell
+from harness.errors import HarnessError, shown
 from harness.records.record import OVER
 from harness.records.spec import FirstToken, QueryMode
 from methods.base import KVPolicy, Needs, PolicyError
@@ -58,6 +59,9 @@ class Engine:
         first_token: FirstToken = "compressed",
         rows: int = CPU_ROWS_AT_ONCE,
     ) -> None:
+        for name, value, known in (("query", query, QueryMode), ("first_token", first_token, FirstToken)):
+            if value not in get_args(known):
+                raise HarnessError(f"{name} {shown(value)} is unknown; give {' or '.join(get_args(known))}")
         self.model, self.query, self.rows = model, query, rows
         self.again = query == "aware" and first_token == "compressed"  # the last prompt token is fed again
         self.prefills = 0  # prompts that went through the model
@@ -108,7 +112,9 @@ class Engine:
                 raise SkippedCell("the context has no tokens")
             needs = reduce(Needs.__or__, (cell.policy.needs for cell in cells), also or Needs())
             prefilled = replace(self.prefill(head, needs), protected=tuple(protected))
-        except (RuntimeError, MemoryError, SkippedCell) as error:
+        except Exception as error:  # the model may be foreign code too
+            if isinstance(error, HarnessError) and not isinstance(error, PromptFailed):
+                raise  # it cannot run any prompt
             for run in runs.values():
                 run.outcome.fail(error)
             return runs, None
@@ -124,7 +130,10 @@ class Engine:
 
         Raises HarnessError with the first refusal.
         """
-        view = prefill(self.model, list(ids[:8]), Needs(window=1)).view
+        try:
+            view = prefill(self.model, list(ids[:8]), Needs(window=1)).view
+        except PromptFailed:
+            return  # each cell will say so, of each prompt
         for policy in policies:
             try:
                 policy.check(view)
@@ -164,6 +173,7 @@ class Engine:
         start = time.perf_counter()
         room = len(feed) + max(len(prompt.answer), prompt.limits.max_new_tokens)
         room += 0 if runs[0].noted else room_of(prompt.turns)
+        self.model.check_ids([*feed, *prompt.answer, *(token for turn in prompt.turns for token in turn.ids)])
         rows = [run.compressed for run in runs if run.compressed is not None]
         with torch.inference_mode():
             decoding = Decoding.of(self.model, rows, again=self.again, room=room)
@@ -176,12 +186,16 @@ class Engine:
         seconds = time.perf_counter() - start
         for run, result, own in zip(runs, results, nll, strict=True):
             outcome = run.outcome
-            outcome.token_ids, outcome.nll_per_token = tuple(result.tokens), tuple(own)
+            outcome.token_ids = tuple(result.tokens)
             outcome.kv_bytes_end, outcome.stored_bytes_end = result.kv_bytes_end, result.stored_bytes_end
             outcome.byte_steps = result.byte_steps
             outcome.decode_s, outcome.decode_rows = seconds, len(runs)
             if not all(map(math.isfinite, own)):
-                outcome.fail("the answer's log-likelihood is not a finite number; try --dtype float32")
+                outcome.fail(result.flaw or NotFinite("of the reference answer"))
+            elif result.flaw:
+                outcome.fail(result.flaw)
+            else:
+                outcome.nll_per_token = tuple(own)
 
 
 def _compress(run: CellRun, prefilled: Prefilled) -> None:

@@ -1,5 +1,6 @@
 """The layer cache of rows whose policy evicts while decoding: they stay at their budget while they grow."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import itemgetter
@@ -228,6 +229,8 @@ def _alike(row: EvictingRow) -> Hashable:
 
 def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
     kv = batch.kv
+    if attention is not None and not math.isfinite(attention[..., 0].sum().item()):  # a row is sound, or all NaN
+        raise PolicyError(f"attention weights of the token at {position} are NaN; try --dtype float32")
     freed = batch.policy.after_step(StepView(kv, attention, position, batch.budget))  # [B, H]
     if freed.shape != kv.positions.shape[:2]:
         name, wanted = type(batch.policy).__name__, list(kv.positions.shape[:2])

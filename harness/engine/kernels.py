@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from harness.engine.layer_cache import visible
+from methods.views import wide
 
 LSE_PARTS = 3  # bfloat16 has 8 bits: three of them hold a float32
 PAD = 8  # columns added to the head dimension, so that it stays a multiple of 8
@@ -66,7 +67,7 @@ def slot_attention(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tenso
 def slot_weights(queries: Tensor, keys: Tensor, *, mask: Tensor, scaling: float) -> Tensor:
     """Softmax weights of one query per row over cached slots: [B, H, G, S] float32. mask: [B, H, 1, S] bool."""
     batch, heads, _, dim = keys.shape
-    logits = (queries.reshape(batch, heads, -1, dim) @ keys.transpose(2, 3)).float() * scaling
+    logits = (wide(queries).reshape(batch, heads, -1, dim) @ wide(keys).transpose(2, 3)).float() * scaling
     return logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 
 
@@ -77,6 +78,7 @@ def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, *, scaling: f
     denominator: that of attention in which keys ask queries. So the fused kernel computes it, at the price of one more
     attention. The lse travels as columns of the queries which the keys multiply by 1.
     """
+    queries, keys = wide(queries), wide(keys)
     if lse is None:
         return _streamed_sums(queries, keys, scaling=scaling)
     (batch, heads, tokens, dim), new = keys.shape, queries.shape[2]

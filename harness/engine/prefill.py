@@ -18,6 +18,7 @@ from harness.engine.clock import PhaseClock
 from harness.engine.kernels import causal_attention, column_sums
 from harness.engine.layer_cache import LayerCache
 from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import NotFinite
 from harness.errors import HarnessError
 from methods.base import KV, LayerView, Needs, PromptView
 from methods.views import POSITION_BYTES, LayerSource
@@ -159,9 +160,12 @@ def prefill(
 
     Raises:
         HarnessError: every layer of the model has a sliding window; hidden states that a model hides, or in chunks.
+        PromptFailed: a token id that the model does not know.
+        NotFinite: logits, or log-probabilities that are wanted, are not numbers.
     """
     if not model.compressible:
         raise HarnessError("every layer of this model has a sliding window; there is nothing to compress")
+    model.check_ids(ids)
     if needs.hidden_states and chunk is not None and chunk < len(ids):
         raise HarnessError(
             f"hidden states are wanted of a whole prompt, not of chunks of {chunk} tokens; leave --chunk out"
@@ -172,6 +176,9 @@ def prefill(
         shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources}
         layers = [PrefillLayer(needs, len(ids), index=i, act=act_of.get(i), **shared) for i in range(model.layers)]
         logits, logprobs = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
+    best = logits.amax(dim=-1)  # as all that is NaN or too large shows; minus infinity bars a token
+    if not bool(best.isfinite().all()) or (logprobs is not None and bool(logprobs.isnan().any())):
+        raise NotFinite(f"after the prompt's {len(ids)} tokens")
     return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock)
 
 

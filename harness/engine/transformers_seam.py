@@ -6,6 +6,7 @@ with no code per model. Works on transformers 5.2 and later for models whose att
 `AttentionInterface`; others are refused.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from harness.engine.layer_cache import LayerCache
+from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
 from methods.views import LayerSource
@@ -46,10 +48,17 @@ def _attention(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")
+    span = kwargs.get("sliding_window")
+    window = span if span is None or span < _context(module.config) else None  # no shorter: every token is seen
     if isinstance(cache, _Probe):
-        cache.module = module
+        cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache.attend(query, scaling=scaling, window=kwargs.get("sliding_window")).transpose(1, 2), None
+    return cache.attend(query, scaling=scaling, window=window).transpose(1, 2), None
+
+
+def _context(config: Any) -> float:
+    """Tokens that a model was made for."""
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -87,10 +96,14 @@ class _Layer(CacheLayerMixin):
 
 
 class _Probe(LayerCache):
-    """Answers a single token, which sees itself alone, and notes which module asked and how far back it looks."""
+    """Answers a single token, which sees itself alone, and notes which module asked and how far back it looks.
+
+    span: the sliding window that its layer was given, also where it is no shorter than the context.
+    """
 
     module: torch.nn.Module | None = None
     window: int | None = None
+    span: int | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.values = values
@@ -129,6 +142,7 @@ class AttachedModel:
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
+        self.reach = math.inf
         self._probe()
 
     def sizes(self, tokens: int) -> Sizes:
@@ -143,12 +157,42 @@ class AttachedModel:
         """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
 
         keep: how many last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated.
+        Raises PromptFailed for tokens beyond a window that is taken for the whole context.
         """
+        if position + ids.shape[1] > self.reach:
+            what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
+            raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
+        self.forget_lengths()
         cache = Cache(layers=[_Layer(layer, position) for layer in caches])
         at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         with torch.enable_grad() if grad else torch.inference_mode():
             out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return out.logits  # type: ignore[no-any-return]
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise PromptFailed for a token id that the model has no embedding of."""
+        table: Any = self.model.get_input_embeddings()
+        count = int(table.weight.shape[0])
+        unknown = next((token for token in ids if not 0 <= token < count), None)
+        if unknown is not None:
+            raise PromptFailed(f"token id {unknown} is none of this model's {count}; use its own tokenizer")
+
+    def forget_lengths(self) -> None:
+        """Set back RoPE that scales with the longest text so far: a forward depends on no other."""
+        for rotary, prefix in self._dynamic:
+            first: Tensor = getattr(rotary, f"{prefix}original_inv_freq")
+            setattr(rotary, f"{prefix}inv_freq", first.to(getattr(rotary, f"{prefix}inv_freq").device))
+            setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
+
+    @cached_property
+    def _dynamic(self) -> list[tuple[torch.nn.Module, str]]:
+        """Rotary embeddings of dynamic NTK scaling, with the prefix that their attributes have for a layer type."""
+        found = []
+        for module in self.model.modules():
+            kind = getattr(module, "rope_type", None)
+            kinds = {f"{layer}_": own for layer, own in kind.items()} if isinstance(kind, dict) else {"": kind}
+            found += [(module, prefix) for prefix, own in kinds.items() if isinstance(own, str) and "dynamic" in own]
+        return found
 
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
@@ -208,6 +252,8 @@ class AttachedModel:
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
+        taken = [probe.span for probe in probes if probe.window is None and probe.span is not None]
+        self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
         self.compressible = [i for i, window in enumerate(self.windows) if window is None]  # what policies see
         self.attention = [probe.module for probe in probes if probe.module is not None]
         if len(self.attention) < self.layers:

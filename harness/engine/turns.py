@@ -76,7 +76,8 @@ def joined(answers: Sequence[Generated]) -> Generated:
     """All answers as one; its bytes at the end are the last one's."""
     tokens = [token for answer in answers for token in answer.tokens]
     steps = sum(answer.byte_steps for answer in answers)
-    return replace(answers[-1], tokens=tokens, byte_steps=steps)
+    flaw = next((answer.flaw for answer in answers if answer.flaw), None)
+    return replace(answers[-1], tokens=tokens, byte_steps=steps, flaw=flaw)
 
 
 def _stored(left: Compressed) -> int:

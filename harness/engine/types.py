@@ -4,12 +4,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, line_of, shown
 from harness.records.record import Status
 from methods.budget import Budget, BudgetTooSmall, PolicyError
 
 if TYPE_CHECKING:
     from methods.base import KVPolicy
+
+
+class PromptFailed(HarnessError):
+    """One prompt that a model cannot take; others go on."""
+
+
+class NotFinite(PromptFailed):
+    """The model's own logits are NaN or infinite. where: after which tokens."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"the model's logits {where} are NaN or infinite; try --dtype float32, or check its weights")
+
+
+def _is_count(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
 
 
 class SkippedCell(Exception):
@@ -34,11 +49,22 @@ class Limits:
     stop: tuple[str, ...] = ()
     text: Callable[[Sequence[int]], str] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens"):
+            if not _is_count(own := getattr(self, name)):
+                raise HarnessError(f"{name} {shown(own)} is no number of tokens; give a whole number from 0 on")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise HarnessError(f"stop {shown(self.stop)} is no list of texts; give some, none of them empty")
+        if self.stop and self.text is None:
+            raise HarnessError(f"stop {shown(self.stop)} cannot be found without `text`; give a function of token ids")
+        if isinstance(self.eos_ids, str) or not all(map(_is_count, self.eos_ids)):
+            raise HarnessError(f"eos_ids {shown(self.eos_ids)} are no token ids; give whole numbers from 0 on")
+
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether the generation is complete, judged by its tokens so far (end-of-text never among them)."""
         if len(tokens) >= self.max_new_tokens:
             return True
-        if not self.stop or self.text is None or len(tokens) <= self.min_new_tokens:
+        if self.text is None or not self.stop or len(tokens) <= self.min_new_tokens:
             return False
         longest = max(len(stop.encode()) for stop in self.stop)  # a token is a byte at least
         tail = self.text(tokens[-longest - 8 :])
@@ -69,6 +95,11 @@ class Prompt:
     protected: Sequence[int] = ()
     turns: Sequence[NextTurn] = ()
     again: bool = False
+
+    def __post_init__(self) -> None:
+        if not (_is_count(self.context) and self.context <= len(self.ids)):
+            what = f"context {shown(self.context)} of {len(self.ids)} prompt tokens"
+            raise HarnessError(f"{what} is no border; give a whole number of tokens, at most all")
 
 
 @dataclass
@@ -110,7 +141,7 @@ class Outcome:
         memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         oom = memory or "can't allocate memory" in text
         own: Status = "skipped" if isinstance(error, SkippedCell | BudgetTooSmall) else "oom" if oom else "failed"
-        self.status, self.error = status or own, " ".join(text.split())[:500]
+        self.status, self.error = status or own, line_of(" ".join(text.split()))[:500]
 
     def stored(self) -> dict[str, Any]:
         """The fields of a record that the engine fills in, under their names."""

@@ -7,6 +7,7 @@ off. Sampling, stopping criteria and streamers are those of transformers. Any ot
 is the plain model.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,29 +25,15 @@ from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
 from harness.engine.prefill import prefill
 from harness.engine.transformers_seam import AttachedModel
-from harness.errors import HarnessError
-from harness.plan.methods import plan_budget, plan_method
+from harness.errors import HarnessError, checked
+from harness.generate.asked import Arguments, refuse, rows_of
+from harness.plan.methods import plan_method
+from harness.plan.names import refusals
 from harness.records.spec import FirstToken
 from methods.base import Budget, KVPolicy
 from methods.fullkv import FullKV
 
 TAKEN = "kv_policy_method"  # attribute of a model in such a context: by which method
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
-    "use_cache": (None, True),
-    "guidance_scale": (None, 1, 1.0),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "cache_implementation": (None, "dynamic"),
-    "custom_generate": (None,),
-    "penalty_alpha": (None, 0, 0.0),
-    "dola_layers": (None,),
-    "prefill_chunk_size": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_model": (None,),
-    "inputs_embeds": (None,),
-}
-"""Options of `generate` that need the whole cache, or a cache of their own, with the values that do not."""
 TEXT = {"input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "token_type_ids"}
 
 
@@ -89,12 +76,16 @@ class CacheReport:
 
 
 class Handle(Cache):
-    """What `generate` carries from step to step: the compressed rows. columns: of `input_ids` seen so far."""
+    """What `generate` carries from step to step: the compressed rows.
+
+    columns: of `input_ids` seen so far. mask: of them, [R, columns] bool, where there is one.
+    """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.rows: Sequence[Decoding] = ()
         self.columns = 0
+        self.mask: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -125,10 +116,11 @@ class Compressor:
             given = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in TEXT]
             if given:
                 raise HarnessError(f"generate got {', '.join(given)}; compressed caches take input_ids of text alone")
-            ids = kwargs["input_ids"] if not args else args[0]
-            with torch.inference_mode():
-                logits = self._step(whole, handle, _rows(ids, kwargs.get("attention_mask")))
+            ids, mask = kwargs["input_ids"] if not args else args[0], kwargs.get("attention_mask")
+            with torch.inference_mode(), refusals():
+                logits = self._step(whole, handle, rows_of(ids, mask, handle.mask))
             handle.columns += ids.shape[1]
+            handle.mask = None if mask is None else mask.bool()
             return CausalLMOutputWithPast(logits=logits.clone().unsqueeze(1), past_key_values=handle)
 
         return forward
@@ -153,16 +145,6 @@ class Compressor:
         again = self.first_token == "compressed"
         decoding = Decoding.of(whole, [left], again=again, release=True)
         return decoding, decoding.feed(ids[-1:] if again else []), report
-
-
-def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The new tokens of every row of ids [R, Q], without its left padding. mask: [R, >= Q], 0 at padding."""
-    if mask is None:
-        return [list(row) for row in ids.tolist()]
-    real = mask[:, -ids.shape[1] :].bool()
-    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise HarnessError("the prompts are padded on the right; tokenize them with padding_side='left'")
-    return [row[own].tolist() for row, own in zip(ids, real, strict=True)]
 
 
 @contextmanager
@@ -198,34 +180,42 @@ def attached(
         first_token: where the first generated token comes from. `compressed`: the prompt's last token is fed again,
             to the compressed cache, as in the harness's runs. `prefill`: from the logits of the full prompt.
         params: parameters of the method that are changed, such as {"kernel": 5}.
-        revision: of the model (`LoadedModel.spec.revision`), by which compilerkv finds its tables.
+        revision: of the model (`LoadedModel.spec.revision`), by which compilerkv finds its tables. A method that wants
+            tables and has none for this model warns.
 
     Yields:
         What the last `generate` kept, row by row.
 
     Raises:
-        HarnessError: an unknown method, parameter or budget; a model whose attention cannot be replaced, or that is in
-            such a context already; inside, a `generate` that needs another cache (beams, an assistant, a static cache).
-            The model is as before on every way out.
+        HarnessError: an argument of another type or value; a model whose attention cannot be replaced, or that is in
+            such a context already; inside, a `generate` that needs another cache (beams, an assistant, a static cache)
+            or positions of its own, a mask with holes or right padding, logits that are not finite. The model is as
+            before on every way out.
     """
     if not isinstance(model, PreTrainedModel):
         raise HarnessError(f"{type(model).__name__} is no transformers model; give one, a peft model after its merge")
+    if not model.can_generate():
+        raise HarnessError(f"{type(model).__name__} does not generate; give a model with a language head")
     taken = vars(model).get(TAKEN)
     if taken is not None:
         raise HarnessError(f"this model is attached to {taken} already; leave that context before another")
-    spec, policy = plan_method(method, params, revision=revision)
+    given = {"method": method, "budget": budget, "first_token": first_token, "params": params, "revision": revision}
+    asked = checked(Arguments, given)
+    spec, policy = plan_method(asked.method, asked.params, revision=asked.revision)
     label = spec.label
-    if policy.budgeted and (budget is None or isinstance(budget, bool)):
-        raise HarnessError(f"method {label} needs a budget, got {budget}; give tokens (512) or a fraction (0.25)")
-    slots = plan_budget(budget) if policy.budgeted and budget is not None else None
-    compressor = Compressor(label, policy, slots, first_token)
+    if policy.budgeted and asked.budget is None:
+        raise HarnessError(f"method {label} needs a budget, got None; give tokens (512) or a fraction (0.25)")
+    if policy.lacks:
+        advice = "give revision=loaded.spec.revision of a model that has them, or compile some"
+        warnings.warn(f"{label}: {policy.lacks}; {advice}", stacklevel=3)
+    compressor = Compressor(label, policy, asked.budget if policy.budgeted else None, asked.first_token)
     with _replaced_attention(model) as whole:
         Engine(whole).check([policy], [0] * 8)
     plain: Any = model.generate
 
     @wraps(plain)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        _refuse(model, args, kwargs)
+        refuse(model, args, kwargs, Handle)
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = Handle()
         with _replaced_attention(model) as whole, _replaced(model, "forward", compressor.forward(whole)):
@@ -233,19 +223,6 @@ def attached(
 
     with _replaced(model, "generate", generate), _replaced(model, TAKEN, label):
         yield compressor.report
-
-
-def _refuse(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise HarnessError for a `generate` whose options need another cache."""
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
-    for name, allowed in ALLOWED.items():
-        value = kwargs.get(name, getattr(config, name, None))
-        if value not in allowed:
-            shown = value if isinstance(value, str | int | float) else type(value).__name__
-            raise HarnessError(f"generate({name}={shown}) does not work on a compressed cache; leave {name} out")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and not isinstance(cache, Handle):
-        raise HarnessError(f"generate(past_key_values={type(cache).__name__}) is not compressed; leave it out")
 
 
 @contextmanager
@@ -270,7 +247,11 @@ def _replaced_attention(model: PreTrainedModel) -> Iterator[AttachedModel]:
     hooks = {} if head is None else head._forward_pre_hooks
     before = set(hooks)
     try:
-        yield AttachedModel(model)
+        whole = AttachedModel(model)
+        try:
+            yield whole
+        finally:
+            whole.forget_lengths()
     finally:
         for config, implementation in chosen:
             config._attn_implementation = implementation

@@ -2,8 +2,9 @@
 
 from importlib import import_module
 
-from methods.registry import register_prefix
+from harness.kvpress.label import spelling
+from methods.registry import Prefix, register_prefix
 
-POLICY = "harness.kvpress.policy"  # with which torch is imported: only when a label is read
+POLICY = "harness.kvpress.policy"  # with which torch is imported: only when a press is made
 
-register_prefix("kvpress", lambda press, overrides: import_module(POLICY).make_press(press, overrides))
+register_prefix("kvpress", Prefix(lambda press, given: import_module(POLICY).make_press(press, given), spelling))

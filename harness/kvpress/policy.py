@@ -15,19 +15,18 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
-from harness.kvpress.label import PressCall, parse_press
+from harness.kvpress.label import REMEDY, PressCall, parse_press, usable_version
 from harness.kvpress.slots import Tracked
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
 from methods.label import nearest
 from methods.views import LayerSource
 
-ADVICE = "in an environment of its own: pip install kvpress==0.5.5 'transformers>=5.2,<5.3'"
 WHOLE = 2**31  # a window as long as any prompt
 SIMULATED = {"ThinKPress": "zeroes key channels and keeps every slot"}
 ATTENTION = {"ObservedAttentionPress"}  # presses that read the whole attention matrix
@@ -120,17 +119,11 @@ def _argument(value: Any, known: Mapping[str, Any]) -> Any:
 
 def _kvpress() -> Any:
     """The package. Raises PolicyError, with the remedy, when it is missing or does not load."""
-    try:
-        found = version("kvpress")
-    except PackageNotFoundError:
-        raise PolicyError(f"kvpress is not installed; {ADVICE}") from None
-    used = version("transformers")
-    if tuple(map(int, used.split(".")[:2])) >= (5, 3):
-        raise PolicyError(f"kvpress {found} needs transformers < 5.3, this is {used}; {ADVICE}")
+    found = usable_version()
     try:
         import kvpress
     except (ImportError, AttributeError) as error:
-        raise PolicyError(f"kvpress {found} does not load ({' '.join(str(error).split())}); {ADVICE}") from None
+        raise PolicyError(f"kvpress {found} does not load ({' '.join(str(error).split())}); {REMEDY}") from None
     return kvpress
 
 

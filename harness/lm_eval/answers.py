@@ -5,6 +5,7 @@ the compressed cache at its true position, so that the first scored token is com
 choices are one token long (MMLU, A to D) would show no loss at any budget.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -18,7 +19,7 @@ from harness.engine.decode import Decoding
 from harness.engine.engine import CellRun, Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Outcome, Prompt
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.lm_eval.kept_facts import KeptFacts
 from harness.lm_eval.requests import Generation
 from harness.models.load import LoadedModel
@@ -26,8 +27,6 @@ from harness.models.prompt import token_sha256
 from harness.plan.methods import plan_method
 from harness.plan.sweep import PlannedCell, plan_cells
 from methods.base import Needs
-
-SIDES = ("left", "middle", "right")
 
 
 class ScoredPair(NamedTuple):
@@ -68,6 +67,8 @@ class ScoringEngine(Engine):
             return runs[cell].outcome, 0.0
         logprobs = prefilled.logprobs  # [1, W], of the last W tokens, which the method's own needs may make more
         told = 0.0 if logprobs is None else float(logprobs[0, logprobs.shape[1] - (at - context) :].sum())
+        if not math.isfinite(told):
+            raise RuntimeError(f"the model's logits are not finite: a log-probability of {told}")
         return runs[cell].outcome, told + scored[0][0]
 
     def _scored(self, run: CellRun, held_back: int, continuations: Sequence[Sequence[int]]) -> list[Scored]:
@@ -93,11 +94,13 @@ def border(tokens: int, context: int) -> int:
 
 
 def _judge(logits: Tensor, tokens: Sequence[int]) -> Scored:
-    """Logits [Q, V] against the tokens that came, Q of them."""
+    """Logits [Q, V] against the tokens that came, Q of them. Raises RuntimeError for what is no probability."""
     came = torch.tensor(list(tokens), dtype=torch.int64, device=logits.device)
     logprobs = logits.float().log_softmax(dim=-1)
-    total = logprobs.gather(1, came.unsqueeze(1)).sum()
-    return float(total), bool((logprobs.argmax(dim=-1) == came).all())
+    total = float(logprobs.gather(1, came.unsqueeze(1)).sum())
+    if not math.isfinite(total):
+        raise RuntimeError(f"the model's logits are not finite: a log-probability of {total}")
+    return total, bool((logprobs.argmax(dim=-1) == came).all())
 
 
 class Answerer:
@@ -107,10 +110,6 @@ class Answerer:
     """
 
     def __init__(self, loaded: LoadedModel, planned: PlannedCell, *, max_length: int | None, side: str) -> None:
-        if side not in SIDES:
-            raise HarnessError(f"truncation_side {side!r} is unknown; give {', '.join(SIDES)}")
-        if max_length is not None and max_length < 2:
-            raise HarnessError(f"max_length {max_length} is too small; give at least 2")
         self.loaded, self.planned, self.side = loaded, planned, side
         self.max_length = max_length or loaded.context
         (self.full,) = plan_cells([plan_method("fullkv")], ())  # of a prompt that is no longer than its budget
@@ -134,7 +133,8 @@ class Answerer:
             text=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=False)),
         )
         cell = self._cell(ids)
-        outcome = self.engine.run(Prompt(ids, len(ids), (), limits), [cell.cell])[0]
+        with _one_line(task):
+            outcome = self.engine.run(Prompt(ids, len(ids), (), limits), [cell.cell])[0]
         self._note(task, text, ids, outcome, cell=cell, truncated=len(ids) < len(whole))
         generated = str(tokenizer.decode(list(outcome.token_ids), skip_special_tokens=True))
         return str(postprocess_generated_text(generated, list(until), None))
@@ -184,6 +184,11 @@ class Answerer:
 
     def _fitted(self, pair: ScoredPair) -> ScoredPair:
         """With room for the continuation but its last token, which is never fed."""
+        if not pair.continuation:
+            raise HarnessError(
+                f"lm-eval task {pair.task}: a continuation is empty, or merges into its context's last token, so that "
+                f"nothing is left to score; the context ends in {shown(pair.text[-20:])}: leave that task out"
+            )
         room = self.max_length + 1 - len(pair.continuation)
         if room < 1:
             what = f"a continuation of {len(pair.continuation)} tokens"

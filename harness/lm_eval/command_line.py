@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.models.source import resolve_model
+from methods.budget import PolicyError
 
 ALIAS = "kvpolicy"
 CLASS = "harness.lm_eval.plugin:KVPolicyLM"
@@ -25,7 +26,7 @@ def register() -> None:
 
 
 def run_lm_eval(arguments: Sequence[str]) -> int:
-    """lm-eval's own command line with our model in it. Raises HarnessError for what our model refuses."""
+    """lm-eval's own command line with our model in it. Raises HarnessError for what lm-eval or our model refuses."""
     if not arguments:
         arguments = ["--help"]
     register()
@@ -40,6 +41,10 @@ def run_lm_eval(arguments: Sequence[str]) -> int:
         if getattr(args, "command", None) == "run":
             _complete(args)
         parser.execute(args)
+    except (HarnessError, PolicyError):
+        raise
+    except (ValueError, OSError) as error:  # how lm-eval says what it cannot take, an unknown task above all
+        raise HarnessError(f"lm-eval: {error}; see `harness lm-eval {arguments[0]} --help`") from error
     finally:
         sys.argv = before
     return 0
@@ -47,13 +52,13 @@ def run_lm_eval(arguments: Sequence[str]) -> int:
 
 def _complete(args: argparse.Namespace) -> None:
     """For our model: a device that is here, and a tokenizer that tasks which size their prompts can read."""
-    from harness.lm_eval.requests import check_own_options
+    from harness.lm_eval.requests import check_arguments
 
     config = _config(args.config)
     if (args.model or config.get("model")) != ALIAS:
         return
     given = _arguments(config.get("model_args")) | _arguments(args.model_args)
-    check_own_options(given)
+    check_arguments(given)
     if args.device is None and not config.get("device"):
         args.device = "auto"
     name = given.get("pretrained", "smollm2-135m")
@@ -80,10 +85,15 @@ def _config(path: str | None) -> dict[str, Any]:
         return dict(EvaluatorConfig.load_yaml_config(path))
     except (OSError, ValueError, TypeError) as error:
         raise HarnessError(f"--config {path}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise HarnessError(f"--config {path} is nested too deep; give another file") from None
 
 
 def _arguments(given: Any) -> dict[str, Any]:
     """`a=1,b=2`, or a mapping; empty for nothing."""
     from lm_eval.utils import simple_parse_args_string
 
-    return dict(simple_parse_args_string(given) if isinstance(given, str) else given or {})
+    found = simple_parse_args_string(given) if isinstance(given, str) else given or {}
+    if not isinstance(found, dict):
+        raise HarnessError(f"arguments are `a=1,b=2` or a mapping, got {shown(found)}; write them so")
+    return found

@@ -16,7 +16,9 @@ loglikelihood_rolling  the first half of the text, or of each window of `max_len
 With `method=fullkv` all three give what lm-eval's `hf` gives: the same generations, log-probabilities up to rounding.
 A prompt no longer than its budget stays uncompressed; the results' `kv_tasks` say how many did.
 
-Differences from `hf`: one prompt at a time, greedy only, and generation stops at the tokenizer's end of text too.
+Differences from `hf`: one prompt at a time; greedy only, so that a repetition penalty and the like of the model's own
+generation config are set aside (`kv_notes` name them); generation stops at every end of text or turn that the model's
+files name; a date that a chat template writes is always the same day; no end of text is put behind a text.
 """
 
 import logging
@@ -24,28 +26,33 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Self
 
-import jinja2
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, line_of, shown
 from harness.lm_eval.answers import Answerer, ScoredPair
+from harness.lm_eval.cache_owner import claim, identity
 from harness.lm_eval.requests import (
+    ModelArguments,
     check_alone,
     check_own_options,
     device_here,
     generation,
     method_cells,
+    request_texts,
+    taken,
     tokenizer_folder,
 )
+from harness.machine import set_threads
 from harness.models.load import LoadedModel, load_model
+from harness.models.prompt import dated, open_ended
 
 log = logging.getLogger("harness")
 
 ROLLING = "loglikelihood_rolling: the first half of each text is scored with the full cache, the second after it"
-IDENTITY = "kvpolicy"  # a key of lm-eval's response cache, whose others are hashes
+MERGED = "loglikelihood: of a continuation that merges into its context's last token, what is behind it, as in hf"
 
 
 class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
@@ -93,8 +100,14 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> None:
         super().__init__()
         check_alone(batch_size)
+        name = "loaded" if isinstance(pretrained, LoadedModel) else pretrained
+        given = {"pretrained": name, "method": method, "budget": budget, "dtype": dtype, "device": device, "set": set}
+        given |= {"max_length": max_length, "truncation_side": truncation_side, "add_bos_token": add_bos_token}
+        given |= {"trust_remote_code": trust_remote_code, "device_map": device_map}
+        taken(ModelArguments, given, "model argument")
         if not isinstance(pretrained, LoadedModel):
             remote: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+            set_threads(None)
             pretrained = load_model(pretrained, dtype=dtype, device=device_here(device), **remote)
         self.loaded, self.tokenizer, self.add_bos_token = pretrained, pretrained.tokenizer, add_bos_token
         self.spec, planned = method_cells(pretrained, method, budget, {**(set or {}), **params})
@@ -113,13 +126,24 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return made
 
     @property
-    def eot_token_id(self) -> int:
-        """The tokenizer's end of text; a generation also ends at those of the generation config."""
-        return int(self.tokenizer.eos_token_id)
+    def eot_token_id(self) -> int | None:
+        """The tokenizer's end of text, None without one; a generation also ends at those of the generation config."""
+        eos = self.tokenizer.eos_token_id
+        return None if eos is None else int(eos)
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in for an empty context: BOS, or end of text where there is none."""
+        """What stands in for an empty context: BOS, or end of text where there is none.
+
+        Raises HarnessError for a tokenizer that has neither.
+        """
+        found = self._prefix
+        if found is None:
+            raise HarnessError("the tokenizer names no beginning and no end of text: a text without a context has none")
+        return found
+
+    @property
+    def _prefix(self) -> int | None:
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -133,56 +157,60 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return tokenizer_folder(self.loaded)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Refuse a response cache of another policy: lm-eval finds answers in it by request alone."""
+        """Refuse a response cache of another policy; see `harness.lm_eval.cache_owner`."""
         super().set_cache_hook(cache_hook)
-        held = cache_hook.dbdict
-        if held is None:
-            return
-        model, budget = self.loaded.spec, self.answers.planned.budget
-        own = f"{model.name} ({model.revision[:12]}, {model.dtype}) under {self.spec.label} at {budget}"
-        own += f", max_length {self.max_length}, truncation_side {self.answers.side}"
-        whose = held.get(IDENTITY, "another model") if len(held) else own
-        if whose != own:
-            raise HarnessError(f"the file of --use_cache holds answers of {whose}; this is {own}: name another file")
-        held[IDENTITY] = own
+        if cache_hook.dbdict is not None:
+            asked: dict[str, Any] = {"budget": self.answers.planned.budget, "add_bos_token": self.add_bos_token}
+            asked |= {"max_length": self.max_length, "truncation_side": self.answers.side}
+            claim(cache_hook.dbdict, identity(self.loaded.spec, self.spec, **asked))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return token ids. Without a choice, special tokens are the tokenizer's, unless the text brings its BOS."""
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+        prefix = self._prefix
+        if add_special_tokens is None and prefix is not None and has_bos_prefix(string, self._token(prefix)):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        return list(self.tokenizer.encode(string, verbose=False, **options))
+        ids = open_ended(self.tokenizer(string, verbose=False, return_special_tokens_mask=True, **options))
+        self.loaded.check_ids(ids, f"the text {shown(string, 60)}")
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages as `hf` does: a template that refuses a system message gets the other messages."""
-        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
-        options["continue_final_message"] = not add_generation_prompt
         try:
-            text = self.tokenizer.apply_chat_template(chat_history, **options)
-        except jinja2.TemplateError:
+            return self._rendered(chat_history, add_generation_prompt)
+        except HarnessError:
             log.warning("the chat template refuses the messages; once more without the system's")
             others = [message for message in chat_history if message["role"] != "system"]
-            text = self.tokenizer.apply_chat_template(others, **options)
-        return str(text)
+            return self._rendered(others, add_generation_prompt)
+
+    def _rendered(self, messages: list[dict[str, str]], head: bool) -> str:
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": head, "continue_final_message": not head}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **options, **dated(self.tokenizer)))
+        except Exception as error:  # a template is a program
+            why = line_of(str(error) or type(error).__name__)[:300]
+            raise HarnessError(f"the chat template refuses the messages ({why}); leave the template out") from None
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the generated texts, cut at the first stop string."""
-        eos = str(self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False))
-        texts = []
-        for request in tqdm(requests, desc="Running generate_until requests", disable=disable_tqdm):
-            text, gen_kwargs = request.args
-            asked = generation(gen_kwargs, default=self.max_gen_toks, eos=eos)
+        eos = None if self.eot_token_id is None else self._token(self.eot_token_id)
+        read = []
+        for request in requests:  # all of them, before the first is answered
+            (text,), gen_kwargs = request_texts(request, _task(request), count=1), request.args[1]
+            read.append((request, text, generation(gen_kwargs, default=self.max_gen_toks, eos=eos)))
+        texts: list[str] = []
+        for request, text, asked in tqdm(read, desc="Running generate_until requests", disable=disable_tqdm):
             ids = self.tok_encode(text) or [self.prefix_token_id]
             texts.append(self.answers.generate(_task(request), text, ids, asked))
-            self.cache_hook.add_partial("generate_until", (text, gen_kwargs), texts[-1])
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-probability, whether greedy decoding would give it) of every continuation, in order."""
         pairs = []
         for index, request in enumerate(requests):
-            context, continuation = request.args
+            context, continuation = request_texts(request, _task(request), count=2)
             ids, following = self._encoded(context, continuation)
             pairs.append(ScoredPair(index, _task(request), context, tuple(ids), tuple(following)))
         return self._scores(pairs, [request.args for request in requests], disable_tqdm)
@@ -213,8 +241,8 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the log-probability of every text; the head of this module says what of it is compressed."""
         self.notes[ROLLING] = None
         totals = []
-        for request in tqdm(requests, desc="Running loglikelihood_rolling requests", disable=disable_tqdm):
-            (text,) = request.args
+        read = [(request, *request_texts(request, _task(request), count=1)) for request in requests]
+        for request, text in tqdm(read, desc="Running loglikelihood_rolling requests", disable=disable_tqdm):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
@@ -246,18 +274,23 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             "kv_max_length": self.max_length,
             **answers.facts.means(),
             "kv_prefills": answers.engine.prefills,
-            "kv_notes": list(self.notes),
+            "kv_notes": [*self.loaded.set_aside, *self.notes],
             "kv_tasks": {task: facts.summary() for task, facts in answers.facts.tasks.items()},
             "kv_prompts": answers.facts.prompts,
         }
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode as `hf` does: a space at the border belongs to the continuation; an empty context is one token."""
-        if context:
-            pair: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
-            return pair
-        ids = self.tok_encode(continuation, add_special_tokens=False)
+        if context.strip():
+            ids, whole = self.tok_encode(context.rstrip()), self.tok_encode(context + continuation)
+            if whole[: len(ids)] != ids:
+                self.notes[MERGED] = None
+            return ids, whole[len(ids) :]
+        ids = self.tok_encode(context + continuation, add_special_tokens=False)
         return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
+
+    def _token(self, token: int) -> str:
+        return str(self.tokenizer.decode([token], skip_special_tokens=False))
 
 
 def _task(request: Any) -> str:

@@ -29,7 +29,7 @@ from zipfile import BadZipFile, ZipFile
 from filelock import FileLock
 from tqdm import tqdm
 
-from harness.errors import HarnessError, did_you_mean
+from harness.errors import HarnessError, did_you_mean, shown
 
 
 class Asset(NamedTuple):
@@ -75,17 +75,24 @@ ASSETS = {
 
 
 def cache_dir() -> Path:
-    """Return the folder of everything this program keeps between runs; it need not exist yet."""
-    if given := os.environ.get("KVH_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "kv-policy-harness"
+    """Return the folder of everything this program keeps between runs; it need not exist yet.
+
+    Raises HarnessError for one in the home of nobody.
+    """
+    given = os.environ.get("KVH_CACHE")
+    base = given or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kv-policy-harness")
+    try:
+        return Path(base).expanduser()
+    except RuntimeError as error:
+        raise HarnessError(f"the cache {shown(base)} has no place: {error}; set KVH_CACHE to a folder") from None
 
 
 def asset_folder(name: str) -> Path:
     """Return where the files of an asset are or will be. Raises HarnessError for an unknown name."""
     if name not in ASSETS:
-        raise HarnessError(f"unknown asset {name!r}{did_you_mean(name, ASSETS)} known: {', '.join(sorted(ASSETS))}")
+        raise HarnessError(
+            f"unknown asset {shown(name)}{did_you_mean(name, ASSETS)}; known: {', '.join(sorted(ASSETS))}"
+        )
     return cache_dir() / "assets" / f"{name}-{ASSETS[name].sha256[:12]}"
 
 
@@ -124,8 +131,8 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
                 fill(Path(scratch))
                 os.replace(Path(scratch) / "files", folder)
     except OSError as error:
-        advice = "set KVH_CACHE to another folder"
-        raise HarnessError(f"cannot write the cache {folder.parent}: {error}; {advice}") from None
+        advice = "choose another folder, for the cache by KVH_CACHE"
+        raise HarnessError(f"cannot write {folder.parent}: {error.strerror or error}; {advice}") from None
 
 
 def content_sha256(files: Sequence[Path]) -> str:

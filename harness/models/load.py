@@ -8,20 +8,21 @@ org/name          a model of the Hugging Face hub
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.models.assets import cache_dir
-from harness.models.prompt import template_tokens
+from harness.models.generation import end_ids, set_aside
+from harness.models.prompt import template_notes, template_tokens
 from harness.models.readers import Parts, need, read_model
-from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, resolve_model
+from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, check_model
 from harness.records.spec import ModelSpec
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -32,7 +33,8 @@ class LoadedModel:
     """A model ready to run: evaluation mode, no gradients, on its device.
 
     context: positions the model was made for, prompt and generation together.
-    eos_ids: every token that ends a generation. template_tokens: tokens around one user message.
+    eos_ids: every token that ends a generation. template_tokens: tokens around one user message. vocabulary: how many
+    tokens have an embedding. set_aside: notes for records on what its files ask for and is done otherwise here.
     """
 
     model: PreTrainedModel
@@ -41,6 +43,18 @@ class LoadedModel:
     context: int
     eos_ids: frozenset[int]
     template_tokens: int
+    vocabulary: int
+    set_aside: tuple[str, ...]
+
+    def check_ids(self, ids: Iterable[int], what: str) -> None:
+        """Raise HarnessError for a token without an embedding: a tokenizer may know more than its model."""
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:
+            token = shown(self.tokenizer.convert_ids_to_tokens(highest))
+            raise HarnessError(
+                f"{what} has token {highest} ({token}), the model has embeddings for {self.vocabulary}; its tokenizer "
+                "is another model's, or tokens were added and the embedding never resized"
+            )
 
 
 def load_model(
@@ -62,7 +76,7 @@ def load_model(
 
     Raises HarnessError: unknown name, device or dtype; no network; damaged files; not a decoder-only language model.
     """
-    source, place = resolve_model(name), resolve_device(device)
+    source, place = check_model(name), resolve_device(device)
     kind = resolve_dtype(dtype, place)
     device_map = "auto" if device == AUTO_MAP and source.kind != "tiny" else device_map
     if device_map is not None:
@@ -76,7 +90,7 @@ def load_model(
         if getattr(model, "hf_device_map", None) is None:
             model.to(place)  # type: ignore[arg-type]
         model.eval().requires_grad_(False)
-    return _loaded(source, parts, place, trust_remote_code=trust_remote_code, device_map=device_map)
+        return _loaded(source, parts, place, trust_remote_code=trust_remote_code, device_map=device_map)
 
 
 def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
@@ -84,13 +98,13 @@ def describe_model(name: str, *, dtype: str, device: str, trust_remote_code: boo
 
     device: `cpu` or `cuda`; it need not be here. dtype `auto` is bfloat16 on a device that is not. Raises HarnessError.
     """
-    source, place = resolve_model(name), torch.device(device)
+    source, place = check_model(name), torch.device(device)
     away = dtype == "auto" and place.type == "cuda" and not torch.cuda.is_available()
     kind = torch.bfloat16 if away else resolve_dtype(dtype, place)
     options = {"trust_remote_code": trust_remote_code, "weights": False}
     with _quiet(source):
         parts = read_model(source, kind, **options)
-    return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
+        return _loaded(source, parts, place, trust_remote_code=trust_remote_code)
 
 
 def _loaded(
@@ -98,7 +112,7 @@ def _loaded(
 ) -> LoadedModel:
     model, tokenizer, revision = parts
     spec = ModelSpec(
-        name=source.name,
+        name=source.title,
         revision=revision,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(place),
@@ -109,17 +123,25 @@ def _loaded(
     if not isinstance(context, int):
         unknown = "has no max_position_embeddings, so its context is unknown"
         raise HarnessError(f"the config of {source.name!r} {unknown}; add it")
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = configured if isinstance(configured, list) else [configured]
-    # Both count: chat models end turns with a token that only the generation config names.
-    ends = frozenset(token for token in (*several, tokenizer.eos_token_id) if isinstance(token, int))
-    return LoadedModel(model, tokenizer, spec, context, ends, template_tokens(tokenizer))
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = int(embedding.weight.shape[0])
+    ends = frozenset(token for token in end_ids(model, tokenizer) if token < vocabulary)
+    return LoadedModel(
+        model,
+        tokenizer,
+        spec,
+        context,
+        ends,
+        template_tokens(tokenizer),
+        vocabulary=vocabulary,
+        set_aside=(*set_aside(model), *template_notes(tokenizer)),
+    )
 
 
 def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | None) -> Iterator[str]:
     """What `ModelSpec.loaded_as` says; nothing of a plain model, a GGUF file included, whose name says it."""
-    if source.adapted is not None:
-        yield f"peft adapter merged into {source.adapted}"
+    if source.base is not None:
+        yield f"peft adapter merged into {source.base.title}"
     quantised = getattr(model.config, "quantization_config", None)
     if quantised is not None and source.kind in ("folder", "hub"):
         told = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -142,7 +164,7 @@ def resolve_device(device: str) -> torch.device:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (place.index or 0) >= count.get(place.type, 0):
         raise HarnessError(f"device {device!r} is not available here; give auto or cpu")
-    return place
+    return torch.device("cpu") if place.type == "cpu" else place  # cpu:0 is no other device
 
 
 def resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
@@ -175,12 +197,14 @@ def _quiet(source: ModelSource) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except HarnessError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        line = " ".join(str(error).split()) or type(error).__name__
+    except HarnessError as error:
+        raise HarnessError(f"model {shown(source.name)} cannot be loaded: {error}") from None
+    except Exception as error:  # whatever transformers trips over in files that it was not written for
+        line = " ".join(str(error).split())
+        if not line or isinstance(error, LookupError | AttributeError | TypeError):
+            line = f"{type(error).__name__} {line}".strip()  # of these the text alone says little
         why = line if len(line) <= 300 else f"{line[:300]}..."
-        raise HarnessError(f"model {source.name!r} cannot be loaded: {why}; {_remedy(source, line)}") from error
+        raise HarnessError(f"model {shown(source.name)} cannot be loaded: {why}; {_remedy(source, line)}") from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

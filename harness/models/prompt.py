@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
-from harness.errors import HarnessError
+from harness.errors import HarnessError, line_of
 from tasks.base import Sample, Turn
 
 if TYPE_CHECKING:
@@ -17,9 +16,27 @@ if TYPE_CHECKING:
 MARK = "KVH7CONTENT7MARK"
 ADVICE = "use a model whose template leaves user messages as they are"
 
-# Templates ignore what they do not know. These two would otherwise make a prompt depend on the day it is built
-# (Llama 3.2) or on room for a hidden monologue that no benchmark's generation length leaves (Qwen3, SmolLM3).
-TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
+DAY = datetime(2024, 7, 26)
+"""The day on which every prompt is written."""
+DATED = f"the chat template writes a date, always {DAY:%Y-%m-%d}"
+
+
+DIRECTIVES = (*(f"-{letter}" for letter in "dmHIMS"), *"aAbBcdDeFhHIjmMnpRSTuUVwWxXyYzZ")
+"""Those of strftime."""
+
+
+def dated(tokenizer: PreTrainedTokenizerBase, day: datetime = DAY) -> dict[str, Any]:
+    """Options by which a chat template writes `day`, whenever and wherever it is rendered.
+
+    A date comes as a variable (`date_string`, Llama 3.1) or from a function of transformers (`strftime_now`, Llama
+    3.2), which a macro of that name takes the place of. Raises ValueError for several templates without a default.
+    """
+    options, template = {"date_string": f"{day:%d %b %Y}"}, str(tokenizer.get_chat_template())
+    if "strftime_now" in template:
+        steps = "".join(f".replace({'%' + name!r}, {day.strftime('%' + name)!r})" for name in DIRECTIVES)
+        macro = f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro +%}}"
+        options["chat_template"] = macro + template
+    return options
 
 
 class TaskTokenizer:
@@ -39,10 +56,35 @@ class TaskTokenizer:
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count tokens around one user message; without a chat template, those that are put around raw text (a BOS)."""
-    chat = bool(tokenizer.chat_template)
-    text = _render(tokenizer, "") if chat else ""
-    return len(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+    """Count tokens around one user message; without a chat template, those that are put before raw text (a BOS).
+
+    Raises HarnessError for a template that refuses every message.
+    """
+    if not tokenizer.chat_template:
+        return [*tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"], 0].index(0)
+    try:
+        around = _render(tokenizer, "")
+    except HarnessError:  # some refuse an empty message
+        around = _render(tokenizer, MARK).replace(MARK, "")
+    return len(tokenizer(around, add_special_tokens=False)["input_ids"])
+
+
+def open_ended(encoded: Any) -> list[int]:
+    """The token ids of a text without those that the tokenizer added behind it, which is none of most tokenizers.
+
+    encoded: with its `special_tokens_mask`.
+    """
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    end = next((at + 1 for at in reversed(range(len(ids))) if not added[at]), len(ids))
+    return ids[:end]
+
+
+def template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What a reader of records must know of the chat template: that it writes a date."""
+    if not tokenizer.chat_template:
+        return ()
+    changes = _render(tokenizer, MARK) != _render(tokenizer, MARK, day=datetime(1999, 12, 31))
+    return (DATED,) if changes else ()
 
 
 class Wrapped(NamedTuple):
@@ -60,7 +102,8 @@ class Wrapped(NamedTuple):
 def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
     """Return the whole prompt of a sample.
 
-    A chat template brings its own special tokens; raw text gets the tokenizer's (a BOS, unless it starts with one).
+    A chat template brings its own special tokens; raw text gets those that the tokenizer puts before it (a BOS, unless
+    it starts with one), and none behind it (`add_eos_token`): no model goes on after an end of text.
     The answer prefix is joined as text, before tokenising, so that merges are those of natural text.
     Raises HarnessError: the template fails or rewrites the message, or the tokenizer does not tell offsets.
     """
@@ -73,11 +116,12 @@ def wrap(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Wrapped:
         text, border = _chat(tokenizer, content, border)
         special = False
     whole = text + sample.answer_prefix
-    encoded = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    context = next((index for index, (_, end) in enumerate(offsets) if end > border), len(offsets))
+    options = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
+    encoded = tokenizer(whole, add_special_tokens=special, **options)
+    ids, offsets = open_ended(encoded), encoded["offset_mapping"]
+    context = next((index for index, (_, end) in enumerate(offsets[: len(ids)]) if end > border), len(ids))
     needle, protected = (_touching(text, offsets, sample.meta.get(name, ())) for name in ("needles", "protect"))
-    return Wrapped(list(encoded["input_ids"]), context, needle, protected)
+    return Wrapped(ids, context, needle, protected)
 
 
 def turn_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, turn: Turn) -> list[int]:
@@ -141,12 +185,16 @@ def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tup
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, *contents: str) -> str:
-    """A conversation, which the user begins, up to the head of the next answer."""
+def _render(tokenizer: PreTrainedTokenizerBase, *contents: str, day: datetime = DAY) -> str:
+    """A conversation, which the user begins, up to the head of the next answer.
+
+    Models that think aloud (Qwen3, SmolLM3) get no room for it: no benchmark's generation length leaves any.
+    """
     said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     what = "a single user message" if len(said) == 1 else f"a conversation of {len(said)} messages"
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     try:
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
-    except TemplateError as error:
-        raise HarnessError(f"the chat template refuses {what} ({error}); " + ADVICE) from None
-    return str(text)
+        return str(tokenizer.apply_chat_template(said, **options, **dated(tokenizer, day)))
+    except Exception as error:  # a template is a program
+        why = line_of(str(error) or type(error).__name__)[:300]
+        raise HarnessError(f"the chat template refuses {what} ({why}); {ADVICE}") from None

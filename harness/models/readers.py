@@ -6,7 +6,10 @@ A model without its weights (on the meta device) is what a driver needs of one t
 import contextlib
 import hashlib
 import io
+import re
 import sys
+import warnings
+from collections.abc import Container, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -25,13 +29,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.models.assets import ASSETS, cache_dir, content_sha256, fetch, fill_once
+from harness.models.files import ADAPTED, decisive_files
 from harness.models.source import ModelSource
 from harness.models.tiny import tiny_model, tiny_tokenizer
 
 CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+LEFTOVER = re.compile(r"(attn|attention)\.(masked_)?bias$")  # masks that old checkpoints stored among the weights
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
@@ -56,8 +61,8 @@ def read_model(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """
     if source.kind == "tiny":
         return _read_tiny(kind)
-    if source.adapted is not None:
-        return _read_adapted(source, kind, **options)
+    if source.base is not None:
+        return _read_adapted(source, source.base, kind, **options)
     if source.kind == "packaged":
         return *_read(str(_dequantised(source.name)), kind, **options), ASSETS[source.name].sha256
     if source.path is not None and source.kind == "gguf":
@@ -71,23 +76,37 @@ def read_model(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     return *parts, commit or "unknown"
 
 
-def _read_adapted(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
+def _read_adapted(source: ModelSource, base: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """The base model with the adapter's weights added to its own. revision: of the base and of the adapter's files."""
-    base, folder = str(source.adapted), Path(source.name).expanduser()
-    need("peft", f"{source.name!r} is a peft adapter of {base}", other="merge it and give the merged folder")
-    whole = ModelSource(base, "folder", Path(base)) if Path(base).is_dir() else ModelSource(base, "hub")
-    model, tokenizer, revision = read_model(whole, kind, **options)
+    folder = Path(source.name).expanduser()
+    need("peft", f"{source.name!r} is a peft adapter of {base.name}", other="merge it and give the merged folder")
+    model, tokenizer, revision = read_model(base, kind, **options)
     own = _folder_sha256(folder)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, **_only(options, "trust_remote_code"))
     if options.get("weights", True):
-        merged = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # of which peft only warns
+            wrapped = import_module("peft").PeftModel.from_pretrained(model, str(folder))
+        _check_adapter(folder / ADAPTED, import_module("peft").get_peft_model_state_dict(wrapped))
+        merged = wrapped.merge_and_unload()
         model = merged.to(kind) if getattr(merged, "quantization_method", None) is None else merged
     return model, tokenizer, hashlib.sha256(f"{revision} {own}".encode()).hexdigest()
 
 
+def _check_adapter(path: Path, taken: Container[str]) -> None:
+    """Refuse an adapter with weights for modules that the base model lacks, which peft passes over in silence."""
+    if path.is_file():
+        with safe_open(path, framework="pt") as held:
+            names = held.keys()
+        left = sorted(name for name in names if "lora_" in name and name not in taken)
+        if left:
+            wrong = f"{path.name} holds {shown(left[0])}, which its base model has no place for"
+            raise HarnessError(f"{wrong}; put its own base into adapter_config.json")
+
+
 def _folder_sha256(folder: Path) -> str:
-    return content_sha256([path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS])
+    return content_sha256(decisive_files(folder))
 
 
 def need(package: str, what: str, *, other: str) -> None:
@@ -129,12 +148,42 @@ def _read(
         if weights or gguf:
             spread = device_map or ({"": str(place)} if quantised and place is not None else None)
             mapped = {} if spread is None else {"device_map": spread}
-            return AutoModelForCausalLM.from_pretrained(where, dtype=kind, **mapped, **options), tokenizer
+            told: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **mapped, **options
+            )
+            _check_weights(*told)
+            return told[0], tokenizer
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=kind, **_only(options, "trust_remote_code"))
     with contextlib.suppress(OSError):  # few have none; then the model's own config names the end of text
         model.generation_config = GenerationConfig.from_pretrained(where, **_only(options, "revision"))
     return model, tokenizer
+
+
+def _check_weights(model: PreTrainedModel, told: dict[str, Iterable[Any]]) -> None:
+    """Refuse a model that is not all, and nothing but, what its files hold. told: what transformers says of loading."""
+    unexpected = [name for name in told["unexpected_keys"] if not LEFTOVER.search(name)]
+    odd, kind = [name for name, *_ in told["mismatched_keys"]], type(model).__name__
+    for names, what in (
+        (told["missing_keys"], f"its files lack {{}}, which {kind} needs"),
+        (unexpected, f"its files hold {{}}, which {kind} has no place for"),
+        (odd, "its files hold {} in another shape than its config says"),
+    ):
+        if some := sorted(map(str, names)):
+            more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+            whole = "config and weights must be whole and of one model: fetch them again"
+            raise HarnessError(f"{what.format(shown(some[0]) + more)}; {whole}")
+    if getattr(model.config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+        unknown = "its config says that it is quantised in a way that transformers does not know"
+        raise HarnessError(f"{unknown}; give one in full precision")
+    ins, outs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    first, last = (getattr(part, "weight", None) for part in (ins, outs))
+    if tied and first is not None and last is not None and first.data_ptr() != last.data_ptr():
+        raise HarnessError(
+            "its config ties the output to the input embedding (tie_word_embeddings) and its files hold two that "
+            "differ; say in config.json which is meant"
+        )
 
 
 def _only(options: dict[str, Any], name: str) -> dict[str, Any]:
@@ -151,6 +200,10 @@ def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
         field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
         if field is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    for gguf_name in ("eot", "eom"):  # further ends, of a turn and of a message
+        field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        if field is not None:
+            tokenizer.init_kwargs[f"{gguf_name}_token"] = tokenizer.convert_ids_to_tokens(int(field.contents()))
     return tokenizer
 
 

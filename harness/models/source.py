@@ -1,20 +1,21 @@
-"""What a model's name stands for, and what of it can be refused before torch is imported. Touches no network."""
+"""What a model's name stands for, and what of it can be refused before torch is imported."""
 
-import json
 import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from harness.errors import HarnessError, did_you_mean
+from harness.errors import HarnessError, did_you_mean, line_of, shown
+from harness.models.files import ADAPTER, check_folder, read_object
+from harness.models.gguf_header import check_gguf
 
 PACKAGED = ("smollm2-135m",)
 KNOWN = (*PACKAGED, "tiny")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
-ADAPTER = "adapter_config.json"
 AUTO_MAP = "auto-map"  # the device that stands for `device_map="auto"`
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 DEVICE = re.compile(rf"auto|{AUTO_MAP}|(cpu|cuda|mps)(:\d+)?")
-GGUF_MAGIC = b"GGUF"
+HUB_S = 1.5
+"""Seconds that the hub has to say that it knows a model; one that takes longer is waited for on loading."""
 
 
 class ModelSource(NamedTuple):
@@ -25,17 +26,33 @@ class ModelSource(NamedTuple):
     path: Path | None = None
 
     @property
-    def adapted(self) -> str | None:
+    def title(self) -> str:
+        """What records call the model, however its path was typed: the last name of it, or the hub's in its cache.
+
+        Two models of one title are told apart by their revisions.
+        """
+        if self.path is None:
+            return self.name
+        real = self.path.resolve()
+        if self.kind == "gguf" and real.suffix != ".gguf":  # a link into a store whose files are named by their hash
+            real = self.path.absolute()
+        top = real.parent.parent.name
+        if real.parent.name == "snapshots" and top.startswith("models--"):
+            return line_of(top.removeprefix("models--").replace("--", "/"))
+        return line_of(f"./{real.name}" if real.name in KNOWN else real.name)
+
+    @property
+    def base(self) -> "ModelSource | None":
         """The model that a folder of a peft adapter was made for, None for anything else. Raises HarnessError."""
         if self.kind != "folder" or self.path is None or not (self.path / ADAPTER).is_file():
             return None
-        try:
-            base = json.loads((self.path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError):
-            base = None
-        if not isinstance(base, str) or (self.path / "config.json").is_file():
-            why = "and a config.json of a whole model" if isinstance(base, str) else "that names no base model"
-            raise HarnessError(f"{self.name!r} has an {ADAPTER} {why}; keep the one or the other")
+        name = read_object(self.path / ADAPTER).get("base_model_name_or_path")
+        if not isinstance(name, str) or (self.path / "config.json").is_file():
+            why = "and a config.json of a whole model" if isinstance(name, str) else "that names no base model"
+            raise HarnessError(f"{shown(self.name)} has an {ADAPTER} {why}; keep the one or the other")
+        base = resolve_model(name)
+        if base.kind == "folder" and base.path is not None and (base.path / ADAPTER).is_file():
+            raise HarnessError(f"{shown(self.name)} is an adapter of {shown(name)}, another adapter; merge that first")
         return base
 
 
@@ -43,34 +60,51 @@ def resolve_model(name: str) -> ModelSource:
     """What `name` stands for; touches no network. Raises HarnessError, with the nearest known name, for nothing."""
     if name in KNOWN:
         return ModelSource(name, "tiny" if name == "tiny" else "packaged")
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # an overlong name, a NUL, ~ of nobody
+        why = error.strerror if isinstance(error, OSError) else error
+        raise HarnessError(f"unknown model {shown(name)}: {why}; {_known()}") from None
+    if name and is_folder:
         return ModelSource(name, "folder", path)
-    if path.is_file() and path.suffix == ".gguf":
+    if is_file and path.suffix == ".gguf":
         return ModelSource(name, "gguf", path)
-    if path.is_file():
-        raise HarnessError(f"model {name!r} is a file but not a .gguf; give the folder that holds config and weights")
+    if is_there and name:
+        what = "a file but not a .gguf" if is_file else "neither a file nor a folder"
+        raise HarnessError(f"model {shown(name)} is {what}; give the folder that holds config and weights")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelSource(name, "hub")
-    hint = did_you_mean(name, KNOWN) or ";"
-    raise HarnessError(f"unknown model {name!r}{hint} give {', '.join(KNOWN)}, a folder, a .gguf file or org/name")
+    if "/" in name:
+        raise HarnessError(f"unknown model {shown(name)}: there is no such folder or file; {_known()}")
+    raise HarnessError(f"unknown model {shown(name)}{did_you_mean(name, KNOWN) or ';'} {_known()}")
 
 
-def check_model(name: str) -> None:
-    """Refuse a model that cannot be read, as far as a look at its files tells; what they hold is found on loading.
+def _known() -> str:
+    return f"give {', '.join(KNOWN)}, a folder, a .gguf file or org/name"
 
-    Raises HarnessError: an unknown name, a folder without a config, a .gguf file without its header, a model of the
-    hub that is not in the cache while HF_HUB_OFFLINE is set.
+
+def check_model(name: str) -> ModelSource:
+    """What `name` stands for, if it can be read as far as a look at its files tells.
+
+    Raises HarnessError: an unknown name, a folder or file that is damaged, lacks a part or is one part of several, a
+    model of the hub that is not in its cache where the hub does not know it or cannot be asked.
     """
-    source, why = resolve_model(name), None
-    if source.path is not None and source.adapted is None:
-        folder = source.kind == "folder"
-        why = _trouble_of_config(source.path / "config.json") if folder else _trouble_of_gguf(source.path)
-    elif source.kind == "hub":
-        why = _trouble_of_hub(name)
-    if why is not None:
-        advice = "check the name and the network" if source.kind == "hub" else "check the files and the options"
-        raise HarnessError(f"model {name!r} cannot be loaded: {why}; {advice}")
+    source = resolve_model(name)
+    try:
+        _look(source)
+        if source.base is not None:
+            _look(source.base)
+    except HarnessError as error:
+        raise HarnessError(f"model {shown(name)} cannot be loaded: {error}") from None
+    return source
+
+
+def _look(source: ModelSource) -> None:
+    if source.kind == "hub":
+        _ask_hub(source.name)
+    elif source.path is not None:
+        (check_folder if source.kind == "folder" else check_gguf)(source.path)
 
 
 def check_dtype(dtype: str) -> None:
@@ -85,30 +119,23 @@ def check_device(device: str) -> None:
         raise HarnessError(f"unknown device {device!r}; give auto, {AUTO_MAP}, cpu, cuda, cuda:1 or mps")
 
 
-def _trouble_of_config(path: Path) -> str | None:
+def _ask_hub(name: str) -> None:
+    """Refuse a model that is not in the hub's cache and that the hub will not give. Its client is light to import."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
+        return
+    missing = f"there is no folder {shown(name)} here, and"
+    if constants.HF_HUB_OFFLINE:
+        where = f"it is not in the hub's cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set"
+        raise HarnessError(f"{missing} {where}; check the name and the network")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"no {path.name} in {path.parent}"
-    except (OSError, ValueError) as error:
-        return f"{path.name} cannot be read ({' '.join(str(error).split())})"
-    return None if isinstance(config, dict) else f"{path.name} is no JSON object"
-
-
-def _trouble_of_gguf(path: Path) -> str | None:
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(GGUF_MAGIC))
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    return None if start == GGUF_MAGIC else f"{path.name} does not begin with {GGUF_MAGIC.decode()}, it is no GGUF file"
-
-
-def _trouble_of_hub(name: str) -> str | None:
-    """What is wrong with a model of the hub when nothing may be downloaded. The hub's client is light to import."""
-    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
-
-    folder = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    if HF_HUB_OFFLINE and not folder.is_dir():
-        return f"it is not in the hub's cache ({HF_HUB_CACHE}) and HF_HUB_OFFLINE is set"
-    return None
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_S)
+    except HfHubHTTPError as error:
+        raise HarnessError(f"{missing} the hub does not give it: {line_of(str(error))[:200]}; check the name") from None
+    except Exception as error:  # of whichever HTTP library the client uses
+        if "timeout" not in type(error).__name__.lower():
+            raise HarnessError(
+                f"{missing} the hub cannot be reached ({error}); check the name and the network"
+            ) from None

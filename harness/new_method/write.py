@@ -5,16 +5,17 @@ with the same two files, a `pyproject.toml` that declares the entry point, and a
 """
 
 import keyword
+import pkgutil
 import re
 from pathlib import Path
 
-from harness.errors import HarnessError
+import methods
+from harness.errors import HarnessError, shown
 from harness.new_method.templates import CHANGE, METHOD, PROJECT, README, TEST
-from methods.registry import load_methods
+from methods.registry import known_methods
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 NAME_CHARS = 40
-INTERNAL = ("base", "budget", "codes", "registry", "views")
 
 
 def new_method(name: str, *, where: Path) -> list[Path]:
@@ -51,10 +52,10 @@ def new_method(name: str, *, where: Path) -> list[Path]:
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > NAME_CHARS:
         advice = f"give an identifier in lower case of at most {NAME_CHARS} letters, such as key_norm"
-        raise HarnessError(f"{name!r} is no name for a method; {advice}")
-    known = load_methods()
-    if name in known or name in INTERNAL:
-        what = f"a method ({known[name].policy.__module__})" if name in known else f"a module of methods/ ({name}.py)"
+        raise HarnessError(f"{shown(name)} is no name for a method; {advice}")
+    modules = (module.name for module in pkgutil.iter_modules(methods.__path__))
+    if name in known_methods() or name in modules:
+        what = "a method" if name in known_methods() else f"a module of methods/ ({name}.py)"
         raise HarnessError(f"{name!r} is {what} already; choose another name")
 
 

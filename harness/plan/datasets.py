@@ -8,8 +8,10 @@ They lie in `cache_dir()/data/<name>`, or in DIR/<name> with `--to DIR`, beside 
     hotpotqa   hotpotqa/hotpot_qa (distractor, validation), in the shape of hotpot_dev_distractor_v1.json.
 """
 
+import hashlib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,10 +23,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from harness.errors import HarnessError, did_you_mean
+from harness.errors import HarnessError, did_you_mean, shown
 from harness.models import assets
 from tasks.base import TaskError
-from tasks.datafile import LOCK, json_lines
+from tasks.datafile import LOCK, json_lines, read_lock, read_plain
 from tasks.longbench import DATASETS
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -57,7 +59,7 @@ def find_asset(name: str) -> Path:
     if name not in DATA:
         return assets.fetch(name)
     folder = assets.cache_dir() / "data" / name
-    if not (folder / LOCK).is_file():
+    if not os.path.isfile(folder / LOCK):
         raise TaskError(f"{name} is not here; run `harness data fetch {name}`, or name its folder with --data-dir")
     return folder
 
@@ -65,7 +67,7 @@ def find_asset(name: str) -> Path:
 def hub_data(name: str) -> HubData:
     """A data set by name. Raises HarnessError for an unknown one."""
     if name not in DATA:
-        raise HarnessError(f"unknown data set {name!r}{did_you_mean(name, DATA)} known: {', '.join(sorted(DATA))}")
+        raise HarnessError(f"unknown data set {shown(name)}{did_you_mean(name, DATA)} known: {', '.join(sorted(DATA))}")
     return DATA[name]
 
 
@@ -80,7 +82,7 @@ def fetch_data(name: str, *, to: Path | None = None, revision: str | None = None
     """
     data = hub_data(name)
     if sha256 is not None and not SHA256.fullmatch(sha256):
-        raise HarnessError(f"--sha256 {sha256!r} is no sha256; give 64 hexadecimal digits in lower case")
+        raise HarnessError(f"--sha256 {shown(sha256)} is no sha256; give 64 hexadecimal digits in lower case")
     folder = (assets.cache_dir() / "data" if to is None else to) / name
     asked = data.revision if revision is None else revision
     if sha256 is None and asked == data.revision:
@@ -97,10 +99,16 @@ def fetch_data(name: str, *, to: Path | None = None, revision: str | None = None
         content = {file: {"sha256": digests[file], "rows": count} for file, count in data.rows.items()}
         (files / LOCK).write_text(json.dumps({**lock, "files": content}, indent=1) + "\n", encoding="utf-8")
 
-    if folder.is_dir() and not (folder / LOCK).is_file():
+    if os.path.isdir(folder) and not os.path.isfile(folder / LOCK):
         raise HarnessError(f"{folder} exists and was not made by this command; name another folder with --to")
-    assets.fill_once(folder, fill)
-    _check(folder, asked, sha256)
+    try:
+        assets.fill_once(folder, fill)
+    except OSError as error:  # a name that is too long, above all
+        raise HarnessError(f"cannot make {shown(str(folder))}: {error.strerror}; name another with --to") from None
+    _check(folder, asked, sha256, files=data.rows)
+    if sha256 is None:
+        made = read_lock(folder / LOCK).sha256
+        print(f"{name}: pinned by its commit alone; --sha256 {made} refuses any other content", file=sys.stderr)
     return folder
 
 
@@ -134,23 +142,25 @@ def _hub(repo: str, revision: str) -> Iterator[None]:
         talk.setLevel(level)
 
 
-def _check(folder: Path, asked: str, sha256: str | None) -> None:
+def _check(folder: Path, asked: str, sha256: str | None, *, files: Iterable[str]) -> None:
     """Raises HarnessError when a folder is not what is asked for, or its files are not what its lock says."""
     remedy = f"delete {folder} and repeat the command"
     try:
-        lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-        commit, revision, source = lock["commit"], lock["revision"], lock["sha256"]
-        expected = {file: entry["sha256"] for file, entry in lock["files"].items()}
-        found = {file: assets.content_sha256([folder / file]) for file in expected}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HarnessError(f"{folder} is damaged ({type(error).__name__}: {error}); {remedy}") from None
-    if asked not in (revision, commit):
-        raise HarnessError(f"{folder} holds revision {commit[:12]}, not {asked[:12]}; {remedy}")
-    if sha256 not in (None, source):
-        raise HarnessError(f"{folder} was made of sha256 {source[:12]}, not {str(sha256)[:12]}; {remedy}")
+        lock = read_lock(folder / LOCK)
+        found = {file: hashlib.sha256(read_plain(folder / file)).hexdigest() for file in lock.files}
+    except TaskError as error:
+        raise HarnessError(f"{folder} is damaged ({error}); {remedy}") from None
+    lacking = sorted(set(files) - lock.files.keys())
+    if lacking:
+        raise HarnessError(f"{folder} is damaged (its {LOCK} lacks {', '.join(lacking)}); {remedy}")
+    if asked not in (lock.revision, lock.commit):
+        raise HarnessError(f"{folder} holds revision {lock.commit[:12]}, not {asked[:12]}; {remedy}")
+    if sha256 not in (None, lock.sha256):
+        raise HarnessError(f"{folder} was made of sha256 {lock.sha256[:12]}, not {str(sha256)[:12]}; {remedy}")
     for file, digest in found.items():
-        if digest != expected[file]:
-            raise HarnessError(f"{file} has sha256 {digest[:12]}, {expected[file][:12]} was fetched; {remedy}")
+        expected = lock.files[file].sha256
+        if digest != expected:
+            raise HarnessError(f"{file} has sha256 {digest[:12]}, {expected[:12]} was fetched; {remedy}")
 
 
 def _match(what: str, found: str, wanted: HubData) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any, NamedTuple
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
-from harness.errors import HarnessError
 from harness.plan.names import asked_methods, refusals
 from harness.records.spec import Asked, MethodSpec
-from methods.base import Budget, KVPolicy, PolicyError
+from methods.base import Budget, KVPolicy
+from methods.budget import decimal_text
 from methods.label import MethodLabel
-from methods.registry import make_policy
+from methods.registry import make_policy, read_label
 
 
 class PlannedMethod(NamedTuple):
@@ -43,25 +41,22 @@ def plan_method(label: str, changed: Mapping[str, Any] | None = None, *, revisio
     for an unknown name, preset or parameter, a value that the method refuses, or another model's method.
     """
     with refusals():
-        planned = _planned(MethodLabel.parse(label), changed or {})
+        planned = _planned(read_label(label), changed or {})
     return planned if revision is None else planned.on(revision)
 
 
 def plan_budget(budget: object) -> Budget:
     """A budget as typed: tokens (512) or a fraction of the prompt (0.25, 25%). Raises HarnessError for another."""
     with refusals():
-        return Budget.parse(str(budget))
+        if type(budget) is int:
+            return Budget(tokens=budget)
+        return Budget.parse(decimal_text(budget) if isinstance(budget, float) else str(budget))
 
 
 def _planned(label: MethodLabel, changed: Mapping[str, Any]) -> PlannedMethod:
-    try:
+    with refusals():
         policy = make_policy(label, changed)
-        _check_types(policy, changed)
         params = _params(policy)
-    except PolicyError as error:
-        raise HarnessError(str(error)) from None
-    except (TypeError, ValueError) as error:
-        raise HarnessError(f"method '{label}' refuses its parameters: {error}") from None
     full = str(label.changed(changed))
     return PlannedMethod(MethodSpec(label=full, name=label.name, params=params, budgeted=policy.budgeted), policy)
 
@@ -69,13 +64,3 @@ def _planned(label: MethodLabel, changed: Mapping[str, Any]) -> PlannedMethod:
 def _params(policy: KVPolicy) -> dict[str, Any]:
     """All parameters of a policy, and what else decides its results. Raises PolicyError of `provenance`."""
     return asdict(policy) | policy.provenance()  # type: ignore[call-overload, no-any-return]
-
-
-def _check_types(policy: KVPolicy, changed: Mapping[str, Any]) -> None:
-    """Raises PolicyError when a changed parameter is not of the type that the policy declares."""
-    hints = get_type_hints(type(policy))
-    for key, value in changed.items():
-        try:
-            TypeAdapter(hints[key]).validate_python(value, strict=True)
-        except ValidationError as error:
-            raise PolicyError(f"{type(policy).__name__}.{key}={value!r}: {error.errors()[0]['msg']}") from None

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
-from harness.errors import HarnessError, checked
+from harness.errors import HarnessError, checked, shown
 from harness.models.source import check_device, check_dtype, check_model
 from harness.plan.datasets import find_asset
 from harness.records.spec import Asked, Sweep
 from methods.budget import PolicyError
 from methods.label import MethodLabel
-from methods.registry import check_method
+from methods.registry import check_method, read_label
 from tasks import load_tasks
-from tasks.base import DataOptions, Task, TaskError, find_tasks
+from tasks.base import DataOptions, NothingFits, Task, TaskError, find_tasks
+from tasks.graded.settings import named_calibration
 
 
 @contextmanager
@@ -24,6 +25,8 @@ def refusals(what: str = "") -> Iterator[None]:
     """What a method or a task refuses, as an error for the user, after `what`."""
     try:
         yield
+    except NothingFits:
+        raise
     except (PolicyError, TaskError) as error:
         raise HarnessError(f"{what}{error}") from None
 
@@ -33,8 +36,6 @@ def sweep_of(args: argparse.Namespace, options: dict[str, Any]) -> Sweep:
 
     Raises HarnessError for an option that is unknown, of another type or out of range.
     """
-    if args.threads is not None and args.threads < 1:
-        raise HarnessError(f"--threads {args.threads} is too small; give at least 1")
     typed = {name: getattr(args, name) for name in Sweep.model_fields if getattr(args, name, None) is not None}
     if args.set:
         given = options.get("set", {})
@@ -46,11 +47,13 @@ def assignment(text: str) -> tuple[str, Any]:
     """A `--set` option as parameter and value: JSON, or else a string."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise HarnessError(f"--set {text!r} has no value; write method.parameter=value")
+        raise HarnessError(f"--set {shown(text)} has no value; write method.parameter=value")
     try:
         return key, json.loads(value)
     except ValueError:
         return key, value
+    except RecursionError:
+        raise HarnessError(f"--set {shown(text)} is nested too deep; give a simple value") from None
 
 
 def check_sweep(sweep: Sweep) -> list[Task]:
@@ -64,6 +67,12 @@ def check_sweep(sweep: Sweep) -> list[Task]:
     for task in tasks:
         with refusals(f"task {task.name}: "):
             task.find_data(places)
+    for task in tasks:  # once all of them are there
+        with refusals(f"task {task.name}: "):
+            task.read_data(places)
+    if sweep.graded is not None:
+        with refusals():
+            named_calibration(sweep.graded)
     return tasks
 
 
@@ -78,11 +87,11 @@ def check_asked(asked: Asked) -> None:
 def asked_methods(asked: Asked) -> list[tuple[MethodLabel, dict[str, Any]]]:
     """Every method asked for, once, with its changed parameters. Raises HarnessError for unknown names of any kind."""
     with refusals():
-        labels = [MethodLabel.parse(text) for text in asked.methods]
+        labels = [read_label(text) for text in asked.methods]
         names = {label.name for label in labels}
         for key in asked.set:
             if "." not in key or key.partition(".")[0] not in names:
-                raise HarnessError(f"--set {key!r} names no method of this run; write method.parameter=value")
+                raise HarnessError(f"--set {shown(key)} names no method of this run; write method.parameter=value")
         found = {label: label.own(asked.set) for label in labels}
         for label, changed in found.items():
             check_method(label, changed)

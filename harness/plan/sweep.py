@@ -9,7 +9,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from harness.plan.methods import PlannedMethod, plan_methods
 from harness.plan.names import check_sweep, refusals
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
-from tasks.base import Sample, Task, TaskOptions
+from tasks.base import NothingFits, Sample, Task, TaskOptions
 from tasks.graded.settings import find_grades
 
 LOG = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class PlannedSample:
     def prompt(self, tokenizer: TaskTokenizer, loaded: LoadedModel, max_new_tokens: int | None) -> Prompt:
         limits = Limits(
             max_new_tokens=_capped(self.sample.max_new_tokens, max_new_tokens),
-            eos_ids=loaded.eos_ids | _stop_ids(self.sample.stop, tokenizer),
+            eos_ids=loaded.eos_ids | _ids_of((*self.sample.stop, *self.sample.end_tokens), tokenizer),
             min_new_tokens=self.sample.min_new_tokens,
             stop=self.sample.stop,
             text=tokenizer.decode,
@@ -161,6 +161,7 @@ def plan_samples(
     """
     options = task_options(sweep, loaded)
     samples, specs = [], []
+    why = "none has a setting that qualified at these lengths; see --graded"
     for task in tasks:
         own = options if task.name in sweep.tasks else replace(options, lengths=task.fitting(options))
         if len(own.lengths) < len(options.lengths):
@@ -168,13 +169,18 @@ def plan_samples(
             LOG.warning("%s is left out at %s tokens: no setting of it qualified there", task.name, unfit)
         if not own.lengths:
             continue
-        drawn, spec = plan_task(task, own, loaded, sweep.nll_tokens)
+        try:
+            drawn, spec = plan_task(task, own, loaded, sweep.nll_tokens)
+        except NothingFits as error:
+            why = f"{task.name}: {error}"
+            LOG.warning("%s is left out: %s", task.name, error)
+            continue
         for planned in drawn:
             _check_fits(planned, options.max_tokens, sweep.max_new_tokens)
         samples += drawn
         specs.append(spec)
     if not specs:
-        raise HarnessError("no task is left: none has a setting that qualified at these lengths; see --graded")
+        raise HarnessError(f"no task is left: {why}")
     return samples, tuple(specs), options.max_tokens
 
 
@@ -244,9 +250,9 @@ def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
     return RunSpec(**values | resolved)
 
 
-def _stop_ids(stop: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:
-    """Tokens that are a stop string and nothing else; like end-of-text they are barred before `min_new_tokens`."""
-    last = {text: tokenizer.encode(text)[-1:] for text in stop}
+def _ids_of(texts: Sequence[str], tokenizer: TaskTokenizer) -> frozenset[int]:
+    """Tokens that are one of `texts` and nothing else; like end-of-text they are barred before `min_new_tokens`."""
+    last = {text: tokenizer.encode(text)[-1:] for text in texts}
     return frozenset(ids[0] for text, ids in last.items() if ids and tokenizer.decode(ids) == text)
 
 
@@ -254,9 +260,11 @@ def _plan_sample(task: Task, sample: Sample, loaded: LoadedModel, nll_tokens: in
     wrapped = wrap(loaded.tokenizer, sample)
     answer = answer_tokens(loaded.tokenizer, wrapped, task.reference(sample), limit=nll_tokens)
     notes = (NO_TEMPLATE,) if sample.chat and not loaded.tokenizer.chat_template else ()
+    notes = (*notes, *loaded.set_aside)
     if sample.turns and "\n" not in sample.stop:
         raise HarnessError(f"task {task.name}: a conversation has a line for each answer; add a line break to `stop`")
     turns = tuple(array("i", turn_tokens(loaded.tokenizer, sample, turn)) for turn in sample.turns)
+    loaded.check_ids(chain(wrapped.ids, answer, *turns), f"task {task.name} sample {sample.id}")
     ids, of_spans = array("i", wrapped.ids), (wrapped.needle, wrapped.protected)
     return PlannedSample(task, sample, ids, wrapped.context, tuple(answer), *of_spans, notes, turns)
 

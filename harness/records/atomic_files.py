@@ -8,16 +8,59 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import mkdtemp
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
+from harness.records.plain_files import KINDS
 
 LOCK_FILE = ".lock"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+LONGEST = 64 << 20
+"""Bytes of a line of a log."""
 log = logging.getLogger("harness")
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Open a plain file, and nothing else: a pipe or a device is refused, and never waited for.
+
+    Raises HarnessError for what is there and is no plain file, OSError where it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o644)
+    except OSError:
+        if path.exists():
+            _check_plain(path, path.stat().st_mode)
+        raise
+    try:
+        _check_plain(path, os.fstat(descriptor).st_mode)
+    except HarnessError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_plain(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in KINDS if is_kind(mode)), "a device")
+        raise HarnessError(f"{shown(str(path))} is {kind}, not a plain file; move it away")
+
+
+def check_place(root: Path) -> None:
+    """Raise HarnessError where no folder can be made or written at `root`. It leaves nothing, so it can come early."""
+    try:
+        here = next(path for path in (root, *root.absolute().parents) if path.exists())
+        if not here.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        os.rmdir(mkdtemp(prefix=".harness-", dir=here))
+    except OSError as error:
+        raise write_error(root, error) from None
+    except ValueError as error:  # a NUL in the name
+        raise HarnessError(f"cannot write {shown(str(root))}: {error}; choose another folder") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,10 +78,12 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.close(descriptor)
         os.replace(part, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # an interrupt too leaves nothing behind
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        raise write_error(path, error) from None
+        if isinstance(error, OSError):
+            raise write_error(path, error) from None
+        raise
 
 
 def append(path: Path, data: bytes, *, intact: int | None = None) -> None:
@@ -49,7 +94,7 @@ def append(path: Path, data: bytes, *, intact: int | None = None) -> None:
     """
     try:
         new = not path.exists()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             before = os.fstat(descriptor).st_size
             try:
@@ -70,11 +115,14 @@ def append(path: Path, data: bytes, *, intact: int | None = None) -> None:
 def whole_lines(path: Path, *, quiet: bool = False) -> Iterator[bytes]:
     """Read the whole lines of a log one by one, without their ends; a missing file has none.
 
-    An unfinished last line is left out, with a warning unless `quiet`. Raises HarnessError when the log cannot be read.
+    An unfinished last line is left out, with a warning unless `quiet`. Raises HarnessError when the log cannot be
+    read, or a line of it is longer than `LONGEST`.
     """
     try:
-        with path.open("rb") as file:
-            for line in file:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), start=1):
+                if len(line) == LONGEST:
+                    raise HarnessError(f"{path}:{number} is longer than {LONGEST:,} bytes; remove that line")
                 if line.endswith(b"\n"):
                     yield line[:-1]
                 elif not quiet:
@@ -88,7 +136,7 @@ def whole_lines(path: Path, *, quiet: bool = False) -> Iterator[bytes]:
 def cut(path: Path) -> None:
     """Take an unfinished last line off a log, with a warning. Raises HarnessError when it cannot be done."""
     try:
-        with path.open("rb+") as file:
+        with os.fdopen(open_plain(path, os.O_RDWR), "rb+") as file:
             line = (deque(file, maxlen=1) or [b"\n"])[0]
             if not line.endswith(b"\n"):
                 told = "%s: cut off an unfinished last line (%d bytes); what it held is run again"
@@ -121,7 +169,7 @@ def lock_folder(folder: Path) -> int:
 
     Raises HarnessError, which names the process if it is known, when another one holds the folder.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_plain(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -146,6 +194,7 @@ def unlock_folder(descriptor: int) -> None:
 def write_error(path: Path, error: OSError, *, intact: int | None = None) -> HarnessError:
     """Say in one line why `path` could not be written, what to do, and that `intact` records are safe."""
     kept = "" if intact is None else f"; {intact} records are intact"
+    name = shown(str(path))[1:-1]
     if error.errno in FULL:
-        return HarnessError(f"disk full while writing {path}{kept}; free space and repeat the command")
-    return HarnessError(f"cannot write {path}: {error.strerror or error}{kept}; fix this and repeat the command")
+        return HarnessError(f"disk full while writing {name}{kept}; free space and repeat the command")
+    return HarnessError(f"cannot write {name}: {error.strerror or error}{kept}; fix this and repeat the command")

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness.records.log_folder import LogFolder, LogLayout
+from harness.records.log_folder import LogFolder, Resume
+from harness.records.log_layout import LogLayout
 from harness.records.measured import Measured
 from harness.records.spec import Frozen, MethodSpec
 
@@ -81,6 +82,7 @@ class BenchRecord(Frozen):
     measured: Measured | None = None
     clock_mhz: float | None = None  # median of the processor's cores when the probe began, None where it is not told
     at: str = ""  # when the probe began: UTC, ISO 8601
+    environment_changes: tuple[str, ...] = ()  # since the bench's first session, where it was resumed all the same
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -102,6 +104,7 @@ class BenchManifest(Frozen):
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)  # as `harness.machine.machine` gives it, and clocks in MHz
+    sources: dict[str, str] = Field(default_factory=dict)  # of code, as `harness.plan.sources` gives it
 
 
 def machine_id(machine: Mapping[str, Any]) -> str:
@@ -117,6 +120,7 @@ BENCHES = LogLayout(
     record=BenchRecord,
     ids=lambda manifest: (manifest.bench_id, manifest.spec.bench_id(manifest.machine)),
     owner=lambda record: record.bench_id,
+    device=lambda manifest: manifest.spec.device,
 )
 
 
@@ -126,9 +130,9 @@ load_bench = BENCHES.load
 class BenchStore(LogFolder[BenchManifest, BenchRecord]):
     """The one writer of `root/<bench_id>/`, made or resumed as `LogFolder` says; use it as a context."""
 
-    def __init__(self, root: Path, manifest: BenchManifest) -> None:
+    def __init__(self, root: Path, manifest: BenchManifest, resume: "Resume[BenchStore] | None" = None) -> None:
         self.stored: dict[tuple[str, str, int, int], BenchRecord] = {}
-        super().__init__(BENCHES, root / manifest.bench_id, manifest)
+        super().__init__(BENCHES, root / manifest.bench_id, manifest, resume)
 
     def done(self, key: tuple[str, str, int, int]) -> bool:
         """Say whether a probe's result is stored; what failed or ran out of time is tried again."""

@@ -10,12 +10,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness.errors import HarnessError
-from harness.records.log_folder import LogFolder, LogLayout
+from harness.records.log_folder import LogFolder, Resume
+from harness.records.log_layout import LogLayout
 from harness.records.measured import ProbeStatus
 from harness.records.spec import SCHEMA_VERSION, Frozen, ModelSpec
 
 MANIFEST_FILE, RECORDS_FILE = "boundary.json", "boundary.jsonl"
-MAY_DIFFER = {"command", "created", "git_commit", "versions", "machine", "model_bytes", "notes"}  # in what is resumed
+MAY_DIFFER = {"command", "created", "git_commit", "versions", "machine", "sources", "model_bytes", "notes"}
+"""Fields in which what is resumed may be another."""
 
 SizeKind = Literal["context", "batch"]
 
@@ -53,6 +55,7 @@ class BoundaryRecord(Frozen):
     step: int
     found: Found | None = None  # None while the search goes on
     probes: tuple[Tried, ...] = ()
+    environment_changes: tuple[str, ...] = ()  # since the folder's first session, where it was resumed all the same
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -82,6 +85,7 @@ class BoundaryManifest(Frozen):
     git_commit: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
+    sources: dict[str, str] = Field(default_factory=dict)  # of code, as `harness.plan.sources` gives it
 
 
 BOUNDARIES = LogLayout(
@@ -90,19 +94,20 @@ BOUNDARIES = LogLayout(
     records_file=RECORDS_FILE,
     manifest=BoundaryManifest,
     record=BoundaryRecord,
+    device=lambda manifest: manifest.model.device,
 )
 
 
 class BoundaryStore(LogFolder[BoundaryManifest, BoundaryRecord]):
     """The one writer of a folder of searches, made or resumed as `LogFolder` says; one of other settings is refused."""
 
-    def __init__(self, folder: Path, manifest: BoundaryManifest) -> None:
+    def __init__(self, folder: Path, manifest: BoundaryManifest, resume: "Resume[BoundaryStore] | None" = None) -> None:
         self.records: dict[tuple[str, str, str, int], BoundaryRecord] = {}
-        super().__init__(BOUNDARIES, folder, manifest)
+        super().__init__(BOUNDARIES, folder, manifest, resume)
 
     def put(self, record: BoundaryRecord) -> None:
         """Store a search as far as it came, in place of what was there of it."""
-        self._note(record)
+        self._note(self._marked(record))
         self._replace(list(self.records.values()))
 
     def _note(self, record: BoundaryRecord) -> None:

@@ -10,107 +10,52 @@ process). No torch here: leaderboards read through this module.
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import count
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
-from pydantic import ValidationError
-
 from harness.errors import HarnessError
 from harness.records import atomic_files as disk
+from harness.records.changes import changes
+from harness.records.log_layout import LogLayout, M, R, key_of
 from harness.records.spec import Frozen
 
-AnyFrozen = TypeVar("AnyFrozen", bound=Frozen)
-M = TypeVar("M", bound=Frozen)
-R = TypeVar("R", bound=Frozen)
-key_of: Callable[[Frozen], Hashable] = attrgetter("key")
-version_of: Callable[[Frozen], int] = attrgetter("schema_version")
+S = TypeVar("S")
 END_CHARS = 500  # characters of the error in a manifest
 log = logging.getLogger("harness")
 
 
 @dataclass(frozen=True)
-class LogLayout(Generic[M, R]):
-    """What a folder of one kind holds."""
+class Resume(Generic[S]):
+    """How a folder that is there is gone on with.
 
-    kind: str  # the command that writes it is `harness KIND`
-    manifest_file: str
-    records_file: str
-    manifest: type[M]
-    record: type[R]  # has a property `key`; of several records with one key the last counts
-    ids: Callable[[M], tuple[str, str]] = lambda _: ("", "")  # that a manifest states, and that its contents give
-    owner: Callable[[R], str] = lambda _: ""  # the id that a record states
-    environment: tuple[str, ...] = ("git_commit", "versions")  # where it changed, the earlier manifest is kept too
+    anyway: also where code, packages or machine are others than those of its first session. elsewhere: other machines
+    make the records, which say which one did. left: whether anything is left to do, by what is stored; a folder with
+    nothing left stays as it is.
+    """
 
-    def find(self, root: Path) -> list[Path]:
-        """The folders below `root` in name order, or `root` itself when it is one. Raises HarnessError for none."""
-        if (root / self.manifest_file).is_file():
-            return [root]
-        found = sorted(path.parent for path in root.glob(f"*/{self.manifest_file}"))
-        if not found:
-            missing = f"no {self.kind} in {root}: no folder there holds a {self.manifest_file}"
-            raise HarnessError(f"{missing}; run `harness {self.kind}` first")
-        return found
-
-    def load(self, folder: Path) -> tuple[M, list[R]]:
-        """Read a folder as stored: of each key the last record, in order of first appearance.
-
-        An unfinished last line is ignored with a warning. Raises HarnessError for a missing manifest and other damage.
-        """
-        manifest = self.read_manifest(folder)
-        return manifest, list({key_of(record): record for record in self.records(folder, manifest)}.values())
-
-    def read_manifest(self, folder: Path, name: str = "") -> M:
-        """Read the manifest of a folder, or the one of an earlier session that was kept there under `name`.
-
-        Raises HarnessError when it is missing, damaged or was edited.
-        """
-        path = folder / (name or self.manifest_file)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            ask = f"is this a {self.kind} folder? If there is none, run `harness {self.kind}` first"
-            raise HarnessError(f"cannot read {path}: {error.strerror}; {ask}") from None
-        manifest = _validate(self.manifest, data, where=str(path), remedy="restore it or move the folder away")
-        stated, given = self.ids(manifest)
-        if stated != given:
-            raise HarnessError(f"{path} was edited: its id is {stated}, but its contents give {given}")
-        return manifest
-
-    def records(self, folder: Path, manifest: M) -> Iterator[R]:
-        """Read the records of a folder one by one, all that there are of a key. Raises HarnessError as `parse` does."""
-        path = folder / self.records_file
-        return self.parse(path, disk.whole_lines(path), owner=self.ids(manifest)[0])
-
-    def parse(self, path: Path, lines: Iterable[bytes], *, owner: str) -> Iterator[R]:
-        """Read the records of `lines`. Raises HarnessError for a damaged one, or one of another folder than `owner`."""
-        current = b'{"schema_version":%d,' % _version(self.record)
-        for number, line in enumerate(lines, start=1):
-            record = _quick(self.record, line) if line.startswith(current) else None
-            if record is None:  # the slow way says why, or reads what another writer wrote
-                where, remedy = f"{path}:{number}", "remove that line to run it again"
-                record = _validate(self.record, line, where=where, remedy=remedy)
-            if (stated := self.owner(record)) != owner:
-                raise HarnessError(f"{path}:{number} belongs to {self.kind} {stated}, not {owner}; remove that line")
-            yield record
+    anyway: bool = False
+    elsewhere: bool = False
+    left: Callable[[S], bool] = lambda _: True
 
 
 class LogFolder(ABC, Generic[M, R]):
     """The one writer of a folder; close it or use it as a context."""
 
-    def __init__(self, layout: LogLayout[M, R], folder: Path, manifest: M) -> None:
+    changes: tuple[str, ...] = ()
+    """Since the folder's first session, as every new record says."""
+
+    def __init__(self, layout: LogLayout[M, R], folder: Path, manifest: M, resume: Resume[Any] | None = None) -> None:
         """Create or resume `folder`.
 
         Raises HarnessError when the folder cannot be written, another process writes to it, it holds something else,
-        or a line before the last is damaged. Nothing is changed in these cases.
+        was made by other code or elsewhere, or a line before the last is damaged. Nothing is changed in these cases.
         """
         self.layout, self.folder, self.manifest = layout, folder, manifest
-        self._path, self._intact = folder / layout.records_file, 0
+        self._path, self._intact, self._how, self._complete = folder / layout.records_file, 0, resume or Resume(), False
         stated, given = layout.ids(manifest)
         if stated != given:
             raise HarnessError(f"{layout.kind} id {stated} is not the id of its spec, {given}")
@@ -119,6 +64,8 @@ class LogFolder(ABC, Generic[M, R]):
             self._lock = disk.lock_folder(folder)
         except OSError as error:
             raise disk.write_error(folder, error) from None
+        except ValueError as error:  # a NUL in its name; refusals are ValueErrors too
+            raise HarnessError(str(error)) from None
         with ExitStack() as undo:
             undo.callback(self.close)
             self._resume()
@@ -129,11 +76,12 @@ class LogFolder(ABC, Generic[M, R]):
         """Remember a stored record; called in the order of the log."""
 
     def append(self, records: Sequence[R]) -> None:
-        """Store records in one write; on return they are on the disk.
+        """Store records in one write, with what changed since the first session; on return they are on the disk.
 
         Raises HarnessError when a record belongs to another folder, and when the disk is full or fails: the log is then
         cut back to what it was before this call.
         """
+        records = [self._marked(record) for record in records]
         disk.append(self._path, self._lines(records), intact=self._intact)
         self._intact += len(records)
         for record in records:
@@ -145,7 +93,12 @@ class LogFolder(ABC, Generic[M, R]):
         self._intact = len(records)
 
     def finish(self, status: str, *, finished: str, **more: object) -> None:
-        """Rewrite a manifest that has a status with how the work ended, and with `more` of its fields."""
+        """Rewrite a manifest that has a status with how the work ended, and with `more` of its fields.
+
+        That of a folder in which nothing was left to do is finished at most.
+        """
+        if self._complete and (status != "finished" or self.manifest.model_dump()["status"] == "finished"):
+            return
         ended = {**self.manifest.model_dump(), "status": status, "finished": finished, **more}
         self.manifest = type(self.manifest).model_validate(ended)
         self._write_manifest()
@@ -156,11 +109,13 @@ class LogFolder(ABC, Generic[M, R]):
         try:
             yield
         except KeyboardInterrupt:
-            self.finish("interrupted", finished=now())
+            with suppress(HarnessError):  # what ended the work is told, not that its end cannot be written
+                self.finish("interrupted", finished=now())
             raise
         except BaseException as error:  # raised again: what ended the work only has to be told
             told = {"error": " ".join(str(error).split())[:END_CHARS]}
-            self.finish("failed", finished=now(), **(told if "error" in self.layout.manifest.model_fields else {}))
+            with suppress(HarnessError):
+                self.finish("failed", finished=now(), **(told if "error" in self.layout.manifest.model_fields else {}))
             raise
         self.finish("finished", finished=now())
 
@@ -194,10 +149,32 @@ class LogFolder(ABC, Generic[M, R]):
             self._note(record)
             self._intact += 1
         if earlier is not None:
+            self.changes = self._changes(earlier)
+            since = f"since it was begun: {'; '.join(self.changes)}"
+            if not self._how.left(self):
+                if self.changes:
+                    log.warning("%s has nothing left to do and stays as it is, although %s", self.folder, since)
+                self.manifest, self._complete = earlier, True
+                return
+            if self.changes and not self._how.anyway:
+                advice = "add --resume-anyway to go on with it (its new records say so), or choose another --out"
+                raise HarnessError(f"{self.folder} would hold two kinds of records; {since}; {advice}")
             self._keep(earlier)
         self._write_manifest()
         disk.cut(self._path)
         disk.append(self._path, b"", intact=self._intact)  # a log that cannot be written is refused before any work
+
+    def _changes(self, earlier: M) -> tuple[str, ...]:
+        """What decides numbers and is another now than in the first session."""
+        kept, this = self._kept(), self.manifest
+        first: Any = self.layout.read_manifest(self.folder, kept[min(kept)].name) if kept else earlier
+        return changes(first, this, device=self.layout.device(this), elsewhere=self._how.elsewhere)  # type: ignore[arg-type]
+
+    def _kept(self) -> dict[int, Path]:
+        """The manifests of earlier sessions, by their numbers."""
+        stem = self.layout.manifest_file.removesuffix(".json")
+        numbered = ((path.name.removeprefix(f"{stem}.")[:-5], path) for path in self.folder.glob(f"{stem}.*.json"))
+        return {int(number): path for number, path in numbered if number.isascii() and number.isdecimal()}
 
     def _keep(self, earlier: M) -> None:
         """Where only the environment changed, the earlier manifest is kept beside the new."""
@@ -205,11 +182,14 @@ class LogFolder(ABC, Generic[M, R]):
         old, new = (manifest.model_dump(mode="json", include=fields) for manifest in (earlier, self.manifest))
         changed = [name for name in new if old[name] != new[name]]
         if changed:
-            stem = self.layout.manifest_file.removesuffix(".json")
-            kept = next(path for n in count(1) if not (path := self.folder / f"{stem}.{n}.json").exists())
+            stem, number = self.layout.manifest_file.removesuffix(".json"), max(self._kept(), default=0) + 1
+            kept = self.folder / f"{stem}.{number}.json"
             disk.write_text(kept, earlier.model_dump_json(indent=2) + "\n")
             told = "%s: resumed with another commit or environment (%s); the earlier one is in %s"
             log.warning(told, self.folder, ", ".join(changed), kept)
+
+    def _marked(self, record: R) -> R:
+        return record.model_copy(update={"environment_changes": self.changes}) if self.changes else record
 
     def _write_manifest(self) -> None:
         disk.write_text(self.folder / self.layout.manifest_file, self.manifest.model_dump_json(indent=2) + "\n")
@@ -231,39 +211,3 @@ def to_line(record: Frozen) -> bytes:
 def now() -> str:
     """Return the time as manifests hold it: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _quick(kind: type[AnyFrozen], line: bytes) -> AnyFrozen | None:
-    """Parse a line that begins as this version writes it; None for a damaged one."""
-    try:
-        record = kind.model_validate_json(line)
-    except ValidationError:
-        return None
-    return record if version_of(record) == _version(kind) else None
-
-
-def _version(kind: type[Frozen]) -> int:
-    version: int = kind.model_fields["schema_version"].default
-    return version
-
-
-def _validate(kind: type[AnyFrozen], data: bytes, *, where: str, remedy: str) -> AnyFrozen:
-    current = _version(kind)
-    try:
-        raw: Any = json.loads(data)
-    except ValueError:
-        raise HarnessError(f"{where} is damaged: not JSON; {remedy}") from None
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version == current or (version is None and isinstance(raw, dict)):
-        try:
-            found = kind.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise HarnessError(f"{where} is damaged: {field}: {first['msg']}; {remedy}") from None
-    if version != current:
-        raise HarnessError(
-            f"{where} has schema_version {version!r}, this version reads {current}; "
-            "read it with the version that wrote it, or run again into another folder"
-        )
-    return found

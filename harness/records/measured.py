@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
+from harness.records.ranges import Bytes, BytesByLayer, Count, Number, Seconds
 from harness.records.spec import Frozen
 
 ProbeStatus = Literal["ok", "oom", "timeout", "failed"]
@@ -14,9 +15,9 @@ ProbeStatus = Literal["ok", "oom", "timeout", "failed"]
 class Spread(Frozen):
     """Median of repeated seconds, with the least and the most."""
 
-    median: float
-    low: float
-    high: float
+    median: Seconds
+    low: Seconds
+    high: Seconds
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
@@ -26,20 +27,20 @@ class Spread(Frozen):
 class Measured(Frozen):
     """One method at one budget, on prompts of one length, by itself."""
 
-    tokens: int  # of each prompt
-    batch: int  # prompts, prefilled one at a time and decoded together
-    new_tokens: int  # generated for each prompt
-    rounds: int  # repetitions after a dropped warm-up
+    tokens: Count  # of each prompt
+    batch: Count  # prompts, prefilled one at a time and decoded together
+    new_tokens: Count  # generated for each prompt
+    rounds: Count  # repetitions after a dropped warm-up
     prefill_s: Spread  # of one prompt, without what follows
     observe_s: Spread  # gathering what the method asks for: window queries, column sums
     compress_s: Spread
     ttft_s: Spread  # time to the first token of a prompt: the three above and the choice of the token
     tpot_s: Spread  # time per output token: a decode step of the whole batch
-    tokens_per_s: float  # output tokens a second over the batch, by the median step
-    kv_bytes: tuple[int, ...]  # live bytes of each layer after compression, of one prompt
-    model_bytes: int  # resident (CPU) or allocated (CUDA) before the first prompt
-    peak_bytes: int  # most that was held above that, prefill and decode of the whole batch included
-    predicted_bytes: int  # what `harness.speed.predicted_memory` expects `peak_bytes` to be
+    tokens_per_s: Number  # output tokens a second over the batch, by the median step
+    kv_bytes: BytesByLayer  # live bytes of each layer after compression, of one prompt
+    model_bytes: Bytes  # resident (CPU) or allocated (CUDA) before the first prompt
+    peak_bytes: Bytes  # most that was held above that, prefill and decode of the whole batch included
+    predicted_bytes: Bytes  # what `harness.speed.predicted_memory` expects `peak_bytes` to be
     memory: Literal["resident set", "cuda allocated"]  # what the two before are of
 
 

@@ -2,11 +2,31 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from harness.records.measured import Measured
+from harness.records.ranges import (
+    Bytes,
+    Count,
+    Counts,
+    CountsByLayer,
+    Label,
+    Line,
+    Lines,
+    Meta,
+    Metrics,
+    Nats,
+    Number,
+    Seconds,
+    Seed,
+    Sha256OrNone,
+    Text,
+    Texts,
+    TokenIds,
+    Versions,
+)
 from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
@@ -21,56 +41,56 @@ class Record(Frozen):
     """One sample under one cell (method x budget). One JSON line."""
 
     schema_version: int = SCHEMA_VERSION
-    run_id: str
-    model: str
-    dtype: str
-    task: str  # task name, `family/dataset`
-    sample_id: str
-    method: str  # method label, `name` or `name@preset`
-    budget: str  # as asked: tokens (`128`), a kept fraction (`0.25`), or `full` for a method without a budget
+    run_id: Label
+    model: Label
+    dtype: Label
+    task: Label  # task name, `family/dataset`
+    sample_id: Label
+    method: Label  # method label, `name` or `name@preset`
+    budget: Label  # as asked: tokens (`128`), a kept fraction (`0.25`), or `full` for a method without a budget
     query: QueryMode
     first_token: FirstToken
-    seed: int
+    seed: Seed
     status: Status  # ok: scored; skipped: cannot be run as asked; failed: an error; oom: out of memory
-    error: str | None = None  # one line on why the status is not ok
+    error: Line | None = None  # one line on why the status is not ok
     memory: Memory = "physical"  # simulated: nothing it drops is freed, so bytes, seconds and peaks are no results
     over_budget: bool = False  # stored bytes (live ones of old records) exceed asked bytes by more than 1 %
-    notes: tuple[str, ...] = ()  # what a reader must know, such as a degenerate allocation or neutral tables
-    environment_changes: tuple[str, ...] = ()  # since the run's first session, where it was resumed all the same
+    notes: Lines = ()  # what a reader must know, such as a degenerate allocation or neutral tables
+    environment_changes: Lines = ()  # since the run's first session, where it was resumed all the same
 
-    prompt_tokens: int = 0  # tokens of the whole prompt, chat wrap and answer prefix included
-    compressed_tokens: int = 0  # that were cached at compression: the prompt, or its context when query-agnostic
-    prompt_sha256: str = ""  # of the prompt's token ids, comma-separated decimal
-    prompt_tail: str = ""  # the last `PROMPT_TAIL` characters of the prompt, without the chat template's own
-    budget_tokens: int | None = None  # resolved for this prompt: slots per layer and KV head; None without a budget
-    kept_slots: tuple[int, ...] = ()  # live ones of each compressible layer after compression, over its KV heads
+    prompt_tokens: Count = 0  # tokens of the whole prompt, chat wrap and answer prefix included
+    compressed_tokens: Count = 0  # that were cached at compression: the prompt, or its context when query-agnostic
+    prompt_sha256: Sha256OrNone = ""  # of the prompt's token ids, comma-separated decimal
+    prompt_tail: Line = ""  # the last `PROMPT_TAIL` characters of the prompt, without the chat template's own
+    budget_tokens: Count | None = None  # resolved for this prompt: slots per layer and KV head; None without a budget
+    kept_slots: Counts = ()  # live ones of each compressible layer after compression, over its KV heads
 
-    kv_bytes: int = 0  # right after compression: live keys, values, positions, side data; sliding windows included
-    kv_bytes_end: int = 0  # the same after the last decoded token
-    stored_bytes: int = 0  # right after compression: all that is allocated for it; 0: not measured (old records)
-    stored_bytes_end: int = 0  # the same after the last decoded token, room for further ones included
-    byte_steps: int | None = None  # sum of what was stored at each token picked, end-of-text too; None: not measured
-    asked_bytes: int = 0  # what the budget allows: slots with their positions, sliding-window layers at their own size
-    full_bytes: int = 0  # the uncompressed cache of the same tokens, which needs no positions
-    needle_tokens: int = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
-    needle_kept: tuple[tuple[int, ...], ...] = ()  # of those, by compressible layer and KV head, after compression
+    kv_bytes: Bytes = 0  # right after compression: live keys, values, positions, side data; sliding windows included
+    kv_bytes_end: Bytes = 0  # the same after the last decoded token
+    stored_bytes: Bytes = 0  # right after compression: all that is allocated for it; 0: not measured (old records)
+    stored_bytes_end: Bytes = 0  # the same after the last decoded token, room for further ones included
+    byte_steps: Bytes | None = None  # sum of what was stored at each token picked, end-of-text too; None: not measured
+    asked_bytes: Bytes = 0  # what the budget allows: slots with positions, sliding-window layers at their own size
+    full_bytes: Bytes = 0  # the uncompressed cache of the same tokens, which needs no positions
+    needle_tokens: Count = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
+    needle_kept: CountsByLayer = ()  # of those, by compressible layer and KV head, after compression
 
-    answers: tuple[str, ...] = ()  # references, so that the prediction can be scored again from this line
-    prediction: str = ""
-    token_ids: tuple[int, ...] = ()  # generated token ids, end-of-text excluded
-    turn_tokens: tuple[int, ...] = ()  # of a conversation: how many of them each turn said, a line of the prediction
-    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)  # task metrics in [0, 1]; `score` is the primary one
-    nll: FiniteFloat | None = None  # mean of the reference, nats per token, teacher-forced on the compressed cache
-    nll_tokens: int = 0  # reference tokens that `nll` is the mean of
-    nll_first: FiniteFloat | None = None  # its first token's part, uncompressed when first_token is `prefill`
-    meta: dict[str, Any] = Field(default_factory=dict)  # the sample's own: length, depth; one `group` is one context
+    answers: Texts = ()  # references, so that the prediction can be scored again from this line
+    prediction: Text = ""
+    token_ids: TokenIds = ()  # generated token ids, end-of-text excluded
+    turn_tokens: Counts = ()  # of a conversation: how many of them each turn said, a line of the prediction
+    metrics: Metrics = Field(default_factory=dict)  # task metrics in [0, 1]; `score` is the primary one
+    nll: Nats | None = None  # mean of the reference, nats per token, teacher-forced on the compressed cache
+    nll_tokens: Count = 0  # reference tokens that `nll` is the mean of
+    nll_first: Nats | None = None  # its first token's part, uncompressed when first_token is `prefill`
+    meta: Meta = Field(default_factory=dict)  # the sample's own: length, depth; one `group` is one context
 
-    accelerator: str = ""  # what ran it: GPU or processor; in one run they may differ
-    prefill_s: float = 0.0  # observation included; one serves all cells of a sample and all questions of a context
-    observe_ms: FiniteFloat | None = None  # prefill with what the method observes less a plain one; None: not measured
-    compress_s: float = 0.0  # of this cell alone
-    decode_s: float = 0.0  # seconds of the decode batch this cell was a row of; shared, so not a latency of the method
-    decode_rows: int = 0  # rows of that batch
+    accelerator: Label = ""  # what ran it: GPU or processor; in one run they may differ
+    prefill_s: Seconds = 0.0  # observation included; one serves all cells of a sample and all questions of a context
+    observe_ms: Number | None = None  # prefill with what the method observes less a plain one; None: not measured
+    compress_s: Seconds = 0.0  # of this cell alone
+    decode_s: Seconds = 0.0  # of the decode batch this cell was a row of; shared, so not a latency of the method
+    decode_rows: Count = 0  # rows of that batch
     measured: Measured | None = None  # this cell by itself on the same prompt; None where nothing was measured
 
     @property
@@ -88,15 +108,16 @@ class RunManifest(Frozen):
     """run.json, written before the first record and rewritten when the run ends."""
 
     schema_version: int = SCHEMA_VERSION
-    run_id: str
+    run_id: Label
     status: Literal["started", "finished", "interrupted", "failed"]
-    command: tuple[str, ...]  # the command line as typed
+    command: Texts  # the command line as typed
     spec: RunSpec  # the command line as resolved
-    started: str  # UTC, ISO 8601
-    finished: str | None = None
-    samples: int  # samples that the run consists of, over all tasks
-    cells: int  # cells of each sample: (method, budget) pairs
-    git_commit: str | None = None
-    versions: dict[str, str] = Field(default_factory=dict)  # Python and package versions
-    machine: dict[str, Any] = Field(default_factory=dict)  # as `harness.machine.machine` gives it
-    error: str | None = None
+    started: Label  # UTC, ISO 8601
+    finished: Label | None = None
+    samples: Count  # samples that the run consists of, over all tasks
+    cells: Count  # cells of each sample: (method, budget) pairs
+    git_commit: Label | None = None
+    versions: Versions = Field(default_factory=dict)  # Python and package versions
+    machine: Meta = Field(default_factory=dict)  # as `harness.machine.machine` gives it
+    sources: Versions = Field(default_factory=dict)  # sha256 of code, as `harness.plan.sources` gives it
+    error: Line | None = None

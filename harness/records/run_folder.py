@@ -9,7 +9,8 @@ from pathlib import Path
 from harness.records.atomic_files import write_bytes as write_bytes
 from harness.records.atomic_files import write_text as write_text
 from harness.records.board_record import BoardRecord, Shortener
-from harness.records.log_folder import LogFolder, LogLayout
+from harness.records.log_folder import LogFolder, Resume
+from harness.records.log_layout import LogLayout
 from harness.records.record import Key, Record, RunManifest
 
 DONE = frozenset({"ok", "skipped"})
@@ -21,16 +22,17 @@ RUNS = LogLayout(
     record=Record,
     ids=lambda manifest: (manifest.run_id, manifest.spec.run_id),
     owner=lambda record: record.run_id,
-    environment=("git_commit", "versions", "machine"),
+    environment=("git_commit", "versions", "machine", "sources"),
+    device=lambda manifest: manifest.spec.model.device,
 )
 
 
 class RunStore(LogFolder[RunManifest, Record]):
     """The one writer of `root/<run_id>/`, made or resumed as `LogFolder` says; close it or use it as a context."""
 
-    def __init__(self, root: Path, manifest: RunManifest) -> None:
+    def __init__(self, root: Path, manifest: RunManifest, resume: "Resume[RunStore] | None" = None) -> None:
         self._status: dict[Key, str] = {}
-        super().__init__(RUNS, root / manifest.run_id, manifest)
+        super().__init__(RUNS, root / manifest.run_id, manifest, resume)
 
     @property
     def done(self) -> frozenset[Key]:

@@ -5,10 +5,24 @@ No torch and no transformers here: leaderboards import this module.
 
 import hashlib
 import json
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from harness.records import ranges
+from harness.records.options import (
+    Changes,
+    Flag,
+    Lengths,
+    PathText,
+    Samples,
+    SamplesOrOff,
+    Seed,
+    Tokens,
+    TokensOrOff,
+    Word,
+    Words,
+)
 from methods.budget import Budget
 
 SCHEMA_VERSION = 2
@@ -24,22 +38,6 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def check_least(given: Any, least: float, field: ValidationInfo) -> Any:
-    """The value of an option, or each of several, when it is None or at least `least`; a field ending in _s is seconds.
-
-    Raises ValueError, with the option as it is typed.
-    """
-    for number in given if isinstance(given, tuple) else (given,):
-        if number is not None and not number >= least:  # nan too
-            raise ValueError(f"--{option(field).removesuffix('-s')} {number} is too small; give at least {least}")
-    return given
-
-
-def option(field: ValidationInfo) -> str:
-    """The field's name as it is typed, without its dashes."""
-    return str(field.field_name).replace("_", "-")
-
-
 class Asked(Frozen):
     """What every command that runs methods on a model is asked for. Names are checked by `harness.plan`.
 
@@ -49,12 +47,12 @@ class Asked(Frozen):
 
     OTHER_WAY: ClassVar[str] = ""  # of naming methods, for an error line
 
-    model: str = "smollm2-135m"
-    methods: tuple[str, ...]
-    budgets: tuple[str, ...] = ("128", "256", "512")
-    dtype: str = "auto"
-    device: str = "auto"
-    set: dict[str, Any] = Field(default_factory=dict)
+    model: PathText = "smollm2-135m"
+    methods: Words
+    budgets: Words = ("128", "256", "512")
+    dtype: Word = "auto"
+    device: Word = "auto"
+    set: Changes = Field(default_factory=dict)
 
     @field_validator("methods")
     @classmethod
@@ -66,14 +64,16 @@ class Asked(Frozen):
     @field_validator("budgets")
     @classmethod
     def _budgets_parse(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        if not budgets:
+            raise ValueError("no budgets asked for; give some with --budgets 128,0.25")
         for budget in budgets:
             Budget.parse(budget)
         return budgets
 
     @property
     def parsed_budgets(self) -> tuple[Budget, ...]:
-        """The budgets in the order asked; one that is asked for twice is there twice, as a run's spec has it."""
-        return tuple(map(Budget.parse, self.budgets))  # not kept: a copy with other budgets must not have these
+        """The budgets in the order asked, each once however it is spelled."""
+        return tuple(dict.fromkeys(map(Budget.parse, self.budgets)))  # not kept: a copy may have other budgets
 
 
 class Sweep(Asked):
@@ -89,22 +89,22 @@ class Sweep(Asked):
 
     OTHER_WAY = " or --config quick"
 
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...] = (1024,)
-    limit: int | None = None
-    seed: int = 42
-    max_tokens: int | None = None
-    max_new_tokens: int | None = None
+    tasks: Words
+    lengths: Lengths = (1024,)
+    limit: Samples | None = None
+    seed: Seed = 42
+    max_tokens: Tokens | None = None
+    max_new_tokens: Tokens | None = None
     first_token: FirstToken = "compressed"
     query: QueryMode = "aware"
-    nll_tokens: int = 64
-    observe: int = 2
-    trust_remote_code: bool = False
-    data_dir: str | None = None
-    measure: bool = False
-    whole: bool = False
+    nll_tokens: TokensOrOff = 64
+    observe: SamplesOrOff = 2
+    trust_remote_code: Flag = False
+    data_dir: PathText | None = None
+    measure: Flag = False
+    whole: Flag = False
     contexts: Contexts = "drawn"
-    graded: str | None = None
+    graded: PathText | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -112,25 +112,6 @@ class Sweep(Asked):
         if not tasks:
             raise ValueError(f"no tasks asked for; add --tasks niah,stdlib{cls.OTHER_WAY}")
         return tasks
-
-    @field_validator("lengths")
-    @classmethod
-    def _some_lengths(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        if not lengths:
-            raise ValueError("no lengths asked for; give some with --lengths 1024,4096")
-        return lengths
-
-    @field_validator("lengths", "limit", "max_tokens", "max_new_tokens")
-    @classmethod
-    def _at_least_one(cls, given: Any, field: ValidationInfo) -> Any:
-        return check_least(given, 1, field)
-
-    @field_validator("nll_tokens", "observe")
-    @classmethod
-    def _not_negative(cls, number: int, field: ValidationInfo) -> int:
-        if number < 0:
-            raise ValueError(f"--{option(field)} {number} is negative; give 0 to turn it off")
-        return number
 
     @model_validator(mode="after")
     def _measurable(self) -> Self:
@@ -145,9 +126,9 @@ class Sweep(Asked):
 class MethodSpec(Frozen):
     """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved."""
 
-    label: str
-    name: str
-    params: dict[str, Any] = Field(default_factory=dict)
+    label: ranges.Label
+    name: ranges.Label
+    params: ranges.Meta = Field(default_factory=dict)
     budgeted: bool = True
 
 
@@ -157,20 +138,20 @@ class ModelSpec(Frozen):
     loaded_as: what was done to its weights: an adapter merged, quantised, spread over devices.
     """
 
-    name: str
-    revision: str
-    dtype: str
-    device: str
+    name: ranges.Label
+    revision: ranges.Label
+    dtype: ranges.Label
+    device: ranges.Label
     trust_remote_code: bool = False
-    loaded_as: tuple[str, ...] = ()
+    loaded_as: ranges.Typed = ()
 
 
 class TaskSpec(Frozen):
     """A task as run. provenance: what the task says of its data (source, revision, checksums, substitutions)."""
 
-    name: str
-    protocol: str
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    name: ranges.Label
+    protocol: ranges.Label
+    provenance: ranges.Meta = Field(default_factory=dict)
 
 
 class RunSpec(Frozen):
@@ -178,18 +159,18 @@ class RunSpec(Frozen):
 
     schema_version: int = SCHEMA_VERSION
     model: ModelSpec
-    tasks: tuple[TaskSpec, ...]
-    methods: tuple[MethodSpec, ...]
-    budgets: tuple[str, ...]
-    lengths: tuple[int, ...]
-    limit: int | None
-    seed: int
-    max_tokens: int
-    max_new_tokens: int | None
+    tasks: Annotated[tuple[TaskSpec, ...], Field(max_length=1000)]
+    methods: Annotated[tuple[MethodSpec, ...], Field(max_length=1000)]
+    budgets: ranges.Typed
+    lengths: ranges.Lengths
+    limit: ranges.Tokens | None
+    seed: ranges.Seed
+    max_tokens: ranges.Tokens
+    max_new_tokens: ranges.Tokens | None
     first_token: FirstToken
     query: QueryMode
-    nll_tokens: int
-    measured_on: str | None = None  # the machine that cells are also timed on, which decides those numbers
+    nll_tokens: ranges.Count
+    measured_on: ranges.Label | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
     contexts: Contexts = "protocol"  # what all runs had before contexts were drawn
 

@@ -6,6 +6,7 @@ no worker reads a data set; weights come from each node's own cache. A worker wh
 driver's is refused: they decide the numbers.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,39 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from harness.engine.decode import CPU_ROWS_AT_ONCE
-from harness.engine.types import Outcome
 from harness.errors import HarnessError
 from harness.machine import machine, versions
 from harness.models.load import describe_model, load_model
 from harness.plan.sweep import Group, plan_names
-from harness.records.atomic_files import write_error
-from harness.records.log_folder import now
+from harness.records.atomic_files import check_place, open_plain, write_error
+from harness.records.log_folder import Resume, now
 from harness.records.record import Record
 from harness.records.run_folder import RunStore
-from harness.records.spec import Frozen, ModelSpec, RunSpec, Sweep
+from harness.records.spec import ModelSpec, RunSpec, Sweep
+from harness.run.fan import FanOut
 from harness.run.observing import Observed
 from harness.run.progress import Progress
 from harness.run.ray_pool import Handler, RayPool, WorkerShape, connected
-from harness.run.schedule import STORE_S, GivenUp, Item, Schedule
-from harness.run.sequential import SampleRunner, prepare, record_of
+from harness.run.schedule import STORE_S, GivenUp, Schedule
+from harness.run.sequential import Prepared, SampleRunner, failed, prepare
 from methods.base import KVPolicy
 
 SKEW_S = 30.0
 DEVICES = ("auto", "cpu", "cuda")  # a worker sees its own GPUs alone
 DECIDING = ("torch", "transformers", "tokenizers", "kv-policy-harness", "flash-attn")  # versions that must be equal
-
-
-class FanOut(Frozen):
-    """How a run is fanned out, which is no part of what the run is."""
-
-    address: str = "auto"  # `auto`, `local`, or that of a cluster's head
-    workers: int | None = None  # None for as many as fit into the cluster now
-    cpus: float = 1.0
-    gpus: float | None = None  # of a worker; None for one where the cluster has some
-    autoscale: bool = False  # `workers` may be more than fit now: nodes will come
-    timeout_s: float = 3600.0  # of one sample with all its cells
-    tries: int = 3  # until a sample that kills its workers is given up
-    start_s: float = 900.0  # without any worker, until the run is given up
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,7 @@ class MakeRunner:
         torch.set_num_threads(max(1, int(self.shape.cpus)))
         wanted = self.spec.model
         loaded = load_model(
-            wanted.name,
+            self.sweep.model,  # as it was typed: the spec has no path
             dtype=wanted.dtype,
             device=wanted.device,
             trust_remote_code=wanted.trust_remote_code,
@@ -84,15 +72,17 @@ class MakeRunner:
         return handle, {"model": loaded.spec, "versions": versions(), "machine": machine()}
 
 
-def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str]) -> Path:
+def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str], resume_anyway: bool = False) -> Path:
     """Run what is not yet recorded of a sweep on a Ray cluster and return its run folder.
 
-    Raises HarnessError for bad input, a cluster that cannot be had, or a folder that cannot be written.
+    resume_anyway: as in `run_sweep`; but what processor a worker has is told by its records, and may differ. Raises
+    HarnessError for bad input, a cluster that cannot be had, or a folder that cannot be written.
     """
     if sweep.measure:
         raise HarnessError("--measure times one cell alone on a machine, --ray fills it; leave one of the two out")
     if sweep.device not in DEVICES:
         raise HarnessError(f"--device {sweep.device!r} is of this machine; give {', '.join(DEVICES)} with --ray")
+    check_place(root)
     named = plan_names(sweep)  # names and budgets are refused before a cluster is asked
     with connected(fan.address) as (resources, dashboard):
         shape, size = _shape(sweep, fan, resources)
@@ -101,9 +91,11 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
             sweep.model, dtype=sweep.dtype, device=device, trust_remote_code=sweep.trust_remote_code
         )
         prepared = prepare(named, described, command=command)
-        spec = prepared.manifest.spec
+        spec, threads = prepared.manifest.spec, {"torch_threads": fan.threads}
+        manifest = prepared.manifest.model_copy(update={"machine": prepared.manifest.machine | threads})
         make = MakeRunner(sweep, spec, prepared.policies, prepared.samples[0].ids, shape, prepared.observed)
-        with RunStore(root, prepared.manifest) as store, store.ending():
+        left = partial(_left, prepared)
+        with RunStore(root, manifest, Resume(resume_anyway, elsewhere=True, left=left)) as store, store.ending():
             work = prepared.missing(store.done)
             work.sort(key=_cost, reverse=True)  # the longest first: none of them is left to the end
             logs = store.folder / "logs"
@@ -120,12 +112,16 @@ def run_fanout(sweep: Sweep, fan: FanOut, *, root: Path, command: Sequence[str])
             return store.folder
 
 
+def _left(prepared: Prepared, store: RunStore) -> bool:
+    return bool(prepared.missing(store.done))
+
+
 def tell(folder: Path, worker: int, line: str) -> None:
     """Add a line to a worker's file in `folder`: what it is, what it logged, how it ended. Raises HarnessError."""
     path = folder / f"worker-{worker}.log"
     try:
         folder.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with os.fdopen(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as file:
             file.write(f"{now()} {' '.join(line.split())}\n")
     except OSError as error:
         raise write_error(path, error) from None
@@ -199,7 +195,9 @@ def store_all(store: RunStore, schedule: Schedule[Group, list[Record]], progress
     try:
         for ended in schedule.run():
             for item, outcome in ended:
-                records = _given_up(store.manifest.spec, item, outcome) if isinstance(outcome, GivenUp) else outcome
+                if isinstance(outcome, GivenUp):
+                    outcome = failed(store.manifest.spec, item.work, outcome.why, outcome.status)
+                records = outcome
                 held += records
                 progress.add(records)
             progress.add(())  # how it stands is told also while nothing comes
@@ -208,9 +206,3 @@ def store_all(store: RunStore, schedule: Schedule[Group, list[Record]], progress
                 held, last = [], time.monotonic()
     finally:
         store.append(held)
-
-
-def _given_up(spec: RunSpec, item: Item[Group], outcome: GivenUp) -> list[Record]:
-    lost = Outcome()
-    lost.fail(outcome.why, outcome.status)
-    return [record_of(spec, planned, cell, lost) for planned, cells in item.work for cell in cells]

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
+
+from pydantic import Field
 
 from harness.records.atomic_files import write_text
 from harness.records.record import Record
@@ -16,18 +18,22 @@ PROGRESS_FILE = "progress.json"
 EVERY_S = {True: 1.0, False: 30.0}  # on a terminal, elsewhere
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+
+
 class Snapshot(Frozen):
-    cells: dict[str, int]  # of this and earlier sessions, by status
-    total: int  # cells of the whole run
-    samples: int  # that this session has to do, or did
-    samples_left: int
-    tokens: int  # of prompts and generations in this session
-    seconds: float  # of this session
-    workers: int
-    worker_s: float = 0.0  # that workers were ready for work, over all of them
-    busy_s: float = 0.0  # those that items took of them
-    left_s: float | None  # None before anything is done
-    at: float  # seconds since the epoch, by the driver's clock
+    cells: dict[str, Count]  # of this and earlier sessions, by status
+    total: Count  # cells of the whole run
+    samples: Count  # that this session has to do, or did
+    samples_left: Count
+    tokens: Count  # of prompts and generations in this session
+    seconds: Seconds  # of this session
+    workers: Count
+    worker_s: Seconds = 0.0  # that workers were ready for work, over all of them
+    busy_s: Seconds = 0.0  # those that items took of them
+    left_s: Seconds | None  # None before anything is done
+    at: Seconds  # seconds since the epoch, by the driver's clock
 
     def line(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.cells.items()))
@@ -83,7 +89,7 @@ class Progress:
             cells=dict(self.cells),
             total=self.total,
             samples=self.samples,
-            samples_left=self.left,
+            samples_left=max(0, self.left),
             tokens=self.tokens,
             seconds=seconds,
             workers=self.workers(),

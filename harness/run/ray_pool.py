@@ -20,8 +20,9 @@ from ray import exceptions
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.run.schedule import Done, Event, Lost, Raised, Refused, WorkerReady
+from harness.stopping import stopping
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -66,10 +67,11 @@ def connected(address: str) -> Iterator[tuple[Mapping[str, float], str]]:
             context = ray.init(address="local", **own)
     except (exceptions.RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
-        raise HarnessError(f"no Ray cluster at {address!r}: {why}; see `ray status`") from None
+        raise HarnessError(f"no Ray cluster at {shown(address)}: {why}; see `ray status`") from None
     try:
         resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield resources, getattr(context, "dashboard_url", "") or ""
+        with stopping():  # Ray sets a handler of its own, which would end a run as failed
+            yield resources, getattr(context, "dashboard_url", "") or ""
     finally:
         ray.shutdown()
 
@@ -78,11 +80,11 @@ def _check_reachable(address: str) -> None:
     """Ray itself tries for a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
-        raise HarnessError(f"--ray {address!r} is no address; give auto, local, host:port or ray://host:port")
+        raise HarnessError(f"--ray {shown(address)} is no address; give auto, local, host:port or ray://host:port")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise HarnessError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from None
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: a host that no name may be
+        raise HarnessError(f"no Ray cluster at {shown(address)}: {error}; start one with `ray start --head`") from None
 
 
 class Worker:

@@ -1,10 +1,13 @@
 """The whole benchmark on one machine: every sample is prefilled once and decoded under every cell, then recorded."""
 
+import logging
 import sys
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from harness.engine.engine import Engine
@@ -13,14 +16,19 @@ from harness.engine.types import Outcome, Prompt
 from harness.machine import git_commit, machine, versions
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
+from harness.plan.sources import sources
 from harness.plan.sweep import Group, NamedSweep, PlannedCell, PlannedSample, contexts, plan_names, plan_sweep
-from harness.records.log_folder import now
-from harness.records.record import PROMPT_TAIL, Record, RunManifest, by_turns
+from harness.records.atomic_files import check_place
+from harness.records.log_folder import Resume, now
+from harness.records.record import PROMPT_TAIL, Record, RunManifest, Status, by_turns
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
 from harness.run.observing import Observed, at_prefill, observe_ms, observed
 from harness.run.timing import measured_on, measuring
 from methods.base import KVPolicy
+from tasks.base import TaskError
+
+log = logging.getLogger("harness")
 
 
 @dataclass
@@ -41,7 +49,7 @@ class SampleRunner:
     def records(self, group: Group, *, observe: bool = True) -> list[Record]:
         """Run samples of one context, each under the cells wanted of it; return one record per pair, in order.
 
-        observe: False where nothing is to be measured besides.
+        observe: False where nothing is to be measured besides. Raises whatever ends them all.
         """
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
         outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
@@ -78,13 +86,21 @@ def record_of(
     said: Sequence[str] = (),
     accelerator: str = "",
 ) -> Record:
-    """What is stored of a cell. said: what its tokens say, by turns. accelerator: what ran it, if anything did."""
+    """What is stored of a cell. said: what its tokens say, by turns. accelerator: what ran it, if anything did.
+
+    A metric that raises fails the cell, and so does a number that no record may hold: both may be of foreign code.
+    """
     sample, prediction, metrics = planned.sample, "", {}
     if outcome.status == "ok":
         prediction = "\n".join(_until(sample.stop, text) for text in said)
-        metrics = dict(planned.task.score(sample, prediction))
+        try:
+            metrics = dict(planned.task.score(sample, prediction))
+        except Exception as error:
+            outcome.fail(f"not scored: {_why(error)}", "failed")
     stored = outcome.stored()
-    return Record(
+    notes = (*planned.notes, *stored.pop("notes"))
+    store = partial(
+        Record,
         run_id=spec.run_id,
         model=spec.model.name,
         dtype=spec.model.dtype,
@@ -96,7 +112,7 @@ def record_of(
         first_token=spec.first_token,
         seed=spec.seed,
         memory=cell.cell.policy.memory,
-        notes=(*planned.notes, *stored.pop("notes")),
+        notes=notes,
         prompt_tokens=len(planned.ids),
         prompt_sha256=planned.sha256,
         prompt_tail=f"{sample.context[-PROMPT_TAIL:]}{sample.question}{sample.answer_prefix}"[-PROMPT_TAIL:],
@@ -106,8 +122,27 @@ def record_of(
         metrics=metrics,
         meta=dict(sample.meta),
         accelerator=accelerator,
-        **stored,
     )
+    try:
+        return store(**stored)
+    except ValidationError as error:
+        lost = Outcome()
+        lost.fail(f"no number to store: {_why(error)}")
+        return store(**(lost.stored() | {"notes": notes, "prediction": "", "metrics": {}}))
+
+
+def failed(spec: RunSpec, group: Group, why: BaseException | str, status: Status | None = None) -> list[Record]:
+    """Records of all the cells of a group that is given up. why, status: as `Outcome.fail` takes them."""
+    lost = Outcome()
+    lost.fail(why, status)
+    return [record_of(spec, planned, cell, lost) for planned, cells in group for cell in cells]
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
 
 
 def _until(stops: Sequence[str], text: str) -> str:
@@ -160,19 +195,22 @@ def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -
         git_commit=git_commit(),
         versions=versions(),
         machine=here,
+        sources=sources(plan.cells),
     )
     groups = contexts(plan.samples, plan.spec.query)
     timed = observed(groups, lengths=plan.spec.lengths, count=named.sweep.observe)
     return Prepared(manifest, plan.samples, plan.cells, timed)
 
 
-def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
+def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str], resume_anyway: bool = False) -> Path:
     """Run what is not yet recorded of a sweep and return its run folder.
 
-    Names are checked before the model loads, prompts before the first prefill. An interrupt leaves the run resumable.
-    Raises HarnessError for bad input, or a folder that cannot be written.
+    resume_anyway: also where code, packages or processor are others than those of its first session, which every new
+    record then says. Names are checked before the model loads, prompts before the first prefill. An interrupt leaves
+    the run resumable. Raises HarnessError for bad input, or a folder that cannot be written.
     """
     named = plan_names(sweep)
+    check_place(root)
     print(f"loading {sweep.model}", file=sys.stderr, flush=True)
     remote = sweep.trust_remote_code
     loaded = load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=remote)
@@ -180,15 +218,29 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str]) -> Path:
     # before the folder is made: it refuses models that it cannot run
     runner = SampleRunner(prepared.manifest.spec, loaded, prepared.observed)
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
-    with RunStore(root, prepared.manifest) as store, measuring(sweep, loaded.spec) as finish:
+    resume = Resume[RunStore](resume_anyway, left=lambda store: bool(prepared.missing(store.done)))
+    with (
+        RunStore(root, prepared.manifest, resume) as store,
+        store.ending(),
+        measuring(sweep, loaded.spec) as finish,
+    ):
         work = prepared.missing(store.done)
         todo, cells = sum(map(len, work)), len(prepared.cells)
         told = f"{todo} of {len(prepared.samples)} samples to do, {cells} cells each"
         print(f"run {store.folder}: {told}", file=sys.stderr)
         slow = 0.5 if sys.stderr.isatty() else 30.0
         bar = tqdm(total=todo, unit="sample", desc="samples", mininterval=slow, dynamic_ncols=True)
-        with store.ending(), bar:
+        with bar:
             for group in work:
-                store.append(finish(runner.records(group), group))
+                store.append(finish(_records(runner, group), group))
                 bar.update(len(group))
         return store.folder
+
+
+def _records(runner: SampleRunner, group: Group) -> list[Record]:
+    """Records of a group; failed ones where something ends it as a whole, so that the run goes on as on Ray."""
+    try:
+        return runner.records(group)
+    except Exception as error:
+        log.debug("a group of samples failed", exc_info=True)
+        return failed(runner.spec, group, error)

@@ -9,14 +9,14 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from harness.errors import HarnessError
-from harness.records.atomic_files import LOCK_FILE
+from harness.errors import HarnessError, line_of
+from harness.records.atomic_files import LOCK_FILE, open_plain
+from harness.records.plain_files import of_json, read_plain
 from harness.records.record import Record, RunManifest
 from harness.records.run_folder import DONE, load_run
 from harness.run.progress import PROGRESS_FILE, Snapshot, duration
 
+TAIL_BYTES = 1 << 20  # of a log, in which its last lines are
 REASONS = 5  # that are shown
 
 
@@ -24,7 +24,7 @@ def run_status(folder: Path) -> Iterator[str]:
     """What there is to say of a run. Raises HarnessError when a file of it is missing or damaged."""
     writer = _writer(folder)  # first: a run that ends meanwhile is told with all its records
     manifest, records = load_run(folder)
-    yield f"{folder}: {_state(manifest, writer)}"
+    yield line_of(f"{folder}: {_state(manifest, writer)}")
     yield _line("model", f"{manifest.spec.model.name}, {manifest.spec.model.dtype} on {manifest.spec.model.device}")
     counts = Counter(record.status for record in records)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
@@ -38,7 +38,7 @@ def run_status(folder: Path) -> Iterator[str]:
 
 
 def _line(name: str, text: str) -> str:
-    return f"  {name:<9} {text}"
+    return line_of(f"  {name:<9} {text}")
 
 
 def _state(manifest: RunManifest, writer: str | None) -> str:
@@ -53,7 +53,7 @@ def _state(manifest: RunManifest, writer: str | None) -> str:
 def _writer(folder: Path) -> str | None:
     """Who holds the folder, None for nobody. It is asked for and given back at once, shared, so that readers agree."""
     try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+        descriptor = open_plain(folder / LOCK_FILE, os.O_RDONLY)
     except OSError:  # a copy of a run has none
         return None
     try:
@@ -71,21 +71,26 @@ def _writer(folder: Path) -> str | None:
 def _samples_left(manifest: RunManifest, records: Sequence[Record]) -> int:
     """Samples that lack a cell, or have one that is to be tried again."""
     cells = Counter((record.task, record.sample_id) for record in records if record.status in DONE)
-    return manifest.samples - sum(count >= manifest.cells for count in cells.values())
+    return max(0, manifest.samples - sum(count >= manifest.cells for count in cells.values()))
 
 
 def _live(folder: Path, manifest: RunManifest) -> Iterator[str]:
     """Pace of a fanned-out run. A snapshot that is older than this session is of an earlier one."""
     path = folder / PROGRESS_FILE
-    try:
-        now = Snapshot.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return
-    except (OSError, ValidationError) as error:
-        raise HarnessError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; remove it") from None
-    if now.at >= datetime.fromisoformat(manifest.started).timestamp():
+    now = of_json(Snapshot, read_plain(path, remedy="remove it"), where=str(path), remedy="remove it")
+    if now.at >= _seconds(manifest.started):
         ago = duration(max(0.0, time.time() - now.at))
         yield _line("workers", f"{now.workers}, {now.pace()} ({ago} ago)")
+
+
+def _seconds(time: str) -> float:
+    """Seconds since the epoch of a time as manifests hold it; 0 where it is none."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0
 
 
 def _reasons(records: Sequence[Record]) -> Iterator[str]:
@@ -109,9 +114,14 @@ def log_tails(folder: Path, count: int) -> Iterator[str]:
         with suppress(ValueError):  # not one of ours
             found[int(path.stem.removeprefix("worker-"))] = path
     for number, path in sorted(found.items()):
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as error:
-            raise HarnessError(f"cannot read {path}: {error.strerror}") from None
-        for line in lines[-count:]:
+        for line in _tail(path).decode(errors="replace").splitlines()[-count:]:
             yield _line(f"worker-{number}", line)
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read()
+    except OSError as error:
+        raise HarnessError(f"cannot read {path}: {error.strerror}; move it away") from None

@@ -1,17 +1,17 @@
 """What `harness simulate` is asked for: the cluster, and the items of the sweep whose seconds a run recorded."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self
 
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, Strict, model_validator
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
 from harness.plan.names import assignment
+from harness.records.options import MOST_TOKENS, Lengths, Seed, Words, between
 from harness.records.run_folder import RUNS, load_run
-from harness.records.spec import Frozen, option
+from harness.records.spec import Frozen
 from harness.simulate import workload
 from harness.simulate.pool import Cluster, Costs
 from harness.simulate.simulate import SimulatedRun, simulate, sizes
@@ -20,45 +20,33 @@ from harness.simulate.workload import Work
 KINDS = ("longbench", "ruler", "recorded")
 MOST = 100_000  # workers
 ITEM_TIMEOUT_S = 3600.0  # of `harness run --ray` unless it is asked for another
+LONGEST_S = 1e9
+Workers = Annotated[int, Strict(), AfterValidator(between(1, MOST))]
+Wait = Annotated[float, Strict(), AfterValidator(between(0, LONGEST_S))]
 
 
 class SimulationAsk(Frozen):
     """A cluster and a sweep. speedup: recorded seconds over those of what is planned. lengths: of RULER, in tokens."""
 
-    nodes: int = 1
-    gpus: int = 1
-    tasks: tuple[str, ...] = ("longbench", "ruler")
-    lengths: tuple[int, ...] | None = None
-    max_tokens: int = 131072
-    speedup: float = 1.0
-    start_seconds: float = 60.0
-    mtbf_hours: float | None = None
-    node_seconds: float = 0.0
-    seed: int = 42
-
-    @field_validator("nodes", "gpus", "max_tokens", "start_seconds", "node_seconds", "seed")
-    @classmethod
-    def _in_range(cls, given: float, field: ValidationInfo) -> float:
-        least = {"nodes": 1, "gpus": 1, "max_tokens": 1024}.get(str(field.field_name), 0)
-        if not least <= given < math.inf:
-            raise ValueError(f"--{option(field)} {given} is out of range; give at least {least}")
-        return given
-
-    @field_validator("speedup", "mtbf_hours")
-    @classmethod
-    def _above_zero(cls, given: Any, field: ValidationInfo) -> Any:
-        if given is not None and not 0 < given < math.inf:
-            raise ValueError(f"--{option(field)} {given:g} is out of range; give a number above 0")
-        return given
+    nodes: Workers = 1
+    gpus: Workers = 1
+    tasks: Words = ("longbench", "ruler")
+    lengths: Annotated[Lengths, Field(min_length=1)] | None = None
+    max_tokens: Annotated[int, Strict(), AfterValidator(between(1024, MOST_TOKENS))] = 131072
+    speedup: Annotated[float, Strict(), AfterValidator(between(1e-6, 1e6))] = 1.0
+    start_seconds: Wait = 60.0
+    mtbf_hours: Annotated[float, Strict(), AfterValidator(between(1e-3, 1e9))] | None = None
+    node_seconds: Wait = 0.0
+    seed: Seed = 42
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.nodes * self.gpus > MOST:
             raise ValueError(f"{self.nodes} x {self.gpus} workers are more than {MOST:,}; lower --nodes or --gpus")
-        unknown = not self.tasks or any(name not in KINDS for name in self.tasks)
+        unknown = any(name not in KINDS for name in self.tasks)
         if unknown or ("recorded" in self.tasks and len(set(self.tasks)) > 1):
-            asked = ",".join(self.tasks)
-            raise ValueError(f"--tasks {asked!r} cannot be simulated; give longbench, ruler, both of them, or recorded")
+            asked = shown(",".join(self.tasks))
+            raise ValueError(f"--tasks {asked} cannot be simulated; give longbench, ruler, both of them, or recorded")
         bad = next((length for length in self.lengths or () if not 1024 <= length <= self.max_tokens), None)
         if bad is not None:
             raise ValueError(f"--lengths {bad} is out of range; give 1024 to --max-tokens {self.max_tokens}")
@@ -78,12 +66,12 @@ def costs_of(given: Iterable[str]) -> Costs:
     known = asdict(Costs())
     for text in given:
         if "=" not in text:
-            raise HarnessError(f"--cost {text} has no seconds; write record_s=0.001")
+            raise HarnessError(f"--cost {shown(text)} has no seconds; write record_s=0.001")
         name, value = assignment(text)
         if name not in known:
-            raise HarnessError(f"--cost {name} is none of {', '.join(known)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise HarnessError(f"--cost {text} is no number of seconds; give 0 or more")
+            raise HarnessError(f"--cost {shown(name)} is none of {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_S:
+            raise HarnessError(f"--cost {shown(text)} is no number of seconds; give 0 to {LONGEST_S:g}")
         known[name] = float(value)
     return Costs(**known)
 

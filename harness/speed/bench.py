@@ -6,25 +6,24 @@ The same for one prompt at a time (`harness bench`) and for a batch that is deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 
 from harness.engine.kernels import prefill_kernel
-from harness.errors import HarnessError
 from harness.machine import cpu_info, git_commit, machine, versions
 from harness.models.load import DTYPES
+from harness.plan.sources import sources
 from harness.plan.sweep import PlannedCell
-from harness.records.bench_folder import BenchKind, BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
-from harness.records.log_folder import now
+from harness.records.atomic_files import check_place
+from harness.records.bench_folder import BenchManifest, BenchRecord, BenchSpec, BenchStore, machine_id
+from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.spec import Asked
-from harness.speed.memory_limit import Size
+from harness.speed.asked import BenchAsk
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
@@ -33,30 +32,16 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-class BenchAsk(Asked):
-    """What a person asked for, by command line. limit_bytes: of a probe, the model's own included."""
-
-    kind: BenchKind = "bench"
-    budgets: tuple[str, ...] = ("128", "512")
-    lengths: tuple[int, ...] = (2048, 8192)
-    batch: int = Field(default=1, ge=1)
-    new_tokens: int = Field(default=32, ge=2)
-    chunk: int | None = Field(default=None, ge=1)
-    rounds: int = Field(default=3, ge=1)
-    warm_up: bool = True
-    threads: int | None = Field(default=None, ge=1)
-    timeout_s: float = Field(default=1800, gt=0, le=1e6)
-    limit_bytes: Size | None = None
-
-
-def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: type[Prober]) -> Path:
-    """Run what is not yet recorded of a bench and return its folder.
+def run_bench(
+    ask: BenchAsk, *, root: Path, command: Sequence[str], prober: type[Prober], resume_anyway: bool = False
+) -> Path:
+    """Run what is not yet recorded of a bench and return its folder. resume_anyway: see `Resume`.
 
     Raises:
         HarnessError: bad input, before a probe is spent on it; or a folder that cannot be written.
         KeyboardInterrupt: after the manifest says so.
     """
-    _check_lengths(ask)
+    check_place(root)
     target = Target.load(ask, ask.threads)
     spec = _resolved(ask, target)
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
@@ -73,8 +58,13 @@ def run_bench(ask: BenchAsk, *, root: Path, command: Sequence[str], prober: type
             git_commit=git_commit(),
             versions=versions(),
             machine=found | held,
+            sources=sources(target.cells),
         )
-        with BenchStore(root, manifest) as store:
+
+        def left(store: BenchStore) -> bool:
+            return next(_Bench(store, target, asker, ask).missing(), None) is not None
+
+        with BenchStore(root, manifest, Resume(resume_anyway, left=left)) as store:
             with store.ending():
                 _Bench(store, target, asker, ask).run()
             return store.folder
@@ -101,14 +91,6 @@ def clocks_mhz() -> dict[str, float]:
     return {"low": min(found), "median": median(found), "high": max(found)} if found else {}
 
 
-def _check_lengths(ask: BenchAsk) -> None:
-    option = "--lengths" if ask.kind == "bench" else "--length"
-    if not ask.lengths:
-        raise HarnessError(f"no length asked for; name some with {option} 2048,8192")
-    if min(ask.lengths) < 2:
-        raise HarnessError(f"{option} {min(ask.lengths)} is too short for a prompt; give at least 2")
-
-
 @dataclass
 class _Bench:
     """Asks for what a store lacks."""
@@ -119,7 +101,11 @@ class _Bench:
     ask: BenchAsk
 
     def run(self) -> None:
-        """Pass after pass; a cell that came to grief in one pass is left out of the next."""
+        for cell, tokens, round_ in self.missing():
+            self.store.append([self._probed(self._blank(cell, tokens, round_), cell)])
+
+    def missing(self) -> Iterator[tuple[PlannedCell, int, int]]:
+        """Cell, length and pass of each probe to be made. One that came to grief in a pass is left out of the next."""
         spec, stored = self.store.manifest.spec, self.store.stored
         places = [(cell, tokens) for tokens in spec.lengths for cell in self.target.cells]
         lost: set[tuple[str, str, int]] = set()
@@ -129,7 +115,7 @@ class _Bench:
                 if place in lost:
                     continue
                 if not self.store.done((*place, round_)):
-                    self.store.append([self._probed(self._blank(cell, tokens, round_), cell)])
+                    yield cell, tokens, round_
                 if stored[*place, round_].status != "ok":
                     lost.add(place)
 

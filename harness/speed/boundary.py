@@ -16,16 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationInfo, field_validator
-
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
+from harness.plan.sources import sources
 from harness.plan.sweep import PlannedCell
+from harness.records.atomic_files import check_place
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, BoundaryStore, Found, SizeKind, Tried
-from harness.records.log_folder import now
+from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec, ProbeStatus
-from harness.records.spec import Asked, check_least
-from harness.speed.memory_limit import Size
+from harness.speed.asked import BoundaryAsk
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
@@ -34,51 +33,23 @@ if TYPE_CHECKING:
 NEW_TOKENS = 32
 STEP = 256
 """Contexts are multiples of it."""
-LONGEST_TIMEOUT_S = 1e6
 CONTEXT = 8192
 """Tokens of each prompt of the batch search, or the most there can be where that is less."""
 MIB = 2**20
 
 
-class BoundaryAsk(Asked):
-    """What a person asked for, by command line.
-
-    limit_bytes: of a probe, the model's own included. context: tokens of each prompt of the batch search, None for
-    `CONTEXT`. max_tokens: longest context to try, None for the model's. chunk: tokens of a prefill forward, None for
-    the whole prompt at once. timeout_s: of one probe, in seconds.
-    """
-
-    budgets: tuple[str, ...] = ("128",)
-    limit_bytes: Size
-    context: int | None = None
-    max_tokens: int | None = None
-    max_batch: int = 64
-    chunk: int | None = None
-    timeout_s: float = 600.0
-    threads: int | None = None
-
-    @field_validator("max_batch", "chunk", "threads", "timeout_s", "context", "max_tokens")
-    @classmethod
-    def _large_enough(cls, given: Any, field: ValidationInfo) -> Any:
-        return check_least(given, 2 if field.field_name in ("context", "max_tokens") else 1, field)
-
-    @field_validator("timeout_s")
-    @classmethod
-    def _ends(cls, seconds: float) -> float:
-        if seconds > LONGEST_TIMEOUT_S:
-            raise ValueError(f"--timeout {seconds:g} is too long; give at most {LONGEST_TIMEOUT_S:g} seconds")
-        return seconds
-
-
 def run_boundary(
-    ask: BoundaryAsk, *, out: Path, command: Sequence[str], prober: type[Prober]
+    ask: BoundaryAsk, *, out: Path, command: Sequence[str], prober: type[Prober], resume_anyway: bool = False
 ) -> tuple[BoundaryManifest, list[BoundaryRecord]]:
     """Search what is not yet recorded in `out`; the manifest, and the context and the batch of every cell.
+
+    resume_anyway: see `Resume`.
 
     Raises:
         HarnessError: bad input, before a probe is spent on it; a limit that leaves nothing beside the model; a folder
             that cannot be written, or that holds other searches.
     """
+    check_place(out)
     target = Target.load(ask, ask.threads)
     sizes = _sizes(ask, target.context)
     least = [_least(cell, sizes) for cell in target.cells]  # refuses a budget before the first probe
@@ -98,13 +69,19 @@ def run_boundary(
             git_commit=git_commit(),
             versions=versions(),
             machine=machine(),
+            sources=sources(target.cells),
         )
-        with BoundaryStore(out, manifest) as store:
-            records = [
-                run_search(search, asker, store)
-                for cell, shortest in zip(target.cells, least, strict=True)
-                for search in _searches(ask, target, cell, sizes._replace(least=shortest))
-            ]
+        searches = [
+            search
+            for cell, shortest in zip(target.cells, least, strict=True)
+            for search in _searches(ask, target, cell, sizes._replace(least=shortest))
+        ]
+
+        def left(store: BoundaryStore) -> bool:
+            return any(_ended(search, store) is None for search in searches)
+
+        with BoundaryStore(out, manifest, Resume(resume_anyway, left=left)) as store:
+            records = [run_search(search, asker, store) for search in searches]
     return manifest, records
 
 
@@ -220,12 +197,12 @@ def run_search(search: Search, asker: Restarting, store: BoundaryStore) -> Bound
 
     Raises HarnessError where nothing can be probed.
     """
-    record = BoundaryRecord.model_validate_json(search.record.model_dump_json())  # as a file gives it back
+    if (ended := _ended(search, store)) is not None:
+        return ended
+    record = _as_stored(search.record)
     stored = store.records.get(record.key)
     if stored is not None and stored.params == record.params:
         record = record.model_copy(update={"probes": stored.probes})
-        if stored.found and stored == record.model_copy(update={"found": stored.found}):
-            return stored
 
     def fits(size: int) -> ProbeStatus:
         nonlocal record
@@ -243,6 +220,20 @@ def run_search(search: Search, asker: Restarting, store: BoundaryStore) -> Bound
     record = record.model_copy(update={"found": found})
     store.put(record)
     return record
+
+
+def _ended(search: Search, store: BoundaryStore) -> BoundaryRecord | None:
+    """The record of a search that is stored as finished, None for another."""
+    stored = store.records.get(search.record.key)
+    if stored is None or stored.found is None:
+        return None
+    kept = {"probes": stored.probes, "found": stored.found, "environment_changes": stored.environment_changes}
+    return stored if stored == _as_stored(search.record).model_copy(update=kept) else None
+
+
+def _as_stored(record: BoundaryRecord) -> BoundaryRecord:
+    """A record as a file gives it back."""
+    return BoundaryRecord.model_validate_json(record.model_dump_json())
 
 
 def _known(store: BoundaryStore, record: BoundaryRecord, spec: ProbeSpec) -> Tried | None:

@@ -66,7 +66,9 @@ class Prober:
                 stderr=self._errors,
                 pass_fds=(write,),
                 start_new_session=True,  # an interrupt is for the client, which then ends the server
-                env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+                env={"OMP_WAIT_POLICY": "PASSIVE"}
+                | os.environ
+                | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
             )
         finally:
             os.close(write)

@@ -7,23 +7,20 @@ limit above what is mapped but not resident, such as libraries: resident plus ne
 import ctypes
 import gc
 import os
-import re
 import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator, ByteSize
 
 from harness.errors import HarnessError
 
 PROC = Path("/proc/self")
 MEMINFO = Path("/proc/meminfo")
 CGROUPS = Path("/sys/fs/cgroup")
-SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(i?)(?:b|bytes)?", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
 HOLES = range(24, 15, -1)  # powers of two of bytes: 16 MiB to 64 KiB
 PR_SET_PDEATHSIG = 1
@@ -37,22 +34,6 @@ class Limit:
     bytes: int
     note: str = ""
     """Why it is not of the better kind, and what may soften it; empty where there is nothing to say."""
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes of `4GiB`, `512MiB`, `1.5GB`, `2e9` or a plain number. Raises HarnessError for anything else or 0."""
-    found = SIZE.fullmatch(str(size).strip())
-    power = 0 if found is None else " kmgt".index(found[2].lower() or " ")
-    if found is None or (found[3] and not power):
-        raise HarnessError(f"{str(size)!r} is no size; write 4GiB, 512MiB, 2e9 or a number of bytes")
-    wanted = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-    if wanted < 1:
-        raise HarnessError(f"a size of {size} leaves no memory; give at least one byte")
-    return wanted
-
-
-Size = Annotated[ByteSize, BeforeValidator(parse_bytes)]
-"""A number of bytes in an option model. pydantic alone would read `1.2.3MiB` as one byte and refuse `2e9`."""
 
 
 def status_bytes(field: str) -> int:

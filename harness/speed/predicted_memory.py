@@ -34,6 +34,7 @@ Attention and column sums are those of a CPU, where one kernel serves both (`har
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,8 @@ class Dims:
         heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
         types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
         window = getattr(config, "sliding_window", None)
+        if window and window >= (getattr(config, "max_position_embeddings", None) or math.inf):
+            window = None  # all that there is
         return cls(
             windows=tuple(window if kind == "sliding_attention" else None for kind in types),
             heads=heads,

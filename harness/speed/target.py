@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
-from harness.errors import HarnessError
+from harness.errors import HarnessError, shown
+from harness.machine import set_threads
 from harness.models.load import DTYPES, load_model, resolve_device, resolve_dtype
 from harness.plan.methods import plan_methods
 from harness.plan.names import check_asked
@@ -62,6 +61,8 @@ class Restarting:
 class Target:
     """The model as the probes load it, and what is asked of it."""
 
+    typed: str
+    """The model's name or path as it was asked for."""
     model: ModelSpec
     config: Any
     """Of transformers."""
@@ -85,17 +86,18 @@ class Target:
         plan_cells(planned, budgets)  # refuses a request without a cell before the model loads
         place = resolve_device(asked.device)
         if place.type not in ("cpu", "cuda"):
-            raise HarnessError(f"memory on device {asked.device!r} cannot be measured; give --device cpu or cuda")
+            raise HarnessError(f"memory on device {shown(asked.device)} cannot be measured; give --device cpu or cuda")
         dtype = str(resolve_dtype(asked.dtype, place)).removeprefix("torch.")
         print(f"loading {asked.model}", file=sys.stderr, flush=True)
         loaded = load_model(asked.model, dtype=dtype, device="cpu")
         fitted = [method.on(loaded.spec.revision) for method in planned]
         Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
         return cls(
+            typed=asked.model,
             model=loaded.spec.model_copy(update={"device": str(place)}),
             config=loaded.model.config.get_text_config(decoder=True),
             context=loaded.context,
-            threads=threads or torch.get_num_threads(),
+            threads=set_threads(threads),
             methods={spec.label: spec for spec, _ in fitted},
             cells=plan_cells(fitted, budgets),
         )
@@ -104,7 +106,7 @@ class Target:
         """Make what starts probers of this model."""
         model = self.model
         return Restarting(
-            partial(prober, model=model.name, dtype=model.dtype, device=model.device, threads=self.threads)
+            partial(prober, model=self.typed, dtype=model.dtype, device=model.device, threads=self.threads)
         )
 
     def predict(self, cell: PlannedCell, spec: ProbeSpec) -> int | None:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from pydantic import Field, ValidationError
@@ -31,6 +31,8 @@ from harness import __version__
 from harness.errors import HarnessError
 from harness.records.atomic_files import write_bytes
 from harness.records.log_folder import to_line
+from harness.records.plain_files import read_plain, refused
+from harness.records.ranges import Bytes, Label, Sha256
 from harness.records.record import RunManifest
 from harness.records.run_folder import RUNS, load_run
 from harness.records.spec import SCHEMA_VERSION, Frozen
@@ -42,19 +44,33 @@ KEPT = re.compile(r"run\.([1-9][0-9]{0,3})\.json")
 MEMBERS = 64
 DIRECTORY = 16 << 10  # bytes
 SMALL = 4 << 20  # bytes of a JSON member
-LARGE = 1 << 30  # bytes of all members
+LARGE = 128 << 20  # bytes of all members
 LINE = 1 << 20  # bytes of one record
+RECORDS_AT_MOST = 50_000
+CELLS_AT_MOST = 10_000  # methods x budgets
 CHUNK = 1 << 20
 END = struct.Struct("<4s4H2LH")  # what a zip ends with, where it has no comment
+UNSOUND = (
+    BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    OverflowError,
+)
+"""What a zip that was damaged makes its reader raise."""
 WHEN = (1980, 1, 1, 0, 0, 0)
 
 
 class PackedFile(Frozen):
     """A member of the archive, with the bytes of its contents and their sha256 in hex."""
 
-    name: str
-    size: int = Field(ge=0)
-    sha256: str
+    name: Label
+    size: Bytes
+    sha256: Sha256
 
 
 class Index(Frozen):
@@ -66,11 +82,11 @@ class Index(Frozen):
 
     kind: Literal["kv-policy-harness submission"] = "kv-policy-harness submission"
     schema_version: int = SCHEMA_VERSION
-    harness: str = __version__
-    run_id: str
+    harness: Label = __version__
+    run_id: Label
     partial: bool = False
     references: bool = True
-    files: tuple[PackedFile, ...]
+    files: Annotated[tuple[PackedFile, ...], Field(max_length=MEMBERS)]
 
 
 def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool = True) -> Index:
@@ -88,8 +104,12 @@ def pack_run(folder: Path, out: Path, *, partial: bool = False, references: bool
     if not references:
         records = [record.model_copy(update={"answers": (), "prompt_tail": ""}) for record in records]
     members = {MANIFEST: _packed(manifest), **_kept(folder, manifest), RECORDS: b"".join(map(to_line, records))}
-    if sum(map(len, members.values())) > LARGE or len(members) >= MEMBERS:
-        raise HarnessError(f"{folder} is more than {LARGE >> 20} MiB in {MEMBERS} files; hand it in as several runs")
+    size = sum(map(len, members.values()))
+    if size > LARGE or len(members) >= MEMBERS or len(records) > RECORDS_AT_MOST:
+        most = f"{LARGE >> 20} MiB in {MEMBERS} files and {RECORDS_AT_MOST:,} records"
+        raise HarnessError(
+            f"{folder} has {len(records):,} records of {size:,} bytes, more than {most}; make smaller runs"
+        )
     files = tuple(
         PackedFile(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in members.items()
     )
@@ -155,18 +175,14 @@ def open_pack(path: Path) -> Iterator[Pack]:
     """Open and check an archive. Raises HarnessError, in one line, for one that is not what `pack_run` writes."""
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("rb"))
-            size = file.seek(0, 2)
-            file.seek(max(0, size - END.size))
-            _check_end(file.read(), size)
-            archive = stack.enter_context(ZipFile(file))
+            data = read_plain(path, most=LARGE, remedy="name an archive of `harness submit`")
+            _check_end(data[-END.size :], len(data))
+            archive = stack.enter_context(ZipFile(BytesIO(data)))
             index = _checked(archive)
         except HarnessError:
             raise
-        except (BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+        except UNSOUND as error:
             raise HarnessError(f"bad archive: {path.name} is no sound zip ({error}); ask for another copy") from None
-        except OSError as error:
-            raise HarnessError(f"cannot read {path}: {error.strerror or error}") from None
         yield Pack(index, archive)
 
 
@@ -196,7 +212,7 @@ def _checked(archive: ZipFile) -> Index:
     try:
         index = Index.model_validate_json(b"".join(_chunks(archive, INDEX)))
     except ValidationError as error:
-        raise HarnessError(f"bad archive: {INDEX}: {error.errors()[0]['msg']}") from None
+        raise refused(error, where=f"bad archive: {INDEX}", remedy="use `harness submit`") from None
     listed = [file.name for file in index.files]
     if sorted(listed) != sorted(set(names) - {INDEX}):
         raise HarnessError(f"bad archive: {INDEX} lists {ascii(listed)[:200]}, there are {names}")

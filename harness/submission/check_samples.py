@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from harness.records.record import CellKey, Record, RunManifest
-from methods.base import Budget
+from methods.budget import Budget
 from tasks import load_tasks
 
 MAY_RUN_OUT = frozenset({"prose"})  # protocols that draw what there is, up to the limit
@@ -20,6 +20,8 @@ class _Seen:
     cells: set[CellKey] = field(default_factory=set)
     cache: tuple[int, int] | None = None
     nll_tokens: int | None = None
+    oom: list[CellKey] = field(default_factory=list)
+    ok: set[CellKey] = field(default_factory=set)
 
 
 class Samples:
@@ -52,7 +54,7 @@ class Samples:
             yield f"{generated} tokens generated, the spec allows {spec.max_new_tokens}"
         if record.prediction.strip("\n" if record.turn_tokens else "") and not record.token_ids:
             yield "a prediction without tokens"
-        if record.turn_tokens and (min(record.turn_tokens) < 0 or sum(record.turn_tokens) != len(record.token_ids)):
+        if record.turn_tokens and sum(record.turn_tokens) != len(record.token_ids):
             yield f"turns of {ascii(record.turn_tokens)[:80]} tokens, {len(record.token_ids)} generated"
 
     def _sample(self, record: Record) -> Iterator[str]:
@@ -65,7 +67,9 @@ class Samples:
         if seen.prompt != prompt:
             yield "prompt, references or meta are not those of the sample's other cells"
         if record.status != "ok":
+            seen.oom += [cell] if record.status == "oom" else []
             return
+        seen.ok.add(cell)
         cache = (record.compressed_tokens, record.full_bytes)
         if (seen.cache or cache) != cache:
             yield f"{cache[0]} tokens in {cache[1]} bytes uncompressed, another cell of the sample has {seen.cache}"
@@ -73,15 +77,30 @@ class Samples:
             yield f"NLL over {record.nll_tokens} tokens, another cell of the sample has {seen.nll_tokens}"
         seen.cache, seen.nll_tokens = seen.cache or cache, record.nll_tokens
 
+    @property
+    def seen(self) -> Set[tuple[str, str]]:
+        """Task and id of every sample that is there."""
+        return self._seen.keys()
+
+    def across(self) -> Iterator[str]:
+        """Say which cells are out of memory although the same method kept more of the same prompt, and ran."""
+        for (task, sample), seen in self._seen.items():
+            most: dict[str, int] = {}
+            for method, text in seen.ok if seen.oom else ():
+                most[method] = max(most.get(method, 0), _slots(self.cells[method, text], seen))
+            for method, text in seen.oom:
+                if most.get(method, 0) > _slots(self.cells[method, text], seen):
+                    yield f"{task} sample {sample[:60]}: {method} is out of memory at {text}, and ran at more"
+
     def missing(self) -> Iterator[str]:
         """Say what the run should hold and does not."""
+        if len(self._seen) != self.manifest.samples:
+            yield f"{len(self._seen)} samples, the manifest says {self.manifest.samples}"
         for (task, sample), seen in self._seen.items():
             lost = [" ".join(cell) for cell in self.cells if cell not in seen.cells]
             if lost:
                 names = ascii(", ".join(lost))[1:-1][:120]
                 yield f"{task} sample {ascii(sample)[1:-1][:60]} lacks {len(lost)} cells: {names}"
-        if len(self._seen) != self.manifest.samples:
-            yield f"{len(self._seen)} samples, the manifest says {self.manifest.samples}"
         counts = Counter(task for task, _ in self._seen)
         for name in sorted(self._tasks):
             yield from self._drawn(name, counts[name])
@@ -108,6 +127,11 @@ class Samples:
                     yield f"{own[length]} samples of {name} at length {length}, {wanted} belong there"
         elif spec.limit is not None and count > spec.limit:
             yield f"{count} samples of {name}, the limit is {spec.limit}"
+
+
+def _slots(budget: Budget | None, seen: _Seen) -> int:
+    tokens = seen.cache[0] if seen.cache else 0
+    return tokens if budget is None else budget.resolve(tokens)
 
 
 def _prompt(record: Record) -> str:

@@ -1,292 +1,184 @@
-"""What a submitted run is checked for, from its archive alone: nothing of it is believed that can be computed again.
+"""What a submitted run is checked for: nothing of it is believed that can be computed again.
 
-    manifest    the run id is the hash of the spec; kept manifests are of the same run; the tasks are known here
+    manifest    the run id is the hash of the spec; kept manifests are of the same run; tasks and methods are known here
     records     every line parses and is of this run; one per key; all cells of a sample had the same prompt, references
-                and cache
+                and cache; no cell is out of memory beside a larger one that ran
     complete    every sample has every cell of the spec, and there are as many samples as the manifest says and, for
                 generated tasks, as the spec's limit asks for of each length
     budgets     asked bytes follow from the budget, kept slots from the bytes, and `over_budget` from the two
     scores      the metrics are what the task gives for the stored prediction, to 1e-9
-    likelihood  finite, none negative, over as many tokens as the spec allows. The values are reported, not recomputed
-    tokens      with a tokenizer alone: the stored tokens say what the prediction says
+    likelihood  over as many tokens as the spec allows, the first token's not above all of them
+    tokens      with a tokenizer: the stored tokens say what the prediction says
+    prompts     with a tokenizer: prompts, references, ids and caps are those of the tasks' own draw (check_prompts)
+    again       with the model: a tenth of the cells is run again (check_again)
 
-What this cannot show: that the model gave these predictions, nor the seconds, nor that the references are those of the
-data, beyond their being the same in all cells of a sample. An edit that changes no score, under checksums made anew, is
-seen with a tokenizer alone. A cell that was lost (out of memory, failed) has no score; how many there are is told.
+It reads an archive of any content in bounded time: after `REFUSALS` refused things, or `SECONDS` of processor time, it
+stops, and such an archive is refused.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from pathlib import Path
-from typing import Any, NoReturn, cast
+from __future__ import annotations
 
-from pydantic import BaseModel, ValidationError
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from harness.errors import HarnessError
-from harness.records.record import CellKey, Record, RunManifest, by_turns
+from harness.records.plain_files import refused
+from harness.records.record import Record, RunManifest
 from harness.records.spec import SCHEMA_VERSION
-from harness.submission.archive import MANIFEST, RECORDS, Index, Pack, open_pack
+from harness.submission.archive import MANIFEST, RECORDS, RECORDS_AT_MOST, Pack, open_pack
 from harness.submission.check_bytes import Budgets
+from harness.submission.check_manifest import cells_of, least_of, manifest_problems
 from harness.submission.check_samples import Samples
-from methods.base import Budget, PolicyError
+from harness.submission.check_scores import Decode, likelihood_problems, no_score, score_problems, token_problems
+from harness.submission.verdict import Check, Verification
 from tasks import load_tasks
-from tasks.base import Sample, Task
 
-REASONS = 5  # of each check that are kept
-EXACT = 1e-9
-ROUNDING = 1e-6
-REFERENCE_TOKENS = 1 << 32  # tokens of a reference
-Decode = Callable[[Sequence[int]], str]
+if TYPE_CHECKING:
+    from harness.submission.check_again import Again
+    from harness.submission.check_prompts import Drawn
 
-
-@dataclass
-class Check:
-    """A kind of check: how many things it looked at and refused, and the first `REASONS` of its reasons."""
-
-    name: str
-    counted: int = 0
-    refused: int = 0
-    reasons: list[str] = field(default_factory=list)
-
-    def see(self, problems: Iterable[str], where: str = "", *, counted: int = 1) -> bool:
-        """Note the problems of one thing, and return whether there was none; several count once."""
-        found = [f"{where}: {problem}" if where else problem for problem in problems]
-        self.counted += counted
-        self.refused += bool(found)
-        self.reasons = [*self.reasons, *found][:REASONS]
-        return not found
+REFUSALS = 100
+SECONDS = 5.0
+"""Of processor time for the records, without a tokenizer and a model. A record takes about 0.1 ms."""
 
 
-@dataclass
-class Verification:
-    """What was found in an archive."""
-
-    index: Index
-    manifest: RunManifest | None = None
-    """None where it is damaged."""
-    checks: list[Check] = field(default_factory=list)
-    statuses: Counter[str] = field(default_factory=Counter)
-    """Records by status."""
-
-    @property
-    def ok(self) -> bool:
-        return not any(check.refused for check in self.checks)
-
-    @property
-    def reasons(self) -> list[str]:
-        return [f"{check.name}: {reason}" for check in self.checks for reason in check.reasons]
-
-    def check(self, name: str) -> Check:
-        """Begin a check of that name."""
-        self.checks.append(Check(name))
-        return self.checks[-1]
-
-    def told(self) -> list[str]:
-        """Write the verdict: what it is of, a table of checks, what was not recomputed, OK or REFUSED with reasons."""
-        lines = []
-        if (m := self.manifest) is not None:
-            model = f"{m.spec.model.name} {m.spec.model.dtype}"
-            what = f"{model}, {m.samples} samples x {m.cells} cells, commit {m.git_commit}"
-            lines.append(_shown(f"run {m.run_id}: {what}, packed by version {self.index.harness}"))
-        lines.append(f"{'check':<12} {'counted':>9} {'refused':>9}")
-        for check in self.checks:
-            note = "  values reported, not recomputed" if check.name == "likelihood" else ""
-            lines.append(f"{check.name:<12} {check.counted:>9,} {check.refused:>9,}{note}")
-        others = [f"{count} {status}" for status, count in sorted(self.statuses.items()) if status != "ok"]
-        if others:
-            lines.append(f"without a score: {', '.join(others)}")
-        if not self.ok:
-            return [*lines, "REFUSED", *(f"  {reason}" for reason in self.reasons)]
-        part = " Cells may be missing: it is a part of a run." if self.index.partial else ""
-        return [*lines, f"OK: the scores follow from the predictions. Seconds and NLL are as reported.{part}"]
-
-
-def _shown(text: object, most: int | None = None) -> str:
-    """At most so many characters of what an archive says, without those that a terminal obeys."""
-    return ascii(str(text))[1:-1][:most]
-
-
-def verify_pack(path: Path, *, partial: bool = False, decode: Decode | None = None) -> Verification:
+def verify_pack(
+    path: Path,
+    *,
+    partial: bool = False,
+    decode: Decode | None = None,
+    draw: Callable[[RunManifest], Drawn] | None = None,
+    again: Callable[[RunManifest, Drawn], Again] | None = None,
+) -> Verification:
     """Check an archive; what is wrong with a sound one is in what is returned.
 
-    partial: whether missing cells are no fault. decode: of the model's tokenizer, to check tokens too. Raises
-    HarnessError for an archive that is not sound.
+    partial: whether missing cells are no fault. decode: of the model's tokenizer, to check tokens too. draw: makes the
+    run's prompts again. again: makes a part of its cells again, of those prompts. Raises HarnessError for an archive
+    that is not sound, or a model that is not the run's.
     """
     with open_pack(path) as pack:
-        verification = Verification(pack.index)
-        archive = verification.check("archive")
+        found = Verification(pack.index)
+        archive = found.check("archive")
         without = () if pack.index.references else ("it was packed without references: no score can be recomputed",)
         archive.see(without, counted=len(pack.index.files))
-        manifest = _manifest(pack, verification.check("manifest"))
-        verification.manifest = manifest
+        manifest = _manifest(pack, found.check("manifest"), partial=partial)
+        found.manifest = manifest
         if manifest is not None and pack.index.references:
-            _records(pack, manifest, verification, partial=partial, decode=decode)
-        return verification
+            own = _Records(manifest, found, decode)
+            if draw is not None:
+                own.drawn, own.prompts = draw(manifest), found.check("prompts")
+                own.again = None if again is None else again(manifest, own.drawn)
+            own.read(pack)
+            if not found.stopped:
+                own.finish(partial=partial)
+        return found
 
 
-def _manifest(pack: Pack, check: Check) -> RunManifest | None:
+def _manifest(pack: Pack, check: Check, *, partial: bool) -> RunManifest | None:
     """The manifest where it can be worked with."""
     try:
-        manifest = _parse(RunManifest, pack.read(MANIFEST))
-        kept = [_parse(RunManifest, pack.read(name)) for name in pack.manifests]
+        manifest = _parse(RunManifest, pack.read(MANIFEST), MANIFEST)
+        kept = [_parse(RunManifest, pack.read(name), name) for name in pack.manifests]
     except HarnessError as error:
-        check.see([str(error)], MANIFEST)
+        check.see([str(error)])
         return None
     given, ids = manifest.spec.run_id, [m.run_id for m in (manifest, *kept)]
     ids += [m.spec.run_id for m in kept] + [pack.index.run_id]
-    problems = [f"run id {_shown(other, 40)} is not the hash of the spec, {given}" for other in ids if other != given]
-    problems = problems or list(_spec_problems(manifest))
+    problems = [f"run id {other[:40]} is not the hash of the spec, {given}" for other in ids if other != given]
+    problems = problems or list(manifest_problems(manifest, partial=partial))
     return manifest if check.see(problems, MANIFEST, counted=1 + len(kept)) else None
 
 
-def _spec_problems(manifest: RunManifest) -> Iterator[str]:
-    spec, known = manifest.spec, load_tasks()
-    for name, count in Counter(task.name for task in spec.tasks).items():
-        if count > 1:
-            yield f"task {name!a} is there {count} times"
-        if name not in known:
-            yield f"scores of task {ascii(name)[:80]} cannot be recomputed: this version does not know it"
-    for task in spec.tasks:
-        if task.name in known and task.protocol != known[task.name].protocol:
-            yield f"{task.name} has protocol {ascii(task.protocol)[:40]}, here {known[task.name].protocol}"
-    try:
-        cells = cells_of(manifest)
-    except PolicyError as error:
-        yield _shown(error, 200)
-        return
-    if manifest.cells != len(cells):
-        yield f"it says {manifest.cells} cells a sample, methods and budgets make {len(cells)}"
-
-
-def cells_of(manifest: RunManifest) -> dict[CellKey, Budget | None]:
-    """Read the budget of every cell of the spec. Raises PolicyError for one that is none."""
-    budgets: dict[str, Budget | None] = {str(budget): budget for budget in map(Budget.parse, manifest.spec.budgets)}
-    return {
-        (method.label, text): budget
-        for method in manifest.spec.methods
-        for text, budget in (budgets if method.budgeted else {"full": None}).items()
-    }
-
-
-class _Versioned(BaseModel):
-    schema_version: int = SCHEMA_VERSION
-
-
-def _parse(kind: type[Any], data: bytes) -> Any:
+def _parse(kind: type[Any], data: bytes, where: str) -> Any:
     """A model from JSON. Raises HarnessError, in one line, with the schema version where that is the reason."""
     try:
-        version = _Versioned.model_validate_json(data).schema_version
-        if version != SCHEMA_VERSION:
-            raise HarnessError(f"schema_version {version}, this version reads {SCHEMA_VERSION}")
-        return kind.model_validate_json(data)
+        found = kind.model_validate_json(data)
+        if found.schema_version == SCHEMA_VERSION:
+            return found
+        version = found.schema_version
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise HarnessError(f"damaged: {_shown(where, 80)}: {_shown(first['msg'], 120)}") from None
+        raise refused(error, where=where, remedy="pack the run again") from None
+    raise HarnessError(f"{where} has schema_version {version}, this version reads {SCHEMA_VERSION}")
 
 
-def _least(manifest: RunManifest) -> dict[str, float]:
-    """The least part of a plain slot that one of each method that holds codes takes."""
-    plain = {"float32": 32}.get(manifest.spec.model.dtype, 16)
-    bits = {spec.label: spec.params["bits"] for spec in manifest.spec.methods if "bits" in spec.params}
-    return {label: count / plain for label, count in bits.items() if isinstance(count, int) and 0 < count < plain}
+class _Records:
+    """Takes the lines of the records through every check."""
 
+    def __init__(self, manifest: RunManifest, found: Verification, decode: Decode | None) -> None:
+        self.manifest, self.found, self.decode = manifest, found, decode
+        self.drawn: Drawn | None = None
+        self.again: Again | None = None
+        cells = cells_of(manifest)
+        self.tasks, self.samples = load_tasks(), Samples(manifest, cells)
+        self.budgets = Budgets(cells, least_of(manifest))
+        names = ("records", "complete", "budgets", "scores", "likelihood")
+        self.own, self.whole, self.bytes, self.scores, self.likelihood = map(found.check, names)
+        self.tokens = found.check("tokens") if decode is not None else None
+        self.prompts: Check | None = None
 
-def _records(pack: Pack, manifest: RunManifest, found: Verification, *, partial: bool, decode: Decode | None) -> None:
-    cells, tasks = cells_of(manifest), load_tasks()
-    samples, budgets = Samples(manifest, cells), Budgets(cells, _least(manifest))
-    own, whole, bytes_, scores, likelihood = map(
-        found.check, ("records", "complete", "budgets", "scores", "likelihood")
-    )
-    tokens = found.check("tokens") if decode is not None else None
-    for number, line in enumerate(pack.lines(), start=1):
-        where = f"{RECORDS}:{number}"
+    def read(self, pack: Pack) -> None:
+        """Read line by line, until there are too many refusals or too much time is spent."""
+        begun = time.process_time()
+        for line in pack.lines():
+            if self.found.refused >= REFUSALS:
+                self.found.stopped = f"stopped after {REFUSALS} refusals"
+            elif self.found.lines >= RECORDS_AT_MOST:
+                self.found.stopped = f"more than {RECORDS_AT_MOST:,} records are not read; make smaller runs"
+            elif time.process_time() - begun > SECONDS and self.tokens is None:
+                self.found.stopped = f"the records take more than {SECONDS:g} s to check; make smaller runs"
+            if self.found.stopped:
+                self.own.see([self.found.stopped], counted=0)
+                return
+            self.found.lines += 1
+            self._see(line, f"{RECORDS}:{self.found.lines}")
+
+    def finish(self, *, partial: bool) -> None:
+        """Look at what only all records together say."""
+        if not self.found.lines:
+            self.own.see(["an empty run: no records"], counted=0)
+        for check, problems in ((self.own, self.samples.across()), (self.bytes, self.budgets.across())):
+            for problem in islice(problems, REFUSALS):
+                check.see([problem], counted=0)
+        self.whole.counted = self.samples.wanted
+        for problem in islice(self.samples.missing() if not partial else (), REFUSALS):
+            self.whole.see([problem], counted=0)
+        if self.drawn is not None and self.prompts is not None:
+            self.found.notes += self.drawn.notes
+            for problem in self.drawn.missing(self.samples.seen) if not partial else ():
+                self.prompts.see([problem], counted=0)
+        if self.again is not None and self.found.ok:
+            self.again.run(self.found.check("again"))
+            self.found.notes += self.again.notes
+
+    def _see(self, line: bytes, where: str) -> None:
         try:
-            record = _parse(Record, line)
+            record: Record = _parse(Record, line, where)
         except HarnessError as error:
-            own.see([str(error)], where)
-            continue
-        if not own.see(samples.problems(record), where):
-            continue
-        found.statuses[record.status] += 1
-        if record.status != "ok":
-            scores.see(_no_score(record), where, counted=0)
-            continue
-        where = f"{where} ({_shown(' '.join(record.key), 120)})"
-        bytes_.see(budgets.problems(record, where), where)
-        scores.see(score_problems(tasks[record.task], record), where)
-        likelihood.see(_likelihood_problems(record, manifest), where, counted=record.nll is not None)
-        if tokens is not None and decode is not None:
-            tokens.see(_token_problems(record, decode), where)
-    for problem in budgets.across():
-        bytes_.see([problem], counted=0)
-    whole.counted = samples.wanted
-    for problem in samples.missing() if not partial else ():
-        whole.see([problem], counted=0)
-
-
-def _no_score(record: Record) -> Iterator[str]:
-    if record.metrics or record.prediction or record.nll is not None or record.measured is not None:
-        yield f"status {record.status} goes with no score and no measurement"
-
-
-def score_problems(task: Task, record: Record) -> Iterator[str]:
-    """Say what the stored metrics have against them; a record that its task cannot score again is refused too."""
-    try:
-        found = dict(task.score(cast(Sample, _Stored(record)), record.prediction))
-    except NotRecorded as missing:
-        yield f"cannot be recomputed: {task.name} scores with the sample's {missing}, which no record holds"
-        return
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        told = _shown(f"{type(error).__name__}: {error}", 120)
-        yield f"cannot be recomputed: answers or meta are not what {task.name} scores with ({told})"
-        return
-    if found.keys() != record.metrics.keys():
-        yield f"metrics {ascii(sorted(record.metrics))[:120]}, the task gives {sorted(found)}"
-        return
-    for name, value in found.items():
-        if not abs(value - record.metrics[name]) <= EXACT:
-            yield f"{name} is {value:.9g} for the stored prediction, the record says {record.metrics[name]:.9g}"
-
-
-class NotRecorded(Exception):
-    """A field of a sample that is in no record."""
-
-
-class _Stored:
-    """What a record holds of a sample; any other field raises NotRecorded."""
-
-    def __init__(self, record: Record) -> None:
-        self.id, self.answers, self.meta = record.sample_id, record.answers, record.meta
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise NotRecorded(name)
-
-
-def _likelihood_problems(record: Record, manifest: RunManifest) -> Iterator[str]:
-    mean, first, count, most = record.nll, record.nll_first, record.nll_tokens, manifest.spec.nll_tokens
-    if not 0 <= count <= min(most, REFERENCE_TOKENS):
-        yield f"NLL over {ascii(count)[:20]} tokens, the spec allows {ascii(most)[:20]}"
-    elif (mean is None) != (count == 0) or (first is None) != (mean is None):
-        yield f"NLL {mean}, first token {first} and {count} tokens do not go together"
-    elif mean is not None and first is not None:
-        if min(mean, first) < -ROUNDING:
-            yield f"NLL {mean:g} (first token {first:g}) is negative"
-        if first > mean * count * (1 + ROUNDING) + ROUNDING:
-            yield f"the first token's NLL {first:g} is more than all {count} together, {mean * count:g}"
-
-
-def _token_problems(record: Record, decode: Decode) -> Iterator[str]:
-    turns = by_turns(record.token_ids, record.turn_tokens)
-    try:
-        texts = [decode(ids) for ids in turns]
-    except (ValueError, TypeError, IndexError, OverflowError) as error:
-        yield f"the tokens cannot be decoded ({type(error).__name__})"
-        return
-    said = record.prediction.split("\n") if record.turn_tokens else [record.prediction]
-    for text, own in zip_longest(texts, said, fillvalue=""):
-        if not text.startswith(own):  # a stop string ends it earlier
-            yield f"the tokens say {ascii(text)[:60]}, the prediction is {ascii(own)[:60]}"
+            self.own.see([str(error)])
             return
+        if not self.own.see(self.samples.problems(record), where):
+            return
+        self.found.statuses[record.status] += 1
+        where = f"{where} ({' '.join(record.key)[:120]})"
+        if self.drawn is not None and self.prompts is not None:
+            self.prompts.see(self.drawn.problems(record), where)
+        if self.again is not None:
+            self.again.keep(record)
+        if record.status != "ok":
+            self.scores.see(no_score(record), where, counted=0)
+            return
+        for check, problems in self._checks(record):
+            check.see(problems, where)
+        self.likelihood.counted -= record.nll is None
+
+    def _checks(self, record: Record) -> Iterator[tuple[Check, Iterator[str]]]:
+        yield self.bytes, self.budgets.problems(record, " ".join(record.key)[:120])
+        yield self.scores, score_problems(self.tasks[record.task], record)
+        yield self.likelihood, likelihood_problems(record, self.manifest)
+        if self.tokens is not None and self.decode is not None:
+            yield self.tokens, token_problems(record, self.decode)

@@ -15,15 +15,19 @@ Each night is compared with the one before: losses below the floors can add up o
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, FiniteFloat
+from pydantic import Field, Strict
 
+from harness.records.options import PathText
 from harness.records.spec import Frozen
 from leaderboards.nights.files import Night
 from leaderboards.stats.bootstrap import Bootstrap
 from leaderboards.stats.paired import ALL, EVERY, Change, changes, holm, joined
+
+Floor = Annotated[float, Strict(), Field(ge=0, le=1e6)]
 
 
 class NightlyOptions(Frozen):
@@ -33,13 +37,13 @@ class NightlyOptions(Frozen):
     a change counts: score_points (0-100), nll_nats (per token), bytes_percent, speed_percent (None: never).
     """
 
-    version: int
-    baseline: str
-    alpha: FiniteFloat = Field(default=0.05, gt=0, lt=1)
-    score_points: FiniteFloat = Field(default=1.0, ge=0)
-    nll_nats: FiniteFloat = Field(default=0.05, ge=0)
-    bytes_percent: FiniteFloat = Field(default=0.1, ge=0)
-    speed_percent: FiniteFloat | None = Field(default=None, ge=0)
+    version: Annotated[int, Strict(), Field(ge=0, lt=1 << 31)]
+    baseline: PathText
+    alpha: Annotated[float, Strict(), Field(gt=0, lt=1)] = 0.05
+    score_points: Floor = 1.0
+    nll_nats: Floor = 0.05
+    bytes_percent: Floor = 0.1
+    speed_percent: Floor | None = None
 
     def floor(self, measure: str) -> float:
         return self.score_points if measure == "score" else self.nll_nats
@@ -142,7 +146,7 @@ def _lost(both: pd.DataFrame) -> Iterator[str]:
 def _grown(both: pd.DataFrame, options: NightlyOptions) -> Iterator[str]:
     """Cells that keep more bytes on the samples that are ok in both nights."""
     for cell, rows in _by_cell(both[(both.status_before == "ok") & (both.status == "ok")]):
-        before, now = int(rows.kv_bytes_before.sum()), int(rows.kv_bytes.sum())
+        before, now = sum(rows.kv_bytes_before.tolist()), sum(rows.kv_bytes.tolist())
         if now > before * (1 + options.bytes_percent / 100):
             grown = f"+{100 * (now / before - 1):.2f} %" if before else "from none"
             yield f"{cell}: kept bytes {grown}: {before:,} to {now:,}"

@@ -115,7 +115,8 @@ def to_terminal(verdict: NightVerdict, *, width: int = TERMINAL_WIDTH) -> str:
 
 def _facts(verdict: NightVerdict) -> list[str]:
     about, compared, options = verdict.night.about, verdict.comparison, verdict.options
-    seconds = round((datetime.fromisoformat(about.finished) - datetime.fromisoformat(about.started)).total_seconds())
+    begun, ended = (datetime.fromisoformat(when) for when in (about.started, about.finished))
+    seconds = max(0, round((ended - begun).total_seconds()))  # a clock may have been set back
     lines = [
         f"tonight: {_told(verdict.night)}, {seconds // 60} min {seconds % 60} s; {about.samples} samples, "
         f"{len(verdict.night.table)} records",
@@ -200,9 +201,11 @@ def _seconds(verdict: NightVerdict) -> list[str]:
         lines.append(line)
     if verdict.baseline is not None:
         same = verdict.night.about.machine_id == verdict.baseline.about.machine_id != ""
-        judged = same and verdict.options.speed_percent is not None
+        alike = len(verdict.night.table) == len(verdict.baseline.table)
+        judged = same and alike and verdict.options.speed_percent is not None
         floor = f"judged above {verdict.options.speed_percent:g} %" if judged else "not judged"
-        lines.append(f"{'the same machine' if same else 'another machine of the class, or several'}; {floor}")
+        cells = "" if alike else ", with another number of records"
+        lines.append(f"{'the same machine' if same else 'another machine of the class, or several'}{cells}; {floor}")
     return lines
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
@@ -22,11 +21,13 @@ from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
 from leaderboards.stats.stored import STORED, percent_column
 from leaderboards.stats.stored import words as words_of
-from leaderboards.tables.picture import LINES, MARKERS
+from leaderboards.tables.picture import LINES, MARKERS, plain_text
+from leaderboards.tables.sections import LACKS
+from leaderboards.tables.verdicts import has_other_samples
 from leaderboards.text import clean, number
 
 SIZE = (4.4, 3.3)  # inches: as an SVG about as wide as a phone, so that its text is not scaled down there
-RC: dict[Any, Any] = {"font.size": 9, "axes.linewidth": 0.7, "text.parse_math": False, "text.usetex": False}
+RC: dict[Any, Any] = {"font.size": 9, "axes.linewidth": 0.7}
 RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 LOOK: dict[str, Any] = {"ms": 4.5, "lw": 1.2, "elinewidth": 0.8}
 DASHES = {"-": "", ":": "2 2", "-.": "6 2 2 2"}
@@ -96,7 +97,7 @@ def charts(table: Table, *, salt: str) -> ChartList | None:
     scored = [row for row in table.rows.to_dict("records") if row["n_ok"]]
     if not any(row["budget"] != FULL for row in scored):
         return None
-    with mpl.rc_context(RC):
+    with plain_text(RC):
         found = [
             _against(table, scored, bytes_cost(table), salt=f"{salt}-bytes"),
             _by_budget(table, scored, salt=f"{salt}-budget"),
@@ -181,6 +182,9 @@ def _series(axes: Axes, i: int, rows: Sequence[TableRow], x: Sequence[float], *,
     mean, low, high = (np.array([row[f"score_points_{part}"] for row in rows]) for part in ("mean", "low", "high"))
     yerr = [(mean - low).clip(min=0), (high - mean).clip(min=0)]  # intervals are rounded, means are not
     drawn = axes.errorbar(x, mean, yerr=yerr, color=color, marker=marker, ls=dash if line else "", **LOOK)
+    if fewer := [j for j, row in enumerate(rows) if has_other_samples(row)]:
+        hollow = {"mfc": "white", "ms": LOOK["ms"], "ls": "", "gid": f"series-{i}-hollow"}
+        axes.plot([x[j] for j in fewer], mean[fewer], color=color, marker=marker, **hollow)
     drawn.lines[0].set_gid(f"series-{i}")
     for bars in drawn.lines[2]:
         bars.set_gid(f"series-{i}-bars")
@@ -195,7 +199,8 @@ def words(row: TableRow) -> str:
     what, column = ("stored", STORED) if STORED in row else ("KV", BYTES.column)
     kept = f"{what} {number(row[column])} %"
     tpot = "" if math.isnan(timed) else f", TPOT {1000 * timed:.2f} ms"
-    return f"{' at '.join(_key(row))}: score {mean}{spread}, {kept}{tpot}"
+    method, budget = _key(row)
+    return f"{method} at {budget}: score {mean}{spread}, {kept}{tpot}"
 
 
 def _full(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
@@ -207,10 +212,14 @@ def _full(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
 
 
 def _front(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
-    """The staircase over the cells on the front; without marks, over the complete physical ones within their bytes."""
-    fair = [row for row in rows if row["budget"] != FULL and row.get("memory", "physical") == "physical"]
-    fair = [row for row in fair if not {"incomplete", "over_budget"} & set(row["flags"].split())]
-    on = [row for row in rows if row[cost.front]] if cost.front else fair
+    """The staircase over the cells on the front; without marks, over the physical ones within their bytes.
+
+    None of them lacks samples.
+    """
+    alike = [row for row in rows if not has_other_samples(row)]
+    fair = [row for row in alike if row["budget"] != FULL and row.get("memory", "physical") == "physical"]
+    fair = [row for row in fair if not row["n_over_budget"]]
+    on = [row for row in alike if row[cost.front]] if cost.front else fair
     best = running_best([(cost.scale * row[cost.column], row["score_points_mean"]) for row in on])
     if best:
         x, y = zip(*best, strict=True)
@@ -218,7 +227,7 @@ def _front(axes: Axes, rows: Sequence[TableRow], cost: Cost) -> None:
 
 
 def _key(row: TableRow) -> tuple[str, str]:
-    return clean(row["method"]), clean(row["budget"])
+    return clean(row["method"]) + (LACKS if has_other_samples(row) else ""), clean(row["budget"])
 
 
 def _score(row: TableRow) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from harness.errors import HarnessError
 from harness.records.record import Record
 from leaderboards.stats.comparable import budget_order
 from leaderboards.stats.summaries import BANDS, NEEDLES, band_of
+from leaderboards.tables.sections import LACKS
 from leaderboards.text import clean, number
 
 PLACE = ["length", "band"]
@@ -64,7 +65,9 @@ def heat_groups(records: Sequence[Record]) -> list[HeatGroup]:
         lengths, budgets = sorted(of_family["length"].unique()), sorted(of_family["budget"].unique(), key=budget_order)
         for budget in budgets:
             methods = of_family[of_family["budget"] == budget].groupby("method")
-            heats = [_needle_heat(str(method), lengths, own) for method, own in methods]
+            most = int(methods.size().max())
+            named = ((f"{method}{LACKS if len(own) < most else ''}", own) for method, own in methods)
+            heats = [_needle_heat(name, lengths, own) for name, own in named]
             groups.append(HeatGroup(f"{TITLES[str(family)]}, budget {budget}", budget == budgets[-1], heats))
     return groups
 

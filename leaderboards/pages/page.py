@@ -86,7 +86,7 @@ def to_html(
     if not tables or [table.axes for table in tables] != list(groups):
         raise HarnessError(f"{len(tables)} tables for records of {len(groups)}; give aggregate's own tables")
     every, extras = list(groups.values()), extras or Extras()
-    chosen = [one_per_key(group)[0] for group in every]
+    chosen = [one_per_key(group, manifests=manifests).records for group in every]
     run_ids = sorted({r.run_id for group in every for r in group})
     style, script = _asset("board.css"), _asset("board.js")
     several = len(tables) > 1

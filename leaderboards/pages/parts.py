@@ -21,8 +21,8 @@ from leaderboards.tables import boundary
 from leaderboards.tables.board import heading
 from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.sections import rival_frames, sections
-from leaderboards.tables.verdicts import standing, uncompressed, verdicts
-from leaderboards.text import clean, number
+from leaderboards.tables.verdicts import is_incomplete, standing, uncompressed, verdicts
+from leaderboards.text import clean, distinct, number
 
 Search = tuple[BoundaryManifest, Sequence[BoundaryRecord]]
 """A folder of searches."""
@@ -57,7 +57,7 @@ def best_by_task(table: Table) -> dict[str, pd.DataFrame]:
     Cells over their bytes or with missing samples are no candidates. No interval here: a task has few samples.
     """
     rows = table.rows.to_dict("records")
-    fair = {(r["budget"], r["method"]) for r in rows if not {"incomplete", "over_budget"} & set(r["flags"].split())}
+    fair = {(r["budget"], r["method"]) for r in rows if not is_incomplete(r) and not r["n_over_budget"]}
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["n_ok"]))
     found: dict[str, dict[str, list[tuple[float, str]]]] = {}
     for row in table.tasks.to_dict("records"):
@@ -69,7 +69,8 @@ def best_by_task(table: Table) -> dict[str, pd.DataFrame]:
         (clean(task), *(_best(means.get(b, []), named=b not in alone) for b in budgets))
         for task, means in found.items()
     ]
-    heads = ["task", *(clean(b) if b == FULL else f"budget {clean(b)}{_share(rows, b)}" for b in budgets)]
+    told = distinct(budgets)
+    heads = ["task", *(told[b] if b == FULL else f"budget {told[b]}{_share(rows, b)}" for b in budgets)]
     caption = "Highest mean of each task and how many methods share it; not tested against the next one"
     return {caption: pd.DataFrame(cells, columns=heads)} if cells else {}
 

@@ -10,11 +10,12 @@ from leaderboards.stats.observing import is_observed
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import is_ranked
 from leaderboards.stats.worst import is_known
-from leaderboards.tables.verdicts import score_text
+from leaderboards.tables.verdicts import most_nll, nll_text, score_text
 from leaderboards.text import MIB, clean, number, rank_text
 
 FLAGS = {"oom": "out of memory", "few": "few contexts", "unknown": "contexts unknown"}
 FLAGS |= {"over_budget": "over budget", "under_budget": "under budget"}
+FLAGS |= {"other_samples": "other samples", "timed_on_fewer": "timed on fewer samples"}
 """Flags that a page words otherwise."""
 AXES = {
     "model": "Model",
@@ -67,10 +68,11 @@ def ranking(tables: Sequence[Table], runs: Mapping[tuple[int, str, str], Sequenc
             "axes": table.axes,
             "data": row,
             "memory": memory(row),
-            "cells": _cells(table, row),
+            "cells": _cells(table, row, most=most[row["budget"]]),
             "runs": runs.get((i, row["method"], row["budget"]), ()),
         }
         for i, table in enumerate(tables)
+        for most in [most_nll(table.rows)]
         for row in table.rows.to_dict("records")
     ]
     return {"columns": _columns(tables), "rows": rows}
@@ -140,8 +142,8 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
     return [column for column in columns if there.get(column.name, True)]
 
 
-def _cells(table: Table, row: TableRow) -> dict[str, Shown]:
-    """What a row shows below every column that there may be."""
+def _cells(table: Table, row: TableRow, *, most: int) -> dict[str, Shown]:
+    """What a row shows below every column that there may be. most: samples that have an NLL at its budget."""
     mib, stored = row["kv_bytes_mean"] / MIB, row.get("stored_bytes_mean", math.nan) / MIB
     low, high = row.get("rank_low", math.nan), row.get("rank_high", math.nan)
     plain = {
@@ -162,7 +164,7 @@ def _cells(table: Table, row: TableRow) -> dict[str, Shown]:
         "Observe ms": _number(row.get("observe_ms_median", math.nan)),
         "TPOT ms": _number(1000 * row.get("tpot_s_mean", math.nan), digits=2),
         "Peak MiB": _number(row.get("peak_bytes_mean", math.nan) / MIB),
-        "NLL": _number(row["nll_nats_mean"], digits=3),
+        "NLL": Shown(nll_text(row, most), _value(row["nll_nats_mean"])),
         "Broken %": _number(row.get("broken_percent_mean", math.nan)),
         "NLL worst 10%": _number(row.get("nll_worst_nats_mean", math.nan), digits=3),
         "Needle %": _number(row["needle_percent_mean"]),

@@ -6,6 +6,7 @@ from typing import Any
 
 from harness.records.record import Record, RunManifest
 from harness.records.spec import TaskSpec
+from leaderboards.stats.machines import listed
 
 
 def runs_of(groups: Sequence[Sequence[Record]], run_ids: Sequence[str]) -> dict[tuple[int, str, str], list[int]]:
@@ -45,8 +46,8 @@ def _facts(m: RunManifest) -> dict[str, Any]:
 
 def _task(task: TaskSpec) -> str:
     source = {key: value for key, value in task.provenance.items() if key != "deviations"}
-    deviations = task.provenance.get("deviations") or ()
-    more = f"; {len(deviations)} deviations: {'; '.join(map(str, deviations))}" if deviations else ""
+    deviations = listed(task.provenance, "deviations")
+    more = f"; {len(deviations)} deviations: {'; '.join(deviations)}" if deviations else ""
     return f"{task.name}: {task.protocol}; {_words(source)}{more}"
 
 

@@ -13,16 +13,20 @@ about sqrt(1 - 1/n); cells with fewer than 10 in some task are flagged. `n` alwa
 
 Marks. They follow the rank intervals (`leaderboards.stats.ranks`), which are corrected for the number of methods,
 budgets and measures. At each budget the cells that may be first, of those within their bytes, are `=`; a cell is `*`
-only when it is the one that may be, and is told apart from every other. `=` is no proof of equality. Nothing is marked
-where there are fewer than two methods or none is complete, or where the table ranks nothing
-(`leaderboards.stats.eligible`).
+only when it is the one that may be, and is told apart from every other. `=` is no proof of equality. A cell that lacks
+samples has no mark: its mean is over others. Nothing is marked where there are fewer than two methods or none is
+complete, or where the table ranks nothing (`leaderboards.stats.eligible`).
+
+Flags. `incomplete`: other cells of that budget have samples that this one lacks. `other_samples`: no other one of its
+budget has more, but those of another budget do. `timed_on_fewer`: others were timed on prompts that it was not.
+`resumed`: some record was made in another environment than its run began in.
 
 Memory. A cell of which some record has simulated memory is `simulated`: scored and ranked as any other, but with no
 place on the fronts. The column `memory` is there when some table has such a cell.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -33,7 +37,7 @@ import pandas as pd
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import CellKey, Record, RunManifest
+from harness.records.record import CellKey, Key, Record, RunManifest
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.closed import closed
 from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
@@ -71,8 +75,9 @@ class Table:
 
     summaries, rivals: as `summaries.summarise` and `subject.compare` make them; may be empty. ranking: which tasks
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
-    runs; one of each is used. elsewhere: the same sweep on other processors. floors, closed, visible, lengths: as the
-    modules of these names make them.
+    runs; one of each is used, see `comparable.one_per_key`, which says `differing` too. elsewhere: the same sweep on
+    other processors. changes: of the environment, since a run began, and how many records have each. floors, closed,
+    visible, lengths: as the modules of these names make them.
     """
 
     axes: Axes
@@ -87,6 +92,8 @@ class Table:
     notes: tuple[Note, ...]
     duplicates: int
     elsewhere: tuple[Elsewhere, ...] = ()
+    differing: tuple[tuple[str, str, int, Key], ...] = ()
+    changes: tuple[tuple[str, int], ...] = ()
     floors: pd.DataFrame = field(default_factory=pd.DataFrame)
     closed: pd.DataFrame = field(default_factory=pd.DataFrame)
     visible: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -122,7 +129,8 @@ def aggregate(
         raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
     others = elsewhere(groups, manifests)
     tables = [
-        _table(axes, group, subject, others[axes], seed=seed, resamples=resamples) for axes, group in groups.items()
+        _table(axes, group, manifests, subject, others[axes], seed=seed, resamples=resamples)
+        for axes, group in groups.items()
     ]
     if all((table.rows["memory"] == "physical").all() for table in tables):
         for table in tables:
@@ -136,13 +144,14 @@ def aggregate(
 def _table(
     axes: Axes,
     records: list[BoardRecord],
+    manifests: Sequence[RunManifest],
     subject: str | None,
     others: tuple[Elsewhere, ...],
     *,
     seed: int,
     resamples: int,
 ) -> Table:
-    chosen, duplicates = one_per_key(records)
+    chosen, duplicates, differing = one_per_key(records, manifests=manifests)
     grid = Grid(chosen, seed=seed, resamples=resamples)
     used = {wanted: _baseline(wanted, grid.cells) for wanted in BASELINES}
     grid.prepare(_wanted(grid, used))
@@ -154,15 +163,16 @@ def _table(
     marks = _marks(grid, ranked)
     costs = {c: stored[c] | observing[c] for c in order}
     more = {c: {**costs[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
-    rows = pd.DataFrame([_flagged({**asdict(axes), **_row(grid, c, used), **more[c]}) for c in order])
+    rows = pd.DataFrame([_flagged({**asdict(axes), **_row(grid, c, used), **more[c]}, grid, c) for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
     summaries, rivals = summarise(grid, order), compare(grid, subject)
     samples, notes = len(grid.samples), _notes(chosen)
-    made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others)
+    made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others, differing)
     seen, decoded = visible(grid, ranking), lengths(grid, order)
-    return Table(*made, floors=floors(grid), closed=closed(grid), visible=seen, lengths=decoded)
+    changes = tuple(sorted(Counter(change for r in chosen for change in r.environment_changes).items()))
+    return Table(*made, changes, floors=floors(grid), closed=closed(grid), visible=seen, lengths=decoded)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:
@@ -217,10 +227,15 @@ def _row(grid: Grid, cell: CellKey, baselines: dict[str, str | None]) -> dict[st
     return {**row, "flags": " ".join(name for name, here in present.items() if here)}
 
 
-def _flagged(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its flag `under_budget`, where stored bytes tell."""
-    under = "under_budget" if row.get("n_under_budget") else ""
-    return {**row, "flags": f"{row['flags']} {under}".strip()}
+def _flagged(row: dict[str, Any], grid: Grid, cell: CellKey) -> dict[str, Any]:
+    """The row with the flags that more than its own samples tell."""
+    more = {
+        "under_budget": row.get("n_under_budget"),
+        "other_samples": grid.complete(cell) and (grid.expected(FULL) & ~grid.expected(cell[1])).any(),
+        "timed_on_fewer": grid.timed_on_fewer(cell),
+        "resumed": any(r is not None and r.environment_changes for r in grid.cells[cell]),
+    }
+    return {**row, "flags": " ".join([*row["flags"].split(), *(name for name, here in more.items() if here)])}
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:
@@ -236,7 +251,7 @@ def _marks(grid: Grid, ranked: Mapping[CellKey, Mapping[str, Any]]) -> dict[Cell
             continue
         first = [c for c in rivals if ranked[c]["rank_low"] == 1]
         alone = len(first) == 1 and ranked[first[0]]["rank_high"] == 1
-        marks.update(dict.fromkeys(first, "*" if alone else "="))
+        marks.update(dict.fromkeys(filter(grid.complete, first), "*" if alone else "="))
     return marks
 
 

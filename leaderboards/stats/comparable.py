@@ -13,22 +13,27 @@ Processor. That of a record is what ran it: two processors round sums differentl
 record that nothing ran takes the processor of most of its run's, or what the manifest says.
 """
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from operator import attrgetter
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import Record, RunManifest
+from harness.records.record import Key, Record, RunManifest
 from harness.records.spec import TaskSpec
+from leaderboards.stats.machines import listed, processor
 
 AnyRecord = TypeVar("AnyRecord", Record, BoardRecord)
 STATUSES = ("ok", "skipped", "failed", "oom")
 FULL = "full"
 """The budget of a method without one."""
 UNKNOWN = "unknown processor"
+SEEN = 5e-4
+"""Nats per token by which two records of a cell differ on a board."""
 DIVISIONS = ("official tasks", "own tasks")
 
 
@@ -90,42 +95,84 @@ def processor_of(name: str, manifest: RunManifest | None) -> str:
     if manifest is None:
         return name or UNKNOWN
     kind = manifest.spec.model.device.partition(":")[0]
-    cards = manifest.machine.get("accelerators") or () if kind != "cpu" else ()
-    name = name or str(next(iter(cards), manifest.machine.get("processor") or UNKNOWN))
+    cards = listed(manifest.machine, "accelerators") if kind != "cpu" else []
+    name = name or next(iter(cards), processor(manifest.machine) or UNKNOWN)
     return name if kind == "cpu" else f"{name} ({kind})"
 
 
-def one_per_key(records: Iterable[AnyRecord]) -> tuple[list[AnyRecord], int]:
-    """One record per key, in key order, and how many keys had several.
+class Chosen(NamedTuple, Generic[AnyRecord]):
+    """One record per key, in key order. several: keys that had more than one; differing: pairs of runs that disagree.
 
-    Ok goes first, then physical memory, then a measured one, then the smallest run id.
-    Raises HarnessError when one sample id stands for two prompts.
+    differing: the run whose record is used, the other one, how many keys they disagree in, and the first of those.
     """
-    by_key: dict[tuple[str, str, str, str], AnyRecord] = {}
-    several: dict[tuple[str, str, str, str], list[AnyRecord]] = {}
+
+    records: list[AnyRecord]
+    several: int
+    differing: tuple[tuple[str, str, int, Key], ...]
+
+
+def one_per_key(records: Iterable[AnyRecord], *, manifests: Sequence[RunManifest] = ()) -> Chosen[AnyRecord]:
+    """Choose one record of each key.
+
+    Ok goes first, then physical memory, then a measured one, then that of a finished run, then of the run that was
+    started last, as its manifest says. Raises HarnessError when one sample id stands for two prompts.
+    """
+    by_key: dict[Key, AnyRecord] = {}
+    several: dict[Key, list[AnyRecord]] = {}
     for r in records:
         key = r.key
         if key in by_key:
             several.setdefault(key, [by_key[key]]).append(r)
         else:
             by_key[key] = r
-    by_key |= {key: min(found, key=_preference) for key, found in several.items()}
+    age = {m.run_id: (m.status != "finished", -_seconds(m.started)) for m in manifests}
+    by_key |= {key: min(found, key=lambda r: _preference(r, age)) for key, found in several.items()}
     chosen = [by_key[key] for key in sorted(by_key)]
     _check_prompts(chosen)
-    return chosen, len(several)
+    pairs: dict[tuple[str, str], list[Key]] = defaultdict(list)
+    for key in sorted(several):
+        for other in several[key]:
+            if _differ(by_key[key], other):
+                pairs[by_key[key].run_id, other.run_id].append(key)
+    differing = [(used, other, len(keys), keys[0]) for (used, other), keys in sorted(pairs.items())]
+    return Chosen(chosen, len(several), tuple(differing))
 
 
-def _preference(record: Record | BoardRecord) -> tuple[int, bool, bool, str, str]:
+def _preference(record: Record | BoardRecord, age: Mapping[str, tuple[bool, float]]) -> tuple[object, ...]:
+    """Smaller is better. The last two settle what is equal in everything else."""
     (r,) = board_records([record])
-    return (STATUSES.index(r.status), r.memory != "physical", r.timed is None, r.run_id, repr(r))
+    state = (STATUSES.index(r.status), r.memory != "physical", r.timed is None)
+    return (*state, *age.get(r.run_id, (True, 0.0)), r.run_id, repr(r))
+
+
+def _differ(one: Record | BoardRecord, other: Record | BoardRecord) -> bool:
+    """Whether both are ok and a reader would see another score, NLL or number of bytes."""
+    a, b = board_records([one, other])
+    if a.status != "ok" or b.status != "ok":
+        return False
+    nlls = [math.nan if r.nll is None else r.nll for r in (a, b)]
+    moved = abs(nlls[0] - nlls[1]) > SEEN or math.isnan(nlls[0]) != math.isnan(nlls[1])
+    return (a.score, a.kv_bytes, a.stored_bytes) != (b.score, b.kv_bytes, b.stored_bytes) or moved
+
+
+def _seconds(when: str) -> float:
+    """Since 1970, of a time as manifests hold it; one that is none is older than all others."""
+    try:
+        found = datetime.fromisoformat(when)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return -math.inf
 
 
 def budget_order(budget: str) -> tuple[int, float, str]:
     """Sort key: without a budget first, then tokens, then fractions."""
     try:
-        return (2 if "." in budget else 1, float(budget), budget)
+        size = float(budget)
     except ValueError:
+        size = math.nan
+    if not math.isfinite(size):
         return (0 if budget == FULL else 3, 0.0, budget)
+    return (2 if "." in budget else 1, size, budget)
 
 
 def _check_prompts(records: Iterable[Record | BoardRecord]) -> None:

@@ -21,7 +21,7 @@ from leaderboards.stats.bootstrap import MIN_PAIRS, Array, Mask, Request, percen
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.eligible import LOWEST, REFERENCE
 from leaderboards.stats.grid import Grid
-from leaderboards.stats.stored import is_stored
+from leaderboards.stats.stored import is_stored, share
 
 FLOORS = (95, 99)
 """Percent of the full cache's score."""
@@ -100,7 +100,10 @@ def _rows(grid: Grid) -> Iterator[dict[str, object]]:
             kept = kept_shares(grid, cells, where)
             if kept is None:
                 continue
-            sizes = np.log([*(_share(grid, cell, where) for cell in cells), 1.0])
+            shares = [*(_share(grid, cell, where) for cell in cells), 1.0]
+            if not min(shares) > 0:  # NaN too: nothing was held, or nothing is said of the full cache
+                continue
+            sizes = np.log(shares)
             for floor in FLOORS:
                 found = _row(kept, sizes, floor / 100)
                 yield {"method": method, "family": family, "floor": floor, **found, "n": int(where.sum())}
@@ -120,7 +123,7 @@ def _shares(means: Array) -> Array:
     """Of the last member's mean over tasks: [T, ..., K] -> [..., K]; 1 where that is 0."""
     whole = means.mean(axis=0)
     full = whole[..., -1:]
-    return np.asarray(np.divide(whole, full, out=np.ones_like(whole), where=full > 0))
+    return np.asarray(np.divide(whole, full, out=np.ones_like(whole), where=full > 1e-9))
 
 
 def _curves(grid: Grid) -> dict[str, list[CellKey]]:
@@ -135,4 +138,4 @@ def _curves(grid: Grid) -> dict[str, list[CellKey]]:
 def _share(grid: Grid, cell: CellKey, where: Mask) -> float:
     """Bytes of the full cache's, on all samples together; stored ones where every record knows them."""
     own = grid.values(cell, "stored_bytes" if is_stored(grid) else "kv_bytes")
-    return float(own[where].sum() / grid.values(cell, "full_bytes")[where].sum())
+    return share(own[where], grid.values(cell, "full_bytes")[where])

@@ -59,6 +59,7 @@ class Grid:
             for cell, column in self.cells.items()
         }  # [S], -1 where the cell has no record
         self._expected: dict[str, Mask] = {}
+        self._timed: Mask | None = None
         self._values: dict[tuple[CellKey, str], Array] = {}
         self._estimates: dict[Wanted, Estimate] = {}
 
@@ -122,6 +123,13 @@ class Grid:
     def measured(self) -> bool:
         """Whether some cell was also measured by itself."""
         return any(r is not None and r.timed is not None for cell in self.cells.values() for r in cell)
+
+    def timed_on_fewer(self, cell: CellKey) -> bool:
+        """Whether other cells were timed on samples that this one was not, though it was on some."""
+        if self._timed is None:
+            self._timed = np.any([~np.isnan(self.values(one, "tpot_s")) for one in self.cells], axis=0)
+        own = ~np.isnan(self.values(cell, "tpot_s"))
+        return bool(own.any() and (self._timed & ~own).any())
 
     def memory(self, cell: CellKey) -> Memory:
         """`simulated` where it is in some record of the cell."""

@@ -50,7 +50,7 @@ def elsewhere(
     for alike in sweeps.values():
         if len({axes.processor for axes in alike}) < 2:
             continue
-        values = {axes: _values(groups[axes]) for axes in alike}
+        values = {axes: _values(groups[axes], manifests) for axes in alike}
         for one, other in permutations(alike, 2):
             if one.processor != other.processor:
                 score, nll = (_most_moved(values[one], values[other], measure) for measure in (0, 1))
@@ -58,9 +58,9 @@ def elsewhere(
     return found
 
 
-def _values(records: Sequence[BoardRecord]) -> Values:
+def _values(records: Sequence[BoardRecord], manifests: Sequence[RunManifest]) -> Values:
     values: dict[CellKey, dict[tuple[str, str, str], tuple[float | None, float | None]]] = {}
-    for r in one_per_key(records)[0]:
+    for r in one_per_key(records, manifests=manifests).records:
         if r.status == "ok":
             score = None if r.score is None else 100 * r.score
             values.setdefault((r.method, r.budget), {})[r.task, r.sample_id, r.prompt_sha256] = (score, r.nll)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from harness.records.record import CellKey
+from leaderboards.stats.bootstrap import Array
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.grid import Grid
 
@@ -40,6 +41,12 @@ def stored_columns(grid: Grid) -> dict[CellKey, dict[str, Any]]:
     return {cell: _columns(grid, cell) for cell in grid.cells}
 
 
+def share(part: Array, whole: Array) -> float:
+    """The sum of some bytes by that of others; NaN where the latter is 0."""
+    of = float(whole.sum())
+    return float(part.sum()) / of if of else math.nan
+
+
 def percent_column(rows: pd.DataFrame) -> str:
     """Name the column of a table's bytes in percent of the full cache: stored ones where it has them."""
     return STORED if STORED in rows else "kv_percent_of_full"
@@ -55,6 +62,6 @@ def _columns(grid: Grid, cell: CellKey) -> dict[str, Any]:
     there = ~np.isnan(stored)
     return {
         "stored_bytes_mean": float(stored[there].mean()) if there.any() else math.nan,
-        STORED: 100 * float(stored[there].sum() / full[there].sum()) if there.any() else math.nan,
+        STORED: 100 * share(stored[there], full[there]),
         "n_under_budget": 0 if cell[1] == FULL else int((stored[there] < UNDER * asked[there]).sum()),
     }

@@ -117,7 +117,7 @@ def compare_runs(first: Run, second: Run) -> TwoRuns:
 
 def _table(manifest: RunManifest, records: Sequence[Record]) -> pd.DataFrame:
     """The run's lines with their outputs: token ids, or the text where there are none."""
-    chosen, _ = one_per_key(records)
+    chosen = one_per_key(records).records
     if not chosen:
         raise HarnessError(f"no records in run {manifest.run_id}; there is nothing to compare")
     outputs: list[Any] = [r.token_ids or r.prediction for r in chosen]
@@ -145,7 +145,7 @@ def _paired_rows(both: pd.DataFrame) -> Iterator[Row]:
     for (budget, method, task), measures in pairs.items():
         own = both[(both.budget == budget) & (both.method == method)]
         own = own if task == ALL else own[own.task == task]
-        sums = own[["differs", "kv_bytes_before", "kv_bytes"]].sum().astype(int).tolist()
+        sums = [sum(own[name].tolist()) for name in ("differs", "kv_bytes_before", "kv_bytes")]
         nothing = Pair(float("nan"), float("nan"))
         score, nll = (measures.get(measure, nothing) for measure in SIGNS)
         yield Row(budget, method, task, score, nll, len(own), *sums)

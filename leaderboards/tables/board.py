@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.record import RunManifest
+from harness.records.record import Key, RunManifest
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import SUFFIXES, Ranking, is_ranked
@@ -20,12 +20,13 @@ from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.files import write_files
 from leaderboards.tables.legend import how_to_read
 from leaderboards.tables.sections import flag_letters, sections
-from leaderboards.tables.verdicts import score_text, standing, tightest_and_widest
+from leaderboards.tables.verdicts import most_nll, nll_text, score_text, standing, tightest_and_widest
 from leaderboards.text import (
     MIB,
     NOTE_CHARS,
     Section,
     clean,
+    csv_text,
     estimate,
     keys,
     markdown,
@@ -118,9 +119,9 @@ def heading(table: Table) -> str:
 def main_frame(table: Table) -> pd.DataFrame:
     """The ranking as text: one row per (budget, method)."""
     needles, measured = bool(table.rows["needle_percent_n"].any()), is_measured(table.rows)
-    lines = []
+    lines, most = [], most_nll(table.rows)
     for row in table.rows.to_dict("records"):
-        line = _main_row(row, table.baselines, ranked=is_ranked(table.rows))
+        line = _main_row(row, table.baselines, ranked=is_ranked(table.rows), most=most[row["budget"]])
         line |= {"needle %": number(row["needle_percent_mean"])} if needles else {}
         lines.append(line | (_measured_cells(row) if measured else {}))
     return pd.DataFrame(lines)
@@ -128,11 +129,22 @@ def main_frame(table: Table) -> pd.DataFrame:
 
 def notes_of(table: Table) -> list[str]:
     """The footnotes of a table, a line each."""
-    return [
-        f"{clean(note.method)} at {', '.join(note.budgets)}: {clean(note.what)} ({note.count} records)"
+    notes = [
+        f"{clean(note.method)} at {clean(', '.join(note.budgets))}: {clean(note.what)} ({note.count} records)"
         + (f"; first error: {clean(note.error)}" if note.error else "")
         for note in table.notes
     ]
+    resumed = [f"resumed with another environment: {clean(what)} ({count} records)" for what, count in table.changes]
+    return [*notes, *resumed, *map(_disagreement, table.differing)]
+
+
+def _disagreement(told: tuple[str, str, int, Key]) -> str:
+    """Two runs that say other things of the same cells."""
+    used, other, count, (task, sample, method, budget) = told
+    runs = f"run {clean(used)}, which is used, and run {clean(other)}" if used != other else f"two copies of run {used}"
+    first = f"{clean(method)} at {clean(budget)} on {clean(task)}, sample {clean(sample)}"
+    cells = f"{count} cells" if count > 1 else "a cell"
+    return f"{runs} disagree in score, NLL or bytes in {cells}, first in {first}"
 
 
 def _parts(table: Table, lines: Sequence[str]) -> Iterator[Section]:
@@ -145,7 +157,7 @@ def _parts(table: Table, lines: Sequence[str]) -> Iterator[Section]:
         yield Section("Notes", notes, level=3)
 
 
-def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: bool) -> dict[str, str]:
+def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: bool, most: int) -> dict[str, str]:
     mib = row["kv_bytes_mean"] / MIB
     cells = {
         **keys(row),
@@ -162,7 +174,7 @@ def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: boo
         cells["rank"] = rank_text(row["rank_low"], row["rank_high"])
     cells["n"] = str(row["n_ok"])
     cells["flags"] = flag_letters(row["flags"])
-    cells["NLL"] = number(row["nll_nats_mean"], digits=3)
+    cells["NLL"] = nll_text(row, most)
     for wanted, label in baselines.items():
         cells[f"ΔNLL {clean(label or wanted)}"] = estimate(row, f"nll_nats_vs_{wanted}", digits=3, sign="+")
     return cells
@@ -197,11 +209,20 @@ def _facts(table: Table, manifests: Sequence[RunManifest]) -> list[str]:
         "code": ", ".join(commits),
         "measured on": "; ".join(sorted({m.spec.measured_on for m in runs if m.spec.measured_on})),
         "unfinished runs": ", ".join(unfinished),
-        "cells found in several runs": f"{table.duplicates}, one of each used" if table.duplicates else "",
+        "cells found in several runs": _several(table),
         "no baseline": ", ".join(wanted for wanted, label in table.baselines.items() if label is None),
     }
     told = [f"{name}: {clean(text, longest=10 * NOTE_CHARS)}" for name, text in facts.items() if text]
     return [*standing(table), *told]
+
+
+def _several(table: Table) -> str:
+    """How many cells were run more than once, which record is used, and how many disagree."""
+    if not table.duplicates:
+        return ""
+    different = sum(count for _, _, count, _ in table.differing)
+    told = f"; {different} differ between runs (see Notes)" if different else ""
+    return f"{table.duplicates}, of each that of the finished run that was started last{told}"
 
 
 def _with_axes(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
@@ -212,7 +233,7 @@ def _with_axes(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
 def _csv(frames: Sequence[pd.DataFrame]) -> str:
     frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1])  # an empty one has no column types
     texts = frame.select_dtypes(exclude="number").columns
-    frame[texts] = frame[texts].fillna("").map(clean)  # a table may lack columns of another one
+    frame[texts] = frame[texts].fillna("")  # a table may lack columns of another one
     if "division" in frame and not frame["division"].any():
         frame = frame.drop(columns="division")
-    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    return csv_text(frame)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from html import escape as html
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,8 +18,10 @@ from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, load_boundaries
 from harness.records.run_folder import write_bytes
 from leaderboards.stats.comparable import budget_order
+from leaderboards.stats.machines import listed
 from leaderboards.tables.files import write_files
-from leaderboards.text import MIB, Section, clean, escape, markdown, number, terminal
+from leaderboards.tables.picture import plain_text
+from leaderboards.text import MIB, Section, clean, csv_text, escape, markdown, number, terminal
 
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "oo")
 """Hatching of the bars of each budget, so that they are told apart without colour."""
@@ -71,9 +72,9 @@ def to_csv(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> str
     for record in ordered(records):
         found, edge = record.found, record.probe(record.found.answer) if record.found else None
         row = {
-            **{"model": clean(model.name), "dtype": model.dtype, "device": model.device},
-            **{"limit_bytes": record.limit_bytes, "limit_kind": clean(manifest.limit_kind)},
-            **{"model_bytes": manifest.model_bytes, "method": clean(record.method), "budget": clean(record.budget)},
+            **{"model": model.name, "dtype": model.dtype, "device": model.device},
+            **{"limit_bytes": record.limit_bytes, "limit_kind": manifest.limit_kind},
+            **{"model_bytes": manifest.model_bytes, "method": record.method, "budget": record.budget},
             **{"kind": record.kind, "at_context": record.at_context},
             **{"answer": found.answer if found else None, "everything_fits": found.whole if found else None},
             **{name: getattr(edge, name, None) for name in ("peak_bytes", "predicted_bytes")},
@@ -83,7 +84,7 @@ def to_csv(records: Sequence[BoundaryRecord], manifest: BoundaryManifest) -> str
         rows.append(row)
     whole = ("at_context", "answer", "peak_bytes", "predicted_bytes", "next_size")
     table = pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64"))
-    return str(table.to_csv(index=False, lineterminator="\n"))
+    return csv_text(table)
 
 
 def frame(records: Sequence[BoundaryRecord]) -> pd.DataFrame:
@@ -145,7 +146,7 @@ def facts(manifest: BoundaryManifest) -> list[str]:
         f"limit: {manifest.limit_bytes} bytes by {manifest.limit_kind}, {manifest.model_bytes} of them the model's",
         f"each probe: prefill and {manifest.new_tokens} tokens by itself, at most {manifest.timeout_s:g} s, "
         f"chunk {manifest.chunk or 'none'}, threads {manifest.threads or 'default'}",
-        f"machine: {', '.join([*where, *map(str, machine.get('accelerators') or ())]) or 'unknown'}",
+        f"machine: {', '.join([*where, *listed(machine, 'accelerators')]) or 'unknown'}",
         *manifest.notes,
     ]
     return [clean(line) for line in lines]
@@ -167,8 +168,7 @@ def draw(records: Sequence[BoundaryRecord], manifest: BoundaryManifest, *, salt:
     panels = list(dict.fromkeys((r.kind, r.at_context) for r in sorted(records, key=lambda r: r.at_context or 0)))
     rows = len({(r.method, r.budget) for r in records})
     text, image = io.StringIO(), io.BytesIO()
-    # text.parse_math: a dollar sign in a label is a dollar sign
-    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "text.parse_math": False}):
+    with plain_text({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure = Figure(figsize=(max(4.5, 1.1 * rows + 1.5) * len(panels), 4.8), layout="constrained")
         figure.suptitle(title(manifest), fontsize=10)
         for panel, (kind, at) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -8,6 +8,7 @@ From the manifest: revision, device, protocol, machine, commit, version, and whe
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pandas.api.types import is_object_dtype
 
 from harness.errors import HarnessError
 from harness.records.record import Record, RunManifest
-from harness.records.run_folder import find_runs, load_run, write_text
+from harness.records.run_folder import find_runs, load_run, write_bytes, write_text
 
 TEXTS = ("notes", "environment_changes")
 LISTS = frozenset(
@@ -51,11 +52,10 @@ def load(results: str | Path) -> pd.DataFrame:
 
 
 def to_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table of `load`. Raises HarnessError when the file cannot be written."""
-    try:
-        frame.to_parquet(path, engine="pyarrow", index=False)
-    except OSError as error:
-        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from None
+    """Write a table of `load`, whole or not at all. Raises HarnessError when the file cannot be written."""
+    data = BytesIO()
+    frame.to_parquet(data, engine="pyarrow", index=False)
+    write_bytes(path, data.getvalue())
 
 
 def results_card(frame: pd.DataFrame) -> dict[str, Any]:

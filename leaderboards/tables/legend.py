@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from leaderboards.stats import observing, pareto, ranks, summaries, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
@@ -97,6 +99,18 @@ BESIDE = (
 )
 
 
+RARE = {
+    "other_samples": "x fewer samples than another budget (its means are over others)",
+    "timed_on_fewer": "t timed on fewer prompts than another row",
+    "resumed": "r resumed in another environment (see Notes)",
+}
+"""Flags that are told of where a row has them."""
+
+
+def _has(rows: pd.DataFrame, flag: str) -> bool:
+    return any(flag in flags.split() for flags in rows["flags"])
+
+
 def how_to_read(tables: Sequence[Table]) -> list[str]:
     """A line for each column, mark and flag that some of the tables have."""
     attrs = tables[0].rows.attrs
@@ -123,7 +137,9 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "the uncompressed prefill.",
         "flags: i incomplete (others of that budget have samples that this one lacks), s skipped, f failed, o out of "
         f"memory, b over budget in bytes, w fewer than {FEW} contexts in some task (its interval is too narrow), u "
-        "some sample does not name its context and counts as one of its own (the interval may be far too narrow).",
+        "some sample does not name its context and counts as one of its own (the interval may be far too narrow)"
+        + "".join(f", {words}" for flag, words in RARE.items() if any(_has(frame, flag) for frame in rows))
+        + ".",
         *(RANKS if ranked else ()),
         *(OTHERS if any((frame["best_other"] != "").any() for frame in rows) else ()),
         *(SMALLEST if any(len(table.floors) for table in tables) else ()),

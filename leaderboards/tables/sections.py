@@ -1,6 +1,7 @@
 """What follows the ranking of a board, as tables of text: rivals, tasks, ranks, tails and the averages of suites."""
 
 import math
+from collections.abc import Collection
 
 import pandas as pd
 
@@ -8,35 +9,59 @@ from leaderboards.stats import ranks, worst
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
+from leaderboards.tables.verdicts import has_other_samples
 from leaderboards.tables.visible import TITLE, visible_frame
-from leaderboards.text import KEYS, MIB, clean, estimate, half_width, interval, keys, number, rank_text
+from leaderboards.text import KEYS, MIB, clean, distinct, estimate, half_width, interval, keys, number, rank_text
 
 FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "under_budget": "l"}
-FLAGS |= {"few": "w", "unknown": "u"}
+FLAGS |= {"few": "w", "unknown": "u", "other_samples": "x", "timed_on_fewer": "t", "resumed": "r"}
 """Flag of a row to its letter."""
+LACKS = " (lacks samples)"
+"""What marks a method beside others that have samples which it lacks."""
 RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 """Measure to its words in a title and its decimals."""
 
 
 def sections(table: Table) -> dict[str, pd.DataFrame]:
-    """Title to frame of everything below the ranking, one row per budget and method or family."""
+    """Title to frame of everything below the ranking, one row per budget and method or family.
+
+    A method whose row is over other samples than those beside it is marked in words.
+    """
+    lacking = lacks(table)
     found = {**rival_frames(table.rivals), "Score by task": task_frame(table)}
     if len(table.visible):
         found[TITLE] = visible_frame(table.visible)
     limited = table.rows[table.rows["budget"] != FULL]
     if (ranked := ranks.is_ranked(table.rows)) or (limited["best_other"] != "").any():
         found["Ranks and best others" if ranked else "Best others"] = pd.DataFrame(
-            [_rank_texts(row, ranked=ranked) for row in limited.to_dict("records")]
+            [keyed(row, lacking) | _rank_texts(row, ranked=ranked) for row in limited.to_dict("records")]
         )
     for floor, rows in table.floors.groupby("floor") if len(table.floors) else ():
-        found[f"Smallest cache that keeps {floor} % of fullkv, in % of its bytes"] = _floor_frame(rows)
+        found[f"Smallest cache that keeps {floor} % of fullkv, in % of its bytes"] = _floor_frame(rows, lacking)
     if len(table.lengths):
-        found["Long outputs"] = pd.DataFrame([_length_texts(row) for row in table.lengths.to_dict("records")])
+        most = table.lengths["n"].max()
+        fewer = {(row["budget"], row["method"]) for row in table.lengths.to_dict("records") if row["n"] < most}
+        own = table.lengths.to_dict("records")
+        found["Long outputs"] = pd.DataFrame([keyed(row, fewer) | _length_texts(row) for row in own])
     if worst.is_known(table.rows):
-        found["Tail failures"] = pd.DataFrame([_tail_texts(row) for row in table.rows.to_dict("records")])
+        every = table.rows.to_dict("records")
+        found["Tail failures"] = pd.DataFrame([keyed(row, lacking) | _tail_texts(row) for row in every])
     for title, rows in table.summaries.groupby("title", sort=False):
         found[clean(title)] = _summary_frame(rows)
     return found
+
+
+def lacks(table: Table, *, flag: str = "") -> frozenset[tuple[str, str]]:
+    """Budget and method of the rows that lack samples which another row has; or of those with one flag alone."""
+    rows = table.rows.to_dict("records")
+    here = (row for row in rows if (flag in row["flags"].split() if flag else has_other_samples(row)))
+    return frozenset((row["budget"], row["method"]) for row in here)
+
+
+def keyed(row: TableRow, lacking: Collection[tuple[str, str]]) -> dict[str, str]:
+    """The cells that name a row, marked where it is in `lacking`."""
+    named = keys(row)
+    return named | {"method": named["method"] + LACKS} if (row["budget"], row["method"]) in lacking else named
 
 
 def rival_frames(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -51,12 +76,13 @@ def rival_frames(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def task_frame(table: Table) -> pd.DataFrame:
-    """Mean score per task, a column each; `(n)` behind a mean that lacks samples."""
+    """Mean score per task, a column each; `(n)` behind a mean that lacks samples of its budget."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
+    heads, other = distinct(table.tasks["task"], beside=KEYS), lacks(table, flag="other_samples")
     for row in table.tasks.to_dict("records"):
         n = row["n_ok"]
         text = number(row["score_points_mean"]) + (f" ({n})" if 0 < n < row["n_expected"] else "")
-        rows.setdefault((row["budget"], row["method"]), keys(row))[clean(row["task"])] = text
+        rows.setdefault((row["budget"], row["method"]), keyed(row, other))[heads[row["task"]]] = text
     return pd.DataFrame(list(rows.values()))
 
 
@@ -65,12 +91,15 @@ def flag_letters(flags: str) -> str:
     return "".join(letter for flag, letter in FLAGS.items() if flag in flags.split())
 
 
-def _floor_frame(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per method, those that need least first, a column per family."""
-    order = rows.groupby("method")["percent"].mean().sort_values(kind="stable").index
-    found = {method: {"method": clean(method)} for method in order}
+def _floor_frame(rows: pd.DataFrame, lacking: Collection[tuple[str, str]]) -> pd.DataFrame:
+    """A row per method, those that need least first, a column per family. Who lacks samples comes last."""
+    fewer = {method for _, method in lacking}
+    means = rows.groupby("method")["percent"].mean().sort_values(kind="stable")
+    order = sorted(means.index, key=lambda method: method in fewer)
+    found = {method: {"method": clean(method) + (LACKS if method in fewer else "")} for method in order}
+    heads = distinct(rows["family"], beside=["method"])
     for row in rows.to_dict("records"):
-        found[row["method"]][clean(row["family"])] = _floor_text(row)
+        found[row["method"]][heads[row["family"]]] = _floor_text(row)
     return pd.DataFrame(list(found.values())).fillna("-")
 
 
@@ -86,7 +115,6 @@ def _floor_text(row: TableRow) -> str:
 
 def _length_texts(row: TableRow) -> dict[str, str]:
     return {
-        **keys(row),
         "length / fullkv": estimate(row, "inflation", digits=2),
         "ended %": number(row["ended"]),
         "until error %": number(row["until"]),
@@ -99,10 +127,10 @@ def _length_texts(row: TableRow) -> dict[str, str]:
 
 def _summary_frame(rows: pd.DataFrame) -> pd.DataFrame:
     """One summary; behind a mean of fewer tasks or samples than belong to it, how many they are."""
-    found = []
+    found, heads = [], distinct(rows["column"], beside=[*KEYS, "flags"])
     for _, of_cell in rows.groupby(KEYS, sort=False):
         own = of_cell.to_dict("records")
-        texts = {row["column"]: _summary_text(row) for row in own}
+        texts = {heads[row["column"]]: _summary_text(row) for row in own}
         found.append({**keys(own[0]), **texts, "flags": flag_letters(" ".join(row["flags"] for row in own))})
     return pd.DataFrame(found)
 
@@ -116,7 +144,7 @@ def _summary_text(row: TableRow) -> str:
 
 def _rank_texts(row: TableRow, *, ranked: bool) -> dict[str, str]:
     low, high = number(row["score_task_low"]), number(row["score_task_high"])
-    cells = {**keys(row), "over tasks": "-" if low == "-" else f"[{low}, {high}]"}
+    cells = {"over tasks": "-" if low == "-" else f"[{low}, {high}]"}
     for measure, suffix in SUFFIXES.items():
         digits, words = (1, "") if measure == "score" else (3, " NLL")
         if ranked:
@@ -129,7 +157,6 @@ def _rank_texts(row: TableRow, *, ranked: bool) -> dict[str, str]:
 def _tail_texts(row: TableRow) -> dict[str, str]:
     n = row["broken_percent_n"]
     return {
-        **keys(row),
         "broken %": estimate(row, "broken_percent"),
         "broken": f"{row['n_broken']:.0f} of {n}" if n else "-",
         "NLL worst 10%": number(row["nll_worst_nats_mean"], digits=3),

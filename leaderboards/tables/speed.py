@@ -9,9 +9,10 @@ import pandas as pd
 
 from harness.records.bench_folder import BenchManifest, BenchRecord
 from harness.records.measured import Measured, Spread
+from leaderboards.stats.machines import listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.speed_rows import ALARM, SPREADS, SpeedRow, SpeedTable, numbers, tables
-from leaderboards.text import MIB, NOTE_CHARS, Section, clean, markdown, number, terminal
+from leaderboards.text import MIB, NOTE_CHARS, Section, clean, csv_text, markdown, number, terminal
 
 
 def frame(table: SpeedTable) -> pd.DataFrame:
@@ -42,10 +43,7 @@ def _parts(records: Sequence[BenchRecord], manifests: Sequence[BenchManifest]) -
 def to_csv(records: Sequence[BenchRecord]) -> str:
     """All cells, one line each: axes, status, seconds, bytes and ratios, unrounded."""
     lines = [_csv_line(table, row) for table in tables(records) for row in table.rows]
-    found = pd.DataFrame(lines)
-    texts = found.select_dtypes(exclude="number").columns
-    found[texts] = found[texts].map(lambda value: "" if value is None else clean(value))
-    return found.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    return csv_text(pd.DataFrame(lines))
 
 
 def write_speed(
@@ -116,7 +114,7 @@ def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
     ids = {row.first.bench_id for row in table.rows}
     used = sorted((m for m in manifests if m.bench_id in ids), key=lambda m: m.bench_id)
     passes = sorted({row.passes for row in table.rows})
-    notes = dict.fromkeys(str(note) for m in used for note in m.machine.get("notes", ()))
+    notes = dict.fromkeys(note for m in used for note in listed(m.machine, "notes"))
     wanted = ("python", "torch", "transformers")
     versions = (", ".join(f"{name} {m.versions[name]}" for name in wanted if name in m.versions) for m in used)
     facts = {
@@ -132,9 +130,12 @@ def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
 
 def _machine(manifest: BenchManifest) -> str:
     found = manifest.machine
-    clocks = found.get("clocks_mhz") or {}
-    told = f", {clocks['low']:.0f} to {clocks['high']:.0f} MHz at the start" if clocks else ", clocks not told"
-    graphics = "".join(f", {name}" for name in found.get("accelerators") or ())
+    clocks = found.get("clocks_mhz")
+    low, high = (clocks.get(name) if isinstance(clocks, dict) else None for name in ("low", "high"))
+    told = ", clocks not told"
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        told = f", {low:.0f} to {high:.0f} MHz at the start"
+    graphics = "".join(f", {name}" for name in listed(found, "accelerators"))
     return f"{found.get('processor')}, {found.get('cores')} cores, {found.get('memory_gib')} GiB{graphics}{told}"
 
 

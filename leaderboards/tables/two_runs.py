@@ -12,7 +12,7 @@ from harness.records.record import RunManifest
 from leaderboards.stats.bootstrap import LEVEL
 from leaderboards.stats.paired import ALL
 from leaderboards.stats.two_runs import Pair, Row, TwoRuns
-from leaderboards.text import MIB, TERMINAL_WIDTH, Section, clean, interval, number, terminal
+from leaderboards.text import MIB, TERMINAL_WIDTH, Section, clean, csv_text, interval, number, terminal
 
 SHOWN = {"score": ("score", 1), "nll": ("NLL", 3)}
 """Measure to its name and its decimals."""
@@ -38,8 +38,7 @@ def to_terminal(found: TwoRuns, manifests: tuple[RunManifest, RunManifest], *, w
 
 def to_csv(found: TwoRuns) -> str:
     """A line per row; units are in the names, what there is not is empty."""
-    frame = pd.DataFrame([_csv_row(row) for row in found.rows])
-    return str(frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+    return csv_text(pd.DataFrame([_csv_row(row) for row in found.rows]))
 
 
 def to_json(found: TwoRuns, manifests: tuple[RunManifest, RunManifest]) -> str:
@@ -109,7 +108,7 @@ def _shown(row: Row) -> dict[str, str]:
 
 
 def _csv_row(row: Row) -> dict[str, Any]:
-    line: dict[str, Any] = {name: clean(getattr(row, name)) for name in ("budget", "method", "task")} | {"n": row.n}
+    line: dict[str, Any] = {name: getattr(row, name) for name in ("budget", "method", "task")} | {"n": row.n}
     for measure, unit in (("score", "score_points"), ("nll", "nll_nats")):
         pair: Pair = getattr(row, measure)
         line |= {f"{unit}_first": pair.first, f"{unit}_second": pair.second}

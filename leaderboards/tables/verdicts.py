@@ -3,7 +3,8 @@
 The words follow the marks and the rank intervals of the table (`leaderboards.stats.aggregate`), so nobody is called
 first or last whom the samples do not tell apart from every other method. No cell with `=` is surely better than another
 one with it. A cell without a mark is surely worse than some method, so not first, but need not be told apart from each
-of those that may be. Where a table ranks nothing, the highest mean is named as what it is.
+of those that may be. Where a table ranks nothing, the highest mean is named as what it is. A cell that lacks samples is
+named as that: its mean is over other samples than those beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import pandas as pd
 
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
@@ -93,7 +96,7 @@ def verdicts(table: Table) -> list[BudgetVerdict]:
 def uncompressed(table: Table) -> list[Words]:
     """A sentence for each scored method without a budget."""
     rows = [row for row in table.rows.to_dict("records") if row["budget"] == FULL and row["n_ok"]]
-    return [(MethodName(row["method"]), f" without compression: {score_text(row)}.") for row in rows]
+    return [(MethodName(row["method"]), f" without compression: {score_text(row)}{_on(row)}.") for row in rows]
 
 
 def tightest_and_widest(table: Table) -> list[str]:
@@ -115,6 +118,17 @@ def score_text(row: TableRow) -> str:
     return half_width(*(row[f"score_points_{part}"] for part in ("mean", "low", "high")))
 
 
+def nll_text(row: TableRow, most: int) -> str:
+    """The NLL of a row, and over how many samples where that is fewer than `most`, though no score is lacking."""
+    n = row["nll_nats_n"]
+    return number(row["nll_nats_mean"], digits=3) + (f" ({n})" if 0 < n < most and not is_incomplete(row) else "")
+
+
+def most_nll(rows: pd.DataFrame) -> dict[str, int]:
+    """Budget to the most samples with an NLL that a row of it has."""
+    return {str(budget): int(most) for budget, most in rows.groupby("budget")["nll_nats_n"].max().items()}
+
+
 def _by_budget(table: Table) -> dict[str, Sequence[TableRow]]:
     groups = table.rows[table.rows["budget"] != FULL].groupby("budget", sort=False)
     return {str(budget): rows.to_dict("records") for budget, rows in groups}
@@ -122,10 +136,14 @@ def _by_budget(table: Table) -> dict[str, Sequence[TableRow]]:
 
 def _verdict(budget: str, rows: Sequence[TableRow]) -> BudgetVerdict:
     scored, marked = _scored(rows), _marked(rows)
+    lacking = [row for row in rows if row["n_ok"] and is_incomplete(row)]
     others = len(scored) - len(marked)
     won = bool(marked) and marked[0]["mark"] == "*"
-    if len(scored) < 2:
-        said: Words = ("Nothing to compare: fewer than two methods have a score within their bytes.",)
+    if lacking and not scored:
+        said: Words = ("No ranking: no method is complete.",)
+    elif len(scored) < 2:
+        every = " on every sample" if lacking else ""
+        said = (f"Nothing to compare: fewer than two methods have a score{every} within their bytes.",)
     elif all(math.isnan(row["rank_low"]) for row in rows):
         top = max(scored, key=lambda row: (row["score_points_mean"], row["method"]))
         said = (
@@ -142,11 +160,40 @@ def _verdict(budget: str, rows: Sequence[TableRow]) -> BudgetVerdict:
         best = f" is best, {score}, told apart from {which}."
         first = f" is first, {score}, but not told apart from every other method."
         said = (MethodName(marked[0]["method"]), best if won else first)
-    return BudgetVerdict(budget, won, said, _cost(marked or scored))
+    fewer = [f" On {row['n_ok']} samples; other budgets have more." for row in scored if has_other_samples(row)][:1]
+    return BudgetVerdict(
+        budget, won, (*said, *_aside(lacking if scored else ()), *fewer), _cost(marked or scored or lacking)
+    )
 
 
 def _scored(rows: Sequence[TableRow]) -> list[TableRow]:
-    return [row for row in rows if row["n_ok"] and not row["n_over_budget"]]
+    """The rows whose means are over the same samples, within their bytes."""
+    return [row for row in rows if row["n_ok"] and not row["n_over_budget"] and not is_incomplete(row)]
+
+
+def is_incomplete(row: TableRow) -> bool:
+    """Whether other rows of its budget have samples that this one lacks."""
+    return "incomplete" in row["flags"].split()
+
+
+def has_other_samples(row: TableRow) -> bool:
+    """Whether some row of the table, at any budget, has samples that this one lacks."""
+    return is_incomplete(row) or "other_samples" in row["flags"].split()
+
+
+def _on(row: TableRow) -> str:
+    """Over how many samples the mean of a row is that lacks some."""
+    return f" (on {row['n_ok']} of {row['n_expected']} samples)" if is_incomplete(row) else ""
+
+
+def _aside(rows: Sequence[TableRow]) -> Words:
+    """Who is not compared, since it lacks samples, and how many it has."""
+    if not rows:
+        return ()
+    words: list[str] = [f" Not compared, for {'it lacks' if len(rows) == 1 else 'they lack'} samples"]
+    for i, row in enumerate(rows[:NAMED]):
+        words += [", " if i else ": ", MethodName(row["method"]), f" ({row['n_ok']} of {row['n_expected']})"]
+    return (*words, f" and {len(rows) - NAMED} more." if len(rows) > NAMED else ".")
 
 
 def _marked(rows: Sequence[TableRow]) -> list[TableRow]:
@@ -215,8 +262,8 @@ def _last(table: Table, rows: Sequence[TableRow]) -> str:
     if not ranked or len(ranked) == len(last):
         return "Nothing is told apart at this budget." if ranked else ""
     if len(last) == 1 and last[0]["rank_low"] == len(ranked):
-        told = _loss(table, last) or score_text(last[0])
-        return f"{clean(last[0]['method'])} lost most, told apart from every other method: {told}."
-    named = ", ".join(clean(row["method"]) for row in last[:NAMED])
+        told = "" if is_incomplete(last[0]) else f": {_loss(table, last) or score_text(last[0])}"
+        return f"{clean(last[0]['method'])}{_on(last[0])} lost most, told apart from every other method{told}."
+    named = ", ".join(f"{clean(row['method'])}{_on(row)}" for row in last[:NAMED])
     more = f" and {len(last) - NAMED} more" if len(last) > NAMED else ""
     return f"May have lost most: {named}{more}."

@@ -26,6 +26,7 @@ from torch.nn.functional import logsigmoid
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, spread
 from methods.window import before_window, pooled, votes
 
+MOST_WINDOW = 65_536
 HALVINGS = 40
 LEAST = 0.5  # expected slots of a head beside its window
 
@@ -35,12 +36,12 @@ class Form(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    window: int = Field(default=16, ge=1)
-    kernel: int = Field(default=13, ge=1)
+    window: int = Field(default=16, ge=1, le=MOST_WINDOW)
+    kernel: int = Field(default=13, ge=1, le=MOST_WINDOW)
     forward: bool = True
     whole: float = Field(default=0.2, ge=0, le=1, allow_inf_nan=False)
     basis: Literal["head", "layer", "global"] = "head"
-    gate: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    gate: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
 
     @property
     def needs(self) -> Needs:

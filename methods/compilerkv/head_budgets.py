@@ -47,9 +47,11 @@ class HeadBudgets(WindowPolicy):
             self._lookup().check(view)
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
-        none = self.tables and not self._lookup().provenance()
-        told = ("no tables for this model: uniform budgets",) if none else ()
-        return per_query_head(sizes) + told + super().notes(budget, sizes)
+        return per_query_head(sizes) + ((self.lacks,) if self.lacks else ()) + super().notes(budget, sizes)
+
+    @property
+    def lacks(self) -> str:
+        return "no tables for this model: uniform budgets" if self.tables and self._lookup().lacks else ""
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]]:
         if not self.tables:

@@ -2,14 +2,19 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
+from methods.budget import MOST_TOKENS
 from methods.compilerkv.form import Form
 
 ENTROPY_BINS, PERPLEXITY_BINS = 20, 4
 UNSUPPORTED_HEAD, UNSUPPORTED_GATE = 1.0, 0.8
 
-Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bound = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Slots = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Line = Annotated[str, Field(max_length=10_000, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]
+"""Text that a terminal shows as it is."""
 
 
 class _Frozen(BaseModel):
@@ -19,9 +24,9 @@ class _Frozen(BaseModel):
 class Shapes(_Frozen):
     """The part of a model's shape that tables depend on."""
 
-    layers: PositiveInt
-    query_heads: PositiveInt
-    kv_heads: PositiveInt
+    layers: Count
+    query_heads: Count
+    kv_heads: Count
 
     def __str__(self) -> str:
         return f"{self.layers} layers x {self.query_heads} query heads on {self.kv_heads} KV heads"
@@ -47,19 +52,19 @@ class Manifest(_Frozen):
     schema_version: Literal[4] = 4
     kind: Literal["neutral", "compiled", "simulated"]
     shapes: Shapes
-    budgets: tuple[PositiveInt, ...]
-    source: str
-    model: str = ""
-    model_revision: str = ""
+    budgets: Annotated[tuple[Slots, ...], Field(max_length=1000)]
+    source: Line
+    model: Line = ""
+    model_revision: Line = ""
     form: Form | None = None
-    neutral: dict[str, str] = Field(default_factory=dict)
+    neutral: dict[Line, Line] = Field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     report: dict[str, Any] = Field(default_factory=dict)
     command: tuple[str, ...] = ()
     git_commit: str | None = None
     made_on: dict[str, Any] = Field(default_factory=dict)
-    corpus: str
-    seed: int
+    corpus: Line
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     head_range: tuple[Bound, Bound] = (0.8, 1.5)
     gate_range: tuple[Bound, Bound] = (0.8, 1.0)
     tensors_sha256: str = ""

@@ -65,7 +65,7 @@ def kept(layer: LayerView, alpha: Tensor, weights: Tensor, *, tau: float, budget
     rho = value_norms(layer)
     heads = rho.shape[0]
     largest = weights.to(rho.device).view(heads, -1).amax(dim=1)  # [H]: a group shares rho, so its largest weight acts
-    scores = (largest[:, None] * rho).amax(dim=0) * alpha.to(rho.device)  # [T]
+    scores = layer.finite((largest[:, None] * rho).amax(dim=0) * alpha.to(rho.device), "scores")  # [T]
     count = max(1, min(budget, int((scores >= tau).sum())))
     best = scores.sort(descending=True, stable=True).indices[:count].sort().values
     return best.expand(1, heads, -1)

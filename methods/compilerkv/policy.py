@@ -24,6 +24,7 @@ from methods.compilerkv.form import Form, FormPolicy
 from methods.compilerkv.manifest import Shapes
 from methods.compilerkv.risk import batch_budgets
 from methods.compilerkv.tables import Learned, Tables, load_tables, neutral
+from methods.plain_files import place_of
 from methods.registry import method
 
 AUTO, NEUTRAL = "auto", "neutral"
@@ -141,10 +142,17 @@ class CompilerKV(KVPolicy):
         tables = self._loaded()
         return frozenset() if tables is None else frozenset(tables.manifest.prompts)
 
+    @property
+    def lacks(self) -> str:
+        if self.tables not in (AUTO, NEUTRAL):
+            return ""
+        instead = "the default form with uniform budgets" if self.form == "compiled" else "neutral ones"
+        return f"no tables for this model: {instead}"
+
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         tables = self._loaded()
         if self.form == "compiled":
-            return () if tables else ("no tables for this model: the default form with uniform budgets",)
+            return (self.lacks,) if self.lacks else ()
         if tables is None or tables.published_neutral(budget):
             return ("neutral tables: every head weighs 1 and every threshold is 0.8, nothing was compiled",)
         origin, nearest = f"tables {tables.manifest.tensors_sha256[:12]}", tables.nearest_budget(budget)
@@ -181,5 +189,6 @@ class CompilerKV(KVPolicy):
 
 def folder_of(tables: str) -> Path:
     """Return the folder that a name of tables stands for: packaged ones first."""
+    place = place_of(tables)
     packaged = COMPILED / tables
-    return packaged if packaged.is_dir() else Path(tables)
+    return packaged if packaged.is_dir() else place

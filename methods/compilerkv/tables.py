@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from methods.base import PolicyError
+from methods.budget import quoted
 from methods.compilerkv.manifest import (
     ENTROPY_BINS,
     PERPLEXITY_BINS,
@@ -33,6 +34,7 @@ from methods.compilerkv.manifest import (
     Manifest,
     Shapes,
 )
+from methods.plain_files import first_refusal, place_of, read_plain
 
 MANIFEST, TENSORS = "manifest.json", "tables.safetensors"
 Learned = Literal["both", "head", "gate", "independent"]
@@ -182,38 +184,35 @@ def load_tables(folder: str | Path) -> Tables:
     Raises PolicyError, one line, when files are missing or damaged, do not belong together, hold values that are not
     finite or out of range, or when the tables were simulated.
     """
-    folder = Path(folder)
+    folder = place_of(str(folder))
     try:
         stamps = tuple((folder / name).stat().st_mtime_ns for name in (MANIFEST, TENSORS))
     except OSError as error:
-        what = f"{error.filename or folder}: {error.strerror}"
+        what = f"{quoted(str(error.filename or folder))}: {error.strerror}"
         raise PolicyError(f"no tables at {what}; compile them, or use tables='neutral'") from None
     return _load(folder.resolve(), stamps)
 
 
 @lru_cache(maxsize=8)
 def _load(folder: Path, stamps: tuple[int, ...]) -> Tables:
-    try:
-        text, data = (folder / MANIFEST).read_bytes(), (folder / TENSORS).read_bytes()
-    except OSError as error:
-        raise PolicyError(f"tables {folder} cannot be read: {error.strerror}; compile them again") from None
+    text, data = (read_plain(folder / name, remedy="compile the tables again") for name in (MANIFEST, TENSORS))
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}, got {str(first['input'])[:60]!r}"
-        raise PolicyError(f"{folder / MANIFEST} is damaged: {what}; compile the tables again") from None
+        what = f"{quoted(str(folder / MANIFEST))} is damaged: {first_refusal(error)}"
+        raise PolicyError(f"{what}; compile the tables again") from None
     if manifest.kind == "simulated":
-        where = f"{folder} ({manifest.source})"
+        where = f"{quoted(str(folder))} ({quoted(manifest.source)})"
         raise PolicyError(f"simulated tables are refused: {where}; compile them from a model's roll-outs")
     digest, stated = hashlib.sha256(data).hexdigest(), manifest.tensors_sha256
+    where = quoted(str(folder / TENSORS))
     if digest != stated:
         what = f"its sha256 is {digest[:12]}..., the manifest says {stated[:12] or 'none'}..."
-        raise PolicyError(f"{folder / TENSORS} is damaged or not this manifest's: {what}; compile the tables again")
+        raise PolicyError(f"{where} is damaged or not this manifest's: {what}; compile the tables again")
     try:
         tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise PolicyError(f"{folder / TENSORS} is damaged: {error}; compile the tables again") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise PolicyError(f"{where} is damaged: {quoted(str(error))}; compile the tables again") from None
     _check(manifest, tensors, str(folder))
     return Tables(manifest, **tensors)
 
@@ -238,7 +237,7 @@ def _check(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> None:
     flaw = _layout_flaw(manifest, tensors)
     flaw = flaw or next(filter(None, (_value_flaw(name, x, manifest) for name, x in tensors.items())), None)
     if flaw:
-        raise PolicyError(f"tables {where}: {flaw}; compile the tables again")
+        raise PolicyError(f"tables {quoted(where)}: {flaw}; compile the tables again")
 
 
 def _layout_flaw(manifest: Manifest, tensors: dict[str, Tensor]) -> str | None:
@@ -246,7 +245,7 @@ def _layout_flaw(manifest: Manifest, tensors: dict[str, Tensor]) -> str | None:
     if not budgets or any(a >= b for a, b in pairwise(budgets)):
         return f"budgets {list(budgets)} are not ascending"
     if tensors.keys() != expected.keys():
-        return f"tensors {sorted(tensors)}, expected {sorted(expected)}"
+        return f"tensors {quoted(sorted(tensors))}, expected {sorted(expected)}"
     for name, (size, dtype) in expected.items():
         x = tensors[name]
         if tuple(x.shape) != size or x.dtype != dtype:

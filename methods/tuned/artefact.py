@@ -3,12 +3,15 @@
 import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from methods.base import PolicyError
+from methods.budget import MOST_TOKENS, quoted
+from methods.plain_files import first_refusal, read_plain
 
+REMEDY, MOST_BYTES = "tune the method again", 64 << 20
 CHOSEN = Path(__file__).parent / "chosen"
 """Artefacts that come with this package, a folder a model."""
 
@@ -43,7 +46,7 @@ class Tuning(_Frozen):
     model: str
     model_revision: str
     chosen: dict[str, Any]
-    budgets: tuple[PositiveInt, ...]
+    budgets: tuple[Annotated[int, Field(ge=1, le=MOST_TOKENS)], ...]
     choices: dict[str, tuple[Any, ...]]
     space: PositiveInt
     trials: tuple[Trial, ...]
@@ -67,15 +70,15 @@ def load_tuning(path: Path) -> tuple[Tuning, str]:
     try:
         return _load(path.resolve(), path.stat().st_mtime_ns)
     except OSError as error:
-        raise PolicyError(f"no tuned parameters at {path}: {error.strerror}; make them with `harness tune`") from None
+        raise PolicyError(
+            f"no tuned parameters at {quoted(str(path))}: {error.strerror}; make them with `harness tune`"
+        ) from None
 
 
 @lru_cache(maxsize=64)
 def _load(path: Path, stamp: int) -> tuple[Tuning, str]:
-    data = path.read_bytes()
+    data = read_plain(path, remedy=REMEDY, most=MOST_BYTES)
     try:
         return Tuning.model_validate_json(data), hashlib.sha256(data).hexdigest()
     except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}, got {str(first['input'])[:60]!r}"
-        raise PolicyError(f"{path} is damaged: {what}; tune the method again") from None
+        raise PolicyError(f"{quoted(str(path))} is damaged: {first_refusal(error)}; {REMEDY}") from None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView
+from methods.plain_files import place_of
 from methods.registry import make_policy
 from methods.tuned.artefact import CHOSEN, Tuning, load_tuning, packaged
 
@@ -47,8 +48,8 @@ class Tuned(KVPolicy):
 
     def _path(self, revision: str) -> Path:
         if self.artefact != AUTO:
-            path = CHOSEN / self.artefact
-            path = path if path.is_file() else Path(self.artefact)
+            place, path = place_of(self.artefact), CHOSEN / self.artefact
+            path = path if path.is_file() else place
             return path / f"{self.method}.json" if path.is_dir() else path
         found = [path for path in packaged(self.method) if load_tuning(path)[0].model_revision == revision]
         if not found:
@@ -67,6 +68,10 @@ class Tuned(KVPolicy):
 
     def fitted_on(self) -> frozenset[str]:
         return frozenset() if self.inner is None else frozenset(self._tuning()[0].prompts) | self.inner.fitted_on()
+
+    @property
+    def lacks(self) -> str:
+        return self.chosen.lacks
 
     @property
     def _known(self) -> KVPolicy:

@@ -1,13 +1,15 @@
 """What `harness calibrate-tasks` found for a model: a JSON file, checked whenever it is read."""
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from tasks.base import Grades, TaskError
+from tasks.base import Grades, TaskError, shown
+from tasks.datafile import read_json, read_plain
 
 PACKAGED = Path(__file__).parent / "settings"
 """Calibrations that come with this package, `MODEL.json`."""
@@ -17,40 +19,48 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Word = Annotated[str, Field(max_length=400)]
+Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
+Setting = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Number = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+
+
 class Tried(_Frozen):
     """A setting, and the full cache's mean score on n prompts, 0-100, with its standard error."""
 
-    setting: int
-    score: float = Field(ge=0, le=100)
-    error: float = Field(ge=0)
-    n: PositiveInt
+    setting: Setting
+    score: Percent
+    error: Percent
+    n: Number
 
 
 class Graded(_Frozen):
     """A task at a length: its dial, what was tried of it, easiest first, and what was chosen; None for nothing."""
 
-    task: str
-    length: PositiveInt
-    dial: str
-    scale: tuple[int, ...]
+    task: Word
+    length: Number
+    dial: Word
+    scale: tuple[Setting, ...]
     tried: tuple[Tried, ...]
-    chosen: int | None
+    chosen: Setting | None
 
     @model_validator(mode="after")
     def _chosen_was_tried(self) -> "Graded":
         if self.chosen is not None and self.chosen not in [tried.setting for tried in self.tried]:
             raise ValueError(f"{self.task} at {self.length}: setting {self.chosen} was never tried")
+        if self.chosen is not None and self.chosen not in self.scale:
+            raise ValueError(f"{self.task} at {self.length}: setting {self.chosen} is not on the scale")
         return self
 
 
 class RuleKept(_Frozen):
     """A rule of `instructions/obey`, and in what share of n prompts of a length the full cache kept it, 0-100."""
 
-    rule: str
-    length: PositiveInt
-    score: float = Field(ge=0, le=100)
-    error: float = Field(ge=0)
-    n: PositiveInt
+    rule: Word
+    length: Number
+    score: Percent
+    error: Percent
+    n: Number
 
 
 class Calibration(_Frozen):
@@ -62,12 +72,12 @@ class Calibration(_Frozen):
     """
 
     schema_version: Literal[1] = 1
-    model: str
-    model_revision: str
-    low: float
-    high: float
-    seed: int
-    corpus: str
+    model: Word
+    model_revision: Word
+    low: Percent
+    high: Percent
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    corpus: Word
     tasks: tuple[Graded, ...]
     rules: tuple[RuleKept, ...] = ()
     command: tuple[str, ...] = ()
@@ -76,13 +86,22 @@ class Calibration(_Frozen):
     created: str = ""
 
 
+CALIBRATIONS = TypeAdapter(Calibration)
+MOST_BYTES = 16 << 20
+
+
 def load_calibration(path: Path) -> tuple[Calibration, str]:
     """Read a calibration and its SHA-256. Raises TaskError, one line, for an unsound one."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TaskError(f"no calibration at {path}: {error.strerror}; make it with `harness calibrate-tasks`") from None
+    if not os.path.lexists(path):
+        raise TaskError(f"no calibration at {shown(str(path))}; make it with `harness calibrate-tasks`")
+    data = read_plain(path, most=MOST_BYTES)
     return _parsed(path, data), hashlib.sha256(data).hexdigest()
+
+
+def named_calibration(asked: str) -> tuple[Calibration, str]:
+    """Read a calibration by its path, or the name of a packaged one. Raises TaskError as `load_calibration`."""
+    named = PACKAGED / f"{asked}.json"
+    return load_calibration(named if os.path.isfile(named) else Path(asked))
 
 
 def find_grades(asked: str | None, revision: str) -> Grades | None:
@@ -95,24 +114,18 @@ def find_grades(asked: str | None, revision: str) -> Grades | None:
         found = (load_calibration(path) for path in sorted(PACKAGED.glob("*.json")))
         own = next((pair for pair in found if pair[0].model_revision == revision), None)
         return None if own is None else _grades(*own)
-    named = PACKAGED / f"{asked}.json"
-    calibration, sha256 = load_calibration(named if named.is_file() else Path(asked))
+    calibration, sha256 = named_calibration(asked)
     if calibration.model_revision != revision:
         raise TaskError(
-            f"--graded {asked} was made for {calibration.model} of revision {calibration.model_revision[:12]}, this "
-            f"model is {revision[:12]}; calibrate for it, or leave --graded out"
+            f"--graded {shown(asked)} was made for {calibration.model} of revision {calibration.model_revision[:12]}, "
+            f"this model is {revision[:12]}; calibrate for it, or leave --graded out"
         )
     return _grades(calibration, sha256)
 
 
 @lru_cache(maxsize=16)
 def _parsed(path: Path, data: bytes) -> Calibration:
-    try:
-        return Calibration.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}, got {str(first['input'])[:60]!r}"
-        raise TaskError(f"{path} is damaged: {what}; calibrate again") from None
+    return read_json(CALIBRATIONS, data, where=str(path), remedy="calibrate again")
 
 
 def _grades(calibration: Calibration, sha256: str) -> Grades:

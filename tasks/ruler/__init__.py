@@ -78,5 +78,6 @@ for _name, _file in qa.FILES.items():
             "a limit takes questions spread over the first 500 of the file, not the first ones",
             facts=_file.provenance,
             find=_file.find,
+            read=_file.load,
         )
     )

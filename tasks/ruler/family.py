@@ -110,8 +110,8 @@ class DrawnText(Generator):
 class RulerTask(Task):
     """A task of RULER: what `opened` draws, scored by `metric`.
 
-    facts: what a record says of the data, beside the deviations from NVIDIA's generator. find: looks for the data file,
-    for a task that reads one.
+    facts: what a record says of the data, beside the deviations from NVIDIA's generator. find, read: look for the data
+    file and read it, for a task that has one.
     """
 
     family = "ruler"
@@ -126,10 +126,12 @@ class RulerTask(Task):
         *deviations: str,
         facts: Callable[[TaskOptions], Mapping[str, Any]] = lambda options: {},
         find: Callable[[DataOptions], object] = lambda options: None,
+        read: Callable[[DataOptions], object] = lambda options: None,
     ) -> None:
         self.name = f"{self.family}/{name}"
         self.about = About("NVIDIA/RULER", "c3f5e3b", "Apache-2.0", metric.__name__, self.official)
-        self._open, self._metric, self._deviations, self._facts, self._find = opened, metric, deviations, facts, find
+        self._open, self._metric, self._deviations, self._facts = opened, metric, deviations, facts
+        self._find, self._read = find, read
 
     def samples(self, options: TaskOptions) -> Iterator[Sample]:
         """Return `limit` samples a length, 500 by default; ids `{length}/{i}`, a smaller limit draws a prefix.
@@ -160,6 +162,9 @@ class RulerTask(Task):
 
     def find_data(self, options: DataOptions) -> None:
         self._find(options)
+
+    def read_data(self, options: DataOptions) -> None:
+        self._read(options)
 
     def provenance(self, options: TaskOptions) -> Mapping[str, Any]:
         said = {"deviations": [*GENERAL, *self._deviations]}

@@ -7,15 +7,16 @@ the length is passed over (NVIDIA's loop does not end there).
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
-from tasks.base import DataOptions, TaskError, TaskOptions
-from tasks.datafile import find_file, read_file
+from pydantic import Field, RootModel, StrictBool, TypeAdapter, model_validator
+
+from tasks.base import DataOptions, TaskError, TaskOptions, shown
+from tasks.datafile import Part, Reference, Text, find_file, read_file, read_json
 from tasks.ruler.family import FittedPrompt, Generator, SamplePlan
 
 ORDER = (
@@ -87,58 +88,99 @@ class Documents(Generator):
         return own + related + fill[: more - len(related)]
 
 
-def read_squad(data: Any) -> tuple[list[Item], list[str]]:
-    """Return answerable questions in file order and all paragraphs, sorted; related are those of the same article."""
-    articles = [article["paragraphs"] for article in data["data"]]
-    documents = sorted({paragraph["context"] for article in articles for paragraph in article})
-    at = {text: i for i, text in enumerate(documents)}
-    items = []
-    for article in articles:
-        article_documents = dict.fromkeys(at[paragraph["context"]] for paragraph in article)
-        for paragraph in article:
-            own = at[paragraph["context"]]
-            related = tuple(i for i in article_documents if i != own)
-            for qa in paragraph["qas"]:
-                if not qa["is_impossible"]:
-                    texts = tuple(dict.fromkeys(answer["text"] for answer in qa["answers"]))
-                    items.append(Item(qa["question"], texts, (own,), related))
-    return items, documents
+class SquadAnswer(Part):
+    text: Text
 
 
-def read_hotpot(data: Any) -> tuple[list[Item], list[str]]:
-    """Return questions in file order and all paragraphs (`title` line, then text), sorted; a question owns its ten."""
-    texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in data]
-    documents = sorted({text for row in texts for text in row})
-    at = {text: i for i, text in enumerate(documents)}
-    items = [
-        Item(row["question"], (row["answer"],), tuple(dict.fromkeys(at[text] for text in own)))
-        for row, own in zip(data, texts, strict=True)
-    ]
-    return items, documents
+class SquadQuestion(Part):
+    """A question; one that is not impossible has an answer that is not blank."""
+
+    question: Text
+    answers: tuple[SquadAnswer, ...]
+    is_impossible: StrictBool
+
+    @model_validator(mode="after")
+    def _answerable(self) -> "SquadQuestion":
+        if not self.is_impossible and not self.texts:
+            raise ValueError(f"question {shown(self.question)} is not impossible and has no answer")
+        return self
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Different answers that are not blank, in order."""
+        return tuple(dict.fromkeys(answer.text for answer in self.answers if answer.text.strip()))
+
+
+class SquadParagraph(Part):
+    context: Text
+    qas: tuple[SquadQuestion, ...]
+
+
+class SquadArticle(Part):
+    paragraphs: tuple[SquadParagraph, ...]
+
+
+class Squad(Part):
+    """SQuAD's file, as far as it is used."""
+
+    data: tuple[SquadArticle, ...]
+
+    def questions(self) -> tuple[list[Item], list[str]]:
+        """Return answerable questions in file order and all paragraphs, sorted; related are those of the article."""
+        documents = sorted({paragraph.context for article in self.data for paragraph in article.paragraphs})
+        at = {text: i for i, text in enumerate(documents)}
+        items = []
+        for article in self.data:
+            article_documents = dict.fromkeys(at[paragraph.context] for paragraph in article.paragraphs)
+            for paragraph in article.paragraphs:
+                own = at[paragraph.context]
+                related = tuple(i for i in article_documents if i != own)
+                asked = [qa for qa in paragraph.qas if not qa.is_impossible]
+                items += [Item(qa.question, qa.texts, (own,), related) for qa in asked]
+        return items, documents
+
+
+class HotpotRow(Part):
+    """A question. context: paragraphs, each a title and sentences."""
+
+    question: Text
+    answer: Reference
+    context: Annotated[tuple[tuple[Text, tuple[Text, ...]], ...], Field(min_length=1)]
+
+
+class Hotpot(RootModel[tuple[HotpotRow, ...]]):
+    """HotpotQA's file, as far as it is used."""
+
+    def questions(self) -> tuple[list[Item], list[str]]:
+        """Return questions in file order and all paragraphs (`title` line, then text), sorted; a question owns its."""
+        texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row.context] for row in self.root]
+        documents = sorted({text for row in texts for text in row})
+        at = {text: i for i, text in enumerate(documents)}
+        items = [
+            Item(row.question, (row.answer,), tuple(dict.fromkeys(at[text] for text in own)))
+            for row, own in zip(self.root, texts, strict=True)
+        ]
+        return items, documents
 
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """A data file. asset: its name in `harness data fetch`. read: to questions and documents."""
+    """A data file. asset: its name in `harness data fetch`. shape: what it holds."""
 
     asset: str
     patterns: tuple[str, ...]
     what: str
-    read: Callable[[Any], tuple[list[Item], list[str]]]
+    shape: TypeAdapter[Any]
 
     def find(self, options: DataOptions) -> Path:
         """Return its path; see `tasks.datafile.find_file`. Raises TaskError when it is not there."""
         return find_file(options, self.asset, *self.patterns, also=("ruler",))
 
-    def load(self, options: TaskOptions) -> Documents:
+    def load(self, options: DataOptions) -> Documents:
         """Read it. Raises TaskError when it is missing, damaged, not what was fetched, or holds no question."""
         path = self.find(options)
-        blob = read_file(path).blob
-        try:
-            items, documents = self.read(json.loads(blob))
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise TaskError(f"{path} does not have the shape of {self.what}: {reason}") from error
+        read = read_json(self.shape, read_file(path).blob, where=str(path), remedy=f"expected {self.what}")
+        items, documents = read.questions()
         if not items:
             raise TaskError(f"{path} holds no answerable question; expected {self.what}")
         return Documents(items, documents)
@@ -153,12 +195,15 @@ class QuestionFile:
 
 FILES = {
     "qa_1": QuestionFile(
-        "squad", ("squad*.json", "dev-v2.0.json"), "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)", read_squad
+        "squad",
+        ("squad*.json", "dev-v2.0.json"),
+        "SQuAD 2.0 dev (dev-v2.0.json of the SQuAD explorer)",
+        TypeAdapter(Squad),
     ),
     "qa_2": QuestionFile(
         "hotpotqa",
         ("hotpot*.json",),
         "HotpotQA dev distractor (hotpot_dev_distractor_v1.json of the HotpotQA site)",
-        read_hotpot,
+        TypeAdapter(Hotpot),
     ),
 }

@@ -15,7 +15,8 @@ pytest.importorskip("ray")
 from harness.models.assets import asset_folder
 from harness.records.run_folder import RunStore
 from harness.records.spec import Sweep
-from harness.run.driver import FanOut, run_fanout, store_all
+from harness.run.driver import run_fanout, store_all
+from harness.run.fan import FanOut
 from harness.run.progress import PROGRESS_FILE, Progress, Snapshot
 from harness.run.ray_pool import RayPool, WorkerShape, connected
 from harness.run.schedule import Schedule

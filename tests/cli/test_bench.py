@@ -64,14 +64,11 @@ def test_lost_probes_end_with_one(command: Command, capsys: Captured) -> None:
     assert "1 of 1 probes failed or ran out of time" in capsys.readouterr().err
 
 
-BAD = (
-    *("--batch 0", "--rounds 0", "--new-tokens 1", "--chunk 0", "--threads 0"),
-    *("--timeout 0.0", "--timeout inf", "--timeout nan"),
-)
+BAD = ("--batch 0", "--rounds 0", "--new-tokens 1", "--chunk 0", "--threads 0", "--timeout 0")
 OTHER = [("--memory-limit much", "'much' is no size"), ("--set snapkv.kernel", "has no value")]
 
 
-@pytest.mark.parametrize(("words", "message"), [*((words, f"{words}: ") for words in BAD), *OTHER])
+@pytest.mark.parametrize(("words", "message"), [*((words, f"{words}(.0)? is ") for words in BAD), *OTHER])
 def test_options_out_of_range_are_named(command: Command, words: str, message: str) -> None:
     with pytest.raises(HarnessError, match=message):
         command("bench", "--methods", "snapkv", *words.split())

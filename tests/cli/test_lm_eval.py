@@ -17,6 +17,7 @@ from harness.lm_eval.import_results import import_results
 from harness.models.tiny import tiny_tokenizer
 from harness.records.run_folder import load_run
 from leaderboards.stats.aggregate import aggregate
+from tests.hostile import tried_command
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lm_eval"
 
@@ -75,7 +76,10 @@ def _older(stored: dict[str, Any]) -> None:
     ("change", "marked"),
     [
         (lambda stored: stored["config"].update(kv_memory="simulated"), lambda r: r.memory == "simulated"),
-        (lambda stored: stored["config"].update(kv_prompts={}), lambda r: (r.status, r.kv_bytes) == ("skipped", 0)),
+        (
+            lambda stored: stored["config"].update(kv_prompts={}, use_cache="x.db"),
+            lambda r: (r.status, r.kv_bytes) == ("skipped", 0),
+        ),
         (_older, lambda r: r.status == "ok" and r.stored_bytes == 0 < r.kv_bytes),
         (_uncompressed, lambda r: "scored uncompressed" in r.notes[-1]),
     ],
@@ -130,6 +134,37 @@ def test_lm_evals_own_options_inside_model_args_are_refused_first(flags: list[st
     arguments = ["--model", "kvpolicy", "--model_args", "pretrained=tiny,device=cpu", "--tasks", "x", *flags]
     with pytest.raises(HarnessError, match="device=cpu does not belong inside --model_args"):
         run_lm_eval(arguments)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            ["--model_args", x]
+            for x in ('{"pretrained": ', "pretrained=\x1b[31m", "pretrained=nowhere/at", "max_length=x")
+        ),
+        *(
+            ["--model_args", x]
+            for x in ("method=nope", "method=snapkv,budget=x", "recnt=3", "dtype=float3", "add_bos_token=x")
+        ),
+        *(
+            ["--model_args", f"pretrained=tiny,{x}"]
+            for x in ("truncation_side=up", "set=3", "method=5", "budget=1e999")
+        ),
+        *(["--metadata", "{bad"], ["--config", "none.yaml"], ["--config", "deep.yaml"], ["--config", "odd.yaml"]),
+        *(["--config", "list.yaml"], ["--config", "."]),
+    ],
+)
+def test_flags_that_are_refused_before_tasks_are_read(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep.yaml").write_text(f"a: {'[' * 1000}")
+    (tmp_path / "odd.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "list.yaml").write_text("model: kvpolicy\nmodel_args: [1, 2]\n")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.__init__", lambda *args, **options: pytest.fail("tasks are read"))
+    tried_command("flags of lm-eval", "lm-eval", "run", "--model", "kvpolicy", "--tasks", "x", *flags)
 
 
 def test_a_tokenizer_that_ruler_can_read() -> None:

@@ -196,7 +196,7 @@ def test_bad_boards_are_one_line_and_touch_nothing(
 def test_bad_words_and_a_damaged_baseline_are_one_line(folder: Path, capsys: Captured) -> None:
     only(folder / "published", "*.samples.csv").write_text("task\n")
     bad: list[tuple[Sequence[str], str]] = [
-        (("absent.toml",), "cannot read absent.toml"),
+        (("absent.toml",), "cannot read 'absent.toml'"),
         (("tiny.toml", "--workers", "2"), "--workers is for runs on a Ray cluster; add --ray"),
         ((), "BOARD"),
         (("tiny.toml", "--out", "nights"), "is not the table that its .json was written with"),

@@ -123,7 +123,7 @@ def test_the_pace_of_a_running_fan_out(tmp_path: Path, capsys: Captured) -> None
         path.write_text(SNAPSHOT.model_copy(update={"at": time.time() - 3600}).model_dump_json())
         assert len(status(capsys, tmp_path)) == 4  # of an earlier session
         path.write_text('{"cells": 1')
-        with pytest.raises(HarnessError, match=f"^cannot read {path}: .*; remove it$"):
+        with pytest.raises(HarnessError, match=f"^{path} is damaged: .*; remove it$"):
             status(capsys, tmp_path)
     assert len(status(capsys, tmp_path)) == 4  # nobody is at work
 

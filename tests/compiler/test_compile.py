@@ -12,7 +12,8 @@ import torch
 
 from harness.cli import main
 from harness.compiler import estimators, paper_tables
-from harness.compiler.compile import Compiler, CompileSpec
+from harness.compiler.asked import CompileSpec
+from harness.compiler.compile import Compiler
 from harness.compiler.paper_check import ARMS, NEUTRAL, arms
 from harness.compiler.rollouts import Rollout
 from harness.compiler.stage import CHOICE_PROMPTS

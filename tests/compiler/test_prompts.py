@@ -228,7 +228,6 @@ def test_on_a_model_the_prompt_has_these_tokens() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"lengths": (900, 600)}, r"lengths 900 to 600"),
         ({"lengths": (40, 60)}, r"corpus 'made': no continuation prompt of \d+ tokens can be made of whole sentences"),
         ({"lengths": (90_000, 90_000)}, r"corpus 'made' has about \d+ tokens, a prompt of 90000 .* give it more text"),
         ({"corpus": made(words=range(40, 50)), "families": ["copy"]}, r"no copy prompt of"),

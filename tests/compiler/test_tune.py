@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from harness.cli import main
-from harness.compiler.compile import TRIALS
+from harness.compiler.asked import TRIALS, TuneSpec
 from harness.compiler.rollouts import Rollout
-from harness.compiler.tune import Tuner, TuneSpec, parameter_sets, parameter_space
+from harness.compiler.tune import Tuner, parameter_sets, parameter_space
 from harness.errors import HarnessError
 from harness.models.prompt import token_sha256
 from harness.plan.methods import plan_method
@@ -109,7 +109,7 @@ def test_a_run_stands_tuned_and_plain_side_by_side_but_not_on_the_tunings_own_pr
     [
         (["streamingllm"], "streamingllm states no choices, so there is nothing to tune; methods that do: "),
         (["snapvk"], "unknown method 'snapvk'; did you mean 'snapkv'?"),
-        (["snapkv", "--trials", "1"], "trials: Input should be greater than or equal to 2, got 1"),
+        (["snapkv", "--trials", "1"], "--trials 1 is too small; give at least 2"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_in_a_line(
@@ -123,7 +123,7 @@ def test_what_cannot_be_tuned_is_refused_in_a_line(
     ("label", "changed", "says"),
     [
         ("snapkv@tuned", {}, "nothing was tuned for this model .*harness tune snapkv --out DIR"),
-        ("snapkv@tuned", {"artefact": "nowhere"}, "no tuned parameters at nowhere"),
+        ("snapkv@tuned", {"artefact": "nowhere"}, "no tuned parameters at 'nowhere'"),
         ("snapkv@tuned", {"recent": 8}, "snapkv@tuned has no parameter 'recent'"),
         ("streamingllm@tuned", {}, "unknown preset 'tuned' of streamingllm"),
     ],
@@ -136,7 +136,7 @@ def test_a_tuned_method_that_cannot_be_made_is_refused(label: str, changed: dict
 @pytest.mark.parametrize("flaw", ["{}", "no json", json.dumps({"schema_version": 1, "method": 3})])
 def test_a_damaged_artefact_is_refused_in_a_line(flaw: str, tmp_path: Path) -> None:
     (tmp_path / "snapkv.json").write_text(flaw)
-    with pytest.raises(HarnessError, match="snapkv.json is damaged: .*tune the method again"):
+    with pytest.raises(HarnessError, match="snapkv.json' is damaged: .*tune the method again"):
         plan_method("snapkv@tuned", {"artefact": str(tmp_path)}, revision="other")
 
 

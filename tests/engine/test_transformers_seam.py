@@ -131,6 +131,17 @@ def test_what_a_sliding_layer_sees_is_no_policy_s_business() -> None:
     assert outcome.kv_bytes_end == 2 * 6 * HEADS * (SLOT + 4) + sliding
 
 
+@pytest.mark.parametrize(("kind", "changes"), [("qwen2", LATE), ("gemma3_text", MODELS["gemma3"][1])])
+def test_windows_of_some_layers_that_see_the_whole_context_are_none(kind: str, changes: dict[str, Any]) -> None:
+    for window, seen in ((256, LAYERS), (255, LAYERS - 2)):
+        plain = build(kind, {**changes, "sliding_window": window})
+        attached = AttachedModel(copy.deepcopy(plain))
+        assert len(attached.compressible) == seen
+        gold = plain.generate(torch.tensor([prompt(30).ids]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        assert list(run(attached, prompt(30), FullKV()).token_ids) == gold[0, 30:].tolist()
+        assert len(run(attached, prompt(30), RandomEviction(), 5).kept_slots) == seen
+
+
 def test_a_model_of_sliding_layers_alone_has_nothing_to_compress() -> None:
     attached = AttachedModel(build("mistral", {"sliding_window": WINDOW}))
     with pytest.raises(HarnessError, match="every layer of this model has a sliding window"):

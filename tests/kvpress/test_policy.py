@@ -12,7 +12,6 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
-from harness.kvpress import policy
 from harness.kvpress.label import PressCall, parse_press
 from harness.kvpress.policy import fit
 from harness.kvpress.slots import Tracked, rows
@@ -173,10 +172,10 @@ def test_a_run_names_the_press_and_every_parameter() -> None:
 
 
 def test_kvpress_missing_or_beside_another_transformers_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "version", Mock(side_effect=PackageNotFoundError("kvpress")))
+    monkeypatch.setattr("harness.kvpress.label.version", Mock(side_effect=PackageNotFoundError("kvpress")))
     with pytest.raises(PolicyError, match="kvpress is not installed; .*pip install"):
         make_policy("kvpress:KnormPress")
-    monkeypatch.setattr(policy, "version", {"kvpress": "0.5.5", "transformers": "5.23.0"}.get)
+    monkeypatch.setattr("harness.kvpress.label.version", {"kvpress": "0.5.5", "transformers": "5.23.0"}.get)
     with pytest.raises(PolicyError, match=r"needs transformers < 5.3, this is 5.23.0; .*pip install"):
         make_policy("kvpress:KnormPress")
     with pytest.raises(PolicyError, match="unknown prefix 'kvpres'; did you mean 'kvpress'"):

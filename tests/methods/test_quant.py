@@ -277,7 +277,7 @@ def test_what_the_inner_method_needs_is_what_is_observed() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"bits": 3}, "bits=3 is no size of codes; give 8, 4 or 2"),
+        ({"bits": 3}, "bits=3: Input should be 8, 4 or 2"),
         ({"group": 0}, "Quant.group=0 is too small"),
         ({"residual": 0}, "Quant.residual=0 is too small"),
         ({"over": "snapvk"}, "unknown method 'snapvk'; did you mean 'snapkv'"),

@@ -69,7 +69,7 @@ def damage_tensors(folder: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no tables at": lambda folder: (folder / "tables.safetensors").unlink(),
-    "manifest.json: No such file": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest.json': No such file": lambda folder: (folder / "manifest.json").unlink(),
     "simulated tables are refused": lambda folder: edit(folder, kind="simulated"),
     "sha256": damage_tensors,
     "Extra inputs are not permitted": lambda folder: edit(folder, surprise=1),

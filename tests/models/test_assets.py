@@ -11,6 +11,7 @@ import pytest
 
 from harness.errors import HarnessError
 from harness.models.assets import ASSETS, Asset, asset_folder, cache_dir, content_sha256, fetch, fill_once
+from tests import tiny_run
 
 FILES = {"one.txt": b"first\n", "two.txt": b"second\n"}
 LISTING = "".join(f"{hashlib.sha256(FILES[name]).hexdigest()}  {name}\n" for name in sorted(FILES))
@@ -71,6 +72,7 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(
             fetch(name)
 
     refused("essay", "did you mean 'essays'")
+    refused("\x1b" * 5000, r"^unknown asset '[\\x1b\[.\]]{,200}'; known: awsdocs")
     refused("toy", r"^pip could not download kvh-toy-asset==1\.0 .*No matching.*harness fetch toy")
     make_wheel(shop, {"toy/data/one.txt": b"first\n", "toy/data/two.txt": b"changed\n"})
     refused("toy", f"{TOY.sha256[:12]} was expected")
@@ -81,8 +83,16 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(
     folder.mkdir()
     (folder / "one.txt").write_bytes(b"fir")
     refused("toy", f"delete {folder} and run")
-    monkeypatch.setenv("KVH_CACHE", str(folder / "one.txt"))
-    refused("essays", "set KVH_CACHE")
+    for nowhere in (str(folder / "one.txt"), "~no-such-user/x", "/dev/null"):
+        monkeypatch.setenv("KVH_CACHE", nowhere)
+        refused("essays", "KVH_CACHE")
+
+
+def test_every_name_is_checked_before_anything_is_downloaded(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_wheel(shop, {f"toy/data/{name}": content for name, content in FILES.items()})
+    assert tiny_run.call("fetch", "toy", "nope") == 2
+    assert not asset_folder("toy").exists()
+    assert "unknown asset 'nope'; known: awsdocs" in capsys.readouterr().err
 
 
 def test_concurrent_callers_fill_once(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
-from harness.models.load import LoadedModel, describe_model, load_model, resolve_device, resolve_dtype, resolve_model
+from harness.models.generation import CHANGES_TEXT
+from harness.models.load import LoadedModel, describe_model, load_model, resolve_device, resolve_dtype
 from harness.models.prompt import wrap
+from harness.models.source import resolve_model
 from tasks.base import Sample
 
 without_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -19,17 +23,15 @@ without_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") i
 IDS = torch.arange(5, 40)[None]
 
 
+@pytest.fixture(scope="session")
+def tiny() -> LoadedModel:
+    """One of these tests' own, whose attention is as transformers made it."""
+    return load_model("tiny", dtype="float32", device="cpu")
+
+
 def logits(loaded: LoadedModel) -> torch.Tensor:
     with torch.inference_mode():
         return loaded.model(IDS.to(loaded.model.device)).logits.cpu()  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def folder(tiny: LoadedModel, tmp_path: Path) -> Path:
-    """The tiny model as a local folder."""
-    for part in (tiny.model, tiny.tokenizer):
-        part.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 def edit(path: Path, **fields: object) -> None:
@@ -116,6 +118,67 @@ def test_the_revision_of_a_folder_follows_its_contents(folder: Path) -> None:
     assert changed.eos_ids == {2, 7}
 
 
+def test_a_folder_has_one_name_however_it_is_typed(
+    folder: Path, tmp_path: Path, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(folder)
+    typed = ("base", "./base", "base/", "base/../base/.", "~/base", "link", str(folder), f"{folder}//")
+    specs = [describe_model(name, dtype="float32", device=device).spec for name in typed for device in ("cpu", "cpu:0")]
+    assert {(spec.name, spec.revision) for spec in specs} == {("base", load_model("base").spec.revision)}
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "0123abc"
+    shutil.copytree(folder, snapshot)
+    shutil.copytree(folder, tmp_path / "tiny")
+    names = [
+        describe_model(name, dtype="float32", device="cpu").spec.name for name in (str(snapshot), "./tiny", "tiny")
+    ]
+    assert names == ["org/name", "./tiny", "tiny"]
+    other = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "base"))
+    edit(other / "generation_config.json", eos_token_id=[2, 7])
+    assert load_model(str(other)).spec.name == "base"  # a board tells it apart by its revision
+    assert load_model(str(other)).spec.revision != load_model("base").spec.revision
+
+
+def test_a_gguf_file_has_the_name_of_the_link_that_ends_in_gguf(tmp_path: Path) -> None:
+    for name in ("blob", "real.gguf"):
+        (tmp_path / name).touch()
+        (tmp_path / f"{name}-link.gguf").symlink_to(name)
+    titles = [resolve_model(str(tmp_path / f"{name}-link.gguf")).title for name in ("blob", "real.gguf")]
+    assert titles == ["blob-link.gguf", "real.gguf"]
+
+
+def test_a_turn_ends_at_every_token_that_a_file_names(folder: Path) -> None:
+    edit(folder / "generation_config.json", eos_token_id=[4, 5])
+    edit(folder / "config.json", eos_token_id=[6, 7])
+    edit(folder / "tokenizer_config.json", eot_token="<|user|>", eom_token="<|no such token|>")
+    assert load_model(str(folder), device="cpu").eos_ids == {2, 3, 4, 5, 6, 7}
+
+
+def test_what_greedy_decoding_sets_aside_is_said(folder: Path, tiny: LoadedModel) -> None:
+    asked = {
+        "repetition_penalty": 1.5,
+        "no_repeat_ngram_size": 3,
+        "suppress_tokens": [5] * 100,
+        "forced_eos_token_id": 2,
+    }
+    edit(folder / "generation_config.json", **asked, num_beams=1, do_sample=True, temperature=0.6, length_penalty=1.0)
+    notes = load_model(str(folder), device="cpu").set_aside
+    assert [note.partition("=")[0].removeprefix("generation config set aside: ") for note in notes] == sorted(
+        asked, key=list(CHANGES_TEXT).index
+    )
+    assert notes[0].endswith("repetition_penalty=1.5") and max(map(len, notes)) < 120
+    assert tiny.set_aside == ()
+
+
+def test_a_token_without_an_embedding_is_refused(tiny: LoadedModel) -> None:
+    assert tiny.vocabulary == 261
+    tiny.check_ids([0, 260], "this")
+    tiny.check_ids([], "nothing")
+    with pytest.raises(HarnessError, match=r"this has token 261 .*, the model has embeddings for 261; its tokenizer"):
+        tiny.check_ids([0, 261, 5], "this")
+
+
 def test_attention_implementation_is_set() -> None:
     assert load_model("tiny", attn="eager", device="cpu").model.config._attn_implementation == "eager"
     with pytest.raises(HarnessError, match=r"model 'tiny' cannot be loaded: .*no_such_kernel"):
@@ -132,7 +195,7 @@ EVIL = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelFor
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a decoder-only"),
         ({"model_type": "no_such_model"}, "cannot be loaded: .*no_such_model"),
         (EVIL, "pass --trust-remote-code"),
-        ({}, "cannot be loaded"),
+        ({}, "model.safetensors has 1,000 bytes"),
     ],
 )
 def test_other_models_code_and_damaged_weights_are_refused(
@@ -141,7 +204,8 @@ def test_other_models_code_and_damaged_weights_are_refused(
     (folder / "evil.py").write_text("raise SystemExit('this code ran')")
     edit(folder / "config.json", **fields)
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    if not fields:
+        weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(HarnessError, match=complaint) as caught:
         load_model(str(folder), device="cpu")
     assert "\n" not in str(caught.value)
@@ -187,7 +251,8 @@ def test_a_missing_package_is_one_line(folder: Path, adapter: Path, monkeypatch:
 def test_an_adapter_without_a_base_or_beside_a_whole_model_is_refused(adapter: Path, folder: Path) -> None:
     nameless, whole = "that names no base model", "and a config.json of a whole model; keep the one"
     named = '{"base_model_name_or_path": "org/name"}'
-    for path, text, complaint in (*((adapter, text, nameless) for text in ("{}", "[]", "{")), (folder, named, whole)):
+    texts = {"{}": nameless, "[]": "is no JSON object", "{": "is not JSON"}
+    for path, text, complaint in (*((adapter, *pair) for pair in texts.items()), (folder, named, whole)):
         (path / "adapter_config.json").write_text(text)
         with pytest.raises(HarnessError, match=complaint):
             load_model(str(path), device="cpu")
@@ -206,10 +271,18 @@ def test_an_adapter_is_merged(folder: Path, tmp_path: Path, tiny: LoadedModel) -
         expected = wrapped(IDS).logits
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(loaded), logits(tiny), atol=1e-2)
-    assert loaded.spec.loaded_as == (f"peft adapter merged into {folder}",)
+    assert loaded.spec.loaded_as == (f"peft adapter merged into {folder.name}",)
     assert type(loaded.model) is type(tiny.model)
     described = describe_model(str(into), dtype="float32", device="cpu")
     assert described.spec == loaded.spec
+    weights = into / "adapter_model.safetensors"
+    held = load_file(weights)
+    less = {name: tensor for name, tensor in held.items() if ".layers.2." not in name}
+    more = {**held, next(iter(held)).replace(".layers.0.", ".layers.9."): next(iter(held.values())).clone()}
+    for changed, complaint in ((less, "missing adapter keys"), (more, "has no place for")):
+        save_file(changed, weights)
+        with pytest.raises(HarnessError, match=complaint):
+            load_model(str(into), dtype="float32", device="cpu")
     for part in (loaded.model, loaded.tokenizer):
         part.save_pretrained(tmp_path / "merged")
     plain = load_model(str(tmp_path / "merged"), dtype="float32", device="cpu")

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
-from harness.models.prompt import TaskTokenizer, template_tokens, turn_tokens, wrap
-from harness.models.tiny import tiny_tokenizer
+from harness.models.prompt import TaskTokenizer, template_notes, template_tokens, turn_tokens, wrap
+from harness.models.tiny import SPECIAL, tiny_tokenizer
 from tasks.base import Sample, Turn
 
 TRIMMING = (  # as Llama 3 has it
@@ -119,6 +120,42 @@ def test_templates_that_hide_the_context_are_refused(template: str, complaint: s
 def test_prompts_do_not_depend_on_the_day() -> None:
     day = "{{ date_string if date_string is defined else strftime_now('%d') }}"
     assert split(with_template(day + "{{ messages[0]['content'] }}"), sample("x", ""))[0] == "26 Jul 2024x"
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("strftime_now('%d %b %Y')", "26 Jul 2024"),
+        ("strftime_now('%A, %B %-d, %Y, %H:%M')", "Friday, July 26, 2024, 00:00"),
+        ("date_string", "26 Jul 2024"),
+    ],
+)
+def test_a_date_in_a_prompt_is_always_the_same_and_said(call: str, says: str) -> None:
+    dated = with_template(f"{{% set day = {call} %}}\n \n{{{{ day }}}}: {{{{ messages[0]['content'] }}}}")
+    assert split(dated, sample("x", ""))[0].strip() == f"{says}: x"
+    assert template_notes(dated) == ("the chat template writes a date, always 2024-07-26",)
+    asked = "{% if strftime_now is defined %}yes {% endif %}{{ messages[0]['content'] }}"
+    assert split(with_template(asked), sample("x", ""))[0] == "yes x"
+    assert template_notes(with_template(asked)) == template_notes(BYTES) == template_notes(with_template(None)) == ()
+
+
+@pytest.mark.parametrize("before", ["", "<|bos|> "])
+@pytest.mark.parametrize("behind", ["", " <|end|>", " <|end|> <|user|>"])
+def test_a_raw_prompt_ends_in_its_own_text(before: str, behind: str) -> None:
+    ending = with_template(None)
+    own = [(symbol, index) for index, symbol in enumerate(SPECIAL)]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single=f"{before}$A{behind}", special_tokens=own)
+    item = replace(sample("some text.", " What?", prefix="<|end|>"), meta={"needles": ["What"]})
+    wrapped = wrap(ending, item)
+    assert ending.decode(wrapped.ids) == f"{before.strip()}some text. What?<|end|>"  # the text's own stays
+    assert ending.decode([wrapped.ids[at] for at in wrapped.needle]) == "What"
+    assert template_tokens(ending) == len(before.split())
+
+
+def test_a_template_that_refuses_an_empty_message_takes_others() -> None:
+    strict = "{% if not messages[0]['content'] %}{{ raise_exception('empty') }}{% endif %}" + str(BYTES.chat_template)
+    assert template_tokens(with_template(strict)) == template_tokens(BYTES) == 4
+    assert wrap(with_template(strict), sample("abc", "?")) == wrap(BYTES, sample("abc", "?"))
 
 
 def test_task_tokenizer(tiny: LoadedModel) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from harness.errors import HarnessError, one_line
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer
 from harness.plan.methods import PlannedMethod, plan_method, plan_methods
-from harness.plan.names import plan_tasks
+from harness.plan.names import check_sweep, plan_tasks
 from harness.plan.sweep import (
     NO_TEMPLATE,
     PlannedCell,
@@ -26,6 +27,8 @@ from harness.records.spec import Sweep
 from methods.base import Budget
 from methods.snapkv import SnapKV
 from tasks.base import About, Sample, Task, TaskError, TaskOptions
+from tasks.longbench import DATASETS
+from tests.task_data import longbench_row, write_rows
 
 
 def sweep(**options: Any) -> Sweep:
@@ -69,6 +72,21 @@ def test_what_a_sample_marks_reaches_the_engine(tiny: LoadedModel) -> None:
         return str(tiny.tokenizer.decode([prompt.ids[at] for at in places]))
 
     assert (text(prompt.protected), text(prompt.needle)) == ("keep this", "that")
+
+
+def test_a_data_set_that_nothing_fits_of_is_left_out(
+    tiny: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    by_name = {dataset.name: dataset for dataset in DATASETS}
+    write_rows(tmp_path, "trec", [longbench_row(by_name["trec"])])
+    write_rows(tmp_path, "qasper", [longbench_row(by_name["qasper"], context="word " * 9000)])
+    asked = sweep(tasks=("longbench/qasper", "longbench/trec"), data_dir=str(tmp_path), whole=True)
+    samples, specs, _ = plan_samples(asked, check_sweep(asked), tiny)
+    assert [spec.name for spec in specs] == ["longbench/trec"] and len(samples) == 1
+    assert "longbench/qasper is left out: no row of qasper.jsonl fits" in caplog.text
+    alone = asked.model_copy(update={"tasks": ("longbench/qasper",)})
+    with pytest.raises(HarnessError, match=r"^no task is left: longbench/qasper: no row of qasper\.jsonl fits"):
+        plan_samples(alone, check_sweep(alone), tiny)
 
 
 def test_methods_carry_their_parameters_and_overrides_their_names() -> None:
@@ -115,7 +133,7 @@ def test_cells_are_every_method_at_every_budget_once() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        *(({"budgets": ("64", budget)}, "budget ") for budget in ("0", "-1", "1.5", "0.0", "many", "", "150%")),
+        *(({"budgets": ("64", budget)}, "budget ") for budget in ("0", "-1", "1.5", "0.0", "many", "150%")),
         ({"methods": ()}, "no methods asked for; add --methods"),
         ({"tasks": ()}, "no tasks asked for; add --tasks"),
         ({"lengths": ()}, "no lengths asked for"),
@@ -208,6 +226,9 @@ def test_limits_are_the_sample_s_own_with_the_sweep_s_cap(tiny: LoadedModel) -> 
     assert prompt.limits.eos_ids == tiny.eos_ids | set(newline)  # a stop of one token is an end, barred at first
     assert (prompt.limits.min_new_tokens, prompt.limits.stop) == (1, ("\n", "END"))
     assert prompt.limits.ends(tokenizer.encode("abcEND"))
+    ends = replace(SAMPLE, end_tokens=("\n", "END"), min_new_tokens=1)
+    limits = plan_samples(sweep(), [Fixed([ends])], tiny)[0][0].prompt(tokenizer, tiny, None).limits
+    assert (limits.eos_ids, limits.stop) == (tiny.eos_ids | set(newline), ())  # one token, and no text, ends it
     assert (list(prompt.ids), prompt.context, prompt.answer) == (planned.ids.tolist(), 41, planned.answer)
 
 

@@ -62,9 +62,9 @@ def test_texts_that_records_share_are_held_once() -> None:
 
 def test_what_is_loaded_for_a_board_is_what_was_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backwards = damage(lambda r: dict(reversed(list(r.items()))))  # as another writer may have it
-    surrogate = damage(lambda r: {**r, "sample_id": "10", "prediction": "\ud800"})
+    odd = damage(lambda r: {**r, "sample_id": "10", "prediction": "\ue000"})
     again = damage(lambda r: {**r, "sample_id": "1", "nll": 9.0})
-    folder = store(tmp_path, backwards, surrogate, again, '{"schema_version":2,"run')
+    folder = store(tmp_path, backwards, odd, again, '{"schema_version":2,"run')
     with caplog.at_level(logging.WARNING, logger="harness"):
         told, short = load_board_records(folder)
         warned = caplog.messages.copy()

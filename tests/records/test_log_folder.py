@@ -16,7 +16,8 @@ from filelock import FileLock
 from harness.errors import HarnessError
 from harness.records.bench_folder import BENCHES, BenchManifest, BenchSpec, BenchStore
 from harness.records.boundary_folder import BOUNDARIES, BoundaryStore
-from harness.records.log_folder import LogLayout
+from harness.records.log_folder import Resume
+from harness.records.log_layout import LogLayout
 from harness.records.run_folder import RUNS, RunStore
 from tests.leaderboards.tables import test_boundary, test_speed
 from tests.records import test_run_folder
@@ -37,7 +38,7 @@ class Kind:
     """One of the stores. record: by a name that is the key."""
 
     layout: LogLayout[Any, Any]
-    start: Callable[[Path, Any], Any]
+    start: Callable[..., Any]
     manifest: Any
     record: Callable[[str], Any]
 
@@ -46,6 +47,9 @@ class Kind:
 
     def open(self, root: Path, **changes: Any) -> Any:
         return self.start(root, self.manifest.model_copy(update=changes))
+
+    def resume(self, root: Path, how: Resume[Any], **changes: Any) -> Any:
+        return self.start(root, self.manifest.model_copy(update=changes), how)
 
     def three(self, root: Path) -> Path:
         """The log of a folder with three records."""
@@ -152,13 +156,13 @@ def test_a_changed_environment_keeps_every_earlier_manifest(
     kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for commit in ("aaa", "aaa", "bbb", "ccc"):
-        with kind.open(tmp_path, git_commit=commit) as store:
+        with kind.resume(tmp_path, Resume(anyway=True), git_commit=commit) as store:
             pass
     stem = kind.layout.manifest_file.removesuffix(".json")
     kept = sorted(store.folder.glob(f"{stem}.*.json"))
     assert [json.loads(path.read_text())["git_commit"] for path in kept] == ["aaa", "bbb"]
     kept[0].unlink()
-    kind.open(tmp_path, git_commit="ddd").close()
+    kind.resume(tmp_path, Resume(anyway=True), git_commit="ddd").close()
     commits = {json.loads(path.read_text())["git_commit"] for path in store.folder.glob(f"{stem}.*.json")}
     assert commits == {"bbb", "ccc"} and kind.layout.load(store.folder)[0].git_commit == "ddd"
     assert sum("another commit" in message and "git_commit" in message for message in caplog.messages) == 3

@@ -1,5 +1,6 @@
 """Files that people hand in: plain, bounded, JSON or TOML, or one line."""
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -44,8 +45,6 @@ def test_bytes_are_json_or_refused(data: bytes) -> None:
 
 @given(JSON)
 def test_a_model_takes_nothing_that_is_not_it(value: object) -> None:
-    import json
-
     tried("other JSON as a model", lambda: of_json(Two, json.dumps(value).encode(), where="x.json"))
 
 

@@ -22,7 +22,8 @@ from harness.plan.sweep import plan_names
 from harness.records.run_folder import RunStore, load_run
 from harness.records.spec import ModelSpec, Sweep
 from harness.run import driver
-from harness.run.driver import FanOut, MakeRunner
+from harness.run.driver import MakeRunner
+from harness.run.fan import FanOut
 from harness.run.progress import PROGRESS_FILE, Progress, Snapshot
 from harness.run.ray_pool import WorkerShape
 from harness.run.schedule import Item
@@ -130,7 +131,7 @@ def test_a_worker_with_other_packages_ends_the_run(
     assert manifest(tmp_path)["status"] == "failed" and rows(tmp_path) == []
 
 
-OUT_OF_RANGE = ("--workers 0", "--tries 0", "--item-timeout nan", "--gpus-per-worker -1", "--gpus-per-worker 1.5")
+OUT_OF_RANGE = ("--workers 0", "--tries 0", "--item-timeout 0", "--gpus-per-worker -1", "--gpus-per-worker 1.5")
 WITHOUT = ("--workers 2", "--tries 2", "--autoscale", "--gpus-per-worker 0")
 REFUSED = [
     ("--ray @ --workers 99", "99 workers of 1 CPU do not fit into the cluster, which has 2 CPU"),

@@ -28,7 +28,7 @@ from harness.cli.ray import fan_out
 from harness.plan.names import sweep_of
 from harness.plan.sweep import plan_methods
 from harness.records.run_folder import find_runs, load_run
-from harness.run.driver import FanOut
+from harness.run.fan import FanOut
 from tasks import load_tasks
 from tasks.base import find_tasks
 
@@ -178,7 +178,7 @@ def test_the_job_s_run_fits_the_cluster() -> None:
     sweep = sweep_of(args, {})
     load_tasks()
     assert plan_methods(sweep) and find_tasks(sweep.tasks)
-    assert f"{args.out}/" in recipe("ray", "rsync-down")
+    assert args.out in [Path(word).expanduser() for word in recipe("ray", "rsync-down")]
 
 
 def test_nothing_in_it_is_of_one_machine() -> None:

@@ -237,8 +237,8 @@ def test_the_command_prints_what_it_assumes_and_its_table(
 
 
 BAD = (
-    "--nodes 0|--gpus -1|--nodes 100000|--speedup 0|--speedup nan|--mtbf-hours -1|--start-seconds inf|--seed -1|"
-    "--max-tokens 10|--tasks niah|--tasks longbench,recorded|--tasks ,|--lengths 999999|--cost nothing=1|"
+    "--nodes 0|--gpus -1|--nodes 100000|--speedup 0|--speedup 1e-320|--mtbf-hours -1|--start-seconds 1e10|--seed -1|"
+    "--max-tokens 10|--tasks niah|--tasks longbench,recorded|--lengths 999999|--cost nothing=1|"
     "--cost record_s=soon|--cost record_s=-1|--cost record_s"
 )
 

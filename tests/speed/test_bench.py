@@ -14,7 +14,8 @@ from harness.errors import HarnessError, checked
 from harness.records.bench_folder import BENCH_FILE, BENCHES, LINES_FILE, load_bench, machine_id
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed import bench
-from harness.speed.bench import BenchAsk, clocks_mhz, run_bench
+from harness.speed.asked import BenchAsk
+from harness.speed.bench import clocks_mhz, run_bench
 from harness.speed.memory_limit import Limit
 from harness.speed.target import SHORT
 from tests.pretend import measured
@@ -191,8 +192,8 @@ def test_clocks_and_threads_are_no_identity() -> None:
     [
         ({"methods": ()}, "no methods asked for"),
         ({"budgets": ("0",)}, "keeps nothing"),
-        ({"lengths": ()}, "no length asked for"),
-        ({"lengths": (1,)}, "--lengths 1 is too short"),
+        ({"lengths": ()}, "no lengths asked for"),
+        ({"lengths": (1,)}, "--lengths 1 is too small"),
         ({"dtype": "int4"}, "unknown dtype"),
         ({"set": {"pyramidkv.beta": 3}}, "names no method of this run"),
         ({"limit_bytes": 1000}, "--memory-limit of 1000 bytes is not above the loaded model's own 1000; raise it"),

@@ -17,6 +17,7 @@ from harness.engine.compress import Compressed
 from harness.errors import HarnessError
 from harness.records.measured import ProbeSpec
 from harness.speed import memory_limit
+from harness.speed.asked import parse_bytes
 from harness.speed.client import Job
 from harness.speed.memory_limit import Meter, tensor_bytes
 from harness.speed.one_method import Isolated
@@ -51,7 +52,7 @@ SIZES = {
 
 
 def test_sizes() -> None:
-    assert {text: memory_limit.parse_bytes(text) for text in SIZES} == SIZES
+    assert {text: parse_bytes(text) for text in SIZES} == SIZES
 
 
 NO_SIZE = ("", "GiB", "4 apples", "-1", "1.2.3MiB", "4iB", "nan", "inf", "1e", "4GiBs")
@@ -63,7 +64,7 @@ NO_SIZE = ("", "GiB", "4 apples", "-1", "1.2.3MiB", "4iB", "nan", "inf", "1e", "
 )
 def test_what_is_no_size(text: str, says: str) -> None:
     with pytest.raises(HarnessError, match=says):
-        memory_limit.parse_bytes(text)
+        parse_bytes(text)
 
 
 def test_the_peak_sees_what_was_held_and_let_go() -> None:

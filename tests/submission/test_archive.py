@@ -147,7 +147,7 @@ def test_no_zip_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"")
     refused(tmp_path / "a", "does not end as a zip")
     refused(tmp_path / "b", "cannot read")
-    refused(tmp_path, "cannot read")
+    refused(tmp_path, "is a folder, not a plain file")
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

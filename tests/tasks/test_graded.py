@@ -133,7 +133,7 @@ def test_a_calibration_sets_the_dial_and_is_named(tmp_path: Path, drawn: TaskOpt
     ("change", "message"),
     [
         ({"model_revision": "other"}, "was made for made of revision other, this model is abc; calibrate for it"),
-        ({"low": "x"}, "is damaged: low: .* got 'x'; calibrate again"),
+        ({"low": "x"}, "is damaged: field 'low': .* got 'x'; calibrate again"),
         ({"tasks": [{**CALIBRATION["tasks"][0], "chosen": 3}]}, "setting 3 was never tried"),
     ],
 )
@@ -146,7 +146,7 @@ def test_an_unsound_calibration_is_refused_in_one_line(change: dict[str, object]
 
 
 def test_a_calibration_that_is_not_there_and_a_setting_that_no_dial_has(drawn: TaskOptions) -> None:
-    with pytest.raises(TaskError, match="no calibration at nowhere: No such file.*harness calibrate-tasks"):
+    with pytest.raises(TaskError, match="no calibration at 'nowhere'; make it with `harness calibrate-tasks`"):
         find_grades("nowhere", "abc")
     with pytest.raises(TaskError, match="numbers 5 at 1024 tokens is no setting; the dial has 1, 2, 3"):
         samples(BY_NAME["graded/keys_all"], drawn, 5)

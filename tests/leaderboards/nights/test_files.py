@@ -38,9 +38,9 @@ def test_the_newest_night_comes_first_and_only_one_of_a_class_is_kept(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "old", "new", "says"),
     [
-        ("*.json", '"format"', "", "is no night"),
-        ("*.json", '"version"', '"versoin"', "is no night (version"),
-        ("*.json", '"format": 1', '"format": 2', "is no night (format"),
+        ("*.json", '"format"', "", "as a night, is damaged"),
+        ("*.json", '"version"', '"versoin"', "as a night, is damaged: version"),
+        ("*.json", '"format": 1', '"format": 2', "as a night, is damaged: format"),
         ("*.csv", "", None, "cannot read"),
         ("*.csv", ",ok,", ",failed,", "is not the table that its .json was written with"),
     ],

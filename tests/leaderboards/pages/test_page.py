@@ -48,7 +48,7 @@ def pretend(methods: Sequence[str] = ("snapkv", "h2o"), *, n: int = 12, **change
     cells += [(method, budget, 0.8 - 0.2 * i) for budget in ("64", "128") for i, method in enumerate(methods)]
     return [
         record(
-            *(method, budget, str(s), score - s % 3 / 20),
+            *(method, budget, str(s), max(0.0, score - s % 3 / 20)),
             **{
                 **{"task": task, "prediction": f"answer {s}", "answers": ("right",), "needle_tokens": 4},
                 **{"needle_kept": ((2, 1),), "meta": {"depth": 10 * (s % 11), "length": 1024 * (1 + s % 2)}},

@@ -83,7 +83,7 @@ def test_a_sample_skipped_by_all_is_not_missing_but_counted() -> None:
         records += [*cell(method, "64", [1.0, 1.0]), record(method, "64", "2", None, status="skipped")]
     table = only(records)
     a, full = row(table, "a", "64"), row(table, "fullkv", "full")
-    assert (a["flags"], a["n_expected"], full["n_expected"]) == ("skipped few", 2, 3)
+    assert (a["flags"], a["n_expected"], full["n_expected"]) == ("skipped few other_samples", 2, 3)
 
 
 def test_a_cell_without_any_score_is_empty() -> None:
