@@ -110,7 +110,7 @@ class Spans:
 
     def at(self, length: int, index: int) -> Span:
         """Return the span of a sample. Raises TaskError when the lane is spent before it."""
-        if not self._reaches(index):
+        if not self.reaches(index):
             raise self._spent(index + 1)
         return self._made[index][length]
 
@@ -119,13 +119,14 @@ class Spans:
 
         Raises TaskError when there are fewer.
         """
-        if not wanted or self._reaches(wanted - 1):
+        if not wanted or self.reaches(wanted - 1):
             return wanted
         if most and self._made:
             return len(self._made)
         raise self._spent(wanted)
 
-    def _reaches(self, index: int) -> bool:
+    def reaches(self, index: int) -> bool:
+        """Whether there is text for that sample."""
         while len(self._made) <= index:
             row = next(self._more, None)
             if row is None:

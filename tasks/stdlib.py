@@ -110,6 +110,9 @@ class Generated(Task):
             for index in range(count) if options.limit is None else itertools.count():
                 if made == count:
                     break
+                if not spans.reaches(index):
+                    advice = "ask for a longer one, fewer samples (--limit), or --contexts protocol"
+                    raise TaskError(f"{self.name}: {made} of {count} samples fit a length of {length} tokens; {advice}")
                 span, draws = spans.at(length, index), rng(options.seed, self.name, length, index)
                 fields = self.within(span, length, draws, options.tokenizer)
                 if fields is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,12 @@ SECONDS = 2.0
 """Processor time that a refusal may take; a busy machine takes longer by the clock."""
 TALLY: Counter[tuple[str, str]] = Counter()
 """How many inputs of a kind were `refused` and how many `taken`."""
+
+
+def socket_at(path: Path) -> None:
+    """A socket's file at `path`. It is bound by its name alone: a path may be longer than an address."""
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
 
 
 def tried(kind: str, attempt: Callable[[], object], *, may_pass: bool = False) -> str:

@@ -166,9 +166,10 @@ class LogFolder(ABC, Generic[M, R]):
 
     def _changes(self, earlier: M) -> tuple[str, ...]:
         """What decides numbers and is another now than in the first session."""
-        kept, this = self._kept(), self.manifest
+        kept = self._kept()
         first: Any = self.layout.read_manifest(self.folder, kept[min(kept)].name) if kept else earlier
-        return changes(first, this, device=self.layout.device(this), elsewhere=self._how.elsewhere)  # type: ignore[arg-type]
+        this: Any = self.manifest
+        return changes(first, this, device=self.layout.device(this), elsewhere=self._how.elsewhere)
 
     def _kept(self) -> dict[int, Path]:
         """The manifests of earlier sessions, by their numbers."""

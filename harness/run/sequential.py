@@ -95,7 +95,7 @@ def record_of(
         prediction = "\n".join(_until(sample.stop, text) for text in said)
         try:
             metrics = dict(planned.task.score(sample, prediction))
-        except Exception as error:
+        except Exception as error:  # a metric is foreign code: whatever it raises is its own cell's
             outcome.fail(f"not scored: {_why(error)}", "failed")
     stored = outcome.stored()
     notes = (*planned.notes, *stored.pop("notes"))
@@ -241,6 +241,6 @@ def _records(runner: SampleRunner, group: Group) -> list[Record]:
     """Records of a group; failed ones where something ends it as a whole, so that the run goes on as on Ray."""
     try:
         return runner.records(group)
-    except Exception as error:
+    except Exception as error:  # as a worker of Ray does: the other groups are run all the same
         log.debug("a group of samples failed", exc_info=True)
         return failed(runner.spec, group, error)

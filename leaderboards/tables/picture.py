@@ -113,7 +113,8 @@ def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:
         drawn = axes.errorbar(x[cells.index], mean, yerr=spread, label=key_text(method), marker=marker, ls=line, **LOOK)
         color = drawn.lines[0].get_color()
         if (fewer := lacking[cells.index]).any():  # hollow: its mean is over other samples
-            axes.plot(x[cells.index][fewer], mean[fewer], color=color, marker=marker, mfc="white", ms=5, ls="")
+            at = cells.index[fewer]
+            axes.plot(x[at], mean[at], color=color, marker=marker, mfc="white", ms=5, ls="", zorder=3)
     for row in rows[rows["budget"] == FULL].to_dict("records"):
         mean, label = row[f"{panel.y}_mean"], key_text(row["method"]) + (LACKS if has_other_samples(row) else "")
         if panel.full_line and row[panel.x] > WHOLE:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from harness.models.load import load_model
 from harness.models.source import check_model
-from tests.hostile import tried
+from tests.hostile import socket_at, tried
 
 pytestmark = pytest.mark.hostile
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -36,12 +35,7 @@ def _pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(os.path.relpath(path))  # an address has at most 108 bytes
-
-
-@pytest.mark.parametrize("make", [_pipe, _socket, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+@pytest.mark.parametrize("make", [_pipe, socket_at, Path.mkdir, lambda path: path.symlink_to("nowhere")])
 @pytest.mark.parametrize("name", ANY_FILE)
 def test_what_is_no_file(folder: Path, name: str, make: Callable[[Path], object]) -> None:
     (folder / name).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,24 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.records import atomic_files as disk
-from tests.hostile import tried
+from tests.hostile import socket_at, tried
 from tests.records.test_log_folder import KINDS, Kind, files
 
 pytestmark = pytest.mark.hostile
 
 
-def _socket(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # the name of a socket is a short one
-    try:
-        socket.socket(socket.AF_UNIX).bind(path.name)
-    finally:
-        os.chdir(here)
-
-
 STANDS: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
-    "socket": _socket,
+    "socket": socket_at,
     "folder": Path.mkdir,
     "device": lambda path: path.symlink_to("/dev/full"),
     "endless device": lambda path: path.symlink_to("/dev/zero"),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from harness.records.plain_files import DEPTH, of_json, parse_json, parse_toml, read_plain
-from tests.hostile import tried
+from tests.hostile import socket_at, tried
 
 pytestmark = pytest.mark.hostile
 JSON = st.recursive(
@@ -27,13 +26,11 @@ class Two(BaseModel):
 
 def test_what_is_no_plain_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    held = socket.socket(socket.AF_UNIX)
-    held.bind(str(tmp_path / "socket"))
+    socket_at(tmp_path / "socket")
     (tmp_path / "large").write_bytes(b"x" * 11)
     odd = [tmp_path / name for name in ("pipe", "socket", "large", "none", "a" * 300, "a\0b", "\x1b[31m")]
     for path in [*odd, tmp_path, Path("/dev/zero")]:
         tried("no plain file", lambda path=path: read_plain(path, most=10))
-    held.close()
 
 
 @given(st.binary(max_size=60))

@@ -1,6 +1,7 @@
 """Records, manifests and archives with any value anywhere: what cannot be is refused in one line, never a traceback."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from harness.records.record import Record, RunManifest
 from harness.records.run_folder import load_run
 from harness.submission.archive import INDEX, MANIFEST, RECORDS, open_pack, pack_run, zipped
 from harness.submission.verify import REFUSALS, verify_pack
-from tests.hostile import TALLY, tried, tried_command
+from tests.hostile import TALLY, socket_at, tried, tried_command
 from tests.submitted import manifest, members_of, records, repacked, stored
 
 pytestmark = pytest.mark.hostile
@@ -158,12 +159,6 @@ def test_a_prediction_that_is_slow_to_score_is_not_scored(pack: Path, said: str)
 
 @pytest.mark.parametrize("what", ["pipe", "folder", "socket"])
 def test_an_archive_that_is_no_plain_file_is_not_waited_for(tmp_path: Path, what: str) -> None:
-    import os
-    import socket
-
     path = tmp_path / "p"
-    if what == "socket":
-        socket.socket(socket.AF_UNIX).bind(str(path))
-    else:
-        os.mkfifo(path) if what == "pipe" else path.mkdir()
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "socket": socket_at}[what](path)
     tried("no plain file", lambda: open_pack(path).__enter__())
