@@ -6,6 +6,7 @@ has filled its room.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -15,6 +16,7 @@ from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, room_step
 from harness.engine.packed import is_implied, live_bytes, storage_bytes
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
+from methods.views import Form
 
 
 class RaggedRows(DecodingLayer):
@@ -56,17 +58,18 @@ class RaggedRows(DecodingLayer):
         self.lengths += new
         self.position += new
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
         rows, _, new, dim = queries.shape
         asked = queries.reshape(rows * self.heads, -1, new, dim).transpose(1, 2).flatten(0, 1)  # [N * Q, G, D]
         starts, lengths = self.starts, self.lengths
         if new > 1:  # a stream for each token, which ends before the later ones
             later = torch.arange(new - 1, -1, -1, dtype=torch.int32, device=lengths.device)
             starts, lengths = starts.repeat_interleave(new), (lengths.unsqueeze(1) - later).flatten()
-        if window is not None:
-            starts, lengths = starts + (lengths - window).clamp_min(0), lengths.clamp_max(window)
-        limits = {"longest": self.longest, "scaling": scaling}
-        out = ragged_attention(asked, self.keys, self.values, starts, lengths, **limits)  # [N * Q, G, D]
+        if form.sinks is not None:
+            form = replace(form, sinks=form.sinks[0].repeat(rows, 1).repeat_interleave(new, dim=0))
+        if form.window is not None:
+            starts, lengths = starts + (lengths - form.window).clamp_min(0), lengths.clamp_max(form.window)
+        out = ragged_attention(asked, self.keys, self.values, starts, lengths, form, longest=self.longest)
         return out.view(rows * self.heads, new, -1, dim).transpose(1, 2).reshape(rows, -1, new, dim)
 
     def reserve(self, tokens: int) -> None:

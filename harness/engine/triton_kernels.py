@@ -2,7 +2,7 @@
 
 Whole-prompt attention that tells its denominators under soft caps, sinks and windows; column sums in one pass; one call
 for streams of unlike lengths. Imported only where Triton is installed. Under TRITON_INTERPRET=1 they run on a CPU,
-which is how they are tested. Shapes as in `methods.base`: queries [B, Hq, Q, D], keys and values [B, H, S, D], Hq = H * G.
+which is how they are tested. Shapes as in `methods.base`: queries [B, Hq, Q, D], keys and values [B, H, S, D].
 Products of float32 are exact (no TF32); half precision multiplies as it is and sums in float32.
 """
 
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from methods.views import Form
 
 SPLIT = 512  # slots of a stream that one program reads at least
 SPLITS = 64  # programs of a stream at most
@@ -56,8 +58,9 @@ def _add(logits, values, top, total, mixed):
 # fmt: off
 @triton.jit
 def _forward(
-    q, k, v, out, lse, sinks, qb, qh, qm, kb, kh, kn, vb, vh, vn, ob, oh, om, tokens, new, heads, group, scale, cap, window,
-    dim, CAPPED: tl.constexpr, SINKS: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,  # noqa: N803
+    q, k, v, out, lse, sinks, qb, qh, qm, kb, kh, kn, vb, vh, vn, ob, oh, om,
+    tokens, new, heads, group, scale, cap, window, dim,
+    CAPPED: tl.constexpr, SINKS: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,  # noqa: N803
 ):
 # fmt: on
     first, row = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64)
@@ -134,34 +137,25 @@ def causal_forward(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    form: Form,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last Q of S tokens: [B, Hq, Q, D], and log denominators [B, Hq, Q] float32.
-
-    softcap: logits x become softcap * tanh(x / softcap). sinks: [Hq], a logit of each head that takes a share of the
-    softmax and has no value (gpt-oss); the denominators hold it.
-    """
+    """Causal attention of the last Q of S tokens: [B, Hq, Q, D], and log denominators [B, Hq, Q] float32, sinks in."""
     (batch, heads, new, dim), (_, kv_heads, tokens, _) = queries.shape, keys.shape
     q, k, v = (_packed(x) for x in (queries, keys, values))
     out = torch.empty(batch, heads, new, dim, dtype=queries.dtype, device=queries.device)
     lse = torch.empty(batch, heads, new, device=queries.device)
     rows, columns = _blocks(dim, queries.dtype)
     _forward[(triton.cdiv(new, rows), batch * heads)](
-        *(q, k, v, out, lse, lse if sinks is None else sinks.contiguous()),
+        *(q, k, v, out, lse, lse if form.sinks is None else form.sinks.contiguous()),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-        *(tokens, new, heads, heads // kv_heads, scaling, softcap or 1.0, window or NONE, dim),
-        **{"CAPPED": softcap is not None, "SINKS": sinks is not None, "DIM": _dim(dim), "BM": rows, "BN": columns},
+        *(tokens, new, heads, heads // kv_heads, form.scaling, form.softcap or 1.0, form.window or NONE, dim),
+        **{"CAPPED": form.softcap is not None, "SINKS": form.sinks is not None},
+        **{"DIM": _dim(dim), "BM": rows, "BN": columns},
     )
     return out, lse
 
 
-def column_sums(
-    queries: Tensor, keys: Tensor, lse: Tensor, *, scaling: float, softcap: float | None = None
-) -> Tensor:
+def column_sums(queries: Tensor, keys: Tensor, lse: Tensor, form: Form) -> Tensor:
     """Attention each of S tokens receives from the last Q of them: [B, H, G, S] float32, in one pass over the queries.
 
     lse: [B, Hq, Q], of `causal_forward`.
@@ -172,8 +166,8 @@ def column_sums(
     rows, columns = _blocks(dim, queries.dtype)
     _sums[(triton.cdiv(tokens, columns), batch * heads)](
         *(q, k, lse.contiguous(), out, *q.stride()[:3], *k.stride()[:3]),
-        *(tokens, new, heads, heads // kv_heads, scaling, softcap or 1.0, dim),
-        **{"CAPPED": softcap is not None, "DIM": _dim(dim), "BM": rows, "BN": columns},
+        *(tokens, new, heads, heads // kv_heads, form.scaling, form.softcap or 1.0, dim),
+        **{"CAPPED": form.softcap is not None, "DIM": _dim(dim), "BM": rows, "BN": columns},
     )
     return out.view(batch, kv_heads, heads // kv_heads, tokens)
 
@@ -184,18 +178,16 @@ def ragged_attention(
     values: Tensor,
     starts: Tensor,
     lengths: Tensor,
+    form: Form,
     *,
     longest: int,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query group per stream over its own slots: [N, G, D]. Nothing of it waits for the device.
 
     queries: [N, G, D]. keys, values: [slots, D], all streams in one buffer. starts, lengths: [N] integers of that
-    device, the first slot of a stream and how many there are; a stream of none gives zeros. longest: at least every
-    length that will come, which fixes the launch, so that a captured step may be replayed as streams grow. sinks:
-    [N, G].
+    device, the first slot of a stream and how many there are; a stream of none gives zeros. form: its sinks are [N, G].
+    longest: at least every length that will come, which fixes the launch, so that a captured step may be replayed as
+    streams grow.
     """
     (count, group, dim), splits = queries.shape, min(SPLITS, triton.cdiv(longest, SPLIT))
     q = queries.contiguous()
@@ -203,11 +195,11 @@ def ragged_attention(
     lse = torch.empty(count, splits, group, device=q.device)
     _ragged[(count, splits)](
         *(q, keys, values, parts, lse, starts, lengths, q.stride(0), q.stride(1), keys.stride(0), values.stride(0)),
-        *(splits, group, scaling, softcap or 1.0, dim),
-        **{"CAPPED": softcap is not None, "DIM": _dim(dim), "GROUP": max(LEAST, _power(group)), "BN": 64},
+        *(splits, group, form.scaling, form.softcap or 1.0, dim),
+        **{"CAPPED": form.softcap is not None, "DIM": _dim(dim), "GROUP": max(LEAST, _power(group)), "BN": 64},
     )
-    if sinks is not None:
-        lse = torch.cat([lse, sinks.unsqueeze(1).float()], dim=1)
+    if form.sinks is not None:
+        lse = torch.cat([lse, form.sinks.unsqueeze(1).float()], dim=1)
     share = torch.nan_to_num(lse.softmax(dim=1))[:, :splits]  # a stream of no slots has no share anywhere
     return (parts * share.unsqueeze(-1)).sum(dim=1).to(queries.dtype)
 

@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="no Triton; pip install triton")
 
 from harness.engine import triton_kernels
 from harness.engine.triton_kernels import causal_forward, column_sums, ragged_attention
+from methods.views import Form
+from tests.engine.naive import naive
 
 CPU = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -25,23 +27,6 @@ def made(shape: tuple[int, ...], dtype: torch.dtype, *, sinks: bool) -> tuple[Te
     return q.transpose(1, 2), k, v, torch.randn(heads * group, device=CPU) if sinks else None
 
 
-def naive(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None, sinks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log denominators and column sums, in float64, with all n x n weights at once."""
-    q, k, v = (x.double() for x in (q, k, v))
-    group, (new, tokens) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
-    logits = q @ k.repeat_interleave(group, 1).transpose(2, 3) * q.shape[-1] ** -0.5
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    behind = torch.arange(tokens - new, tokens)[:, None] - torch.arange(tokens)[None]
-    logits = logits.masked_fill(((behind < 0) | (behind >= (window or math.inf))).to(CPU), -math.inf)
-    columns = [] if sinks is None else [sinks.double()[None, :, None, None].expand(*logits.shape[:3], 1)]
-    lse = torch.cat([logits, *columns], dim=-1).logsumexp(-1)
-    weights = (logits - lse[..., None]).exp()
-    return weights @ v.repeat_interleave(group, 1), lse, weights.sum(2).unflatten(1, (-1, group))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize(("softcap", "sinks", "window"), KINDS)
@@ -49,12 +34,13 @@ def test_a_whole_prompt(
     shape: tuple[int, ...], dtype: torch.dtype, softcap: float | None, sinks: bool, window: int | None
 ) -> None:
     q, k, v, sink = made(shape, dtype, sinks=sinks)
-    out, lse = causal_forward(q, k, v, scaling=q.shape[-1] ** -0.5, window=window, softcap=softcap, sinks=sink)
+    form = Form(q.shape[-1] ** -0.5, window, softcap, None if sink is None else sink.view(1, k.shape[1], -1))
+    out, lse = causal_forward(q, k, v, form)
     wanted, wanted_lse, wanted_sums = naive(q, k, v, window=window, softcap=softcap, sinks=sink)
     torch.testing.assert_close(out.double(), wanted, rtol=CLOSE[dtype], atol=CLOSE[dtype])
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=1e-4)
     if window is None:
-        sums = column_sums(q, k, lse, scaling=q.shape[-1] ** -0.5, softcap=softcap)
+        sums = column_sums(q, k, lse, form)
         torch.testing.assert_close(sums.double(), wanted_sums, rtol=1e-4, atol=1e-4)
 
 
@@ -71,8 +57,8 @@ def test_streams_of_unlike_lengths(
     k, v = (torch.randn(sum(lengths) + room * len(lengths), dim).to(CPU, dtype) for _ in range(2))
     sink = torch.randn(len(lengths), group, device=CPU) if sinks else None
     at, count = (torch.tensor(x, dtype=torch.int32, device=CPU) for x in (starts, lengths))
-    limits = {"longest": max(lengths) + room, "scaling": dim**-0.5, "softcap": softcap, "sinks": sink}
-    out = ragged_attention(q, k, v, at, count, **limits)  # type: ignore[arg-type]
+    form = Form(dim**-0.5, softcap=softcap, sinks=sink)
+    out = ragged_attention(q, k, v, at, count, form, longest=max(lengths) + room)
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         own = [x[None, None, start : start + length] for x in (k, v)]
         if not length:
@@ -88,5 +74,5 @@ def test_no_number_of_a_block_that_does_not_exist_is_read() -> None:
     k, v = torch.full((40, 16), math.nan, device=CPU), torch.full((40, 16), math.nan, device=CPU)
     k[3:20], v[3:20] = 0.5, 2.0
     at, count = torch.tensor([3], device=CPU), torch.tensor([17], device=CPU)
-    out = ragged_attention(torch.ones(1, 2, 16, device=CPU), k, v, at, count, longest=30, scaling=1.0)
+    out = ragged_attention(torch.ones(1, 2, 16, device=CPU), k, v, at, count, Form(1.0), longest=30)
     torch.testing.assert_close(out, torch.full_like(out, 2.0))
