@@ -52,8 +52,8 @@ class Decoding:
     model: AttachedModel
     caches: Sequence[DecodingLayer]
     rows: int
-    states: States
     first: Tensor | None = None
+    states: States = field(default_factory=States)
 
     @classmethod
     def of(
@@ -94,7 +94,7 @@ class Decoding:
                 own = [without(kv, position) for kv in kvs]
                 caches.append(GrowingRows(own, position=position, room=room, window=window is not None))
             del layers, kvs  # or the last layer's would stay
-        return cls(model, caches, len(rows), states, torch.cat([row.logits for row in rows]))
+        return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]), states)
 
     @property
     def position(self) -> int:
