@@ -127,6 +127,9 @@ class GrownLayer(LayerCache):
         self.positions = torch.cat([self.positions, new.expand(keys.shape[:3])], dim=2)
         self.end += keys.shape[2]
 
+    def restart(self) -> None:
+        self.keys, self.values, self.positions = (x[:, :, :0] for x in (self.keys, self.values, self.positions))
+
     def attend(self, queries: Tensor, form: Form) -> Tensor:
         self.form, self.window = form, form.window
         asked = torch.arange(self.end - queries.shape[2], self.end, device=queries.device)
@@ -156,9 +159,9 @@ class GrownLayer(LayerCache):
         return GrownView(index, kv, self.noted.queries, self.form, sums, rotate, end=self.end)
 
     def in_window(self) -> KV:
-        """The slots of a sliding-window layer that later tokens can still see, which is all it keeps."""
-        assert self.window is not None
-        order = _in_order(self.positions, min(self.window, self.most), 0)
+        """The slots that later tokens can still see of a layer with a window or chunks, which is all it keeps."""
+        slots = self.most if self.window is None else min(self.window, self.most)
+        order = _in_order(self.positions, slots, 0)
         return KV(self.keys, self.values, self.positions).take(order)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from harness.engine.chunk_rows import ChunkRows
 from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.layer_cache import DecodingLayer
@@ -82,7 +83,9 @@ class Decoding:
         for i, window in enumerate(model.windows):
             layers = [row.layers.pop(0) if release else row.layers[i] for row in rows]
             kvs = [layer.kv() if isinstance(layer, Packed) else layer for layer in layers]
-            if rows[0].policy.evicts_while_decoding:
+            if model.chunks[i]:
+                caches.append(ChunkRows([without(kv, position) for kv in kvs], position))
+            elif rows[0].policy.evicts_while_decoding:
                 free = [_free_slots(row, window, room) for row in rows]
                 roomy = [without(with_room(kv, 1), position) for kv in kvs]
                 evicting = [
@@ -196,7 +199,7 @@ class Decoding:
         On a CPU every token goes by itself, so that a cell computes the same in any company: wider products pick
         another kernel, which rounds differently.
         """
-        one = self.caches[0].single_step or (self.model.device.type == "cpu" and not alone)
+        one = any(cache.single_step for cache in self.caches) or (self.model.device.type == "cpu" and not alone)
         size = 1 if one else max(1, LOGITS_AT_ONCE // (self.rows * self.model.vocab))
         for at in range(0, len(tokens), size):
             yield at, self._forward(torch.tensor([tokens[at : at + size]] * self.rows), keep=keep)

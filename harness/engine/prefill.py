@@ -32,20 +32,23 @@ Act = Callable[[LayerView], KV]
 class PrefillLayer(LayerCache):
     """Keeps a prompt of `tokens` tokens (R = 1) and what `needs` asks for: window queries, streamed column sums.
 
-    act: compresses the layer once the prompt is through. clock: counts observation and compression apart. rotate: as in
-    `LayerView`. sources: those of all layers, filled as the prompt passes them; empty when no policy asks.
+    chunked: whether it sees its own chunk alone. act: compresses the layer once the prompt is through. clock: counts
+    observation and compression apart. rotate: as in `LayerView`. sources: those of all layers, filled as the prompt
+    passes them; empty when no policy asks.
     """
 
     needs: Needs
     tokens: int
     index: int = 0
+    chunked: bool = False
     act: Act | None = None
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
     rotate: Callable[[Tensor, int], Tensor] | None = None
     sources: Sequence[LayerSource] = ()
     left: KV | None = field(default=None, init=False)  # by `act`
-    window: int | None = field(default=None, init=False)  # known once it attended; one with it no policy sees
+    window: int | None = field(default=None, init=False)  # known once it attended
     seen: int = field(default=0, init=False)
+    begin: int = field(default=0, init=False)  # the first token of the chunk
     whole: list[Tensor] = field(default_factory=list, init=False)  # keys and values of a prompt in chunks
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
@@ -65,10 +68,13 @@ class PrefillLayer(LayerCache):
             whole[:, :, first : self.seen] = x
         self.keys, self.values = (whole[:, :, : self.seen] for whole in self.whole)
 
+    def restart(self) -> None:
+        self.begin = self.seen
+
     def attend(self, queries: Tensor, form: Form) -> Tensor:
         self.form, self.window = form, form.window
-        out, lse = causal_attention(queries, self.keys, self.values, form)
-        if form.window is None:
+        out, lse = causal_attention(queries, self.keys[:, :, self.begin :], self.values[:, :, self.begin :], form)
+        if not self.apart:
             with self.clock.part("observe"):
                 self._observe(queries, lse)
             if self.act is not None and self.seen == self.tokens:
@@ -97,12 +103,17 @@ class PrefillLayer(LayerCache):
         return LayerView(self.index, self.kv(), self.queries, self.form, self.sums, self.rotate, source)
 
     @property
+    def apart(self) -> bool:
+        """Whether no policy sees it: it sees a sliding window or a chunk."""
+        return self.chunked or self.window is not None
+
+    @property
     def slots(self) -> int:
-        """Slots of the full cache: the prompt's tokens, or those that later tokens can still see."""
-        return self.tokens if self.window is None else min(self.tokens, self.window)
+        """Slots of the full cache: the prompt's tokens, those that later tokens can still see, or the last chunk's."""
+        return min(self.tokens - self.begin, self.tokens if self.window is None else self.window)
 
     def kv(self) -> KV:
-        """The full cache; of a sliding-window layer, what later tokens can still see, which is all it keeps then."""
+        """The full cache; of a layer that is `apart`, what later tokens can still see, which is all it keeps then."""
         start = self.tokens - self.slots
         if self.keys.shape[2] > self.slots:
             self.keys, self.values = (x[:, :, start:].clone() for x in (self.keys, self.values))
@@ -116,8 +127,8 @@ class Prefilled:
     """A prompt in the uncompressed cache, but for layers that were compressed on the way.
 
     compressible: indexes of the layers that policies see. logits: [1, V] float32 after the last token. logprobs: as in
-    `PromptView`. protected: as there; set before `view` is asked for. states: by the position of the token that they are
-    ready for, the prompt's last one and the one after it.
+    `PromptView`. protected: as there; set before `view` is asked for. states: by position of the token that they are for:
+    the prompt's last one, and the next.
     """
 
     layers: list[PrefillLayer]
@@ -142,8 +153,8 @@ class Prefilled:
         states = self.states[self.tokens].nbytes
         if budget >= self.tokens:
             return states + sum(x.slot_bytes * x.slots for x in self.layers)
-        windows = sum(x.slot_bytes * x.slots for x in self.layers if x.window)
-        return states + windows + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.window)
+        apart = sum(x.slot_bytes * x.slots for x in self.layers if x.apart)
+        return states + apart + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.apart)
 
 
 def prefill(
@@ -164,12 +175,13 @@ def prefill(
         acts: what compresses each compressible layer as soon as it is prefilled; None to compress afterwards.
 
     Raises:
-        HarnessError: every layer of the model has a sliding window; hidden states that a model hides, or in chunks.
+        HarnessError: every layer has a sliding window or chunks; hidden states that a model hides, or in chunks; chunks
+            of a model whose layers cannot go on.
         PromptFailed: a token id that the model does not know.
         NotFinite: logits, or log-probabilities that are wanted, are not numbers.
     """
     if not model.compressible:
-        raise HarnessError("every layer of this model has a sliding window; there is nothing to compress")
+        raise HarnessError("every layer of this model has a sliding window or chunks; there is nothing to compress")
     model.check_ids(ids)
     if needs.hidden_states and chunk is not None and chunk < len(ids):
         raise HarnessError(
@@ -183,7 +195,10 @@ def prefill(
     with clock.part("prefill"), model.sources(needs.hidden_states) as sources:
         act_of = dict(zip(model.compressible, acts or (), strict=acts is not None))
         shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources}
-        layers = [PrefillLayer(needs, len(ids), index=i, act=act_of.get(i), **shared) for i in range(model.layers)]
+        layers = [
+            PrefillLayer(needs, len(ids), index=i, chunked=chunk_of is not None, act=act_of.get(i), **shared)
+            for i, chunk_of in enumerate(model.chunks)
+        ]
         logits, logprobs, states = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
     best = logits.amax(dim=-1)  # as all that is NaN or too large shows; minus infinity bars a token
     if not bool(best.isfinite().all()) or (logprobs is not None and bool(logprobs.isnan().any())):

@@ -6,21 +6,20 @@ with no code per model. Works on transformers 5.2 and later for models whose att
 `AttentionInterface`; others are refused.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers import AttentionInterface, PreTrainedModel
 
 from harness.engine.layer_cache import LayerCache
 from harness.engine.states import States
+from harness.engine.transformers_cache import STATES, ModelLayers, context
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
@@ -28,15 +27,6 @@ from methods.views import Form, LayerSource
 
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full, sliding-window or linear attention layers"
-STATES = ("conv_states", "recurrent_states")  # of a layer that has any
-LAYERS = {  # classes of transformers' own caches, by what a layer keeps
-    "DynamicLayer",  # keys and values
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionLayer",  # states
-    "LinearAttentionAndFullAttentionLayer",  # both
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-    "DummyLayer",  # nothing
-}
 HALF_ROTATION = {
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2"),
     *("olmo3", "gemma2", "gemma3", "gemma3_text", "gpt_oss"),
@@ -60,7 +50,7 @@ def _attention(
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
     span = kwargs.get("sliding_window")
-    window = span if span is None or span < _context(module.config) else None  # no shorter: every token is seen
+    window = span if span is None or span < context(module.config) else None  # no shorter: every token is seen
     if isinstance(cache, _Probe):
         cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -70,52 +60,7 @@ def _attention(
     return cache.attend(query, form).transpose(1, 2), None
 
 
-def _context(config: Any) -> float:
-    """Tokens that a model was made for."""
-    return getattr(config, "max_position_embeddings", None) or math.inf
-
-
 AttentionInterface.register(ATTENTION, _attention)
-
-
-class _Layer(CacheLayerMixin):
-    """One layer as transformers sees it. `seen` counts tokens, not slots."""
-
-    is_sliding = False
-
-    def __init__(self, cache: LayerCache, seen: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.cache, self.seen = cache, seen
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.seen += key_states.shape[2]
-        self.cache.append(key_states, value_states)
-        for states in (key_states, value_states):
-            states.layer_cache = self.cache  # type: ignore[attr-defined]
-        return key_states, value_states
-
-    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        return self.seen, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name up to transformers 5.2
-
-
-def _kinds(model: PreTrainedModel, config: Any) -> list[Any]:
-    """What transformers' own cache would keep of each layer. Raises HarnessError for a kind that is not known here."""
-    kinds = DynamicCache(config=config).layers
-    types = getattr(config, "layer_types", None) or [type(kind).__name__ for kind in kinds]
-    if other := {own for own, kind in zip(types, kinds, strict=True) if type(kind).__name__ not in LAYERS}:
-        raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
-    return kinds
 
 
 class _Probe(LayerCache):
@@ -148,8 +93,9 @@ def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
 class AttachedModel:
     """A causal language model whose attention runs through `LayerCache` objects.
 
-    layers: how many keep keys and values; every list of layers is of these. mixed: whether some carry `States`.
-    stepwise: whether these, but for a prompt's beginning, take one token at a time.
+    layers: how many keep keys and values; every list of layers is of these. chunks: of each, how many tokens its chunks
+    have, which see themselves alone; None without. mixed: whether other layers carry `States`. stepwise: whether these
+    take one token at a time, but for a prompt's beginning.
     Raises HarnessError when the model's attention cannot be replaced, which one token sent through it shows.
     """
 
@@ -161,12 +107,9 @@ class AttachedModel:
         except (ValueError, AttributeError) as error:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
         self.vocab = int(self.config.vocab_size)
-        self._kinds = _kinds(model, self.config)
-        self._attending = [i for i, kind in enumerate(self._kinds) if isinstance(kind, DynamicLayer)]
-        self._carrying = [i for i, kind in enumerate(self._kinds) if hasattr(kind, STATES[0])]
-        self.mixed, self.layers = bool(self._carrying), len(self._attending)
-        if not self.layers:
-            raise HarnessError(f"{type(model).__name__} has no attention layers, so no cache to compress; {ADVICE}")
+        self._layers = ModelLayers(type(model).__name__, self.config, ADVICE)
+        self.mixed, self.layers = bool(self._layers.carrying), len(self._layers.attending)
+        self.chunks = self._layers.chunks
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
@@ -202,39 +145,24 @@ class AttachedModel:
             what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
             raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
         self.forget_lengths()
+        cuts, parts = self._cuts(position, position + ids.shape[1]), list[Tensor]()
         with torch.enable_grad() if grad else torch.inference_mode():
-            if not (self.stepwise and position):
-                return self._pass(ids, caches, position, states, keep)
-            steps = [self._pass(one, caches, position + i, states, 1) for i, one in enumerate(ids.split(1, dim=1))]
-        return torch.cat(steps[-keep:], dim=1)
+            for start, end in pairwise(cuts):
+                parts.append(self._pass(ids[:, start - position : end - position], caches, start, states, keep))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)[:, -keep:]
+
+    def _cuts(self, position: int, end: int) -> list[int]:
+        """Where tokens that come at once are parted: at the ends of chunks, or after each where layers are stepwise."""
+        chunk = 1 if self.stepwise and position else min((own for own in self.chunks if own), default=end)
+        return [position, *range((position // chunk + 1) * chunk, end, chunk), end]
 
     def _pass(self, ids: Tensor, caches: Sequence[LayerCache], position: int, states: States, keep: int) -> Tensor:
         """`forward` of tokens that go through the model at once."""
-        cache = self._cache(caches, position, states)
+        cache = self._layers.cache(caches, position, states)
         at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        for i in self._carrying:
-            own = ((name, number, x) for name in STATES for number, x in getattr(cache.layers[i], name).items())
-            states.tensors |= {(i, name, number): x for name, number, x in own if x is not None}
+        self._layers.take(cache, states)
         return out.logits  # type: ignore[no-any-return]
-
-    def _cache(self, caches: Sequence[LayerCache], position: int, states: States) -> Cache:
-        """What transformers is given: every layer of the model, with what it keeps of the tokens before `position`."""
-        layers = [copy.deepcopy(kind) for kind in self._kinds]
-        for i, cache in zip(self._attending, caches, strict=True):
-            own = _Layer(cache, position)
-            if i not in self._carrying:
-                layers[i] = own
-                continue
-            for name in ("update", "get_mask_sizes", "get_seq_length"):
-                setattr(layers[i], name, getattr(own, name))
-        for (i, name, number), x in states.tensors.items():
-            getattr(layers[i], name)[number] = x
-            getattr(layers[i], f"is_{name}_initialized")[number] = True
-            layers[i].has_previous_state[number] = True
-            if name == "conv_states":
-                layers[i].conv_kernel_size[number] = x.shape[-1]
-        return Cache(layers=layers)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise PromptFailed for a token id that the model has no embedding of."""
@@ -339,9 +267,10 @@ class AttachedModel:
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
-        taken = [probe.span for probe in probes if probe.window is None and probe.span is not None]
+        taken = [probe.span for probe in probes if probe.window is None and probe.span is not None] + self._layers.taken
         self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
-        self.compressible = [i for i, window in enumerate(self.windows) if window is None]  # what policies see
+        spans = zip(self.windows, self.chunks, strict=True)
+        self.compressible = [i for i, own in enumerate(spans) if own == (None, None)]  # what policies see
         self.attention = [probe.module for probe in probes if probe.module is not None]
-        if len(self.attention) < self.layers or {key[0] for key in states.tensors} != {*self._carrying}:
+        if len(self.attention) < self.layers or {key[0] for key in states.tensors} != {*self._layers.carrying}:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")
