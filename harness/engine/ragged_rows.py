@@ -109,7 +109,7 @@ class RaggedRows(DecodingLayer):
         slots = sum(self.sizes[own]) + self.heads * self.rooms[row]
         index, at = INDEX_BYTES * self.heads, self.positions[row]
         beside = storage_bytes([*self.extra[row].values(), *([] if at is None else [at])])
-        return slots * self.slot_bytes + index + beside
+        return int(slots * self.slot_bytes) + index + beside
 
     @property
     def stored(self) -> list[int]:
