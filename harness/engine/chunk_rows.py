@@ -1,4 +1,4 @@
-"""The layer cache of rows in a layer of chunks that see themselves alone: all rows hold the same, and no policy sees it.
+"""The layer cache of rows in a layer of chunks that see themselves alone: rows hold the same, no policy sees it.
 
 When a chunk is full the next token begins another, which knows nothing of it.
 """

@@ -19,7 +19,7 @@ class Compressed:
     """A prompt under one policy at one budget.
 
     budget: slots per layer and KV head. layers: one per layer of keys and values, those that no policy sees included.
-    compressible: indexes of the others. states: as of `Prefilled`. logits: [1, V] float32 after the last token, from the
+    compressible: indexes of the others. states: as of `Prefilled`. logits: [1, V] float32 after the last token, of the
     full cache. kept_slots: live slots of each compressible layer, summed over its KV heads. layer_bytes: live bytes of
     each layer. stored_bytes: that all of them and the states keep allocated (`harness.engine.packed` on both).
     asked_bytes, full_bytes: of the budget, and of the uncompressed cache. prefill_s, observe_s, compress_s: seconds

@@ -127,8 +127,8 @@ class Prefilled:
     """A prompt in the uncompressed cache, but for layers that were compressed on the way.
 
     compressible: indexes of the layers that policies see. logits: [1, V] float32 after the last token. logprobs: as in
-    `PromptView`. protected: as there; set before `view` is asked for. states: by position of the token that they are for:
-    the prompt's last one, and the next.
+    `PromptView`. protected: as there; set before `view` is asked for. states: by the position of the next token:
+    the prompt's last one, and the one after it.
     """
 
     layers: list[PrefillLayer]
