@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from harness.compiler.rollouts import Rollout
 from harness.engine.again import compress_again, note
 from harness.engine.compress import Compressed, compress
 from harness.engine.decode import Decoding
@@ -245,6 +246,8 @@ def test_states_that_were_left_behind_are_missed() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-next", "llama4"])
-def test_memory_of_a_mixed_model_is_not_predicted(name: str) -> None:
+def test_memory_of_a_mixed_model_is_not_predicted_and_no_tables_are_compiled(name: str) -> None:
     with pytest.raises(HarnessError, match="memory of (linear|chunked)_attention layers is not predicted"):
         check_layers(pair(name)[1].config)
+    with pytest.raises(HarnessError, match="no tables are compiled"):
+        Rollout(Engine(pair(name)[1]), prompt(TOKENS).ids, [3], Needs())
