@@ -60,8 +60,8 @@ class BiasedLayer(LayerCache):
 class Rollout:
     """A prompt, prefilled with the full cache, and its answer of A >= 1 tokens.
 
-    view: as policies see it. full: [A, V] log-probabilities of the full cache. Raises HarnessError for a model with layers
-    through which an answer cannot go at once, or no gradient.
+    view: as policies see it. full: [A, V] log-probabilities of the full cache. Raises HarnessError for a model with
+    layers through which an answer cannot go at once, or no gradient.
     """
 
     def __init__(self, engine: Engine, ids: Sequence[int], answer: Sequence[int], needs: Needs) -> None:
