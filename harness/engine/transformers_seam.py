@@ -46,8 +46,7 @@ def _attention(
     cache: LayerCache | None = getattr(key, "layer_cache", None)
     tied = getattr(value, "layer_cache", None) is cache
     if cache is None or not tied:
-        what = "changes keys or values after its cache, as latent attention does"
-        raise HarnessError(f"{type(module).__name__} {what}; {ADVICE}")
+        raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
     span = kwargs.get("sliding_window")

@@ -214,7 +214,7 @@ LATENT = {
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "replaced (cache|attention)"),
     "no attention": ("mamba", {"num_hidden_layers": 2}, "no layer that keeps keys|with attention of their own"),
-    "latent attention": ("deepseek_v3", LATENT, "changes keys or values after its cache, as latent attention does"),
+    "latent attention": ("deepseek_v3", LATENT, "has latent attention, which caches no keys and values"),
     "a cache of its own": ("minimax", {"num_local_experts": 2}, "does not run on a replaced cache|of type linear"),
     "states of its own": ("recurrent_gemma", {"num_hidden_layers": 3}, "attention of their own|of type linear"),
     "changed values": ("diffllama", {}, "changes keys or values|attention of their own|replaced cache"),
