@@ -208,14 +208,16 @@ class AttachedModel:
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
         """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
 
-        Raises HarnessError inside when a layer's attention is not called with `hidden_states=`.
+        Raises HarnessError inside when a layer's attention is not called with `hidden_states=`, or with another RoPE than
+        cosines and sines.
         """
         found: list[LayerSource] = []
 
         def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if "hidden_states" not in kwargs:
+            rope = kwargs.get("position_embeddings")
+            if "hidden_states" not in kwargs or isinstance(rope, Tensor):  # Llama-4's is one of complex numbers
                 raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
-            own = LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings"))
+            own = LayerSource(self.model, module, kwargs["hidden_states"], rope)
             at = next(calls) % self.layers
             found[at:] = [own] if at == len(found) else [found[at].then(own), *found[at + 1 :]]
 
