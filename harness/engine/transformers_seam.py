@@ -190,7 +190,7 @@ class AttachedModel:
         return found
 
     def _continues(self, ids: Tensor, probes: Sequence[LayerCache], states: States) -> bool:
-        """Whether what two tokens at once leave of the first recurrent state depends on what it was before them.
+        """Whether two tokens at once, or what they leave of the first recurrent state, depend on what it was before.
 
         It does not in transformers' Mamba layers (Jamba, Zamba), whose scan of several tokens begins with nothing.
         """
@@ -200,16 +200,16 @@ class AttachedModel:
         after = []
         for more in (0.0, 1.0):
             own = States({**states.copy().tensors, key: states.tensors[key] + more})
-            self.forward(ids, probes, position=1, states=own)
-            after.append(own.tensors[key])
-        return not torch.equal(*after)
+            logits = self.forward(ids, probes, position=1, states=own)
+            after.append((logits, own.tensors[key]))
+        return not all(torch.equal(*pair) for pair in zip(*after, strict=True))
 
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
         """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
 
-        Raises HarnessError inside when a layer's attention is called without `hidden_states=`, or with a RoPE that is not
-        of cosines and sines.
+        Raises HarnessError inside when attention is called without `hidden_states=`, or with a RoPE that is no cosines and
+        sines.
         """
         found: list[LayerSource] = []
 
