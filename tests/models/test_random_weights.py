@@ -126,8 +126,6 @@ def test_what_is_no_shape_is_refused_by_a_look(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused = {
         "shape:llama-3-8": "unknown shape 'llama-3-8'; did you mean 'llama-3-8b'.* give shape: before llama-3-8b, ",
-        "shape:": "unknown shape ''; give shape:",
-        f"shape:{'a' * 300}": "unknown model 'a.*': File name too long",
         f"shape:{tmp_path}/none.json": "none.json has no model_type",
         f"shape:{tmp_path}/odd.json": "odd.json says num_hidden_layers 1000000",
         f"shape:{tmp_path}/empty": "cannot read .*config.json",
