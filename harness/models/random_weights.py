@@ -55,4 +55,4 @@ def vary_heads(model: PreTrainedModel) -> None:
 
 def revision_of(config: dict[str, Any]) -> str:
     """The content hash that records know such a model by."""
-    return hashlib.sha256(json.dumps(["random", SEED, config], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(["random", SEED, SHARE, MOST, config], sort_keys=True).encode()).hexdigest()

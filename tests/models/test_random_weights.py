@@ -14,7 +14,7 @@ from harness.engine.packed import Packed
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.models.load import describe_model, load_model
-from harness.models.source import SHAPES, check_model
+from harness.models.source import check_model
 from harness.plan.methods import plan_method
 from harness.records.bench_folder import load_bench
 from harness.records.spec import RunSpec
@@ -56,8 +56,10 @@ def written(into: Path, **changes: Any) -> str:
     return f"shape:{into}"
 
 
-def test_every_known_shape_has_the_parameters_of_its_model() -> None:
-    assert set(COUNTS) == set(SHAPES)
+def test_every_known_shape_is_listed_and_has_the_parameters_of_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("list", "models") == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {name for name in listed if name.startswith("shape:")} == {f"shape:{name}" for name in (*COUNTS, "PATH")}
     for name, count in COUNTS.items():
         known = describe_model(f"shape:{name}", dtype="bfloat16", device="cuda")
         weights = list(known.model.parameters())
