@@ -43,7 +43,7 @@ def vary_heads(model: PreTrainedModel) -> None:
     of each half, which RoPE turns slowest. Where projections have other names than `ASKS`, heads stay alike.
     """
     config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     half, some = width // 2, max(1, width // (2 * SHARE))
     for name, weight in model.named_parameters():
         if ASKS.search(name) and weight.shape[0] % width == 0:
