@@ -18,10 +18,11 @@ from harness.errors import HarnessError
 from harness.records.measured import ProbeSpec
 from harness.speed import memory_limit
 from harness.speed.asked import parse_bytes
+from harness.speed.children import run_job
 from harness.speed.client import Job
 from harness.speed.memory_limit import Meter, tensor_bytes
 from harness.speed.one_method import Isolated
-from harness.speed.server import ServerReady, fork, run_job
+from harness.speed.server import ServerReady, fork
 
 pytestmark = pytest.mark.xdist_group("memory")
 MIB = 2**20
