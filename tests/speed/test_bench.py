@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness.errors import HarnessError, checked
 from harness.records.bench_folder import BENCH_FILE, BENCHES, LINES_FILE, load_bench, machine_id
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.speed import bench
+from harness.speed import bench, target
 from harness.speed.asked import BenchAsk
 from harness.speed.bench import clocks_mhz, run_bench
 from harness.speed.memory_limit import Limit
@@ -82,6 +83,16 @@ def test_passes_go_over_all_methods_in_turn_and_back(tmp_path: Path) -> None:
     assert manifest.status == "finished" and manifest.model_bytes == 1000 and manifest.spec.kernel == "sdpa"
     assert {record.machine for record in records} == {machine_id(manifest.machine)}
     assert {record.model_revision for record in records} == {manifest.spec.model_revision} != {""}
+
+
+def test_for_a_gpu_the_model_is_read_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(target, "resolve_dtype", lambda dtype, place: torch.bfloat16)
+    monkeypatch.setattr(target, "load_model", None)
+    prober = FakeProber()
+    manifest, records = load_bench(run(tmp_path, prober, rounds=1, device="cuda"))
+    assert prober.given["device"] == manifest.spec.device == "cuda:0" and manifest.spec.dtype == "bfloat16"
+    assert [record.status for record in records] == ["ok"] * 3
 
 
 def test_what_holds_a_probe_is_said_once_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
