@@ -80,6 +80,7 @@ class BoundaryManifest(Frozen):
     threads: int | None  # of the CPU, None for PyTorch's choice
     chunk: int | None
     new_tokens: int
+    distinct: int | None = None  # prompts of a batch that are prefilled, the others being copies; None for all
     timeout_s: float  # of a probe
     notes: tuple[str, ...] = ()
     git_commit: str | None = None

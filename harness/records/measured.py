@@ -50,6 +50,7 @@ class ProbeSpec(Frozen):
     budget: str | None  # tokens or a fraction, as in `harness run`; None for a method without one
     tokens: int = Field(ge=2)  # of each prompt
     batch: int = Field(default=1, ge=1)
+    distinct: int | None = Field(default=None, ge=2)  # prompts of the batch that differ, the others are copies; or all
     new_tokens: int = Field(default=32, ge=2)
     chunk: int | None = Field(default=None, ge=1)  # tokens of a prefill forward, None for all at once
     rounds: int = Field(default=1, ge=1)

@@ -74,7 +74,9 @@ def _resolved(ask: BenchAsk, target: Target) -> BenchSpec:
     """What was asked, with the model's revision, dtype, device, threads, methods and kernel as they are."""
     model = target.model
     shared = {"kind", "model", "budgets", "lengths", "batch", "new_tokens", "chunk", "rounds", "warm_up", "limit_bytes"}
+    copies = ask.distinct is not None and ask.distinct < ask.batch
     return BenchSpec(
+        distinct=ask.distinct if copies else None,
         **ask.model_dump(include=shared),
         model_revision=model.revision,
         dtype=model.dtype,
@@ -125,7 +127,7 @@ class _Bench:
             say([f"{name}: skipped: {why}"])
             return blank.model_copy(update={"status": "skipped", "error": why})
         say([f"{name}, pass {blank.round + 1}"])
-        shape = blank.model_dump(include={"tokens", "batch", "new_tokens", "chunk", "warm_up"})
+        shape = blank.model_dump(include={"tokens", "batch", "distinct", "new_tokens", "chunk", "warm_up"})
         spec = probe_spec(cell.method, cell.budget, self.ask.set, **shape, rounds=1)
         result = self.asker.ask(spec, limit_bytes=self.ask.limit_bytes, timeout_s=self.ask.timeout_s)
         error = self._short_of(spec, cell, result) if result.status == "oom" else result.error
@@ -142,7 +144,7 @@ class _Bench:
         manifest, budget = self.store.manifest, cell.cell.budget
         shared = {"kind", "model", "model_revision", "dtype", "device", "kernel", "threads", "batch", "new_tokens"}
         return BenchRecord(
-            **manifest.spec.model_dump(include=shared | {"chunk", "warm_up", "limit_bytes"}),
+            **manifest.spec.model_dump(include=shared | {"distinct", "chunk", "warm_up", "limit_bytes"}),
             bench_id=manifest.bench_id,
             machine=machine_id(manifest.machine),
             method=cell.method,

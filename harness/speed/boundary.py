@@ -60,7 +60,7 @@ def run_boundary(
             created=now(),
             model=target.model,
             context=target.context,
-            **ask.model_dump(include={"limit_bytes", "chunk", "timeout_s"}),
+            **ask.model_dump(include={"limit_bytes", "chunk", "timeout_s", "distinct"}),
             limit_kind=kind,
             model_bytes=asker.prober.model_bytes,
             threads=target.threads,
@@ -140,7 +140,8 @@ class Search:
 
 def _searches(ask: BoundaryAsk, target: Target, cell: PlannedCell, sizes: _Sizes) -> Iterator[Search]:
     """The context and the batch of one method at one budget."""
-    shape: dict[str, Any] = {"tokens": sizes.context, "new_tokens": NEW_TOKENS, "chunk": ask.chunk, "warm_up": False}
+    shape: dict[str, Any] = {"tokens": sizes.context, "new_tokens": NEW_TOKENS, "warm_up": False}
+    shape |= {"chunk": ask.chunk, "distinct": ask.distinct}
     kinds: list[tuple[SizeKind, int | None, range]] = [
         ("context", None, range(sizes.least, sizes.longest + 1, STEP)),
         ("batch", sizes.context, range(1, ask.max_batch + 1)),

@@ -13,11 +13,14 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from harness.engine.compress import Compressed
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
 from harness.speed import memory_limit
+from harness.speed.copies import copied
 from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import predict
 from methods.base import Budget, KVPolicy, PolicyError
@@ -47,13 +50,13 @@ def measure(
     """
     budget, prompts = _budget(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
-    _prepare(model, policy, prompts[0])
+    _prepare(model, policy, prompts[0].tolist())
     meter = memory_limit.Meter(model.device)
-    first = run_round(runner, prompts, spec.new_tokens)
+    first = run_round(runner, prompts, spec)
     peak = meter.peak()
     timed = [] if spec.warm_up else [first]
     memory_limit.map_from(MAPPED_FROM_TIMED)
-    timed += [run_round(runner, prompts, spec.new_tokens) for _ in range(spec.rounds - len(timed))]
+    timed += [run_round(runner, prompts, spec) for _ in range(spec.rounds - len(timed))]
     prefill, observe, compress, ttft = zip(*(phase for found in timed for phase in found.phases), strict=True)
     tpot = Spread.of([seconds for found in timed for seconds in found.step_s])
     return Measured(
@@ -84,29 +87,37 @@ def _budget(policy: KVPolicy, spec: ProbeSpec) -> int | None:
         raise HarnessError(str(error)) from None
 
 
-def draw_prompts(spec: ProbeSpec, vocabulary: Sequence[int]) -> list[list[int]]:
-    """Draw the token ids of every prompt of the batch; given ids are the first prompt.
+def draw_prompts(spec: ProbeSpec, vocabulary: Sequence[int]) -> Tensor:
+    """Draw the token ids of every different prompt of the batch: [P, T] int32; given ids are the first prompt.
 
     Raises HarnessError for ids of another length than the probe's.
     """
     if spec.ids and len(spec.ids) != spec.tokens:
         raise HarnessError(f"a probe of {spec.tokens} tokens was given {len(spec.ids)} ids; give as many or none")
-    generator, known = torch.Generator().manual_seed(spec.seed), torch.tensor(vocabulary)
-    drawn: list[list[int]] = known[torch.randint(len(known), (spec.batch, spec.tokens), generator=generator)].tolist()
-    return [list(spec.ids), *drawn[1:]] if spec.ids else drawn
+    generator, known = torch.Generator().manual_seed(spec.seed), torch.tensor(vocabulary, dtype=torch.int32)
+    count = min(spec.batch, spec.distinct or spec.batch)
+    drawn = known[torch.randint(len(known), (count, spec.tokens), generator=generator)]
+    if spec.ids:
+        drawn[0] = torch.tensor(spec.ids)
+    return drawn
 
 
-def run_round(runner: Isolated, prompts: list[list[int]], new_tokens: int) -> Round:
-    """Prefill and compress the prompts one at a time, and decode them together."""
-    done, phases = [], []
-    for ids in prompts:
-        done.append(prompt := runner.prefill(ids))
+def run_round(runner: Isolated, prompts: Tensor, spec: ProbeSpec) -> Round:
+    """Prefill and compress the prompts one at a time, and decode them together, with copies up to the batch.
+
+    The last prompt is prefilled beside the caches of all others, as it would be without copies.
+    """
+    done, phases = list[Compressed](), []
+    for number, ids in enumerate(prompts, start=1):
+        if number == len(prompts):
+            done += [copied(done[i % (number - 1)], seed=i) for i in range(spec.batch - number)]
+        done.append(prompt := runner.prefill(ids.tolist()))
         start = time.perf_counter()
         int(prompt.logits.argmax())  # waits for a GPU
         seconds = (prompt.prefill_s, prompt.observe_s, prompt.compress_s)
         phases.append((*seconds, sum(seconds) + time.perf_counter() - start))
     kv_bytes = tuple(done[0].layer_bytes)
-    return Round(phases, runner.decode(done, new_tokens).step_s, kv_bytes)
+    return Round(phases, runner.decode(done, spec.new_tokens).step_s, kv_bytes)
 
 
 def _prepare(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:

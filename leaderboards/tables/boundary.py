@@ -146,6 +146,7 @@ def facts(manifest: BoundaryManifest) -> list[str]:
         f"limit: {manifest.limit_bytes} bytes by {manifest.limit_kind}, {manifest.model_bytes} of them the model's",
         f"each probe: prefill and {manifest.new_tokens} tokens by itself, at most {manifest.timeout_s:g} s, "
         f"chunk {manifest.chunk or 'none'}, threads {manifest.threads or 'default'}",
+        *([f"batches: {manifest.distinct} prompts prefilled and the others copies"] if manifest.distinct else []),
         f"machine: {', '.join([*where, *listed(machine, 'accelerators')]) or 'unknown'}",
         *manifest.notes,
     ]

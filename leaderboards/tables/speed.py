@@ -62,6 +62,7 @@ def heading(table: SpeedTable) -> str:
         *(f"{axes['threads']} threads", f"machine {axes['machine']}"),
         *(f"{axes['tokens']} tokens", f"batch {axes['batch']}", f"{axes['new_tokens']} new tokens"),
     ]
+    parts += [f"{axes['distinct']} prompts prefilled and the others copies"] if axes["distinct"] else []
     parts += [f"prefill in chunks of {axes['chunk']}"] if axes["chunk"] else []
     parts += [] if axes["warm_up"] else ["no warm-up"]
     parts += [f"limit {axes['limit_bytes'] / MIB:.0f} MiB"] if axes["limit_bytes"] else []

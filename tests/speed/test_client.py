@@ -87,10 +87,12 @@ def test_a_warm_up_is_a_round_more_whose_seconds_are_dropped(
 
 def test_prompts() -> None:
     given = tuple(range(90))
-    first, second = draw_prompts(SPEC.model_copy(update={"ids": given}), [7, 9])
+    first, second = draw_prompts(SPEC.model_copy(update={"ids": given}), [7, 9]).tolist()
     assert tuple(first) == given and set(second) == {7, 9} and len(second) == 90
-    assert draw_prompts(SPEC, range(50)) == draw_prompts(SPEC, range(50))
-    assert draw_prompts(SPEC, range(50)) != draw_prompts(SPEC.model_copy(update={"seed": 1}), range(50))
+    assert torch.equal(draw_prompts(SPEC, range(50)), draw_prompts(SPEC, range(50)))
+    assert not torch.equal(draw_prompts(SPEC, range(50)), draw_prompts(SPEC.model_copy(update={"seed": 1}), range(50)))
+    many = SPEC.model_copy(update={"batch": 700, "distinct": 4})
+    assert draw_prompts(many, range(50)).shape == (4, 90) and len(draw_prompts(SPEC, range(50))) == 2
     with pytest.raises(HarnessError, match="a probe of 90 tokens was given 2 ids"):
         draw_prompts(SPEC.model_copy(update={"ids": (1, 2)}), range(50))
 
