@@ -29,6 +29,7 @@ class Tried(Frozen):
     seconds: float  # of the whole probe
     peak_bytes: int | None = None  # above the model's own
     predicted_bytes: int | None = None  # what `peak_bytes` was expected to be
+    reserved_bytes: int | None = None  # as in `Measured`
     error: str | None = None
 
 

@@ -24,6 +24,15 @@ class Spread(Frozen):
         return cls(median=median(values), low=min(values), high=max(values))
 
 
+class GpuState(Frozen):
+    """Of a GPU, where it tells."""
+
+    sm_mhz: Number | None = None
+    memory_mhz: Number | None = None
+    temperature_c: Number | None = None
+    power_w: Number | None = None
+
+
 class Measured(Frozen):
     """One method at one budget, on prompts of one length, by itself."""
 
@@ -42,6 +51,8 @@ class Measured(Frozen):
     peak_bytes: Bytes  # most that was held above that, prefill and decode of the whole batch included
     predicted_bytes: Bytes  # what `harness.speed.predicted_memory` expects `peak_bytes` to be
     memory: Literal["resident set", "cuda allocated"]  # what the two before are of
+    reserved_bytes: Bytes | None = None  # most that the CUDA allocator had from the device, the model's included
+    gpu: GpuState | None = None  # right after the last step that was timed
 
 
 class ProbeSpec(Frozen):

@@ -24,6 +24,7 @@ from harness.records.bench_folder import BenchManifest, BenchRecord, BenchSpec, 
 from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed.asked import BenchAsk
+from harness.speed.gpu import describe
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run_bench(
     target = Target.load(ask, ask.threads)
     spec = _resolved(ask, target)
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
+    found |= describe(torch.device(spec.device))
     with target.prober(prober) as asker:
         kind, notes = limit_in_force(asker, spec.limit_bytes)
         held = {name: value for name, value in (("limit_kind", kind), ("notes", notes)) if value}

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.plan.sources import sources
@@ -25,6 +27,7 @@ from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, Bo
 from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec, ProbeStatus
 from harness.speed.asked import BoundaryAsk
+from harness.speed.gpu import describe
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ def run_boundary(
             notes=tuple(notes),
             git_commit=git_commit(),
             versions=versions(),
-            machine=machine(),
+            machine=machine() | describe(torch.device(target.model.device)),
             sources=sources(target.cells),
         )
         searches = [
@@ -261,6 +264,7 @@ def _try(search: Search, spec: ProbeSpec, asker: Restarting, manifest: BoundaryM
         seconds=round(seconds, 3),
         peak_bytes=None if measured is None else measured.peak_bytes,
         predicted_bytes=predicted if measured is None else measured.predicted_bytes,
+        reserved_bytes=None if measured is None else measured.reserved_bytes,
         error=line,
     )
     told = f"{tried.status} in {seconds:.1f} s"

@@ -1,10 +1,10 @@
-"""Measure one method by itself, in this process, which should be a fresh one.
+"""Measure one method by itself, in this process, which on a CPU should be a fresh one.
 
 Memory is that of the first round, the cold one: what a warm-up frees would stay in the heap and hide what comes after.
 A short prompt goes first, so that weights and code are resident before; then freed heap is given back. During that
 round large blocks are mapped by themselves and the heap has no holes, so the peak is of what lives and not of what the
 heap has not yet returned. The rounds that follow it are timed with the heap as it would be; the first one's seconds
-count only where the warm-up is off.
+count only where the warm-up is off. On a GPU the memory is its allocator's, which counts all that itself.
 """
 
 import time
@@ -21,6 +21,7 @@ from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
 from harness.speed import memory_limit
 from harness.speed.copies import copied
+from harness.speed.gpu import state_of
 from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import predict
 from methods.base import Budget, KVPolicy, PolicyError
@@ -50,13 +51,18 @@ def measure(
     """
     budget, prompts = _budget(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
-    _prepare(model, policy, prompts[0].tolist())
+    _warm(model, policy, prompts[0].tolist())
+    if on_cpu := model.device.type == "cpu":
+        memory_limit.fill_holes()
+        memory_limit.map_from(MAPPED_FROM)
     meter = memory_limit.Meter(model.device)
     first = run_round(runner, prompts, spec)
-    peak = meter.peak()
+    peak, reserved = meter.peak(), meter.reserved()
     timed = [] if spec.warm_up else [first]
-    memory_limit.map_from(MAPPED_FROM_TIMED)
+    if on_cpu:
+        memory_limit.map_from(MAPPED_FROM_TIMED)
     timed += [run_round(runner, prompts, spec) for _ in range(spec.rounds - len(timed))]
+    gpu = state_of(model.device)
     prefill, observe, compress, ttft = zip(*(phase for found in timed for phase in found.phases), strict=True)
     tpot = Spread.of([seconds for found in timed for seconds in found.step_s])
     return Measured(
@@ -72,6 +78,8 @@ def measure(
         peak_bytes=peak,
         predicted_bytes=predict(model.config, model.dtype.itemsize, policy, spec, budget),
         memory=meter.kind,
+        reserved_bytes=reserved,
+        gpu=gpu,
     )
 
 
@@ -120,11 +128,9 @@ def run_round(runner: Isolated, prompts: Tensor, spec: ProbeSpec) -> Round:
     return Round(phases, runner.decode(done, spec.new_tokens).step_s, kv_bytes)
 
 
-def _prepare(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
-    """Run the start of a prompt, so that weights and code are resident and kernels chosen; then ready the heap."""
+def _warm(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
+    """Run the start of a prompt, so that weights and code are resident and kernels chosen."""
     short = ids[: min(64, len(ids) - 1)]
     runner = Isolated(model, policy, max(1, len(short) // 2) if policy.budgeted else None)
     with suppress(PolicyError):  # so short a prompt may be refused
         runner.decode([runner.prefill(short)], 2)
-    memory_limit.fill_holes()
-    memory_limit.map_from(MAPPED_FROM)
