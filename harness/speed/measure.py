@@ -76,7 +76,7 @@ def measure(
         kv_bytes=first.kv_bytes,
         model_bytes=meter.before,
         peak_bytes=peak,
-        predicted_bytes=predict(model.config, model.dtype.itemsize, policy, spec, budget),
+        predicted_bytes=predict(model.config, model.dtype.itemsize, policy, spec, budget, cuda=not on_cpu),
         memory=meter.kind,
         reserved_bytes=reserved,
         gpu=gpu,

@@ -117,7 +117,8 @@ class Target:
         budget = cell.cell.budget
         slots = None if budget is None else budget.resolve(spec.tokens)
         try:
-            return predict(self.config, DTYPES[self.model.dtype].itemsize, cell.cell.policy, spec, slots)
+            number, cuda = DTYPES[self.model.dtype].itemsize, self.model.device.startswith("cuda")
+            return predict(self.config, number, cell.cell.policy, spec, slots, cuda=cuda)
         except PolicyError:
             return None
 
