@@ -18,7 +18,7 @@ from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, load_boundaries
 from harness.records.run_folder import write_bytes
 from leaderboards.stats.comparable import budget_order
-from leaderboards.stats.machines import listed
+from leaderboards.stats.machines import gpu, listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.picture import plain_text
 from leaderboards.text import MIB, Section, clean, csv_text, escape, markdown, number, terminal
@@ -148,6 +148,7 @@ def facts(manifest: BoundaryManifest) -> list[str]:
         f"chunk {manifest.chunk or 'none'}, threads {manifest.threads or 'default'}",
         *([f"batches: {manifest.distinct} prompts prefilled and the others copies"] if manifest.distinct else []),
         f"machine: {', '.join([*where, *listed(machine, 'accelerators')]) or 'unknown'}",
+        *([f"gpu at the start: {found}"] if (found := gpu(machine)) else []),
         *manifest.notes,
     ]
     return [clean(line) for line in lines]
