@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
@@ -17,27 +17,36 @@ from harness.speed import server
 from harness.speed.children import Resident, spawn
 from harness.speed.client import ALLOCATOR, Job, Prober
 from harness.speed.server import SPARE, ServerReady, stay
+from methods.base import LayerView
+from methods.snapkv import SnapKV
 from tests.speed.test_client import TINY, children
 
 pytestmark = pytest.mark.xdist_group("memory")
 ACTS: dict[str, Callable[[], object]] = {}
 
 
+class Acting(SnapKV):
+    """Does what stands in `ACTS` in the place of scoring a layer."""
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        ACTS["h2o"]()
+        return super().score(view)
+
+
 def acting(ready: ServerReady, jobs: int, reply: int, errors: IO[bytes]) -> int:
-    """A server that stays, forked from the test: a probe of a method that is named in `ACTS` does what stands there."""
+    """A server that stays, forked from the test; where h2o is asked for, `Acting` runs."""
     child = os.fork()
     if child:
         return child
     try:
         gc.freeze()  # what the test session holds is no part of this process's
         os.dup2(errors.fileno(), 2)
-        plain = server.measure
+        plain = server.plan_method
 
-        def measured(model: object, policy: object, spec: ProbeSpec, **options: object) -> object:
-            act = ACTS.get(spec.method)
-            return plain(model, policy, spec, **options) if act is None else act()  # type: ignore[arg-type]
+        def planned(method: str, *given: Any, **named: Any) -> Any:
+            return SimpleNamespace(policy=Acting()) if method in ACTS else plain(method, *given, **named)
 
-        server.measure = measured  # type: ignore[assignment]
+        server.plan_method = planned
         with os.fdopen(jobs) as lines:
             stay(lambda: ready, lines, reply)
     finally:
@@ -66,7 +75,7 @@ def _raise(error: Exception) -> None:
 
 
 def _hold_and_raise() -> None:
-    """Run out of memory with much in a frame that the error refers to, in a circle."""
+    """Run out of memory with a layer's keys, and much more, in frames that the error refers to, in a circle."""
     held = torch.ones(2 * SPARE // 4)
     error = torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate more than {held.nbytes} bytes")
     error.circle = error  # type: ignore[attr-defined]
