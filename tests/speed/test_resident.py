@@ -1,6 +1,7 @@
 """One process that holds the model and answers all probes, as on a GPU: what it outlives, and what ends it."""
 
 import gc
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from harness.errors import HarnessError
 from harness.records.measured import ProbeSpec
 from harness.speed import server
 from harness.speed.children import Resident, spawn
-from harness.speed.client import ALLOCATOR, Job, Prober
+from harness.speed.client import ALLOCATOR, Job, Prober, Reply
 from harness.speed.server import SPARE, ServerReady, stay
 from methods.base import LayerView
 from methods.snapkv import SnapKV
@@ -61,11 +62,14 @@ def resident(ready: ServerReady) -> Iterator[Resident]:
     assert children() == before
 
 
+def probe(method: str) -> ProbeSpec:
+    return ProbeSpec(method=method, budget="8", tokens=40, new_tokens=2, warm_up=False)
+
+
 def ask(resident: Resident, method: str = "snapkv", timeout_s: float = 60) -> tuple[str, str, bool]:
     """Status and error of a probe, and whether the process is another one afterwards."""
     pid = resident._child and resident._child.pid
-    spec = ProbeSpec(method=method, budget="8", tokens=40, new_tokens=2, warm_up=False)
-    reply = resident.answer(Job(spec=spec), timeout_s)
+    reply = resident.answer(Job(spec=probe(method)), timeout_s)
     assert reply.result is not None
     return reply.result.status, reply.result.error or "", (resident._child and resident._child.pid) != pid
 
@@ -115,6 +119,30 @@ def test_a_death_with_nothing_to_do_costs_no_probe(resident: Resident) -> None:
     os.kill(resident._child.pid, 9)
     os.waitid(os.P_PID, resident._child.pid, os.WEXITED | os.WNOWAIT)
     assert ask(resident) == ("ok", "", True)
+
+
+def test_on_a_gpu_the_server_has_all_probes_answered_by_such_a_process(
+    ready: ServerReady, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def start(options: tuple[str, ...], *rest: Any) -> int:
+        given.append(options)
+        return acting(ready, *rest)
+
+    monkeypatch.setattr(server, "resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(server, "spawn", start)
+    monkeypatch.setitem(ACTS, "h2o", partial(_raise, RuntimeError("CUDA error: device-side assert triggered")))
+    jobs = [Job(spec=probe(method)).model_dump_json() + "\n" for method in ("snapkv", "h2o", "snapkv")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(jobs)))
+    before, (read, write) = children(), os.pipe()
+    words = ("tiny", "--dtype", "float32", "--device", "cuda", "--threads", "1")
+    assert server.main((*words, "--reply", str(write))) == 0
+    os.close(write)
+    with os.fdopen(read) as lines:
+        first, *replies = map(Reply.model_validate_json, lines)
+    assert first.model_bytes > 0 and [r.result and r.result.status for r in replies] == ["ok", "failed", "ok"]
+    assert given == [words] * 2 and children() == before
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error() -> None:
