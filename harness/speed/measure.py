@@ -21,6 +21,7 @@ from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
 from harness.speed import memory_limit
 from harness.speed.copies import copied
+from harness.speed.dims import check_layers
 from harness.speed.gpu import state_of
 from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import predict
@@ -49,6 +50,7 @@ def measure(
     vocabulary: token ids that prompts are drawn from; None for all. Raises HarnessError for a budget that is missing or
     cannot be read, ids of another length and an unknown device; PolicyError for what the policy refuses.
     """
+    check_layers(model.config)
     budget, prompts = _budget(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
     _warm(model, policy, prompts[0].tolist())

@@ -50,64 +50,14 @@ from typing import Any
 from harness.engine.kernels import PAD
 from harness.engine.layer_cache import room_step
 from harness.records.measured import ProbeSpec
+from harness.speed.dims import FLOAT32, Dims
 from methods.base import KVPolicy, Needs, Sizes
 from methods.codes import Coding
 from methods.quant import Quant
 from methods.views import POSITION_BYTES
 
-FLOAT32, INDEX = 4, 8
+INDEX = 8
 SPLIT, SPLITS = 512, 64  # of `triton_kernels`, which is there only where Triton is
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The shapes of a model.
-
-    windows: sliding window of each layer, None where attention is full. number: bytes of one.
-    """
-
-    windows: tuple[int | None, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    number: int
-
-    @classmethod
-    def of(cls, config: Any, dtype_bytes: int) -> Dims:
-        """Read a transformers text config; a field that it leaves out has the value that models take for it."""
-        heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
-        types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
-        window = getattr(config, "sliding_window", None)
-        if window and window >= (getattr(config, "max_position_embeddings", None) or math.inf):
-            window = None  # all that there is
-        return cls(
-            windows=tuple(window if kind == "sliding_attention" else None for kind in types),
-            heads=heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-            hidden=hidden,
-            intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-            vocab=int(config.vocab_size),
-            number=dtype_bytes,
-        )
-
-    @property
-    def slot(self) -> int:
-        """Bytes of the keys and values of a slot of all KV heads of a layer."""
-        return 2 * self.kv_heads * self.head_dim * self.number
-
-    @property
-    def seen(self) -> int:
-        """Layers that policies see."""
-        return sum(window is None for window in self.windows)
-
-    @property
-    def up(self) -> int:
-        """Bytes of a float32 copy of a number, 0 where it is one."""
-        return FLOAT32 if self.number < FLOAT32 else 0
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from harness.plan.names import check_asked
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import Asked, MethodSpec, ModelSpec
+from harness.speed.dims import check_layers
 from harness.speed.memory_limit import MEMINFO, Limit, swap
 from harness.speed.predicted_memory import predict
 from methods.base import PolicyError
@@ -92,6 +93,7 @@ class Target:
         print(f"loading {asked.model}", file=sys.stderr, flush=True)
         here = place.type == "cpu"
         loaded = (load_model if here else describe_model)(asked.model, dtype=dtype, device=str(place))
+        check_layers(loaded.model.config.get_text_config(decoder=True))
         fitted = [method.on(loaded.spec.revision) for method in planned]
         if here:
             Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))

@@ -91,10 +91,11 @@ def test_for_a_gpu_the_model_is_read_without_its_weights(tmp_path: Path, monkeyp
     monkeypatch.setattr(target, "resolve_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(target, "resolve_dtype", lambda dtype, place: torch.bfloat16)
     monkeypatch.setattr(target, "load_model", None)
+    monkeypatch.setattr(bench, "describe", lambda device: {"gpu": {"name": str(device)}})
     prober = FakeProber()
     manifest, records = load_bench(run(tmp_path, prober, rounds=1, device="cuda"))
     assert prober.given["device"] == manifest.spec.device == "cuda:0" and manifest.spec.dtype == "bfloat16"
-    assert [record.status for record in records] == ["ok"] * 3
+    assert [record.status for record in records] == ["ok"] * 3 and manifest.machine["gpu"] == {"name": "cuda:0"}
 
 
 def test_what_holds_a_probe_is_said_once_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

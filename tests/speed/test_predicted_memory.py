@@ -14,8 +14,9 @@ from harness.engine.prefill import PrefillLayer
 from harness.engine.transformers_seam import AttachedModel
 from harness.records.measured import ProbeSpec
 from harness.speed import predicted_memory
+from harness.speed.dims import Dims
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import Dims, ProbeShape
+from harness.speed.predicted_memory import ProbeShape
 from methods.base import Needs
 from methods.registry import load_methods, make_policy
 from methods.views import Form
