@@ -57,7 +57,7 @@ class BenchSpec(Frozen):
 
 
 class BenchRecord(Frozen):
-    """One probe: one pass over one method, budget and length, in a process of its own. One JSON line."""
+    """One probe: one pass over one method, budget and length, by itself. One JSON line."""
 
     schema_version: int = BENCH_SCHEMA
     bench_id: str

@@ -1,4 +1,4 @@
-"""Speed and memory of methods by themselves: every method, budget and length probed in a process of its own.
+"""Speed and memory of methods by themselves: every method, budget and length is a probe of its own.
 
 The passes go over all methods in turn, every second one backwards, so that a machine that slows down slows all alike.
 The same for one prompt at a time (`harness bench`) and for a batch that is decoded together (`harness serve-bench`).

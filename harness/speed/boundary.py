@@ -1,6 +1,6 @@
 """Where a method runs out of memory: the largest context at batch 1, the largest batch at a context.
 
-Every probe is a process of its own under the limit. A size fits when its probe ends `ok`; `oom`, `timeout` and `failed`
+Every probe runs by itself under the limit. A size fits when its probe ends `ok`; `oom`, `timeout` and `failed`
 do not fit, and the record says which it was. Memory is taken to grow with the size. A model of bytes gives the first
 size; every probe is recorded.
 """

@@ -38,7 +38,8 @@ That is of a CPU, where one kernel serves attention and column sums (`harness.en
     batch       KV of all prompts, and two more of one layer, with 4 * 8 for each of their slots (`ragged_rows`)
     decode      the same where room has to grow, or P * Hq * D * 8 for each 512 slots, up to 64 (parts of a stream)
 
-Left out is that a GPU's allocator rounds every tensor up to 512 bytes; the blocks that it has beside are no part of it.
+A mixture of experts is taken for a dense layer of its config's intermediate size. Left out is that a GPU's allocator
+rounds every tensor up to 512 bytes; blocks that it holds beside are no part of the peak.
 """
 
 from __future__ import annotations
