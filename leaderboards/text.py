@@ -146,22 +146,17 @@ def csv_cell(value: Any) -> Any:
 
 def _github(frame: pd.DataFrame) -> str:
     escaped = frame.rename(columns=escape).map(escape)
-    wide = [max(size, len(name) + 2) for name, size in _widths(escaped).items()]
-    head, *lines = (f"| {' | '.join(line)} |" for line in _padded(escaped, wide, _align(frame)))
-    return "\n".join([head, f"|{'|'.join('-' * (width + 2) for width in wide)}|", *lines])
+    return str(escaped.to_markdown(index=False, tablefmt="github", disable_numparse=True, colalign=_align(frame)))
 
 
 def _plain(frame: pd.DataFrame) -> str:
-    wide = list(_widths(frame).values())
-    head, *lines = _padded(frame, wide, _align(frame))
-    return "\n".join("  ".join(line).rstrip() for line in [head, ["-" * width for width in wide], *lines])
-
-
-def _padded(frame: pd.DataFrame, wide: Sequence[int], align: Sequence[str]) -> list[list[str]]:
-    """Names and cells of a frame, each as wide as its column."""
-    pads = [str.ljust if side == "left" else str.rjust for side in align]
-    lines = [[str(name) for name in frame], *frame.to_numpy().tolist()]
-    return [[pad(cell.strip(), width) for pad, cell, width in zip(pads, line, wide, strict=True)] for line in lines]
+    wide = _widths(frame)
+    aligned = {name: str.ljust if side == "left" else str.rjust for name, side in zip(wide, _align(frame), strict=True)}
+    lines = [list(wide), ["-" * width for width in wide.values()], *frame.to_numpy().tolist()]
+    return "\n".join(
+        "  ".join(aligned[name](cell, wide[name]) for name, cell in zip(wide, line, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _widths(frame: pd.DataFrame) -> dict[str, int]:
