@@ -79,9 +79,9 @@ class Target:
     def load(cls, asked: Asked, threads: int | None) -> Target:
         """Load the model once, to be let go before the first probe, and let every method refuse it.
 
-        For a GPU it is read without weights, where its files allow it, as is one of random weights; a method that is not
-        made for it fails in its own probes then. Raises HarnessError for unknown names, a missing device, a model that cannot be loaded or that
-        a method is not made for.
+        For a GPU it is read without weights, where its files allow it, as is one of random weights; a method that is
+        not made for it fails in its own probes then. Raises HarnessError for unknown names, a missing device, a model
+        that cannot be loaded or that a method is not made for.
         """
         check_asked(asked)
         planned, budgets = plan_methods(asked), asked.parsed_budgets
