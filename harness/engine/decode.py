@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from harness.engine import gpu
 from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.layer_cache import DecodingLayer
@@ -20,6 +21,8 @@ from harness.engine.packed import Packed
 from harness.engine.row_cache import GrowingRows, without
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
+from methods.base import KV
+from methods.codes import CodedKV
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
 FLAWED = -1  # picked of logits that are NaN or infinite
@@ -89,7 +92,7 @@ class Decoding:
                 caches.append(EvictingRows(evicting, position))
             else:
                 own = [without(kv, position) for kv in kvs]
-                caches.append(GrowingRows(own, position=position, room=room, window=window is not None))
+                caches.append(_growing(own, position=position, room=room, window=window is not None))
             del layers, kvs  # or the last layer's would stay
         return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]))
 
@@ -134,6 +137,7 @@ class Decoding:
         for at, own in self._forwards(tokens[:-1], keep=0, alone=alone):
             yield own, tokens[at + 1 : at + 1 + own.shape[1]]
         for cache, mark in zip(self.caches, marks, strict=True):
+            cache.check()
             cache.rewind(mark)
 
     def answer_nll(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
@@ -170,6 +174,8 @@ class Decoding:
                 self.rows = len(left)
                 active, picked = [active[row] for row in left], [picked[row] for row in left]
             logits = self.step([max(0, token) for token in picked])
+        for cache in self.caches:
+            cache.check()
         return results
 
     def _take(self, row: int, result: Generated, token: int, limits: Limits) -> None:
@@ -198,6 +204,19 @@ class Decoding:
 
     def _forward(self, ids: Tensor, *, keep: int) -> Tensor:
         return self.model.forward(ids.to(self.model.device), self.caches, position=self.position, keep=keep)
+
+
+def _growing(rows: Sequence[KV], *, position: int, room: int | None, window: bool) -> DecodingLayer:
+    """The layer cache of rows that grow; arguments as of `GrowingRows`.
+
+    On a GPU all heads of all rows are read in one call, but for codes, and keys of another width than values.
+    """
+    plain = all(kv.keys.shape[-1] == kv.values.shape[-1] and not isinstance(kv, CodedKV) for kv in rows)
+    if plain and gpu.fused(rows[0].keys.device):
+        from harness.engine.ragged_rows import RaggedRows
+
+        return RaggedRows(rows, position=position, room=room, window=window)
+    return GrowingRows(rows, position=position, room=room, window=window)
 
 
 def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:

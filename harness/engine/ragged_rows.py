@@ -25,6 +25,7 @@ class RaggedRows(DecodingLayer):
     Rows of a sliding window hold their last tokens without a gap, so what a token still sees of one is its end.
     """
 
+    replays = True
     keys: Tensor  # [slots, D], of all streams
     values: Tensor
     starts: Tensor  # [R * H] int32
@@ -49,10 +50,12 @@ class RaggedRows(DecodingLayer):
         self._place(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        grown, new = self.position - self.start, keys.shape[2]
-        if grown + new > min(self.rooms):
-            self.reserve(grown + new)
-        at = (self.starts + self.lengths).unsqueeze(1) + torch.arange(new, device=keys.device)
+        new = keys.shape[2]
+        if self.position - self.start + new > min(self.rooms):
+            self.reserve(new)
+        at = (self.starts + self.lengths).unsqueeze(1)
+        if new > 1:
+            at = at + torch.arange(new, device=keys.device)
         for mine, x in ((self.keys, keys), (self.values, values)):
             mine.index_copy_(0, at.flatten(), x.reshape(-1, x.shape[-1]))
         self.lengths += new
@@ -73,7 +76,7 @@ class RaggedRows(DecodingLayer):
         return out.view(rows * self.heads, new, -1, dim).transpose(1, 2).reshape(rows, -1, new, dim)
 
     def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens after the prompt; a row that has it stays as it is."""
+        tokens += self.position - self.start
         short = [row for row, room in enumerate(self.rooms) if room < tokens]
         if short:
             for row in short:

@@ -155,19 +155,28 @@ class AttachedModel:
         return Sizes(tokens, len(self.compressible), heads, kv_heads)
 
     def forward(
-        self, ids: Tensor, caches: Sequence[LayerCache], *, position: int, keep: int = 0, grad: bool = False
+        self,
+        ids: Tensor,
+        caches: Sequence[LayerCache],
+        *,
+        position: int,
+        at: Tensor | None = None,
+        keep: int = 0,
+        grad: bool = False,
     ) -> Tensor:
         """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
 
-        keep: how many last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated.
-        Raises PromptFailed for tokens beyond a window that is taken for the whole context.
+        at: [1, Q], their positions on the device, where a captured step is to read them anew each time. keep: how many
+        last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated. Raises
+        PromptFailed for tokens beyond a window that is taken for the whole context.
         """
         if position + ids.shape[1] > self.reach:
             what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
             raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
         self.forget_lengths()
         cache = Cache(layers=[_Layer(layer, position) for layer in caches])
-        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
+        if at is None:
+            at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         with torch.enable_grad() if grad else torch.inference_mode():
             out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return out.logits  # type: ignore[no-any-return]

@@ -124,6 +124,8 @@ class _Weightless:
 
     def keep(self, rows: Sequence[int]) -> None: ...
 
+    def check(self) -> None: ...
+
 
 def _raised(error: Exception | None) -> None:
     assert error is not None
