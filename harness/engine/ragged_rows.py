@@ -53,7 +53,7 @@ class RaggedRows(DecodingLayer):
         new = keys.shape[2]
         if self.position - self.start + new > min(self.rooms):
             self.reserve(new)
-        at = (self.starts + self.lengths).unsqueeze(1)
+        at = (self.starts + self.lengths).long().unsqueeze(1)
         if new > 1:
             at = at + torch.arange(new, device=keys.device)
         for mine, x in ((self.keys, keys), (self.values, values)):

@@ -6,10 +6,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no Triton; pip install triton")
 
+from harness.engine import ragged_rows
 from harness.engine.packed import storage_bytes
 from harness.engine.ragged_rows import RaggedRows
 from harness.engine.row_cache import GrowingRows
 from methods.base import KV
+from tests.engine.naive import ragged as plain_attention
 from tests.engine.test_row_cache import HEADS, ROWS, TOKENS, ask, kept, new, tokens_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,6 +19,13 @@ LAST = [[[6, 7, 8, 9], [6, 7, 8, 9]], [[6, 7, 8, 9], [6, 7, 8, 9]]]  # of a slid
 
 
 Slots = list[list[list[int]]]
+
+
+@pytest.fixture(autouse=True)
+def _attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has tests of its own; a card runs it here too."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(ragged_rows, "ragged_attention", plain_attention)
 
 
 def pair(
