@@ -27,16 +27,16 @@ class Stepped(NamedTuple):
     replayed: bool
 
 
-def greedy_steps(
-    decoding: Decoding, first: Tensor, count: int, *, graph: Callable[[Step], Step] | None = None
-) -> Stepped:
-    """Feed each row its first token, pick the likeliest next one, feed that, `count` times; end-of-text is ignored.
+def greedy_steps(decoding: Decoding, count: int, *, graph: Callable[[Step], Step] | None = None) -> Stepped:
+    """Feed each row its likeliest first token, pick the next one, feed that, `count` times; end-of-text is ignored.
 
-    first: [R] int64. graph: captures a step, which it need not run, and gives what repeats it; the CUDA graph of a GPU
+    graph: captures a step, which it need not run, and gives what repeats it; the CUDA graph of a GPU
     when left out. Steps that cannot be captured, or pick other tokens when they are, run one by one.
     """
     if graph is None and decoding.model.device.type == "cuda":
         graph = cuda_graph
+    assert decoding.first is not None
+    first = decoding.first.max(dim=-1).indices  # [R]
     steps = _Steps(decoding, first, count)
     spent = None if graph is None else steps.replay(graph)
     step_s = spent or steps.time(steps.step)
