@@ -69,7 +69,7 @@ class RaggedRows(DecodingLayer):
             later = torch.arange(new - 1, -1, -1, dtype=torch.int32, device=lengths.device)
             starts, lengths = starts.repeat_interleave(new), (lengths.unsqueeze(1) - later).flatten()
         if form.sinks is not None:
-            form = replace(form, sinks=form.sinks[0].repeat(rows, 1).repeat_interleave(new, dim=0))
+            form = replace(form, sinks=form.sinks[0].repeat(rows, 1).unsqueeze(1).expand(-1, new, -1).flatten(0, 1))
         if form.window is not None:
             starts, lengths = starts + (lengths - form.window).clamp_min(0), lengths.clamp_max(form.window)
         out = ragged_attention(asked, self.keys, self.values, starts, lengths, form, longest=self.longest)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from methods.views import Form
 
-SPLIT = 512  # slots of a stream that one program reads at least
+SPLIT = 128  # slots of a stream that one program reads at least
 SPLITS = 64  # programs of a stream at most
 LEAST = 16  # rows and columns that a product of tensor cores takes
 NONE = 2**30  # window of a layer without one
@@ -133,6 +133,26 @@ def _ragged(
     tl.store(lse + row, tl.where(total > 0, top + tl.log(total), float("-inf")), g < group)
 
 
+@triton.jit
+def _join(parts, lse, sinks, out, splits, group, dim, SINKS: tl.constexpr, DIM: tl.constexpr, MOST: tl.constexpr):  # noqa: N803
+    """A stream's attention of its parts by their denominators."""
+    stream, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split, d = tl.arange(0, MOST), tl.arange(0, DIM)
+    row = (stream * splits + split) * group + g
+    own = tl.load(lse + row, split < splits, float("-inf"))
+    top = tl.max(own, 0)
+    if SINKS:
+        sink = tl.load(sinks + stream * group + g).to(tl.float32)
+        top = tl.maximum(top, sink)
+    share = tl.exp(own - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(share, 0)
+    if SINKS:
+        total += tl.exp(sink - top)
+    mixed = tl.sum(_rows(parts, row, dim, d, split < splits, dim) * share[:, None], 0)
+    at = out + (stream * group + g) * dim + d
+    tl.store(at, (mixed / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty), d < dim)
+
+
 def causal_forward(
     queries: Tensor,
     keys: Tensor,
@@ -184,6 +204,8 @@ def ragged_attention(
 ) -> Tensor:
     """Attention of one query group per stream over its own slots: [N, G, D]. Nothing of it waits for the device.
 
+    Two launches: parts of streams, and their sum. How many parts there are follows `longest`.
+
     queries: [N, G, D]. keys, values: [slots, D], all streams in one buffer. starts, lengths: [N] integers of that
     device, the first slot of a stream and how many there are; a stream of none gives zeros. form: its sinks are [N, G].
     longest: at least every length that will come, which fixes the launch, so that a captured step may be replayed as
@@ -198,10 +220,12 @@ def ragged_attention(
         *(splits, group, form.scaling, form.softcap or 1.0, dim),
         **{"CAPPED": form.softcap is not None, "DIM": _dim(dim), "GROUP": max(LEAST, _power(group)), "BN": 64},
     )
-    if form.sinks is not None:
-        lse = torch.cat([lse, form.sinks.unsqueeze(1).float()], dim=1)
-    share = torch.nan_to_num(lse.softmax(dim=1))[:, :splits]  # a stream of no slots has no share anywhere
-    return (parts * share.unsqueeze(-1)).sum(dim=1).to(queries.dtype)
+    out = torch.empty_like(q)
+    _join[(count, group)](
+        *(parts, lse, lse if form.sinks is None else form.sinks.contiguous(), out, splits, group, dim),
+        **{"SINKS": form.sinks is not None, "DIM": _dim(dim), "MOST": _power(splits)},
+    )
+    return out
 
 
 def _packed(x: Tensor) -> Tensor:
