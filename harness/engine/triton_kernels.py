@@ -212,13 +212,14 @@ def ragged_attention(
     streams grow.
     """
     (count, group, dim), splits = queries.shape, min(SPLITS, triton.cdiv(longest, SPLIT))
+    _, columns = _blocks(dim, queries.dtype)
     q = queries.contiguous()
     parts = torch.empty(count, splits, group, dim, device=q.device)
     lse = torch.empty(count, splits, group, device=q.device)
     _ragged[(count, splits)](
         *(q, keys, values, parts, lse, starts, lengths, q.stride(0), q.stride(1), keys.stride(0), values.stride(0)),
         *(splits, group, form.scaling, form.softcap or 1.0, dim),
-        **{"CAPPED": form.softcap is not None, "DIM": _dim(dim), "GROUP": max(LEAST, _power(group)), "BN": 64},
+        **{"CAPPED": form.softcap is not None, "DIM": _dim(dim), "GROUP": max(LEAST, _power(group)), "BN": columns},
     )
     out = torch.empty_like(q)
     _join[(count, group)](

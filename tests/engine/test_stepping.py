@@ -107,7 +107,9 @@ def test_steps_one_by_one_pick_what_decoding_picks(tiny: LoadedModel, method: st
     assert (found.tokens, found.replayed, len(found.step_s)) == (plain(model, prompts), False, COUNT)
 
 
-@pytest.mark.parametrize(("name", "method"), [("llama", "fullkv"), ("gpt-oss", "snapkv"), ("gemma2", "adakv"), ("phi3", "snapkv")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama", "fullkv"), ("gpt-oss", "snapkv"), ("gemma2", "adakv"), ("phi3", "snapkv")]
+)
 def test_a_recorded_step_picks_what_decoding_picks(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = pair(name)
     prompts = prefilled(model, method, 3)
