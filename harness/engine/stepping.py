@@ -68,7 +68,8 @@ class _Steps:
     def step(self) -> None:
         """Feed a token to each row and pick the next one."""
         model, caches, position = self.decoding.model, self.decoding.caches, self.decoding.position
-        logits = model.forward(self.ids, caches, position=position, at=self.at, keep=1)
+        states = self.decoding.states
+        logits = model.forward(self.ids, caches, position=position, states=states, at=self.at, keep=1)
         self.ids.copy_(logits[:, -1].float().max(dim=-1).indices.unsqueeze(1))
         self.told.index_copy_(1, self.done, self.ids)
         self.done += 1
@@ -85,7 +86,8 @@ class _Steps:
     def replay(self, graph: Callable[[Step], Step]) -> list[float] | None:
         """Seconds of each of `count` replays; None, and all as it was before, where steps cannot be replayed."""
         caches, end = self.decoding.caches, self.start + self.count
-        if self.count < WARM or end > self.decoding.model.reach or not all(cache.replays for cache in caches):
+        fixed = all(cache.replays for cache in caches) and not self.decoding.states.tensors
+        if self.count < WARM or end > self.decoding.model.reach or not fixed:
             return None
         marks = [cache.mark() for cache in caches]
         for _ in range(WARM):
