@@ -24,7 +24,6 @@ from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
 from methods.base import KV
-from methods.codes import CodedKV
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
 FLAWED = -1  # picked of logits that are NaN or infinite
@@ -218,10 +217,9 @@ class Decoding:
 def _growing(rows: Sequence[KV], *, position: int, room: int | None, window: bool) -> DecodingLayer:
     """The layer cache of rows that grow; arguments as of `GrowingRows`.
 
-    On a GPU all heads of all rows are read in one call, but for codes, and keys of another width than values.
+    On a GPU all heads of all rows are read in one call, but where keys are of another width than values.
     """
-    plain = all(kv.keys.shape[-1] == kv.values.shape[-1] and not isinstance(kv, CodedKV) for kv in rows)
-    if plain and gpu.fused(rows[0].keys.device):
+    if rows[0].keys.shape[-1] == rows[0].values.shape[-1] and gpu.fused(rows[0].keys.device):
         from harness.engine.ragged_rows import RaggedRows
 
         return RaggedRows(rows, position=position, room=room, window=window)

@@ -12,11 +12,9 @@ pytest.importorskip("triton", reason="no Triton; pip install triton")
 from harness.engine import triton_kernels
 from harness.engine.triton_kernels import causal_forward, column_sums, ragged_attention
 from methods.views import Form
-from tests.engine.naive import naive
+from tests.engine.naive import DISCARDED, naive
 
-pytestmark = pytest.mark.filterwarnings(  # of lanes that a GPU computes, and throws away, just so
-    "ignore:(divide by zero|invalid value) encountered in (log|divide):RuntimeWarning:triton.runtime.interpreter"
-)
+pytestmark = DISCARDED
 CPU = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 KINDS = [(None, False, None), (5.0, False, 20), (None, True, 20), (3.0, True, None)]
