@@ -44,7 +44,8 @@ class RaggedRows(DecodingLayer):
         self.positions = [  # of no use to a step; held since what a policy chose is stored with them
             None if is_implied(kv, position, window=window) else kv.positions[kv.positions >= 0].int() for kv in rows
         ]
-        sizes, *sides = zip(*(_plain(kv) for kv in rows), strict=True)
+        lives = torch.stack([kv.live[0] for kv in rows]).tolist()
+        sizes, *sides = zip(*map(_plain, rows, lives), strict=True)
         self.sizes = [size for own in sizes for size in own]  # plain slots of streams, as the policies left them
         keys, values = (torch.cat(side) for side in sides)
         self.slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
@@ -154,12 +155,12 @@ class RaggedRows(DecodingLayer):
         return self.starts[stream] + torch.arange(len(stream), device=stream.device) - before[stream]
 
 
-def _plain(kv: KV) -> tuple[list[int], Tensor, Tensor]:
-    """How many slots of each head are no codes, and their keys and values, head after head."""
-    live = kv.live[0].tolist()
-    if not isinstance(kv, CodedKV):
-        keys, values = (x[kv.positions >= 0] for x in kv.load())
-        return live, keys, values
-    sizes = [slots - coded for slots, coded in zip(live, kv.counts, strict=True)]
-    keys, values = (torch.cat([x[0, head, :size] for head, size in enumerate(sizes)]) for x in (kv.keys, kv.values))
-    return sizes, keys, values
+def _plain(kv: KV, live: list[int]) -> tuple[list[int], Tensor, Tensor]:
+    """How many slots of each head are no codes, and their keys and values, head after head. live: slots of each."""
+    if isinstance(kv, CodedKV):
+        sizes = [slots - coded for slots, coded in zip(live, kv.counts, strict=True)]
+        keys, values = (torch.cat([x[0, head, :size] for head, size in enumerate(sizes)]) for x in (kv.keys, kv.values))
+        return sizes, keys, values
+    whole = min(live) == kv.positions.shape[2]
+    keys, values = (x.flatten(0, 2) if whole else x[kv.positions >= 0] for x in kv.load())
+    return live, keys, values

@@ -23,6 +23,8 @@ from tests.engine.naive import naive, ragged
 from tests.engine.test_engine import Ragged, cell, make_prompt, ok
 
 HEADS, GROUP, DIM, TOKENS = 1, 2, 16, 45
+KERNEL = ragged_rows.ragged_attention
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a card is no fake
 NAMES = [
     name for name, entry in load_methods().items() if entry.policy.__module__.startswith("methods.") and name != "quant"
 ]
@@ -42,7 +44,7 @@ def _taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def prompt(new: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     queries = 2 * torch.randn(1, HEADS * GROUP, new, DIM)
     keys, values = torch.randn(2, 1, HEADS, TOKENS, DIM)
-    return queries.to(dtype), keys.to(dtype), values.to(dtype)
+    return queries.to(DEVICE, dtype), keys.to(DEVICE, dtype), values.to(DEVICE, dtype)
 
 
 @pytest.mark.usefixtures("_taken")
@@ -54,7 +56,7 @@ def test_a_prompt_in_full_precision_has_our_own_kernels_or_blocks(
 ) -> None:
     monkeypatch.setattr(gpu, "installed", lambda name: triton and name == "triton")
     queries, keys, values = prompt(new)
-    sink = torch.randn(HEADS * GROUP) if sinks else None
+    sink = torch.randn(HEADS * GROUP, device=DEVICE) if sinks else None
     form = Form(DIM**-0.5, window, softcap, None if sink is None else sink.view(1, HEADS, GROUP))
     out, lse = causal_attention(queries, keys, values, form)
     wanted, _, sums = naive(queries, keys, values, window=window, softcap=softcap, sinks=sink)
@@ -64,6 +66,7 @@ def test_a_prompt_in_full_precision_has_our_own_kernels_or_blocks(
         torch.testing.assert_close(column_sums(queries, keys, lse, form).double(), sums, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the stand-in for flash attention is a CPU's")
 @pytest.mark.usefixtures("_taken")
 @pytest.mark.parametrize("sinks", [False, True])
 def test_a_prompt_in_half_precision_has_flash_attention_unless_its_form_forbids(
@@ -78,7 +81,7 @@ def test_a_prompt_in_half_precision_has_flash_attention_unless_its_form_forbids(
 
     monkeypatch.setattr(gpu, "flash", flash)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    sink = torch.randn(HEADS * GROUP) if sinks else None
+    sink = torch.randn(HEADS * GROUP, device=DEVICE) if sinks else None
     form = Form(DIM**-0.5, TOKENS, None, None if sink is None else sink.view(1, HEADS, GROUP))
     out, lse = causal_attention(queries, keys, values, form)
     wanted, wanted_lse, sums = naive(queries, keys, values, window=None, softcap=None, sinks=sink)
@@ -102,14 +105,19 @@ def test_the_name_of_a_gpu_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "kernel", "new"), [(NAMES, ragged, 7), (["adakv", "quant@int4"], ragged_rows.ragged_attention, 3)]
+    ("names", "kernel", "new"),
+    [
+        (NAMES, ragged if DEVICE == "cpu" else KERNEL, 7),
+        (["adakv", "quant@int4"], ragged_rows.ragged_attention, 3),
+    ],
 )
 def test_cells_of_every_method_are_those_of_the_cpu(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, names: list[Any], kernel: Callable[..., Tensor], new: int
 ) -> None:
-    engine, asked = Engine(AttachedModel(copy.deepcopy(tiny.model))), make_prompt(30, Limits(new, frozenset()))
+    cpu, card = (Engine(AttachedModel(copy.deepcopy(tiny.model).to(place))) for place in ("cpu", DEVICE))
+    asked = make_prompt(30, Limits(new, frozenset()))
     cells = [cell(own, 8) for own in (*names, Ragged())]
-    wanted, calls = ok(engine.run(asked, cells)), list[int]()
+    wanted, calls = ok(cpu.run(asked, cells)), list[int]()
     monkeypatch.setattr(gpu, "is_gpu", lambda device: True)
 
     def counted(queries: Tensor, *args: Any, **more: Any) -> Tensor:
@@ -117,7 +125,7 @@ def test_cells_of_every_method_are_those_of_the_cpu(
         return kernel(queries, *args, **more)
 
     monkeypatch.setattr(ragged_rows, "ragged_attention", counted)
-    for one, two, own in zip(ok(engine.run(asked, cells)), wanted, cells, strict=True):
+    for one, two, own in zip(ok(card.run(asked, cells)), wanted, cells, strict=True):
         assert one.token_ids == two.token_ids, own
         assert one.nll_per_token == pytest.approx(two.nll_per_token, abs=1e-4)
         assert (one.kv_bytes, one.kv_bytes_end) == (two.kv_bytes, two.kv_bytes_end)
@@ -125,4 +133,18 @@ def test_cells_of_every_method_are_those_of_the_cpu(
             0 <= one.stored_bytes_end - two.stored_bytes_end <= 4 * 2 * 3 * INDEX_BYTES
         )  # of layers and KV heads; codes have two
     growing = sum(not own.policy.evicts_while_decoding for own in cells)
-    assert set(calls) == {2 * growing}  # one call a layer: KV heads of all rows
+    assert set(calls) <= {2 * growing, 2 * growing * 3}  # one call a layer: KV heads of all rows, the answer's 3 tokens
+    assert calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", gpu.HALF)
+@pytest.mark.parametrize("new", [TOKENS, 9, 1])
+def test_flash_attention_tells_denominators_and_ends_its_mask_at_the_last_token(new: int, dtype: torch.dtype) -> None:
+    queries, keys, values = prompt(new, dtype)
+    form = Form(DIM**-0.5)
+    assert gpu.flash_takes(queries, values, form)
+    out, lse = gpu.flash(queries, keys, values, form)
+    wanted, wanted_lse, _ = naive(queries, keys, values, window=None, softcap=None, sinks=None)
+    torch.testing.assert_close(out.double(), wanted, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-4, rtol=0)

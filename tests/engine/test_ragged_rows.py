@@ -7,7 +7,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="no Triton; pip install triton")
 
 from harness.engine import ragged_rows, triton_kernels
-from harness.engine.packed import storage_bytes
+from harness.engine.packed import each_tensor, storage_bytes
 from harness.engine.ragged_rows import RaggedRows
 from harness.engine.row_cache import GrowingRows, without
 from harness.engine.triton_kernels import ragged_attention
@@ -59,16 +59,17 @@ def test_codes_are_decoded_where_they_are_read(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ragged_rows, "ragged_attention", ragged_attention)
     monkeypatch.setattr(triton_kernels, "SPLIT", 32)
     kvs = [drawn(50, seed=i).take(holes(own, 50, i)) for i, own in enumerate([(40, 50), (0, 33)])]
+    kvs = [each_tensor(lambda x: x.to(DEVICE), kv) for kv in kvs]
     codings = [Coding(bits, group, 3) for bits, group in ((8, 8), (4, 32), (2, 8))]
     rows = [encode(kvs[0], codings[0]), kvs[1], encode(kvs[1], codings[1]), encode(kvs[0], codings[2])]
     rows[0] = without(rows[0], int(rows[0].positions[0, 0].max()))
     growing, ragged = (kind(rows, position=50, room=4) for kind in (GrowingRows, RaggedRows))
-    form = Form(0.3, softcap=3.0, sinks=torch.randn(1, 2, 2))
+    form = Form(0.3, softcap=3.0, sinks=torch.randn(1, 2, 2, device=DEVICE))
     for new_tokens, members in ((2, None), (1, [0, 2])):
         for cache in (growing, ragged):
             if members is not None:
                 cache.keep(members)
-        feed = [torch.randn(len(growing.kept_bytes), heads, new_tokens, 8) for heads in (4, 2, 2)]
+        feed = [torch.randn(len(growing.kept_bytes), heads, new_tokens, 8, device=DEVICE) for heads in (4, 2, 2)]
         outs = []
         for cache in (growing, ragged):
             cache.append(*feed[1:])

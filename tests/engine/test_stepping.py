@@ -150,3 +150,12 @@ def test_rows_that_evict_are_not_recorded(tiny: LoadedModel, monkeypatch: pytest
     prompts = prefilled(model, "streamingllm@paper", 2)
     found = stepped(model, prompts, graph=taped(monkeypatch))
     assert (found.tokens, found.replayed) == (plain(model, prompts), False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["fullkv", "adakv"])
+def test_a_graph_replays_what_decoding_picks(tiny: LoadedModel, method: str) -> None:
+    model = AttachedModel(copy.deepcopy(tiny.model).to("cuda"))
+    prompts = prefilled(model, method, 3)
+    found = stepped(model, prompts)
+    assert (found.tokens, found.replayed) == (plain(model, prompts), True)
