@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.engine.clock import PhaseClock
+from harness.engine.clock import StepClock
 from harness.engine.decode import Decoding
 
 WARM = 2  # steps before a capture: they compile kernels, and say what its first replays have to pick
@@ -77,11 +77,12 @@ class _Steps:
 
     def time(self, step: Step) -> list[float]:
         """Seconds of each of `count` steps."""
-        clock = PhaseClock(self.decoding.model.device)
-        for number in range(self.count):
-            with clock.part(str(number)):
-                step()
-        return [clock.seconds(str(number)) for number in range(self.count)]
+        clock = StepClock(self.decoding.model.device)
+        clock.tick()
+        for _ in range(self.count):
+            step()
+            clock.tick()
+        return clock.seconds()
 
     def replay(self, graph: Callable[[Step], Step]) -> list[float] | None:
         """Seconds of each of `count` replays; None, and all as it was before, where steps cannot be replayed."""
