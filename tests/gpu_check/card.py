@@ -1,4 +1,4 @@
-"""What only a CUDA card can do, and its stand-in: time by its own clock, memory by its allocator, a graph replayed.
+"""What only a CUDA card can do, and its stand-in: time by its own clock, memory by its allocator.
 
 `NoCard` runs everything once on the CPU and tells nothing of it: a rehearsal has no figures.
 """
@@ -57,19 +57,6 @@ class Card:
         """Bytes that tensors hold now."""
         return torch.cuda.memory_allocated()
 
-    def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture a call as a graph, after two that are not; what replays it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
-
     def backend(self, name: str) -> AbstractContextManager[Any]:
         """Inside, torch's attention is computed by that kernel or not at all."""
         return sdpa_kernel(getattr(SDPBackend, name))
@@ -112,10 +99,6 @@ class NoCard(Card):
 
     def held(self) -> int | None:
         return None
-
-    def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        call()
-        return call
 
     def free(self) -> None: ...
 

@@ -18,7 +18,7 @@ TESTS_S = 50.0
 OUTCOME = re.compile(r"^(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 """Of a test, as `pytest -v` prints it when it is over."""
 REHEARSED = Path(__file__).with_name("rehearsed.py")
-KERNEL_TESTS = ("test_triton_kernels.py", "test_ragged_rows.py")
+KERNEL_TESTS = ("test_triton_kernels.py", "test_ragged_rows.py", "test_gpu.py")
 """They run on the card where there is one, so they are no `gpu` tests."""
 
 
