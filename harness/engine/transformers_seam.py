@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from harness.engine.layer_cache import LayerCache
 from harness.engine.types import PromptFailed
@@ -26,6 +26,7 @@ from methods.views import LayerSource
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full and sliding-window attention layers"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+PASSED_OVER = {"position_ids"}  # of a packed batch, for flash-attention
 HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gemma3"}
 
 
@@ -45,20 +46,28 @@ def _attention(
         raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")
+    _refuse_unknown(module, {"mask": mask, **kwargs})
     span = kwargs.get("sliding_window")
-    window = span if span is None or span < _context(module.config) else None  # no shorter: every token is seen
+    window = _window(span, module.config)
     if isinstance(cache, _Probe):
         cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return cache.attend(query, scaling=scaling, window=window).transpose(1, 2), None
 
 
-def _context(config: Any) -> float:
-    """Tokens that a model was made for."""
-    return getattr(config, "max_position_embeddings", None) or math.inf
+def _refuse_unknown(module: Any, given: dict[str, Any]) -> None:
+    """Refuse attention that sees what follows, and any tensor or number that would change what it computes."""
+    if not getattr(module, "is_causal", True) or given.get("is_causal") is False:
+        raise HarnessError(f"{type(module).__name__} sees tokens that follow; give a model that is causal")
+    odd = [name for name, own in given.items() if isinstance(own, Tensor | float) and name not in PASSED_OVER]
+    if odd:
+        raise HarnessError(f"{type(module).__name__} uses attention {', '.join(odd)}, which is unsupported")
+
+
+def _window(span: int | None, config: Any) -> int | None:
+    """A sliding window; None where it is no shorter than what the model was made for, so that every token is seen."""
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    return None if span is None or span >= context else span
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -98,18 +107,20 @@ class _Layer(CacheLayerMixin):
 class _Probe(LayerCache):
     """Answers a single token, which sees itself alone, and notes which module asked and how far back it looks.
 
-    span: the sliding window that its layer was given, also where it is no shorter than the context.
+    span: the sliding window that its layer was given, also where it is no shorter than the context. heads: of queries,
+    and of keys and values.
     """
 
     module: torch.nn.Module | None = None
     window: int | None = None
     span: int | None = None
+    heads = (0, 0)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.values = values
 
     def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        self.window = window
+        self.window, self.heads = window, (queries.shape[1], self.values.shape[1])
         return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
 
 
@@ -135,10 +146,14 @@ class AttachedModel:
             model.set_attn_implementation(ATTENTION)
         except (ValueError, AttributeError) as error:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
+        if not hasattr(self.config, "num_hidden_layers"):
+            raise HarnessError(f"{type(model).__name__} has no number of layers in its config; {ADVICE}")
         self.layers = int(self.config.num_hidden_layers)
         self.vocab = int(self.config.vocab_size)
         if other := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
             raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
+        if not getattr(self.config, "is_causal", True):
+            raise HarnessError(f"{type(model).__name__} sees tokens that follow; give a model that is causal")
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
@@ -146,10 +161,8 @@ class AttachedModel:
         self._probe()
 
     def sizes(self, tokens: int) -> Sizes:
-        """Of a prompt in this model."""
-        heads = int(self.config.num_attention_heads)
-        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)
-        return Sizes(tokens, len(self.compressible), heads, kv_heads)
+        """Of a prompt in this model's compressible layers."""
+        return Sizes(tokens, len(self.compressible), *self.heads)
 
     def forward(
         self, ids: Tensor, caches: Sequence[LayerCache], *, position: int, keep: int = 0, grad: bool = False
@@ -252,9 +265,19 @@ class AttachedModel:
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
+        self._check_windows()
         taken = [probe.span for probe in probes if probe.window is None and probe.span is not None]
         self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
         self.compressible = [i for i, window in enumerate(self.windows) if window is None]  # what policies see
+        self.heads = next((probes[i].heads for i in self.compressible), probes[0].heads)
         self.attention = [probe.module for probe in probes if probe.module is not None]
         if len(self.attention) < self.layers:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")
+
+    def _check_windows(self) -> None:
+        """Refuse a model whose config limits how far a layer looks back, while its attention is told otherwise."""
+        for i, (window, own) in enumerate(zip(self.windows, DynamicCache(config=self.config).layers, strict=False)):
+            span = _window(getattr(own, "sliding_window", None), self.config)  # that transformers masks by
+            if window != span:
+                what = f"a sliding window of {window} in layer {i}, where its config says {span}"
+                raise HarnessError(f"{type(self.model).__name__} has {what}; {ADVICE}")
