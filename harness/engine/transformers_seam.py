@@ -21,13 +21,16 @@ from harness.engine.layer_cache import LayerCache
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
-from methods.views import LayerSource
+from methods.views import Form, LayerSource
 
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full and sliding-window attention layers"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-PASSED_OVER = {"position_ids"}  # of a packed batch, for flash-attention
-HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gemma3"}
+KNOWN = {"softcap", "s_aux", "position_ids"}  # arguments; the last is for packed batches alone
+HALF_ROTATION = {
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2"),
+    *("olmo3", "gemma2", "gemma3", "gemma3_text", "gpt_oss"),
+}
 
 
 def _attention(
@@ -52,14 +55,17 @@ def _attention(
     if isinstance(cache, _Probe):
         cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache.attend(query, scaling=scaling, window=window).transpose(1, 2), None
+    sinks = kwargs.get("s_aux")
+    sinks = None if sinks is None else sinks.view(1, key.shape[1], -1)
+    form = Form(scaling, window, kwargs.get("softcap"), sinks)
+    return cache.attend(query, form).transpose(1, 2), None
 
 
 def _refuse_unknown(module: Any, given: dict[str, Any]) -> None:
     """Refuse attention that sees what follows, and any tensor or number that would change what it computes."""
     if not getattr(module, "is_causal", True) or given.get("is_causal") is False:
         raise HarnessError(f"{type(module).__name__} sees tokens that follow; give a model that is causal")
-    odd = [name for name, own in given.items() if isinstance(own, Tensor | float) and name not in PASSED_OVER]
+    odd = [name for name, own in given.items() if isinstance(own, Tensor | float) and name not in KNOWN]
     if odd:
         raise HarnessError(f"{type(module).__name__} uses attention {', '.join(odd)}, which is unsupported")
 
@@ -119,8 +125,8 @@ class _Probe(LayerCache):
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.values = values
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        self.window, self.heads = window, (queries.shape[1], self.values.shape[1])
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
+        self.window, self.heads = form.window, (queries.shape[1], self.values.shape[1])
         return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
 
 
