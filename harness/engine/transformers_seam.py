@@ -38,7 +38,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any,
+    attention_mask: Any,
     dropout: float = 0.0,  # in the sixth place, where kvpress's wrapper of every registered attention puts it
     scaling: float | None = None,
     **kwargs: Any,
@@ -49,7 +49,7 @@ def _attention(
         raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
-    _refuse_unknown(module, {"mask": mask, **kwargs})
+    _refuse_unknown(module, {"mask": attention_mask, **kwargs})
     span = kwargs.get("sliding_window")
     window = _window(span, module.config)
     if isinstance(cache, _Probe):
@@ -152,6 +152,8 @@ class AttachedModel:
             model.set_attn_implementation(ATTENTION)
         except (ValueError, AttributeError) as error:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
+        if self.config._attn_implementation != ATTENTION:  # transformers only warns
+            raise HarnessError(f"{type(model).__name__} has attention code of its own, which is not replaced; {ADVICE}")
         if not hasattr(self.config, "num_hidden_layers"):
             raise HarnessError(f"{type(model).__name__} has no number of layers in its config; {ADVICE}")
         self.layers = int(self.config.num_hidden_layers)

@@ -207,7 +207,7 @@ def test_half_precision_keys_are_turned_in_float32() -> None:
 
 
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "replaced (cache|attention)"),
+    "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "attention code of its own"),
     "no attention": ("mamba", {"num_hidden_layers": 2}, "layers (of type linear|with attention of their own)"),
     "chunks": ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2}, "chunked_attention"),
     "no order": ("llama", {"is_causal": False}, "sees tokens that follow"),
