@@ -1,7 +1,7 @@
 """What the harness makes of one architecture: with the full cache the plain model, compressed what a policy kept.
 
-The plain model is transformers' own eager attention, run once over the whole text without a cache, and by `generate`
-with its own cache, whose bytes are counted.
+The plain model is transformers' own eager attention, run over the prompt and our greedy answer at once: where its best
+token at every place is the next one of the answer, its own greedy answer is the same. Its cache is weighed.
 """
 
 import copy
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from harness.engine.compress import Compressed, compress
 from harness.engine.decode import Decoding
@@ -43,20 +42,24 @@ class Row:
 def check(kind: str) -> Row:
     """Run one architecture. Raises WrongError where it is accepted and is not the plain model."""
     plain = build(kind)
-    layers = int(plain.config.get_text_config(decoder=True).num_hidden_layers)
+    layers = int(getattr(plain.config.get_text_config(decoder=True), "num_hidden_layers", 0))
     try:
-        attached = AttachedModel(copy.deepcopy(plain))
-        whole = _compressed(attached, FullKV(), TOKENS)
+        model = AttachedModel(copy.deepcopy(plain))
+        whole = _compressed(model, FullKV(), TOKENS, chunk=9)
     except HarnessError as error:
         return Row(kind, layers, 0, str(error))
-    gold, ids, caches = _plain(plain)
-    found = _decoded(attached, whole, ids)
-    _same(f"{kind}: logits with the full cache", found, gold[TOKENS - 1 : -1])
-    some = _compressed(attached, SnapKV(recent=4), BUDGET)
-    _bytes(kind, attached, whole, some, caches)
-    if torch.allclose(_decoded(attached, some, ids), found, atol=10 * ATOL):
+    some = _compressed(model, SnapKV(recent=4), BUDGET)
+    (full, kept), answer = _decoded(model, [whole, some])
+    with torch.inference_mode():
+        gold = plain(input_ids=torch.tensor([prompt() + answer])).logits[0, TOKENS - 1 : -1].float()
+        caches = plain(input_ids=torch.tensor([prompt()]), use_cache=True).past_key_values.layers
+    _same(f"{kind}: logits after the prompt", whole.logits, gold[:1])
+    _same(f"{kind}: logits after the prompt in one piece", some.logits, gold[:1])
+    _same(f"{kind}: logits with the full cache", full, gold)
+    if torch.allclose(kept, full, atol=10 * ATOL):
         raise WrongError(f"{kind}: compressed, it answers as with the full cache")
-    return Row(kind, layers, len(attached.compressible))
+    _weigh(kind, model, whole, some, caches)
+    return Row(kind, layers, len(model.compressible))
 
 
 def prompt() -> list[int]:
@@ -64,29 +67,19 @@ def prompt() -> list[int]:
     return torch.randint(3, VOCAB, (TOKENS,), generator=draw).tolist()
 
 
-def _plain(model: PreTrainedModel) -> tuple[Tensor, list[int], list[Any]]:
-    """Logits [T + NEW, V] of prompt and greedy answer, the answer, and the layers of transformers' cache after it."""
-    given = torch.tensor([prompt()])
-    made: Any = model.generate(  # type: ignore[operator]
-        given, max_new_tokens=NEW, do_sample=False, eos_token_id=None, return_dict_in_generate=True, pad_token_id=0
-    )
+def _compressed(model: AttachedModel, policy: KVPolicy, budget: int, chunk: int | None = None) -> Compressed:
+    return compress(prefill(model, prompt(), policy.needs, chunk=chunk), policy, budget)
+
+
+def _decoded(model: AttachedModel, rows: list[Compressed]) -> tuple[Tensor, list[int]]:
+    """Logits [R, NEW, V] of rows in one batch after the prompt; the first row's greedy answer, which all are fed."""
     with torch.inference_mode():
-        logits = model(input_ids=made.sequences).logits[0].float()
-        cache = model(input_ids=given, use_cache=True).past_key_values
-    return logits, made.sequences[0, TOKENS:].tolist(), cache.layers
-
-
-def _compressed(model: AttachedModel, policy: KVPolicy, budget: int) -> Compressed:
-    return compress(prefill(model, prompt(), policy.needs), policy, budget)
-
-
-def _decoded(model: AttachedModel, compressed: Compressed, answer: list[int]) -> Tensor:
-    """Logits [NEW, V] after the prompt and each token of the answer but its last; the prompt's last is fed again."""
-    with torch.inference_mode():
-        decoding = Decoding.of(model, [compressed], again=True)
-        logits = [decoding.feed(prompt()[-1:])]
-        logits += [decoding.step([token]) for token in answer[:-1]]
-    return torch.cat(logits)
+        decoding = Decoding.of(model, rows, again=True)
+        logits, answer = [decoding.feed(prompt()[-1:])], list[int]()
+        while len(answer) < NEW:
+            answer.append(int(logits[-1][0].argmax()))
+            logits.append(decoding.step([answer[-1]] * len(rows)))
+    return torch.stack(logits[:-1], dim=1), answer
 
 
 def _same(what: str, found: Tensor, gold: Tensor) -> None:
@@ -97,7 +90,7 @@ def _same(what: str, found: Tensor, gold: Tensor) -> None:
         raise WrongError(f"{what} choose other tokens")
 
 
-def _bytes(kind: str, model: AttachedModel, whole: Compressed, some: Compressed, caches: list[Any]) -> None:
+def _weigh(kind: str, model: AttachedModel, whole: Compressed, some: Compressed, caches: list[Any]) -> None:
     """The full cache weighs what transformers' does; compressed, every full layer keeps the budget."""
     full = kept = 0
     slots = []

@@ -20,6 +20,7 @@ RULES: list[tuple[str, int]] = [
     (r"(swa_)?num_key_value_heads|num_kv_heads|num_query_groups|index_n_heads", KV_HEADS),
     (r"(\w+_)?num_(\w+_)?heads|n_heads?|(\w+_)?attention_heads|mamba_n_heads|n_mamba_heads", HEADS),
     (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|lru_width", WIDTH),
+    (r"adapter_(in|out)_dim|adapter_input_size", WIDTH),
     (r"(\w+_)?(intermediate|ffn)_(size|dim|size_mlp)|ffn_hidden_size|\w+_ffn_hidden_size|dff|dim_ff|d_inner", WIDTH),
     (r"qk_head_dim", 2 * DIM),
     (r"(\w+_)?head_dim|v_head_dim|qk_\w+_head_dim|kv_channels|dim_head|d_head|mamba_d_head|mamba_headdim", DIM),
@@ -39,10 +40,16 @@ RULES: list[tuple[str, int]] = [
 
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": WIDTH // 2}
-SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+LATENT = {
+    **{"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": DIM, "kv_lora_rank": DIM},
+    **{"head_dim": 2 * DIM, "qk_nope_head_dim": DIM, "v_head_dim": DIM},
+}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+SHARED = {"layer_types": SLIDING, "num_kv_shared_layers": 2}
 COMPASS_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
-ODD: dict[str, dict[str, Any]] = {
+ODD: dict[str, dict[str, Any]] = {  # what no rule says: sizes that hang together, kinds of layers, what must bite
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": VOCAB},
     "codegen": {"rotary_dim": DIM // 2},
     "dbrx": {
         "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 1e4, "clip_qkv": 8},
@@ -51,19 +58,26 @@ ODD: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": COMPASS_ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots3_note_text": {f"swa_{name}": size for name, size in LATENT.items()},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 2 * WIDTH},
-    "gemma3n_text": SHARED | {"activation_sparsity_pattern": None},
+    "gemma2": {"attn_logit_softcapping": 2.0},
+    "gemma3n_text": {**SHARED, "intermediate_size": WIDTH},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": DIM // 2},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"] * 2},
+    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},
     "hunyuan_v1_dense": {"head_dim": DIM},
     "hunyuan_v1_moe": {"head_dim": DIM},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4_text": {"floor_scale": 4},
     "longcat_flash": {"num_layers": 2, "head_dim": DIM, "zero_expert_num": 2},
     "mamba2": {"head_dim": WIDTH // 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "ministral": {"head_dim": DIM},
+    "mellum": {"layer_types": SLIDING},
+    "ministral": {"head_dim": DIM, "layer_types": SLIDING},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "mistral": {"sliding_window": None},
     "moshi": {"sliding_window": 256},  # as in its checkpoint the whole context
     "nemotron": {"num_key_value_heads": KV_HEADS},
     "qwen4_exp_text": {
@@ -73,6 +87,7 @@ ODD: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "vaultgemma": {"attn_logit_softcapping": 2.0},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -83,7 +98,7 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     known = {field.name for field in fields(config)}  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for name in known:
-        old = vars(config).get(name)
+        old = vars(config).get(config.attribute_map.get(name, name))
         small = next((size for pattern, size in RULES if re.fullmatch(pattern, name)), None)
         if small is not None and isinstance(old, int) and not isinstance(old, bool) and old > 0:
             found[name] = small
