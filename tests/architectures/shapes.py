@@ -95,7 +95,7 @@ ODD: dict[str, dict[str, Any]] = {  # what no rule says: sizes that hang togethe
 
 def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     """The numbers of a config that a rule makes smaller, and kinds of layers cut so that every kind occurs."""
-    known = {field.name for field in fields(config)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(config)}
     found: dict[str, Any] = {}
     for name in known:
         old = vars(config).get(config.attribute_map.get(name, name))
