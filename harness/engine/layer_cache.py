@@ -27,6 +27,10 @@ class LayerCache(ABC):
     def attend(self, queries: Tensor, form: Form) -> Tensor:
         """Attention output [R, Hq, Q, D] of the tokens just appended."""
 
+    def restart(self) -> None:
+        """Forget every token: the next one begins a chunk that sees itself alone. Layers without chunks never do."""
+        raise NotImplementedError(f"{type(self).__name__} holds no layer of chunks")
+
 
 class DecodingLayer(LayerCache):
     """A layer of R compressed rows. position: of the next token, the same for all rows."""

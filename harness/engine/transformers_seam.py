@@ -10,22 +10,23 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from harness.engine.layer_cache import LayerCache
+from harness.engine.states import States
+from harness.engine.transformers_cache import STATES, ModelLayers, shorter
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
 from methods.views import Form, LayerSource
 
 ATTENTION = "kv_policy"
-ADVICE = "use a model of full and sliding-window attention layers"
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+ADVICE = "use a model of full, sliding-window or linear attention layers"
 KNOWN = {"softcap", "s_aux", "position_ids"}  # arguments; the last is for packed batches alone
 HALF_ROTATION = {
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2"),
@@ -46,12 +47,13 @@ def _attention(
     cache: LayerCache | None = getattr(key, "layer_cache", None)
     tied = getattr(value, "layer_cache", None) is cache
     if cache is None or not tied:
-        raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
+        what = "changes keys or values after its cache, as latent attention does"
+        raise HarnessError(f"{type(module).__name__} {what}; {ADVICE}")
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
     _refuse_unknown(module, {"mask": attention_mask, **kwargs})
     span = kwargs.get("sliding_window")
-    window = _window(span, module.config)
+    window = shorter(span, module.config)
     if isinstance(cache, _Probe):
         cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -70,44 +72,7 @@ def _refuse_unknown(module: Any, given: dict[str, Any]) -> None:
         raise HarnessError(f"{type(module).__name__} uses attention {', '.join(odd)}, which is unsupported")
 
 
-def _window(span: int | None, config: Any) -> int | None:
-    """A sliding window; None where it is no shorter than what the model was made for, so that every token is seen."""
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    return None if span is None or span >= context else span
-
-
 AttentionInterface.register(ATTENTION, _attention)
-
-
-class _Layer(CacheLayerMixin):
-    """One layer as transformers sees it. `seen` counts tokens, not slots."""
-
-    is_sliding = False
-
-    def __init__(self, cache: LayerCache, seen: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.cache, self.seen = cache, seen
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.seen += key_states.shape[2]
-        self.cache.append(key_states, value_states)
-        for states in (key_states, value_states):
-            states.layer_cache = self.cache  # type: ignore[attr-defined]
-        return key_states, value_states
-
-    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        return self.seen, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name up to transformers 5.2
 
 
 class _Probe(LayerCache):
@@ -142,6 +107,9 @@ def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
 class AttachedModel:
     """A causal language model whose attention runs through `LayerCache` objects.
 
+    layers: how many keep keys and values; every list of layers is of these. chunks: of each, how many tokens its chunks
+    have, which see themselves alone; None without. mixed: whether other layers carry `States`. stepwise: whether these
+    take one token at a time, but for a prompt's beginning.
     Raises HarnessError when the model's attention cannot be replaced, which one token sent through it shows.
     """
 
@@ -154,18 +122,18 @@ class AttachedModel:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
         if self.config._attn_implementation != ATTENTION:  # transformers only warns
             raise HarnessError(f"{type(model).__name__} has attention code of its own, which is not replaced; {ADVICE}")
-        if not hasattr(self.config, "num_hidden_layers"):
-            raise HarnessError(f"{type(model).__name__} has no number of layers in its config; {ADVICE}")
-        self.layers = int(self.config.num_hidden_layers)
-        self.vocab = int(self.config.vocab_size)
-        if other := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
-            raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
         if not getattr(self.config, "is_causal", True):
             raise HarnessError(f"{type(model).__name__} sees tokens that follow; give a model that is causal")
+        if not hasattr(self.config, "num_hidden_layers"):
+            raise HarnessError(f"{type(model).__name__} has no number of layers in its config; {ADVICE}")
+        self.vocab = int(self.config.vocab_size)
+        self._layers = ModelLayers(type(model).__name__, self.config, ADVICE)
+        self.mixed, self.layers = bool(self._layers.carrying), len(self._layers.attending)
+        self.chunks = self._layers.chunks
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
-        self.reach = math.inf
+        self.reach, self.stepwise = math.inf, False
         self._probe()
 
     def sizes(self, tokens: int) -> Sizes:
@@ -173,21 +141,45 @@ class AttachedModel:
         return Sizes(tokens, len(self.compressible), *self.heads)
 
     def forward(
-        self, ids: Tensor, caches: Sequence[LayerCache], *, position: int, keep: int = 0, grad: bool = False
+        self,
+        ids: Tensor,
+        caches: Sequence[LayerCache],
+        *,
+        position: int,
+        states: States | None = None,
+        keep: int = 0,
+        grad: bool = False,
     ) -> Tensor:
         """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
 
-        keep: how many last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated.
-        Raises PromptFailed for tokens beyond a window that is taken for the whole context.
+        states: of the tokens before, which become those after; None where nothing follows a first token. keep: how many
+        last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated. Raises
+        PromptFailed for tokens beyond a window that is taken for the whole context.
         """
+        states = States() if states is None else states
+        if self.mixed and position and not states.tensors:
+            raise HarnessError(f"{type(self.model).__name__} cannot go on at {position} without its layers' states")
         if position + ids.shape[1] > self.reach:
             what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
             raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
         self.forget_lengths()
-        cache = Cache(layers=[_Layer(layer, position) for layer in caches])
-        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
+        cuts, parts = self._cuts(position, position + ids.shape[1]), list[Tensor]()
         with torch.enable_grad() if grad else torch.inference_mode():
-            out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            for start, end in pairwise(cuts):
+                parts.append(self._pass(ids[:, start - position : end - position], caches, start, states, keep))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)[:, -keep:]
+
+    def _cuts(self, position: int, end: int) -> list[int]:
+        """Where tokens that come at once are parted: at the ends of chunks, or after each where layers are stepwise."""
+        chunk = 1 if self.stepwise and position else min((own for own in self.chunks if own), default=end)
+        return [position, *range((position // chunk + 1) * chunk, end, chunk), end]
+
+    def _pass(self, ids: Tensor, caches: Sequence[LayerCache], position: int, states: States, keep: int) -> Tensor:
+        """`forward` of tokens that go through the model at once."""
+        cache = self._layers.cache(caches, position, states)
+        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
+        out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        self._layers.take(cache, states)
         return out.logits  # type: ignore[no-any-return]
 
     def check_ids(self, ids: Sequence[int]) -> None:
@@ -215,6 +207,21 @@ class AttachedModel:
             found += [(module, prefix) for prefix, own in kinds.items() if isinstance(own, str) and "dynamic" in own]
         return found
 
+    def _continues(self, ids: Tensor, probes: Sequence[LayerCache], states: States) -> bool:
+        """Whether what two tokens at once leave of the first recurrent state depends on what it was before them.
+
+        It does not in transformers' Mamba layers (Jamba, Zamba), whose scan of several tokens begins with nothing.
+        """
+        key = next((key for key in states.tensors if key[1] == STATES[1]), None)
+        if key is None:
+            return True
+        after = []
+        for more in (0.0, 1.0):
+            own = States({**states.copy().tensors, key: states.tensors[key] + more})
+            self.forward(ids, probes, position=1, states=own)
+            after.append(own.tensors[key])
+        return not torch.equal(*after)
+
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
         """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
@@ -226,9 +233,11 @@ class AttachedModel:
         def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if "hidden_states" not in kwargs:
                 raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
-            found.append(LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings")))
+            own = LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings"))
+            at = next(calls) % self.layers
+            found[at:] = [own] if at == len(found) else [found[at].then(own), *found[at + 1 :]]
 
-        modules = self.attention if wanted else []
+        calls, modules = count(), dict.fromkeys(self.attention) if wanted else []  # a module may serve many layers
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
         try:
             yield found
@@ -264,9 +273,12 @@ class AttachedModel:
         raise HarnessError(f"{type(self.model).__name__} has no rotary embedding; positions cannot be re-assigned")
 
     def _probe(self) -> None:
-        name, probes = type(self.model).__name__, [_Probe() for _ in range(self.layers)]
+        name, probes, states = type(self.model).__name__, [_Probe() for _ in range(self.layers)], States()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         try:
-            self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device), probes, position=0)
+            self.forward(token, probes, position=0, states=states)
+            if states.tensors:
+                self.stepwise = not self._continues(token.expand(1, 2), probes, states)
         except HarnessError:
             raise
         except Exception as error:  # what a model that knows other caches trips over is its own affair
@@ -274,18 +286,18 @@ class AttachedModel:
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
         self._check_windows()
-        taken = [probe.span for probe in probes if probe.window is None and probe.span is not None]
+        taken = [probe.span for probe in probes if probe.window is None and probe.span is not None] + self._layers.taken
         self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
-        self.compressible = [i for i, window in enumerate(self.windows) if window is None]  # what policies see
+        spans = zip(self.windows, self.chunks, strict=True)
+        self.compressible = [i for i, own in enumerate(spans) if own == (None, None)]  # what policies see
         self.heads = next((probes[i].heads for i in self.compressible), probes[0].heads)
         self.attention = [probe.module for probe in probes if probe.module is not None]
-        if len(self.attention) < self.layers:
+        if len(self.attention) < self.layers or {key[0] for key in states.tensors} != {*self._layers.carrying}:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")
 
     def _check_windows(self) -> None:
         """Refuse a model whose config limits how far a layer looks back, while its attention is told otherwise."""
-        for i, (window, own) in enumerate(zip(self.windows, DynamicCache(config=self.config).layers, strict=False)):
-            span = _window(getattr(own, "sliding_window", None), self.config)  # that transformers masks by
-            if window != span:
-                what = f"a sliding window of {window} in layer {i}, where its config says {span}"
+        for i, (told, said) in enumerate(zip(self.windows, self._layers.windows, strict=True)):
+            if told != said:
+                what = f"a sliding window of {told} in attention layer {i}, where its config says {said}"
                 raise HarnessError(f"{type(self.model).__name__} has {what}; {ADVICE}")

@@ -19,7 +19,7 @@ from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
 from harness.speed import memory_limit
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import predict
+from harness.speed.predicted_memory import check_layers, predict
 from methods.base import Budget, KVPolicy, PolicyError
 
 MAPPED_FROM = 2**17  # while memory is measured: what is freed leaves the resident set at once
@@ -45,6 +45,7 @@ def measure(
     vocabulary: token ids that prompts are drawn from; None for all. Raises HarnessError for a budget that is missing or
     cannot be read, ids of another length and an unknown device; PolicyError for what the policy refuses.
     """
+    check_layers(model.config)
     budget, prompts = _budget(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
     _prepare(model, policy, prompts[0])

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.engine.kernels import PAD
+from harness.errors import HarnessError
 from harness.records.measured import ProbeSpec
 from methods.base import KVPolicy, Needs, Sizes
 from methods.codes import Coding
@@ -97,6 +98,14 @@ class Dims:
     def up(self) -> int:
         """Bytes of a float32 copy of a number, 0 where it is one."""
         return FLOAT32 if self.number < FLOAT32 else 0
+
+
+def check_layers(config: Any) -> None:
+    """Raise HarnessError for layers of another kind than full and sliding-window attention."""
+    other = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if other:
+        what = f"memory of {', '.join(sorted(other))} layers is not predicted"
+        raise HarnessError(f"{what}, which bench, serve-bench and boundary do; measure this model with `harness run`")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.records.spec import Asked, MethodSpec, ModelSpec
 from harness.speed.memory_limit import MEMINFO, Limit, swap
-from harness.speed.predicted_memory import predict
+from harness.speed.predicted_memory import check_layers, predict
 from methods.base import PolicyError
 from methods.label import MethodLabel
 
@@ -90,6 +90,7 @@ class Target:
         dtype = str(resolve_dtype(asked.dtype, place)).removeprefix("torch.")
         print(f"loading {asked.model}", file=sys.stderr, flush=True)
         loaded = load_model(asked.model, dtype=dtype, device="cpu")
+        check_layers(loaded.model.config.get_text_config(decoder=True))
         fitted = [method.on(loaded.spec.revision) for method in planned]
         Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
         return cls(

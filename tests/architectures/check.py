@@ -45,7 +45,7 @@ def check(kind: str) -> Row:
     layers = int(getattr(plain.config.get_text_config(decoder=True), "num_hidden_layers", 0))
     try:
         model = AttachedModel(copy.deepcopy(plain))
-        whole = _compressed(model, FullKV(), TOKENS, chunk=9)
+        whole = _compressed(model, FullKV(), TOKENS, chunk=None if model.stepwise else 9)
     except HarnessError as error:
         return Row(kind, layers, 0, str(error))
     some = _compressed(model, SnapKV(recent=4), BUDGET)
@@ -92,22 +92,30 @@ def _same(what: str, found: Tensor, gold: Tensor) -> None:
 
 def _weigh(kind: str, model: AttachedModel, whole: Compressed, some: Compressed, caches: list[Any]) -> None:
     """The full cache weighs what transformers' does; compressed, every full layer keeps the budget."""
-    full = kept = 0
-    slots = []
-    for i, cache in enumerate(caches):
+    slots, full = list[int](), _state_bytes(caches)
+    kept = full
+    for i, cache in enumerate(own for own in caches if getattr(own, "keys", None) is not None):
         heads, held = cache.keys.shape[1:3]
         slot = (cache.keys.nbytes + cache.values.nbytes) // held  # in all heads
-        window = model.windows[i]
-        seen = TOKENS if window is None else min(TOKENS, window)
+        window, chunk = model.windows[i], model.chunks[i]
+        seen = (TOKENS - 1) % chunk + 1 if chunk else min(TOKENS, window or TOKENS)
+        apart = chunk or window
         full += slot * seen
-        kept += slot * seen if window else (slot + heads * POSITION_BYTES) * BUDGET
-        slots += [] if window else [heads * BUDGET]
-        if held != (TOKENS if window is None else min(TOKENS, window - 1)):  # the next token is to join them
-            raise WrongError(f"{kind}: layer {i} holds {held} tokens in transformers' cache")
+        kept += slot * seen if apart else (slot + heads * POSITION_BYTES) * BUDGET
+        slots += [] if apart else [heads * BUDGET]
+        if held != min(TOKENS, apart - 1 if apart else TOKENS):  # the next token is to join them
+            raise WrongError(f"{kind}: attention layer {i} holds {held} tokens in transformers' cache")
     for name, found, gold in (
         ("full bytes", whole.kv_bytes, full),
         ("bytes", some.kv_bytes, kept),
+        ("state bytes", some.state_bytes, _state_bytes(caches)),
         ("kept slots", some.kept_slots, tuple(slots)),
     ):
         if found != gold:
             raise WrongError(f"{kind}: {name} are {found}, not {gold}")
+
+
+def _state_bytes(caches: list[Any]) -> int:
+    """Of layers, or parts of layers, without keys and values."""
+    states = [getattr(cache, name, {}) for cache in caches for name in ("conv_states", "recurrent_states")]
+    return sum(x.nbytes for own in states for x in own.values() if x is not None)

@@ -30,10 +30,11 @@ them again, and `python -m tests.architectures --write` writes this page.
 - Compressed by SnapKV, every layer that policies see keeps the budget in every KV head, the other layers keep what
   they need, and the measured bytes are those of what is kept.
 
-"Compressed" is how many layers of the tiny model policies see; the others are left alone. Options of a checkpoint may
-change it: where every layer has a sliding window shorter than the context, there is nothing to compress. Of a type that
-reads images too, the text part runs; types whose text part transformers does not load by itself, such as `qwen2_5_vl`
-and `mistral3`, have no row and are refused when they are loaded. Reasons are the harness's own messages.
+"Compressed" is how many layers of the tiny model policies see; the others, which have a sliding window, chunks or no
+keys and values at all, [are left alone](running.md#layers-that-no-method-touches). Options of a checkpoint may change
+it: where every layer has a sliding window shorter than the context, there is nothing to compress. Of a type that reads
+images too, the text part runs; types whose text part transformers does not load by itself, such as `qwen2_5_vl` and
+`mistral3`, have no row and are refused when they are loaded. Reasons are the harness's own messages.
 """
 TABLE = """
 | type | compressed | refused because |

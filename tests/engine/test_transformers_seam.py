@@ -206,14 +206,25 @@ def test_half_precision_keys_are_turned_in_float32() -> None:
     assert torch.equal(turned, attached.rotate(keys.float(), 1000).bfloat16())
 
 
+LATENT = {
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
+    **{"num_key_value_heads": 4},
+}
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "attention code of its own"),
-    "no attention": ("mamba", {"num_hidden_layers": 2}, "layers (of type linear|with attention of their own)"),
-    "chunks": ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2}, "chunked_attention"),
     "no order": ("llama", {"is_causal": False}, "sees tokens that follow"),
     "no order in its modules": ("gemma3_text", {"use_bidirectional_attention": True}, "sees tokens that follow"),
-    "an untold window": ("phimoe", {"sliding_window": WINDOW}, "window of None in layer 0, where its config says 8"),
+    "an untold window": (
+        "phimoe",
+        {"sliding_window": WINDOW},
+        "window of None in attention layer 0, where its config says 8",
+    ),
     "windows unused": ("smollm3", {"layer_types": GEMMA["layer_types"], "sliding_window": WINDOW}, "config says 8"),
+    "no attention": ("mamba", {"num_hidden_layers": 2}, "no layer that keeps keys|with attention of their own"),
+    "latent attention": ("deepseek_v3", LATENT, "changes keys or values after its cache, as latent attention does"),
+    "a cache of its own": ("minimax", {"num_local_experts": 2}, "does not run on a replaced cache|of type linear"),
+    "states of its own": ("recurrent_gemma", {"num_hidden_layers": 3}, "attention of their own|of type linear"),
     "changed values": ("diffllama", {}, "changes keys or values|attention of their own|replaced cache"),
 }
 
