@@ -163,9 +163,9 @@ class Decoding:
             best = logits.max(dim=-1)  # on a CPU faster than argmax
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             picked: list[int] = [token if math.isfinite(logit) else FLAWED for token, logit in pairs]
-            stored = zip(*(cache.stored for cache in self.caches), strict=True)
+            stored, states = zip(*(cache.stored for cache in self.caches), strict=True), self.states.nbytes
             for result, held in zip(active, stored, strict=True):
-                result.byte_steps += 0 if result.done else sum(held) + self.states.nbytes
+                result.byte_steps += 0 if result.done else sum(held) + states
             for row, token in enumerate(picked):
                 self._take(row, active[row], token, limits)
             left = [row for row, result in enumerate(active) if not result.done]

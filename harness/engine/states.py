@@ -40,4 +40,4 @@ class States:
     @property
     def nbytes(self) -> int:
         """Bytes of a row."""
-        return sum(x[0].nbytes for x in self.tensors.values())
+        return sum(x.nbytes // len(x) for x in self.tensors.values())

@@ -26,6 +26,7 @@ CLASSES = {  # transformers' own, by what a layer keeps
     "LinearAttentionAndSlidingWindowAttentionLayer",
     "DummyLayer",  # nothing
 }
+NOTHING = ("moe", "mlp")  # types that keep nothing; older transformers gives them a layer of states, which stay empty
 
 
 class Layer(CacheLayerMixin):
@@ -72,12 +73,15 @@ class ModelLayers:
     """
 
     def __init__(self, name: str, config: Any, advice: str) -> None:
+        if getattr(config, "kv_lora_rank", None):
+            raise HarnessError(f"{name} has latent attention, which caches no keys and values of its heads; {advice}")
         self._kinds = DynamicCache(config=config).layers
         types = getattr(config, "layer_types", None) or [type(kind).__name__ for kind in self._kinds]
         if other := {own for own, kind in zip(types, self._kinds, strict=True) if type(kind).__name__ not in CLASSES}:
             raise HarnessError(f"{name} has layers of type {', '.join(sorted(other))}; {advice}")
         self.attending = [i for i, kind in enumerate(self._kinds) if isinstance(kind, DynamicLayer)]
-        self.carrying = [i for i, kind in enumerate(self._kinds) if hasattr(kind, STATES[0])]
+        stateful = [hasattr(kind, STATES[0]) and types[i] not in NOTHING for i, kind in enumerate(self._kinds)]
+        self.carrying = [i for i, own in enumerate(stateful) if own]
         if not self.attending:
             raise HarnessError(f"{name} has no layer that keeps keys and values, so there is nothing to compress")
         self.windows = [

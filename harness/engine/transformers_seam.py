@@ -47,8 +47,7 @@ def _attention(
     cache: LayerCache | None = getattr(key, "layer_cache", None)
     tied = getattr(value, "layer_cache", None) is cache
     if cache is None or not tied:
-        what = "changes keys or values after its cache, as latent attention does"
-        raise HarnessError(f"{type(module).__name__} {what}; {ADVICE}")
+        raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
     _refuse_unknown(module, {"mask": attention_mask, **kwargs})
@@ -208,7 +207,7 @@ class AttachedModel:
         return found
 
     def _continues(self, ids: Tensor, probes: Sequence[LayerCache], states: States) -> bool:
-        """Whether what two tokens at once leave of the first recurrent state depends on what it was before them.
+        """Whether two tokens at once, or what they leave of the first recurrent state, depend on what it was before.
 
         It does not in transformers' Mamba layers (Jamba, Zamba), whose scan of several tokens begins with nothing.
         """
@@ -218,22 +217,24 @@ class AttachedModel:
         after = []
         for more in (0.0, 1.0):
             own = States({**states.copy().tensors, key: states.tensors[key] + more})
-            self.forward(ids, probes, position=1, states=own)
-            after.append(own.tensors[key])
-        return not torch.equal(*after)
+            logits = self.forward(ids, probes, position=1, states=own)
+            after.append((logits, own.tensors[key]))
+        return not all(torch.equal(*pair) for pair in zip(*after, strict=True))
 
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
         """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
 
-        Raises HarnessError inside when a layer's attention is not called with `hidden_states=`.
+        Raises HarnessError inside when attention is called without `hidden_states=`, or with a RoPE that is no cosines and
+        sines.
         """
         found: list[LayerSource] = []
 
         def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if "hidden_states" not in kwargs:
+            rope = kwargs.get("position_embeddings")
+            if "hidden_states" not in kwargs or isinstance(rope, Tensor):  # Llama-4's is one of complex numbers
                 raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
-            own = LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings"))
+            own = LayerSource(self.model, module, kwargs["hidden_states"], rope)
             at = next(calls) % self.layers
             found[at:] = [own] if at == len(found) else [found[at].then(own), *found[at + 1 :]]
 

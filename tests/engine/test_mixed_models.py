@@ -218,6 +218,8 @@ def test_hidden_states_of_a_prompt_in_two_parts_are_those_of_all_its_tokens() ->
         assert view.source is not None and view.source.rope is not None
         assert torch.allclose(view.source.hidden, hidden, atol=1e-4)
         assert view.source.rope[0].shape[1] == TOKENS
+    with pytest.raises(HarnessError, match="hides its hidden states"):
+        prefill(pair("llama4")[1], ids, Needs(hidden_states=True))
 
 
 @pytest.mark.parametrize("name", ["qwen3-next", "falcon-h1", "llama4"])

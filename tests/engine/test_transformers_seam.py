@@ -222,7 +222,7 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "windows unused": ("smollm3", {"layer_types": GEMMA["layer_types"], "sliding_window": WINDOW}, "config says 8"),
     "no attention": ("mamba", {"num_hidden_layers": 2}, "no layer that keeps keys|with attention of their own"),
-    "latent attention": ("deepseek_v3", LATENT, "changes keys or values after its cache, as latent attention does"),
+    "latent attention": ("deepseek_v3", LATENT, "has latent attention, which caches no keys and values"),
     "a cache of its own": ("minimax", {"num_local_experts": 2}, "does not run on a replaced cache|of type linear"),
     "states of its own": ("recurrent_gemma", {"num_hidden_layers": 3}, "attention of their own|of type linear"),
     "changed values": ("diffllama", {}, "changes keys or values|attention of their own|replaced cache"),
