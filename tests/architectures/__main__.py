@@ -7,6 +7,7 @@ import argparse
 import sys
 
 import torch
+import transformers
 
 from tests.architectures.check import WrongError, check
 from tests.architectures.page import PAGE, kinds, page, row_of
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
     lines, wrong = [], 0
     for kind in args.kinds or kinds():
         try:
