@@ -73,7 +73,7 @@ class ModelLayers:
     """
 
     def __init__(self, name: str, config: Any, advice: str) -> None:
-        if getattr(config, "kv_lora_rank", None):
+        if vars(config).get("kv_lora_rank"):  # asked by its name, it may be told by layers alone
             raise HarnessError(f"{name} has latent attention, which caches no keys and values of its heads; {advice}")
         self._kinds = DynamicCache(config=config).layers
         types = getattr(config, "layer_types", None) or [type(kind).__name__ for kind in self._kinds]
