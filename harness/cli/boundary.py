@@ -21,7 +21,7 @@ def boundary_parser(parser: argparse.ArgumentParser) -> None:
     add("--max-batch", type=whole, default=64, help="largest batch to try (64)")
     add("--chunk", type=whole, help="tokens of a prefill forward (default: the whole prompt at once)")
     add("--timeout", type=real, dest="timeout_s", default=600, metavar="SECONDS", help="of one probe (600)")
-    add("--model", default="smollm2-135m", help="as in `harness run`")
+    add("--model", default="smollm2-135m", help="as in `harness bench`")
     add("--dtype", default="auto", help="as in `harness run`")
     add("--device", default="auto", help="as in `harness run`")
     add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")

@@ -225,8 +225,8 @@ class AttachedModel:
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
         """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
 
-        Raises HarnessError inside when attention is called without `hidden_states=`, or with a RoPE that is not one of
-        cosines and sines.
+        Raises HarnessError inside when attention is called without `hidden_states=`, or with a RoPE that is no cosines
+        and sines.
         """
         found: list[LayerSource] = []
 

@@ -47,6 +47,7 @@ def run_bench(
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
     with target.prober(prober) as asker:
         kind, notes = limit_in_force(asker, spec.limit_bytes)
+        notes += target.lacking()
         held = {name: value for name, value in (("limit_kind", kind), ("notes", notes)) if value}
         manifest = BenchManifest(
             bench_id=spec.bench_id(found),

@@ -55,6 +55,7 @@ def run_boundary(
     least = [_least(cell, sizes) for cell in target.cells]  # refuses a budget before the first probe
     with target.prober(prober) as asker:
         kind, notes = limit_in_force(asker, ask.limit_bytes)
+        notes += target.lacking()
         manifest = BoundaryManifest(
             command=tuple(command),
             created=now(),

@@ -58,10 +58,7 @@ class ServerReady:
         """Load and attach a model. Raises HarnessError for one that cannot be loaded."""
         loaded = load_model(name, dtype=dtype, device=device)
         model = AttachedModel(loaded.model)
-        added = loaded.tokenizer.added_tokens_decoder
-        special = loaded.eos_ids | {token for token, entry in added.items() if entry.special}
-        words = min(model.vocab, len(loaded.tokenizer))
-        return cls(loaded, model, [token for token in range(words) if token not in special])
+        return cls(loaded, model, loaded.words())
 
     def held_bytes(self) -> int:
         """Count the resident (CPU) or allocated (CUDA) bytes of this process, weights included."""

@@ -119,6 +119,13 @@ class Target:
         except PolicyError:
             return None
 
+    def lacking(self) -> list[str]:
+        """Note each method that lacks what it would need for this model, such as tables."""
+        lacks = {cell.method: cell.cell.policy.lacks for cell in self.cells}
+        notes = [f"{method}: {why}" for method, why in lacks.items() if why]
+        say(f"note: {note}" for note in notes)
+        return notes
+
     def refusal(self, cell: PlannedCell, tokens: int) -> str | None:
         """Say why a prompt of that many tokens cannot be asked of the cell; None where it can."""
         budget = cell.cell.budget

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, load_boundaries
 from harness.records.run_folder import write_bytes
+from harness.records.spec import weights_note
 from leaderboards.stats.comparable import budget_order
 from leaderboards.stats.machines import listed
 from leaderboards.tables.files import write_files
@@ -135,7 +136,7 @@ def troubles(records: Sequence[BoundaryRecord]) -> list[str]:
 def title(manifest: BoundaryManifest) -> str:
     """The limit and what ran under it."""
     limit, model = f"{manifest.limit_bytes / MIB:.0f} MiB", manifest.model
-    return clean(f"Boundary under {limit}: {model.name} ({model.dtype}, {model.device})")
+    return clean(f"Boundary under {limit}: {model.name}{weights_note(model.name)} ({model.dtype}, {model.device})")
 
 
 def facts(manifest: BoundaryManifest) -> list[str]:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from harness.records.bench_folder import BenchManifest, BenchRecord
 from harness.records.measured import Measured, Spread
+from harness.records.spec import weights_note
 from leaderboards.stats.machines import listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.speed_rows import ALARM, SPREADS, SpeedRow, SpeedTable, numbers, tables
@@ -58,7 +59,8 @@ def heading(table: SpeedTable) -> str:
     """What the rows of a table share, in one line."""
     axes = table.axes
     parts = [
-        *(f"{axes['kind']}: {axes['model']}", axes["dtype"], f"{axes['device']} ({axes['kernel']})"),
+        f"{axes['kind']}: {axes['model']}{weights_note(axes['model'])}",
+        *(axes["dtype"], f"{axes['device']} ({axes['kernel']})"),
         *(f"{axes['threads']} threads", f"machine {axes['machine']}"),
         *(f"{axes['tokens']} tokens", f"batch {axes['batch']}", f"{axes['new_tokens']} new tokens"),
     ]

@@ -70,6 +70,13 @@ def run(root: Path, prober: FakeProber, **changes: Any) -> Path:
     return run_bench(checked(BenchAsk, {**ASK, **changes}), root=root, command=("harness", "bench"), prober=prober)
 
 
+def test_a_method_without_its_tables_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods, note = ("snapkv", "headkv"), "headkv: no tables for this model: uniform budgets"
+    manifest, _ = load_bench(run(tmp_path, FakeProber(), methods=methods, rounds=1))
+    assert [told for told in manifest.machine["notes"] if "tables" in told] == [note]
+    assert f"note: {note}" in capsys.readouterr().err
+
+
 def test_passes_go_over_all_methods_in_turn_and_back(tmp_path: Path) -> None:
     prober = FakeProber()
     manifest, records = load_bench(run(tmp_path, prober, limit_bytes=5000, timeout_s=7.5))
