@@ -95,6 +95,16 @@ class ModelLayers:
         self.chunks = [shorter(span, config) for span in spans]
         self.taken = [span for span, own in zip(spans, self.chunks, strict=True) if span is not None and own is None]
 
+    def check_windows(self, name: str, told: Sequence[int | None]) -> None:
+        """Refuse a model whose config limits how far a layer looks back, while its attention is told otherwise.
+
+        told: of each attending layer, the sliding window that its attention was given.
+        """
+        for i, (own, said) in enumerate(zip(told, self.windows, strict=True)):
+            if own != said:
+                what = f"a sliding window of {own} in attention layer {i}, where its config says {said}"
+                raise HarnessError(f"{name} has {what}; give one whose config and code agree")
+
     def cache(self, caches: Sequence[LayerCache], position: int, states: States) -> Cache:
         """What is kept of the tokens before `position`. caches: of the attending layers."""
         layers = [copy.deepcopy(kind) if i in self.carrying else kind for i, kind in enumerate(self._kinds)]

@@ -286,7 +286,7 @@ class AttachedModel:
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
-        self._check_windows()
+        self._layers.check_windows(name, self.windows)
         taken = [probe.span for probe in probes if probe.window is None and probe.span is not None] + self._layers.taken
         self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
         spans = zip(self.windows, self.chunks, strict=True)
@@ -295,10 +295,3 @@ class AttachedModel:
         self.attention = [probe.module for probe in probes if probe.module is not None]
         if len(self.attention) < self.layers or {key[0] for key in states.tensors} != {*self._layers.carrying}:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")
-
-    def _check_windows(self) -> None:
-        """Refuse a model whose config limits how far a layer looks back, while its attention is told otherwise."""
-        for i, (told, said) in enumerate(zip(self.windows, self._layers.windows, strict=True)):
-            if told != said:
-                what = f"a sliding window of {told} in attention layer {i}, where its config says {said}"
-                raise HarnessError(f"{type(self.model).__name__} has {what}; {ADVICE}")
