@@ -123,9 +123,9 @@ class Decoding:
         assert logits is not None
         return logits
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
         """Append one token to each row; next logits [R, V] float32."""
-        return self._forward(torch.tensor(tokens).unsqueeze(1), keep=1)[:, -1].float()
+        return self._forward(torch.as_tensor(tokens).unsqueeze(1), keep=1)[:, -1].float()
 
     def forced(
         self, logits: Tensor, tokens: Sequence[int], *, alone: bool = False

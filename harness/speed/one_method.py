@@ -5,12 +5,12 @@ soon as the prompt's last token has passed it, so the full cache never exists at
 chunks, which bounds the activations. The first token comes from the prefill, as it does when serving.
 """
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from harness.engine.clock import StepClock
 from harness.engine.compress import Compressed, compress
 from harness.engine.decode import Decoding
 from harness.engine.prefill import prefill
@@ -45,11 +45,13 @@ class Isolated:
 
     def decode(self, prompts: list[Compressed], new_tokens: int) -> Decoded:
         """Greedy tokens of prompts of the same length, as one batch, end-of-text ignored. Takes the prompts' caches."""
-        steps, seconds = [[int(prompt.logits.argmax()) for prompt in prompts]], list[float]()
         with torch.inference_mode():
             decoding = Decoding.of(self.model, prompts, room=new_tokens - 1, release=True)
+            clock = StepClock(self.model.device)
+            assert decoding.first is not None
+            steps = [decoding.first.max(dim=-1).indices]
+            clock.tick()
             for _ in range(new_tokens - 1):
-                start = time.perf_counter()
-                steps.append(decoding.step(steps[-1]).max(dim=-1).indices.tolist())  # waits for a GPU
-                seconds.append(time.perf_counter() - start)
-        return Decoded([list(tokens) for tokens in zip(*steps, strict=True)], seconds)
+                steps.append(decoding.step(steps[-1]).max(dim=-1).indices)  # stays where it is: a GPU is not waited for
+                clock.tick()
+            return Decoded(torch.stack(steps, dim=1).tolist(), clock.seconds())
