@@ -21,7 +21,9 @@ from methods.fullkv import FullKV
 from methods.snapkv import SnapKV
 from tests.architectures.shapes import VOCAB, build
 
-TOKENS, NEW, BUDGET, ATOL = 23, 8, 12, 2e-3
+TOKENS, NEW, BUDGET = 23, 8, 12
+NEAR, MIXED = 2e-4, 2e-3
+"""How far logits may be apart, as a share of the largest: a step of transformers' Mamba-2 is a thousandth off its scan."""
 POSITION_BYTES = 4
 
 
@@ -53,10 +55,13 @@ def check(kind: str) -> Row:
     with torch.inference_mode():
         gold = plain(input_ids=torch.tensor([prompt() + answer])).logits[0, TOKENS - 1 : -1].float()
         caches = plain(input_ids=torch.tensor([prompt()]), use_cache=True).past_key_values.layers
-    _same(f"{kind}: logits after the prompt", whole.logits, gold[:1])
-    _same(f"{kind}: logits after the prompt in one piece", some.logits, gold[:1])
-    _same(f"{kind}: logits with the full cache", full, gold)
-    if torch.allclose(kept, full, atol=10 * ATOL):
+    for what, found in (
+        ("after the prompt", whole.logits),
+        ("of it in one piece", some.logits),
+        ("of an answer", full),
+    ):
+        _same(f"{kind}: logits {what}", found, gold[: len(found)], MIXED if model.mixed else NEAR)
+    if torch.allclose(kept, full, atol=10 * MIXED):
         raise WrongError(f"{kind}: compressed, it answers as with the full cache")
     _weigh(kind, model, whole, some, caches)
     return Row(kind, layers, len(model.compressible))
@@ -83,10 +88,10 @@ def _decoded(model: AttachedModel, rows: list[Compressed]) -> tuple[Tensor, list
     return torch.stack(logits[:-1], dim=1), answer
 
 
-def _same(what: str, found: Tensor, gold: Tensor) -> None:
-    off = (found - gold).abs().max().item()
-    if not off < ATOL * max(1.0, gold.abs().max().item()):
-        raise WrongError(f"{what} differ by {off:.2g} of {gold.abs().max().item():.2g}")
+def _same(what: str, found: Tensor, gold: Tensor, near: float) -> None:
+    off, largest = (found - gold).abs().max().item(), gold.abs().max().item()
+    if not off < near * max(1.0, largest):
+        raise WrongError(f"{what} differ by {off:.2g} of {largest:.2g}")
     if not torch.equal(found.argmax(dim=-1), gold.argmax(dim=-1)):
         raise WrongError(f"{what} choose other tokens")
 

@@ -51,11 +51,11 @@ ODD: dict[str, dict[str, Any]] = {  # what no rule says: sizes that hang togethe
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": VOCAB},
     "codegen": {"rotary_dim": DIM // 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": COMPASS_ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": WIDTH},
     },
-    "cohere_compass_text": {"rope_parameters": {"full_attention": COMPASS_ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note_text": {f"swa_{name}": size for name, size in LATENT.items()},
@@ -69,16 +69,16 @@ ODD: dict[str, dict[str, Any]] = {  # what no rule says: sizes that hang togethe
     "hunyuan_v1_dense": {"head_dim": DIM},
     "hunyuan_v1_moe": {"head_dim": DIM},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"floor_scale": 4},
     "longcat_flash": {"num_layers": 2, "head_dim": DIM, "zero_expert_num": 2},
     "mamba2": {"head_dim": WIDTH // 2},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "mellum": {"layer_types": SLIDING},
-    "ministral": {"head_dim": DIM, "layer_types": SLIDING},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "ministral": {"head_dim": DIM, "layer_types": SLIDING},
     "mistral": {"sliding_window": None},
-    "moshi": {"sliding_window": 256},  # as in its checkpoint the whole context
+    "moshi": {"sliding_window": 256},  # the whole context, as its defaults have it
     "nemotron": {"num_key_value_heads": KV_HEADS},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -121,6 +121,7 @@ def tiny_config(kind: str) -> PreTrainedConfig:
 
 
 def small(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config with the sizes of `shrunk`, and so its parts."""
     own = {name: getattr(config, name, None) for name in config.sub_configs}
     changes = {name: small(part) for name, part in own.items() if isinstance(part, PreTrainedConfig)}
     return type(config)(**changes | shrunk(config))
