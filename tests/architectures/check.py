@@ -23,7 +23,7 @@ from tests.architectures.shapes import VOCAB, build
 
 TOKENS, NEW, BUDGET = 23, 8, 12
 NEAR, MIXED = 2e-4, 2e-3
-"""How far logits may be apart, as a share of the largest: a step of transformers' Mamba-2 is a thousandth off its scan."""
+"""Most that logits differ by, of the largest one: steps of transformers' Mamba-2 are a thousandth off its scan."""
 POSITION_BYTES = 4
 
 
