@@ -253,6 +253,14 @@ def test_heads_that_differ_between_kinds_of_layers_are_those_of_the_compressible
     assert (sizes.layers, sizes.query_heads, sizes.kv_heads) == (2, 4, 1)
 
 
+@pytest.mark.parametrize("kind", ["indexed_attention", "unheard_of"])
+def test_a_layer_of_another_type_is_named(kind: str) -> None:
+    model = build("qwen3", {})
+    model.config.layer_types = ["full_attention"] * 3 + [kind]
+    with pytest.raises(HarnessError, match=f"has layers of type {kind}; use a model of"):
+        AttachedModel(model)
+
+
 def test_an_unchecked_rope_is_not_turned() -> None:
     attached = AttachedModel(build("cohere2", {}))
     with pytest.raises(HarnessError, match="not checked for model type 'cohere2'"):
