@@ -53,6 +53,7 @@ class Measured(Frozen):
     memory: Literal["resident set", "cuda allocated"]  # what the two before are of
     reserved_bytes: Bytes | None = None  # most that the CUDA allocator had from the device, the model's included
     gpu: GpuState | None = None  # right after the last step that was timed
+    replayed: bool | None = None  # whether its steps were replays of a CUDA graph; None on a CPU
 
 
 class ProbeSpec(Frozen):

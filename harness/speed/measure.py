@@ -40,6 +40,8 @@ class Round(NamedTuple):
     """Seconds of each decode step of the whole batch."""
     kv_bytes: tuple[int, ...]
     """Live bytes of each layer of the first prompt."""
+    replayed: bool
+    """Whether steps were replays of a CUDA graph."""
 
 
 def measure(
@@ -82,6 +84,7 @@ def measure(
         memory=meter.kind,
         reserved_bytes=reserved,
         gpu=gpu,
+        replayed=None if on_cpu else all(found.replayed for found in timed),
     )
 
 
@@ -127,7 +130,8 @@ def run_round(runner: Isolated, prompts: Tensor, spec: ProbeSpec) -> Round:
         seconds = (prompt.prefill_s, prompt.observe_s, prompt.compress_s)
         phases.append((*seconds, sum(seconds) + time.perf_counter() - start))
     kv_bytes = tuple(done[0].layer_bytes)
-    return Round(phases, runner.decode(done, spec.new_tokens).step_s, kv_bytes)
+    decoded = runner.decode(done, spec.new_tokens)
+    return Round(phases, decoded.step_s, kv_bytes, decoded.replayed)
 
 
 def _warm(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:

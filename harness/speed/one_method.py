@@ -6,23 +6,15 @@ chunks, which bounds the activations. The first token comes from the prefill, as
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-from harness.engine.clock import StepClock
 from harness.engine.compress import Compressed, compress
 from harness.engine.decode import Decoding
 from harness.engine.prefill import prefill
+from harness.engine.stepping import Stepped, greedy_steps
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KVPolicy
-
-
-class Decoded(NamedTuple):
-    """Tokens of each prompt and the seconds of every step after the first token, which the prefill gave."""
-
-    tokens: list[list[int]]
-    step_s: list[float]
 
 
 class Isolated:
@@ -43,15 +35,8 @@ class Isolated:
             prefilled = prefill(self.model, ids, self.policy.needs, chunk=self.chunk, acts=acts)
             return compress(prefilled, self.policy, budget)
 
-    def decode(self, prompts: list[Compressed], new_tokens: int) -> Decoded:
+    def decode(self, prompts: list[Compressed], new_tokens: int) -> Stepped:
         """Greedy tokens of prompts of the same length, as one batch, end-of-text ignored. Takes the prompts' caches."""
         with torch.inference_mode():
             decoding = Decoding.of(self.model, prompts, room=new_tokens - 1, release=True)
-            clock = StepClock(self.model.device)
-            assert decoding.first is not None
-            steps = [decoding.first.max(dim=-1).indices]
-            clock.tick()
-            for _ in range(new_tokens - 1):
-                steps.append(decoding.step(steps[-1]).max(dim=-1).indices)  # stays where it is: a GPU is not waited for
-                clock.tick()
-            return Decoded(torch.stack(steps, dim=1).tolist(), clock.seconds())
+            return greedy_steps(decoding, new_tokens - 1)

@@ -19,7 +19,7 @@ from harness.plan.methods import plan_methods
 from harness.plan.names import check_asked
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.spec import Asked, MethodSpec, ModelSpec
+from harness.records.spec import Asked, MethodSpec, ModelSpec, weights_note
 from harness.speed.dims import check_layers
 from harness.speed.memory_limit import MEMINFO, Limit, swap
 from harness.speed.predicted_memory import predict
@@ -79,9 +79,9 @@ class Target:
     def load(cls, asked: Asked, threads: int | None) -> Target:
         """Load the model once, to be let go before the first probe, and let every method refuse it.
 
-        For a GPU it is read without weights, where its files allow it; a method that is not made for it fails in its
-        own probes then. Raises HarnessError for unknown names, a missing device, a model that cannot be loaded or that
-        a method is not made for.
+        For a GPU it is read without weights, where its files allow it, as is one of random weights; a method that is
+        not made for it fails in its own probes then. Raises HarnessError for unknown names, a missing device, a model
+        that cannot be loaded or that a method is not made for.
         """
         check_asked(asked)
         planned, budgets = plan_methods(asked), asked.parsed_budgets
@@ -91,7 +91,7 @@ class Target:
             raise HarnessError(f"memory on device {shown(asked.device)} cannot be measured; give --device cpu or cuda")
         dtype = str(resolve_dtype(asked.dtype, place)).removeprefix("torch.")
         print(f"loading {asked.model}", file=sys.stderr, flush=True)
-        here = place.type == "cpu"
+        here = place.type == "cpu" and not weights_note(asked.model)
         loaded = (load_model if here else describe_model)(asked.model, dtype=dtype, device=str(place))
         check_layers(loaded.model.config.get_text_config(decoder=True))
         fitted = [method.on(loaded.spec.revision) for method in planned]

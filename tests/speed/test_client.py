@@ -78,7 +78,7 @@ def test_a_measurement(ready: ServerReady) -> None:
 def test_a_warm_up_is_a_round_more_whose_seconds_are_dropped(
     ready: ServerReady, monkeypatch: pytest.MonkeyPatch, warm_up: bool, rounds: int, expected: int
 ) -> None:
-    ran = (Round([(second, 0.0, 0.0, second)], [second], (1,)) for second in range(1, expected + 1))
+    ran = (Round([(second, 0.0, 0.0, second)], [second], (1,), False) for second in range(1, expected + 1))
     monkeypatch.setattr("harness.speed.measure.run_round", lambda *_: next(ran))
     found = measure(ready.model, make_policy("snapkv"), SPEC.model_copy(update={"warm_up": warm_up, "rounds": rounds}))
     assert next(ran, None) is None
