@@ -3,8 +3,9 @@
 Shapes as in `methods.base`: queries [B, Hq, Q, D], keys and values [B, H, S, D], Hq = H * G.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from harness.engine.layer_cache import visible
 from methods.views import Form, wide
 
-LSE_PARTS = 3  # bfloat16 has 8 bits: three of them hold a float32
-PAD = 8  # columns added to the head dimension, so that it stays a multiple of 8
+BLOCK, TILE = 64, 1024  # queries and keys whose weights are computed at once
 
 
 def prefill_kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -88,29 +88,33 @@ def _weights(queries: Tensor, keys: Tensor, form: Form, *, mask: Tensor | None) 
 def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, form: Form) -> Tensor:
     """Attention each of S tokens receives from the last Q of them: [B, H, G, S] float32; never Q x S numbers at once.
 
-    With `lse` of `causal_attention` a column's sum over its queries, sum_q exp(logit_qk - lse_q), is itself a softmax
-    denominator: that of attention in which keys ask queries. So the fused kernel computes it, at the price of one more
-    attention. The lse travels as columns of the queries which the keys multiply by 1.
+    With `lse` of `causal_attention` that is sum_q exp(logit_qk - lse_q) of each column: products, but no softmax.
     """
-    queries, keys = wide(queries), wide(keys)
     if lse is None or form.softcap is not None:
         return _streamed_sums(queries, keys, form)
-    (batch, heads, tokens, dim), new, scaling = keys.shape, queries.shape[2], form.scaling
+    return _told_sums(queries, keys, lse, form)
+
+
+def _told_sums(queries: Tensor, keys: Tensor, lse: Tensor, form: Form) -> Tensor:
+    """`column_sums` of logits whose log denominators are known; a tile of weights [G, BLOCK, TILE] stays in a cache."""
+    (batch, heads, tokens, _), new = keys.shape, queries.shape[2]
     before = tokens - new
-    grouped, shift = queries.view(batch, heads, -1, new, dim), (lse / -scaling).view(batch, heads, -1, new)
-    sums = torch.empty(*grouped.shape[:3], tokens, device=keys.device)
-    asked = _widened(keys, [torch.ones_like(keys[..., 0])] * LSE_PARTS)
-    asked = torch.cat([asked[:, :, :before], asked[:, :, before:].flip(2)], dim=2)  # causal: the last key asks first
-    for member in range(grouped.shape[2]):
-        asking = _widened(grouped[:, :, member], _parts(shift[:, :, member], queries.dtype)).flip(2)
-        found = _flash(asked[:, :, before:], asking, asking, causal=True, scaling=scaling)[1]
-        sums[:, :, member, before:] = found.flip(2)
-        if before:
-            sums[:, :, member, :before] = _flash(asked[:, :, :before], asking, asking, causal=False, scaling=scaling)[1]
-    return sums.exp_()
+    grouped, told = (x.view(batch, heads, -1, new, x.shape[-1]) for x in (queries, lse.unsqueeze(-1)))
+    sums = torch.zeros(*grouped.shape[:3], tokens, device=keys.device)
+    for own in product(range(batch), range(heads)):
+        asked = keys[own].float().t().expand(grouped.shape[2], -1, -1)
+        for start in range(0, new, BLOCK):
+            rows = slice(start, min(start + BLOCK, new))
+            asking, shift, end = grouped[own][:, rows].float(), told[own][:, rows], before + rows.stop
+            for left in range(0, end, TILE):
+                seen = slice(left, min(left + TILE, end))
+                weights = torch.baddbmm(shift, asking, asked[..., seen], beta=-1, alpha=form.scaling).exp_()
+                sums[own][:, seen] += weights.tril_(before + start - left).sum(dim=1)
+                del weights  # or it would be held beside the next one
+    return sums
 
 
-def _blocks(queries: Tensor, keys: Tensor, form: Form, block: int = 64) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(queries: Tensor, keys: Tensor, form: Form, block: int = BLOCK) -> Iterator[tuple[slice, slice, Tensor]]:
     """The last Q of S tokens, block after block: which they are of Q, slots that they see, weights [B, H, G, b, s]."""
     tokens, new = keys.shape[2], queries.shape[2]
     at = torch.arange(tokens, device=keys.device)
@@ -123,7 +127,7 @@ def _blocks(queries: Tensor, keys: Tensor, form: Form, block: int = 64) -> Itera
 
 
 def _streamed_sums(queries: Tensor, keys: Tensor, form: Form) -> Tensor:
-    """`column_sums` without help: the largest temporary is [B, Hq, 64, S]."""
+    """`column_sums` without help: the largest temporary is [B, Hq, BLOCK, S]."""
     (batch, heads, tokens, _), group = keys.shape, queries.shape[1] // keys.shape[1]
     sums = torch.zeros(batch, heads, group, tokens, device=keys.device)
     for _, seen, weights in _blocks(queries, keys, form):
@@ -132,7 +136,7 @@ def _streamed_sums(queries: Tensor, keys: Tensor, form: Form) -> Tensor:
 
 
 def _streamed_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[Tensor, None]:
-    """`causal_attention` of any form without help: the largest temporary is [B, Hq, 64, S]."""
+    """`causal_attention` of any form without help: the largest temporary is [B, Hq, BLOCK, S]."""
     out = values.new_empty(*queries.shape[:3], values.shape[-1])
     for own, seen, weights in _blocks(queries, keys, form):
         mixed = weights.to(values.dtype).flatten(2, 3) @ values[:, :, seen]  # [B, H, G * b, D]
@@ -170,20 +174,3 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, scali
         queries, keys, values, 0.0, causal, scale=scaling
     )
     return found
-
-
-def _widened(x: Tensor, columns: Sequence[Tensor]) -> Tensor:
-    """Tensor x [..., D] with columns [...] beside it and zeros up to D + PAD."""
-    more = x.new_zeros(*x.shape[:-1], PAD)
-    for i, column in enumerate(columns):
-        more[..., i] = column
-    return torch.cat([x, more], dim=-1)
-
-
-def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Numbers of `dtype` that sum to the float32 x."""
-    parts = []
-    for _ in range(LSE_PARTS):
-        parts.append(x.to(dtype))
-        x = x - parts[-1]
-    return parts

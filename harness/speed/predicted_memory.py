@@ -38,7 +38,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from harness.engine.kernels import PAD
+from harness.engine.kernels import BLOCK, TILE
 from harness.errors import HarnessError
 from harness.records.measured import ProbeSpec
 from methods.base import KVPolicy, Needs, Sizes
@@ -223,11 +223,14 @@ def attention(dims: Dims, shape: ProbeShape) -> int:
 
 
 def column_sums(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of what `kernels.column_sums` makes, its result included: query heads of a group one after another."""
-    q, s, h = shape.step, shape.tokens, dims.kv_heads
-    packed = 2 if dims.up else 0  # the kernel lays keys and values out anew for half-precision products
-    copies = h * (s + max(3 * q, (1 + packed) * q + s)) * (dims.head_dim + PAD) * dims.number
-    return copies + (dims.heads * (q + s) + 2 * h * s) * FLOAT32
+    """Bytes of what `kernels.column_sums` makes, its result included: a tile of weights of a KV head, and its sums.
+
+    In half precision the tile's queries and all keys of the head are there as float32, too.
+    """
+    s, group = shape.tokens, dims.heads // dims.kv_heads
+    queries, keys = min(BLOCK, shape.step), min(TILE, s)
+    widened = (s + group * queries) * dims.head_dim if dims.up else 0
+    return (dims.heads * s + group * (queries + 1) * keys + widened) * FLOAT32
 
 
 def _attended(dims: Dims, shape: ProbeShape) -> int:
