@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from harness.engine import gpu
 from harness.engine.chunk_rows import ChunkRows
 from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
@@ -22,6 +23,7 @@ from harness.engine.row_cache import GrowingRows, without
 from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
+from methods.base import KV
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
 FLAWED = -1  # picked of logits that are NaN or infinite
@@ -95,7 +97,7 @@ class Decoding:
                 caches.append(EvictingRows(evicting, position))
             else:
                 own = [without(kv, position) for kv in kvs]
-                caches.append(GrowingRows(own, position=position, room=room, window=window is not None))
+                caches.append(_growing(own, position=position, room=room, window=window is not None))
             del layers, kvs  # or the last layer's would stay
         return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]), states)
 
@@ -140,6 +142,7 @@ class Decoding:
         for at, own in self._forwards(tokens[:-1], keep=0, alone=alone):
             yield own, tokens[at + 1 : at + 1 + own.shape[1]]
         for cache, mark in zip(self.caches, marks, strict=True):
+            cache.check()
             cache.rewind(mark)
         self.states = states
 
@@ -178,6 +181,8 @@ class Decoding:
                 self.rows = len(left)
                 active, picked = [active[row] for row in left], [picked[row] for row in left]
             logits = self.step([max(0, token) for token in picked])
+        for cache in self.caches:
+            cache.check()
         return results
 
     def _take(self, row: int, result: Generated, token: int, limits: Limits) -> None:
@@ -207,6 +212,18 @@ class Decoding:
     def _forward(self, ids: Tensor, *, keep: int) -> Tensor:
         given = ids.to(self.model.device)
         return self.model.forward(given, self.caches, position=self.position, states=self.states, keep=keep)
+
+
+def _growing(rows: Sequence[KV], *, position: int, room: int | None, window: bool) -> DecodingLayer:
+    """The layer cache of rows that grow; arguments as of `GrowingRows`.
+
+    On a GPU all heads of all rows are read in one call, but where keys are of another width than values.
+    """
+    if rows[0].keys.shape[-1] == rows[0].values.shape[-1] and gpu.fused(rows[0].keys.device):
+        from harness.engine.ragged_rows import RaggedRows
+
+        return RaggedRows(rows, position=position, room=room, window=window)
+    return GrowingRows(rows, position=position, room=room, window=window)
 
 
 def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:

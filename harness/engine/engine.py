@@ -47,8 +47,8 @@ class Engine:
     """Runs prompts through a model under many policies.
 
     query: whether a policy sees the question (`aware`) or the context only (`agnostic`). first_token: whether the first
-    generated token comes from the compressed cache or from the prefill. rows: most that are decoded together; a row's
-    tokens do not depend on it.
+    generated token comes from the compressed cache or from the prefill. rows: most that are decoded together. On a CPU
+    a row's tokens do not depend on it; a GPU's kernels are chosen by the batch's shape, so there they may, by rounding.
     """
 
     def __init__(

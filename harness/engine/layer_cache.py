@@ -39,6 +39,18 @@ class DecodingLayer(LayerCache):
     single_step = False
     """Whether it takes one token at a time."""
 
+    replays = False
+    """Whether a step can be captured and replayed: a token within the room that `reserve` made asks the host nothing.
+
+    A replay leaves `position` as it is; whoever replays moves it.
+    """
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens more, where memory for them would else come in steps."""
+
+    def check(self) -> None:
+        """Raise what went wrong in the steps since the last check, where a step does not wait to see it."""
+
     @abstractmethod
     def mark(self) -> Any:
         """The state of now, to come back to with `rewind`, once."""

@@ -73,9 +73,12 @@ class ModelLayers:
     def __init__(self, name: str, config: Any, advice: str) -> None:
         if getattr(config, "kv_lora_rank", None):
             raise HarnessError(f"{name} has latent attention, which caches no keys and values of its heads; {advice}")
-        self._kinds = DynamicCache(config=config).layers
+        try:
+            self._kinds = DynamicCache(config=config).layers
+        except KeyError as error:  # a type that transformers' cache does not know
+            raise HarnessError(f"{name} has layers of type {error.args[0]}; {advice}") from None
         types = getattr(config, "layer_types", None) or [type(kind).__name__ for kind in self._kinds]
-        if other := {own for own, kind in zip(types, self._kinds, strict=True) if type(kind).__name__ not in CLASSES}:
+        if other := {own for own, kind in zip(types, self._kinds, strict=False) if type(kind).__name__ not in CLASSES}:
             raise HarnessError(f"{name} has layers of type {', '.join(sorted(other))}; {advice}")
         self.attending = [i for i, kind in enumerate(self._kinds) if isinstance(kind, DynamicLayer)]
         stateful = [hasattr(kind, STATES[0]) and types[i] not in NOTHING for i, kind in enumerate(self._kinds)]

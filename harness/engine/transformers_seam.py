@@ -129,14 +129,16 @@ class AttachedModel:
         *,
         position: int,
         states: States | None = None,
+        at: Tensor | None = None,
         keep: int = 0,
         grad: bool = False,
     ) -> Tensor:
         """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
 
-        states: of the tokens before, which become those after; None where nothing follows a first token. keep: how many
-        last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated. Raises
-        PromptFailed for tokens beyond a window that is taken for the whole context.
+        states: of the tokens before, which become those after; None where nothing follows a first token. at: [1, Q],
+        positions on the device, where a captured step is to read them anew each time. keep: how many last positions to
+        compute logits for; 0 is all. grad: what the caches bring is differentiated. Raises PromptFailed for tokens
+        beyond a window that is taken for the whole context.
         """
         states = States() if states is None else states
         if self.mixed and position and not states.tensors:
@@ -145,10 +147,13 @@ class AttachedModel:
             what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
             raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
         self.forget_lengths()
+        if at is None:
+            at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         cuts, parts = self._cuts(position, position + ids.shape[1]), list[Tensor]()
         with torch.enable_grad() if grad else torch.inference_mode():
             for start, end in pairwise(cuts):
-                parts.append(self._pass(ids[:, start - position : end - position], caches, start, states, keep))
+                own = slice(start - position, end - position)
+                parts.append(self._pass(ids[:, own], at[:, own], caches, start, states, keep))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)[:, -keep:]
 
     def _cuts(self, position: int, end: int) -> list[int]:
@@ -156,10 +161,11 @@ class AttachedModel:
         chunk = 1 if self.stepwise and position else min((own for own in self.chunks if own), default=end)
         return [position, *range((position // chunk + 1) * chunk, end, chunk), end]
 
-    def _pass(self, ids: Tensor, caches: Sequence[LayerCache], position: int, states: States, keep: int) -> Tensor:
+    def _pass(
+        self, ids: Tensor, at: Tensor, caches: Sequence[LayerCache], position: int, states: States, keep: int
+    ) -> Tensor:
         """`forward` of tokens that go through the model at once."""
         cache = self._layers.cache(caches, position, states)
-        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
         out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         self._layers.take(cache, states)
         return out.logits  # type: ignore[no-any-return]

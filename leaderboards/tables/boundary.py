@@ -19,7 +19,7 @@ from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, lo
 from harness.records.run_folder import write_bytes
 from harness.records.spec import weights_note
 from leaderboards.stats.comparable import budget_order
-from leaderboards.stats.machines import listed
+from leaderboards.stats.machines import gpu, listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.picture import plain_text
 from leaderboards.text import MIB, Section, clean, csv_text, escape, markdown, number, terminal
@@ -147,7 +147,9 @@ def facts(manifest: BoundaryManifest) -> list[str]:
         f"limit: {manifest.limit_bytes} bytes by {manifest.limit_kind}, {manifest.model_bytes} of them the model's",
         f"each probe: prefill and {manifest.new_tokens} tokens by itself, at most {manifest.timeout_s:g} s, "
         f"chunk {manifest.chunk or 'none'}, threads {manifest.threads or 'default'}",
+        *([f"batches: {manifest.distinct} prompts prefilled and the others copies"] if manifest.distinct else []),
         f"machine: {', '.join([*where, *listed(machine, 'accelerators')]) or 'unknown'}",
+        *([f"gpu at the start: {found}"] if (found := gpu(machine)) else []),
         *manifest.notes,
     ]
     return [clean(line) for line in lines]

@@ -31,7 +31,7 @@ TAILS = (
 )
 MEASURED = (
     "TTFT (time to the first token), TPOT (time per output token), tokens/s, peak MiB (above the model's own memory): "
-    "each cell by itself in a fresh process on the sample's prompt, batch 1, the first token chosen by the prefill as "
+    "each cell by itself in another process on the sample's prompt, batch 1, the first token chosen by the prefill as "
     "when serving, whatever is scored. Means over the n measured samples; cells with another n had other prompts.",
     "front bytes, front TPOT: the Pareto front of score against KV bytes, and against TPOT, over all budgets. *: on "
     "it, told better in score than every cell that may cost no more. =: not told apart from one of those, or lacking "

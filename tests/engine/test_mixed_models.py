@@ -19,7 +19,7 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, NextTurn, Outcome, Prompt, PromptFailed
 from harness.errors import HarnessError
 from harness.generate.attached import attached
-from harness.speed.predicted_memory import check_layers
+from harness.speed.dims import check_layers
 from methods.base import Budget, KVPolicy, Needs
 from methods.fullkv import FullKV
 from methods.h2o import H2O

@@ -229,6 +229,14 @@ def test_what_the_seam_cannot_do_is_refused_before_a_prompt_runs(name: str) -> N
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["indexed_attention", "unheard_of"])
+def test_a_layer_of_another_type_is_named(kind: str) -> None:
+    model = build("qwen3", {})
+    model.config.layer_types = ["full_attention"] * 3 + [kind]
+    with pytest.raises(HarnessError, match=f"has layers of type {kind}; use a model of"):
+        AttachedModel(model)
+
+
 def test_an_unchecked_rope_is_not_turned() -> None:
     attached = AttachedModel(build("cohere2", {}))
     with pytest.raises(HarnessError, match="not checked for model type 'cohere2'"):
