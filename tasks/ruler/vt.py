@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
 
-from tasks.base import Tokenizer
+from tasks.base import TaskError, Tokenizer
 from tasks.pool import Span, Spans
 from tasks.ruler.corpus import NOISE, letters
 from tasks.ruler.family import SMALL, DrawnText, FittedPrompt, SamplePlan, largest, tokens
@@ -112,6 +112,9 @@ def _prompt(lines: Sequence[str], *, value: str, size: int, draw: Random) -> Fit
     haystack = list(lines)
     if len(haystack) < len(chain):
         haystack = [f"{sentence}." for line in haystack for sentence in line.rstrip(".").split(". ")]
+    if len(haystack) < len(chain):
+        few = f"a haystack of {len(haystack)} sentences has no place for {len(chain)} assignments"
+        raise TaskError(f"ruler/vt: {few}; ask for more tokens")
     places = sorted(draw.sample(range(len(haystack)), len(chain)))
     for already, (place, assignment) in enumerate(zip(places, chain, strict=True)):
         haystack.insert(place + already, assignment)
