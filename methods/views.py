@@ -5,10 +5,12 @@ Shape letters as in `methods.base`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +93,33 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
+def placed(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Return numbers of the host as a tensor of `device`, which nothing waits for: a GPU copies from pinned memory."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def read(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Return the numbers of tensors of one type, each flat: a GPU is waited for once."""
+    flat = torch.cat([x.reshape(-1).to(tensors[0].device) for x in tensors]).tolist()
+    ends = accumulate(x.numel() for x in tensors)
+    return [flat[end - x.numel() : end] for x, end in zip(tensors, ends, strict=True)]
+
+
+class Doubt(NamedTuple):
+    """What is wrong where a count is not 0. flaws: the count, [] int64. told: the error, from the count."""
+
+    flaws: Tensor
+    told: Callable[[int], str]
+
+
+def settle(doubts: Sequence[Doubt]) -> None:
+    """Raise PolicyError for the first doubt that is right. Devices are read once for all of them."""
+    counts = read([doubt.flaws for doubt in doubts]) if doubts else []
+    for doubt, (count,) in zip(doubts, counts, strict=True):
+        if count:
+            raise PolicyError(doubt.told(count))
+
+
 def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """Rows of x [B * H * S, D], as [*shape, D]: whole rows at once, which `gather` would copy number by number."""
     return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*shape, x.shape[-1])
@@ -120,6 +149,7 @@ class LayerView:
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
     rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
     source: None unless `Needs` declares hidden states.
+    doubts: where `refuse` notes what it doubts, for the prompt's end; None to settle it at once.
     """
 
     index: int
@@ -129,6 +159,7 @@ class LayerView:
     column_sums: Tensor | None = None
     rotate: Callable[[Tensor, int], Tensor] | None = None
     source: LayerSource | None = None
+    doubts: list[Doubt] | None = field(default=None, repr=False)
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -148,11 +179,19 @@ class LayerView:
         return self.finite(scores, "scores")
 
     def finite(self, x: Tensor, what: str) -> Tensor:
-        """Return x. Raises PolicyError when one of its numbers is not finite. what: they are, in the plural."""
-        if not math.isfinite(x.sum(dtype=torch.float64).item()):  # a fifth of what `isfinite` costs
-            bad = f"{int((~x.isfinite()).sum())} of {x.numel()} {what} of layer {self.index} are NaN or infinite"
-            raise PolicyError(f"{bad}; mend the method, or try --dtype float32")
+        """Return x. Raises PolicyError, as `refuse`, when a number of it is not finite. what: they are, in plural."""
+        of = f"of {x.numel()} {what} of layer {self.index} are NaN or infinite"
+        told = "{} " + of + "; mend the method, or try --dtype float32"
+        self.refuse((x - x).count_nonzero(), told.format)  # a fourth of what `isfinite` costs
         return x
+
+    def refuse(self, flaws: Tensor, told: Callable[[int], str]) -> None:
+        """Raise PolicyError where a count [] is not 0: now, or with other layers' (`PromptView.asked_once`)."""
+        doubt = Doubt(flaws, told)
+        if self.doubts is None:
+            settle([doubt])
+        else:
+            self.doubts.append(doubt)
 
     def last_queries(self, window: int) -> Tensor:
         """Return the last `window` tokens' queries: [B, Hq, W, D]. Raises PolicyError when fewer were observed."""
@@ -201,6 +240,9 @@ class OthersView(LayerView):
     @property
     def seen(self) -> int:
         return self.whole.seen
+
+    def refuse(self, flaws: Tensor, told: Callable[[int], str]) -> None:
+        self.whole.refuse(flaws, told)
 
     def attention(self, window: int) -> Tensor:
         """Return what the whole layer does, of the tokens that are left: [B, H, G, W, T'] float32."""
@@ -293,8 +335,33 @@ class PromptView:
     def others(self) -> PromptView:
         """The prompt without its protected tokens, made once for all policies and budgets."""
         own = set(self.protected)
-        left = torch.tensor([at for at in range(self.tokens) if at not in own], device=self.layers[0].kv.keys.device)
+        left = placed([at for at in range(self.tokens) if at not in own], self.layers[0].kv.keys.device)
         return PromptView([OthersView.of(layer, left) for layer in self.layers], self.logprobs)
+
+    @contextmanager
+    def asked_once(self) -> Iterator[None]:
+        """Settle what layers doubt at the end of all that is done inside, by one reading of the device.
+
+        Raises PolicyError, after which nothing is memorised: it may hold what is wrong.
+        """
+        doubts: list[Doubt] = []
+        for layer in self.layers:
+            layer.doubts = doubts
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.doubts = None
+            self._settle(doubts)
+
+    def _settle(self, doubts: Sequence[Doubt]) -> None:
+        try:
+            settle(doubts)
+        except PolicyError:
+            for layer in self.layers:
+                layer.forget()
+            vars(self).pop("others", None)
+            raise
 
 
 @dataclass
