@@ -16,7 +16,7 @@ from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
 from methods.label import MethodLabel
 from methods.registry import METHODS, make_policy
-from methods.views import POSITION_BYTES
+from methods.views import POSITION_BYTES, Form
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
 PLAIN = 2 * DIM * 4 + POSITION_BYTES  # bytes of a slot
@@ -63,7 +63,7 @@ def make_view(tokens: int, needs: Needs, *, dim: int = DIM, dtype: torch.dtype =
         queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), dim, generator=draw).to(dtype)
         sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw) if needs.column_sums else None
         kv = KV(keys, values, torch.arange(tokens, dtype=torch.int32).expand(1, HEADS, tokens))
-        layers.append(LayerView(index, kv, queries, dim**-0.5, sums, _turn))
+        layers.append(LayerView(index, kv, queries, Form(dim**-0.5), sums, _turn))
     own = -torch.rand(1, max(0, min(needs.window, tokens - 1)), generator=draw)
     return PromptView(layers, own if needs.logprobs else None)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from methods.base import KV, LayerView, PromptView, Sizes, at_least, at_most, best, spread
 from methods.compilerkv.form import best_slots
+from methods.device import read
 from methods.registry import method
-from methods.views import read
 from methods.window import POOLINGS, WINDOWS, WindowPolicy
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from methods.views import KV, POSITION_BYTES, Doubt, placed, settle
+from methods.device import Doubt, placed, settle
+from methods.views import KV, POSITION_BYTES
 
 HALF_BYTES = 2  # of a scale, and of a zero
 UNSOUND = "keys or values are NaN, infinite or too large for scales in half precision; try bfloat16"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from methods.base import KV, KVPolicy, Needs, PromptView, Sizes, at_least, best, spread
+from methods.device import read
 from methods.registry import method
-from methods.views import read
 from methods.window import Pooling, WindowPolicy, check_kernel, per_query_head, window_scores
 
 PRESETS: dict[str, dict[str, Any]] = {

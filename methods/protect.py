@@ -19,8 +19,8 @@ from torch import Tensor
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
 from methods.budget import BudgetTooSmall, quoted
+from methods.device import placed
 from methods.registry import make_policy, method
-from methods.views import placed
 
 PRESETS: dict[str, dict[str, Any]] = {
     "adakv": {"over": "adakv"},

@@ -20,9 +20,9 @@ from typing import Any, Literal
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
 from methods.budget import quoted
 from methods.codes import HALF_BYTES, CodedKV, Coding, encode
+from methods.device import read
 from methods.fullkv import FullKV
 from methods.registry import make_policy, method
-from methods.views import read
 
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},

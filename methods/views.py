@@ -9,13 +9,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from methods.budget import PolicyError
+from methods.device import Doubt, placed, settle
 
 POSITION_BYTES = 4  # of a slot: which token it holds, an int32
 
@@ -93,31 +92,30 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
-def placed(values: Sequence[Any], device: torch.device) -> Tensor:
-    """Return numbers of the host as a tensor of `device`, which nothing waits for: a GPU copies from pinned memory."""
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What a layer's attention makes of the products of its queries and keys.
 
+    scaling: factor of the products. window: tokens that a query looks back, itself included; None for all.
+    softcap: c of logits c * tanh(x / c) (Gemma 2), None without.
+    sinks: [1, H, G], one more logit in the softmax of each query head, which has no value (gpt-oss), None without.
+    """
 
-def read(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """Return the numbers of tensors of one type, each flat: a GPU is waited for once."""
-    flat = torch.cat([x.reshape(-1).to(tensors[0].device) for x in tensors]).tolist()
-    ends = accumulate(x.numel() for x in tensors)
-    return [flat[end - x.numel() : end] for x, end in zip(tensors, ends, strict=True)]
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits of scaled products [...] float32."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-class Doubt(NamedTuple):
-    """What is wrong where a count is not 0. flaws: the count, [] int64. told: the error, from the count."""
-
-    flaws: Tensor
-    told: Callable[[int], str]
-
-
-def settle(doubts: Sequence[Doubt]) -> None:
-    """Raise PolicyError for the first doubt that is right. Devices are read once for all of them."""
-    counts = read([doubt.flaws for doubt in doubts]) if doubts else []
-    for doubt, (count,) in zip(doubts, counts, strict=True):
-        if count:
-            raise PolicyError(doubt.told(count))
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Weights of logits [B, H, G, ..., S] float32, in their place; with a sink they sum to less than 1."""
+        if self.sinks is None:  # a second tensor of this size costs as much again
+            return torch.softmax(logits, dim=-1, out=None if logits.requires_grad else logits)
+        sink = self.sinks.float().view(*self.sinks.shape, *[1] * (logits.dim() - 3)).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _pick(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -145,7 +143,7 @@ class LayerView:
 
     kv: the full cache of the prompt, S = T.
     queries: [B, H * G, W, D], RoPE applied, of the last W tokens (W as declared in `Needs`, at most T).
-    scaling: factor of the attention logits.
+    form: of the layer's attention, whose window is None.
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
     rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
     source: None unless `Needs` declares hidden states.
@@ -155,7 +153,7 @@ class LayerView:
     index: int
     kv: KV
     queries: Tensor
-    scaling: float
+    form: Form
     column_sums: Tensor | None = None
     rotate: Callable[[Tensor, int], Tensor] | None = None
     source: LayerSource | None = None
@@ -165,6 +163,11 @@ class LayerView:
     @property
     def tokens(self) -> int:
         return int(self.kv.keys.shape[2])
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the attention logits."""
+        return self.form.scaling
 
     @property
     def seen(self) -> int:
@@ -180,8 +183,8 @@ class LayerView:
 
     def finite(self, x: Tensor, what: str) -> Tensor:
         """Return x. Raises PolicyError, as `refuse`, when a number of it is not finite. what: they are, in plural."""
-        of = f"of {x.numel()} {what} of layer {self.index} are NaN or infinite"
-        told = "{} " + of + "; mend the method, or try --dtype float32"
+        bad = f"{{}} of {x.numel()} {what} of layer {self.index} are NaN or infinite"
+        told = f"{bad}; mend the method, or try --dtype float32"
         self.refuse((x - x).count_nonzero(), told.format)  # a fourth of what `isfinite` costs
         return x
 
@@ -206,14 +209,14 @@ class LayerView:
         window, tokens = logits.shape[3:]
         future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu_(1)
         logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-        return torch.softmax(logits, dim=-1, out=logits)  # in place: a second tensor of this size costs as much again
+        return self.form.softmax(logits)
 
     def _logits(self, window: int) -> Tensor:
         """Attention logits of the last `window` tokens, what is to come included: [B, H, G, W, S] float32."""
         queries, keys = wide(self.last_queries(window)), wide(self.kv.keys)
         batch, heads, slots, dim = keys.shape
         grouped = queries.reshape(batch, heads, -1, dim) * self.scaling  # [B, H, G * W, D]
-        return (grouped @ keys.transpose(2, 3)).float().view(batch, heads, -1, window, slots)
+        return self.form.capped((grouped @ keys.transpose(2, 3)).float()).view(batch, heads, -1, window, slots)
 
     def memo(self, key: Hashable, compute: Callable[[LayerView], Tensor]) -> Tensor:
         """Return `compute(self)`, once per key: scores that do not depend on the budget serve every budget of a run."""
@@ -254,7 +257,7 @@ class OthersView(LayerView):
         left = KV(kv.keys[:, :, others], kv.values[:, :, others], kv.positions[:, :, others])
         seen = None if sums is None else sums[..., others]
         queries, rotate = whole.queries, whole.rotate
-        return cls(whole.index, left, queries, whole.scaling, seen, rotate, whole=whole, others=others)
+        return cls(whole.index, left, queries, whole.form, seen, rotate, whole=whole, others=others)
 
 
 @dataclass
@@ -288,7 +291,7 @@ class GrownView(LayerView):
         asked = torch.arange(self.end - logits.shape[3], self.end, device=logits.device)[:, None]
         slot = self.kv.positions.unsqueeze(2)
         hidden = (slot < 0) | (slot > asked)  # [B, H, W, S]
-        return torch.softmax(logits.masked_fill_(hidden.unsqueeze(2), float("-inf")), dim=-1).nan_to_num_(0.0)
+        return self.form.softmax(logits.masked_fill_(hidden.unsqueeze(2), float("-inf"))).nan_to_num_(0.0)
 
 
 @dataclass(frozen=True)

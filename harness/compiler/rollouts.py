@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.engine.engine import Engine
 from harness.engine.layer_cache import LayerCache
 from methods.base import KV, Needs
-from methods.views import wide
+from methods.views import Form, wide
 
 
 class BiasedLayer(LayerCache):
@@ -31,22 +31,23 @@ class BiasedLayer(LayerCache):
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.own = (keys, values)
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
         rows, _, count, dim = queries.shape
         heads = self.kv.keys.shape[1]
         folded = wide(queries).reshape(rows, heads, -1, dim)  # [R, H, G * Q, D]
         group = folded.shape[2] // count
-        past = (folded @ wide(self.kv.keys).transpose(2, 3)).float() * scaling  # [R, H, G * Q, T]
-        own = (folded @ wide(self.own[0]).transpose(2, 3)).float() * scaling  # [R, H, G * Q, Q]
+        both = ((folded @ wide(keys).transpose(2, 3)).float() * form.scaling for keys in (self.kv.keys, self.own[0]))
+        past, own = map(form.capped, both)  # [R, H, G * Q, T], [R, H, G * Q, Q]
         if self.bias is not None:
             past = past + self.bias.unsqueeze(2)
         at = torch.arange(count, device=queries.device)
         own = own.masked_fill((at[None, :] > at[:, None]).repeat(group, 1), float("-inf"))
-        if window is not None:
-            seen = self.kv.positions[0, 0] > (self.position + at)[:, None] - window
+        if form.window is not None:
+            seen = self.kv.positions[0, 0] > (self.position + at)[:, None] - form.window
             seen &= self.kv.positions[0, 0] < self.position  # the last token is fed again
             past = past.masked_fill(~seen.repeat(group, 1), float("-inf"))
-        weights = torch.cat([past, own], dim=-1).softmax(dim=-1)
+        logits = torch.cat([past, own], dim=-1).view(rows, heads, group, count, -1)
+        weights = form.softmax(logits).view(rows, heads, group * count, -1)
         if self.watch is not None:
             self.watched = weights[..., self.watch].sum(dim=-1).mean(dim=-1)
         weights = weights.to(queries.dtype)

@@ -22,7 +22,7 @@ from harness.engine.prefill import Prefilled
 from harness.engine.row_cache import without
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KV, KVPolicy, PolicyError, PromptView
-from methods.views import GrownView, wide
+from methods.views import Form, GrownView, wide
 
 Rotate = Callable[[Tensor, int], Tensor]
 
@@ -125,13 +125,13 @@ class GrownLayer(LayerCache):
         self.positions = torch.cat([self.positions, new.expand(keys.shape[:3])], dim=2)
         self.end += keys.shape[2]
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        self.scaling, self.window = scaling, window
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
+        self.form, self.window = form, form.window
         asked = torch.arange(self.end - queries.shape[2], self.end, device=queries.device)
-        mask = visible(self.positions, asked, window)
+        mask = visible(self.positions, asked, form.window)
         if self.noted is not None:
             self.noted = self._noted(self.noted, queries, mask)
-        return slot_attention(queries, self.keys, self.values, mask=mask, scaling=scaling)
+        return slot_attention(queries, self.keys, self.values, form, mask=mask)
 
     def _noted(self, before: Noted, queries: Tensor, mask: Tensor) -> Noted:
         last = _last(torch.cat([before.queries, queries], dim=2), self.wanted.window)
@@ -139,8 +139,8 @@ class GrownLayer(LayerCache):
             return Noted(last, None)
         heads, (new, slots) = self.keys.shape[1], mask.shape[2:]
         logits = wide(queries).reshape(1, heads, -1, queries.shape[3]) @ wide(self.keys).transpose(2, 3)
-        logits = logits.float().view(1, heads, -1, new, slots) * self.scaling
-        weights = logits.masked_fill_(~mask.unsqueeze(2), float("-inf")).softmax(dim=-1)
+        logits = self.form.capped(logits.float() * self.form.scaling).view(1, heads, -1, new, slots)
+        weights = self.form.softmax(logits.masked_fill_(~mask.unsqueeze(2), float("-inf")))
         return Noted(last, weights.sum(dim=3) + pad(before.sums, (0, slots - before.sums.shape[3])))
 
     def view(self, index: int, *, slots: int, sinks: int, rotate: Rotate) -> GrownView:
@@ -151,7 +151,7 @@ class GrownLayer(LayerCache):
         if sums is not None:
             at = order.clamp(min=0).unsqueeze(2).expand(-1, -1, sums.shape[2], -1)
             sums = sums.gather(3, at).masked_fill(kv.positions.unsqueeze(2) < 0, 0.0)
-        return GrownView(index, kv, self.noted.queries, self.scaling, sums, rotate, end=self.end)
+        return GrownView(index, kv, self.noted.queries, self.form, sums, rotate, end=self.end)
 
     def in_window(self) -> KV:
         """The slots of a sliding-window layer that later tokens can still see, which is all it keeps."""

@@ -14,6 +14,7 @@ from harness.engine.kernels import slot_attention, slot_weights
 from harness.engine.layer_cache import DecodingLayer, Parts, room_step, visible
 from harness.engine.packed import Packed, each_tensor, pack, storage_bytes, tensors_of
 from methods.base import KV, KVPolicy, PolicyError, StepView
+from methods.views import Form
 
 
 @dataclass
@@ -147,19 +148,19 @@ class EvictingRows(DecodingLayer):
             kv.positions.scatter_(2, free, self.position)
         self.position += 1
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        last = self.position - 1
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
+        last, window = self.position - 1, form.window
         asked = torch.tensor([last], device=queries.device)
         outputs = []
         for batch, query in zip(self.batches, self._parts.split(queries), strict=True):
             mask = visible(batch.kv.positions, asked, window)
             keys, values = batch.kv.load()
-            outputs.append(slot_attention(query, keys, values, mask=mask, scaling=scaling))
+            outputs.append(slot_attention(query, keys, values, form, mask=mask))
             if window is not None:
                 batch.kv.positions.masked_fill_(batch.kv.positions <= last - window + 1, -1)
             else:
                 wanted = batch.policy.needs.decode_attention
-                _evict(batch, slot_weights(query, keys, mask=mask, scaling=scaling) if wanted else None, position=last)
+                _evict(batch, slot_weights(query, keys, form, mask=mask) if wanted else None, position=last)
             batch.close()
         return self._parts.join(outputs)
 

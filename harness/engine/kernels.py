@@ -3,7 +3,7 @@
 Shapes as in `methods.base`: queries [B, Hq, Q, D], keys and values [B, H, S, D], Hq = H * G.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from harness.engine.layer_cache import visible
-from methods.views import wide
+from methods.views import Form, wide
 
 LSE_PARTS = 3  # bfloat16 has 8 bits: three of them hold a float32
 PAD = 8  # columns added to the head dimension, so that it stays a multiple of 8
@@ -24,54 +24,68 @@ def prefill_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def causal_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of the last Q of S tokens over all of them; `window` limits how far back.
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of the last Q of S tokens over all of them.
 
     Returns:
-        [B, Hq, Q, D], and the logarithm of every query's softmax denominator [B, Hq, Q] float32 for `column_sums`, or
-        None where the kernel does not tell it.
+        [B, Hq, Q, D], and the logarithm of every query's softmax denominator [B, Hq, Q] float32, its sink's share in
+        it, for `column_sums`, or None where the kernel does not tell it.
     """
-    tokens, new = keys.shape[2], queries.shape[2]
+    tokens, new, window = keys.shape[2], queries.shape[2], form.window
     whole = window is None or window >= tokens
+    if form.softcap is not None or (form.sinks is not None and not whole):
+        return _streamed_attention(queries, keys, values, form)
     if whole and keys.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:  # sdpa's own kernel tells them
-        return _causal_lse(queries, keys, values, scaling=scaling)
+        return _with_sinks(*_causal_lse(queries, keys, values, scaling=form.scaling), form.sinks)
+    if form.sinks is not None:
+        return _streamed_attention(queries, keys, values, form)
     if prefill_kernel(queries.device, queries.dtype) == "flash_attention_2":
         from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
         span = (-1, -1) if window is None else (window - 1, 0)
         q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
-        out: Tensor = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, window_size=span)
+        out: Tensor = flash_attn_func(q, k, v, softmax_scale=form.scaling, causal=True, window_size=span)
         return out.transpose(1, 2), None
     if new == tokens and whole:
-        return sdpa(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True), None
+        return sdpa(queries, keys, values, is_causal=True, scale=form.scaling, enable_gqa=True), None
     at = torch.arange(tokens, device=keys.device)
     mask = visible(at[None, None], at[tokens - new :], window)
-    return sdpa(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True), None
+    return sdpa(queries, keys, values, attn_mask=mask, scale=form.scaling, enable_gqa=True), None
 
 
-def slot_attention(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, scaling: float) -> Tensor:
+def slot_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form, *, mask: Tensor | None) -> Tensor:
     """Attention over cached slots; the query group is folded into the query length, so nothing is repeated.
 
-    mask: [B, H, Q, S] bool, True = attend, or None when every query sees every slot.
+    mask: [B, H, Q, S] bool, True = attend, or None when every query sees every slot. The form's window is the mask's.
     """
     (batch, heads, _, dim), count = keys.shape, queries.shape[2]
-    folded = queries.reshape(batch, heads, -1, dim)  # [B, H, G * Q, D]
-    if mask is not None and count > 1:
-        mask = mask.repeat(1, 1, folded.shape[2] // count, 1)
-    out = sdpa(folded, keys, values, attn_mask=mask, scale=scaling)
+    if form.softcap is not None or form.sinks is not None:
+        weights = _weights(queries, keys, form, mask=mask).to(values.dtype)  # [B, H, G, Q, S]
+        out = weights.flatten(2, 3) @ values
+    else:
+        folded = queries.reshape(batch, heads, -1, dim)  # [B, H, G * Q, D]
+        if mask is not None and count > 1:
+            mask = mask.repeat(1, 1, folded.shape[2] // count, 1)
+        out = sdpa(folded, keys, values, attn_mask=mask, scale=form.scaling)
     return out.reshape(batch, -1, count, values.shape[-1])
 
 
-def slot_weights(queries: Tensor, keys: Tensor, *, mask: Tensor, scaling: float) -> Tensor:
+def slot_weights(queries: Tensor, keys: Tensor, form: Form, *, mask: Tensor) -> Tensor:
     """Softmax weights of one query per row over cached slots: [B, H, G, S] float32. mask: [B, H, 1, S] bool."""
-    batch, heads, _, dim = keys.shape
-    logits = (wide(queries).reshape(batch, heads, -1, dim) @ wide(keys).transpose(2, 3)).float() * scaling
-    return logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return _weights(queries, keys, form, mask=mask).squeeze(3)
 
 
-def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, *, scaling: float) -> Tensor:
+def _weights(queries: Tensor, keys: Tensor, form: Form, *, mask: Tensor | None) -> Tensor:
+    """Softmax weights of queries over slots: [B, H, G, Q, S] float32. mask: [B, H, Q, S] bool, or [Q, S]."""
+    (batch, heads, slots, dim), count = keys.shape, queries.shape[2]
+    products = wide(queries).reshape(batch, heads, -1, dim) @ wide(keys).transpose(2, 3)
+    logits = form.capped(products.float().mul_(form.scaling)).view(batch, heads, -1, count, slots)
+    if mask is not None:
+        logits.masked_fill_(~(mask.unsqueeze(2) if mask.dim() > 2 else mask), float("-inf"))
+    return form.softmax(logits)
+
+
+def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, form: Form) -> Tensor:
     """Attention each of S tokens receives from the last Q of them: [B, H, G, S] float32; never Q x S numbers at once.
 
     With `lse` of `causal_attention` a column's sum over its queries, sum_q exp(logit_qk - lse_q), is itself a softmax
@@ -79,9 +93,9 @@ def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, *, scaling: f
     attention. The lse travels as columns of the queries which the keys multiply by 1.
     """
     queries, keys = wide(queries), wide(keys)
-    if lse is None:
-        return _streamed_sums(queries, keys, scaling=scaling)
-    (batch, heads, tokens, dim), new = keys.shape, queries.shape[2]
+    if lse is None or form.softcap is not None:
+        return _streamed_sums(queries, keys, form)
+    (batch, heads, tokens, dim), new, scaling = keys.shape, queries.shape[2], form.scaling
     before = tokens - new
     grouped, shift = queries.view(batch, heads, -1, new, dim), (lse / -scaling).view(batch, heads, -1, new)
     sums = torch.empty(*grouped.shape[:3], tokens, device=keys.device)
@@ -96,23 +110,42 @@ def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, *, scaling: f
     return sums.exp_()
 
 
-def _streamed_sums(queries: Tensor, keys: Tensor, *, scaling: float, block: int = 64) -> Tensor:
-    """`column_sums` without help: block after block of queries, the largest temporary is [B, Hq, block, S]."""
-    batch, heads, tokens, dim = keys.shape
-    new = queries.shape[2]
-    grouped = queries.view(batch, heads, -1, new, dim)
-    sums = torch.zeros((*grouped.shape[:3], tokens), device=keys.device)
-    future = torch.full((block, block), float("-inf"), device=keys.device).triu_(1)
-    before = tokens - new
-    for start in range(before, tokens, block):
+def _blocks(queries: Tensor, keys: Tensor, form: Form, block: int = 64) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The last Q of S tokens, block after block: which they are of Q, slots that they see, weights [B, H, G, b, s]."""
+    tokens, new = keys.shape[2], queries.shape[2]
+    at = torch.arange(tokens, device=keys.device)
+    for start in range(tokens - new, tokens, block):
         end = min(start + block, tokens)
-        size = end - start
-        folded = grouped[:, :, :, start - before : end - before].reshape(batch, heads, -1, dim)  # [B, H, G * size, D]
-        logits = (folded @ keys[:, :, :end].transpose(2, 3)).float().mul_(scaling)
-        logits = logits.view(batch, heads, -1, size, end)
-        logits[..., start:end].add_(future[:size, :size])
-        sums[..., :end] += logits.softmax(dim=-1).sum(dim=3)
+        seen = slice(0 if form.window is None else max(0, start - form.window + 1), end)
+        own = slice(start - tokens + new, end - tokens + new)
+        mask = visible(at[None, None, seen], at[start:end], form.window)
+        yield own, seen, _weights(queries[:, :, own], keys[:, :, seen], form, mask=mask)
+
+
+def _streamed_sums(queries: Tensor, keys: Tensor, form: Form) -> Tensor:
+    """`column_sums` without help: the largest temporary is [B, Hq, 64, S]."""
+    (batch, heads, tokens, _), group = keys.shape, queries.shape[1] // keys.shape[1]
+    sums = torch.zeros(batch, heads, group, tokens, device=keys.device)
+    for _, seen, weights in _blocks(queries, keys, form):
+        sums[..., seen] += weights.sum(dim=3)
     return sums
+
+
+def _streamed_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[Tensor, None]:
+    """`causal_attention` of any form without help: the largest temporary is [B, Hq, 64, S]."""
+    out = values.new_empty(*queries.shape[:3], values.shape[-1])
+    for own, seen, weights in _blocks(queries, keys, form):
+        mixed = weights.to(values.dtype).flatten(2, 3) @ values[:, :, seen]  # [B, H, G * b, D]
+        out[:, :, own] = mixed.view(*weights.shape[:4], -1).flatten(1, 2)
+    return out, None
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What sinks leave of attention [B, Hq, Q, D] with log denominators [B, Hq, Q]."""
+    if sinks is None:
+        return out, lse
+    with_sinks = torch.logaddexp(lse, sinks.float().flatten(1, 2).unsqueeze(-1))
+    return (out * (lse - with_sinks).exp_().unsqueeze(-1)).to(out.dtype), with_sinks
 
 
 def _causal_lse(queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.views import Form
+
 
 class LayerCache(ABC):
     """One layer of a batch of R rows. Keys and values [R, H, Q, D], queries [R, Hq, Q, D], RoPE applied."""
@@ -22,8 +24,8 @@ class LayerCache(ABC):
         """Store the new tokens' keys and values."""
 
     @abstractmethod
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        """Attention output [R, Hq, Q, D] of the tokens just appended. window: the layer's sliding window, if any."""
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
+        """Attention output [R, Hq, Q, D] of the tokens just appended."""
 
 
 class DecodingLayer(LayerCache):

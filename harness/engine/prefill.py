@@ -21,7 +21,7 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import NotFinite
 from harness.errors import HarnessError
 from methods.base import KV, LayerView, Needs, PromptView
-from methods.views import POSITION_BYTES, LayerSource
+from methods.views import POSITION_BYTES, Form, LayerSource
 
 Act = Callable[[LayerView], KV]
 
@@ -63,10 +63,10 @@ class PrefillLayer(LayerCache):
             whole[:, :, first : self.seen] = x
         self.keys, self.values = (whole[:, :, : self.seen] for whole in self.whole)
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        self.scaling, self.window = scaling, window
-        out, lse = causal_attention(queries, self.keys, self.values, scaling=scaling, window=window)
-        if window is None:
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
+        self.form, self.window = form, form.window
+        out, lse = causal_attention(queries, self.keys, self.values, form)
+        if form.window is None:
             with self.clock.part("observe"):
                 self._observe(queries, lse)
             if self.act is not None and self.seen == self.tokens:
@@ -81,7 +81,7 @@ class PrefillLayer(LayerCache):
         before = [] if self.seen == queries.shape[2] else [self.queries]
         self.queries = self._last(torch.cat([*before, self._last(queries)], dim=2))
         if self.needs.column_sums:
-            sums = column_sums(queries, self.keys, lse, scaling=self.scaling)
+            sums = column_sums(queries, self.keys, lse, self.form)
             if self.sums is not None:
                 sums[..., : self.sums.shape[-1]] += self.sums
             self.sums = sums
@@ -92,7 +92,7 @@ class PrefillLayer(LayerCache):
     def view(self) -> LayerView:
         """The layer as policies see it."""
         source = self.sources[self.index] if self.sources else None
-        return LayerView(self.index, self.kv(), self.queries, self.scaling, self.sums, self.rotate, source)
+        return LayerView(self.index, self.kv(), self.queries, self.form, self.sums, self.rotate, source)
 
     @property
     def slots(self) -> int:

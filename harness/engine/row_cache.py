@@ -1,9 +1,9 @@
 """The layer cache of rows that grow by every token: whatever a policy left, every head at its own number of slots."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, Parts, room_s
 from harness.engine.packed import is_implied, live_bytes, storage_bytes
 from methods.base import KV
 from methods.codes import CodedKV, Codes, Coding
+from methods.views import Form
 
 
 class _Shape(NamedTuple):
@@ -132,15 +133,15 @@ class GrowingRows(DecodingLayer):
             group.values.narrow(2, group.plain + grown, new).copy_(v)
         self.position += new
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
         grown = self.position - self.start
         asked = None  # one token sees all there is, unless a window ends before it
-        if queries.shape[2] > 1 or window is not None:
+        if queries.shape[2] > 1 or form.window is not None:
             asked = torch.arange(self.position - queries.shape[2], self.position, device=queries.device)
-        outputs = []
-        for group, own in zip(self.groups, self._split(queries), strict=True):
-            mask = None if asked is None else visible(group.tokens(self.start, grown), asked, window)
-            outputs.append(slot_attention(own, *group.load(grown), mask=mask, scaling=scaling))
+        forms, outputs = self._forms(form, queries.shape[0]), list[Tensor]()
+        for group, own, of in zip(self.groups, self._split(queries), forms, strict=True):
+            mask = None if asked is None else visible(group.tokens(self.start, grown), asked, of.window)
+            outputs.append(slot_attention(own, *group.load(grown), of, mask=mask))
         out = self._parts.join(outputs)  # [R * H, G, Q, D]
         return out.reshape(queries.shape[0], -1, *out.shape[2:])
 
@@ -195,6 +196,13 @@ class GrowingRows(DecodingLayer):
     def _hold(self, groups: list[_Group]) -> None:
         self.groups = groups
         self._parts = Parts([group.streams for group in groups], groups[0].keys.device)
+
+    def _forms(self, form: Form, rows: int) -> Iterable[Form]:
+        """The form of each group, whose streams have sinks of their own: [n, 1, G]."""
+        if form.sinks is None:
+            return repeat(form, len(self.groups))
+        sinks = form.sinks.expand(rows, -1, -1).flatten(0, 1).unsqueeze(1)
+        return [replace(form, sinks=own) for own in self._parts.split(sinks)]
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         """The streams' parts of x [R, H * k, Q, D], by group: [n, k, Q, D]."""

@@ -21,12 +21,15 @@ from harness.engine.layer_cache import LayerCache
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
-from methods.views import LayerSource
+from methods.views import Form, LayerSource
 
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full and sliding-window attention layers"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "gemma3"}
+HALF_ROTATION = {
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2"),
+    *("olmo3", "gemma2", "gemma3", "gemma3_text", "gpt_oss"),
+}
 
 
 def _attention(
@@ -45,15 +48,15 @@ def _attention(
         raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise HarnessError(f"{type(module).__name__} uses attention {name}, which is unsupported")
     span = kwargs.get("sliding_window")
     window = span if span is None or span < _context(module.config) else None  # no shorter: every token is seen
     if isinstance(cache, _Probe):
         cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache.attend(query, scaling=scaling, window=window).transpose(1, 2), None
+    sinks = kwargs.get("s_aux")
+    sinks = None if sinks is None else sinks.view(1, key.shape[1], -1)
+    form = Form(scaling, window, kwargs.get("softcap"), sinks)
+    return cache.attend(query, form).transpose(1, 2), None
 
 
 def _context(config: Any) -> float:
@@ -108,8 +111,8 @@ class _Probe(LayerCache):
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.values = values
 
-    def attend(self, queries: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        self.window = window
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
+        self.window = form.window
         return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, spread
-from methods.views import placed
+from methods.device import placed
 from methods.window import before_window, pooled, votes
 
 MOST_WINDOW = 65_536

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from methods.base import KV, LayerView, PolicyError, PromptView
 from methods.compilerkv.tables import Learned, Tables
-from methods.views import placed, read
+from methods.device import placed, read
 
 
 def compress(view: PromptView, budget: int, tables: Tables, *, window: int, learned: Learned) -> list[KV]:

@@ -18,6 +18,7 @@ from harness.engine.kernels import causal_attention, column_sums
 from harness.engine.row_cache import GrowingRows
 from methods.base import Needs
 from methods.registry import make_policy
+from methods.views import Form
 from tests.bench.sides import EXACT, NEW_TOKENS, PEERS, cell
 
 if TYPE_CHECKING:
@@ -187,10 +188,10 @@ def test_column_sums(race: Callable[..., Any]) -> None:
         logits = queries @ keys.repeat_interleave(3, dim=1).transpose(2, 3) / 8
         return logits.masked_fill_(future, float("-inf")).softmax(dim=-1).sum(dim=2)
 
-    _, lse = causal_attention(queries, keys, keys, scaling=1 / 8, window=None)
+    _, lse = causal_attention(queries, keys, keys, Form(1 / 8))
 
     def fused() -> torch.Tensor:
-        return column_sums(queries, keys, lse, scaling=1 / 8)
+        return column_sums(queries, keys, lse, Form(1 / 8))
 
     fused()
     sums, expected = race("column sums, 2048 tokens: fused / whole", fused, whole, goal=None, rounds=ROUNDS)

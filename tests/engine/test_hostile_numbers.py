@@ -22,6 +22,7 @@ from harness.models.load import LoadedModel
 from methods.base import Budget, EvictionPolicy, LayerView, StepView
 from methods.registry import make_policy
 from methods.snapkv import SnapKV
+from methods.views import Form
 from tests.hostile import tried
 
 pytestmark = pytest.mark.hostile
@@ -213,12 +214,12 @@ def test_attention_that_methods_see_is_finite_in_half_precision() -> None:
     for factor in (1.0, 300.0, 5000.0):
         half = [(x * factor).half() for x in (queries, keys)]
         exact, mask = [x.float() for x in half], torch.ones(1, 2, 1, 40, dtype=torch.bool)
-        wanted, found = (slot_weights(q[:, :, -1:], k, mask=mask, scaling=0.35) for q, k in (exact, half))
+        wanted, found = (slot_weights(q[:, :, -1:], k, Form(0.35), mask=mask) for q, k in (exact, half))
         assert torch.equal(wanted, found) and bool(found.isfinite().all())
-        streamed = [column_sums(q, k, None, scaling=0.35) for q, k in (exact, half)]
+        streamed = [column_sums(q, k, None, Form(0.35)) for q, k in (exact, half)]
         assert torch.equal(*streamed) and bool(((streamed[0].sum(dim=-1) - 40).abs() < 1e-3).all())
-        lse = causal_attention(*half, values.half(), scaling=0.35, window=None)[1]
-        fused = column_sums(*half, lse, scaling=0.35)
+        lse = causal_attention(*half, values.half(), Form(0.35))[1]
+        fused = column_sums(*half, lse, Form(0.35))
         assert bool(fused.isfinite().all()) and (factor > 1 or torch.allclose(fused, streamed[0], atol=0.05))
 
 

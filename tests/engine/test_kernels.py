@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from harness.engine.kernels import causal_attention, column_sums, prefill_kernel, slot_attention, slot_weights
+from harness.engine.layer_cache import visible
+from methods.base import KV, LayerView
+from methods.views import Form
+from tests.engine.naive import naive
 
 HEADS, GROUP, DIM = 2, 3, 4
 SCALING = 0.7
@@ -30,13 +34,41 @@ def test_causal_attention_sees_what_came_before_inside_the_window(window: int | 
     tokens = 9
     queries, keys = torch.randn(1, HEADS * GROUP, tokens, DIM), torch.randn(1, HEADS, tokens, DIM)
     values = torch.randn(1, HEADS, tokens, DIM + wider)
-    out, lse = causal_attention(queries, keys, values, scaling=SCALING, window=window)
+    out, lse = causal_attention(queries, keys, values, Form(SCALING, window))
     assert (lse is None) == (window in (1, 3) or wider > 0)  # the fused kernel takes neither
     for head in range(HEADS * GROUP):
         for at in range(tokens):
             seen = list(range(0 if window is None else max(0, at - window + 1), at + 1))
             k, v = keys[0, head // GROUP], values[0, head // GROUP]
             torch.testing.assert_close(out[0, head, at], mixed(queries[0, head, at], k, v, seen))
+
+
+@pytest.mark.parametrize("new", [70, 5, 1])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("softcap", "sinks"), [(2.0, False), (None, True), (1.5, True)])
+def test_caps_and_sinks_are_in_every_kernel(softcap: float | None, sinks: bool, window: int | None, new: int) -> None:
+    tokens = 70  # more than a block of queries
+    queries = 3 * torch.randn(2, HEADS * GROUP, new, DIM)
+    keys, values = torch.randn(2, HEADS, tokens, DIM), torch.randn(2, HEADS, tokens, DIM)
+    sink = torch.randn(HEADS * GROUP) if sinks else None
+    form = Form(DIM**-0.5, window, softcap, None if sink is None else sink.view(1, HEADS, GROUP))
+    wanted, wanted_lse, sums = naive(queries, keys, values, window=window, softcap=softcap, sinks=sink)
+    out, lse = causal_attention(queries, keys, values, form)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-5)
+    at = torch.arange(tokens)
+    mask = visible(at.expand(2, HEADS, tokens), at[tokens - new :], window)
+    torch.testing.assert_close(
+        slot_attention(queries, keys, values, form, mask=mask).double(), wanted, atol=1e-5, rtol=1e-5
+    )
+    if window is not None:
+        return
+    torch.testing.assert_close(column_sums(queries, keys, lse, form).double(), sums, atol=1e-4, rtol=1e-4)
+    if lse is not None:
+        torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-5, rtol=1e-5)
+    view = LayerView(0, KV(keys, values, at.expand(2, HEADS, tokens)), queries, form)
+    torch.testing.assert_close(view.attention(new).sum(dim=3).double(), sums, atol=1e-5, rtol=1e-5)
+    if new == 1:
+        torch.testing.assert_close(slot_weights(queries, keys, form, mask=mask).double(), sums, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -46,10 +78,10 @@ def test_slot_attention_sees_the_masked_slots_of_its_own_head(count: int) -> Non
     keys, values = torch.randn(batch, HEADS, slots, DIM), torch.randn(batch, HEADS, slots, DIM + 2)
     mask = torch.rand(batch, HEADS, count, slots) < 0.5
     mask[..., 4] = True
-    out = slot_attention(queries, keys, values, mask=mask, scaling=SCALING)
+    out = slot_attention(queries, keys, values, Form(SCALING), mask=mask)
     assert out.shape == (batch, HEADS * GROUP, count, DIM + 2)
-    open_out = slot_attention(queries, keys, values, mask=None, scaling=SCALING)
-    used = slot_weights(queries[:, :, :1], keys, mask=mask[:, :, :1], scaling=SCALING)
+    open_out = slot_attention(queries, keys, values, Form(SCALING), mask=None)
+    used = slot_weights(queries[:, :, :1], keys, Form(SCALING), mask=mask[:, :, :1])
     assert used.shape == (batch, HEADS, GROUP, slots)
     for row, head, at in product(range(batch), range(HEADS * GROUP), range(count)):
         kv = head // GROUP
@@ -70,8 +102,8 @@ def test_a_chunk_attends_as_it_does_within_the_whole(new: int) -> None:
         torch.randn(1, HEADS, 10, DIM),
         torch.randn(1, HEADS, 10, DIM),
     )
-    whole, lse = causal_attention(queries, keys, values, scaling=SCALING, window=None)
-    last, last_lse = causal_attention(queries[:, :, -new:], keys, values, scaling=SCALING, window=None)
+    whole, lse = causal_attention(queries, keys, values, Form(SCALING))
+    last, last_lse = causal_attention(queries[:, :, -new:], keys, values, Form(SCALING))
     assert lse is not None and last_lse is not None
     torch.testing.assert_close(last, whole[:, :, -new:])
     torch.testing.assert_close(last_lse, lse[:, :, -new:])
@@ -94,16 +126,16 @@ def test_column_sums_are_those_of_the_attention(new: int, fused: bool) -> None:
     tokens = 11
     queries = torch.randn(1, new, HEADS * GROUP, DIM).transpose(1, 2)  # not contiguous, as from a model
     keys = torch.randn(1, HEADS, tokens, DIM)
-    _, lse = causal_attention(queries, keys, torch.randn(1, HEADS, tokens, DIM), scaling=SCALING, window=None)
-    found = column_sums(queries, keys, lse if fused else None, scaling=SCALING)
+    _, lse = causal_attention(queries, keys, torch.randn(1, HEADS, tokens, DIM), Form(SCALING))
+    found = column_sums(queries, keys, lse if fused else None, Form(SCALING))
     torch.testing.assert_close(found, summed(queries, keys))
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_column_sums_of_many_blocks(fused: bool) -> None:
     queries, keys = torch.randn(1, HEADS * GROUP, 200, 16), torch.randn(1, HEADS, 300, 16)
-    _, lse = causal_attention(queries, keys, keys, scaling=SCALING, window=None)
-    found = column_sums(queries, keys, lse if fused else None, scaling=SCALING)
+    _, lse = causal_attention(queries, keys, keys, Form(SCALING))
+    found = column_sums(queries, keys, lse if fused else None, Form(SCALING))
     logits = (queries.unflatten(1, (HEADS, -1)) @ keys.unsqueeze(2).transpose(3, 4)) * SCALING
     future = torch.ones(200, 300, dtype=torch.bool).triu(101)
     torch.testing.assert_close(found, logits.masked_fill(future, float("-inf")).softmax(dim=-1).sum(dim=3))
@@ -113,13 +145,13 @@ def test_sums_of_half_precision_are_float32_and_as_good_as_their_input() -> None
     """The denominators travel through bfloat16 in parts; one alone would be off by up to 1/256 of a logit of 40."""
     queries = torch.randn(1, HEADS * GROUP, 130, 16).mul(4).bfloat16()
     keys = torch.randn(1, HEADS, 130, 16).mul(4).bfloat16()
-    _, lse = causal_attention(queries, keys, keys, scaling=SCALING, window=None)
-    found = column_sums(queries, keys, lse, scaling=SCALING)
-    exact = column_sums(queries.float(), keys.float(), None, scaling=SCALING)
+    _, lse = causal_attention(queries, keys, keys, Form(SCALING))
+    found = column_sums(queries, keys, lse, Form(SCALING))
+    exact = column_sums(queries.float(), keys.float(), None, Form(SCALING))
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
     mask = torch.ones(1, HEADS, 1, 130, dtype=torch.bool)
-    used = slot_weights(queries[:, :, :1], keys, mask=mask, scaling=SCALING)
-    assert found.dtype == column_sums(queries, keys, None, scaling=SCALING).dtype == used.dtype == torch.float32
+    used = slot_weights(queries[:, :, :1], keys, Form(SCALING), mask=mask)
+    assert found.dtype == column_sums(queries, keys, None, Form(SCALING)).dtype == used.dtype == torch.float32
 
 
 def test_the_cpu_prefills_with_sdpa() -> None:

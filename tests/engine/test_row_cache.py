@@ -16,6 +16,7 @@ from harness.engine.packed import each_tensor, live_bytes, storage_bytes
 from harness.engine.prefill import PrefillLayer
 from harness.engine.row_cache import GrowingRows, without
 from methods.base import KV, Needs
+from methods.views import Form
 
 HEADS, GROUP, DIM, TOKENS = 2, 2, 4, 10
 SLOT = 2 * DIM * 4  # bytes
@@ -43,7 +44,7 @@ def ask(cache: LayerCache, *feed: Tensor, window: int | None = None) -> Tensor:
     """Append and attend. feed: queries, keys and values."""
     query, key, value = feed
     cache.append(key, value)
-    return cache.attend(query, scaling=1.0, window=window)
+    return cache.attend(query, Form(1.0, window))
 
 
 def new(feed: Sequence[Tensor], at: int, rows: int, count: int = 1) -> list[Tensor]:
@@ -110,7 +111,7 @@ def padded(kvs: Sequence[KV], fed: Sequence[Sequence[Tensor]], window: int | Non
     count = fed[-1][0].shape[2]
     asked, slot = torch.arange(end - count, end)[:, None], positions.unsqueeze(2)
     mask = (slot >= 0) & (slot <= asked) & (slot > asked - (window or 10**9))
-    return slot_attention(queries[:, :, -count:], keys, values, mask=mask, scaling=1.0)
+    return slot_attention(queries[:, :, -count:], keys, values, Form(1.0), mask=mask)
 
 
 def fresh(rows: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +224,7 @@ def test_a_prefill_keeps_what_is_asked_for() -> None:
     queries, keys, values = tokens_of(TOKENS)
     layer = PrefillLayer(Needs(window=4, column_sums=True), TOKENS)
     out = ask(layer, queries, keys, values)
-    torch.testing.assert_close(out, causal_attention(queries, keys, values, scaling=1.0, window=None)[0])
+    torch.testing.assert_close(out, causal_attention(queries, keys, values, Form(1.0))[0])
     assert torch.equal(layer.queries, queries[:, :, -4:])
     assert layer.sums is not None
     assert layer.sums.shape == (1, HEADS, GROUP, TOKENS)

@@ -12,6 +12,7 @@ import torch
 
 from methods.base import KV, LayerView, PromptView, Sizes
 from methods.registry import make_policy
+from methods.views import Form
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 3, 8
 Array = np.ndarray[Any, Any]
@@ -58,7 +59,7 @@ def make_layers(tokens: int) -> tuple[Gold, ...]:
         queries = 2 * torch.randn(1, HEADS * GROUP, tokens, DIM, generator=draw)
         attention = naive_attention(queries[0].double().numpy(), keys[0].double().numpy(), DIM**-0.5)
         kv = KV(keys, values, torch.arange(tokens).expand(1, HEADS, tokens))
-        view = LayerView(index, kv, queries[:, :, max(0, tokens - 64) :], DIM**-0.5)
+        view = LayerView(index, kv, queries[:, :, max(0, tokens - 64) :], Form(DIM**-0.5))
         view.column_sums = torch.tensor(attention.sum(axis=2))[None].float()
         layers.append(Gold(view, attention))
     return tuple(layers)

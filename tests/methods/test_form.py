@@ -163,7 +163,7 @@ def test_a_batch_of_prompts_keeps_what_each_keeps_alone() -> None:
     for a, b in zip(one.layers, other.layers, strict=True):
         kv = KV(*(torch.cat([getattr(x.kv, name) for x in (a, b)]) for name in ("keys", "values", "positions")))
         sums = torch.cat([x.column_sums for x in (a, b) if x.column_sums is not None])
-        layers.append(LayerView(a.index, kv, torch.cat([a.queries, b.queries]), a.scaling, sums))
+        layers.append(LayerView(a.index, kv, torch.cat([a.queries, b.queries]), a.form, sums))
     policy = FormPolicy(Form(window=4, kernel=5, gate=0.3), ((1.0, 3.0), (0.5, 0.5), (0.2, 1.0), (2.0, 1.0)))
     together = policy.compress(PromptView(layers), 14)
     for place, alone in enumerate((one, other)):

@@ -17,6 +17,7 @@ from methods.pyramidkv import PyramidKV
 from methods.registry import make_policy
 from methods.streamingllm import StreamingLLM
 from methods.tova import TOVA
+from methods.views import Form
 from tests.methods.loops import (
     DIM,
     GOLDEN,
@@ -253,7 +254,7 @@ def test_streamingllm_counts_positions_inside_the_cache(budget: int, held_back: 
     turned = torch.tensor(np.array([[[rope(plain[t][h], t) for t in range(tokens)] for h in range(HEADS)]]))
     whole = KV(turned, turned, torch.arange(tokens).expand(1, HEADS, tokens))
     policy = StreamingLLM(reassign=True, evict=True)
-    kv = with_empty_slots(policy.compress_layer(LayerView(0, whole, turned, 1.0, rotate=rotate), budget), 2)
+    kv = with_empty_slots(policy.compress_layer(LayerView(0, whole, turned, Form(1.0), rotate=rotate), budget), 2)
     start = tokens - 1 if held_back else tokens
     kv.positions.masked_fill_(kv.positions == start, -1)
     for position in range(start, start + 10):

@@ -24,6 +24,7 @@ from methods.base import KV, LayerView, PolicyError, PromptView
 from methods.codes import CodedKV, Codes, Coding, encode
 from methods.quant import Quant
 from methods.registry import make_policy
+from methods.views import Form
 
 HEADS, DIM = 2, 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -179,7 +180,7 @@ def test_a_step_reads_what_the_codes_stand_for(window: int | None) -> None:
         outs = []
         for layer in (coded, plain):
             layer.append(*feed[1:])
-            outs.append(layer.attend(feed[0], scaling=0.3, window=window))
+            outs.append(layer.attend(feed[0], Form(0.3, window)))
         torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
 
 
@@ -294,14 +295,14 @@ def test_bad_parameters_are_refused(params: dict[str, object], message: str) -> 
 
 def test_numbers_that_codes_cannot_hold_or_make_smaller_are_refused() -> None:
     kv = drawn(9, dim=7)
-    view = PromptView([LayerView(0, kv, torch.zeros(1, 2, 1, 7), 1.0)])
+    view = PromptView([LayerView(0, kv, torch.zeros(1, 2, 1, 7), Form(1.0))])
     with pytest.raises(PolicyError, match="heads of 7 and 7 numbers need bits=8"):
         Quant(bits=4).check(view)
     with pytest.raises(PolicyError, match="int2 codes share bytes, 4 in one; heads of 6 and 8 numbers need bits=4"):
         Quant(bits=2).fitting(9, 6, 8, 56)
     with pytest.raises(PolicyError, match="group=1: codes and scales are no smaller"):
         Quant(group=1).compress(view, 9)
-    level = PromptView([LayerView(0, drawn(9, torch.bfloat16), torch.zeros(1, 2, 1, DIM), 1.0)])
+    level = PromptView([LayerView(0, drawn(9, torch.bfloat16), torch.zeros(1, 2, 1, DIM), Form(1.0))])
     with pytest.raises(PolicyError, match="group=4: codes and scales are no smaller"):
         Quant(group=4).compress(level, 9)  # as large: of 4 tokens 32 + 32 codes, 32 + 32 scales; 128 plain
     Quant().check(view)

@@ -17,6 +17,7 @@ from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import Dims, ProbeShape
 from methods.base import Needs
 from methods.registry import load_methods, make_policy
+from methods.views import Form
 from tests.speed.conftest import ids
 
 TOKENS, BUDGET, NEW = 90, 20, 6
@@ -119,10 +120,10 @@ def test_column_sums_are_the_tensors_that_are_made(chunk: int | None) -> None:
     drawn = torch.Generator().manual_seed(0)
     queries = torch.randn(1, 6, new, 32, generator=drawn)
     keys, values = (torch.randn(1, 2, tokens, 32, generator=drawn) for _ in range(2))
-    lse = causal_attention(queries, keys, values, scaling=0.2, window=None)[1]
+    lse = causal_attention(queries, keys, values, Form(0.2))[1]
     assert lse is not None
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        column_sums(queries, keys, lse, scaling=0.2)
+        column_sums(queries, keys, lse, Form(0.2))
     held = most = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -1,0 +1,144 @@
+"""The layer cache of growing rows on a GPU: every KV head of every row is a stream in one buffer, read in one call.
+
+It does what `row_cache.GrowingRows` does group by group. Starts and lengths of streams lie on the device and an append
+is one index_copy, so that nothing in a step waits for the device, and a step can be captured and replayed until a row
+has filled its room.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, room_step
+from harness.engine.packed import is_implied, live_bytes, storage_bytes
+from harness.engine.triton_kernels import ragged_attention
+from methods.base import KV
+from methods.views import Form
+
+
+class RaggedRows(DecodingLayer):
+    """R compressed rows that grow by every token. Arguments as of `GrowingRows`; no codes, keys as wide as values.
+
+    Rows of a sliding window hold their last tokens without a gap, so what a token still sees of one is its end.
+    """
+
+    keys: Tensor  # [slots, D], of all streams
+    values: Tensor
+    starts: Tensor  # [R * H] int32
+    lengths: Tensor  # [R * H] int32
+
+    def __init__(self, rows: Sequence[KV], *, position: int, room: int | None, window: bool = False) -> None:
+        self.start = self.position = position
+        self.most, self.heads = room, rows[0].positions.shape[1]
+        self.extra = [kv.extra for kv in rows]
+        self.kept_bytes = [live_bytes(kv, position, window=window) for kv in rows]
+        there = [kv.positions >= 0 for kv in rows]
+        self.positions = [  # of no use to a step; held since what a policy chose is stored with them
+            None if is_implied(kv, position, window=window) else kv.positions[own].int()
+            for kv, own in zip(rows, there, strict=True)
+        ]
+        self.sizes = [size for kv in rows for size in kv.live[0].tolist()]  # of streams, as the policies left them
+        sides = zip(*(kv.load() for kv in rows), strict=True)
+        keys, values = (torch.cat([x[own] for x, own in zip(side, there, strict=True)]) for side in sides)
+        self.slot_bytes = keys[0].nbytes + values[0].nbytes
+        self._steps = [room_step(kept // (self.heads * self.slot_bytes)) for kept in self.kept_bytes]
+        self.rooms = [self._room(row) for row in range(len(rows))]
+        self._place(keys, values)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        grown, new = self.position - self.start, keys.shape[2]
+        if grown + new > min(self.rooms):
+            self.reserve(grown + new)
+        at = (self.starts + self.lengths).unsqueeze(1) + torch.arange(new, device=keys.device)
+        for mine, x in ((self.keys, keys), (self.values, values)):
+            mine.index_copy_(0, at.flatten(), x.reshape(-1, x.shape[-1]))
+        self.lengths += new
+        self.position += new
+
+    def attend(self, queries: Tensor, form: Form) -> Tensor:
+        rows, _, new, dim = queries.shape
+        asked = queries.reshape(rows * self.heads, -1, new, dim).transpose(1, 2).flatten(0, 1)  # [N * Q, G, D]
+        starts, lengths = self.starts, self.lengths
+        if new > 1:  # a stream for each token, which ends before the later ones
+            later = torch.arange(new - 1, -1, -1, dtype=torch.int32, device=lengths.device)
+            starts, lengths = starts.repeat_interleave(new), (lengths.unsqueeze(1) - later).flatten()
+        if form.sinks is not None:
+            form = replace(form, sinks=form.sinks[0].repeat(rows, 1).repeat_interleave(new, dim=0))
+        if form.window is not None:
+            starts, lengths = starts + (lengths - form.window).clamp_min(0), lengths.clamp_max(form.window)
+        out = ragged_attention(asked, self.keys, self.values, starts, lengths, form, longest=self.longest)
+        return out.view(rows * self.heads, new, -1, dim).transpose(1, 2).reshape(rows, -1, new, dim)
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens after the prompt; a row that has it stays as it is."""
+        short = [row for row, room in enumerate(self.rooms) if room < tokens]
+        if short:
+            for row in short:
+                self.rooms[row] = max(tokens, self._room(row))
+            self._place(*self._held())
+
+    def mark(self) -> int:
+        return self.position
+
+    def rewind(self, mark: int) -> None:
+        self.lengths -= self.position - mark
+        self.position = mark
+        rooms = [min(room, self._room(row)) for row, room in enumerate(self.rooms)]
+        if rooms != self.rooms:
+            held, self.rooms = self._held(), rooms
+            self._place(*held)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        streams = [row * self.heads + head for row in rows for head in range(self.heads)]
+        at = torch.tensor(streams, device=self.starts.device)
+        self.starts, self.lengths = self.starts[at], self.lengths[at]
+        held, self.sizes = self._held(), [self.sizes[stream] for stream in streams]
+        for name in ("kept_bytes", "extra", "positions", "rooms", "_steps"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+        self._place(*held)
+
+    def nbytes(self, row: int) -> int:
+        """What the row's policy left, and what every head appended since."""
+        return self.kept_bytes[row] + (self.position - self.start) * self.heads * self.slot_bytes
+
+    def stored_bytes(self, row: int) -> int:
+        own = slice(row * self.heads, (row + 1) * self.heads)
+        slots = sum(self.sizes[own]) + self.heads * self.rooms[row]
+        index, at = INDEX_BYTES * self.heads, self.positions[row]
+        beside = storage_bytes([*self.extra[row].values(), *([] if at is None else [at])])
+        return int(slots * self.slot_bytes) + index + beside
+
+    @property
+    def stored(self) -> list[int]:
+        return self._stored
+
+    def _room(self, row: int) -> int:
+        """Tokens that a row is to have memory for now, those that came included."""
+        grown = self.position - self.start
+        room = grown + self._steps[row] + grown // 16
+        return room if self.most is None else min(room, self.most)
+
+    def _place(self, keys: Tensor, values: Tensor) -> None:
+        """Lay out what streams hold, [slots, D] stream after stream, in one buffer with room behind each."""
+        grown, device = self.position - self.start, keys.device
+        capacity = [size + self.rooms[stream // self.heads] for stream, size in enumerate(self.sizes)]
+        starts, lengths = list(accumulate(capacity, initial=0)), [size + grown for size in self.sizes]
+        self.starts = torch.tensor(starts[:-1], dtype=torch.int32, device=device)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.longest, at = max(capacity), self._slots()
+        self.keys, self.values = (x.new_empty(starts[-1], x.shape[-1]).index_copy_(0, at, x) for x in (keys, values))
+        self._stored = [self.stored_bytes(row) for row in range(len(self.rooms))]
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all that streams hold, [slots, D], stream after stream."""
+        at = self._slots()
+        return self.keys[at], self.values[at]
+
+    def _slots(self) -> Tensor:
+        """Numbers of the slots that hold something, stream after stream."""
+        stream = torch.repeat_interleave(self.lengths)
+        before = self.lengths.cumsum(0) - self.lengths
+        return self.starts[stream] + torch.arange(len(stream), device=stream.device) - before[stream]
