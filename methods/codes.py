@@ -171,13 +171,10 @@ class CodedKV(KV):
     def take(self, slots: Tensor) -> KV:
         return KV(*self.load(), self.positions).take(slots)
 
-    @property
-    def nbytes(self) -> int:
+    def bytes_of(self, live: int) -> int:
         """Codes with their scales and positions, and the live slots that are none."""
-        coded = sum(codes.nbytes for _, codes in self.parts) + sum(self.counts) * POSITION_BYTES
-        first = torch.tensor(self.counts, device=self.positions.device).unsqueeze(1)  # [H, 1]
-        own = torch.arange(self.positions.shape[2], device=first.device) >= first
-        return coded + int((own & (self.positions[0] >= 0)).sum()) * self.slot_bytes
+        coded, count = sum(codes.nbytes for _, codes in self.parts), sum(self.counts)
+        return coded + count * POSITION_BYTES + (live - count) * self.slot_bytes
 
 
 def encode(kv: KV, coding: Coding, live: Sequence[int] | None = None, refuse: Refuse | None = None) -> CodedKV:

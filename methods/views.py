@@ -82,7 +82,11 @@ class KV:
     @property
     def nbytes(self) -> int:
         """Measured cache bytes: live slots only, their positions and side data included."""
-        live, slots = int(self.live.sum()), self.positions.shape
+        return self.bytes_of(int(self.live.sum()))
+
+    def bytes_of(self, live: int) -> int:
+        """Return `nbytes`, given the number of live slots of all heads."""
+        slots = self.positions.shape
         side = [x.nbytes // slots.numel() * live if x.shape[:3] == slots else x.nbytes for x in self.extra.values()]
         return live * self.slot_bytes + sum(side)
 

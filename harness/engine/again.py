@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from harness.engine.compress import Compressed, weighed
 from harness.engine.kernels import slot_attention
 from harness.engine.layer_cache import LayerCache, visible
+from harness.engine.packed import without
 from harness.engine.prefill import Prefilled
-from harness.engine.row_cache import without
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KV, KVPolicy, PolicyError, PromptView
 from methods.views import Form, GrownView, wide

@@ -16,8 +16,8 @@ from torch import Tensor
 from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.layer_cache import DecodingLayer
-from harness.engine.packed import Packed
-from harness.engine.row_cache import GrowingRows, without
+from harness.engine.packed import Packed, without, without_last
+from harness.engine.row_cache import GrowingRows
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
 
@@ -79,6 +79,7 @@ class Decoding:
         for i, window in enumerate(model.windows):
             layers = [row.layers.pop(0) if release else row.layers[i] for row in rows]
             kvs = [layer.kv() if isinstance(layer, Packed) else layer for layer in layers]
+            known = [row.known[i] for row in rows]
             if rows[0].policy.evicts_while_decoding:
                 free = [_free_slots(row, window, room) for row in rows]
                 roomy = [without(with_room(kv, 1), position) for kv in kvs]
@@ -88,8 +89,12 @@ class Decoding:
                 ]
                 caches.append(EvictingRows(evicting, position))
             else:
-                own = [without(kv, position) for kv in kvs]
-                caches.append(GrowingRows(own, position=position, room=room, window=window is not None))
+                sliding = window is not None
+                if again:
+                    less = [without_last(*own, position + 1, window=sliding) for own in zip(kvs, known, strict=True)]
+                    kvs, known = [kv for kv, _ in less], [own for _, own in less]
+                    del less
+                caches.append(GrowingRows(kvs, position=position, room=room, window=sliding, known=known))
             del layers, kvs  # or the last layer's would stay
         return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]))
 
