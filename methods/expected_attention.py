@@ -126,10 +126,10 @@ class ExpectedAttention(PooledPolicy):
 
 def with_bit(bit: int, most: int, device: torch.device) -> Tensor:
     """Return the numbers from 1 to `most` that have a bit set, ascending; how many they are is known without them."""
-    size = 1 << bit  # of a run of such numbers, and of what is left out between two
+    size = 1 << bit  # of a run of such numbers, and of what is left out before each
     whole, rest = divmod(most + 1, 2 * size)
     count = torch.arange(whole * size + max(0, rest - size), device=device)
-    return (count // size * 2 + 1) * size + count % size
+    return (count & -size) + count + size
 
 
 def mean_turn(rotate: Rotate, count: int, eye: Tensor) -> Tensor:

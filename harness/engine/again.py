@@ -22,6 +22,7 @@ from harness.engine.packed import without
 from harness.engine.prefill import Prefilled
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KV, KVPolicy, PolicyError, PromptView
+from methods.device import read
 from methods.views import Form, GrownView, wide
 
 Rotate = Callable[[Tensor, int], Tensor]
@@ -75,11 +76,13 @@ def compress_again(
     """
     layers = pass_turn(model, held, noted, ids, start)
     shown = [layers[i] for i in held.compressible]
-    slots, sinks = max(layer.most for layer in shown), _sinks(held.policy)
+    most = read([(layer.positions >= 0).sum(dim=-1) for layer in shown])
+    slots, sinks = max(map(max, most)), _sinks(held.policy)
     views = [layer.view(at, slots=slots, sinks=sinks, rotate=model.rotate) for at, layer in enumerate(shown)]
     end = start + len(ids)
-    with torch.inference_mode():
-        kept = held.policy.compress(PromptView([*views], seen=end), held.budget)
+    view = PromptView([*views], seen=end)
+    with torch.inference_mode(), view.asked_once():
+        kept = held.policy.compress(view, held.budget)
     if len(kept) != len(views):
         name = type(held.policy).__name__
         raise PolicyError(f"{name} left {len(kept)} layers of {len(views)}; return one KV a layer")
@@ -113,11 +116,6 @@ class GrownLayer(LayerCache):
             known = noted.queries.shape[2] - (held.tokens - start)
             sums = None if noted.sums is None else noted.sums[..., : kv.positions.shape[2]]
             self.noted = Noted(noted.queries[:, :, :known], sums)
-
-    @property
-    def most(self) -> int:
-        """Live slots of the head that has most."""
-        return int((self.positions >= 0).sum(dim=-1).max())
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         new = torch.arange(self.end, self.end + keys.shape[2], dtype=torch.int32, device=keys.device)
@@ -156,7 +154,8 @@ class GrownLayer(LayerCache):
     def in_window(self) -> KV:
         """The slots of a sliding-window layer that later tokens can still see, which is all it keeps."""
         assert self.window is not None
-        order = _in_order(self.positions, min(self.window, self.most), 0)
+        most = int((self.positions >= 0).sum(dim=-1).max())
+        order = _in_order(self.positions, min(self.window, most), 0)
         return KV(self.keys, self.values, self.positions).take(order)
 
 

@@ -82,7 +82,10 @@ class Decoding:
             known = [row.known[i] for row in rows]
             if rows[0].policy.evicts_while_decoding:
                 free = [_free_slots(row, window, room) for row in rows]
-                roomy = [without(with_room(kv, 1), position) for kv in kvs]
+                roomy = [with_room(kv, 1) for kv in kvs]
+                if again:
+                    left = zip(roomy, known, strict=True)
+                    roomy = [without(kv, position, [min(1, at) for at in own.last]) for kv, own in left]
                 evicting = [
                     EvictingRow(row.policy, row.budget, kv, more - 1)
                     for row, kv, more in zip(rows, roomy, free, strict=True)
