@@ -160,27 +160,33 @@ def pack(kv: KV, end: int, known: Held) -> Packed | KV:
     if type(kv) is not KV and (kv.extra or type(kv) is not CodedKV):
         return each_tensor(_own, kv)
     coded = Coded(kv.counts, kv.parts) if isinstance(kv, CodedKV) else None
-    sizes, there = known.sizes, _true(kv.positions[0] >= 0, sum(known.sizes))
+    sizes, there = known.sizes, live_slots(kv, known)
     plain, own = sizes, there
     if coded is not None:
         plain = tuple(a - b for a, b in zip(sizes, coded.counts, strict=True))
         own = _first(plain, kv.keys.shape[2], there.device)
-    keys, values = (_flat(x[0], own) for x in (kv.keys, kv.values))
-    positions = None if known.implied else _flat(kv.positions[0], there)
+    keys, values = (flat(x[0], own) for x in (kv.keys, kv.values))
+    positions = None if known.implied else flat(kv.positions[0], there)
     slotted = {name for name, x in kv.extra.items() if x.shape[:3] == kv.positions.shape}
-    side = {name: _flat(kv.extra[name][0], there) for name in slotted}
+    side = {name: flat(kv.extra[name][0], there) for name in slotted}
     beside = {name: _own(x) for name, x in kv.extra.items() if name not in slotted}
     return Packed(keys, values, positions, sizes, plain, end - sizes[0], coded, side, beside)
-
-
-def is_implied(kv: KV, end: int, *, window: bool = False) -> bool:
-    """Whether positions need not be stored."""
-    return survey([kv], end, [window])[0].implied
 
 
 def live_bytes(kv: KV, end: int, *, window: bool = False) -> int:
     """Live bytes of a layer; positions count unless they are implied."""
     return survey([kv], end, [window])[0].nbytes
+
+
+def live_slots(kv: KV, known: Held) -> Tensor:
+    """Numbers of the slots that hold a token, head after head: [n] int64."""
+    return _true(kv.positions[0] >= 0, sum(known.sizes))
+
+
+def flat(x: Tensor, at: Tensor) -> Tensor:
+    """Slots `at` [n] of x [H, S, ...], numbered head after head: [n, ...], in a storage of its own size."""
+    rows = x.flatten(0, 1)
+    return _own(rows if len(at) == len(rows) else rows.index_select(0, at))
 
 
 def tensors_of(kv: KV | Packed) -> list[Tensor]:
@@ -216,12 +222,6 @@ def _true(there: Tensor, count: int) -> Tensor:
 def _first(sizes: Sequence[int], width: int, device: torch.device) -> Tensor:
     """Numbers of the first slots, as many as `sizes` says, of heads that have `width` of them: [sum(sizes)]."""
     return _true(torch.arange(width, device=device) < placed(sizes, device).unsqueeze(1), sum(sizes))
-
-
-def _flat(x: Tensor, at: Tensor) -> Tensor:
-    """Slots `at` [n] of x [H, S, ...], numbered head after head: [n, ...], in a storage of its own size."""
-    rows = x.flatten(0, 1)
-    return _own(rows if len(at) == len(rows) else rows.index_select(0, at))
 
 
 def _padded(x: Tensor, sizes: tuple[int, ...], more: int = 0, *, empty: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, room_step
-from harness.engine.packed import is_implied, live_bytes, storage_bytes
+from harness.engine.packed import Held, flat, live_slots, storage_bytes, survey
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
 from methods.views import Form
@@ -30,19 +30,27 @@ class RaggedRows(DecodingLayer):
     starts: Tensor  # [R * H] int32
     lengths: Tensor  # [R * H] int32
 
-    def __init__(self, rows: Sequence[KV], *, position: int, room: int | None, window: bool = False) -> None:
+    def __init__(
+        self,
+        rows: Sequence[KV],
+        *,
+        position: int,
+        room: int | None,
+        window: bool = False,
+        known: Sequence[Held] | None = None,
+    ) -> None:
         self.start = self.position = position
         self.most, self.heads = room, rows[0].positions.shape[1]
         self.extra = [kv.extra for kv in rows]
-        self.kept_bytes = [live_bytes(kv, position, window=window) for kv in rows]
-        there = [kv.positions >= 0 for kv in rows]
+        known = survey(rows, position, [window] * len(rows)) if known is None else known
+        self.kept_bytes = [own.nbytes for own in known]
+        there = [live_slots(*own) for own in zip(rows, known, strict=True)]
         self.positions = [  # of no use to a step; held since what a policy chose is stored with them
-            None if is_implied(kv, position, window=window) else kv.positions[own].int()
-            for kv, own in zip(rows, there, strict=True)
+            None if own.implied else flat(kv.positions[0], at) for kv, own, at in zip(rows, known, there, strict=True)
         ]
-        self.sizes = [size for kv in rows for size in kv.live[0].tolist()]  # of streams, as the policies left them
+        self.sizes = [size for own in known for size in own.sizes]  # of streams, as the policies left them
         sides = zip(*(kv.load() for kv in rows), strict=True)
-        keys, values = (torch.cat([x[own] for x, own in zip(side, there, strict=True)]) for side in sides)
+        keys, values = (torch.cat([flat(x[0], at) for x, at in zip(side, there, strict=True)]) for side in sides)
         self.slot_bytes = keys[0].nbytes + values[0].nbytes
         self._steps = [room_step(kept // (self.heads * self.slot_bytes)) for kept in self.kept_bytes]
         self.rooms = [self._room(row) for row in range(len(rows))]
