@@ -164,7 +164,7 @@ def pack(kv: KV, end: int, known: Held) -> Packed | KV:
     plain, own = sizes, there
     if coded is not None:
         plain = tuple(a - b for a, b in zip(sizes, coded.counts, strict=True))
-        own = _first(plain, kv.keys.shape[2], there.device)
+        own = _first(plain, kv.keys.shape[2], kv.keys.device)
     keys, values = (flat(x[0], own) for x in (kv.keys, kv.values))
     positions = None if known.implied else flat(kv.positions[0], there)
     slotted = {name for name, x in kv.extra.items() if x.shape[:3] == kv.positions.shape}
@@ -178,15 +178,16 @@ def live_bytes(kv: KV, end: int, *, window: bool = False) -> int:
     return survey([kv], end, [window])[0].nbytes
 
 
-def live_slots(kv: KV, known: Held) -> Tensor:
-    """Numbers of the slots that hold a token, head after head: [n] int64."""
-    return _true(kv.positions[0] >= 0, sum(known.sizes))
+def live_slots(kv: KV, known: Held) -> Tensor | None:
+    """Numbers of the slots that hold a token, head after head: [n] int64; None for all slots."""
+    whole = min(known.sizes) == kv.positions.shape[2]
+    return None if whole else _true(kv.positions[0] >= 0, sum(known.sizes))
 
 
-def flat(x: Tensor, at: Tensor) -> Tensor:
-    """Slots `at` [n] of x [H, S, ...], numbered head after head: [n, ...], in a storage of its own size."""
+def flat(x: Tensor, at: Tensor | None) -> Tensor:
+    """Slots of x [H, S, ...], numbered as `live_slots` does: [n, ...], in a storage of its own size."""
     rows = x.flatten(0, 1)
-    return _own(rows if len(at) == len(rows) else rows.index_select(0, at))
+    return _own(rows if at is None else rows.index_select(0, at))
 
 
 def tensors_of(kv: KV | Packed) -> list[Tensor]:
