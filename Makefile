@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadgroup
 QUICK := tests/engine tests/records tests/plan tests/methods/test_contract.py tests/methods/test_golden.py tests/cli/test_run.py
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt check quick test test-gpu test-browser test-cluster test-kvpress hostile faults null figures night-power overlap demo docs tables board measure measure-one bench wheel-test model clean
+.PHONY: help fmt check quick test test-gpu gpu-check test-browser test-cluster test-kvpress hostile faults null figures night-power overlap demo docs tables board measure measure-one bench wheel-test model clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r verb what; do printf '  make %-11s %s\n' "$$verb" "$$what"; done
@@ -57,6 +57,9 @@ test: $(READY) model ## the test suite, offline, on CPU
 
 test-gpu: $(READY) model ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+gpu-check: $(READY) ## one prepared check of a CUDA card, in at most 8 minutes; OPTIONS=--rehearse on a CPU (docs/gpu.md)
+	$(BIN)/python -m tests.gpu_check $(OPTIONS)
 
 test-browser: $(READY) model ## the pages in a headless Chromium, where there is one
 	$(PYTEST) -m browser

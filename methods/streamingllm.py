@@ -9,6 +9,7 @@ recent keys back; RoPE sees only differences of positions, so the attention is t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ class StreamingLLM(EvictionPolicy):
         kept = (kv.positions < 0) | (kv.positions < self.sinks)
         victim = kv.positions.masked_fill(kept, torch.iinfo(kv.positions.dtype).max).argmin(dim=-1)
         full = kv.live > step.budget
-        if isinstance(kv, ReassignedKV) and bool(full.all()):
-            kv.shift += 1
+        if isinstance(kv, ReassignedKV):
+            kv.shift = kv.shift + full.all()
         return victim.masked_fill(~full, -1)
 
 
@@ -56,8 +57,8 @@ class ReassignedKV(KV):
     """Slots whose first `sinks` are read `shift` positions later than they were; what is stored is never turned."""
 
     sinks: int = 0
-    shift: int = 0
-    rotate: Callable[[Tensor, int], Tensor] | None = None
+    shift: int | Tensor = 0  # counted on the device while decoding, which need not be waited for then
+    rotate: Callable[[Tensor, Any], Tensor] | None = None
 
     def load(self) -> tuple[Tensor, Tensor]:
         assert self.rotate is not None

@@ -140,6 +140,14 @@ class LayerSource:
     hidden: Tensor
     rope: tuple[Tensor, Tensor] | None
 
+    def then(self, more: LayerSource) -> LayerSource:
+        """Of these tokens and those that came to the same layer after them."""
+        rope = None
+        if self.rope is not None and more.rope is not None:
+            cos, sin = (torch.cat(own, dim=1) for own in zip(self.rope, more.rope, strict=True))
+            rope = (cos, sin)
+        return LayerSource(self.model, self.module, torch.cat([self.hidden, more.hidden], dim=1), rope)
+
 
 @dataclass
 class LayerView:

@@ -15,8 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import punkt
-
 from tasks.base import TaskError, TaskOptions
 from tasks.datafile import read_text
 
@@ -35,6 +33,8 @@ class Essays:
     @cached_property
     def starts(self) -> list[int]:
         """Character offsets of the sentences of `text`."""
+        import punkt  # here, as few commands need essays
+
         return [start for start, _ in punkt.tokenizer_for("english").span_tokenize(self.text)]
 
     @cached_property
@@ -45,6 +45,8 @@ class Essays:
 
     @cached_property
     def _spans(self) -> list[tuple[int, int]]:
+        import punkt
+
         return list(punkt.tokenizer_for("english").span_tokenize(self._words[0]))
 
     @cached_property

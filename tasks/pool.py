@@ -18,8 +18,6 @@ from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
-import punkt
-
 from tasks.base import TaskError, TaskOptions
 from tasks.texts import Document, documentation, essays, sha256, share_of
 
@@ -227,6 +225,8 @@ def _between(pool: Sequence[Document], first: int, last: int, parts: int) -> lis
 @lru_cache(maxsize=512)
 def _borders(document: Document) -> tuple[tuple[int, int], ...]:
     """Where sentences begin and end; one that begins inside a word, as in `good.[2]`, goes on with the one before."""
+    import punkt  # of tasks with such a pool alone
+
     text = document.text
     spans = punkt.tokenizer_for("english").span_tokenize(text)
     starts = [start for start, _ in spans if not start or text[start - 1] == " "]

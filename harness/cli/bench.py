@@ -29,7 +29,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     add("--chunk", type=whole, help="tokens of a prefill forward (default: the whole prompt at once)")
     add("--memory-limit", dest="limit_bytes", metavar="SIZE", help="of a probe, with the model: 4GiB")
     add("--no-warm-up", dest="warm_up", action="store_false", default=None, help="count the first round too")
-    add("--model", help="as in `harness run`")
+    add("--model", help="as in `harness run`, or shape:llama-3-8b, shape:FOLDER: random weights")
     add("--dtype", help="as in `harness run`")
     add("--device", help="as in `harness run`")
     add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")

@@ -19,9 +19,15 @@ def boundary_parser(parser: argparse.ArgumentParser) -> None:
     add("--context", type=whole, help="tokens of each prompt of the batch search (8192, or the most)")
     add("--max-tokens", type=whole, help="longest context to try (default, and most: the model's context)")
     add("--max-batch", type=whole, default=64, help="largest batch to try (64)")
+    add(
+        "--distinct",
+        type=whole,
+        metavar="N",
+        help="prompts of a batch that are prefilled, not copied (all)",
+    )
     add("--chunk", type=whole, help="tokens of a prefill forward (default: the whole prompt at once)")
     add("--timeout", type=real, dest="timeout_s", default=600, metavar="SECONDS", help="of one probe (600)")
-    add("--model", default="smollm2-135m", help="as in `harness run`")
+    add("--model", default="smollm2-135m", help="as in `harness bench`")
     add("--dtype", default="auto", help="as in `harness run`")
     add("--device", default="auto", help="as in `harness run`")
     add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")

@@ -53,11 +53,14 @@ def _tasks() -> Rows:
 
 
 def _models() -> Rows:
-    from harness.models.source import KNOWN
+    from harness.models.source import KNOWN, SHAPES
+    from harness.records.spec import SHAPE
 
     text = {"smollm2-135m": "SmolLM2-135M-Instruct, fetched once (98 MB)", "tiny": "random weights, for tests"}
     rows = [(name, text.get(name, "")) for name in KNOWN]
-    return [*rows, ("org/name", "a model of the Hugging Face hub"), ("PATH", "a folder or a .gguf file")]
+    rows += [("org/name", "a model of the Hugging Face hub"), ("PATH", "a folder or a .gguf file")]
+    rows += [(SHAPE + name, f"random weights in the shape of {hub}") for name, hub in SHAPES.items()]
+    return [*rows, (f"{SHAPE}PATH", "the same of a config.json, or of a folder with one")]
 
 
 def _boards() -> Rows:

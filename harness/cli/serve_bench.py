@@ -12,6 +12,7 @@ def serve_bench_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--length", type=whole, default=8192, help="prompt length in tokens (8192)")
     add("--batch", type=whole, default=16, help="prompts, prefilled one at a time and decoded together (16)")
+    add("--distinct", type=whole, metavar="N", help="prompts that are prefilled, not copied (all)")
     add("--rounds", type=whole, default=1, help="passes over all methods (1)")
     parser.set_defaults(action=_action)
 

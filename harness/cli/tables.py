@@ -69,13 +69,13 @@ def _compare(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _transfer(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.engine.transformers_seam import AttachedModel
-    from harness.models.load import load_model
+    from harness.models.load import describe_model
     from methods.base import PolicyError
     from methods.compilerkv.manifest import Shapes
     from methods.compilerkv.tables import save_tables, transfer
 
     tables = _load(args.tables)
-    sizes = AttachedModel(load_model(args.model).model).sizes(1)
+    sizes = AttachedModel(describe_model(args.model, dtype="float32", device="cpu").model).sizes(1)
     shapes = Shapes(layers=sizes.layers, query_heads=sizes.query_heads, kv_heads=sizes.kv_heads)
     try:
         moved = save_tables(transfer(tables, shapes, heads=args.heads), args.out)

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.cli.arguments import place, whole
 from harness.errors import HarnessError
-from harness.models.source import KNOWN
+from harness.models.source import KNOWN, check_scored
 from harness.records.plain_files import of_json
 from harness.records.record import RunManifest
 
@@ -56,6 +56,7 @@ def _with_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from harness.submission.check_again import Again
     from harness.submission.check_prompts import draw_again
 
+    check_scored(name)
     known = describe_model(name, dtype="float32", device="cpu")
     options: dict[str, Any] = {"decode": TaskTokenizer(known.tokenizer).decode}
     options["draw"] = lambda manifest: draw_again(manifest, known, data_dir=args.data_dir)

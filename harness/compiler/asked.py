@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, Strict, model_validator
 
 from harness.compiler.corpora import check_corpus
-from harness.models.source import check_device, check_dtype, check_model
+from harness.models.source import check_device, check_dtype, check_scored
 from harness.records.options import (
     MOST_ITEMS,
     MOST_SAMPLES,
@@ -40,7 +40,7 @@ class ModelAsk(Frozen):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        check_model(self.model)
+        check_scored(self.model)
         check_dtype(self.dtype)
         check_device(self.device)
         return self

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.engine.engine import Engine
 from harness.engine.layer_cache import LayerCache
+from harness.errors import HarnessError
 from methods.base import KV, Needs
 from methods.views import Form, wide
 
@@ -59,10 +60,13 @@ class BiasedLayer(LayerCache):
 class Rollout:
     """A prompt, prefilled with the full cache, and its answer of A >= 1 tokens.
 
-    view: as policies see it. full: [A, V] log-probabilities of the full cache.
+    view: as policies see it. full: [A, V] log-probabilities of the full cache. Raises HarnessError for a model with
+    layers through which an answer cannot go at once, or no gradient.
     """
 
     def __init__(self, engine: Engine, ids: Sequence[int], answer: Sequence[int], needs: Needs) -> None:
+        if engine.model.mixed or any(engine.model.chunks):
+            raise HarnessError("this model has linear or chunked attention layers, of which no tables are compiled")
         prefilled = engine.prefill(ids, needs)
         self.engine, self.view, self.compressible = engine, prefilled.view, prefilled.compressible
         self.kvs = []

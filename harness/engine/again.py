@@ -20,6 +20,7 @@ from harness.engine.kernels import slot_attention
 from harness.engine.layer_cache import LayerCache, visible
 from harness.engine.packed import without
 from harness.engine.prefill import Prefilled
+from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KV, KVPolicy, PolicyError, PromptView
 from methods.device import read
@@ -74,7 +75,7 @@ def compress_again(
     noted: of the compressible layers of `held`. Raises PolicyError when it leaves not one KV for each of them, and
     whatever else the policy raises.
     """
-    layers = pass_turn(model, held, noted, ids, start)
+    layers, states = pass_turn(model, held, noted, ids, start)
     shown = [layers[i] for i in held.compressible]
     most = read([(layer.positions >= 0).sum(dim=-1) for layer in shown])
     slots, sinks = max(map(max, most)), _sinks(held.policy)
@@ -88,19 +89,20 @@ def compress_again(
         raise PolicyError(f"{name} left {len(kept)} layers of {len(views)}; return one KV a layer")
     left = dict(zip(held.compressible, kept, strict=True))
     kvs = [left[i] if i in left else layer.in_window() for i, layer in enumerate(layers)]
-    now = replace(held, tokens=end, **weighed(kvs, held.compressible, end))
+    now = replace(held, tokens=end, states={end: states}, **weighed(kvs, held.compressible, end, states))
     kvs = now.kvs
     return now, [_carried(view, kvs[i]) for view, i in zip(views, held.compressible, strict=True)]
 
 
 def pass_turn(
     model: AttachedModel, held: Compressed, noted: Sequence[Noted], ids: Sequence[int], start: int
-) -> list[GrownLayer]:
+) -> tuple[list[GrownLayer], States]:
     """Every layer of `held` after the tokens of a turn. Arguments as of `compress_again`."""
     of_layer = dict(zip(held.compressible, noted, strict=True))
     layers = [GrownLayer(kv, held, of_layer.get(i), start) for i, kv in enumerate(held.kvs)]
-    model.forward(torch.tensor([list(ids)], device=model.device), layers, position=start, keep=1)
-    return layers
+    given, states = torch.tensor([list(ids)], device=model.device), held.states[start].copy()
+    model.forward(given, layers, position=start, states=states, keep=1)
+    return layers, states
 
 
 class GrownLayer(LayerCache):
@@ -122,6 +124,9 @@ class GrownLayer(LayerCache):
         self.keys, self.values = (torch.cat(x, dim=2) for x in ((self.keys, keys), (self.values, values)))
         self.positions = torch.cat([self.positions, new.expand(keys.shape[:3])], dim=2)
         self.end += keys.shape[2]
+
+    def restart(self) -> None:
+        self.keys, self.values, self.positions = (x[:, :, :0] for x in (self.keys, self.values, self.positions))
 
     def attend(self, queries: Tensor, form: Form) -> Tensor:
         self.form, self.window = form, form.window
@@ -152,10 +157,9 @@ class GrownLayer(LayerCache):
         return GrownView(index, kv, self.noted.queries, self.form, sums, rotate, end=self.end)
 
     def in_window(self) -> KV:
-        """The slots of a sliding-window layer that later tokens can still see, which is all it keeps."""
-        assert self.window is not None
+        """The slots that later tokens can still see of a layer with a window or chunks, which is all it keeps."""
         most = int((self.positions >= 0).sum(dim=-1).max())
-        order = _in_order(self.positions, min(self.window, most), 0)
+        order = _in_order(self.positions, most if self.window is None else min(self.window, most), 0)
         return KV(self.keys, self.values, self.positions).take(order)
 
 

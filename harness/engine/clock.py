@@ -4,8 +4,33 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
+
+
+class StepClock:
+    """Seconds from one tick to the next. On CUDA nothing waits until they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._events = list[torch.cuda.Event]()
+        self._times = list[float]()
+
+    def tick(self) -> None:
+        if self.device.type != "cuda":
+            self._times.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
+
+    def seconds(self) -> list[float]:
+        """Return those between all ticks so far; on CUDA this waits for the device."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            return [first.elapsed_time(last) / 1000 for first, last in pairwise(self._events)]
+        return [last - first for first, last in pairwise(self._times)]
 
 
 class PhaseClock:

@@ -10,6 +10,7 @@ from torch import Tensor
 from harness.engine.clock import PhaseClock
 from harness.engine.packed import Held, Packed, pack, storage_bytes, survey, tensors_of
 from harness.engine.prefill import Prefilled
+from harness.engine.states import States
 from methods.base import KV, KVPolicy, PolicyError
 from methods.device import placed, read
 
@@ -18,12 +19,12 @@ from methods.device import placed, read
 class Compressed:
     """A prompt under one policy at one budget.
 
-    budget: slots per layer and KV head. layers: one per model layer, sliding-window layers included. known: what the
-    host knows of each. compressible: indexes of the others. logits: [1, V] float32 after the last token, from the full
-    cache. kept_slots: live slots of each compressible layer, summed over its KV heads. layer_bytes: live bytes of each
-    model layer. stored_bytes: that all of them keep allocated (`harness.engine.packed` on both). asked_bytes,
-    full_bytes: of the budget, and of the uncompressed cache. prefill_s, observe_s, compress_s: seconds apart; their sum
-    is the time to the first token but for its choice.
+    budget: slots per layer and KV head. layers: one per layer of keys and values, those that no policy sees included.
+    known: what the host knows of each. compressible: indexes of the others. states: as of `Prefilled`. logits: [1, V]
+    float32 after the last token, of the full cache. kept_slots: live slots of each compressible layer, summed over its
+    KV heads. layer_bytes: live bytes of each layer. stored_bytes: that all of them and the states keep allocated
+    (`harness.engine.packed` on both). asked_bytes, full_bytes: of the budget, and of the uncompressed cache. prefill_s,
+    observe_s, compress_s: seconds apart; their sum is the time to the first token but for its choice.
     """
 
     policy: KVPolicy
@@ -32,6 +33,7 @@ class Compressed:
     compressible: list[int]
     logits: Tensor
     tokens: int
+    states: dict[int, States]
     known: Sequence[Held] = ()
     kept_slots: tuple[int, ...] = ()
     layer_bytes: Sequence[int] = ()
@@ -45,7 +47,12 @@ class Compressed:
     @property
     def kv_bytes(self) -> int:
         """Live bytes of all layers."""
-        return sum(self.layer_bytes)
+        return sum(self.layer_bytes) + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Those of layers without keys and values."""
+        return self.states[self.tokens].nbytes
 
     @property
     def kvs(self) -> list[KV]:
@@ -84,7 +91,8 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
         compressible=prefilled.compressible,
         logits=prefilled.logits,
         tokens=prefilled.tokens,
-        **weighed(kvs, prefilled.compressible, prefilled.tokens),
+        states=prefilled.states,
+        **weighed(kvs, prefilled.compressible, prefilled.tokens, prefilled.states[prefilled.tokens]),
         asked_bytes=prefilled.nbytes(budget),
         full_bytes=prefilled.nbytes(prefilled.tokens),
         prefill_s=on_the_way.seconds("prefill") - observe_s - compress_s,
@@ -93,8 +101,8 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
     )
 
 
-def weighed(kvs: Sequence[KV], compressible: Sequence[int], tokens: int) -> dict[str, Any]:
-    """The fields of `Compressed` that follow from what each model layer holds of `tokens` tokens."""
+def weighed(kvs: Sequence[KV], compressible: Sequence[int], tokens: int, states: States) -> dict[str, Any]:
+    """The fields of `Compressed` that follow from what each layer holds of `tokens` tokens."""
     known = survey(kvs, tokens, [i not in compressible for i in range(len(kvs))])
     layers = [pack(kv, tokens, own) for kv, own in zip(kvs, known, strict=True)]
     return {
@@ -102,5 +110,5 @@ def weighed(kvs: Sequence[KV], compressible: Sequence[int], tokens: int) -> dict
         "known": known,
         "kept_slots": tuple(sum(known[i].sizes) for i in compressible),
         "layer_bytes": [own.nbytes for own in known],
-        "stored_bytes": storage_bytes(x for layer in layers for x in tensors_of(layer)),
+        "stored_bytes": storage_bytes(x for layer in layers for x in tensors_of(layer)) + states.nbytes,
     }

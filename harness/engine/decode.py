@@ -13,13 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from harness.engine import gpu
+from harness.engine.chunk_rows import ChunkRows
 from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.layer_cache import DecodingLayer
-from harness.engine.packed import Packed, without, without_last
+from harness.engine.packed import Held, Packed, without, without_last
 from harness.engine.row_cache import GrowingRows
+from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
+from methods.base import KV
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
 FLAWED = -1  # picked of logits that are NaN or infinite
@@ -43,7 +47,7 @@ class Generated:
 
 @dataclass
 class Decoding:
-    """R rows at the same position of prompts of one length. caches: one per model layer.
+    """R rows at the same position of prompts of one length. caches: one per layer of keys and values.
 
     first: [R, V] float32, logits after the prompts' last tokens, from the full cache.
     """
@@ -52,6 +56,7 @@ class Decoding:
     caches: Sequence[DecodingLayer]
     rows: int
     first: Tensor | None = None
+    states: States = field(default_factory=States)
 
     @classmethod
     def of(
@@ -76,11 +81,14 @@ class Decoding:
         if len(lengths) > 1:
             raise ValueError(f"prompts of {sorted(lengths)} tokens; a batch has one length")
         position, caches = rows[0].tokens - again, list[DecodingLayer]()
+        states = States.joined([row.states[position] for row in rows])
         for i, window in enumerate(model.windows):
             layers = [row.layers.pop(0) if release else row.layers[i] for row in rows]
             kvs = [layer.kv() if isinstance(layer, Packed) else layer for layer in layers]
-            known = [row.known[i] for row in rows]
-            if rows[0].policy.evicts_while_decoding:
+            known, sliding = [row.known[i] for row in rows], window is not None
+            if model.chunks[i]:
+                caches.append(ChunkRows([without(kv, position) for kv in kvs], position))
+            elif rows[0].policy.evicts_while_decoding:
                 free = [_free_slots(row, window, room) for row in rows]
                 roomy = [with_room(kv, 1) for kv in kvs]
                 if again:
@@ -92,14 +100,13 @@ class Decoding:
                 ]
                 caches.append(EvictingRows(evicting, position))
             else:
-                sliding = window is not None
                 if again:
                     less = [without_last(*own, position + 1, window=sliding) for own in zip(kvs, known, strict=True)]
                     kvs, known = [kv for kv, _ in less], [own for _, own in less]
                     del less
-                caches.append(GrowingRows(kvs, position=position, room=room, window=sliding, known=known))
+                caches.append(_growing(kvs, known, position=position, room=room, window=sliding))
             del layers, kvs  # or the last layer's would stay
-        return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]))
+        return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]), states)
 
     @property
     def position(self) -> int:
@@ -108,11 +115,11 @@ class Decoding:
 
     def nbytes(self, row: int) -> int:
         """Live bytes of a row's cache."""
-        return sum(cache.nbytes(row) for cache in self.caches)
+        return sum(cache.nbytes(row) for cache in self.caches) + self.states.nbytes
 
     def stored_bytes(self, row: int) -> int:
         """Bytes that are allocated for a row's cache, room for tokens to come included."""
-        return sum(cache.stored_bytes(row) for cache in self.caches)
+        return sum(cache.stored_bytes(row) for cache in self.caches) + self.states.nbytes
 
     def feed(self, tokens: Sequence[int], *, alone: bool = False) -> Tensor:
         """Append the same tokens to every row; logits after the last one, [R, V] float32; `first` after none.
@@ -137,12 +144,14 @@ class Decoding:
         The rows are afterwards as they were. logits: [R, V], the distribution of the first token. alone: no other
         company will be compared with, so a CPU may take many tokens at once (see `_forwards`).
         """
-        marks = [cache.mark() for cache in self.caches]
+        marks, states = [cache.mark() for cache in self.caches], self.states.copy()
         yield logits.unsqueeze(1), tokens[:1]
         for at, own in self._forwards(tokens[:-1], keep=0, alone=alone):
             yield own, tokens[at + 1 : at + 1 + own.shape[1]]
         for cache, mark in zip(self.caches, marks, strict=True):
+            cache.check()
             cache.rewind(mark)
+        self.states = states
 
     def answer_nll(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
         """Negative log-likelihood of every answer token: [R, len(answer)] float32, nats. logits: as in `forced`."""
@@ -164,9 +173,9 @@ class Decoding:
             best = logits.max(dim=-1)  # on a CPU faster than argmax
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             picked: list[int] = [token if math.isfinite(logit) else FLAWED for token, logit in pairs]
-            stored = map(sum, zip(*(cache.stored for cache in self.caches), strict=True))
+            stored, states = zip(*(cache.stored for cache in self.caches), strict=True), self.states.nbytes
             for result, held in zip(active, stored, strict=True):
-                result.byte_steps += 0 if result.done else held
+                result.byte_steps += 0 if result.done else sum(held) + states
             for row, token in enumerate(picked):
                 self._take(row, active[row], token, limits)
             left = [row for row, result in enumerate(active) if not result.done]
@@ -175,9 +184,12 @@ class Decoding:
             if len(left) <= len(active) // 2:
                 for cache in self.caches:
                     cache.keep(left)
+                self.states = self.states.take(left)
                 self.rows = len(left)
                 active, picked = [active[row] for row in left], [picked[row] for row in left]
             logits = self.step([max(0, token) for token in picked])
+        for cache in self.caches:
+            cache.check()
         return results
 
     def _take(self, row: int, result: Generated, token: int, limits: Limits) -> None:
@@ -199,13 +211,28 @@ class Decoding:
         On a CPU every token goes by itself, so that a cell computes the same in any company: wider products pick
         another kernel, which rounds differently.
         """
-        one = self.caches[0].single_step or (self.model.device.type == "cpu" and not alone)
+        one = any(cache.single_step for cache in self.caches) or (self.model.device.type == "cpu" and not alone)
         size = 1 if one else max(1, LOGITS_AT_ONCE // (self.rows * self.model.vocab))
         for at in range(0, len(tokens), size):
             yield at, self._forward(torch.tensor([tokens[at : at + size]] * self.rows), keep=keep)
 
     def _forward(self, ids: Tensor, *, keep: int) -> Tensor:
-        return self.model.forward(ids.to(self.model.device), self.caches, position=self.position, keep=keep)
+        given = ids.to(self.model.device)
+        return self.model.forward(given, self.caches, position=self.position, states=self.states, keep=keep)
+
+
+def _growing(
+    rows: Sequence[KV], known: Sequence[Held], *, position: int, room: int | None, window: bool
+) -> DecodingLayer:
+    """The layer cache of rows that grow; arguments as of `GrowingRows`.
+
+    On a GPU all heads of all rows are read in one call, but where keys are of another width than values.
+    """
+    if rows[0].keys.shape[-1] == rows[0].values.shape[-1] and gpu.fused(rows[0].keys.device):
+        from harness.engine.ragged_rows import RaggedRows
+
+        return RaggedRows(rows, position=position, room=room, window=window, known=known)
+    return GrowingRows(rows, position=position, room=room, window=window, known=known)
 
 
 def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:

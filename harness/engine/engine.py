@@ -47,8 +47,8 @@ class Engine:
     """Runs prompts through a model under many policies.
 
     query: whether a policy sees the question (`aware`) or the context only (`agnostic`). first_token: whether the first
-    generated token comes from the compressed cache or from the prefill. rows: most that are decoded together; a row's
-    tokens do not depend on it.
+    generated token comes from the compressed cache or from the prefill. rows: most that are decoded together. On a CPU
+    a row's tokens do not depend on it; a GPU's kernels are chosen by the batch's shape, so there they may, by rounding.
     """
 
     def __init__(
@@ -212,6 +212,7 @@ def _compress(run: CellRun, prefilled: Prefilled) -> None:
     run.compressed = left = compress(prefilled, cell.policy, budget)
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
     outcome.kv_bytes, outcome.stored_bytes, outcome.asked_bytes = left.kv_bytes, left.stored_bytes, left.asked_bytes
+    outcome.state_bytes = left.state_bytes
     outcome.over_budget = outcome.stored_bytes > OVER * outcome.asked_bytes
 
 

@@ -1,7 +1,7 @@
 """The layer cache of rows whose policy evicts while decoding: they stay at their budget while they grow."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import itemgetter
 from typing import Any
@@ -10,11 +10,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from harness.engine.kernels import slot_attention, slot_weights
+from harness.engine import gpu
+from harness.engine.kernels import slot_attention, weighed_attention
 from harness.engine.layer_cache import DecodingLayer, Parts, room_step, visible
 from harness.engine.packed import Packed, each_tensor, pack, storage_bytes, survey, tensors_of
 from methods.base import KV, KVPolicy, PolicyError, StepView
 from methods.views import Form
+
+
+@dataclass
+class Faults:
+    """What may be wrong in a step. On a CPU it is told at once; on a GPU, which is not waited for, by `check`."""
+
+    noted: list[tuple[Tensor, Callable[[float], bool], PolicyError]] = field(default_factory=list)
+
+    def note(self, found: Tensor, sound: Callable[[float], bool], error: PolicyError) -> None:
+        """Raise `error`, now or later, unless the number `found` is `sound`."""
+        if gpu.is_gpu(found.device):
+            self.noted.append((found.float(), sound, error))
+        elif not sound(found.item()):
+            raise error
+
+    def check(self) -> None:
+        """Raise the first error since the last check."""
+        noted, self.noted = self.noted, []
+        found = torch.stack([number for number, _, _ in noted]).tolist() if noted else []
+        for number, (_, sound, error) in zip(found, noted, strict=True):
+            if not sound(number):
+                raise error
 
 
 @dataclass
@@ -49,13 +72,14 @@ class _Batch(EvictingRow):
             self.measured = storage_bytes(tensors_of(self.held)) // len(self.rows)
         return self.measured
 
-    def free(self) -> Tensor:
-        """Return an empty slot of each head: [B, H, 1]. Raises PolicyError when there is none to be had."""
+    def free(self, faults: Faults) -> Tensor:
+        """Return an empty slot of each head: [B, H, 1]. That there is none to be had is a fault."""
         lowest, free = self.kv.positions.min(dim=-1, keepdim=True)
+        if not self.more:
+            faults.note(lowest.max(), lambda position: position < 0, self._full())
+            return free
         if int(lowest.max()) < 0:
             return free
-        if not self.more:
-            raise self._full()
         step = min(self.more, room_step(self.kv.positions.shape[2]))
         self.kv, self.more, self.measured = with_room(self.kv, step), self.more - step, None
         return self.kv.positions.min(dim=-1, keepdim=True).indices
@@ -89,7 +113,7 @@ class _Unlike(_Batch):
     def held(self) -> Packed:
         return self._packed
 
-    def free(self) -> Tensor:
+    def free(self, faults: Faults) -> Tensor:
         if any(size >= most for size, most in zip(self._packed.sizes, self._most, strict=True)):
             raise self._full()
         self.kv = self._packed.kv(more=1)
@@ -126,7 +150,7 @@ class EvictingRows(DecodingLayer):
     single_step = True
 
     def __init__(self, rows: Sequence[EvictingRow], position: int) -> None:
-        self.position = position
+        self.position, self.faults = position, Faults()
         alike: dict[Hashable, list[int]] = {}
         for i, row in enumerate(rows):
             alike.setdefault(_alike(row) or i, []).append(i)
@@ -142,7 +166,7 @@ class EvictingRows(DecodingLayer):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         for batch, k, v in zip(self.batches, self._parts.split(keys), self._parts.split(values), strict=True):
-            free, kv = batch.free(), batch.kv
+            free, kv = batch.free(self.faults), batch.kv
             for held, x in ((kv.keys, k), (kv.values, v)):
                 held.scatter_(2, free.unsqueeze(-1).expand(x.shape), x)
             kv.positions.scatter_(2, free, self.position)
@@ -150,19 +174,25 @@ class EvictingRows(DecodingLayer):
 
     def attend(self, queries: Tensor, form: Form) -> Tensor:
         last, window = self.position - 1, form.window
-        asked = torch.tensor([last], device=queries.device)
+        asked = torch.arange(last, last + 1, device=queries.device)
         outputs = []
         for batch, query in zip(self.batches, self._parts.split(queries), strict=True):
-            mask = visible(batch.kv.positions, asked, window)
+            mask, attention = visible(batch.kv.positions, asked, window), None
             keys, values = batch.kv.load()
-            outputs.append(slot_attention(query, keys, values, form, mask=mask))
+            if window is None and batch.policy.needs.decode_attention:
+                out, attention = weighed_attention(query, keys, values, form, mask=mask)
+            else:
+                out = slot_attention(query, keys, values, form, mask=mask)
+            outputs.append(out)
             if window is not None:
                 batch.kv.positions.masked_fill_(batch.kv.positions <= last - window + 1, -1)
             else:
-                wanted = batch.policy.needs.decode_attention
-                _evict(batch, slot_weights(query, keys, form, mask=mask) if wanted else None, position=last)
+                _evict(batch, attention, self.faults, position=last)
             batch.close()
         return self._parts.join(outputs)
+
+    def check(self) -> None:
+        self.faults.check()
 
     def mark(self) -> Any:
         return self.position, [batch.mark() for batch in self.batches]
@@ -228,10 +258,11 @@ def _alike(row: EvictingRow) -> Hashable:
     return row.policy, row.budget, row.more, type(kv), shapes, state, live
 
 
-def _evict(batch: _Batch, attention: Tensor | None, *, position: int) -> None:
+def _evict(batch: _Batch, attention: Tensor | None, faults: Faults, *, position: int) -> None:
     kv = batch.kv
-    if attention is not None and not math.isfinite(attention[..., 0].sum().item()):  # a row is sound, or all NaN
-        raise PolicyError(f"attention weights of the token at {position} are NaN; try --dtype float32")
+    if attention is not None:
+        error = PolicyError(f"attention weights of the token at {position} are NaN; try --dtype float32")
+        faults.note(attention[..., 0].sum(), math.isfinite, error)  # a row is sound, or all NaN
     freed = batch.policy.after_step(StepView(kv, attention, position, batch.budget))  # [B, H]
     if freed.shape != kv.positions.shape[:2]:
         name, wanted = type(batch.policy).__name__, list(kv.positions.shape[:2])

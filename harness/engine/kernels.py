@@ -1,27 +1,35 @@
-"""Attention kernels: PyTorch sdpa everywhere, flash-attention 2 for half-precision prefill on CUDA when it is there.
+"""Attention kernels: what each device computes attention by, and its weights and their sums.
+
+On a CPU by PyTorch's sdpa and its fused kernel, on a GPU by `harness.engine.gpu`; in blocks of queries where a form has
+no kernel, and never by n x n numbers at once.
 
 Shapes as in `methods.base`: queries [B, Hq, Q, D], keys and values [B, H, S, D], Hq = H * G.
 """
 
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from harness.engine import gpu
 from harness.engine.layer_cache import visible
 from methods.views import Form, wide
 
 LSE_PARTS = 3  # bfloat16 has 8 bits: three of them hold a float32
+BLOCK, GPU_BLOCK = 64, 512  # queries whose weights are computed at once, where nothing better is to be had
 PAD = 8  # columns added to the head dimension, so that it stays a multiple of 8
 
 
 def prefill_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the kernel that prefill uses: `flash_attention_2` or `sdpa`."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    flash = device.type == "cuda" and half and find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    """Name of the kernel that prefill uses where a layer has no soft cap or window."""
+    if not gpu.is_gpu(device):
+        return "sdpa"
+    if dtype in gpu.HALF:
+        return "flash_attention_2"
+    return "triton" if gpu.fused(device) else "blocks"
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
@@ -32,25 +40,37 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form) 
         it, for `column_sums`, or None where the kernel does not tell it.
     """
     tokens, new, window = keys.shape[2], queries.shape[2], form.window
-    whole = window is None or window >= tokens
-    if form.softcap is not None or (form.sinks is not None and not whole):
-        return _streamed_attention(queries, keys, values, form)
-    if whole and keys.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:  # sdpa's own kernel tells them
+    if window is not None and window >= tokens:
+        form, window = replace(form, window=None), None
+    alike = keys.shape[-1] == values.shape[-1]
+    if gpu.is_gpu(keys.device):
+        return _on_gpu(queries, keys, values, form)
+    if form.softcap is None and window is None and alike:  # sdpa's own kernel tells them
         return _with_sinks(*_causal_lse(queries, keys, values, scaling=form.scaling), form.sinks)
-    if form.sinks is not None:
+    if form.softcap is not None or form.sinks is not None:
         return _streamed_attention(queries, keys, values, form)
-    if prefill_kernel(queries.device, queries.dtype) == "flash_attention_2":
-        from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
-
-        span = (-1, -1) if window is None else (window - 1, 0)
-        q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
-        out: Tensor = flash_attn_func(q, k, v, softmax_scale=form.scaling, causal=True, window_size=span)
-        return out.transpose(1, 2), None
-    if new == tokens and whole:
+    if new == tokens and window is None:
         return sdpa(queries, keys, values, is_causal=True, scale=form.scaling, enable_gqa=True), None
     at = torch.arange(tokens, device=keys.device)
     mask = visible(at[None, None], at[tokens - new :], window)
     return sdpa(queries, keys, values, attn_mask=mask, scale=form.scaling, enable_gqa=True), None
+
+
+def _on_gpu(queries: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
+    """`causal_attention` on a GPU. sdpa is never given a mask: with grouped heads it would fall to n x n numbers."""
+    if gpu.flash_takes(queries, values, form):
+        return _with_sinks(*gpu.flash(queries, keys, values, form), form.sinks)
+    if gpu.fused(keys.device) and keys.shape[-1] == values.shape[-1]:
+        found: tuple[Tensor, Tensor] = _own().causal_forward(queries, keys, values, form)
+        return found
+    return _streamed_attention(queries, keys, values, form)
+
+
+def _own() -> ModuleType:
+    """Our own kernels, imported where they are wanted: Triton need not be there."""
+    from harness.engine import triton_kernels
+
+    return triton_kernels
 
 
 def slot_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form, *, mask: Tensor | None) -> Tensor:
@@ -75,6 +95,18 @@ def slot_weights(queries: Tensor, keys: Tensor, form: Form, *, mask: Tensor) -> 
     return _weights(queries, keys, form, mask=mask).squeeze(3)
 
 
+def weighed_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, form: Form, *, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`slot_attention` of one query per row, and its `slot_weights`; a GPU makes both of one product."""
+    weights = slot_weights(queries, keys, form, mask=mask)
+    if gpu.is_gpu(keys.device):
+        out = (weights.to(values.dtype) @ values).view(queries.shape[0], -1, 1, values.shape[-1])
+    else:
+        out = slot_attention(queries, keys, values, form, mask=mask)
+    return out, weights
+
+
 def _weights(queries: Tensor, keys: Tensor, form: Form, *, mask: Tensor | None) -> Tensor:
     """Softmax weights of queries over slots: [B, H, G, Q, S] float32. mask: [B, H, Q, S] bool, or [Q, S]."""
     (batch, heads, slots, dim), count = keys.shape, queries.shape[2]
@@ -90,10 +122,13 @@ def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, form: Form) -
 
     With `lse` of `causal_attention` a column's sum over its queries, sum_q exp(logit_qk - lse_q), is itself a softmax
     denominator: that of attention in which keys ask queries. So the fused kernel computes it, at the price of one more
-    attention. The lse travels as columns of the queries which the keys multiply by 1.
+    attention. The lse travels as columns of the queries which the keys multiply by 1. On a GPU our own kernel sums.
     """
+    if lse is not None and gpu.fused(keys.device):
+        found: Tensor = _own().column_sums(queries, keys, lse, form)
+        return found
     queries, keys = wide(queries), wide(keys)
-    if lse is None or form.softcap is not None:
+    if lse is None or form.softcap is not None or gpu.is_gpu(keys.device):
         return _streamed_sums(queries, keys, form)
     (batch, heads, tokens, dim), new, scaling = keys.shape, queries.shape[2], form.scaling
     before = tokens - new
@@ -110,8 +145,9 @@ def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, form: Form) -
     return sums.exp_()
 
 
-def _blocks(queries: Tensor, keys: Tensor, form: Form, block: int = 64) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(queries: Tensor, keys: Tensor, form: Form) -> Iterator[tuple[slice, slice, Tensor]]:
     """The last Q of S tokens, block after block: which they are of Q, slots that they see, weights [B, H, G, b, s]."""
+    block = GPU_BLOCK if gpu.is_gpu(keys.device) else BLOCK
     tokens, new = keys.shape[2], queries.shape[2]
     at = torch.arange(tokens, device=keys.device)
     for start in range(tokens - new, tokens, block):
@@ -123,7 +159,7 @@ def _blocks(queries: Tensor, keys: Tensor, form: Form, block: int = 64) -> Itera
 
 
 def _streamed_sums(queries: Tensor, keys: Tensor, form: Form) -> Tensor:
-    """`column_sums` without help: the largest temporary is [B, Hq, 64, S]."""
+    """`column_sums` without help: the largest temporary is [B, Hq, BLOCK, S]."""
     (batch, heads, tokens, _), group = keys.shape, queries.shape[1] // keys.shape[1]
     sums = torch.zeros(batch, heads, group, tokens, device=keys.device)
     for _, seen, weights in _blocks(queries, keys, form):
@@ -132,7 +168,7 @@ def _streamed_sums(queries: Tensor, keys: Tensor, form: Form) -> Tensor:
 
 
 def _streamed_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form) -> tuple[Tensor, None]:
-    """`causal_attention` of any form without help: the largest temporary is [B, Hq, 64, S]."""
+    """`causal_attention` of any form without help: the largest temporary is [B, Hq, BLOCK, S]."""
     out = values.new_empty(*queries.shape[:3], values.shape[-1])
     for own, seen, weights in _blocks(queries, keys, form):
         mixed = weights.to(values.dtype).flatten(2, 3) @ values[:, :, seen]  # [B, H, G * b, D]

@@ -27,6 +27,10 @@ class LayerCache(ABC):
     def attend(self, queries: Tensor, form: Form) -> Tensor:
         """Attention output [R, Hq, Q, D] of the tokens just appended."""
 
+    def restart(self) -> None:
+        """Forget every token: the next one begins a chunk that sees itself alone. Layers without chunks never do."""
+        raise NotImplementedError(f"{type(self).__name__} holds no layer of chunks")
+
 
 class DecodingLayer(LayerCache):
     """A layer of R compressed rows. position: of the next token, the same for all rows."""
@@ -34,6 +38,18 @@ class DecodingLayer(LayerCache):
     position: int
     single_step = False
     """Whether it takes one token at a time."""
+
+    replays = False
+    """Whether a step can be captured and replayed: a token within the room that `reserve` made asks the host nothing.
+
+    A replay leaves `position` as it is; whoever replays moves it.
+    """
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens more, where memory for them would else come in steps."""
+
+    def check(self) -> None:
+        """Raise what went wrong in the steps since the last check, where a step does not wait to see it."""
 
     @abstractmethod
     def mark(self) -> Any:

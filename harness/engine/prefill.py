@@ -9,6 +9,7 @@ never exists at once.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from harness.engine.clock import PhaseClock
 from harness.engine.kernels import causal_attention, column_sums
 from harness.engine.layer_cache import LayerCache
+from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import NotFinite
 from harness.errors import HarnessError
@@ -31,22 +33,24 @@ Act = Callable[[LayerView], KV]
 class PrefillLayer(LayerCache):
     """Keeps a prompt of `tokens` tokens (R = 1) and what `needs` asks for: window queries, streamed column sums.
 
-    act: compresses the layer once the prompt is through. clock: counts observation and compression apart. rotate: as in
-    `LayerView`. sources: those of all layers, filled as the prompt passes them; empty when no policy asks. doubts: of
-    all layers that `act` compresses, as in `LayerView`.
+    chunked: whether it sees its own chunk alone. act: compresses the layer once the prompt is through. clock: counts
+    observation and compression apart. rotate: as in `LayerView`. sources: those of all layers, filled as the prompt
+    passes them; empty when no policy asks. doubts: of all layers that `act` compresses, as in `LayerView`.
     """
 
     needs: Needs
     tokens: int
     index: int = 0
+    chunked: bool = False
     act: Act | None = None
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
     rotate: Callable[[Tensor, int], Tensor] | None = None
     sources: Sequence[LayerSource] = ()
     doubts: list[Doubt] | None = None
     left: KV | None = field(default=None, init=False)  # by `act`
-    window: int | None = field(default=None, init=False)  # known once it attended; one with it no policy sees
+    window: int | None = field(default=None, init=False)  # known once it attended
     seen: int = field(default=0, init=False)
+    begin: int = field(default=0, init=False)  # the first token of the chunk
     whole: list[Tensor] = field(default_factory=list, init=False)  # keys and values of a prompt in chunks
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
@@ -66,10 +70,13 @@ class PrefillLayer(LayerCache):
             whole[:, :, first : self.seen] = x
         self.keys, self.values = (whole[:, :, : self.seen] for whole in self.whole)
 
+    def restart(self) -> None:
+        self.begin = self.seen
+
     def attend(self, queries: Tensor, form: Form) -> Tensor:
         self.form, self.window = form, form.window
-        out, lse = causal_attention(queries, self.keys, self.values, form)
-        if form.window is None:
+        out, lse = causal_attention(queries, self.keys[:, :, self.begin :], self.values[:, :, self.begin :], form)
+        if not self.apart:
             with self.clock.part("observe"):
                 self._observe(queries, lse)
             if self.act is not None and self.seen == self.tokens:
@@ -99,12 +106,17 @@ class PrefillLayer(LayerCache):
         return LayerView(self.index, self.kv(), self.queries, *observed)
 
     @property
+    def apart(self) -> bool:
+        """Whether no policy sees it: it sees a sliding window or a chunk."""
+        return self.chunked or self.window is not None
+
+    @property
     def slots(self) -> int:
-        """Slots of the full cache: the prompt's tokens, or those that later tokens can still see."""
-        return self.tokens if self.window is None else min(self.tokens, self.window)
+        """Slots of the full cache: the prompt's tokens, those that later tokens can still see, or the last chunk's."""
+        return min(self.tokens - self.begin, self.tokens if self.window is None else self.window)
 
     def kv(self) -> KV:
-        """The full cache; of a sliding-window layer, what later tokens can still see, which is all it keeps then."""
+        """The full cache; of a layer that is `apart`, what later tokens can still see, which is all it keeps then."""
         start = self.tokens - self.slots
         if self.keys.shape[2] > self.slots:
             self.keys, self.values = (x[:, :, start:].clone() for x in (self.keys, self.values))
@@ -118,7 +130,8 @@ class Prefilled:
     """A prompt in the uncompressed cache, but for layers that were compressed on the way.
 
     compressible: indexes of the layers that policies see. logits: [1, V] float32 after the last token. logprobs: as in
-    `PromptView`. protected: as there; set before `view` is asked for.
+    `PromptView`. protected: as there; set before `view` is asked for. states: by the position of the next token:
+    the prompt's last one, and the one after it.
     """
 
     layers: list[PrefillLayer]
@@ -127,6 +140,7 @@ class Prefilled:
     logprobs: Tensor | None
     tokens: int
     clock: PhaseClock
+    states: dict[int, States]
     protected: tuple[int, ...] = ()
 
     @cached_property
@@ -135,14 +149,15 @@ class Prefilled:
         return PromptView([self.layers[i].view() for i in self.compressible], self.logprobs, self.protected)
 
     def nbytes(self, budget: int) -> int:
-        """Bytes of `budget` slots per layer and KV head with their positions; sliding windows at their own size.
+        """Bytes of `budget` slots per layer and KV head with their positions; sliding windows and states at their size.
 
         A budget of the whole prompt is the full cache, whose positions need not be stored.
         """
+        states = self.states[self.tokens].nbytes
         if budget >= self.tokens:
-            return sum(x.slot_bytes * x.slots for x in self.layers)
-        windows = sum(x.slot_bytes * x.slots for x in self.layers if x.window)
-        return windows + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.window)
+            return states + sum(x.slot_bytes * x.slots for x in self.layers)
+        apart = sum(x.slot_bytes * x.slots for x in self.layers if x.apart)
+        return states + apart + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.apart)
 
 
 def prefill(
@@ -163,44 +178,58 @@ def prefill(
         acts: what compresses each compressible layer as soon as it is prefilled; None to compress afterwards.
 
     Raises:
-        HarnessError: every layer of the model has a sliding window; hidden states that a model hides, or in chunks.
+        HarnessError: every layer has a sliding window or chunks; hidden states that a model hides, or in chunks; chunks
+            of a model whose layers cannot go on.
         PromptFailed: a token id that the model does not know.
         NotFinite: logits, or log-probabilities that are wanted, are not numbers.
         PolicyError: what `acts` raise, and what they doubted.
     """
     if not model.compressible:
-        raise HarnessError("every layer of this model has a sliding window; there is nothing to compress")
+        raise HarnessError("every layer of this model has a sliding window or chunks; there is nothing to compress")
     model.check_ids(ids)
     if needs.hidden_states and chunk is not None and chunk < len(ids):
         raise HarnessError(
             f"hidden states are wanted of a whole prompt, not of chunks of {chunk} tokens; leave --chunk out"
+        )
+    if model.stepwise and chunk is not None and chunk < len(ids):
+        raise HarnessError(
+            f"this model's recurrent layers take a prompt as a whole, not {chunk} tokens by {chunk}; leave --chunk out"
         )
     clock, wanted = PhaseClock(model.device), needs.window if needs.logprobs else 0
     with clock.part("prefill"), model.sources(needs.hidden_states) as sources:
         act_of = dict(zip(model.compressible, acts or (), strict=acts is not None))
         doubts: list[Doubt] | None = [] if acts is not None else None
         shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources, "doubts": doubts}
-        layers = [PrefillLayer(needs, len(ids), index=i, act=act_of.get(i), **shared) for i in range(model.layers)]
-        logits, logprobs = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
+        layers = [
+            PrefillLayer(needs, len(ids), index=i, chunked=chunk_of is not None, act=act_of.get(i), **shared)
+            for i, chunk_of in enumerate(model.chunks)
+        ]
+        logits, logprobs, states = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
     settle(doubts or [])
     best = logits.amax(dim=-1)  # as all that is NaN or too large shows; minus infinity bars a token
     if not bool(best.isfinite().all()) or (logprobs is not None and bool(logprobs.isnan().any())):
         raise NotFinite(f"after the prompt's {len(ids)} tokens")
-    return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock)
+    return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock, states)
 
 
 def _forward(
     model: AttachedModel, ids: Sequence[int], layers: Sequence[LayerCache], *, chunk: int, wanted: int
-) -> tuple[Tensor, Tensor | None]:
-    """Logits [1, V] after the last token, and log-probabilities [1, W] of the last `wanted` tokens, None for 0."""
+) -> tuple[Tensor, Tensor | None, dict[int, States]]:
+    """Logits [1, V] after the last token, log-probabilities [1, W] of the last `wanted` tokens, None for 0; states.
+
+    States are those of `Prefilled`: where there are any, the last token goes by itself.
+    """
     tokens, found, logits = len(ids), list[Tensor](), torch.empty(0)
-    given = torch.tensor([list(ids)], device=model.device)
-    for start in range(0, tokens, chunk):
-        end = min(start + chunk, tokens)
+    given, states = torch.tensor([list(ids)], device=model.device), States()
+    starts = sorted({*range(0, tokens, chunk), *([tokens - 1] if model.mixed else [])})
+    before_last = States()
+    for start, end in pairwise([*starts, tokens]):
+        before_last = states.copy() if end == tokens else before_last
         first = max(start, tokens - 1 - wanted)  # the first position whose logits are of use
         keep = max(1, end - first)
-        logits = model.forward(given[:, start:end], layers, position=start, keep=keep).float()
+        logits = model.forward(given[:, start:end], layers, position=start, states=states, keep=keep).float()
         if wanted and end > first:
             told = given[:, end - keep + 1 : end + 1]
             found.append(logits[:, : told.shape[1]].log_softmax(dim=-1).gather(2, told.unsqueeze(-1)).squeeze(-1))
-    return logits[:, -1], torch.cat(found, dim=1) if found else None
+    logprobs = torch.cat(found, dim=1) if found else None
+    return logits[:, -1], logprobs, {tokens - 1: before_last, tokens: states}

@@ -8,23 +8,28 @@ has filled its room.
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.engine.coded_streams import CodedStreams
 from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, room_step
 from harness.engine.packed import Held, flat, live_slots, storage_bytes, survey
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
+from methods.codes import CodedKV
 from methods.views import Form
 
 
 class RaggedRows(DecodingLayer):
-    """R compressed rows that grow by every token. Arguments as of `GrowingRows`; no codes, keys as wide as values.
+    """R compressed rows that grow by every token. Arguments as of `GrowingRows`; keys as wide as values.
 
-    Rows of a sliding window hold their last tokens without a gap, so what a token still sees of one is its end.
+    Rows of a sliding window hold their last tokens without a gap, so what a token still sees of one is its end. Codes,
+    of which such rows have none, stay codes beside the buffer, and are decoded where they are read.
     """
 
+    replays = True
     keys: Tensor  # [slots, D], of all streams
     values: Tensor
     starts: Tensor  # [R * H] int32
@@ -44,23 +49,26 @@ class RaggedRows(DecodingLayer):
         self.extra = [kv.extra for kv in rows]
         known = survey(rows, position, [window] * len(rows)) if known is None else known
         self.kept_bytes = [own.nbytes for own in known]
-        there = [live_slots(*own) for own in zip(rows, known, strict=True)]
+        self.coded = CodedStreams.of(rows, self.heads)
         self.positions = [  # of no use to a step; held since what a policy chose is stored with them
-            None if own.implied else flat(kv.positions[0], at) for kv, own, at in zip(rows, known, there, strict=True)
+            None if own.implied else flat(kv.positions[0], live_slots(kv, own))
+            for kv, own in zip(rows, known, strict=True)
         ]
-        self.sizes = [size for own in known for size in own.sizes]  # of streams, as the policies left them
-        sides = zip(*(kv.load() for kv in rows), strict=True)
-        keys, values = (torch.cat([flat(x[0], at) for x, at in zip(side, there, strict=True)]) for side in sides)
-        self.slot_bytes = keys[0].nbytes + values[0].nbytes
+        sizes, *sides = zip(*map(_plain, rows, known), strict=True)
+        self.sizes = [size for own in sizes for size in own]  # plain slots of streams, as the policies left them
+        keys, values = (torch.cat(side) for side in sides)
+        self.slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
         self._steps = [room_step(kept // (self.heads * self.slot_bytes)) for kept in self.kept_bytes]
         self.rooms = [self._room(row) for row in range(len(rows))]
         self._place(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        grown, new = self.position - self.start, keys.shape[2]
-        if grown + new > min(self.rooms):
-            self.reserve(grown + new)
-        at = (self.starts + self.lengths).unsqueeze(1) + torch.arange(new, device=keys.device)
+        new = keys.shape[2]
+        if self.position - self.start + new > min(self.rooms):
+            self.reserve(new)
+        at = (self.starts + self.lengths).long().unsqueeze(1)
+        if new > 1:
+            at = at + torch.arange(new, device=keys.device)
         for mine, x in ((self.keys, keys), (self.values, values)):
             mine.index_copy_(0, at.flatten(), x.reshape(-1, x.shape[-1]))
         self.lengths += new
@@ -74,14 +82,15 @@ class RaggedRows(DecodingLayer):
             later = torch.arange(new - 1, -1, -1, dtype=torch.int32, device=lengths.device)
             starts, lengths = starts.repeat_interleave(new), (lengths.unsqueeze(1) - later).flatten()
         if form.sinks is not None:
-            form = replace(form, sinks=form.sinks[0].repeat(rows, 1).repeat_interleave(new, dim=0))
+            form = replace(form, sinks=form.sinks[0].repeat(rows, 1).unsqueeze(1).expand(-1, new, -1).flatten(0, 1))
         if form.window is not None:
             starts, lengths = starts + (lengths - form.window).clamp_min(0), lengths.clamp_max(form.window)
-        out = ragged_attention(asked, self.keys, self.values, starts, lengths, form, longest=self.longest)
+        shape: dict[str, Any] = {"longest": self.longest, "new": new, "coded": self.coded}
+        out = ragged_attention(asked, self.keys, self.values, starts, lengths, form, **shape)
         return out.view(rows * self.heads, new, -1, dim).transpose(1, 2).reshape(rows, -1, new, dim)
 
     def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens after the prompt; a row that has it stays as it is."""
+        tokens += self.position - self.start
         short = [row for row, room in enumerate(self.rooms) if room < tokens]
         if short:
             for row in short:
@@ -103,6 +112,8 @@ class RaggedRows(DecodingLayer):
         streams = [row * self.heads + head for row in rows for head in range(self.heads)]
         at = torch.tensor(streams, device=self.starts.device)
         self.starts, self.lengths = self.starts[at], self.lengths[at]
+        place = {stream: number for number, stream in enumerate(streams)}
+        self.coded = [left for own in self.coded if (left := own.take(place))]
         held, self.sizes = self._held(), [self.sizes[stream] for stream in streams]
         for name in ("kept_bytes", "extra", "positions", "rooms", "_steps"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
@@ -113,11 +124,12 @@ class RaggedRows(DecodingLayer):
         return self.kept_bytes[row] + (self.position - self.start) * self.heads * self.slot_bytes
 
     def stored_bytes(self, row: int) -> int:
-        own = slice(row * self.heads, (row + 1) * self.heads)
-        slots = sum(self.sizes[own]) + self.heads * self.rooms[row]
+        own = range(row * self.heads, (row + 1) * self.heads)
+        slots = sum(self.sizes[stream] for stream in own) + self.heads * self.rooms[row]
+        codes = sum(coded.nbytes(own) for coded in self.coded)
         index, at = INDEX_BYTES * self.heads, self.positions[row]
         beside = storage_bytes([*self.extra[row].values(), *([] if at is None else [at])])
-        return int(slots * self.slot_bytes) + index + beside
+        return int(slots * self.slot_bytes) + codes + index + beside
 
     @property
     def stored(self) -> list[int]:
@@ -150,3 +162,14 @@ class RaggedRows(DecodingLayer):
         stream = torch.repeat_interleave(self.lengths)
         before = self.lengths.cumsum(0) - self.lengths
         return self.starts[stream] + torch.arange(len(stream), device=stream.device) - before[stream]
+
+
+def _plain(kv: KV, known: Held) -> tuple[Sequence[int], Tensor, Tensor]:
+    """How many slots of each head are no codes, and their keys and values, head after head."""
+    if isinstance(kv, CodedKV):
+        sizes = [slots - coded for slots, coded in zip(known.sizes, kv.counts, strict=True)]
+        keys, values = (torch.cat([x[0, head, :size] for head, size in enumerate(sizes)]) for x in (kv.keys, kv.values))
+        return sizes, keys, values
+    at = live_slots(kv, known)
+    keys, values = (flat(x[0], at) for x in kv.load())
+    return known.sizes, keys, values

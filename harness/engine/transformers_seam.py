@@ -10,22 +10,23 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from harness.engine.layer_cache import LayerCache
+from harness.engine.states import States
+from harness.engine.transformers_cache import STATES, ModelLayers, context
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
 from methods.views import Form, LayerSource
 
 ATTENTION = "kv_policy"
-ADVICE = "use a model of full and sliding-window attention layers"
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+ADVICE = "use a model of full, sliding-window or linear attention layers"
 HALF_ROTATION = {
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2"),
     *("olmo3", "gemma2", "gemma3", "gemma3_text", "gpt_oss"),
@@ -49,7 +50,7 @@ def _attention(
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
     span = kwargs.get("sliding_window")
-    window = span if span is None or span < _context(module.config) else None  # no shorter: every token is seen
+    window = span if span is None or span < context(module.config) else None  # no shorter: every token is seen
     if isinstance(cache, _Probe):
         cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -59,43 +60,7 @@ def _attention(
     return cache.attend(query, form).transpose(1, 2), None
 
 
-def _context(config: Any) -> float:
-    """Tokens that a model was made for."""
-    return getattr(config, "max_position_embeddings", None) or math.inf
-
-
 AttentionInterface.register(ATTENTION, _attention)
-
-
-class _Layer(CacheLayerMixin):
-    """One layer as transformers sees it. `seen` counts tokens, not slots."""
-
-    is_sliding = False
-
-    def __init__(self, cache: LayerCache, seen: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.cache, self.seen = cache, seen
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.seen += key_states.shape[2]
-        self.cache.append(key_states, value_states)
-        for states in (key_states, value_states):
-            states.layer_cache = self.cache  # type: ignore[attr-defined]
-        return key_states, value_states
-
-    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        return self.seen, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name up to transformers 5.2
 
 
 class _Probe(LayerCache):
@@ -128,6 +93,9 @@ def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
 class AttachedModel:
     """A causal language model whose attention runs through `LayerCache` objects.
 
+    layers: how many keep keys and values; every list of layers is of these. chunks: of each, how many tokens its chunks
+    have, which see themselves alone; None without. mixed: whether other layers carry `States`. stepwise: whether these
+    take one token at a time, but for a prompt's beginning.
     Raises HarnessError when the model's attention cannot be replaced, which one token sent through it shows.
     """
 
@@ -138,14 +106,14 @@ class AttachedModel:
             model.set_attn_implementation(ATTENTION)
         except (ValueError, AttributeError) as error:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
-        self.layers = int(self.config.num_hidden_layers)
         self.vocab = int(self.config.vocab_size)
-        if other := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
-            raise HarnessError(f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; {ADVICE}")
+        self._layers = ModelLayers(type(model).__name__, self.config, ADVICE)
+        self.mixed, self.layers = bool(self._layers.carrying), len(self._layers.attending)
+        self.chunks = self._layers.chunks
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
-        self.reach = math.inf
+        self.reach, self.stepwise = math.inf, False
         self._probe()
 
     def sizes(self, tokens: int) -> Sizes:
@@ -155,21 +123,51 @@ class AttachedModel:
         return Sizes(tokens, len(self.compressible), heads, kv_heads)
 
     def forward(
-        self, ids: Tensor, caches: Sequence[LayerCache], *, position: int, keep: int = 0, grad: bool = False
+        self,
+        ids: Tensor,
+        caches: Sequence[LayerCache],
+        *,
+        position: int,
+        states: States | None = None,
+        at: Tensor | None = None,
+        keep: int = 0,
+        grad: bool = False,
     ) -> Tensor:
         """Logits [R, Q or keep, V] of the tokens `ids` [R, Q], the first of which is at `position`.
 
-        keep: how many last positions to compute logits for; 0 is all. grad: what the caches bring is differentiated.
-        Raises PromptFailed for tokens beyond a window that is taken for the whole context.
+        states: of the tokens before, which become those after; None where nothing follows a first token. at: [1, Q],
+        positions on the device, where a captured step is to read them anew each time. keep: how many last positions to
+        compute logits for; 0 is all. grad: what the caches bring is differentiated. Raises PromptFailed for tokens
+        beyond a window that is taken for the whole context.
         """
+        states = States() if states is None else states
+        if self.mixed and position and not states.tensors:
+            raise HarnessError(f"{type(self.model).__name__} cannot go on at {position} without its layers' states")
         if position + ids.shape[1] > self.reach:
             what = f"{position + ids.shape[1]} tokens, more than the model's context and its sliding window"
             raise PromptFailed(f"{what} of {self.reach}; shorten the prompt")
         self.forget_lengths()
-        cache = Cache(layers=[_Layer(layer, position) for layer in caches])
-        at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
+        if at is None:
+            at = torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)
+        cuts, parts = self._cuts(position, position + ids.shape[1]), list[Tensor]()
         with torch.enable_grad() if grad else torch.inference_mode():
-            out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            for start, end in pairwise(cuts):
+                own = slice(start - position, end - position)
+                parts.append(self._pass(ids[:, own], at[:, own], caches, start, states, keep))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)[:, -keep:]
+
+    def _cuts(self, position: int, end: int) -> list[int]:
+        """Where tokens that come at once are parted: at the ends of chunks, or after each where layers are stepwise."""
+        chunk = 1 if self.stepwise and position else min((own for own in self.chunks if own), default=end)
+        return [position, *range((position // chunk + 1) * chunk, end, chunk), end]
+
+    def _pass(
+        self, ids: Tensor, at: Tensor, caches: Sequence[LayerCache], position: int, states: States, keep: int
+    ) -> Tensor:
+        """`forward` of tokens that go through the model at once."""
+        cache = self._layers.cache(caches, position, states)
+        out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        self._layers.take(cache, states)
         return out.logits  # type: ignore[no-any-return]
 
     def check_ids(self, ids: Sequence[int]) -> None:
@@ -197,20 +195,39 @@ class AttachedModel:
             found += [(module, prefix) for prefix, own in kinds.items() if isinstance(own, str) and "dynamic" in own]
         return found
 
+    def _continues(self, ids: Tensor, probes: Sequence[LayerCache], states: States) -> bool:
+        """Whether two tokens at once, or what they leave of the first recurrent state, depend on what it was before.
+
+        It does not in transformers' Mamba layers (Jamba, Zamba), whose scan of several tokens begins with nothing.
+        """
+        key = next((key for key in states.tensors if key[1] == STATES[1]), None)
+        if key is None:
+            return True
+        after = []
+        for more in (0.0, 1.0):
+            own = States({**states.copy().tensors, key: states.tensors[key] + more})
+            logits = self.forward(ids, probes, position=1, states=own)
+            after.append((logits, own.tensors[key]))
+        return not all(torch.equal(*pair) for pair in zip(*after, strict=True))
+
     @contextmanager
     def sources(self, wanted: bool) -> Iterator[list[LayerSource]]:
         """A list that a forward inside fills, layer by layer; it stays empty when not `wanted`.
 
-        Raises HarnessError inside when a layer's attention is not called with `hidden_states=`.
+        Raises HarnessError inside when attention is called without `hidden_states=`, or with a RoPE that is no cosines
+        and sines.
         """
         found: list[LayerSource] = []
 
         def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if "hidden_states" not in kwargs:
+            rope = kwargs.get("position_embeddings")
+            if "hidden_states" not in kwargs or isinstance(rope, Tensor):  # Llama-4's is one of complex numbers
                 raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
-            found.append(LayerSource(self.model, module, kwargs["hidden_states"], kwargs.get("position_embeddings")))
+            own = LayerSource(self.model, module, kwargs["hidden_states"], rope)
+            at = next(calls) % self.layers
+            found[at:] = [own] if at == len(found) else [found[at].then(own), *found[at + 1 :]]
 
-        modules = self.attention if wanted else []
+        calls, modules = count(), dict.fromkeys(self.attention) if wanted else []  # a module may serve many layers
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
         try:
             yield found
@@ -246,18 +263,22 @@ class AttachedModel:
         raise HarnessError(f"{type(self.model).__name__} has no rotary embedding; positions cannot be re-assigned")
 
     def _probe(self) -> None:
-        name, probes = type(self.model).__name__, [_Probe() for _ in range(self.layers)]
+        name, probes, states = type(self.model).__name__, [_Probe() for _ in range(self.layers)], States()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         try:
-            self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device), probes, position=0)
+            self.forward(token, probes, position=0, states=states)
+            if states.tensors:
+                self.stepwise = not self._continues(token.expand(1, 2), probes, states)
         except HarnessError:
             raise
         except Exception as error:  # what a model that knows other caches trips over is its own affair
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
-        taken = [probe.span for probe in probes if probe.window is None and probe.span is not None]
+        taken = [probe.span for probe in probes if probe.window is None and probe.span is not None] + self._layers.taken
         self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
-        self.compressible = [i for i, window in enumerate(self.windows) if window is None]  # what policies see
+        spans = zip(self.windows, self.chunks, strict=True)
+        self.compressible = [i for i, own in enumerate(spans) if own == (None, None)]  # what policies see
         self.attention = [probe.module for probe in probes if probe.module is not None]
-        if len(self.attention) < self.layers:
+        if len(self.attention) < self.layers or {key[0] for key in states.tensors} != {*self._layers.carrying}:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

@@ -125,6 +125,7 @@ class Outcome:
     byte_steps: int | None = None
     asked_bytes: int = 0
     full_bytes: int = 0
+    state_bytes: int = 0
     token_ids: tuple[int, ...] = ()
     turn_tokens: tuple[int, ...] = ()
     nll_per_token: tuple[float, ...] = ()

@@ -43,7 +43,8 @@ class RowReport:
 
     budget_tokens: slots asked for per layer and KV head, None for a method that keeps everything. kept_slots: live
     slots of every compressible layer, summed over its KV heads. kv_bytes, stored_bytes: live and allocated after
-    compression, all layers; full_bytes: before. notes: what the method says of this budget.
+    compression, all layers; full_bytes: before; state_bytes: how many of each are states of layers without keys and
+    values. notes: what the method says of this budget.
     """
 
     prompt_tokens: int
@@ -52,6 +53,7 @@ class RowReport:
     kv_bytes: int
     stored_bytes: int
     full_bytes: int
+    state_bytes: int
     notes: tuple[str, ...] = ()
 
 
@@ -141,7 +143,8 @@ class Compressor:
             policy = FullKV()
         left = compress(prefilled, policy, tokens if asked is None else asked)
         notes = () if asked is None else self.policy.notes(asked, prefilled.view.sizes)
-        report = RowReport(tokens, asked, left.kept_slots, left.kv_bytes, left.stored_bytes, left.full_bytes, notes)
+        sizes = (left.kv_bytes, left.stored_bytes, left.full_bytes, left.state_bytes)
+        report = RowReport(tokens, asked, left.kept_slots, *sizes, notes)
         again = self.first_token == "compressed"
         decoding = Decoding.of(whole, [left], again=again, release=True)
         return decoding, decoding.feed(ids[-1:] if again else []), report

@@ -48,6 +48,7 @@ from harness.lm_eval.requests import (
 from harness.machine import set_threads
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import dated, open_ended
+from harness.models.source import check_scored
 
 log = logging.getLogger("harness")
 
@@ -107,6 +108,7 @@ class KVPolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         taken(ModelArguments, given, "model argument")
         if not isinstance(pretrained, LoadedModel):
             remote: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+            check_scored(pretrained)
             set_threads(None)
             pretrained = load_model(pretrained, dtype=dtype, device=device_here(device), **remote)
         self.loaded, self.tokenizer, self.add_bos_token = pretrained, pretrained.tokenizer, add_bos_token

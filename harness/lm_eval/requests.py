@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from harness.errors import HarnessError, shown
 from harness.models.load import LoadedModel
-from harness.models.source import check_dtype, check_model
+from harness.models.source import check_dtype, check_scored
 from harness.plan.methods import plan_budget, plan_method
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.spec import MethodSpec
@@ -145,7 +145,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     """Raises HarnessError for model arguments that can be refused before tasks and a model are read."""
     check_own_options(given)
     asked = taken(ModelArguments, given, "model argument")
-    check_model(asked.pretrained)
+    check_scored(asked.pretrained)
     check_dtype(asked.dtype)
     others = {"tokenizer", *ModelArguments.model_fields}
     params = {name: value for name, value in given.items() if name not in others}

@@ -43,8 +43,19 @@ def check_folder(folder: Path) -> None:
     for name in JSON_FILES:
         if (folder / name).is_file():
             check_sizes(read_object(folder / name), where=name)
+    if {path.name for path in decisive_files(folder)} <= {"config.json", "generation_config.json"}:
+        bare = f"{shown(str(folder))} has a config.json, no weights and no tokenizer"
+        raise HarnessError(f"{bare}; add them, or write shape: before it for speed and memory with random weights")
     for path in _shards(folder):
         check_safetensors(path)
+
+
+def check_config(path: Path) -> None:
+    """Refuse a config that tells no model's shape. Raises HarnessError."""
+    config = read_object(path)
+    if not isinstance(config.get("model_type"), str):
+        raise HarnessError(f"{path.name} has no model_type; give the config.json of a model of transformers")
+    check_sizes(config, where=path.name)
 
 
 def decisive_files(folder: Path) -> list[Path]:

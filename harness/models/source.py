@@ -5,11 +5,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from harness.errors import HarnessError, did_you_mean, line_of, shown
-from harness.models.files import ADAPTER, check_folder, read_object
+from harness.models.files import ADAPTER, check_config, check_folder, read_object
 from harness.models.gguf_header import check_gguf
+from harness.records.spec import SHAPE
 
 PACKAGED = ("smollm2-135m",)
 KNOWN = (*PACKAGED, "tiny")
+SHAPES_DIR = Path(__file__).parent / "shapes"
+SHAPES = {
+    "llama-3-8b": "meta-llama/Llama-3.1-8B",  # Llama 3 8B with the longer context
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "gpt-oss-20b": "openai/gpt-oss-20b",  # in the dtype asked for: its own four bits are left out
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+}
+"""Models whose config.json comes with the harness, in `SHAPES_DIR`: what decides their shape, as the hub has it."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
 AUTO_MAP = "auto-map"  # the device that stands for `device_map="auto"`
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
@@ -19,10 +30,10 @@ HUB_S = 1.5
 
 
 class ModelSource(NamedTuple):
-    """Where a model comes from. path: folder or GGUF file of a local one."""
+    """Where a model comes from. path: folder or GGUF file of a local one, config of one with random weights."""
 
     name: str
-    kind: Literal["packaged", "tiny", "folder", "gguf", "hub"]
+    kind: Literal["packaged", "tiny", "folder", "gguf", "hub", "shape"]
     path: Path | None = None
 
     @property
@@ -34,12 +45,14 @@ class ModelSource(NamedTuple):
         if self.path is None:
             return self.name
         real = self.path.resolve()
+        if self.kind == "shape":
+            return line_of(SHAPE + (real.parent.name if real.name == "config.json" else real.stem))
         if self.kind == "gguf" and real.suffix != ".gguf":  # a link into a store whose files are named by their hash
             real = self.path.absolute()
         top = real.parent.parent.name
         if real.parent.name == "snapshots" and top.startswith("models--"):
             return line_of(top.removeprefix("models--").replace("--", "/"))
-        return line_of(f"./{real.name}" if real.name in KNOWN else real.name)
+        return line_of(f"./{real.name}" if real.name in KNOWN or real.name.startswith(SHAPE) else real.name)
 
     @property
     def base(self) -> "ModelSource | None":
@@ -60,24 +73,45 @@ def resolve_model(name: str) -> ModelSource:
     """What `name` stands for; touches no network. Raises HarnessError, with the nearest known name, for nothing."""
     if name in KNOWN:
         return ModelSource(name, "tiny" if name == "tiny" else "packaged")
-    try:
-        path = Path(name).expanduser()
-        is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # an overlong name, a NUL, ~ of nobody
-        why = error.strerror if isinstance(error, OSError) else error
-        raise HarnessError(f"unknown model {shown(name)}: {why}; {_known()}") from None
-    if name and is_folder:
+    if name.startswith(SHAPE):
+        return ModelSource(name, "shape", _config_of(name.removeprefix(SHAPE)))
+    path, there = _at(name)
+    if there == "folder":
         return ModelSource(name, "folder", path)
-    if is_file and path.suffix == ".gguf":
+    if there == "file" and path.suffix == ".gguf":
         return ModelSource(name, "gguf", path)
-    if is_there and name:
-        what = "a file but not a .gguf" if is_file else "neither a file nor a folder"
+    if there:
+        what = "a file but not a .gguf" if there == "file" else "neither a file nor a folder"
         raise HarnessError(f"model {shown(name)} is {what}; give the folder that holds config and weights")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelSource(name, "hub")
     if "/" in name:
         raise HarnessError(f"unknown model {shown(name)}: there is no such folder or file; {_known()}")
-    raise HarnessError(f"unknown model {shown(name)}{did_you_mean(name, KNOWN) or ';'} {_known()}")
+    near = did_you_mean(name, (*KNOWN, *map(f"{SHAPE}{{}}".format, SHAPES)))
+    raise HarnessError(f"unknown model {shown(name)}{near or ';'} {_known()}")
+
+
+def _config_of(shape: str) -> Path:
+    """The config of a known shape, or of a folder or file. Raises HarnessError, with the nearest known shape."""
+    if shape in SHAPES:
+        return SHAPES_DIR / f"{shape}.json"
+    path, there = _at(shape)
+    if there not in ("folder", "file"):
+        known = f"give shape: before {', '.join(SHAPES)}, a config.json or a folder with one"
+        raise HarnessError(f"unknown shape {shown(shape)}{did_you_mean(shape, SHAPES) or ';'} {known}")
+    return path / "config.json" if there == "folder" else path
+
+
+def _at(text: str) -> tuple[Path, Literal["folder", "file", "other", ""]]:
+    """A path as typed and what is there, nothing for no text. Raises HarnessError for one that the system refuses."""
+    try:
+        path = Path(text).expanduser()
+        if not (text and path.exists()):
+            return path, ""
+        return path, "folder" if path.is_dir() else "file" if path.is_file() else "other"
+    except (OSError, ValueError, RuntimeError) as error:  # an overlong name, a NUL, ~ of nobody
+        why = error.strerror if isinstance(error, OSError) else error
+        raise HarnessError(f"unknown model {shown(text)}: {why}; {_known()}") from None
 
 
 def _known() -> str:
@@ -100,9 +134,19 @@ def check_model(name: str) -> ModelSource:
     return source
 
 
+def check_scored(name: str) -> ModelSource:
+    """What `name` stands for, as of `check_model`. Raises HarnessError for random weights too: they have no score."""
+    if name.startswith(SHAPE):
+        what = "has random weights, so no score; use bench, serve-bench or boundary, or give trained weights"
+        raise HarnessError(f"model {shown(name)} {what}")
+    return check_model(name)
+
+
 def _look(source: ModelSource) -> None:
     if source.kind == "hub":
         _ask_hub(source.name)
+    elif source.kind == "shape" and source.path is not None:
+        check_config(source.path)
     elif source.path is not None:
         (check_folder if source.kind == "folder" else check_gguf)(source.path)
 

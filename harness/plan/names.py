@@ -9,7 +9,7 @@ from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
 from harness.errors import HarnessError, checked, shown
-from harness.models.source import check_device, check_dtype, check_model
+from harness.models.source import check_device, check_dtype, check_model, check_scored
 from harness.plan.datasets import find_asset
 from harness.records.spec import Asked, Sweep
 from methods.budget import PolicyError
@@ -62,6 +62,7 @@ def check_sweep(sweep: Sweep) -> list[Task]:
     Raises HarnessError, with the nearest known name, or the command that fetches the data.
     """
     check_asked(sweep)
+    check_scored(sweep.model)
     tasks = plan_tasks(sweep)
     places = DataOptions(data_dir=None if sweep.data_dir is None else Path(sweep.data_dir), fetch=find_asset)
     for task in tasks:

@@ -42,6 +42,7 @@ class BenchSpec(Frozen):
     budgets: tuple[str, ...]
     lengths: tuple[int, ...]
     batch: int
+    distinct: int | None = None  # prompts of the batch that are prefilled, the others being copies; None for all
     new_tokens: int
     chunk: int | None
     rounds: int  # passes over all cells
@@ -51,11 +52,12 @@ class BenchSpec(Frozen):
 
     def bench_id(self, machine: Mapping[str, Any]) -> str:
         """First 12 hex digits of the sha256 of this and of the machine's identity. Another length is another bench."""
-        return _digest([self.model_dump(mode="json"), machine_id(machine)])[:12]
+        unsaid = {"distinct"} if self.distinct is None else set[str]()  # earlier versions did not know it
+        return _digest([self.model_dump(mode="json", exclude=unsaid), machine_id(machine)])[:12]
 
 
 class BenchRecord(Frozen):
-    """One probe: one pass over one method, budget and length, in a process of its own. One JSON line."""
+    """One probe: one pass over one method, budget and length, by itself. One JSON line."""
 
     schema_version: int = BENCH_SCHEMA
     bench_id: str
@@ -72,6 +74,7 @@ class BenchRecord(Frozen):
     budget_tokens: int | None = None  # slots per layer and KV head at this length
     tokens: int  # of each prompt
     batch: int
+    distinct: int | None = None  # as in the spec
     new_tokens: int
     chunk: int | None
     warm_up: bool

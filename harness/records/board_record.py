@@ -56,6 +56,7 @@ class BoardRecord(NamedTuple):
     stored_bytes_end: int
     asked_bytes: int
     full_bytes: int
+    state_bytes: int
     observe_ms: float | None
     accelerator: str
     score: float | None  # of `metrics`, in [0, 1]

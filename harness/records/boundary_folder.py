@@ -29,6 +29,7 @@ class Tried(Frozen):
     seconds: float  # of the whole probe
     peak_bytes: int | None = None  # above the model's own
     predicted_bytes: int | None = None  # what `peak_bytes` was expected to be
+    reserved_bytes: int | None = None  # as in `Measured`
     error: str | None = None
 
 
@@ -80,6 +81,7 @@ class BoundaryManifest(Frozen):
     threads: int | None  # of the CPU, None for PyTorch's choice
     chunk: int | None
     new_tokens: int
+    distinct: int | None = None  # prompts of a batch that are prefilled, the others being copies; None for all
     timeout_s: float  # of a probe
     notes: tuple[str, ...] = ()
     git_commit: str | None = None

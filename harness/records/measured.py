@@ -24,6 +24,15 @@ class Spread(Frozen):
         return cls(median=median(values), low=min(values), high=max(values))
 
 
+class GpuState(Frozen):
+    """Of a GPU, where it tells."""
+
+    sm_mhz: Number | None = None
+    memory_mhz: Number | None = None
+    temperature_c: Number | None = None
+    power_w: Number | None = None
+
+
 class Measured(Frozen):
     """One method at one budget, on prompts of one length, by itself."""
 
@@ -42,6 +51,9 @@ class Measured(Frozen):
     peak_bytes: Bytes  # most that was held above that, prefill and decode of the whole batch included
     predicted_bytes: Bytes  # what `harness.speed.predicted_memory` expects `peak_bytes` to be
     memory: Literal["resident set", "cuda allocated"]  # what the two before are of
+    reserved_bytes: Bytes | None = None  # most that the CUDA allocator had from the device, the model's included
+    gpu: GpuState | None = None  # right after the last step that was timed
+    replayed: bool | None = None  # whether its steps were replays of a CUDA graph; None on a CPU
 
 
 class ProbeSpec(Frozen):
@@ -50,6 +62,7 @@ class ProbeSpec(Frozen):
     budget: str | None  # tokens or a fraction, as in `harness run`; None for a method without one
     tokens: int = Field(ge=2)  # of each prompt
     batch: int = Field(default=1, ge=1)
+    distinct: int | None = Field(default=None, ge=2)  # prompts of the batch that differ, the others are copies; or all
     new_tokens: int = Field(default=32, ge=2)
     chunk: int | None = Field(default=None, ge=1)  # tokens of a prefill forward, None for all at once
     rounds: int = Field(default=1, ge=1)

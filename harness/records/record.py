@@ -65,13 +65,16 @@ class Record(Frozen):
     budget_tokens: Count | None = None  # resolved for this prompt: slots per layer and KV head; None without a budget
     kept_slots: Counts = ()  # live ones of each compressible layer after compression, over its KV heads
 
-    kv_bytes: Bytes = 0  # right after compression: live keys, values, positions, side data; sliding windows included
+    kv_bytes: Bytes = 0  # right after compression: live keys, values, positions, side data; windows, states included
     kv_bytes_end: Bytes = 0  # the same after the last decoded token
     stored_bytes: Bytes = 0  # right after compression: all that is allocated for it; 0: not measured (old records)
     stored_bytes_end: Bytes = 0  # the same after the last decoded token, room for further ones included
     byte_steps: Bytes | None = None  # sum of what was stored at each token picked, end-of-text too; None: not measured
-    asked_bytes: Bytes = 0  # what the budget allows: slots with positions, sliding-window layers at their own size
+    asked_bytes: Bytes = 0  # what the budget allows: slots with positions; sliding windows, chunks, states as they are
     full_bytes: Bytes = 0  # the uncompressed cache of the same tokens, which needs no positions
+    state_bytes: Bytes = (
+        0  # part of all the bytes above: states of layers without keys and values, equal for all methods
+    )
     needle_tokens: Count = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
     needle_kept: CountsByLayer = ()  # of those, by compressible layer and KV head, after compression
 

@@ -31,6 +31,14 @@ FirstToken = Literal["compressed", "prefill"]
 QueryMode = Literal["aware", "agnostic"]
 Contexts = Literal["drawn", "protocol"]
 
+SHAPE = "shape:"
+"""What the name of a model with random weights begins with. It has speed and memory, and no score."""
+
+
+def weights_note(model: str) -> str:
+    """What a reader must know of a model's weights, behind its name: that they are random."""
+    return " (random weights)" if model.startswith(SHAPE) else ""
+
 
 class Frozen(BaseModel):
     """Base of everything that touches disk or command line: immutable, unknown fields refused."""
@@ -135,7 +143,7 @@ class MethodSpec(Frozen):
 class ModelSpec(Frozen):
     """A model as loaded. revision: content hash or hub commit; dtype and device as resolved, never `auto`.
 
-    loaded_as: what was done to its weights: an adapter merged, quantised, spread over devices.
+    loaded_as: what was done to its weights: an adapter merged, quantised, spread over devices, drawn at random.
     """
 
     name: ranges.Label
@@ -173,6 +181,12 @@ class RunSpec(Frozen):
     measured_on: ranges.Label | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
     contexts: Contexts = "protocol"  # what all runs had before contexts were drawn
+
+    @model_validator(mode="after")
+    def _has_scores(self) -> Self:
+        if weights_note(self.model.name):
+            raise ValueError(f"a run of {self.model.name}, whose weights are random, has no scores; leave it out")
+        return self
 
     @property
     def run_id(self) -> str:

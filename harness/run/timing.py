@@ -1,10 +1,10 @@
 """`harness run --measure`: the same cell on the same prompt again, by itself, for its seconds and its peak memory.
 
 A cell is scored on a prefill that it shares with the others of its sample, so its seconds there are no latency. To
-measure it a fresh process runs that cell alone on the sample's own prompt: batch 1, a dropped warm-up, one round, as
-many tokens as the cell generated (2 at least, for there is no time per output token below that). The first token comes
-from the prefill, as it does when serving. A probe that ends badly costs the record its measurement, never its score,
-and is not repeated when the run is resumed.
+measure it another process, on a CPU a fresh one, runs that cell alone on the sample's own prompt: batch 1, a dropped
+warm-up, one round, as many tokens as the cell generated (2 at least, for there is no time per output token below that).
+The first token comes from the prefill, as it does when serving. A probe that ends badly costs the record its
+measurement, never its score, and is not repeated when the run is resumed.
 
 Seconds mean nothing without the machine, so a measured run says in its spec where it was measured: it is another run
 than the same one without measurements, and another one on each machine. One folder never holds both.

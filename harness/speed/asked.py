@@ -41,6 +41,8 @@ Size = Annotated[int, BeforeValidator(parse_bytes)]
 """A number of bytes. pydantic alone would read `1.2.3MiB` as one byte and refuse `2e9`."""
 Threads = Annotated[int, Strict(), AfterValidator(check_threads)]
 Batch = Annotated[int, Strict(), AfterValidator(between(1, 100_000))]
+Distinct = Annotated[int, Strict(), AfterValidator(between(2, 100_000))]
+"""Prompts of a batch that are prefilled, of which the others are copies: the last, and one that can be copied."""
 
 
 class BenchAsk(Asked):
@@ -50,6 +52,7 @@ class BenchAsk(Asked):
     budgets: Words = ("128", "512")
     lengths: TwoTokenLengths = (2048, 8192)
     batch: Batch = 1
+    distinct: Distinct | None = None
     new_tokens: TwoTokens = 32
     chunk: Tokens | None = None
     rounds: Times = 3
@@ -72,6 +75,7 @@ class BoundaryAsk(Asked):
     context: TwoTokens | None = None
     max_tokens: TwoTokens | None = None
     max_batch: Batch = 64
+    distinct: Distinct | None = None
     chunk: Tokens | None = None
     timeout_s: Seconds = 600.0
     threads: Threads | None = None

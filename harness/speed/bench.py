@@ -1,4 +1,4 @@
-"""Speed and memory of methods by themselves: every method, budget and length probed in a process of its own.
+"""Speed and memory of methods by themselves: every method, budget and length is a probe of its own.
 
 The passes go over all methods in turn, every second one backwards, so that a machine that slows down slows all alike.
 The same for one prompt at a time (`harness bench`) and for a batch that is decoded together (`harness serve-bench`).
@@ -24,6 +24,7 @@ from harness.records.bench_folder import BenchManifest, BenchRecord, BenchSpec, 
 from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec
 from harness.speed.asked import BenchAsk
+from harness.speed.gpu import describe
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
@@ -45,8 +46,10 @@ def run_bench(
     target = Target.load(ask, ask.threads)
     spec = _resolved(ask, target)
     found = machine() | ({"clocks_mhz": clocks} if (clocks := clocks_mhz()) else {})
+    found |= describe(torch.device(spec.device))
     with target.prober(prober) as asker:
         kind, notes = limit_in_force(asker, spec.limit_bytes)
+        notes += target.lacking()
         held = {name: value for name, value in (("limit_kind", kind), ("notes", notes)) if value}
         manifest = BenchManifest(
             bench_id=spec.bench_id(found),
@@ -74,7 +77,9 @@ def _resolved(ask: BenchAsk, target: Target) -> BenchSpec:
     """What was asked, with the model's revision, dtype, device, threads, methods and kernel as they are."""
     model = target.model
     shared = {"kind", "model", "budgets", "lengths", "batch", "new_tokens", "chunk", "rounds", "warm_up", "limit_bytes"}
+    copies = ask.distinct is not None and ask.distinct < ask.batch
     return BenchSpec(
+        distinct=ask.distinct if copies else None,
         **ask.model_dump(include=shared),
         model_revision=model.revision,
         dtype=model.dtype,
@@ -125,7 +130,7 @@ class _Bench:
             say([f"{name}: skipped: {why}"])
             return blank.model_copy(update={"status": "skipped", "error": why})
         say([f"{name}, pass {blank.round + 1}"])
-        shape = blank.model_dump(include={"tokens", "batch", "new_tokens", "chunk", "warm_up"})
+        shape = blank.model_dump(include={"tokens", "batch", "distinct", "new_tokens", "chunk", "warm_up"})
         spec = probe_spec(cell.method, cell.budget, self.ask.set, **shape, rounds=1)
         result = self.asker.ask(spec, limit_bytes=self.ask.limit_bytes, timeout_s=self.ask.timeout_s)
         error = self._short_of(spec, cell, result) if result.status == "oom" else result.error
@@ -142,7 +147,7 @@ class _Bench:
         manifest, budget = self.store.manifest, cell.cell.budget
         shared = {"kind", "model", "model_revision", "dtype", "device", "kernel", "threads", "batch", "new_tokens"}
         return BenchRecord(
-            **manifest.spec.model_dump(include=shared | {"chunk", "warm_up", "limit_bytes"}),
+            **manifest.spec.model_dump(include=shared | {"distinct", "chunk", "warm_up", "limit_bytes"}),
             bench_id=manifest.bench_id,
             machine=machine_id(manifest.machine),
             method=cell.method,

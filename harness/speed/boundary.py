@@ -1,6 +1,6 @@
 """Where a method runs out of memory: the largest context at batch 1, the largest batch at a context.
 
-Every probe is a process of its own under the limit. A size fits when its probe ends `ok`; `oom`, `timeout` and `failed`
+Every probe runs by itself under the limit. A size fits when its probe ends `ok`; `oom`, `timeout` and `failed`
 do not fit, and the record says which it was. Memory is taken to grow with the size. A model of bytes gives the first
 size; every probe is recorded.
 """
@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from harness.errors import HarnessError
 from harness.machine import git_commit, machine, versions
 from harness.plan.sources import sources
@@ -25,6 +27,7 @@ from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, Bo
 from harness.records.log_folder import Resume, now
 from harness.records.measured import ProbeResult, ProbeSpec, ProbeStatus
 from harness.speed.asked import BoundaryAsk
+from harness.speed.gpu import describe
 from harness.speed.target import Restarting, Target, limit_in_force, probe_spec, say
 
 if TYPE_CHECKING:
@@ -55,12 +58,13 @@ def run_boundary(
     least = [_least(cell, sizes) for cell in target.cells]  # refuses a budget before the first probe
     with target.prober(prober) as asker:
         kind, notes = limit_in_force(asker, ask.limit_bytes)
+        notes += target.lacking()
         manifest = BoundaryManifest(
             command=tuple(command),
             created=now(),
             model=target.model,
             context=target.context,
-            **ask.model_dump(include={"limit_bytes", "chunk", "timeout_s"}),
+            **ask.model_dump(include={"limit_bytes", "chunk", "timeout_s", "distinct"}),
             limit_kind=kind,
             model_bytes=asker.prober.model_bytes,
             threads=target.threads,
@@ -68,7 +72,7 @@ def run_boundary(
             notes=tuple(notes),
             git_commit=git_commit(),
             versions=versions(),
-            machine=machine(),
+            machine=machine() | describe(torch.device(target.model.device)),
             sources=sources(target.cells),
         )
         searches = [
@@ -140,7 +144,8 @@ class Search:
 
 def _searches(ask: BoundaryAsk, target: Target, cell: PlannedCell, sizes: _Sizes) -> Iterator[Search]:
     """The context and the batch of one method at one budget."""
-    shape: dict[str, Any] = {"tokens": sizes.context, "new_tokens": NEW_TOKENS, "chunk": ask.chunk, "warm_up": False}
+    shape: dict[str, Any] = {"tokens": sizes.context, "new_tokens": NEW_TOKENS, "warm_up": False}
+    shape |= {"chunk": ask.chunk, "distinct": ask.distinct}
     kinds: list[tuple[SizeKind, int | None, range]] = [
         ("context", None, range(sizes.least, sizes.longest + 1, STEP)),
         ("batch", sizes.context, range(1, ask.max_batch + 1)),
@@ -260,6 +265,7 @@ def _try(search: Search, spec: ProbeSpec, asker: Restarting, manifest: BoundaryM
         seconds=round(seconds, 3),
         peak_bytes=None if measured is None else measured.peak_bytes,
         predicted_bytes=predicted if measured is None else measured.predicted_bytes,
+        reserved_bytes=None if measured is None else measured.reserved_bytes,
         error=line,
     )
     told = f"{tried.status} in {seconds:.1f} s"

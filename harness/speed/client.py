@@ -1,4 +1,4 @@
-"""Ask for probes that each run in a fresh process: the client of `harness.speed.server`."""
+"""Ask for probes, each in a process of its own or, on a GPU, one after the other in one: the client of `server`."""
 
 import os
 import select
@@ -19,8 +19,9 @@ from harness.records.spec import Frozen
 from harness.speed.memory_limit import Limit
 
 LOAD_S = 1800.0
-GRACE_S = 60.0  # beyond a probe's own time limit, which the server enforces
+GRACE_S = 60.0  # beyond the time limits of loading and of a probe, which the server enforces
 CLOSE_S = 2.0
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first is read by every PyTorch, the second from 2.9
 
 
 class Job(Frozen):
@@ -38,10 +39,11 @@ class Reply(Frozen):
     limit: Limit | None = None
     model_bytes: int = 0
     error: str | None = None
+    last: bool = False  # whether the process that answers ends with this one
 
 
 class Prober:
-    """Asks a server of its own for probes, each of which runs in a fresh process. A context manager.
+    """Asks a server of its own for probes: on a CPU each runs in a fresh process. A context manager.
 
     model, dtype, device: as in `harness run`. threads: CPU threads of a probe; None for PyTorch's choice. Raises
     HarnessError when the model cannot be loaded, the server ended or does not answer.
@@ -57,6 +59,7 @@ class Prober:
     def __enter__(self) -> Self:
         read, write = os.pipe()
         self._replies, self._rest, self._errors = read, b"", tempfile.TemporaryFile()
+        whole = {} if any(name in os.environ for name in ALLOCATOR) else {ALLOCATOR[0]: "expandable_segments:True"}
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         try:
             self._server: subprocess.Popen[bytes] = subprocess.Popen(
@@ -67,6 +70,7 @@ class Prober:
                 pass_fds=(write,),
                 start_new_session=True,  # an interrupt is for the client, which then ends the server
                 env={"OMP_WAIT_POLICY": "PASSIVE"}
+                | whole  # or a limit on a GPU would count gaps between blocks
                 | os.environ
                 | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
             )
@@ -95,8 +99,8 @@ class Prober:
     def ask(self, spec: ProbeSpec, limit_bytes: int | None = None, timeout_s: float = 600.0) -> ProbeResult:
         """Run one probe.
 
-        limit_bytes: of memory for its process, the model included. timeout_s: until it is killed; on CUDA loading the
-        model is included. Raises HarnessError when the server ended or does not answer.
+        limit_bytes: of memory for its process, the model included. timeout_s: until it is killed; loading the model
+        again, where that is needed first, is not counted. Raises HarnessError when the server ended or does not answer.
         """
         job = Job(spec=spec, limit_bytes=limit_bytes, timeout_s=timeout_s)
         assert self._server.stdin is not None
@@ -105,7 +109,7 @@ class Prober:
             self._server.stdin.flush()
         except OSError:
             raise self._gone() from None
-        reply = self._read(timeout_s + GRACE_S)
+        reply = self._read(LOAD_S + timeout_s + GRACE_S)
         self.limit = reply.limit
         assert reply.result is not None
         return reply.result

@@ -1,10 +1,10 @@
-"""Measure one method by itself, in this process, which should be a fresh one.
+"""Measure one method by itself, in this process, which on a CPU should be a fresh one.
 
 Memory is that of the first round, the cold one: what a warm-up frees would stay in the heap and hide what comes after.
 A short prompt goes first, so that weights and code are resident before; then freed heap is given back. During that
 round large blocks are mapped by themselves and the heap has no holes, so the peak is of what lives and not of what the
 heap has not yet returned. The rounds that follow it are timed with the heap as it would be; the first one's seconds
-count only where the warm-up is off.
+count only where the warm-up is off. On a GPU the memory is its allocator's, which counts all that itself.
 """
 
 import time
@@ -13,11 +13,16 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from harness.engine.compress import Compressed
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
 from harness.speed import memory_limit
+from harness.speed.copies import copied
+from harness.speed.dims import check_layers
+from harness.speed.gpu import state_of
 from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import predict
 from methods.base import Budget, KVPolicy, PolicyError
@@ -35,6 +40,8 @@ class Round(NamedTuple):
     """Seconds of each decode step of the whole batch."""
     kv_bytes: tuple[int, ...]
     """Live bytes of each layer of the first prompt."""
+    replayed: bool
+    """Whether steps were replays of a CUDA graph."""
 
 
 def measure(
@@ -45,15 +52,21 @@ def measure(
     vocabulary: token ids that prompts are drawn from; None for all. Raises HarnessError for a budget that is missing or
     cannot be read, ids of another length and an unknown device; PolicyError for what the policy refuses.
     """
+    check_layers(model.config)
     budget, prompts = _budget(policy, spec), draw_prompts(spec, vocabulary or range(model.vocab))
     runner = Isolated(model, policy, budget, chunk=spec.chunk)
-    _prepare(model, policy, prompts[0])
+    _warm(model, policy, prompts[0].tolist())
+    if on_cpu := model.device.type == "cpu":
+        memory_limit.fill_holes()
+        memory_limit.map_from(MAPPED_FROM)
     meter = memory_limit.Meter(model.device)
-    first = run_round(runner, prompts, spec.new_tokens)
-    peak = meter.peak()
+    first = run_round(runner, prompts, spec)
+    peak, reserved = meter.peak(), meter.reserved()
     timed = [] if spec.warm_up else [first]
-    memory_limit.map_from(MAPPED_FROM_TIMED)
-    timed += [run_round(runner, prompts, spec.new_tokens) for _ in range(spec.rounds - len(timed))]
+    if on_cpu:
+        memory_limit.map_from(MAPPED_FROM_TIMED)
+    timed += [run_round(runner, prompts, spec) for _ in range(spec.rounds - len(timed))]
+    gpu = state_of(model.device)
     prefill, observe, compress, ttft = zip(*(phase for found in timed for phase in found.phases), strict=True)
     tpot = Spread.of([seconds for found in timed for seconds in found.step_s])
     return Measured(
@@ -67,8 +80,11 @@ def measure(
         kv_bytes=first.kv_bytes,
         model_bytes=meter.before,
         peak_bytes=peak,
-        predicted_bytes=predict(model.config, model.dtype.itemsize, policy, spec, budget),
+        predicted_bytes=predict(model.config, model.dtype.itemsize, policy, spec, budget, cuda=not on_cpu),
         memory=meter.kind,
+        reserved_bytes=reserved,
+        gpu=gpu,
+        replayed=None if on_cpu else all(found.replayed for found in timed),
     )
 
 
@@ -84,36 +100,43 @@ def _budget(policy: KVPolicy, spec: ProbeSpec) -> int | None:
         raise HarnessError(str(error)) from None
 
 
-def draw_prompts(spec: ProbeSpec, vocabulary: Sequence[int]) -> list[list[int]]:
-    """Draw the token ids of every prompt of the batch; given ids are the first prompt.
+def draw_prompts(spec: ProbeSpec, vocabulary: Sequence[int]) -> Tensor:
+    """Draw the token ids of every different prompt of the batch: [P, T] int32; given ids are the first prompt.
 
     Raises HarnessError for ids of another length than the probe's.
     """
     if spec.ids and len(spec.ids) != spec.tokens:
         raise HarnessError(f"a probe of {spec.tokens} tokens was given {len(spec.ids)} ids; give as many or none")
-    generator, known = torch.Generator().manual_seed(spec.seed), torch.tensor(vocabulary)
-    drawn: list[list[int]] = known[torch.randint(len(known), (spec.batch, spec.tokens), generator=generator)].tolist()
-    return [list(spec.ids), *drawn[1:]] if spec.ids else drawn
+    generator, known = torch.Generator().manual_seed(spec.seed), torch.tensor(vocabulary, dtype=torch.int32)
+    count = min(spec.batch, spec.distinct or spec.batch)
+    drawn = known[torch.randint(len(known), (count, spec.tokens), generator=generator)]
+    if spec.ids:
+        drawn[0] = torch.tensor(spec.ids)
+    return drawn
 
 
-def run_round(runner: Isolated, prompts: list[list[int]], new_tokens: int) -> Round:
-    """Prefill and compress the prompts one at a time, and decode them together."""
-    done, phases = [], []
-    for ids in prompts:
-        done.append(prompt := runner.prefill(ids))
+def run_round(runner: Isolated, prompts: Tensor, spec: ProbeSpec) -> Round:
+    """Prefill and compress the prompts one at a time, and decode them together, with copies up to the batch.
+
+    The last prompt is prefilled beside the caches of all others, as it would be without copies.
+    """
+    done, phases = list[Compressed](), []
+    for number, ids in enumerate(prompts, start=1):
+        if number == len(prompts):
+            done += [copied(done[i % (number - 1)], seed=i) for i in range(spec.batch - number)]
+        done.append(prompt := runner.prefill(ids.tolist()))
         start = time.perf_counter()
         int(prompt.logits.argmax())  # waits for a GPU
         seconds = (prompt.prefill_s, prompt.observe_s, prompt.compress_s)
         phases.append((*seconds, sum(seconds) + time.perf_counter() - start))
     kv_bytes = tuple(done[0].layer_bytes)
-    return Round(phases, runner.decode(done, new_tokens).step_s, kv_bytes)
+    decoded = runner.decode(done, spec.new_tokens)
+    return Round(phases, decoded.step_s, kv_bytes, decoded.replayed)
 
 
-def _prepare(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
-    """Run the start of a prompt, so that weights and code are resident and kernels chosen; then ready the heap."""
+def _warm(model: AttachedModel, policy: KVPolicy, ids: list[int]) -> None:
+    """Run the start of a prompt, so that weights and code are resident and kernels chosen."""
     short = ids[: min(64, len(ids) - 1)]
     runner = Isolated(model, policy, max(1, len(short) // 2) if policy.budgeted else None)
     with suppress(PolicyError):  # so short a prompt may be refused
         runner.decode([runner.prefill(short)], 2)
-    memory_limit.fill_holes()
-    memory_limit.map_from(MAPPED_FROM)

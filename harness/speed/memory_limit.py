@@ -218,6 +218,7 @@ class Meter:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.kind, self.before = "cuda allocated", torch.cuda.memory_allocated(device)
         elif device.type == "cpu":
@@ -239,6 +240,10 @@ class Meter:
         left = status_bytes("VmRSS") - self.before
         self.stays = max(0, left - max(0, tensor_bytes() - self.tensors))
         return max(0, highest - self.before - self.stays)
+
+    def reserved(self) -> int | None:
+        """Return the most bytes that the CUDA allocator had from the device, the model's included; None on a CPU."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
 
 
 def tensor_bytes() -> int:

@@ -5,24 +5,16 @@ soon as the prompt's last token has passed it, so the full cache never exists at
 chunks, which bounds the activations. The first token comes from the prefill, as it does when serving.
 """
 
-import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from harness.engine.compress import Compressed, compress
 from harness.engine.decode import Decoding
 from harness.engine.prefill import prefill
+from harness.engine.stepping import Stepped, greedy_steps
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KVPolicy
-
-
-class Decoded(NamedTuple):
-    """Tokens of each prompt and the seconds of every step after the first token, which the prefill gave."""
-
-    tokens: list[list[int]]
-    step_s: list[float]
 
 
 class Isolated:
@@ -43,13 +35,8 @@ class Isolated:
             prefilled = prefill(self.model, ids, self.policy.needs, chunk=self.chunk, acts=acts)
             return compress(prefilled, self.policy, budget)
 
-    def decode(self, prompts: list[Compressed], new_tokens: int) -> Decoded:
+    def decode(self, prompts: list[Compressed], new_tokens: int) -> Stepped:
         """Greedy tokens of prompts of the same length, as one batch, end-of-text ignored. Takes the prompts' caches."""
-        steps, seconds = [[int(prompt.logits.argmax()) for prompt in prompts]], list[float]()
         with torch.inference_mode():
             decoding = Decoding.of(self.model, prompts, room=new_tokens - 1, release=True)
-            for _ in range(new_tokens - 1):
-                start = time.perf_counter()
-                steps.append(decoding.step(steps[-1]).max(dim=-1).indices.tolist())  # waits for a GPU
-                seconds.append(time.perf_counter() - start)
-        return Decoded([list(tokens) for tokens in zip(*steps, strict=True)], seconds)
+            return greedy_steps(decoding, new_tokens - 1)

@@ -29,7 +29,17 @@ KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the pr
     per layer, unchunked    L - 1 layers of N slots, and one full
     otherwise               L full layers; after it, N slots of each of them as well
 What a policy observed stays with every full layer. A sliding-window layer is full until all are compressed.
-Attention and column sums are those of a CPU, where one kernel serves both (`harness.engine.kernels`).
+
+That is of a CPU, where one kernel serves attention and column sums (`harness.engine.kernels`). With Triton on a GPU
+(`harness.engine.triton_kernels`) chunks need no more than a whole prompt, and
+
+    attend      Q * Hq * D * e more (heads are brought together for the next product)
+    observe     attend + Hq * S * 4, twice in chunks
+    batch       KV of all prompts, and two more of one layer, with 4 * 8 for each of their slots (`ragged_rows`)
+    decode      the same where room has to grow, or P * Hq * D * 8 for each 512 slots, up to 64 (parts of a stream)
+
+A mixture of experts is taken for a dense layer of its config's intermediate size. Left out is that a GPU's allocator
+rounds every tensor up to 512 bytes; blocks that it holds beside are no part of the peak.
 """
 
 from __future__ import annotations
@@ -39,64 +49,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.engine.kernels import PAD
+from harness.engine.layer_cache import room_step
 from harness.records.measured import ProbeSpec
+from harness.speed.dims import FLOAT32, Dims
 from methods.base import KVPolicy, Needs, Sizes
 from methods.codes import Coding
 from methods.quant import Quant
 from methods.views import POSITION_BYTES
 
-FLOAT32, INDEX = 4, 8
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The shapes of a model.
-
-    windows: sliding window of each layer, None where attention is full. number: bytes of one.
-    """
-
-    windows: tuple[int | None, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    number: int
-
-    @classmethod
-    def of(cls, config: Any, dtype_bytes: int) -> Dims:
-        """Read a transformers text config; a field that it leaves out has the value that models take for it."""
-        heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
-        types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
-        window = getattr(config, "sliding_window", None)
-        if window and window >= (getattr(config, "max_position_embeddings", None) or math.inf):
-            window = None  # all that there is
-        return cls(
-            windows=tuple(window if kind == "sliding_attention" else None for kind in types),
-            heads=heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-            hidden=hidden,
-            intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-            vocab=int(config.vocab_size),
-            number=dtype_bytes,
-        )
-
-    @property
-    def slot(self) -> int:
-        """Bytes of the keys and values of a slot of all KV heads of a layer."""
-        return 2 * self.kv_heads * self.head_dim * self.number
-
-    @property
-    def seen(self) -> int:
-        """Layers that policies see."""
-        return sum(window is None for window in self.windows)
-
-    @property
-    def up(self) -> int:
-        """Bytes of a float32 copy of a number, 0 where it is one."""
-        return FLOAT32 if self.number < FLOAT32 else 0
+INDEX = 8
+SPLIT, SPLITS = 512, 64  # of `triton_kernels`, which is there only where Triton is
 
 
 @dataclass(frozen=True)
@@ -105,6 +67,7 @@ class ProbeShape:
 
     per_layer: whether a layer is compressed without the others. tokens: of each prompt. slots: kept of each
     compressible layer and KV head, on average. coding: how they become codes, None where they stay as they are.
+    cuda: whether the kernels are those of a GPU. one_buffer: whether rows decode as `RaggedRows`.
     """
 
     needs: Needs
@@ -116,6 +79,8 @@ class ProbeShape:
     new_tokens: int
     chunk: int | None
     coding: Coding | None = None
+    cuda: bool = False
+    one_buffer: bool = False
 
     @property
     def step(self) -> int:
@@ -123,11 +88,13 @@ class ProbeShape:
         return min(self.chunk or self.tokens, self.tokens)
 
 
-def predict(config: Any, dtype_bytes: int, policy: KVPolicy, spec: ProbeSpec, budget: int | None) -> int:
+def predict(
+    config: Any, dtype_bytes: int, policy: KVPolicy, spec: ProbeSpec, budget: int | None, *, cuda: bool = False
+) -> int:
     """Predict the peak bytes above the model of a probe under `policy`, as the head of this module says.
 
     config: the model's text config. dtype_bytes: of a weight and of a number of the cache. budget: slots per layer and
-    KV head; None for a policy that keeps everything.
+    KV head; None for a policy that keeps everything. cuda: whether it runs on a GPU.
     """
     dims, tokens = Dims.of(config, dtype_bytes), spec.tokens
     slots = tokens if budget is None else min(budget, tokens)
@@ -136,8 +103,9 @@ def predict(config: Any, dtype_bytes: int, policy: KVPolicy, spec: ProbeSpec, bu
     coding = policy.coding if isinstance(policy, Quant) else None
     if isinstance(policy, Quant) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
-    all_ = budget is None and not coding
-    shape = ProbeShape(policy.needs, alone, all_, tokens, slots, spec.batch, spec.new_tokens, spec.chunk, coding)
+    all_, one = budget is None and not coding, cuda and coding is None and not policy.evicts_while_decoding
+    times = (spec.batch, spec.new_tokens, spec.chunk)
+    shape = ProbeShape(policy.needs, alone, all_, tokens, slots, *times, coding, cuda=cuda, one_buffer=one)
     return max(prefill(dims, shape), batching(dims, shape), decoding(dims, shape))
 
 
@@ -206,6 +174,8 @@ def activations(dims: Dims, shape: ProbeShape) -> int:
 
 def attention(dims: Dims, shape: ProbeShape) -> int:
     """Most bytes that are held when a layer has attended; a chunk attends to the past and to itself, and mixes them."""
+    if shape.cuda:
+        return _attended(dims, shape) + shape.step * dims.heads * dims.head_dim * dims.number
     if shape.step == shape.tokens:
         return _attended(dims, shape)
     mixed = shape.step * dims.heads * dims.head_dim * (dims.number + 3 * FLOAT32)
@@ -216,6 +186,8 @@ def attention(dims: Dims, shape: ProbeShape) -> int:
 def column_sums(dims: Dims, shape: ProbeShape) -> int:
     """Bytes of what `kernels.column_sums` makes, its result included: query heads of a group one after another."""
     q, s, h = shape.step, shape.tokens, dims.kv_heads
+    if shape.cuda:
+        return dims.heads * s * FLOAT32 * (1 if q == s else 2)
     packed = 2 if dims.up else 0  # the kernel lays keys and values out anew for half-precision products
     copies = h * (s + max(3 * q, (1 + packed) * q + s)) * (dims.head_dim + PAD) * dims.number
     return copies + (dims.heads * (q + s) + 2 * h * s) * FLOAT32
@@ -254,7 +226,14 @@ def batching(dims: Dims, shape: ProbeShape) -> int:
     before = shape.batch * kept(dims, shape)
     one = rows(dims, shape) // len(dims.windows)
     last = shape.batch * max(kept_layer(dims, shape), *windows(dims, shape), 0)
-    return max(before + one, rows(dims, shape) + last) + shape.batch * dims.vocab * FLOAT32
+    more = moved(dims, shape) if shape.one_buffer else 0
+    return max(before + one, rows(dims, shape) + last) + more + shape.batch * dims.vocab * FLOAT32
+
+
+def moved(dims: Dims, shape: ProbeShape) -> int:
+    """Bytes of a layer's slots on their way into one buffer, and of the numbers that say where they go."""
+    slots = shape.batch * max(shape.slots, *(min(window, shape.tokens) for window in dims.windows if window), 0)
+    return slots * (dims.slot + 4 * INDEX * dims.kv_heads)
 
 
 def decoding(dims: Dims, shape: ProbeShape) -> int:
@@ -264,4 +243,8 @@ def decoding(dims: Dims, shape: ProbeShape) -> int:
     each = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (3 * dims.number + 1)
     held = rows(dims, shape)
     growing = held // len(dims.windows) // 2
+    if shape.one_buffer:
+        more = shape.new_tokens - 1 > room_step(shape.slots)
+        growing = held // len(dims.windows) + moved(dims, shape) if more else 0
+        step += 2 * dims.heads * dims.head_dim * FLOAT32 * min(SPLITS, math.ceil(shape.slots / SPLIT))
     return held + shape.batch * dims.vocab * FLOAT32 + max(shape.batch * (step + each) + weights, growing)

@@ -4,7 +4,8 @@
 
 reads a JSON line a probe (`Job`) and writes one (`Reply`) to the descriptor --reply. The server computes on one thread,
 so that it holds no thread pool when it forks; a child sets its own number of threads. A GPU cannot be used after a
-fork: there, every probe is a process that loads the model itself (--once).
+fork: there, one child holds the model and answers all probes (--stay), and the server starts another in its place after
+an error that leaves the GPU useless, a probe whose time is up, or its death.
 """
 
 from __future__ import annotations
@@ -13,12 +14,8 @@ import argparse
 import errno
 import gc
 import os
-import select
-import signal
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -33,16 +30,16 @@ from harness.models.load import LoadedModel, load_model, resolve_device
 from harness.plan.methods import plan_method
 from harness.records.measured import ProbeResult
 from harness.speed import memory_limit
-from harness.speed.client import LOAD_S, Job, Reply, last_line
+from harness.speed.children import OUT_OF_MEMORY, Resident, run_job, spawn
+from harness.speed.client import LOAD_S, Job, Reply
 from harness.speed.measure import measure
 from harness.speed.memory_limit import Limit
 from methods.base import Needs
 
-OUT_OF_MEMORY = (
-    *("allocate memory", "defaultcpuallocator", "not enough memory", "out of memory", "bad_alloc"),
-    "could not create a primitive",  # oneDNN without memory for its scratch; seen under a limit, where the model ran
-)
-LOOK_S = 0.5  # between two looks whether the client is still there
+BROKEN = ("cuda error", "triton error", "cublas_status", "cudnn_status", "device-side assert")
+"""Words of errors after which a process can compute nothing more on its GPU."""
+SPARE = 64 * 2**20
+"""Bytes that a probe may leave behind in a process that stays: workspaces of libraries."""
 
 
 @dataclass
@@ -58,10 +55,7 @@ class ServerReady:
         """Load and attach a model. Raises HarnessError for one that cannot be loaded."""
         loaded = load_model(name, dtype=dtype, device=device)
         model = AttachedModel(loaded.model)
-        added = loaded.tokenizer.added_tokens_decoder
-        special = loaded.eos_ids | {token for token, entry in added.items() if entry.special}
-        words = min(model.vocab, len(loaded.tokenizer))
-        return cls(loaded, model, [token for token in range(words) if token not in special])
+        return cls(loaded, model, loaded.words())
 
     def held_bytes(self) -> int:
         """Count the resident (CPU) or allocated (CUDA) bytes of this process, weights included."""
@@ -76,7 +70,7 @@ class ServerReady:
         """Run a probe in this process, under its limit; without one, tell what the model takes."""
         if job is None:
             return Reply(model_bytes=self.held_bytes())
-        limit = None
+        limit, last = None, False
         try:
             policy = plan_method(job.spec.method, job.spec.set, revision=self.loaded.spec.revision).policy
             self._touch()
@@ -86,7 +80,26 @@ class ServerReady:
             result = ProbeResult(status="ok", measured=measured)
         except Exception as error:  # whatever a probe trips over is its result
             result = failure(error)
-        return Reply(result=result, limit=limit)
+            last = result.status == "failed" and breaks(error)
+        return Reply(result=result, limit=limit, last=last)
+
+    def allocated(self) -> int:
+        """Count the bytes of this process's tensors where the model is."""
+        if self.model.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.model.device)
+        return memory_limit.tensor_bytes()
+
+    def tidied(self, before: int) -> bool:
+        """Give back what a probe took and lift its limit; False where that fails, or more than `before` is held."""
+        gc.collect()  # frames that an error kept, and the caches in them
+        try:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+                torch.cuda.empty_cache()
+                torch.cuda.set_per_process_memory_fraction(1.0, self.model.device)
+            return self.allocated() <= before + SPARE
+        except RuntimeError:  # an error of the GPU comes when it is waited for
+            return False
 
     def _touch(self) -> None:
         """Bring every weight, the code and the threads into this process, so that the limit finds them there."""
@@ -119,41 +132,12 @@ def failure(error: Exception) -> ProbeResult:
     return ProbeResult(status="failed", error=told)
 
 
-def ended(status: int, said: str) -> ProbeResult:
-    """Say what became of a child that ended without a reply, by waitpid's status and the last line it printed."""
-    tail, code = f": {said}" if said else "", os.waitstatus_to_exitcode(status)
-    if code == -signal.SIGKILL:
-        return ProbeResult(status="oom", error="killed by SIGKILL, as the kernel does when memory runs out" + tail)
-    how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-    empty = any(words in said.lower() for words in OUT_OF_MEMORY)
-    return ProbeResult(status="oom" if empty else "failed", error=f"the probe ended without a result, {how}{tail}")
+def breaks(error: Exception) -> bool:
+    """Whether an error may have left the GPU useless for this process."""
+    return any(words in str(error).lower() for words in BROKEN)
 
 
-Start = Callable[[Job | None, int, IO[bytes]], int]
-"""Starts a process that writes its reply to a descriptor and what else it prints to a file; returns its id."""
-
-
-def run_job(start: Start, job: Job | None, timeout_s: float) -> Reply:
-    """Wait for a job's reply, or for its time to be up. A None job asks for the model's bytes."""
-    read, write = os.pipe()
-    with tempfile.TemporaryFile() as errors:
-        try:
-            child = start(job, write, errors)
-        finally:
-            os.close(write)
-        told = _told(read, child, timeout_s)
-        os.close(read)
-        if told is None:
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        memory_limit.leave_cgroup(child)
-        said = last_line(errors)
-    if told is None:
-        return Reply(result=ProbeResult(status="timeout", error=f"not finished after {timeout_s:g} s; killed"))
-    try:
-        return Reply.model_validate_json(told)
-    except ValidationError:
-        return Reply(result=ended(status, said))
+Answer = Callable[[Job | None, float], Reply]
 
 
 def fork(ready: ServerReady, threads: int, job: Job | None, reply: int, errors: IO[bytes]) -> int:
@@ -174,69 +158,52 @@ def fork(ready: ServerReady, threads: int, job: Job | None, reply: int, errors: 
         os._exit(0)  # nothing of the server's is flushed or ended twice
 
 
-def spawn(options: Sequence[str], job: Job | None, reply: int, errors: IO[bytes]) -> int:
-    """Start a child that loads the model itself. options: of the command line, model first."""
-    command = [sys.executable, "-m", "harness.speed.server", *options, "--once", "--reply", "3"]
-    with tempfile.TemporaryFile() as given:
-        given.write(b"" if job is None else job.model_dump_json().encode())
-        given.seek(0)
-        moves = [(given.fileno(), 0), (errors.fileno(), 1), (errors.fileno(), 2), (reply, 3)]
-        actions = [(os.POSIX_SPAWN_DUP2, *move) for move in moves]
-        os.set_inheritable(reply, True)  # it may be 3 already, and then no move makes it so
-        return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
-
-
-def _told(read: int, child: int, timeout_s: float) -> bytes | None:
-    """Read all that a child writes until it ends; None when its time is up. Ends it when the client is gone."""
-    deadline, client, parts = time.monotonic() + timeout_s, os.getppid(), list[bytes]()
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([read], [], [], min(left, LOOK_S))[0]:
-            part = os.read(read, 2**16)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-        elif os.getppid() != client:
-            os.kill(child, signal.SIGKILL)
-            os._exit(1)
-    return None
-
-
 def _send(reply: int, message: Reply) -> None:
     with open(reply, "wb", closefd=False) as stream:
         stream.write(message.model_dump_json().encode() + b"\n")
 
 
-def once(options: argparse.Namespace, reply: int) -> int:
-    """Run the one job of standard input, or tell the model's bytes where there is none."""
-    memory_limit.die_with_parent(os.getppid())
-    torch.set_num_threads(options.threads)
+def stay(load: Callable[[], ServerReady], jobs: Iterable[str], reply: int) -> None:
+    """Load the model, tell what it takes, and answer jobs in this process until they end or it is spent."""
     try:
-        ready = ServerReady.load(options.model, dtype=options.dtype, device=options.device)
-        text = sys.stdin.read()
-        _send(reply, ready.answer(Job.model_validate_json(text) if text else None))
+        ready = load()
     except HarnessError as error:
         _send(reply, Reply(error=str(error)))
-    return 0
+        return
+    _send(reply, Reply(model_bytes=ready.held_bytes()))
+    before = ready.allocated()
+    for line in jobs:
+        answered = ready.answer(Job.model_validate_json(line))
+        last = answered.last or not ready.tidied(before)
+        _send(reply, answered.model_copy(update={"last": last}))
+        if last:
+            return
+
+
+def _starter(options: argparse.Namespace) -> tuple[Answer, Callable[[], None]]:
+    """What answers jobs, and what ends it: a child for each on a CPU, one child for all on a GPU."""
+    if resolve_device(options.device).type == "cpu":
+        ready = ServerReady.load(options.model, dtype=options.dtype, device="cpu")
+        gc.collect()
+        gc.freeze()
+        memory_limit.give_back()
+        return partial(run_job, partial(fork, ready, options.threads)), lambda: None
+    given = ("--dtype", options.dtype, "--device", options.device, "--threads", str(options.threads))
+    resident = Resident(partial(spawn, (options.model, *given)))
+    return resident.answer, resident.end
 
 
 def serve(options: argparse.Namespace, reply: int) -> int:
     """Answer jobs until standard input ends."""
     torch.set_num_threads(1)
     try:
-        if resolve_device(options.device).type == "cpu":
-            ready = ServerReady.load(options.model, dtype=options.dtype, device="cpu")
-            gc.collect()
-            gc.freeze()
-            memory_limit.give_back()
-            start: Start = partial(fork, ready, options.threads)
-        else:
-            given = ("--dtype", options.dtype, "--device", options.device, "--threads", str(options.threads))
-            start = partial(spawn, (options.model, *given))
-        first = run_job(start, None, LOAD_S)
-        if first.result is not None:
-            first = Reply(error=f"model {options.model} cannot be probed: {first.result.error}")
+        answer, end = _starter(options)
     except HarnessError as error:
-        first = Reply(error=str(error))
+        _send(reply, Reply(error=str(error)))
+        return 2
+    first = answer(None, LOAD_S)
+    if first.result is not None:
+        first = Reply(error=f"model {options.model} cannot be probed: {first.result.error}")
     _send(reply, first)
     if first.error is not None:
         return 2
@@ -246,7 +213,8 @@ def serve(options: argparse.Namespace, reply: int) -> int:
         except ValidationError as error:
             _send(reply, Reply(result=failure(error)))
         else:
-            _send(reply, run_job(start, job, job.timeout_s))
+            _send(reply, answer(job, job.timeout_s))
+    end()
     return 0
 
 
@@ -258,9 +226,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--reply", type=int, required=True, help="descriptor to answer on")
-    parser.add_argument("--once", action="store_true", help="load the model, run one job of standard input, end")
+    parser.add_argument("--stay", action="store_true", help="answer every job of standard input in this process")
     options = parser.parse_args(arguments)
-    return (once if options.once else serve)(options, options.reply)
+    if not options.stay:
+        return serve(options, options.reply)
+    memory_limit.die_with_parent(os.getppid())
+    torch.set_num_threads(options.threads)
+    stay(partial(ServerReady.load, options.model, dtype=options.dtype, device=options.device), sys.stdin, options.reply)
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError, shown
 from harness.machine import set_threads
-from harness.models.load import DTYPES, load_model, resolve_device, resolve_dtype
+from harness.models.load import DTYPES, describe_model, load_model, resolve_device, resolve_dtype
 from harness.plan.methods import plan_methods
 from harness.plan.names import check_asked
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.spec import Asked, MethodSpec, ModelSpec
+from harness.records.spec import Asked, MethodSpec, ModelSpec, weights_note
+from harness.speed.dims import check_layers
 from harness.speed.memory_limit import MEMINFO, Limit, swap
 from harness.speed.predicted_memory import predict
 from methods.base import PolicyError
@@ -76,10 +77,11 @@ class Target:
 
     @classmethod
     def load(cls, asked: Asked, threads: int | None) -> Target:
-        """Load the model once on the CPU, to be let go before the first probe.
+        """Load the model once, to be let go before the first probe, and let every method refuse it.
 
-        Raises HarnessError for unknown names, a missing device, a model that cannot be loaded or that a method is not
-        made for.
+        For a GPU it is read without weights, where its files allow it, as is one of random weights; a method that is
+        not made for it fails in its own probes then. Raises HarnessError for unknown names, a missing device, a model
+        that cannot be loaded or that a method is not made for.
         """
         check_asked(asked)
         planned, budgets = plan_methods(asked), asked.parsed_budgets
@@ -89,12 +91,15 @@ class Target:
             raise HarnessError(f"memory on device {shown(asked.device)} cannot be measured; give --device cpu or cuda")
         dtype = str(resolve_dtype(asked.dtype, place)).removeprefix("torch.")
         print(f"loading {asked.model}", file=sys.stderr, flush=True)
-        loaded = load_model(asked.model, dtype=dtype, device="cpu")
+        here = place.type == "cpu" and not weights_note(asked.model)
+        loaded = (load_model if here else describe_model)(asked.model, dtype=dtype, device=str(place))
+        check_layers(loaded.model.config.get_text_config(decoder=True))
         fitted = [method.on(loaded.spec.revision) for method in planned]
-        Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
+        if here:
+            Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
         return cls(
             typed=asked.model,
-            model=loaded.spec.model_copy(update={"device": str(place)}),
+            model=loaded.spec,
             config=loaded.model.config.get_text_config(decoder=True),
             context=loaded.context,
             threads=set_threads(threads),
@@ -114,9 +119,17 @@ class Target:
         budget = cell.cell.budget
         slots = None if budget is None else budget.resolve(spec.tokens)
         try:
-            return predict(self.config, DTYPES[self.model.dtype].itemsize, cell.cell.policy, spec, slots)
+            number, cuda = DTYPES[self.model.dtype].itemsize, self.model.device.startswith("cuda")
+            return predict(self.config, number, cell.cell.policy, spec, slots, cuda=cuda)
         except PolicyError:
             return None
+
+    def lacking(self) -> list[str]:
+        """Note each method that lacks what it would need for this model, such as tables."""
+        lacks = {cell.method: cell.cell.policy.lacks for cell in self.cells}
+        notes = [f"{method}: {why}" for method, why in lacks.items() if why]
+        say(f"note: {note}" for note in notes)
+        return notes
 
     def refusal(self, cell: PlannedCell, tokens: int) -> str | None:
         """Say why a prompt of that many tokens cannot be asked of the cell; None where it can."""
@@ -157,7 +170,7 @@ def _held(asker: Restarting, limit: int) -> Limit:
     if limit <= own:
         raise HarnessError(f"--memory-limit of {limit} bytes is not above the loaded model's own {own}; raise it")
     short = ProbeSpec(method="fullkv", budget=None, tokens=SHORT, new_tokens=2, warm_up=False)
-    result = asker.ask(short, limit_bytes=limit)  # its time is enough to load the model, which CUDA does in it
+    result = asker.ask(short, limit_bytes=limit)
     found = asker.prober.limit
     if found is None:
         advice = "raise --memory-limit" if result.status == "oom" else "try again"

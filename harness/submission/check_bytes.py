@@ -1,12 +1,12 @@
 """Whether the bytes of a submitted record follow from its budget, and its kept slots from its bytes.
 
 A cache of T tokens takes F = W + slot x S bytes: S slots over the compressible layers (T per layer and KV head), W for
-sliding-window layers, which no budget touches. Asking for b of T tokens allows A = W + (slot + p) x S x b/T, where p
-are the bytes of a position: 4, and 0 in old records, which know no stored bytes. So a sample with an uncompressed cell
-gives slot = (F - A + p S b/T) / (S (1 - b/T)) from each other cell, and the model has only one. What a cell holds is at
-least W + (slot + p) x kept slots; the rest is its method's side data. Slots held as codes of b bits take at least b
-over the bits of a plain number of a slot, and all slots of the prompt need no positions. What is stored is no less than
-what is live.
+what no budget touches: sliding windows, chunks, states. Asking for b of T tokens allows A = W + (slot + p) x S x b/T,
+where p are the bytes of a position: 4, and 0 in old records, which know no stored bytes. So a sample with an
+uncompressed cell gives slot = (F - A + p S b/T) / (S (1 - b/T)) from each other cell, and the model has only one. What
+a cell holds is at least W + (slot + p) x kept slots; the rest is its method's side data. Slots held as codes of b bits
+take at least b over the bits of a plain number of a slot, and all slots of the prompt need no positions. What is stored
+is no less than what is live.
 """
 
 from collections import Counter

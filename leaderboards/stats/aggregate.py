@@ -165,6 +165,7 @@ def _table(
     more = {c: {**costs[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
     rows = pd.DataFrame([_flagged({**asdict(axes), **_row(grid, c, used), **more[c]}, grid, c) for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}
+    rows.attrs["state_bytes"] = max(r.state_bytes for r in chosen)
     tasks = pd.DataFrame([row for c in order for row in _task_rows(grid, c)])
     runs = tuple(sorted({r.run_id for r in records}))
     summaries, rivals = summarise(grid, order), compare(grid, subject)

@@ -10,6 +10,13 @@ def listed(machine: Mapping[str, Any], name: str) -> list[str]:
     return [str(value) for value in found] if isinstance(found, list | tuple) else []
 
 
+def gpu(machine: Mapping[str, Any]) -> str:
+    """What a GPU said of itself, `name H100, driver 570, sm_mhz 1980`; empty where there is none."""
+    found = machine.get("gpu")
+    told = found.items() if isinstance(found, dict) else ()
+    return ", ".join(f"{name} {value}" for name, value in told if isinstance(value, str | int | float))
+
+
 def processor(machine: Mapping[str, Any]) -> str:
     """The name of the processor; empty where there is none."""
     return str(machine.get("processor") or "")

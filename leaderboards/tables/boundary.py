@@ -17,8 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from harness.errors import HarnessError
 from harness.records.boundary_folder import BoundaryManifest, BoundaryRecord, load_boundaries
 from harness.records.run_folder import write_bytes
+from harness.records.spec import weights_note
 from leaderboards.stats.comparable import budget_order
-from leaderboards.stats.machines import listed
+from leaderboards.stats.machines import gpu, listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.picture import plain_text
 from leaderboards.text import MIB, Section, clean, csv_text, escape, markdown, number, terminal
@@ -135,7 +136,7 @@ def troubles(records: Sequence[BoundaryRecord]) -> list[str]:
 def title(manifest: BoundaryManifest) -> str:
     """The limit and what ran under it."""
     limit, model = f"{manifest.limit_bytes / MIB:.0f} MiB", manifest.model
-    return clean(f"Boundary under {limit}: {model.name} ({model.dtype}, {model.device})")
+    return clean(f"Boundary under {limit}: {model.name}{weights_note(model.name)} ({model.dtype}, {model.device})")
 
 
 def facts(manifest: BoundaryManifest) -> list[str]:
@@ -146,7 +147,9 @@ def facts(manifest: BoundaryManifest) -> list[str]:
         f"limit: {manifest.limit_bytes} bytes by {manifest.limit_kind}, {manifest.model_bytes} of them the model's",
         f"each probe: prefill and {manifest.new_tokens} tokens by itself, at most {manifest.timeout_s:g} s, "
         f"chunk {manifest.chunk or 'none'}, threads {manifest.threads or 'default'}",
+        *([f"batches: {manifest.distinct} prompts prefilled and the others copies"] if manifest.distinct else []),
         f"machine: {', '.join([*where, *listed(machine, 'accelerators')]) or 'unknown'}",
+        *([f"gpu at the start: {found}"] if (found := gpu(machine)) else []),
         *manifest.notes,
     ]
     return [clean(line) for line in lines]

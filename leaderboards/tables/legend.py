@@ -8,6 +8,7 @@ from leaderboards.stats import observing, pareto, ranks, summaries, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
 from leaderboards.stats.eligible import CONTEXTS, LOWEST
+from leaderboards.text import MIB
 
 RANKS = (
     "rank: the places among the methods of its budget that the samples leave possible; methods that are not told apart "
@@ -30,7 +31,7 @@ TAILS = (
 )
 MEASURED = (
     "TTFT (time to the first token), TPOT (time per output token), tokens/s, peak MiB (above the model's own memory): "
-    "each cell by itself in a fresh process on the sample's prompt, batch 1, the first token chosen by the prefill as "
+    "each cell by itself in another process on the sample's prompt, batch 1, the first token chosen by the prefill as "
     "when serving, whatever is scored. Means over the n measured samples; cells with another n had other prompts.",
     "front bytes, front TPOT: the Pareto front of score against KV bytes, and against TPOT, over all budgets. *: on "
     "it, told better in score than every cell that may cost no more. =: not told apart from one of those, or lacking "
@@ -115,6 +116,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
     """A line for each column, mark and flag that some of the tables have."""
     attrs = tables[0].rows.attrs
     rows, found = [table.rows for table in tables], [table.summaries for table in tables]
+    states = max(frame.attrs["state_bytes"] for frame in rows)
     ranked = any(map(ranks.is_ranked, rows))
     return [
         f"score: 0-100, unweighted mean of task means, ± half of its {LEVEL:.0%} interval."
@@ -130,7 +132,8 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         f"intervals: percentile bootstrap within tasks, {attrs['resamples']} resamples, seed {attrs['seed']}; "
         "samples that share a context are redrawn together; not corrected for the number of comparisons (ranks are).",
         "NLL: nats per token of the reference answer on the compressed cache, where a task has one; lower is better.",
-        "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache.",
+        "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache."
+        + (f" {states / MIB:.2f} MiB of it are states of layers without keys and values." if states else ""),
         *(STORED if any("stored_bytes_mean" in frame for frame in rows) else ()),
         *(OBSERVING if any(map(observing.is_observed, rows)) else ()),
         "n: samples scored. first token: whether the first answer token was predicted from the compressed cache, or by "

@@ -9,7 +9,8 @@ import pandas as pd
 
 from harness.records.bench_folder import BenchManifest, BenchRecord
 from harness.records.measured import Measured, Spread
-from leaderboards.stats.machines import listed
+from harness.records.spec import weights_note
+from leaderboards.stats.machines import gpu, listed
 from leaderboards.tables.files import write_files
 from leaderboards.tables.speed_rows import ALARM, SPREADS, SpeedRow, SpeedTable, numbers, tables
 from leaderboards.text import MIB, NOTE_CHARS, Section, clean, csv_text, markdown, number, terminal
@@ -58,10 +59,12 @@ def heading(table: SpeedTable) -> str:
     """What the rows of a table share, in one line."""
     axes = table.axes
     parts = [
-        *(f"{axes['kind']}: {axes['model']}", axes["dtype"], f"{axes['device']} ({axes['kernel']})"),
+        f"{axes['kind']}: {axes['model']}{weights_note(axes['model'])}",
+        *(axes["dtype"], f"{axes['device']} ({axes['kernel']})"),
         *(f"{axes['threads']} threads", f"machine {axes['machine']}"),
         *(f"{axes['tokens']} tokens", f"batch {axes['batch']}", f"{axes['new_tokens']} new tokens"),
     ]
+    parts += [f"{axes['distinct']} prompts prefilled and the others copies"] if axes["distinct"] else []
     parts += [f"prefill in chunks of {axes['chunk']}"] if axes["chunk"] else []
     parts += [] if axes["warm_up"] else ["no warm-up"]
     parts += [f"limit {axes['limit_bytes'] / MIB:.0f} MiB"] if axes["limit_bytes"] else []
@@ -122,6 +125,7 @@ def _facts(table: SpeedTable, manifests: Sequence[BenchManifest]) -> list[str]:
         "benches": ", ".join(sorted(ids)),
         "passes": ", ".join(map(str, passes)) + "; median of the passes' medians [least, most]",
         "machine": "; ".join(dict.fromkeys(_machine(m) for m in used)),
+        "gpu at the start": "; ".join(dict.fromkeys(filter(None, (gpu(m.machine) for m in used)))),
         "versions": "; ".join(dict.fromkeys(versions)),
         "code": ", ".join(sorted({m.git_commit[:12] for m in used if m.git_commit})),
     }

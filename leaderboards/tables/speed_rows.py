@@ -19,7 +19,7 @@ ALARM = 0.05  # a peak further than this from its prediction is marked
 BASELINE = "fullkv"
 AXES = (
     *("kind", "machine", "model", "model_revision", "dtype", "device", "kernel", "threads"),
-    *("tokens", "batch", "new_tokens", "chunk", "warm_up", "limit_bytes"),
+    *("tokens", "batch", "distinct", "new_tokens", "chunk", "warm_up", "limit_bytes"),
 )
 SPREADS = ("prefill_s", "observe_s", "compress_s", "ttft_s", "tpot_s")
 NUMBERS = (

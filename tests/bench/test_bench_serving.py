@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from harness.engine.compress import Compressed
+from harness.engine.states import States
 from harness.models.assets import asset_folder
 from harness.records.measured import ProbeSpec
 from harness.speed.client import Prober
@@ -112,7 +113,8 @@ def ready_made(ours: Ours, slots: int) -> Compressed:
     shape = (1, sizes.kv_heads, slots, model.config.head_dim)
     at = torch.arange(LONG - slots, LONG).expand(shape[:3])
     kvs = [KV(*(torch.randn(shape).to(model.dtype) for _ in range(2)), at) for _ in range(model.layers)]
-    return Compressed(FullKV(), LONG, kvs, model.compressible, torch.randn(1, model.vocab), LONG)
+    logits = torch.randn(1, model.vocab)
+    return Compressed(FullKV(), LONG, kvs, model.compressible, logits, LONG, {LONG: States()})
 
 
 def steps_of_transformers(theirs: Theirs, ours: Ours) -> list[float]:

@@ -80,6 +80,14 @@ def test_the_command_finds_prints_and_writes(command: Command, tmp_path: Path, c
     assert manifest.notes[0].startswith("limit by address space, no cgroup")
 
 
+def test_a_search_of_batches_of_copies_says_so(command: Command, tmp_path: Path) -> None:
+    assert command("--context", "512", "--max-batch", "8", "--distinct", "4") == 0
+    assert load_boundaries(tmp_path)[0].distinct == 4
+    assert "batches: 4 prompts prefilled and the others copies" in (tmp_path / "frontier.md").read_text()
+    with pytest.raises(HarnessError, match="was searched with distinct 4, not None; choose another --out"):
+        command("--context", "512", "--max-batch", "8")
+
+
 def test_a_limit_under_which_no_probe_starts_is_refused(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,18 @@
-"""Attention in float64 with all n x n weights at once, which kernels are tested against."""
+"""Attention with all weights at once, which kernels are tested against."""
 
 import math
+from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
+
+from harness.engine.coded_streams import CodedStreams
+from methods.views import Form
+
+DISCARDED = pytest.mark.filterwarnings(  # numbers that Triton's interpreter, as a GPU, computes and throws away
+    "ignore:(divide by zero|invalid value) encountered in (log|divide):RuntimeWarning:triton.runtime.interpreter"
+)
 
 
 def naive(
@@ -21,3 +30,28 @@ def naive(
     lse = torch.cat([logits, *columns], dim=-1).logsumexp(-1)
     weights = (logits - lse[..., None]).exp()
     return weights @ v.repeat_interleave(group, 1), lse, weights.sum(2).unflatten(1, (-1, group))
+
+
+def ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    form: Form,
+    *,
+    longest: int,
+    new: int = 1,
+    coded: Sequence[CodedStreams] = (),
+) -> Tensor:
+    """What `ragged_attention` computes but for codes, in milliseconds; Triton's interpreter takes ten for a stream."""
+    assert not coded
+    run = torch.arange(longest)
+    at = (starts[:, None] + run).clamp(max=len(k) - 1)
+    logits = form.capped((q.float() @ k[at].float().transpose(1, 2)) * form.scaling)
+    there = run < lengths[:, None]
+    logits = logits.masked_fill(~there.unsqueeze(1), -math.inf)
+    if form.sinks is not None:
+        logits = torch.cat([logits, form.sinks.float().unsqueeze(-1)], dim=-1)
+    weights = logits.softmax(-1).nan_to_num()[..., :longest]
+    return (weights @ v[at].float().masked_fill(~there.unsqueeze(2), 0.0)).to(q.dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.engine import gpu
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.packed import each_tensor, without
 from harness.engine.transformers_seam import AttachedModel
@@ -191,6 +192,41 @@ def test_side_data_of_no_head_stays_with_its_row(tiny: LoadedModel) -> None:
     rows[1].kv.extra["scales"] = torch.ones(5)
     check_company(rows, 2)
     assert layer(rows).nbytes(1) == layer(rows).nbytes(0) + 5 * 4
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "tova@paper"])
+def test_on_a_gpu_a_step_asks_the_host_nothing(tiny: LoadedModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = compressed(tiny, [name] * 2)
+    feeds = [step(rows) for _ in range(6)]
+    cpu, card = layer(rows), layer(rows)
+    wanted = [ask(cpu, *feed) for feed in feeds]
+
+    def asked(*_: object) -> None:
+        raise AssertionError("a step asked the device")
+
+    monkeypatch.setattr(gpu, "is_gpu", lambda device: True)
+    with monkeypatch.context() as within:
+        for method in ("item", "tolist", "__bool__", "__int__"):
+            within.setattr(Tensor, method, asked)
+        found = [ask(card, *feed) for feed in feeds]
+    card.check()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_on_a_gpu_faults_are_told_after_the_steps(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, rows = tokens_of(TOKENS + 2), compressed(tiny, ["h2o@paper"])
+    cache = evicting(Oldest(lazy=True), feed)
+    monkeypatch.setattr(gpu, "is_gpu", lambda device: True)
+    for at in (10, 11):
+        ask(cache, *new(feed, at, 2))
+    with pytest.raises(PolicyError, match="Oldest left no slot"):
+        cache.check()
+    spoilt = layer(rows)
+    queries, keys, values = step(rows)
+    ask(spoilt, queries * torch.nan, keys, values)
+    with pytest.raises(PolicyError, match=f"attention weights of the token at {PROMPT} are NaN"):
+        spoilt.check()
+    spoilt.check()  # told once
 
 
 @dataclass(frozen=True)

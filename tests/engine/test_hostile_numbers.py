@@ -124,6 +124,8 @@ class _Weightless:
 
     def keep(self, rows: Sequence[int]) -> None: ...
 
+    def check(self) -> None: ...
+
 
 def _raised(error: Exception | None) -> None:
     assert error is not None
@@ -156,7 +158,7 @@ def test_decode_weights_that_are_no_numbers_fail_their_cell(
     def nothing(*args: Any, **kwargs: Any) -> Tensor:
         return slot_weights(*args, **kwargs) * math.nan
 
-    monkeypatch.setattr("harness.engine.evicting_cache.slot_weights", nothing)
+    monkeypatch.setattr("harness.engine.kernels.slot_weights", nothing)
     outcome = run(model, [Cell(make_policy(method), Budget(tokens=9))])[0]
     refused("weights while decoding", outcome, "attention weights of the token at 23 are NaN")
 

@@ -6,17 +6,31 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no Triton; pip install triton")
 
-from harness.engine.packed import storage_bytes
+from harness.engine import ragged_rows, triton_kernels
+from harness.engine.packed import each_tensor, storage_bytes, without
 from harness.engine.ragged_rows import RaggedRows
 from harness.engine.row_cache import GrowingRows
+from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
+from methods.codes import Coding, encode
+from methods.views import Form
+from tests.engine.naive import DISCARDED
+from tests.engine.naive import ragged as plain_attention
 from tests.engine.test_row_cache import HEADS, ROWS, TOKENS, ask, kept, new, tokens_of
+from tests.methods.test_quant import drawn, holes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = [[[6, 7, 8, 9], [6, 7, 8, 9]], [[6, 7, 8, 9], [6, 7, 8, 9]]]  # of a sliding window of 4
 
 
 Slots = list[list[list[int]]]
+
+
+@pytest.fixture(autouse=True)
+def _attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has tests of its own; a card runs it here too."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(ragged_rows, "ragged_attention", plain_attention)
 
 
 def pair(
@@ -38,6 +52,35 @@ def test_the_same_answers(chunks: list[int], slots: Slots, window: int | None, r
         torch.testing.assert_close(two, one)
         at += size
         assert [ragged.nbytes(row) for row in range(len(slots))] == [growing.nbytes(row) for row in range(len(slots))]
+
+
+@DISCARDED
+def test_codes_are_decoded_where_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged_rows, "ragged_attention", ragged_attention)
+    monkeypatch.setattr(triton_kernels, "SPLIT", 32)
+    kvs = [drawn(50, seed=i).take(holes(own, 50, i)) for i, own in enumerate([(40, 50), (0, 33)])]
+    kvs = [each_tensor(lambda x: x.to(DEVICE), kv) for kv in kvs]
+    codings = [Coding(bits, group, 3) for bits, group in ((8, 8), (4, 32), (2, 8))]
+    rows = [encode(kvs[0], codings[0]), kvs[1], encode(kvs[1], codings[1]), encode(kvs[0], codings[2])]
+    rows[0] = without(rows[0], int(rows[0].positions[0, 0].max()))
+    growing, ragged = (kind(rows, position=50, room=4) for kind in (GrowingRows, RaggedRows))
+    form = Form(0.3, softcap=3.0, sinks=torch.randn(1, 2, 2, device=DEVICE))
+    for new_tokens, members in ((2, None), (1, [0, 2])):
+        for cache in (growing, ragged):
+            if members is not None:
+                cache.keep(members)
+        feed = [torch.randn(len(growing.kept_bytes), heads, new_tokens, 8, device=DEVICE) for heads in (4, 2, 2)]
+        outs = []
+        for cache in (growing, ragged):
+            cache.append(*feed[1:])
+            outs.append(cache.attend(feed[0], form))
+        torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+        assert [ragged.nbytes(row) for row in range(len(feed[0]))] == [
+            growing.nbytes(row) for row in range(len(feed[0]))
+        ]
+        held = [ragged.keys, ragged.values, ragged.starts, ragged.lengths]
+        held += [x for own in ragged.coded for x in (*own.tensors, own.index)]
+        assert sum(ragged.stored) == storage_bytes([*held, *(x for x in ragged.positions if x is not None)])
 
 
 def test_rewound_and_with_fewer_rows_they_answer_the_same() -> None:

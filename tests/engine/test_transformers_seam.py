@@ -206,10 +206,17 @@ def test_half_precision_keys_are_turned_in_float32() -> None:
     assert torch.equal(turned, attached.rotate(keys.float(), 1000).bfloat16())
 
 
+LATENT = {
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
+    **{"num_key_value_heads": 4},
+}
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "replaced (cache|attention)"),
-    "no attention": ("mamba", {"num_hidden_layers": 2}, "layers (of type linear|with attention of their own)"),
-    "chunks": ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2}, "chunked_attention"),
+    "no attention": ("mamba", {"num_hidden_layers": 2}, "no layer that keeps keys|with attention of their own"),
+    "latent attention": ("deepseek_v3", LATENT, "has latent attention, which caches no keys and values"),
+    "a cache of its own": ("minimax", {"num_local_experts": 2}, "does not run on a replaced cache|of type linear"),
+    "states of its own": ("recurrent_gemma", {"num_hidden_layers": 3}, "attention of their own|of type linear"),
     "changed values": ("diffllama", {}, "changes keys or values|attention of their own|replaced cache"),
 }
 
@@ -220,6 +227,14 @@ def test_what_the_seam_cannot_do_is_refused_before_a_prompt_runs(name: str) -> N
     with pytest.raises(HarnessError, match=message) as error:
         AttachedModel(build(kind, changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["indexed_attention", "unheard_of"])
+def test_a_layer_of_another_type_is_named(kind: str) -> None:
+    model = build("qwen3", {})
+    model.config.layer_types = ["full_attention"] * 3 + [kind]
+    with pytest.raises(HarnessError, match=f"has layers of type {kind}; use a model of"):
+        AttachedModel(model)
 
 
 def test_an_unchecked_rope_is_not_turned() -> None:

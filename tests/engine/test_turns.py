@@ -193,7 +193,7 @@ def test_dead_slots_change_nothing(model: AttachedModel, label: str) -> None:
     policy = make_policy(label)
     left, noted = compressed(model, policy)
     left, noted = compress_again(model, left, noted, TURN, BORDER)
-    layers = pass_turn(model, left, noted, TURN[:10], left.tokens)
+    layers, _ = pass_turn(model, left, noted, TURN[:10], left.tokens)
     most = max(layer.most for layer in layers)
     sinks = getattr(getattr(policy, "inner", policy), "sinks", 0)
 
@@ -210,7 +210,7 @@ def test_dead_slots_change_nothing(model: AttachedModel, label: str) -> None:
 
 def test_a_dead_slot_is_attended_by_nobody_and_never_revived(model: AttachedModel) -> None:
     left, noted = compressed(model, Ragged(), 5)
-    layers = pass_turn(model, left, noted, TURN, BORDER)
+    layers, _ = pass_turn(model, left, noted, TURN, BORDER)
     dead = 0
     for index, layer in enumerate(layers):
         layer.noted = Noted(torch.randn(1, HEADS * GROUP, 20, 16, generator=torch.Generator().manual_seed(index)), None)
@@ -319,7 +319,7 @@ def test_a_prompt_s_last_token_that_is_fed_again_is_there_once(model: AttachedMo
     for kv in again.kvs:
         for head in kv.positions[0].tolist():
             assert len(set(head)) == len(head) == BUDGET and {*range(BORDER + 3 - 8, BORDER + 3)} <= {*head}
-    layers = pass_turn(model, left, noted, [last, *TURN[:3]], BORDER - 1)
+    layers, _ = pass_turn(model, left, noted, [last, *TURN[:3]], BORDER - 1)
     seen = layers[0].noted
     assert seen is not None and seen.queries.shape[2] == 8
     torch.testing.assert_close(seen.queries[:, :, :4], noted[0].queries[:, :, 3:7])

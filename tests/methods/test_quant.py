@@ -18,8 +18,9 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
 from harness.speed import predicted_memory
+from harness.speed.dims import Dims
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import Dims, ProbeShape
+from harness.speed.predicted_memory import ProbeShape
 from methods.base import KV, LayerView, PolicyError, PromptView
 from methods.codes import CodedKV, Codes, Coding, encode
 from methods.quant import Quant

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import load_model
 from harness.models.source import check_model
 from tests.hostile import socket_at, tried
@@ -145,3 +146,24 @@ def test_configs_of_something_else(folder: Path, name: str, fields: list[tuple[s
         edited(name, **dict([field]))(folder)
         tried("model config", lambda: load_model(str(folder), dtype="float32", device="cpu"))
         (folder / name).write_text(kept)
+
+
+ODD: tuple[dict[str, Any], ...] = (
+    *({"model_type": "nope"}, {"model_type": 7}, {"model_type": "bert"}, {"model_type": "mamba"}, {"vocab_size": 0}),
+    *({"hidden_size": 63}, {"num_attention_heads": "four"}, {"num_key_value_heads": 3}, {"rope_scaling": "yarn"}),
+    *(
+        {"hidden_act": "nope"},
+        {"max_position_embeddings": None},
+        {"pad_token_id": 10**6},
+        {"auto_map": 1},
+        {"dtype": "x"},
+    ),
+    *({"initializer_range": "wide"}, {"initializer_range": -1.0}, {"num_hidden_layers": True}, {"architectures": 5}),
+)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_a_config_that_no_random_weights_can_be_made_of(plain: Path, tmp_path: Path, odd: dict[str, Any]) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(json.loads((plain / "config.json").read_text()) | odd))
+    tried("model shape", lambda: AttachedModel(load_model(f"shape:{path}", device="cpu").model), may_pass=True)

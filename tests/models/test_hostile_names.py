@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from harness.models.source import check_model
+from harness.models.source import SHAPES, check_model
+from harness.records.spec import SHAPE
 from tests.hostile import tried, tried_command
 
 pytestmark = pytest.mark.hostile
@@ -56,6 +57,7 @@ pytestmark = pytest.mark.hostile
             "https://x.y/z",
             "a//b",
         ),
+        *("shape:", "shape:nope", "shape:a/b", "shape:/dev/null", "shape:shape:llama-3-8b", "shape:~nobody-at-all/x"),
         *("/dev/null", "/proc", "/etc/passwd", "org/", "/org", "org/name/", "\u00e9/\u00e9"),
     ],
 )
@@ -64,11 +66,11 @@ def test_names_of_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     tried("model name", lambda: check_model(name))
 
 
-@given(st.text(max_size=40))
-def test_any_text_as_a_name(name: str) -> None:
-    assume(name.strip("./ ") not in ("tiny", "smollm2-135m"))
+@given(st.text(max_size=40), st.sampled_from(["", SHAPE]))
+def test_any_text_as_a_name(name: str, before: str) -> None:
+    assume(name.strip("./ ") not in ("tiny", "smollm2-135m", *SHAPES))
     assume(not Path(name.replace("\x00", "")).exists())
-    tried("model name", lambda: check_model(name))
+    tried("model name", lambda: check_model(before + name))
 
 
 def test_a_missing_folder_is_told_by_its_name_and_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ def test_models_that_cannot_be_read_are_refused_by_a_look(tmp_path: Path, monkey
         with pytest.raises(HarnessError, match=f"config.json {says}"):
             check_model(str(folder))
     config.write_text("{}")
+    with pytest.raises(HarnessError, match="no weights and no tokenizer; add them, or write shape: before it"):
+        check_model(str(folder))
+    (folder / "tokenizer.json").write_text("{}")
     for name in (str(folder), str(good), "tiny", "smollm2-135m"):
         check_model(name)
 
@@ -156,6 +159,7 @@ def test_looking_things_up_imports_nothing_heavy(arguments: list[str]) -> None:
         (["--tasks", "nosuch"], "unknown task 'nosuch'"),
         (["--budgets", "many"], "budget 'many' is not a number"),
         (["--model", "nosuch"], "unknown model 'nosuch'"),
+        (["--model", "shape:llama-3-8b"], "model 'shape:llama-3-8b' has random weights, so no score; use bench"),
         (["--dtype", "int3"], "unknown dtype 'int3'"),
         (["--set", "snapkv.nosuch=1"], "no parameter 'nosuch'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness.errors import HarnessError, checked
 from harness.records.bench_folder import BENCH_FILE, BENCHES, LINES_FILE, load_bench, machine_id
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.speed import bench
+from harness.speed import bench, target
 from harness.speed.asked import BenchAsk
 from harness.speed.bench import clocks_mhz, run_bench
 from harness.speed.memory_limit import Limit
 from harness.speed.target import SHORT
+from leaderboards.tables.speed import to_markdown
 from tests.pretend import measured
 
 ASK: dict[str, Any] = {
@@ -70,6 +73,13 @@ def run(root: Path, prober: FakeProber, **changes: Any) -> Path:
     return run_bench(checked(BenchAsk, {**ASK, **changes}), root=root, command=("harness", "bench"), prober=prober)
 
 
+def test_a_method_without_its_tables_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods, note = ("snapkv", "headkv"), "headkv: no tables for this model: uniform budgets"
+    manifest, _ = load_bench(run(tmp_path, FakeProber(), methods=methods, rounds=1))
+    assert [told for told in manifest.machine["notes"] if "tables" in told] == [note]
+    assert f"note: {note}" in capsys.readouterr().err
+
+
 def test_passes_go_over_all_methods_in_turn_and_back(tmp_path: Path) -> None:
     prober = FakeProber()
     manifest, records = load_bench(run(tmp_path, prober, limit_bytes=5000, timeout_s=7.5))
@@ -82,6 +92,17 @@ def test_passes_go_over_all_methods_in_turn_and_back(tmp_path: Path) -> None:
     assert manifest.status == "finished" and manifest.model_bytes == 1000 and manifest.spec.kernel == "sdpa"
     assert {record.machine for record in records} == {machine_id(manifest.machine)}
     assert {record.model_revision for record in records} == {manifest.spec.model_revision} != {""}
+
+
+def test_for_a_gpu_the_model_is_read_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(target, "resolve_dtype", lambda dtype, place: torch.bfloat16)
+    monkeypatch.setattr(target, "load_model", None)
+    monkeypatch.setattr(bench, "describe", lambda device: {"gpu": {"name": str(device)}})
+    prober = FakeProber()
+    manifest, records = load_bench(run(tmp_path, prober, rounds=1, device="cuda"))
+    assert prober.given["device"] == manifest.spec.device == "cuda:0" and manifest.spec.dtype == "bfloat16"
+    assert [record.status for record in records] == ["ok"] * 3 and manifest.machine["gpu"] == {"name": "cuda:0"}
 
 
 def test_what_holds_a_probe_is_said_once_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +201,22 @@ def test_another_machine_or_another_shape_is_another_bench(tmp_path: Path, monke
     assert len(folders) == 5
 
 
+def test_a_batch_of_copies_is_another_bench_and_says_so(tmp_path: Path) -> None:
+    """And one without copies has the id that it had before there were any."""
+    prober = FakeProber()
+    shape: dict[str, Any] = {"methods": ("snapkv",), "rounds": 1, "batch": 8}
+    folder = run(tmp_path, prober, **shape, distinct=4)
+    manifest, records = load_bench(folder)
+    assert prober.asked[0].distinct == manifest.spec.distinct == records[0].distinct == 4
+    assert "batch 8, 4 new tokens, 4 prompts prefilled and the others copies" in to_markdown(records)
+    whole = run(tmp_path, FakeProber(), **shape)
+    assert whole != folder and whole == run(tmp_path, FakeProber(), **shape, distinct=8)
+    spec = load_bench(whole)[0].spec
+    told = [spec.model_dump(mode="json", exclude={"distinct"}), machine_id(manifest.machine)]
+    text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == whole.name
+
+
 def test_clocks_and_threads_are_no_identity() -> None:
     one = {"processor": "p", "cores": 2, "memory_gib": 4, "accelerators": [], "system": "s"}
     assert machine_id(one) == machine_id({**one, "clocks_mhz": {"low": 1}, "torch_threads": 9})
@@ -194,6 +231,7 @@ def test_clocks_and_threads_are_no_identity() -> None:
         ({"budgets": ("0",)}, "keeps nothing"),
         ({"lengths": ()}, "no lengths asked for"),
         ({"lengths": (1,)}, "--lengths 1 is too small"),
+        ({"distinct": 1}, "--distinct 1 is too small; give at least 2"),
         ({"dtype": "int4"}, "unknown dtype"),
         ({"set": {"pyramidkv.beta": 3}}, "names no method of this run"),
         ({"limit_bytes": 1000}, "--memory-limit of 1000 bytes is not above the loaded model's own 1000; raise it"),

@@ -18,10 +18,11 @@ from harness.errors import HarnessError
 from harness.records.measured import ProbeSpec
 from harness.speed import memory_limit
 from harness.speed.asked import parse_bytes
+from harness.speed.children import run_job
 from harness.speed.client import Job
 from harness.speed.memory_limit import Meter, tensor_bytes
 from harness.speed.one_method import Isolated
-from harness.speed.server import ServerReady, fork, run_job
+from harness.speed.server import ServerReady, fork
 
 pytestmark = pytest.mark.xdist_group("memory")
 MIB = 2**20
@@ -247,12 +248,15 @@ def test_what_is_freed_in_a_hole_of_the_heap_does_not_stay_resident(filled: bool
 def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("empty"))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1750)
     meter = Meter(torch.device("cuda"))
-    assert asked == ["wait", "reset"]
-    assert (meter.kind, meter.before, meter.peak()) == ("cuda allocated", 1000, 750)
+    assert asked == ["wait", "empty", "reset"]
+    assert (meter.kind, meter.before, meter.peak(), meter.reserved()) == ("cuda allocated", 1000, 750, 4000)
+    assert Meter(torch.device("cpu")).reserved() is None
 
 
 def test_a_device_whose_memory_cannot_be_measured() -> None:

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from harness.engine.clock import PhaseClock
+from harness.engine.clock import PhaseClock, StepClock
 from harness.engine.engine import Engine
 from harness.engine.packed import live_bytes
 from harness.engine.transformers_seam import AttachedModel
@@ -107,6 +107,17 @@ class FakeEvent:
 
     def elapsed_time(self, other: FakeEvent) -> float:
         return float(other.at - self.at)
+
+
+def test_steps_of_a_gpu_are_timed_without_waiting_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device))
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(4):
+        clock.tick()
+    assert not waits
+    assert clock.seconds() == pytest.approx([0.001] * 3) and len(waits) == 1
 
 
 def test_a_gpu_is_timed_by_events_and_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Predicted memory: its cache parts are the measured live bytes, and more work never takes less."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from harness.engine.prefill import PrefillLayer
 from harness.engine.transformers_seam import AttachedModel
 from harness.records.measured import ProbeSpec
 from harness.speed import predicted_memory
+from harness.speed.dims import Dims
 from harness.speed.one_method import Isolated
-from harness.speed.predicted_memory import Dims, ProbeShape
+from harness.speed.predicted_memory import ProbeShape
 from methods.base import Needs
 from methods.registry import load_methods, make_policy
 from methods.views import Form
@@ -99,6 +101,34 @@ def test_shapes_by_hand() -> None:
     assert predicted_memory.kept(dims, own) == 20 * (64 + 2 * 4) + 10 * 64
     assert predicted_memory.rows(dims, own) == (20 + 10 + 2 * 5) * 64 + 20 * 2 * 4
     assert predicted_memory.logits(dims, own) == 100 * (2 + 4)
+
+
+def test_a_gpu_of_llama_3_8b_at_32k_by_hand() -> None:
+    """In bfloat16: a cache of 128 KiB a token, and above it one layer's MLP; column sums are next to nothing."""
+    heads = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    config = SimpleNamespace(**heads, hidden_size=4096, intermediate_size=14336, vocab_size=128256)
+    tokens, dims = 32768, Dims.of(config, 2)
+    cache, layer = tokens * 128 * 1024, tokens * 4096
+    mlp = tokens * (4 * 4096 + 3 * 14336) * 2 + tokens * 2 * 128 * 2
+
+    def gpu(label: str, batch: int = 1, chunk: int | None = None) -> int:
+        policy, spec = (
+            make_policy(label),
+            ProbeSpec(method=label, budget="512", tokens=tokens, batch=batch, chunk=chunk),
+        )
+        return predicted_memory.predict(config, 2, policy, spec, 512 if policy.budgeted else None, cuda=True)
+
+    assert cache == 4_294_967_296 and gpu("fullkv") == cache + mlp
+    room, index = 32 * 31 * 4096, tokens * 8 * 4 * 8
+    assert gpu("fullkv", 15) == 15 * (cache + room + 2 * layer + index + 128256 * 4)  # the batch is made
+    kept = 512 * 8 * (2 * 128 * 2 + 4)  # of a layer, with positions
+    assert gpu("snapkv") == gpu("h2o") == 31 * kept + layer + mlp
+    assert gpu("snapkv", 16) - gpu("snapkv") == 15 * (32 * kept + 128256 * 4)
+    assert gpu("snapkv", chunk=2048) < gpu("snapkv") + cache - layer
+    shape = work("h2o", tokens=tokens, slots=512, cuda=True, one_buffer=True)
+    assert predicted_memory.column_sums(dims, shape) == 32 * tokens * 4
+    assert predicted_memory.attention(dims, shape) < mlp / 2
+    assert predicted_memory.moved(dims, shape) == 512 * 8 * (512 + 32)
 
 
 @pytest.mark.parametrize("number", [2, 4])

@@ -140,7 +140,7 @@ def test_rows_are_sorted_by_budget_then_score() -> None:
     assert list(zip(table.rows.budget, table.rows.method, strict=True)) == [
         ("full", "fullkv"), ("64", "b"), ("64", "a"), ("128", "a"), ("1024", "b"), ("0.1", "a"), ("0.25", "a")
     ]  # fmt: skip
-    assert table.rows.attrs == {"seed": 0, "resamples": 2000, "level": 0.95}
+    assert table.rows.attrs == {"seed": 0, "resamples": 2000, "level": 0.95, "state_bytes": 0}
 
 
 @settings(max_examples=12, deadline=None)

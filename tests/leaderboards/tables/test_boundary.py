@@ -72,6 +72,16 @@ def test_the_table_says_what_was_found_and_what_was_not() -> None:
     ]
 
 
+def test_what_a_gpu_said_of_itself_is_a_fact() -> None:
+    def page(**machine: Any) -> str:
+        own = MANIFEST.model_copy(update={"machine": machine})
+        return to_markdown(searches(), own, picture="p.svg")
+
+    told = {"name": "NVIDIA <H100>", "driver": "570.86", "sm_mhz": 1980.0, "odd": [HOSTILE]}
+    assert "gpu at the start: name NVIDIA \\<H100\\>, driver 570.86, sm_mhz 1980.0\n" in page(gpu=told)
+    assert all("gpu at the start" not in page(**own) for own in ({}, {"gpu": None}, {"gpu": [HOSTILE]}, {"gpu": {}}))
+
+
 def test_the_csv_is_in_bytes_with_a_row_per_search() -> None:
     rows = pd.read_csv(io.StringIO(to_csv(searches(), MANIFEST)))
     assert len(rows) == 6 and list(rows["kind"]) == ["context", "batch"] * 3
