@@ -59,6 +59,12 @@ class Compressed:
         """What each layer holds, in the form in which methods leave it."""
         return [layer.kv() if isinstance(layer, Packed) else layer for layer in self.layers]
 
+    def same(self, other: "Compressed") -> bool:
+        """Whether another one of the same prompt decodes the same: both only grow, from the same slots."""
+        pairs = zip(self.layers, other.layers, strict=True)
+        grow = not (self.policy.evicts_while_decoding or other.policy.evicts_while_decoding)
+        return grow and all(isinstance(a, Packed) and isinstance(b, Packed) and a.same(b) for a, b in pairs)
+
     def needle_kept(self, needle: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Tokens of `needle` that each compressible layer and KV head holds; empty without a needle."""
         if not needle:
@@ -112,3 +118,12 @@ def weighed(kvs: Sequence[KV], compressible: Sequence[int], tokens: int, states:
         "layer_bytes": [own.nbytes for own in known],
         "stored_bytes": storage_bytes(x for layer in layers for x in tensors_of(layer)) + states.nbytes,
     }
+
+
+def distinct(rows: Sequence[Compressed]) -> tuple[list[Compressed], list[int]]:
+    """Those of some rows of one prompt that decode differently, and for every row its number among them."""
+    found, numbers = list[Compressed](), list[int]()
+    for row in rows:
+        numbers.append(next((i for i, other in enumerate(found) if row.same(other)), len(found)))
+        found += [row] if numbers[-1] == len(found) else []
+    return found, numbers

@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 
 from harness.engine.again import Noted, note, why_not
-from harness.engine.compress import Compressed, compress
+from harness.engine.compress import Compressed, compress, distinct
 from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding, Generated
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
@@ -170,22 +170,23 @@ class Engine:
         self._decode(runs[middle:], prompt, feed)
 
     def _decode_batch(self, runs: list[CellRun], prompt: Prompt, feed: list[int]) -> None:
+        """Decode `runs` together, equal caches once."""
         start = time.perf_counter()
         room = len(feed) + max(len(prompt.answer), prompt.limits.max_new_tokens)
         room += 0 if runs[0].noted else room_of(prompt.turns)
         self.model.check_ids([*feed, *prompt.answer, *(token for turn in prompt.turns for token in turn.ids)])
-        rows = [run.compressed for run in runs if run.compressed is not None]
+        rows, numbers = distinct([run.compressed for run in runs if run.compressed is not None])
         with torch.inference_mode():
             decoding = Decoding.of(self.model, rows, again=self.again, room=room)
             logits = decoding.feed(feed)
-            nll = decoding.answer_nll(logits, prompt.answer).tolist() if prompt.answer else [[]] * len(runs)
+            nll = decoding.answer_nll(logits, prompt.answer).tolist() if prompt.answer else [[]] * len(rows)
             at = decoding.position
             results = decoding.greedy(logits, prompt.limits)  # tells tokens, so a GPU is waited for
             if prompt.turns:
                 results = [_go_on(runs[0], decoding, results[0], prompt, feed, at)]
         seconds = time.perf_counter() - start
-        for run, result, own in zip(runs, results, nll, strict=True):
-            outcome = run.outcome
+        for run, row in zip(runs, numbers, strict=True):
+            outcome, result, own = run.outcome, results[row], nll[row]
             outcome.token_ids = tuple(result.tokens)
             outcome.kv_bytes_end, outcome.stored_bytes_end = result.kv_bytes_end, result.stored_bytes_end
             outcome.byte_steps = result.byte_steps

@@ -6,8 +6,9 @@ no kernel, and never by n x n numbers at once.
 Shapes as in `methods.base`: queries [B, Hq, Q, D], keys and values [B, H, S, D], Hq = H * G.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from types import ModuleType
 
 import torch
@@ -18,9 +19,7 @@ from harness.engine import gpu
 from harness.engine.layer_cache import visible
 from methods.views import Form, wide
 
-LSE_PARTS = 3  # bfloat16 has 8 bits: three of them hold a float32
-BLOCK, GPU_BLOCK = 64, 512  # queries whose weights are computed at once, where nothing better is to be had
-PAD = 8  # columns added to the head dimension, so that it stays a multiple of 8
+BLOCK, TILE, GPU_BLOCK = 64, 1024, 512  # queries, and keys, whose weights a CPU computes at once; queries of a GPU
 
 
 def prefill_kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -120,29 +119,34 @@ def _weights(queries: Tensor, keys: Tensor, form: Form, *, mask: Tensor | None) 
 def column_sums(queries: Tensor, keys: Tensor, lse: Tensor | None, form: Form) -> Tensor:
     """Attention each of S tokens receives from the last Q of them: [B, H, G, S] float32; never Q x S numbers at once.
 
-    With `lse` of `causal_attention` a column's sum over its queries, sum_q exp(logit_qk - lse_q), is itself a softmax
-    denominator: that of attention in which keys ask queries. So the fused kernel computes it, at the price of one more
-    attention. The lse travels as columns of the queries which the keys multiply by 1. On a GPU our own kernel sums.
+    With `lse` of `causal_attention` that is sum_q exp(logit_qk - lse_q) of each column: products, but no softmax. On a
+    GPU our own kernel sums.
     """
     if lse is not None and gpu.fused(keys.device):
         found: Tensor = _own().column_sums(queries, keys, lse, form)
         return found
-    queries, keys = wide(queries), wide(keys)
     if lse is None or form.softcap is not None or gpu.is_gpu(keys.device):
         return _streamed_sums(queries, keys, form)
-    (batch, heads, tokens, dim), new, scaling = keys.shape, queries.shape[2], form.scaling
+    return _told_sums(queries, keys, lse, form)
+
+
+def _told_sums(queries: Tensor, keys: Tensor, lse: Tensor, form: Form) -> Tensor:
+    """`column_sums` of logits whose log denominators are known; a tile of weights [G, BLOCK, TILE] stays in a cache."""
+    (batch, heads, tokens, _), new = keys.shape, queries.shape[2]
     before = tokens - new
-    grouped, shift = queries.view(batch, heads, -1, new, dim), (lse / -scaling).view(batch, heads, -1, new)
-    sums = torch.empty(*grouped.shape[:3], tokens, device=keys.device)
-    asked = _widened(keys, [torch.ones_like(keys[..., 0])] * LSE_PARTS)
-    asked = torch.cat([asked[:, :, :before], asked[:, :, before:].flip(2)], dim=2)  # causal: the last key asks first
-    for member in range(grouped.shape[2]):
-        asking = _widened(grouped[:, :, member], _parts(shift[:, :, member], queries.dtype)).flip(2)
-        found = _flash(asked[:, :, before:], asking, asking, causal=True, scaling=scaling)[1]
-        sums[:, :, member, before:] = found.flip(2)
-        if before:
-            sums[:, :, member, :before] = _flash(asked[:, :, :before], asking, asking, causal=False, scaling=scaling)[1]
-    return sums.exp_()
+    grouped, told = (x.view(batch, heads, -1, new, x.shape[-1]) for x in (queries, lse.unsqueeze(-1)))
+    sums = torch.zeros(*grouped.shape[:3], tokens, device=keys.device)
+    for own in product(range(batch), range(heads)):
+        asked = keys[own].float().t().expand(grouped.shape[2], -1, -1)
+        for start in range(0, new, BLOCK):
+            rows = slice(start, min(start + BLOCK, new))
+            asking, shift, end = grouped[own][:, rows].float(), told[own][:, rows], before + rows.stop
+            for left in range(0, end, TILE):
+                seen = slice(left, min(left + TILE, end))
+                weights = torch.baddbmm(shift, asking, asked[..., seen], beta=-1, alpha=form.scaling).exp_()
+                sums[own][:, seen] += weights.tril_(before + start - left).sum(dim=1)
+                del weights  # or it would be held beside the next one
+    return sums
 
 
 def _blocks(queries: Tensor, keys: Tensor, form: Form) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -206,20 +210,3 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool, scali
         queries, keys, values, 0.0, causal, scale=scaling
     )
     return found
-
-
-def _widened(x: Tensor, columns: Sequence[Tensor]) -> Tensor:
-    """Tensor x [..., D] with columns [...] beside it and zeros up to D + PAD."""
-    more = x.new_zeros(*x.shape[:-1], PAD)
-    for i, column in enumerate(columns):
-        more[..., i] = column
-    return torch.cat([x, more], dim=-1)
-
-
-def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Numbers of `dtype` that sum to the float32 x."""
-    parts = []
-    for _ in range(LSE_PARTS):
-        parts.append(x.to(dtype))
-        x = x - parts[-1]
-    return parts

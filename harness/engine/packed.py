@@ -66,6 +66,13 @@ class Packed:
         extra = (*self.side.values(), *self.beside.values())
         return [self.keys, self.values, *([] if self.positions is None else [self.positions]), *extra, *codes]
 
+    def same(self, other: Packed) -> bool:
+        """Whether it holds to the bit what another of the same prompt does; False where codes or side data are."""
+        if self.coded or self.side or self.beside or self.sizes != other.sizes:
+            return False
+        own, others = self.tensors(), other.tensors()
+        return len(own) == len(others) and all(map(torch.equal, own, others))
+
     def kv(self, more: int = 0) -> KV:
         """The layer as methods leave it, padded where heads differ, with `more` empty columns; else no copy."""
         if self.positions is None:

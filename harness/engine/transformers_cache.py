@@ -65,13 +65,15 @@ class Layer(CacheLayerMixin):
 class ModelLayers:
     """The layers of a model by what they keep.
 
-    attending: numbers of those with keys and values. carrying: of those with states. chunks: of each attending one, how
-    many tokens its chunks have, each of which sees itself alone; None where a chunk ends no earlier than the context,
-    whose length is then in `taken`. Raises HarnessError for a model of another kind of layer, or of none that attends.
+    attending: numbers of those with keys and values. carrying: of those with states. windows: of each attending one,
+    how far the config lets it look back; None where that is no shorter than the context. chunks: of each attending one,
+    how many tokens its chunks have, each of which sees itself alone; None where a chunk ends no earlier than the
+    context, whose length is then in `taken`. Raises HarnessError for a model of another kind of layer, or of none that
+    attends.
     """
 
     def __init__(self, name: str, config: Any, advice: str) -> None:
-        if getattr(config, "kv_lora_rank", None):
+        if vars(config).get("kv_lora_rank"):  # asked by its name, it may be told by layers alone
             raise HarnessError(f"{name} has latent attention, which caches no keys and values of its heads; {advice}")
         try:
             self._kinds = DynamicCache(config=config).layers
@@ -85,10 +87,26 @@ class ModelLayers:
         self.carrying = [i for i, own in enumerate(stateful) if own]
         if not self.attending:
             raise HarnessError(f"{name} has no layer that keeps keys and values, so there is nothing to compress")
+        self.windows = [
+            None
+            if types[i] == "chunked_attention"
+            else shorter(getattr(self._kinds[i], "sliding_window", None), config)
+            for i in self.attending
+        ]
         chunk = getattr(config, "attention_chunk_size", None)
         spans = [chunk if types[i] == "chunked_attention" else None for i in self.attending]
-        self.chunks = [span if span is not None and span < context(config) else None for span in spans]
+        self.chunks = [shorter(span, config) for span in spans]
         self.taken = [span for span, own in zip(spans, self.chunks, strict=True) if span is not None and own is None]
+
+    def check_windows(self, name: str, told: Sequence[int | None]) -> None:
+        """Refuse a model whose config limits how far a layer looks back, while its attention is told otherwise.
+
+        told: of each attending layer, the sliding window that its attention was given.
+        """
+        for i, (own, said) in enumerate(zip(told, self.windows, strict=True)):
+            if own != said:
+                what = f"a sliding window of {own} in attention layer {i}, where its config says {said}"
+                raise HarnessError(f"{name} has {what}; give one whose config and code agree")
 
     def cache(self, caches: Sequence[LayerCache], position: int, states: States) -> Cache:
         """What is kept of the tokens before `position`. caches: of the attending layers."""
@@ -116,6 +134,7 @@ class ModelLayers:
                 states.tensors |= {(i, name, number): x for number, x in found if x is not None}
 
 
-def context(config: Any) -> float:
-    """Tokens that a model was made for."""
-    return getattr(config, "max_position_embeddings", None) or math.inf
+def shorter(span: int | None, config: Any) -> int | None:
+    """A window or chunk of tokens; None where it is no shorter than the context: every token is seen."""
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    return None if span is None or span >= context else span

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from harness.engine.layer_cache import LayerCache
 from harness.engine.states import States
-from harness.engine.transformers_cache import STATES, ModelLayers, context
+from harness.engine.transformers_cache import STATES, ModelLayers, shorter
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
 from methods.base import Sizes
@@ -27,6 +27,7 @@ from methods.views import Form, LayerSource
 
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full, sliding-window or linear attention layers"
+KNOWN = {"softcap", "s_aux", "position_ids"}  # arguments; the last is for packed batches alone
 HALF_ROTATION = {
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2"),
     *("olmo3", "gemma2", "gemma3", "gemma3_text", "gpt_oss"),
@@ -38,7 +39,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any,
+    attention_mask: Any,
     dropout: float = 0.0,  # in the sixth place, where kvpress's wrapper of every registered attention puts it
     scaling: float | None = None,
     **kwargs: Any,
@@ -49,8 +50,9 @@ def _attention(
         raise HarnessError(f"{type(module).__name__} changes keys or values after its cache; this model is unsupported")
     for states in (key, value):
         del states.layer_cache  # type: ignore[attr-defined]  # or a cycle would keep a prompt's KV alive
+    _refuse_unknown(module, {"mask": attention_mask, **kwargs})
     span = kwargs.get("sliding_window")
-    window = span if span is None or span < context(module.config) else None  # no shorter: every token is seen
+    window = shorter(span, module.config)
     if isinstance(cache, _Probe):
         cache.module, cache.span = module, span
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -60,24 +62,35 @@ def _attention(
     return cache.attend(query, form).transpose(1, 2), None
 
 
+def _refuse_unknown(module: Any, given: dict[str, Any]) -> None:
+    """Refuse attention that sees what follows, and any tensor or number that would change what it computes."""
+    if not getattr(module, "is_causal", True) or given.get("is_causal") is False:
+        raise HarnessError(f"{type(module).__name__} sees tokens that follow; give a model that is causal")
+    odd = [name for name, own in given.items() if isinstance(own, Tensor | float) and name not in KNOWN]
+    if odd:
+        raise HarnessError(f"{type(module).__name__} uses attention {', '.join(odd)}, which is unsupported")
+
+
 AttentionInterface.register(ATTENTION, _attention)
 
 
 class _Probe(LayerCache):
     """Answers a single token, which sees itself alone, and notes which module asked and how far back it looks.
 
-    span: the sliding window that its layer was given, also where it is no shorter than the context.
+    span: the sliding window that its layer was given, also where it is no shorter than the context. heads: of queries,
+    and of keys and values.
     """
 
     module: torch.nn.Module | None = None
     window: int | None = None
     span: int | None = None
+    heads = (0, 0)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.values = values
 
     def attend(self, queries: Tensor, form: Form) -> Tensor:
-        self.window = form.window
+        self.window, self.heads = form.window, (queries.shape[1], self.values.shape[1])
         return self.values.repeat_interleave(queries.shape[1] // self.values.shape[1], dim=1)
 
 
@@ -106,6 +119,12 @@ class AttachedModel:
             model.set_attn_implementation(ATTENTION)
         except (ValueError, AttributeError) as error:
             raise HarnessError(f"{type(model).__name__} does not support replaced attention: {error}") from None
+        if self.config._attn_implementation != ATTENTION:  # transformers only warns
+            raise HarnessError(f"{type(model).__name__} has attention code of its own, which is not replaced; {ADVICE}")
+        if not getattr(self.config, "is_causal", True):
+            raise HarnessError(f"{type(model).__name__} sees tokens that follow; give a model that is causal")
+        if not hasattr(self.config, "num_hidden_layers"):
+            raise HarnessError(f"{type(model).__name__} has no number of layers in its config; {ADVICE}")
         self.vocab = int(self.config.vocab_size)
         self._layers = ModelLayers(type(model).__name__, self.config, ADVICE)
         self.mixed, self.layers = bool(self._layers.carrying), len(self._layers.attending)
@@ -117,10 +136,8 @@ class AttachedModel:
         self._probe()
 
     def sizes(self, tokens: int) -> Sizes:
-        """Of a prompt in this model."""
-        heads = int(self.config.num_attention_heads)
-        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)
-        return Sizes(tokens, len(self.compressible), heads, kv_heads)
+        """Of a prompt in this model's compressible layers."""
+        return Sizes(tokens, len(self.compressible), *self.heads)
 
     def forward(
         self,
@@ -275,10 +292,12 @@ class AttachedModel:
             why = " ".join(str(error).split())
             raise HarnessError(f"{name} does not run on a replaced cache ({why}); {ADVICE}") from error
         self.windows = [probe.window for probe in probes]  # tokens that each layer looks back; None for all
+        self._layers.check_windows(name, self.windows)
         taken = [probe.span for probe in probes if probe.window is None and probe.span is not None] + self._layers.taken
         self.reach = min(taken, default=math.inf)  # tokens up to which all of these windows see everything
         spans = zip(self.windows, self.chunks, strict=True)
         self.compressible = [i for i, own in enumerate(spans) if own == (None, None)]  # what policies see
+        self.heads = next((probes[i].heads for i in self.compressible), probes[0].heads)
         self.attention = [probe.module for probe in probes if probe.module is not None]
         if len(self.attention) < self.layers or {key[0] for key in states.tensors} != {*self._layers.carrying}:
             raise HarnessError(f"{name} has layers with attention of their own; {ADVICE}")

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,7 +37,8 @@ from harness.models.source import ModelSource
 from harness.models.tiny import tiny_model, tiny_tokenizer
 
 CONVERSION = 2  # counts changes to `_dequantised`, so that no copy made by an older one is read
-LEFTOVER = re.compile(r"(attn|attention)\.(masked_)?bias$")  # masks that old checkpoints stored among the weights
+LEFTOVER = re.compile(r"(attn|attention)\.(masked_)?bias$|^(vision_model|multi_modal_projector)\.")
+"""Masks that old checkpoints stored among the weights; what reads images, where the text part alone is taken."""
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
@@ -134,6 +136,8 @@ def _check(where: str, config: Any, *, weights: bool) -> None:
     if config.is_encoder_decoder or (architectures and not remote and not architectures[0].endswith(CAUSAL)):
         what = architectures[0] if architectures else config.model_type
         raise HarnessError(f"{what} is not a decoder-only language model; give one that generates text token by token")
+    if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HarnessError(f"transformers has no causal language model of type {config.model_type!r}; give another")
     quantised = getattr(config, "quantization_config", None) or {}
     named = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
     if weights and str(getattr(named, "value", named)) == "bitsandbytes":

@@ -93,7 +93,7 @@ class Record(Frozen):
     observe_ms: Number | None = None  # prefill with what the method observes less a plain one; None: not measured
     compress_s: Seconds = 0.0  # of this cell alone
     decode_s: Seconds = 0.0  # of the decode batch this cell was a row of; shared, so not a latency of the method
-    decode_rows: Count = 0  # rows of that batch
+    decode_rows: Count = 0  # cells of that batch; those with equal caches are one row
     measured: Measured | None = None  # this cell by itself on the same prompt; None where nothing was measured
 
     @property

@@ -48,7 +48,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from harness.engine.kernels import PAD
+from harness.engine.kernels import BLOCK, TILE
 from harness.engine.layer_cache import room_step
 from harness.records.measured import ProbeSpec
 from harness.speed.dims import FLOAT32, Dims
@@ -184,13 +184,16 @@ def attention(dims: Dims, shape: ProbeShape) -> int:
 
 
 def column_sums(dims: Dims, shape: ProbeShape) -> int:
-    """Bytes of what `kernels.column_sums` makes, its result included: query heads of a group one after another."""
-    q, s, h = shape.step, shape.tokens, dims.kv_heads
+    """Bytes of what `kernels.column_sums` makes, its result included: a tile of weights of a KV head, and its sums.
+
+    In half precision the tile's queries and all keys of the head are there as float32, too.
+    """
     if shape.cuda:
-        return dims.heads * s * FLOAT32 * (1 if q == s else 2)
-    packed = 2 if dims.up else 0  # the kernel lays keys and values out anew for half-precision products
-    copies = h * (s + max(3 * q, (1 + packed) * q + s)) * (dims.head_dim + PAD) * dims.number
-    return copies + (dims.heads * (q + s) + 2 * h * s) * FLOAT32
+        return dims.heads * shape.tokens * FLOAT32 * (1 if shape.step == shape.tokens else 2)
+    s, group = shape.tokens, dims.heads // dims.kv_heads
+    queries, keys = min(BLOCK, shape.step), min(TILE, s)
+    widened = (s + group * queries) * dims.head_dim if dims.up else 0
+    return (dims.heads * s + group * (queries + 1) * keys + widened) * FLOAT32
 
 
 def _attended(dims: Dims, shape: ProbeShape) -> int:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.records.record import Record
-from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs
+from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs, PromptView
 from methods.registry import load_methods, make_policy
+from methods.snapkv import SnapKV
 
 LAYERS, HEADS, GROUP, DIM, NEW = 4, 2, 2, 16, 7
 SLOT = 2 * DIM * 4  # bytes of one slot of one head
@@ -254,6 +256,40 @@ def test_a_cell_alone_computes_what_it_computes_in_company(
             again = (first_token, query) == ("compressed", "aware")  # a last token that was not kept comes back
             assert 0 <= slots <= again * LAYERS * HEADS
             assert slots == 0 or not getattr(asked.policy, "recent", 0)
+
+
+@dataclass(frozen=True)
+class Nudged(SnapKV):
+    """SnapKV with one number among its last layer's values changed."""
+
+    by: float = 0.0
+
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        *kept, last = super().compress(view, budget)
+        values = last.values.clone()
+        values[0, 0, 0, 0] += self.by
+        return [*kept, replace(last, values=values)]
+
+
+@every_mode
+def test_equal_caches_are_decoded_once(
+    model: AttachedModel, monkeypatch: pytest.MonkeyPatch, first_token: Any, query: Any
+) -> None:
+    """Beside another budget, another number, codes, and rows that evict while they decode."""
+    rows, of = list[int](), Decoding.of
+    monkeypatch.setattr(Decoding, "of", lambda model, own, **more: rows.append(len(own)) or of(model, own, **more))
+    engine, prompt = Engine(model, query=query, first_token=first_token), make_prompt(44)
+    equal = [cell("snapkv", 16), cell(Nudged(), 16)]
+    others = [cell("snapkv", 15), cell(Nudged(by=1.0), 16), cell("quant", 40), cell("quant", 41)]
+    evicting = [cell("h2o@paper", 16), cell("h2o@paper", 16)]
+    cells = [equal[0], *others, *evicting, equal[1]]
+    shared = ok(engine.run(prompt, cells))
+    assert rows == [1 + len(others), len(evicting)]
+    assert [outcome.decode_rows for outcome in shared] == [6, 6, 6, 6, 6, 2, 2, 6]
+    for asked, together in zip(cells, shared, strict=True):
+        alone = ok(engine.run(prompt, [asked]))[0]
+        same(alone, together)
+        assert all(getattr(alone, name) == getattr(together, name) for name in SAME_BYTES)
 
 
 def test_questions_over_one_context_are_answered_as_if_each_were_alone(model: AttachedModel) -> None:

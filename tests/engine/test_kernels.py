@@ -133,22 +133,21 @@ def test_column_sums_are_those_of_the_attention(new: int, fused: bool) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_column_sums_of_many_blocks(fused: bool) -> None:
-    queries, keys = torch.randn(1, HEADS * GROUP, 200, 16), torch.randn(1, HEADS, 300, 16)
+    queries, keys = torch.randn(1, HEADS * GROUP, 200, 16), torch.randn(1, HEADS, 1200, 16)
     _, lse = causal_attention(queries, keys, keys, Form(SCALING))
     found = column_sums(queries, keys, lse if fused else None, Form(SCALING))
     logits = (queries.unflatten(1, (HEADS, -1)) @ keys.unsqueeze(2).transpose(3, 4)) * SCALING
-    future = torch.ones(200, 300, dtype=torch.bool).triu(101)
+    future = torch.ones(200, 1200, dtype=torch.bool).triu(1001)
     torch.testing.assert_close(found, logits.masked_fill(future, float("-inf")).softmax(dim=-1).sum(dim=3))
 
 
 def test_sums_of_half_precision_are_float32_and_as_good_as_their_input() -> None:
-    """The denominators travel through bfloat16 in parts; one alone would be off by up to 1/256 of a logit of 40."""
     queries = torch.randn(1, HEADS * GROUP, 130, 16).mul(4).bfloat16()
     keys = torch.randn(1, HEADS, 130, 16).mul(4).bfloat16()
     _, lse = causal_attention(queries, keys, keys, Form(SCALING))
     found = column_sums(queries, keys, lse, Form(SCALING))
     exact = column_sums(queries.float(), keys.float(), None, Form(SCALING))
-    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
     mask = torch.ones(1, HEADS, 1, 130, dtype=torch.bool)
     used = slot_weights(queries[:, :, :1], keys, Form(SCALING), mask=mask)
     assert found.dtype == column_sums(queries, keys, None, Form(SCALING)).dtype == used.dtype == torch.float32

@@ -212,7 +212,15 @@ LATENT = {
     **{"num_key_value_heads": 4},
 }
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "replaced (cache|attention)"),
+    "own attention": ("bloom", {"n_layer": 2, "n_head": 4}, "attention code of its own"),
+    "no order": ("llama", {"is_causal": False}, "sees tokens that follow"),
+    "no order in its modules": ("gemma3_text", {"use_bidirectional_attention": True}, "sees tokens that follow"),
+    "an untold window": (
+        "phimoe",
+        {"sliding_window": WINDOW},
+        "window of None in attention layer 0, where its config says 8",
+    ),
+    "windows unused": ("smollm3", {"layer_types": GEMMA["layer_types"], "sliding_window": WINDOW}, "config says 8"),
     "no attention": ("mamba", {"num_hidden_layers": 2}, "no layer that keeps keys|with attention of their own"),
     "latent attention": ("deepseek_v3", LATENT, "has latent attention, which caches no keys and values"),
     "a cache of its own": ("minimax", {"num_local_experts": 2}, "does not run on a replaced cache|of type linear"),
@@ -227,6 +235,22 @@ def test_what_the_seam_cannot_do_is_refused_before_a_prompt_runs(name: str) -> N
     with pytest.raises(HarnessError, match=message) as error:
         AttachedModel(build(kind, changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [{"position_bias": torch.zeros(1)}, {"strength": 0.5}, {"is_causal": False}])
+def test_what_would_change_an_attention_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    registered = ALL_ATTENTION_FUNCTIONS[ATTENTION]
+    changed = lambda *args, **kwargs: registered(*args, **kwargs | given)  # noqa: E731
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION, changed)
+    with pytest.raises(HarnessError, match="uses attention (position_bias|strength)|sees tokens that follow"):
+        AttachedModel(build("llama", {}))
+
+
+def test_heads_that_differ_between_kinds_of_layers_are_those_of_the_compressible_ones() -> None:
+    """Gemma 4 with one KV head in its full layers: its config tells no number for the model."""
+    changes = {**GEMMA, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16}
+    sizes = AttachedModel(build("gemma4_text", {**changes, "hidden_size_per_layer_input": 0})).sizes(9)
+    assert (sizes.layers, sizes.query_heads, sizes.kv_heads) == (2, 4, 1)
 
 
 @pytest.mark.parametrize("kind", ["indexed_attention", "unheard_of"])

@@ -1,6 +1,10 @@
 """The Triton kernels against naive attention in float64, on a CPU by Triton's interpreter (see tests/conftest.py)."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -79,3 +83,14 @@ def test_no_number_of_a_block_that_does_not_exist_is_read() -> None:
     at, count = torch.tensor([3], device=CPU), torch.tensor([17], device=CPU)
     out = ragged_attention(torch.ones(1, 2, 16, device=CPU), k, v, at, count, Form(1.0), longest=30)
     torch.testing.assert_close(out, torch.full_like(out, 2.0))
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_cards_and_fits_their_shared_memory() -> None:
+    free = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.engine.compiled_kernels"]
+    done = subprocess.run(command, env=free, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 20 and max(found.values()) <= 99 * 1024, (
+        found
+    )  # of the smallest cards that have flash attention
