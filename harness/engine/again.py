@@ -77,8 +77,7 @@ def compress_again(
     """
     layers, states = pass_turn(model, held, noted, ids, start)
     shown = [layers[i] for i in held.compressible]
-    most = read([(layer.positions >= 0).sum(dim=-1) for layer in shown])
-    slots, sinks = max(map(max, most)), _sinks(held.policy)
+    slots, sinks = max(map(max, read([layer.most for layer in shown]))), _sinks(held.policy)
     views = [layer.view(at, slots=slots, sinks=sinks, rotate=model.rotate) for at, layer in enumerate(shown)]
     end = start + len(ids)
     view = PromptView([*views], seen=end)
@@ -119,6 +118,11 @@ class GrownLayer(LayerCache):
             sums = None if noted.sums is None else noted.sums[..., : kv.positions.shape[2]]
             self.noted = Noted(noted.queries[:, :, :known], sums)
 
+    @property
+    def most(self) -> Tensor:
+        """Live slots of the head that has most, []."""
+        return (self.positions >= 0).sum(dim=-1).max()
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         new = torch.arange(self.end, self.end + keys.shape[2], dtype=torch.int32, device=keys.device)
         self.keys, self.values = (torch.cat(x, dim=2) for x in ((self.keys, keys), (self.values, values)))
@@ -158,8 +162,8 @@ class GrownLayer(LayerCache):
 
     def in_window(self) -> KV:
         """The slots that later tokens can still see of a layer with a window or chunks, which is all it keeps."""
-        most = int((self.positions >= 0).sum(dim=-1).max())
-        order = _in_order(self.positions, most if self.window is None else min(self.window, most), 0)
+        slots = int(self.most) if self.window is None else min(self.window, int(self.most))
+        order = _in_order(self.positions, slots, 0)
         return KV(self.keys, self.values, self.positions).take(order)
 
 
