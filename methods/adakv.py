@@ -9,14 +9,16 @@ asked for (`gqa_support`); whole slots by largest remainder, where the code roun
 them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods.base import KV, LayerView, Sizes, at_least, at_most, best, spread
+from methods.base import KV, LayerView, PromptView, Sizes, at_least, at_most, best, spread
 from methods.compilerkv.form import best_slots
+from methods.device import read
 from methods.registry import method
 from methods.window import POOLINGS, WINDOWS, WindowPolicy
 
@@ -46,49 +48,68 @@ class AdaKV(WindowPolicy):
     def redundant(self) -> bool:
         return super().redundant or (self.floor and self.safeguard == 0)
 
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        return self._left(view.layers, budget)
+
     def compress_layer(self, view: LayerView, budget: int) -> KV:
-        scores, recent = view.only_live(self.score(view)), self.recent
-        return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=self.floor, recent=recent))
+        return self._left([view], budget)[0]
+
+    def _left(self, layers: Sequence[LayerView], budget: int) -> list[KV]:
+        scores = [layer.only_live(self.score(layer)) for layer in layers]
+        slots = ragged_slots(scores, budget, safeguard=self.safeguard, floor=self.floor, recent=self.recent)
+        return [layer.kv.take(own) for layer, own in zip(layers, slots, strict=True)]
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         return () if budget > self.recent else ("heads share evenly at this budget: it holds the window alone",)
 
 
 def ragged_slots(
-    scores: Tensor, budget: int, *, safeguard: float, floor: bool, sinks: int = 0, recent: int = 0
-) -> Tensor:
-    """Return the slots of each head, budget * H in all: [1, H, most] int64, ascending, -1 behind a head's own number.
+    scores: Sequence[Tensor], budget: int, *, safeguard: float, floor: bool, sinks: int = 0, recent: int = 0
+) -> list[Tensor]:
+    """Return the slots of each head of some layers, budget * H in a layer, as `best_slots` does.
 
-    scores: [1, H, T]. The first `sinks` and the last `recent` tokens are kept by every head, as far as `budget` goes.
+    scores: [1, H, T] of each layer. The first `sinks` and the last `recent` tokens are kept by every head, as far as
+    `budget` goes.
     """
-    tokens = scores.shape[-1]
+    tokens = scores[0].shape[-1]
     slots = min(budget, tokens)
     recent = min(recent, slots)
     sinks = min(sinks, slots - recent)
-    fixed = sinks + recent
-    counts = head_counts(scores[0, :, sinks : tokens - recent], slots, fixed=fixed, safeguard=safeguard, floor=floor)
-    forced = scores.clone()
-    forced[..., :sinks] = torch.inf
-    return best_slots(forced, counts, recent=recent)
+    between = [own[0, :, sinks : tokens - recent] for own in scores]
+    counts = head_counts(between, slots, fixed=sinks + recent, safeguard=safeguard, floor=floor)
+    found = []
+    for own, count in zip(scores, counts, strict=True):
+        forced = own.clone()
+        forced[..., :sinks] = torch.inf
+        found.append(best_slots(forced, count, recent=recent))
+    return found
 
 
-def head_counts(scores: Tensor, slots: int, *, fixed: int, safeguard: float, floor: bool) -> list[int]:
-    """Return the slots of each head, slots * H in all, by one top-k over the scores of all of them.
+def head_counts(scores: Sequence[Tensor], slots: int, *, fixed: int, safeguard: float, floor: bool) -> list[list[int]]:
+    """Return the slots of each head of some layers, slots * H in a layer, by one top-k over the scores of its heads.
 
-    scores: [H, P] of the tokens beside the `fixed` ones that every head keeps. safeguard: the part of the other slots
-    that is shared evenly; floor: the part of all slots that is each head's own best instead.
+    scores: [H, P] of each layer's tokens beside the `fixed` ones that every head keeps. safeguard: the part of the
+    other slots that is shared evenly; floor: the part of all slots that is each head's own best instead. The device is
+    read once.
     """
-    heads, before = scores.shape
-    mean = slots - fixed  # of a head, on average, beside the fixed ones
+    heads, mean = len(scores[0]), slots - fixed  # of a head, on average, beside the fixed ones
     if mean == 0:
-        return [fixed] * heads
+        return [[fixed] * heads] * len(scores)
+    sure = max(0, int(safeguard * slots) - fixed) if floor else 0
+    counts = []
+    for told in read([_shares(own, mean * heads, sure) for own in scores]):
+        shares, room = told[:heads], told[heads:]
+        if not floor:
+            shares = spread(mean * heads, [(1 - safeguard) * n + safeguard * mean for n in shares], room)
+        counts.append([fixed + n for n in shares])
+    return counts
+
+
+def _shares(scores: Tensor, count: int, sure: int) -> Tensor:
+    """Of each head: its part of the `count` best scores [H, P], its `sure` best first, and its live ones: [2, H]."""
     dead = scores == -torch.inf
-    if floor:
-        own = best(scores, max(0, int(safeguard * slots) - fixed))
-        scores = scores.scatter(1, own, torch.inf).masked_fill_(dead, -torch.inf)
-    owner = best(scores.reshape(-1), mean * heads) // before
-    shares = torch.bincount(owner, minlength=heads).tolist()
-    if not floor:
-        room = (~dead).sum(dim=1).tolist()
-        shares = spread(mean * heads, [(1 - safeguard) * n + safeguard * mean for n in shares], room)
-    return [fixed + n for n in shares]
+    if sure:
+        scores = scores.scatter(1, best(scores, sure), torch.inf).masked_fill_(dead, -torch.inf)
+    owner = best(scores.reshape(-1), count) // scores.shape[1]
+    found = torch.zeros_like(dead[:, 0], dtype=torch.int64).scatter_add_(0, owner, torch.ones_like(owner))
+    return torch.stack([found, (~dead).sum(dim=1)])

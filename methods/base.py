@@ -153,7 +153,8 @@ class EvictionPolicy(LayerPolicy):
         heads, tokens, recent = scores.shape[:2], scores.shape[2], self.recent_slots(budget)
         sinks = min(self.sinks, budget - recent)
         order = best(scores[..., sinks : tokens - recent], budget - recent - sinks) + sinks
-        fixed = torch.cat([torch.arange(sinks), torch.arange(tokens - recent, tokens)]).to(order.device)
+        ends = ((0, sinks), (tokens - recent, tokens))
+        fixed = torch.cat([torch.arange(*end, device=order.device) for end in ends])
         return torch.cat([order, fixed.expand(*heads, -1)], dim=-1).sort(dim=-1).values
 
 

@@ -7,17 +7,19 @@ coded slots of each, G tokens or channels a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from methods.budget import PolicyError
+from methods.device import Doubt, placed, settle
 from methods.views import KV, POSITION_BYTES
 
 HALF_BYTES = 2  # of a scale, and of a zero
+UNSOUND = "keys or values are NaN, infinite or too large for scales in half precision; try bfloat16"
+Refuse = Callable[[Tensor, Callable[[int], str]], None]
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,10 @@ class Codes:
         """Return everything that is held."""
         return [getattr(self, name) for name in _TENSORS]
 
+    def scales(self) -> tuple[Tensor, ...]:
+        """Return what codes are multiplied with, and what is added then."""
+        return self.key_scale, self.key_zero, self.value_scale, self.value_zero
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors())
@@ -147,7 +153,7 @@ class CodedKV(KV):
             own = [x.new_empty(len(heads), codes.slots, x.shape[3]) for x in (keys, values)]
             codes.decode(*own)
             for x, decoded in zip((keys, values), own, strict=True):
-                x[0, list(heads), : codes.slots] = decoded
+                x[0].narrow(1, 0, codes.slots).index_copy_(0, placed(heads, x.device), decoded)
         for head, count in enumerate(self.counts):
             rest = min(slots - count, self.keys.shape[2])
             keys[0, head, count : count + rest] = self.keys[0, head, :rest]
@@ -159,26 +165,27 @@ class CodedKV(KV):
         for own, codes in self.parts:
             if heads[0] in own:
                 at = [own.index(head) for head in heads]
-                return [codes if len(at) == len(own) else codes.take(torch.tensor(at, device=codes.keys.device))]
+                return [codes if len(at) == len(own) else codes.take(placed(at, codes.keys.device))]
         return []
 
     def take(self, slots: Tensor) -> KV:
         return KV(*self.load(), self.positions).take(slots)
 
-    @property
-    def nbytes(self) -> int:
+    def bytes_of(self, live: int) -> int:
         """Codes with their scales and positions, and the live slots that are none."""
-        coded = sum(codes.nbytes for _, codes in self.parts) + sum(self.counts) * POSITION_BYTES
-        first = torch.tensor(self.counts, device=self.positions.device).unsqueeze(1)  # [H, 1]
-        own = torch.arange(self.positions.shape[2], device=first.device) >= first
-        return coded + int((own & (self.positions[0] >= 0)).sum()) * self.slot_bytes
+        coded, count = sum(codes.nbytes for _, codes in self.parts), sum(self.counts)
+        return coded + count * POSITION_BYTES + (live - count) * self.slot_bytes
 
 
-def encode(kv: KV, coding: Coding) -> CodedKV:
-    """Code a KV (B = 1) of any number of slots in each head. `kv` is left alone, and nothing of it is shared."""
+def encode(kv: KV, coding: Coding, live: Sequence[int] | None = None, refuse: Refuse | None = None) -> CodedKV:
+    """Code a KV (B = 1) of any number of slots in each head. `kv` is left alone, and nothing of it is shared.
+
+    live: slots of each head, where they are known. refuse: as `LayerView.refuse`; None to refuse at once. Raises
+    PolicyError for numbers that have no codes.
+    """
     last = torch.iinfo(kv.positions.dtype).max
     order = kv.positions.masked_fill(kv.positions < 0, last).argsort(dim=-1, stable=True)
-    live = kv.live[0].tolist()
+    live = kv.live[0].tolist() if live is None else live
     counts = tuple(coding.coded(slots, kv) for slots in live)
     rest = max(slots - count for slots, count in zip(live, counts, strict=True))
     keys, values = (x.new_zeros(*x.shape[:2], rest, x.shape[3]) for x in (kv.keys, kv.values))
@@ -189,10 +196,19 @@ def encode(kv: KV, coding: Coding) -> CodedKV:
     for count in dict.fromkeys(counts):
         heads = [head for head, own in enumerate(counts) if own == count]
         if count:
-            at = (torch.tensor(heads, device=order.device).unsqueeze(1), order[0, heads, :count])  # [n, 1], [n, C]
+            own = placed(heads, order.device).unsqueeze(1)  # [n, 1]
+            at = (own, order[0].index_select(0, own[:, 0])[:, :count])  # and [n, C]
             parts.append((tuple(heads), Codes.of(coding, kv.keys[0][at], kv.values[0][at])))
+    scales = [x for _, codes in parts for x in codes.scales()]
+    if scales:
+        flaws = torch.stack([x.isfinite().logical_not().any() for x in scales]).sum()
+        (refuse or _refuse)(flaws, UNSOUND.format)
     positions = kv.positions.gather(2, order)
     return CodedKV(keys, values, positions, counts=counts, parts=tuple(parts))
+
+
+def _refuse(flaws: Tensor, told: Callable[[int], str]) -> None:
+    settle([Doubt(flaws, told)])
 
 
 def _coded(x: Tensor, coding: Coding, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,8 +222,6 @@ def _coded(x: Tensor, coding: Coding, *, dim: int) -> tuple[Tensor, Tensor, Tens
     highest = int(2**coding.bits - 1)
     reach = (x.amax(dim=dim, keepdim=True) - zero.float()).clamp(min=0) / highest
     scale = (reach * (1 + torch.finfo(half).eps)).to(half)
-    if not bool((scale.isfinite() & zero.isfinite()).all()):
-        raise PolicyError("keys or values are NaN, infinite or too large for scales in half precision; try bfloat16")
     step = scale.float().masked_fill(scale == 0, 1.0)
     codes = ((x - zero.float()) / step).round_().clamp_(0, highest).to(torch.uint8)
     return codes, scale, zero

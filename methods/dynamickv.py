@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from methods.base import KV, KVPolicy, Needs, PromptView, Sizes, at_least, best, spread
+from methods.device import read
 from methods.registry import method
 from methods.window import Pooling, WindowPolicy, check_kernel, per_query_head, window_scores
 
@@ -63,10 +64,11 @@ class DynamicKV(KVPolicy):
         scores = [layer.only_live(window_scores(layer, self.recent, self.kernel, self.pool)) for layer in view.layers]
         pooled = torch.cat(scores)[..., :before]  # [L, H, T - W]
         owner = best(pooled.flatten(), mean * layers * pooled.shape[1]) // pooled[0].numel()
-        found = torch.bincount(owner, minlength=layers).tolist()
+        live = torch.stack([layer.kv.live[0, 0] for layer in view.layers])
+        shares = torch.zeros_like(live).scatter_add_(0, owner, torch.ones_like(owner))
+        found, held = read([shares, live])
         weights = [max(float(count), LEAST) for count in found]
-        held = [int(layer.kv.live[0, 0]) - self.recent for layer in view.layers]
-        room = [min(int(self.ratio * mean), own) for own in held]
+        room = [min(int(self.ratio * mean), own - self.recent) for own in held]
         return [self.recent + n for n in spread(mean * layers, weights, room)]
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:

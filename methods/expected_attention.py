@@ -14,7 +14,7 @@ where AdaKVPress masks it, and a budget within the sinks keeps the same of them 
 `forward` are no part of the paper and off unless given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from methods.adakv import ragged_slots
-from methods.base import KV, LayerView, Needs, PolicyError, at_least, at_most
+from methods.base import KV, LayerView, Needs, PolicyError, PromptView, at_least, at_most
 from methods.registry import method
 from methods.window import POOLINGS, PooledPolicy
 
@@ -40,6 +40,7 @@ CHOICES = {
     **POOLINGS,
 }
 CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
+NUMBERS_AT_ONCE = 2**25  # of keys as the queries of a group see them; a long prompt's are taken head by head
 
 Rotate = Callable[[Tensor, int], Tensor]
 
@@ -74,27 +75,40 @@ class ExpectedAttention(PooledPolicy):
     def needs(self) -> Needs:
         return Needs(window=self.window)
 
+    def compress(self, view: PromptView, budget: int) -> list[KV]:
+        return super().compress(view, budget) if self.safeguard is None else self._ragged(view.layers, budget)
+
     def compress_layer(self, view: LayerView, budget: int) -> KV:
-        if self.safeguard is None:
-            return super().compress_layer(view, budget)
-        scores = view.only_live(view.memo((type(self), self), self.score))
-        return view.kv.take(ragged_slots(scores, budget, safeguard=self.safeguard, floor=True, sinks=self.sinks))
+        return super().compress_layer(view, budget) if self.safeguard is None else self._ragged([view], budget)[0]
+
+    def _ragged(self, layers: Sequence[LayerView], budget: int) -> list[KV]:
+        assert self.safeguard is not None
+        scores = [layer.only_live(layer.memo((type(self), self), self.score)) for layer in layers]
+        slots = ragged_slots(scores, budget, safeguard=self.safeguard, floor=True, sinks=self.sinks)
+        return [layer.kv.take(own) for layer, own in zip(layers, slots, strict=True)]
 
     def score(self, view: LayerView) -> Tensor:
         first = min(self.sinks, view.tokens - 1)
         keys = view.kv.keys[:, :, first:].float().unsqueeze(2) * view.scaling  # [B, H, 1, T', D]
         queries = self._ahead(view, first)  # [B, H, G, W, D]
-        mean = queries.mean(dim=3, keepdim=True)
-        logits = (keys * mean).sum(dim=-1)  # [B, H, G, T']
-        if self.covariance:
-            apart = queries - mean
-            spread = apart.transpose(3, 4) @ apart / queries.shape[3]  # [B, H, G, D, D]
-            logits = logits + ((keys @ spread) * keys).sum(dim=-1) / 2
+        size = max(1, NUMBERS_AT_ONCE // (queries.shape[2] * keys[0, 0].numel()))  # heads at once
+        heads = zip(torch.split(keys, size, dim=1), torch.split(queries, size, dim=1), strict=True)
+        logits = torch.cat([self._logits(*own) for own in heads], dim=1)  # [B, H, G, T']
         dead = view.kv.positions[:, :, None, first:] < 0
         expected = logits.masked_fill(dead, -torch.inf).softmax(dim=-1).mean(dim=2)
         if self.value_norm:
             expected = (expected + self.epsilon) * view.kv.values[:, :, first:].float().norm(dim=-1)
         return pad(self.pooled(expected), (first, 0))  # sinks are kept without a score
+
+    def _logits(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """Log of the expected weight of scaled keys [B, H, 1, T', D] for queries like these [B, H, G, W, D]."""
+        mean = queries.mean(dim=3, keepdim=True)
+        logits = (keys * mean).sum(dim=-1)  # [B, H, G, T']
+        if not self.covariance:
+            return logits
+        apart = queries - mean
+        spread = apart.transpose(3, 4) @ apart / queries.shape[3]  # [B, H, G, D, D]
+        return logits + ((keys @ spread) * keys).sum(dim=-1) / 2
 
     def _ahead(self, view: LayerView, first: int) -> Tensor:
         """Window queries from token `first` on, over the next positions on average: [B, H, G, W, D] float32."""
@@ -102,13 +116,20 @@ class ExpectedAttention(PooledPolicy):
             raise PolicyError("expected_attention needs rotary embeddings, which this model has not")
         window = min(self.window, view.seen - first)
         queries = view.last_queries(window).float().clone()
-        steps = torch.arange(window, 0, -1, device=queries.device)  # from each query to the end of the prompt
         for bit in range(window.bit_length()):
-            moved = (steps >> bit) % 2 == 1
-            queries[:, :, moved] = view.rotate(queries[:, :, moved], 1 << bit)
+            moved = window - with_bit(bit, window, queries.device)  # the i-th is window - i positions before the end
+            queries.index_copy_(2, moved, view.rotate(queries.index_select(2, moved), 1 << bit))
         batch, heads, _, dim = view.kv.keys.shape
         turn = mean_turn(view.rotate, self.future, torch.eye(dim, device=queries.device))
         return (queries @ turn).view(batch, heads, -1, window, dim)
+
+
+def with_bit(bit: int, most: int, device: torch.device) -> Tensor:
+    """Return the numbers from 1 to `most` that have a bit set, ascending; how many they are is known without them."""
+    size = 1 << bit  # of a run of such numbers, and of what is left out before each
+    whole, rest = divmod(most + 1, 2 * size)
+    count = torch.arange(whole * size + max(0, rest - size), device=device)
+    return (count & -size) + count + size
 
 
 def mean_turn(rotate: Rotate, count: int, eye: Tensor) -> Tensor:

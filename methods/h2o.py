@@ -64,6 +64,9 @@ class H2O(PooledPolicy):
         return self.pooled(self._received(view))
 
     def _received(self, view: LayerView) -> Tensor:
+        return view.memo(("received", self.mean), self._sums)
+
+    def _sums(self, view: LayerView) -> Tensor:
         if view.column_sums is None:
             raise PolicyError("h2o needs column sums; declare them in needs")
         sums = view.finite(view.column_sums.sum(dim=2), "column sums")  # [B, H, T]

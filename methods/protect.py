@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
 from methods.budget import BudgetTooSmall, quoted
+from methods.device import placed
 from methods.registry import make_policy, method
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -79,7 +81,8 @@ class Protect(KVPolicy):
         if not view.protected or budget >= view.tokens:
             return self.inner.compress(view, budget)
         kept = self.inner.compress(view.others, _left(budget, len(view.protected)))
-        return [self._joined(layer, own, view.protected) for layer, own in zip(view.layers, kept, strict=True)]
+        at = placed(view.protected, kept[0].keys.device)
+        return [self._joined(layer, own, at) for layer, own in zip(view.layers, kept, strict=True)]
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
         return None if sizes.protected else self.inner.per_layer(budget, sizes)
@@ -90,11 +93,10 @@ class Protect(KVPolicy):
         others = replace(sizes, tokens=sizes.tokens - sizes.protected, protected=0)
         return self.inner.notes(_left(budget, sizes.protected), others)
 
-    def _joined(self, layer: LayerView, kept: KV, protected: tuple[int, ...]) -> KV:
-        """The protected slots of a layer and those that were kept of the others, in the order of tokens."""
+    def _joined(self, layer: LayerView, kept: KV, at: Tensor) -> KV:
+        """The protected slots of a layer, `at` these places, and those kept of the others, in the order of tokens."""
         if type(kept) is not KV or kept.extra:
             raise PolicyError(f"protect.over={quoted(self.over)} leaves more than keys and values; name another method")
-        at = torch.tensor(protected, device=kept.keys.device)
         whole = layer.kv
         both = KV(
             torch.cat([whole.keys[:, :, at], kept.keys], dim=2),

@@ -11,7 +11,7 @@ not full has scales of its own. Scales are rounded up to half precision before c
 be no smaller is left as it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from math import gcd
@@ -20,6 +20,7 @@ from typing import Any, Literal
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
 from methods.budget import quoted
 from methods.codes import HALF_BYTES, CodedKV, Coding, encode
+from methods.device import read
 from methods.fullkv import FullKV
 from methods.registry import make_policy, method
 
@@ -95,7 +96,9 @@ class Quant(KVPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         slots = min(self.slots(budget, view.layers[0].kv), view.tokens)
-        return [self._encoded(kv) for kv in self.chooser.compress(view, slots)]
+        kept = self.chooser.compress(view, slots)
+        live = read([kv.live for kv in kept])
+        return [self._encoded(*own) for own in zip(view.layers, kept, live, strict=True)]
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
         if self.chooser.per_layer(budget, sizes) is None:
@@ -106,7 +109,7 @@ class Quant(KVPolicy):
             return self.chooser.per_layer(slots, sizes) or []
 
         def act(layer: LayerView, index: int) -> KV:
-            return self._encoded(acts(min(self.slots(budget, layer.kv), sizes.tokens))[index](layer))
+            return self._encoded(layer, acts(min(self.slots(budget, layer.kv), sizes.tokens))[index](layer))
 
         return [partial(act, index=index) for index in range(sizes.layers)]
 
@@ -131,11 +134,11 @@ class Quant(KVPolicy):
         spare = (budget - self.residual) * plain * self.group - scales * (self.group - 1)
         return max(budget, self.residual + spare // (own * self.group + scales))
 
-    def _encoded(self, kv: KV) -> CodedKV:
+    def _encoded(self, layer: LayerView, kv: KV, live: Sequence[int] | None = None) -> CodedKV:
         if type(kv) is not KV or kv.extra:
             raise PolicyError(f"quant.over={quoted(self.over)} leaves more than keys and values, which has no codes")
         self.slots(1, kv)
-        return encode(kv, self.coding)
+        return encode(kv, self.coding, live, layer.refuse)
 
 
 def _chooser(label: str) -> KVPolicy:

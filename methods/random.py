@@ -23,4 +23,6 @@ class RandomEviction(EvictionPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + view.index)
-        return torch.rand(view.kv.positions.shape, generator=generator).to(view.kv.keys.device)
+        device = view.kv.keys.device
+        drawn = torch.rand(view.kv.positions.shape, generator=generator, pin_memory=device.type == "cuda")
+        return drawn.to(device, non_blocking=True)

@@ -5,8 +5,8 @@ Shape letters as in `methods.base`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.budget import PolicyError
+from methods.device import Doubt, placed, settle
 
 POSITION_BYTES = 4  # of a slot: which token it holds, an int32
 
@@ -81,7 +82,11 @@ class KV:
     @property
     def nbytes(self) -> int:
         """Measured cache bytes: live slots only, their positions and side data included."""
-        live, slots = int(self.live.sum()), self.positions.shape
+        return self.bytes_of(int(self.live.sum()))
+
+    def bytes_of(self, live: int) -> int:
+        """Return `nbytes`, given the number of live slots of all heads."""
+        slots = self.positions.shape
         side = [x.nbytes // slots.numel() * live if x.shape[:3] == slots else x.nbytes for x in self.extra.values()]
         return live * self.slot_bytes + sum(side)
 
@@ -154,6 +159,7 @@ class LayerView:
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
     rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
     source: None unless `Needs` declares hidden states.
+    doubts: where `refuse` notes what it doubts, for the prompt's end; None to settle it at once.
     """
 
     index: int
@@ -163,6 +169,7 @@ class LayerView:
     column_sums: Tensor | None = None
     rotate: Callable[[Tensor, int], Tensor] | None = None
     source: LayerSource | None = None
+    doubts: list[Doubt] | None = field(default=None, repr=False)
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -187,11 +194,19 @@ class LayerView:
         return self.finite(scores, "scores")
 
     def finite(self, x: Tensor, what: str) -> Tensor:
-        """Return x. Raises PolicyError when one of its numbers is not finite. what: they are, in the plural."""
-        if not math.isfinite(x.sum(dtype=torch.float64).item()):  # a fifth of what `isfinite` costs
-            bad = f"{int((~x.isfinite()).sum())} of {x.numel()} {what} of layer {self.index} are NaN or infinite"
-            raise PolicyError(f"{bad}; mend the method, or try --dtype float32")
+        """Return x. Raises PolicyError, as `refuse`, when a number of it is not finite. what: they are, in plural."""
+        bad = f"{{}} of {x.numel()} {what} of layer {self.index} are NaN or infinite"
+        told = f"{bad}; mend the method, or try --dtype float32"
+        self.refuse((x - x).count_nonzero(), told.format)  # a fourth of what `isfinite` costs
         return x
+
+    def refuse(self, flaws: Tensor, told: Callable[[int], str]) -> None:
+        """Raise PolicyError where a count [] is not 0: now, or with other layers' (`PromptView.asked_once`)."""
+        doubt = Doubt(flaws, told)
+        if self.doubts is None:
+            settle([doubt])
+        else:
+            self.doubts.append(doubt)
 
     def last_queries(self, window: int) -> Tensor:
         """Return the last `window` tokens' queries: [B, Hq, W, D]. Raises PolicyError when fewer were observed."""
@@ -240,6 +255,9 @@ class OthersView(LayerView):
     @property
     def seen(self) -> int:
         return self.whole.seen
+
+    def refuse(self, flaws: Tensor, told: Callable[[int], str]) -> None:
+        self.whole.refuse(flaws, told)
 
     def attention(self, window: int) -> Tensor:
         """Return what the whole layer does, of the tokens that are left: [B, H, G, W, T'] float32."""
@@ -332,8 +350,33 @@ class PromptView:
     def others(self) -> PromptView:
         """The prompt without its protected tokens, made once for all policies and budgets."""
         own = set(self.protected)
-        left = torch.tensor([at for at in range(self.tokens) if at not in own], device=self.layers[0].kv.keys.device)
+        left = placed([at for at in range(self.tokens) if at not in own], self.layers[0].kv.keys.device)
         return PromptView([OthersView.of(layer, left) for layer in self.layers], self.logprobs)
+
+    @contextmanager
+    def asked_once(self) -> Iterator[None]:
+        """Settle what layers doubt at the end of all that is done inside, by one reading of the device.
+
+        Raises PolicyError, after which nothing is memorised: it may hold what is wrong.
+        """
+        doubts: list[Doubt] = []
+        for layer in self.layers:
+            layer.doubts = doubts
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.doubts = None
+            self._settle(doubts)
+
+    def _settle(self, doubts: Sequence[Doubt]) -> None:
+        try:
+            settle(doubts)
+        except PolicyError:
+            for layer in self.layers:
+                layer.forget()
+            vars(self).pop("others", None)
+            raise
 
 
 @dataclass

@@ -18,11 +18,12 @@ from torch.nn.functional import pad
 from harness.engine.compress import Compressed, weighed
 from harness.engine.kernels import slot_attention
 from harness.engine.layer_cache import LayerCache, visible
+from harness.engine.packed import without
 from harness.engine.prefill import Prefilled
-from harness.engine.row_cache import without
 from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KV, KVPolicy, PolicyError, PromptView
+from methods.device import read
 from methods.views import Form, GrownView, wide
 
 Rotate = Callable[[Tensor, int], Tensor]
@@ -76,11 +77,12 @@ def compress_again(
     """
     layers, states = pass_turn(model, held, noted, ids, start)
     shown = [layers[i] for i in held.compressible]
-    slots, sinks = max(layer.most for layer in shown), _sinks(held.policy)
+    slots, sinks = max(map(max, read([layer.most for layer in shown]))), _sinks(held.policy)
     views = [layer.view(at, slots=slots, sinks=sinks, rotate=model.rotate) for at, layer in enumerate(shown)]
     end = start + len(ids)
-    with torch.inference_mode():
-        kept = held.policy.compress(PromptView([*views], seen=end), held.budget)
+    view = PromptView([*views], seen=end)
+    with torch.inference_mode(), view.asked_once():
+        kept = held.policy.compress(view, held.budget)
     if len(kept) != len(views):
         name = type(held.policy).__name__
         raise PolicyError(f"{name} left {len(kept)} layers of {len(views)}; return one KV a layer")
@@ -117,9 +119,9 @@ class GrownLayer(LayerCache):
             self.noted = Noted(noted.queries[:, :, :known], sums)
 
     @property
-    def most(self) -> int:
-        """Live slots of the head that has most."""
-        return int((self.positions >= 0).sum(dim=-1).max())
+    def most(self) -> Tensor:
+        """Live slots of the head that has most, []."""
+        return (self.positions >= 0).sum(dim=-1).max()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         new = torch.arange(self.end, self.end + keys.shape[2], dtype=torch.int32, device=keys.device)
@@ -160,7 +162,7 @@ class GrownLayer(LayerCache):
 
     def in_window(self) -> KV:
         """The slots that later tokens can still see of a layer with a window or chunks, which is all it keeps."""
-        slots = self.most if self.window is None else min(self.window, self.most)
+        slots = int(self.most) if self.window is None else min(self.window, int(self.most))
         order = _in_order(self.positions, slots, 0)
         return KV(self.keys, self.values, self.positions).take(order)
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from harness.engine.clock import PhaseClock
-from harness.engine.packed import Packed, live_bytes, pack, storage_bytes, tensors_of
+from harness.engine.packed import Held, Packed, pack, storage_bytes, survey, tensors_of
 from harness.engine.prefill import Prefilled
 from harness.engine.states import States
 from methods.base import KV, KVPolicy, PolicyError
+from methods.device import placed, read
 
 
 @dataclass
@@ -19,11 +20,11 @@ class Compressed:
     """A prompt under one policy at one budget.
 
     budget: slots per layer and KV head. layers: one per layer of keys and values, those that no policy sees included.
-    compressible: indexes of the others. states: as of `Prefilled`. logits: [1, V] float32 after the last token, of the
-    full cache. kept_slots: live slots of each compressible layer, summed over its KV heads. layer_bytes: live bytes of
-    each layer. stored_bytes: that all of them and the states keep allocated (`harness.engine.packed` on both).
-    asked_bytes, full_bytes: of the budget, and of the uncompressed cache. prefill_s, observe_s, compress_s: seconds
-    apart; their sum is the time to the first token but for its choice.
+    known: what the host knows of each. compressible: indexes of the others. states: as of `Prefilled`. logits: [1, V]
+    float32 after the last token, of the full cache. kept_slots: live slots of each compressible layer, summed over its
+    KV heads. layer_bytes: live bytes of each layer. stored_bytes: that all of them and the states keep allocated
+    (`harness.engine.packed` on both). asked_bytes, full_bytes: of the budget, and of the uncompressed cache. prefill_s,
+    observe_s, compress_s: seconds apart; their sum is the time to the first token but for its choice.
     """
 
     policy: KVPolicy
@@ -33,6 +34,7 @@ class Compressed:
     logits: Tensor
     tokens: int
     states: dict[int, States]
+    known: Sequence[Held] = ()
     kept_slots: tuple[int, ...] = ()
     layer_bytes: Sequence[int] = ()
     stored_bytes: int = 0
@@ -67,10 +69,9 @@ class Compressed:
         """Tokens of `needle` that each compressible layer and KV head holds; empty without a needle."""
         if not needle:
             return ()
-        wanted = torch.tensor(needle, device=self.logits.device)
-        kvs = self.kvs
+        wanted, kvs = placed(needle, self.logits.device), self.kvs
         own = [kvs[i].positions[0] for i in self.compressible]
-        return tuple(tuple(torch.isin(positions, wanted).sum(dim=-1).tolist()) for positions in own)
+        return tuple(map(tuple, read([torch.isin(positions, wanted).sum(dim=-1) for positions in own])))
 
 
 def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
@@ -82,7 +83,7 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
     on_the_way, after = prefilled.clock, PhaseClock(prefilled.logits.device)
     kept = [layer.left for layer in prefilled.layers if layer.left is not None]
     if not kept:
-        with after.part("compress"), torch.inference_mode():
+        with after.part("compress"), torch.inference_mode(), prefilled.view.asked_once():
             kept = policy.compress(prefilled.view, budget)
     if len(kept) != len(prefilled.compressible):
         name, seen = type(policy).__name__, len(prefilled.compressible)
@@ -108,12 +109,13 @@ def compress(prefilled: Prefilled, policy: KVPolicy, budget: int) -> Compressed:
 
 def weighed(kvs: Sequence[KV], compressible: Sequence[int], tokens: int, states: States) -> dict[str, Any]:
     """The fields of `Compressed` that follow from what each layer holds of `tokens` tokens."""
-    sliding = [i not in compressible for i in range(len(kvs))]
-    layers = [pack(kv, tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)]
+    known = survey(kvs, tokens, [i not in compressible for i in range(len(kvs))])
+    layers = [pack(kv, tokens, own) for kv, own in zip(kvs, known, strict=True)]
     return {
         "layers": layers,
-        "kept_slots": tuple(int(kvs[i].live.sum()) for i in compressible),
-        "layer_bytes": [live_bytes(kv, tokens, window=own) for kv, own in zip(kvs, sliding, strict=True)],
+        "known": known,
+        "kept_slots": tuple(sum(known[i].sizes) for i in compressible),
+        "layer_bytes": [own.nbytes for own in known],
         "stored_bytes": storage_bytes(x for layer in layers for x in tensors_of(layer)) + states.nbytes,
     }
 

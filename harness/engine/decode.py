@@ -18,8 +18,8 @@ from harness.engine.chunk_rows import ChunkRows
 from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.layer_cache import DecodingLayer
-from harness.engine.packed import Packed
-from harness.engine.row_cache import GrowingRows, without
+from harness.engine.packed import Held, Packed, without, without_last
+from harness.engine.row_cache import GrowingRows
 from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
@@ -85,19 +85,26 @@ class Decoding:
         for i, window in enumerate(model.windows):
             layers = [row.layers.pop(0) if release else row.layers[i] for row in rows]
             kvs = [layer.kv() if isinstance(layer, Packed) else layer for layer in layers]
+            known, sliding = [row.known[i] for row in rows], window is not None
             if model.chunks[i]:
                 caches.append(ChunkRows([without(kv, position) for kv in kvs], position))
             elif rows[0].policy.evicts_while_decoding:
                 free = [_free_slots(row, window, room) for row in rows]
-                roomy = [without(with_room(kv, 1), position) for kv in kvs]
+                roomy = [with_room(kv, 1) for kv in kvs]
+                if again:
+                    left = zip(roomy, known, strict=True)
+                    roomy = [without(kv, position, [min(1, at) for at in own.last]) for kv, own in left]
                 evicting = [
                     EvictingRow(row.policy, row.budget, kv, more - 1)
                     for row, kv, more in zip(rows, roomy, free, strict=True)
                 ]
                 caches.append(EvictingRows(evicting, position))
             else:
-                own = [without(kv, position) for kv in kvs]
-                caches.append(_growing(own, position=position, room=room, window=window is not None))
+                if again:
+                    less = [without_last(*own, position + 1, window=sliding) for own in zip(kvs, known, strict=True)]
+                    kvs, known = [kv for kv, _ in less], [own for _, own in less]
+                    del less
+                caches.append(_growing(kvs, known, position=position, room=room, window=sliding))
             del layers, kvs  # or the last layer's would stay
         return cls(model, caches, len(rows), torch.cat([row.logits for row in rows]), states)
 
@@ -214,7 +221,9 @@ class Decoding:
         return self.model.forward(given, self.caches, position=self.position, states=self.states, keep=keep)
 
 
-def _growing(rows: Sequence[KV], *, position: int, room: int | None, window: bool) -> DecodingLayer:
+def _growing(
+    rows: Sequence[KV], known: Sequence[Held], *, position: int, room: int | None, window: bool
+) -> DecodingLayer:
     """The layer cache of rows that grow; arguments as of `GrowingRows`.
 
     On a GPU all heads of all rows are read in one call, but where keys are of another width than values.
@@ -222,8 +231,8 @@ def _growing(rows: Sequence[KV], *, position: int, room: int | None, window: boo
     if rows[0].keys.shape[-1] == rows[0].values.shape[-1] and gpu.fused(rows[0].keys.device):
         from harness.engine.ragged_rows import RaggedRows
 
-        return RaggedRows(rows, position=position, room=room, window=window)
-    return GrowingRows(rows, position=position, room=room, window=window)
+        return RaggedRows(rows, position=position, room=room, window=window, known=known)
+    return GrowingRows(rows, position=position, room=room, window=window, known=known)
 
 
 def _free_slots(row: Compressed, window: int | None, room: int | None) -> int:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from harness.engine import gpu
 from harness.engine.kernels import slot_attention, weighed_attention
 from harness.engine.layer_cache import DecodingLayer, Parts, room_step, visible
-from harness.engine.packed import Packed, each_tensor, pack, storage_bytes, tensors_of
+from harness.engine.packed import Packed, each_tensor, pack, storage_bytes, survey, tensors_of
 from methods.base import KV, KVPolicy, PolicyError, StepView
 from methods.views import Form
 
@@ -131,7 +131,7 @@ class _Unlike(_Batch):
         self._packed, self.measured = mark, None
 
     def _pack(self) -> Packed:
-        packed = pack(self.kv, 0)
+        packed = pack(self.kv, 0, *survey([self.kv], 0, [False]))
         assert isinstance(packed, Packed)
         self.kv = self.kv.take(self.kv.positions[..., :0].long())
         return packed

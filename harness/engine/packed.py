@@ -7,7 +7,7 @@ still sees of it, need no positions: their number tells them, so none are stored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,7 +16,22 @@ from torch import Tensor
 
 from methods.base import KV
 from methods.codes import CodedKV, Codes
+from methods.device import placed, read
 from methods.views import POSITION_BYTES
+
+
+class Held(NamedTuple):
+    """What is known on the host of a layer (B = 1) of a prompt of so many tokens.
+
+    sizes: live slots of each head. nbytes: live bytes. implied: whether positions need not be stored: heads hold all
+    tokens, or the last ones of a sliding window. last: of each head, 2 if its last slot holds the prompt's last token,
+    1 if another one does, 0 if none; empty once that is given up.
+    """
+
+    sizes: tuple[int, ...]
+    nbytes: int
+    implied: bool
+    last: tuple[int, ...] = ()
 
 
 class Coded(NamedTuple):
@@ -73,42 +88,113 @@ class Packed:
         return KV(keys, values, positions, side | {name: x.clone() for name, x in self.beside.items()})
 
 
-def pack(kv: KV, end: int, *, window: bool = False) -> Packed | KV:
-    """Pack what is left of a layer (B = 1) of a prompt of `end` tokens. window: whether it is of a sliding window.
+def survey(kvs: Sequence[KV], end: int, windows: Sequence[bool]) -> list[Held]:
+    """Tell of layers (B = 1) of a prompt of `end` tokens what there is to know; a GPU is waited for once.
+
+    windows: whether each is of a sliding window.
+    """
+    maybe = [_may_imply(kv, end, window) for kv, window in zip(kvs, windows, strict=True)]
+    found = read([_seen(*own, end) for own in zip(kvs, maybe, windows, strict=True)])
+    told = []
+    for kv, own in zip(kvs, found, strict=True):
+        heads, implied = kv.positions.shape[1], bool(own.pop())
+        sizes, last = tuple(own[:heads]), tuple(own[heads:])
+        told.append(Held(sizes, _bytes(kv, sizes, implied), implied, last))
+    return told
+
+
+def _may_imply(kv: KV, end: int, window: bool) -> bool:
+    """Whether its positions may go without saying, by all that the host knows."""
+    return not kv.extra and type(kv) in (KV, CodedKV) and (window or kv.positions.shape[2] >= end)
+
+
+def _seen(kv: KV, may_imply: bool, window: bool, end: int) -> Tensor:
+    """What `survey` reads of a layer: sizes, where the last token is, whether positions are implied, [2 * H + 1]."""
+    positions = kv.positions[0]
+    live = (positions >= 0).sum(dim=1)
+    implied = torch.zeros_like(live[:1])
+    if may_imply:
+        size = live[0]
+        columns = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
+        run = torch.where(columns < size, columns + (end - size), -1)
+        whole = (size > 0) if window else (size == max(1, end))
+        implied = (whole & (positions == run).all()).long().view(1)
+    return torch.cat([live, _where(positions, end - 1), implied])
+
+
+def _where(positions: Tensor, token: int) -> Tensor:
+    """Where heads [H, S] hold a token: 2 in their last slot, 1 in another one, 0 in none; [H]."""
+    found = positions == token
+    return found.any(dim=1).long() + found[:, -1:].any(dim=1)
+
+
+def _bytes(kv: KV, sizes: Sequence[int], implied: bool) -> int:
+    """Live bytes, of which positions count unless they are implied."""
+    live = sum(sizes)
+    known = type(kv).nbytes is KV.nbytes  # a method's own KV may know better
+    return (kv.bytes_of(live) if known else kv.nbytes) - (live * POSITION_BYTES if implied else 0)
+
+
+def without(kv: KV, position: int, last: Sequence[int] | None = None) -> KV:
+    """The same KV with the slots of one token given up; a last column that is empty for every head is cut off.
+
+    last: where the heads of a KV without empty columns hold the token, as in `Held`; None to ask the device.
+    """
+    at = read([_where(kv.positions[0], position)])[0] if last is None else last
+    if not any(at):
+        return kv
+    if type(kv) is KV and not kv.extra and set(at) == {2}:
+        return KV(kv.keys[:, :, :-1], kv.values[:, :, :-1], kv.positions[:, :, :-1])
+    return replace(kv, positions=kv.positions.masked_fill(kv.positions == position, -1))
+
+
+def without_last(kv: KV, known: Held, end: int, *, window: bool = False) -> tuple[KV, Held]:
+    """Give up the slots of the last one of `end` tokens, and tell what is known then. kv: as it was packed."""
+    even = set(known.sizes) == {kv.positions.shape[2]}
+    left = without(kv, end - 1, known.last if even else [min(1, own) for own in known.last])
+    sizes = tuple(size - (at > 0) for size, at in zip(known.sizes, known.last, strict=True))
+    if not known.implied and (window or set(sizes) == {end - 1}):  # these may be all tokens in order
+        return left, survey([left], end - 1, [window])[0]
+    implied = known.implied and min(sizes) > 0
+    return left, Held(sizes, _bytes(left, sizes, implied), implied)
+
+
+def pack(kv: KV, end: int, known: Held) -> Packed | KV:
+    """Pack what is left of a layer (B = 1) of a prompt of `end` tokens.
 
     Codes with side data and a KV of an unknown class stay as they are, but for views that keep more than they show.
     """
     if type(kv) is not KV and (kv.extra or type(kv) is not CodedKV):
         return each_tensor(_own, kv)
     coded = Coded(kv.counts, kv.parts) if isinstance(kv, CodedKV) else None
-    there, implied = kv.positions[0] >= 0, is_implied(kv, end, window=window)
-    sizes = tuple(there.sum(dim=-1).tolist())
-    plain = sizes if coded is None else tuple(a - b for a, b in zip(sizes, coded.counts, strict=True))
-    own = there
+    sizes, there = known.sizes, live_slots(kv, known)
+    plain, own = sizes, there
     if coded is not None:
-        width = torch.arange(kv.keys.shape[2], device=there.device)
-        own = width < torch.tensor(plain, device=there.device).unsqueeze(1)
-    keys, values = (_flat(x[0], own, sum(plain)) for x in (kv.keys, kv.values))
-    positions = None if implied else _flat(kv.positions[0], there, sum(sizes))
+        plain = tuple(a - b for a, b in zip(sizes, coded.counts, strict=True))
+        own = _first(plain, kv.keys.shape[2], kv.keys.device)
+    keys, values = (flat(x[0], own) for x in (kv.keys, kv.values))
+    positions = None if known.implied else flat(kv.positions[0], there)
     slotted = {name for name, x in kv.extra.items() if x.shape[:3] == kv.positions.shape}
-    side = {name: _flat(kv.extra[name][0], there, sum(sizes)) for name in slotted}
+    side = {name: flat(kv.extra[name][0], there) for name in slotted}
     beside = {name: _own(x) for name, x in kv.extra.items() if name not in slotted}
     return Packed(keys, values, positions, sizes, plain, end - sizes[0], coded, side, beside)
 
 
-def is_implied(kv: KV, end: int, *, window: bool = False) -> bool:
-    """Whether positions need not be stored: heads hold all tokens before `end`, or the last of a sliding window."""
-    if kv.extra or type(kv) not in (KV, CodedKV):
-        return False
-    live = int((kv.positions[0, 0] >= 0).sum())
-    run = torch.full((kv.positions.shape[2],), -1, dtype=torch.int32, device=kv.positions.device)
-    run[:live] = torch.arange(end - live, end, dtype=torch.int32, device=run.device)
-    return live > 0 and (live == end or window) and bool((kv.positions == run).all())
-
-
 def live_bytes(kv: KV, end: int, *, window: bool = False) -> int:
     """Live bytes of a layer; positions count unless they are implied."""
-    return kv.nbytes - (int(kv.live.sum()) * POSITION_BYTES if is_implied(kv, end, window=window) else 0)
+    return survey([kv], end, [window])[0].nbytes
+
+
+def live_slots(kv: KV, known: Held) -> Tensor | None:
+    """Numbers of the slots that hold a token, head after head: [n] int64; None for all slots."""
+    whole = min(known.sizes) == kv.positions.shape[2]
+    return None if whole else _true(kv.positions[0] >= 0, sum(known.sizes))
+
+
+def flat(x: Tensor, at: Tensor | None) -> Tensor:
+    """Slots of x [H, S, ...], numbered as `live_slots` does: [n, ...], in a storage of its own size."""
+    rows = x.flatten(0, 1)
+    return _own(rows if at is None else rows.index_select(0, at))
 
 
 def tensors_of(kv: KV | Packed) -> list[Tensor]:
@@ -136,9 +222,14 @@ def _own(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
-def _flat(x: Tensor, there: Tensor, count: int) -> Tensor:
-    """Rows of x [H, S, ...] where `there` [H, S], head after head: [count, ...], in a storage of its own size."""
-    return _own(x.flatten(0, 1) if count == there.numel() else x[there])
+def _true(there: Tensor, count: int) -> Tensor:
+    """Numbers [count] of the entries of `there` that hold, which are so many: the device need not be asked."""
+    return torch.nonzero_static(there.flatten(), size=count).squeeze(1)
+
+
+def _first(sizes: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """Numbers of the first slots, as many as `sizes` says, of heads that have `width` of them: [sum(sizes)]."""
+    return _true(torch.arange(width, device=device) < placed(sizes, device).unsqueeze(1), sum(sizes))
 
 
 def _padded(x: Tensor, sizes: tuple[int, ...], more: int = 0, *, empty: int = 0) -> Tensor:
@@ -146,7 +237,5 @@ def _padded(x: Tensor, sizes: tuple[int, ...], more: int = 0, *, empty: int = 0)
     width = max(sizes) + more
     if min(sizes) == width:
         return x.view(1, len(sizes), width, *x.shape[1:])
-    there = torch.arange(width, device=x.device) < torch.tensor(sizes, device=x.device).unsqueeze(1)
-    out = x.new_full((len(sizes), width, *x.shape[1:]), empty)
-    out[there] = x
-    return out.unsqueeze(0)
+    out = x.new_full((len(sizes) * width, *x.shape[1:]), empty)
+    return out.index_copy_(0, _first(sizes, width, x.device), x).view(1, len(sizes), width, *x.shape[1:])

@@ -23,6 +23,7 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import NotFinite
 from harness.errors import HarnessError
 from methods.base import KV, LayerView, Needs, PromptView
+from methods.device import Doubt, settle
 from methods.views import POSITION_BYTES, Form, LayerSource
 
 Act = Callable[[LayerView], KV]
@@ -34,7 +35,7 @@ class PrefillLayer(LayerCache):
 
     chunked: whether it sees its own chunk alone. act: compresses the layer once the prompt is through. clock: counts
     observation and compression apart. rotate: as in `LayerView`. sources: those of all layers, filled as the prompt
-    passes them; empty when no policy asks.
+    passes them; empty when no policy asks. doubts: of all layers that `act` compresses, as in `LayerView`.
     """
 
     needs: Needs
@@ -45,6 +46,7 @@ class PrefillLayer(LayerCache):
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
     rotate: Callable[[Tensor, int], Tensor] | None = None
     sources: Sequence[LayerSource] = ()
+    doubts: list[Doubt] | None = None
     left: KV | None = field(default=None, init=False)  # by `act`
     window: int | None = field(default=None, init=False)  # known once it attended
     seen: int = field(default=0, init=False)
@@ -100,7 +102,8 @@ class PrefillLayer(LayerCache):
     def view(self) -> LayerView:
         """The layer as policies see it."""
         source = self.sources[self.index] if self.sources else None
-        return LayerView(self.index, self.kv(), self.queries, self.form, self.sums, self.rotate, source)
+        observed = (self.form, self.sums, self.rotate, source, self.doubts)
+        return LayerView(self.index, self.kv(), self.queries, *observed)
 
     @property
     def apart(self) -> bool:
@@ -179,6 +182,7 @@ def prefill(
             of a model whose layers cannot go on.
         PromptFailed: a token id that the model does not know.
         NotFinite: logits, or log-probabilities that are wanted, are not numbers.
+        PolicyError: what `acts` raise, and what they doubted.
     """
     if not model.compressible:
         raise HarnessError("every layer of this model has a sliding window or chunks; there is nothing to compress")
@@ -194,12 +198,14 @@ def prefill(
     clock, wanted = PhaseClock(model.device), needs.window if needs.logprobs else 0
     with clock.part("prefill"), model.sources(needs.hidden_states) as sources:
         act_of = dict(zip(model.compressible, acts or (), strict=acts is not None))
-        shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources}
+        doubts: list[Doubt] | None = [] if acts is not None else None
+        shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources, "doubts": doubts}
         layers = [
             PrefillLayer(needs, len(ids), index=i, chunked=chunk_of is not None, act=act_of.get(i), **shared)
             for i, chunk_of in enumerate(model.chunks)
         ]
         logits, logprobs, states = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
+    settle(doubts or [])
     best = logits.amax(dim=-1)  # as all that is NaN or too large shows; minus infinity bars a token
     if not bool(best.isfinite().all()) or (logprobs is not None and bool(logprobs.isnan().any())):
         raise NotFinite(f"after the prompt's {len(ids)} tokens")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.engine.coded_streams import CodedStreams
 from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, room_step
-from harness.engine.packed import is_implied, live_bytes, storage_bytes
+from harness.engine.packed import Held, flat, live_slots, storage_bytes, survey
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
 from methods.codes import CodedKV
@@ -35,17 +35,26 @@ class RaggedRows(DecodingLayer):
     starts: Tensor  # [R * H] int32
     lengths: Tensor  # [R * H] int32
 
-    def __init__(self, rows: Sequence[KV], *, position: int, room: int | None, window: bool = False) -> None:
+    def __init__(
+        self,
+        rows: Sequence[KV],
+        *,
+        position: int,
+        room: int | None,
+        window: bool = False,
+        known: Sequence[Held] | None = None,
+    ) -> None:
         self.start = self.position = position
         self.most, self.heads = room, rows[0].positions.shape[1]
         self.extra = [kv.extra for kv in rows]
-        self.kept_bytes = [live_bytes(kv, position, window=window) for kv in rows]
+        known = survey(rows, position, [window] * len(rows)) if known is None else known
+        self.kept_bytes = [own.nbytes for own in known]
         self.coded = CodedStreams.of(rows, self.heads)
         self.positions = [  # of no use to a step; held since what a policy chose is stored with them
-            None if is_implied(kv, position, window=window) else kv.positions[kv.positions >= 0].int() for kv in rows
+            None if own.implied else flat(kv.positions[0], live_slots(kv, own))
+            for kv, own in zip(rows, known, strict=True)
         ]
-        lives = torch.stack([kv.live[0] for kv in rows]).tolist()
-        sizes, *sides = zip(*map(_plain, rows, lives), strict=True)
+        sizes, *sides = zip(*map(_plain, rows, known), strict=True)
         self.sizes = [size for own in sizes for size in own]  # plain slots of streams, as the policies left them
         keys, values = (torch.cat(side) for side in sides)
         self.slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
@@ -155,12 +164,12 @@ class RaggedRows(DecodingLayer):
         return self.starts[stream] + torch.arange(len(stream), device=stream.device) - before[stream]
 
 
-def _plain(kv: KV, live: list[int]) -> tuple[list[int], Tensor, Tensor]:
-    """How many slots of each head are no codes, and their keys and values, head after head. live: slots of each."""
+def _plain(kv: KV, known: Held) -> tuple[Sequence[int], Tensor, Tensor]:
+    """How many slots of each head are no codes, and their keys and values, head after head."""
     if isinstance(kv, CodedKV):
-        sizes = [slots - coded for slots, coded in zip(live, kv.counts, strict=True)]
+        sizes = [slots - coded for slots, coded in zip(known.sizes, kv.counts, strict=True)]
         keys, values = (torch.cat([x[0, head, :size] for head, size in enumerate(sizes)]) for x in (kv.keys, kv.values))
         return sizes, keys, values
-    whole = min(live) == kv.positions.shape[2]
-    keys, values = (x.flatten(0, 2) if whole else x[kv.positions >= 0] for x in kv.load())
-    return live, keys, values
+    at = live_slots(kv, known)
+    keys, values = (flat(x[0], at) for x in kv.load())
+    return known.sizes, keys, values

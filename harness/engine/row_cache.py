@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.engine.kernels import slot_attention
 from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, Parts, room_step, visible
-from harness.engine.packed import is_implied, live_bytes, storage_bytes
+from harness.engine.packed import Held, storage_bytes, survey
 from methods.base import KV
 from methods.codes import CodedKV, Codes, Coding
 from methods.views import Form
@@ -106,20 +106,29 @@ class GrowingRows(DecodingLayer):
         room: most tokens that will come; None when that is not known. Memory for them is added in steps (`room_step`),
             so that every row has little more than it fills.
         window: whether this is a layer of a sliding window.
+        known: of each row what the host knows, where it does.
     """
 
-    def __init__(self, rows: Sequence[KV], *, position: int, room: int | None, window: bool = False) -> None:
+    def __init__(
+        self,
+        rows: Sequence[KV],
+        *,
+        position: int,
+        room: int | None,
+        window: bool = False,
+        known: Sequence[Held] | None = None,
+    ) -> None:
         self.start = self.position = position
         self.room = room
         self.heads = rows[0].positions.shape[1]
         first = rows[0]
         like = (first.keys, first.values) if isinstance(first, CodedKV) else first.load()
         self.slot_bytes = sum(x.shape[-1] * x.element_size() for x in like)  # of a token that comes
-        self.kept_bytes = [live_bytes(kv, position, window=window) for kv in rows]
+        known = survey(rows, position, [window] * len(rows)) if known is None else known
+        self.kept_bytes = [own.nbytes for own in known]
         self.extra = [kv.extra for kv in rows]
         steps = [room_step(kept // (self.heads * self.slot_bytes)) for kept in self.kept_bytes]
-        implied = [is_implied(kv, position, window=window) for kv in rows]
-        shapes = [_shapes(*own) for own in zip(rows, steps, implied, strict=True)]
+        shapes = [_shapes(*own) for own in zip(rows, steps, known, strict=True)]
         self._hold(_groups(rows, shapes, self._room))
         self._stored = [self.stored_bytes(row) for row in range(len(rows))]
 
@@ -209,17 +218,6 @@ class GrowingRows(DecodingLayer):
         return self._parts.split(x.reshape(-1, x.shape[1] // self.heads, *x.shape[2:]))
 
 
-def without(kv: KV, position: int) -> KV:
-    """The same KV with the slots of one token given up; a last column that is empty for every head is cut off."""
-    drop = kv.positions == position
-    if not bool(drop.any()):
-        return kv
-    last = kv.positions.shape[2] - 1
-    if type(kv) is KV and bool(drop[..., last].all()) and not kv.extra:
-        return KV(kv.keys[:, :, :last], kv.values[:, :, :last], kv.positions[:, :, :last])
-    return replace(kv, positions=kv.positions.masked_fill(drop, -1))
-
-
 def _groups(rows: Sequence[KV], shapes: Sequence[list[_Shape]], room: Callable[[int], int]) -> list[_Group]:
     """The streams of `rows` by their shapes. room: tokens that a group of some step has memory for beside them."""
     streams = defaultdict[_Shape, list[int]](list)
@@ -246,14 +244,13 @@ def _groups(rows: Sequence[KV], shapes: Sequence[list[_Shape]], room: Callable[[
     return list(groups.values())
 
 
-def _shapes(kv: KV, step: int, implied: bool) -> list[_Shape]:
+def _shapes(kv: KV, step: int, known: Held) -> list[_Shape]:
     """Of every head of a row."""
-    live = kv.live[0].tolist()
     if not isinstance(kv, CodedKV):
-        return [_Shape(size, step, implied=implied) for size in live]
+        return [_Shape(size, step, implied=known.implied) for size in known.sizes]
     coding = kv.parts[0][1].coding if kv.parts else None
-    counted = zip(live, kv.counts, strict=True)
-    return [_Shape(size, step, coded, coding if coded else None, implied) for size, coded in counted]
+    counted = zip(known.sizes, kv.counts, strict=True)
+    return [_Shape(size, step, coded, coding if coded else None, known.implied) for size, coded in counted]
 
 
 def _packed(kv: KV, least: int) -> tuple[Tensor, Tensor, Tensor]:

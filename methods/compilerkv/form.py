@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, best, spread
+from methods.device import placed
 from methods.window import before_window, pooled, votes
 
 MOST_WINDOW = 65_536
@@ -141,7 +142,7 @@ def best_slots(scores: Tensor, counts: Sequence[int], *, recent: int) -> Tensor:
     size = min(recent, tokens)
     forced[..., tokens - size :] = scores.amax() + torch.arange(1, size + 1, device=scores.device)
     most = max(counts)
-    beyond = torch.arange(most, device=scores.device) >= torch.tensor(counts, device=scores.device)[None, :, None]
+    beyond = torch.arange(most, device=scores.device) >= placed(counts, scores.device)[None, :, None]
     slots = best(forced, most).masked_fill(beyond, tokens).sort(dim=-1).values
     return slots.masked_fill(slots == tokens, -1)
 

@@ -10,11 +10,14 @@ Differences: without tables nothing is learnt (see `tables.neutral`) and every r
 compiled takes the table of the nearest one, and every record says so; when no token reaches tau the best one is kept.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from methods.base import KV, LayerView, PolicyError, PromptView
 from methods.compilerkv.tables import Learned, Tables
+from methods.device import placed, read
 
 
 def compress(view: PromptView, budget: int, tables: Tables, *, window: int, learned: Learned) -> list[KV]:
@@ -22,10 +25,11 @@ def compress(view: PromptView, budget: int, tables: Tables, *, window: int, lear
     alpha = prompt_utility(view, window)
     entropy, perplexity = prompt_risk(view, alpha, window)
     weights, thresholds = tables.lookup(budget, entropy=entropy, perplexity=perplexity, learned=learned)
-    return [
-        layer.kv.take(kept(layer, alpha, weights[i], tau=thresholds[i].item(), budget=budget))
-        for i, layer in enumerate(view.layers)
-    ]
+    largest = weights.view(len(view.layers), view.sizes.kv_heads, -1).amax(dim=2).tolist()  # a group shares rho
+    scores = [worth(layer, alpha, own) for layer, own in zip(view.layers, largest, strict=True)]
+    reached = read([(own >= tau).sum() for own, tau in zip(scores, thresholds.tolist(), strict=True)])
+    slots = [kept(own, max(1, min(budget, count))) for own, (count,) in zip(scores, reached, strict=True)]
+    return [layer.kv.take(own.expand(1, len(largest[0]), -1)) for layer, own in zip(view.layers, slots, strict=True)]
 
 
 def prompt_utility(view: PromptView, window: int) -> Tensor:
@@ -45,9 +49,10 @@ def prompt_risk(view: PromptView, alpha: Tensor, window: int) -> tuple[float, fl
     if view.logprobs is None:
         raise PolicyError("compilerkv needs log-probabilities of the prompt; declare them in needs")
     share = alpha / alpha.sum()
-    entropy = -torch.xlogy(share, share).sum().item()
     own = view.logprobs[0, max(0, view.logprobs.shape[1] - window) :].float()
-    return entropy, own.mean().neg().exp().item() if own.numel() else 1.0
+    perplexity = own.mean().neg().exp() if own.numel() else torch.ones_like(alpha[0])
+    (entropy,), (surprise,) = read([-torch.xlogy(share, share).sum(), perplexity])
+    return entropy, surprise
 
 
 def value_norms(layer: LayerView) -> Tensor:
@@ -57,15 +62,13 @@ def value_norms(layer: LayerView) -> Tensor:
     return norms / mean.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def kept(layer: LayerView, alpha: Tensor, weights: Tensor, *, tau: float, budget: int) -> Tensor:
-    """Return the slots kept in one layer, the same for all its heads: [1, H, S] int64, ascending, 1 <= S <= budget.
-
-    weights: [Hq]. Among equal scores the earlier token is kept.
-    """
+def worth(layer: LayerView, alpha: Tensor, largest: Sequence[float]) -> Tensor:
+    """Return the score of each token in one layer, [T] float32. largest: weight of each KV head's query heads, [H]."""
     rho = value_norms(layer)
-    heads = rho.shape[0]
-    largest = weights.to(rho.device).view(heads, -1).amax(dim=1)  # [H]: a group shares rho, so its largest weight acts
-    scores = layer.finite((largest[:, None] * rho).amax(dim=0) * alpha.to(rho.device), "scores")  # [T]
-    count = max(1, min(budget, int((scores >= tau).sum())))
-    best = scores.sort(descending=True, stable=True).indices[:count].sort().values
-    return best.expand(1, heads, -1)
+    weights = placed(largest, rho.device)
+    return layer.finite((weights[:, None] * rho).amax(dim=0) * alpha.to(rho.device), "scores")
+
+
+def kept(scores: Tensor, count: int) -> Tensor:
+    """Return the best `count` tokens by scores [T], ascending; among equal ones the earlier is kept."""
+    return scores.sort(descending=True, stable=True).indices[:count].sort().values

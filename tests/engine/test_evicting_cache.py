@@ -10,8 +10,7 @@ from torch import Tensor
 
 from harness.engine import gpu
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
-from harness.engine.packed import each_tensor
-from harness.engine.row_cache import without
+from harness.engine.packed import each_tensor, without
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.load import LoadedModel
 from harness.speed.one_method import Isolated

@@ -7,9 +7,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="no Triton; pip install triton")
 
 from harness.engine import ragged_rows, triton_kernels
-from harness.engine.packed import each_tensor, storage_bytes
+from harness.engine.packed import each_tensor, storage_bytes, without
 from harness.engine.ragged_rows import RaggedRows
-from harness.engine.row_cache import GrowingRows, without
+from harness.engine.row_cache import GrowingRows
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
 from methods.codes import Coding, encode

@@ -12,9 +12,9 @@ from torch import Tensor
 from harness.engine.evicting_cache import with_room
 from harness.engine.kernels import causal_attention, slot_attention
 from harness.engine.layer_cache import LayerCache
-from harness.engine.packed import each_tensor, live_bytes, storage_bytes
+from harness.engine.packed import each_tensor, live_bytes, storage_bytes, without
 from harness.engine.prefill import PrefillLayer
-from harness.engine.row_cache import GrowingRows, without
+from harness.engine.row_cache import GrowingRows
 from methods.base import KV, Needs
 from methods.views import Form
 

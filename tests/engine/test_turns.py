@@ -194,7 +194,7 @@ def test_dead_slots_change_nothing(model: AttachedModel, label: str) -> None:
     left, noted = compressed(model, policy)
     left, noted = compress_again(model, left, noted, TURN, BORDER)
     layers, _ = pass_turn(model, left, noted, TURN[:10], left.tokens)
-    most = max(layer.most for layer in layers)
+    most = max(int(layer.most) for layer in layers)
     sinks = getattr(getattr(policy, "inner", policy), "sinks", 0)
 
     def kept(slots: int) -> list[list[list[int]]]:
@@ -214,7 +214,7 @@ def test_a_dead_slot_is_attended_by_nobody_and_never_revived(model: AttachedMode
     dead = 0
     for index, layer in enumerate(layers):
         layer.noted = Noted(torch.randn(1, HEADS * GROUP, 20, 16, generator=torch.Generator().manual_seed(index)), None)
-        view = layer.view(index, slots=max(own.most for own in layers) + 2, sinks=2, rotate=model.rotate)
+        view = layer.view(index, slots=max(int(own.most) for own in layers) + 2, sinks=2, rotate=model.rotate)
         found = view.attention(20)
         for head, positions in enumerate(view.kv.positions[0].tolist()):
             live = [slot for slot, at in enumerate(positions) if at >= 0]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
-from harness.engine.packed import live_bytes
-from harness.engine.row_cache import GrowingRows, without
+from harness.engine.packed import live_bytes, without
+from harness.engine.row_cache import GrowingRows
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
