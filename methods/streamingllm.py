@@ -48,7 +48,8 @@ class StreamingLLM(EvictionPolicy):
         victim = kv.positions.masked_fill(kept, torch.iinfo(kv.positions.dtype).max).argmin(dim=-1)
         full = kv.live > step.budget
         if isinstance(kv, ReassignedKV):
-            kv.shift = kv.shift + full.all()
+            all_full = full.all()
+            kv.shift = kv.shift + (all_full if all_full.is_cuda else int(all_full))  # a GPU is not waited for
         return victim.masked_fill(~full, -1)
 
 
@@ -57,7 +58,7 @@ class ReassignedKV(KV):
     """Slots whose first `sinks` are read `shift` positions later than they were; what is stored is never turned."""
 
     sinks: int = 0
-    shift: int | Tensor = 0  # counted on the device while decoding, which need not be waited for then
+    shift: int | Tensor = 0  # a tensor on a GPU while decoding
     rotate: Callable[[Tensor, Any], Tensor] | None = None
 
     def load(self) -> tuple[Tensor, Tensor]:
