@@ -10,8 +10,9 @@ import pytest
 from tasks import load_tasks
 from tasks.base import TASKS, Sample, TaskError, TaskOptions
 from tasks.pool import LANES, SEEDS, entered, pool_spans
+from tests.hostile import tried
 from tests.overlap import overlaps, prompt
-from tests.task_data import tokens
+from tests.task_data import Words, tokens
 
 load_tasks()
 DRAWING = [name for name in LANES if name != "prose/long"]  # that one needs more than a small pool has
@@ -84,3 +85,16 @@ def test_a_missing_text_of_the_pool_is_named(drawn: TaskOptions, tmp_path: Path)
     (tmp_path / "awsdocs").mkdir()
     with pytest.raises(TaskError, match="run `harness fetch awsdocs`"):
         samples("ruler/vt", replace(drawn, fetch=tmp_path.__truediv__))
+
+
+class Letters(Words):
+    """A token is a letter, so that a length holds few words."""
+
+    pattern = r"(?s)."
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_too_few_tokens_are_refused_in_a_line(drawn: TaskOptions, name: str) -> None:
+    for length in (64, 400, 512, 700, 1000):
+        asked = {"tokenizer": Letters(), "lengths": (length,), "limit": 2}
+        tried("short contexts", lambda asked=asked: samples(name, drawn, **asked), may_pass=True)
