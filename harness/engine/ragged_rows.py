@@ -5,7 +5,7 @@ is one index_copy, so that nothing in a step waits for the device, and a step ca
 has filled its room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -54,13 +54,12 @@ class RaggedRows(DecodingLayer):
             None if own.implied else flat(kv.positions[0], live_slots(kv, own))
             for kv, own in zip(rows, known, strict=True)
         ]
-        sizes, *sides = zip(*map(_plain, rows, known), strict=True)
-        self.sizes = [size for own in sizes for size in own]  # plain slots of streams, as the policies left them
-        keys, values = (torch.cat(side) for side in sides)
-        self.slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        plain = [_plain_sizes(kv, own) for kv, own in zip(rows, known, strict=True)]
+        self.sizes = [size for own in plain for size in own]  # plain slots of streams, as the policies left them
+        self.slot_bytes = sum(x.shape[-1] * x.element_size() for x in (rows[0].keys, rows[0].values))
         self._steps = [room_step(kept // (self.heads * self.slot_bytes)) for kept in self.kept_bytes]
         self.rooms = [self._room(row) for row in range(len(rows))]
-        self._place(keys, values)
+        self._place(map(_plain, rows, known, plain), like=(rows[0].keys, rows[0].values))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         new = keys.shape[2]
@@ -95,7 +94,8 @@ class RaggedRows(DecodingLayer):
         if short:
             for row in short:
                 self.rooms[row] = max(tokens, self._room(row))
-            self._place(*self._held())
+            held = self._held()
+            self._place([held], like=held)
 
     def mark(self) -> int:
         return self.position
@@ -106,7 +106,7 @@ class RaggedRows(DecodingLayer):
         rooms = [min(room, self._room(row)) for row, room in enumerate(self.rooms)]
         if rooms != self.rooms:
             held, self.rooms = self._held(), rooms
-            self._place(*held)
+            self._place([held], like=held)
 
     def keep(self, rows: Sequence[int]) -> None:
         streams = [row * self.heads + head for row in rows for head in range(self.heads)]
@@ -117,7 +117,7 @@ class RaggedRows(DecodingLayer):
         held, self.sizes = self._held(), [self.sizes[stream] for stream in streams]
         for name in ("kept_bytes", "extra", "positions", "rooms", "_steps"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
-        self._place(*held)
+        self._place([held], like=held)
 
     def nbytes(self, row: int) -> int:
         """What the row's policy left, and what every head appended since."""
@@ -141,15 +141,23 @@ class RaggedRows(DecodingLayer):
         room = grown + self._steps[row] + grown // 16
         return room if self.most is None else min(room, self.most)
 
-    def _place(self, keys: Tensor, values: Tensor) -> None:
-        """Lay out what streams hold, [slots, D] stream after stream, in one buffer with room behind each."""
-        grown, device = self.position - self.start, keys.device
+    def _place(self, parts: Iterable[tuple[Tensor, Tensor]], *, like: tuple[Tensor, Tensor]) -> None:
+        """Lay out what streams hold in one buffer with room behind each. parts: keys and values [slots, D], in order.
+
+        A part is let go before the next one is made, so that a batch is not there twice.
+        """
+        grown, device = self.position - self.start, like[0].device
         capacity = [size + self.rooms[stream // self.heads] for stream, size in enumerate(self.sizes)]
         starts, lengths = list(accumulate(capacity, initial=0)), [size + grown for size in self.sizes]
         self.starts = torch.tensor(starts[:-1], dtype=torch.int32, device=device)
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-        self.longest, at = max(capacity), self._slots()
-        self.keys, self.values = (x.new_empty(starts[-1], x.shape[-1]).index_copy_(0, at, x) for x in (keys, values))
+        self.longest, at, first = max(capacity), self._slots(), 0
+        self.keys, self.values = (x.new_empty(starts[-1], x.shape[-1]) for x in like)
+        for keys, values in parts:
+            own = at[first : first + len(keys)]
+            self.keys.index_copy_(0, own, keys)
+            self.values.index_copy_(0, own, values)
+            first += len(keys)
         self._stored = [self.stored_bytes(row) for row in range(len(self.rooms))]
 
     def _held(self) -> tuple[Tensor, Tensor]:
@@ -164,12 +172,18 @@ class RaggedRows(DecodingLayer):
         return self.starts[stream] + torch.arange(len(stream), device=stream.device) - before[stream]
 
 
-def _plain(kv: KV, known: Held) -> tuple[Sequence[int], Tensor, Tensor]:
-    """How many slots of each head are no codes, and their keys and values, head after head."""
+def _plain_sizes(kv: KV, known: Held) -> Sequence[int]:
+    """How many slots of each head are no codes."""
     if isinstance(kv, CodedKV):
-        sizes = [slots - coded for slots, coded in zip(known.sizes, kv.counts, strict=True)]
+        return [slots - coded for slots, coded in zip(known.sizes, kv.counts, strict=True)]
+    return known.sizes
+
+
+def _plain(kv: KV, known: Held, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values of the slots that are no codes, head after head: [slots, D] each."""
+    if isinstance(kv, CodedKV):
         keys, values = (torch.cat([x[0, head, :size] for head, size in enumerate(sizes)]) for x in (kv.keys, kv.values))
-        return sizes, keys, values
+        return keys, values
     at = live_slots(kv, known)
     keys, values = (flat(x[0], at) for x in kv.load())
-    return known.sizes, keys, values
+    return keys, values
