@@ -9,7 +9,6 @@ recent keys back; RoPE sees only differences of positions, so the attention is t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,8 @@ class StreamingLLM(EvictionPolicy):
         if view.rotate is None:
             raise PolicyError("re-assigning positions needs rotary embeddings, which this model has not")
         sinks, shift = min(self.sinks, budget), view.tokens - budget
-        moved = ReassignedKV(kv.keys, kv.values, kv.positions, sinks=sinks, shift=shift, rotate=view.rotate)
+        turn = (sinks, shift, view.seen - shift, view.rotate)
+        moved = ReassignedKV(kv.keys, kv.values, kv.positions, {}, *turn)
         return moved if self.evict else KV(*moved.load(), kv.positions)
 
     def after_step(self, step: StepView) -> Tensor:
@@ -48,18 +48,21 @@ class StreamingLLM(EvictionPolicy):
         victim = kv.positions.masked_fill(kept, torch.iinfo(kv.positions.dtype).max).argmin(dim=-1)
         full = kv.live > step.budget
         if isinstance(kv, ReassignedKV):
-            all_full = full.all()
-            kv.shift = kv.shift + (all_full if all_full.is_cuda else int(all_full))  # a GPU is not waited for
+            kv.shift = max(kv.shift, step.position + 1 - kv.start)
         return victim.masked_fill(~full, -1)
 
 
 @dataclass
 class ReassignedKV(KV):
-    """Slots whose first `sinks` are read `shift` positions later than they were; what is stored is never turned."""
+    """Slots whose first `sinks` are read `shift` positions later than they were; what is stored is never turned.
+
+    start: tokens that there are, less the shift, which is as many more as come beyond them.
+    """
 
     sinks: int = 0
-    shift: int | Tensor = 0  # a tensor on a GPU while decoding
-    rotate: Callable[[Tensor, Any], Tensor] | None = None
+    shift: int = 0
+    start: int = 0
+    rotate: Callable[[Tensor, int], Tensor] | None = None
 
     def load(self) -> tuple[Tensor, Tensor]:
         assert self.rotate is not None
