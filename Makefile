@@ -124,7 +124,7 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	grep '^torch==' constraints.txt > $(BENCH)/constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(BENCH)/constraints.txt \
-		-e . kvpress==0.5.5 'ray>=2.40' 'transformers>=5.2,<5.3' accelerate nltk playwright pytest \
+		-e . kvpress==0.5.5 'ray>=2.40' 'transformers>=5.2,<5.3' accelerate hypothesis nltk playwright pytest \
 		pytest-benchmark
 	touch $@
 
