@@ -21,6 +21,7 @@ from harness.records.spec import Sweep
 from methods.base import KV, Budget, Needs, PolicyError
 from methods.label import MethodLabel
 from methods.registry import make_policy
+from methods.views import POSITION_BYTES
 
 TOKENS, BUDGET, LAYERS, HEADS = 600, 128, 4, 2
 needs_kvpress = pytest.mark.skipif(find_spec("kvpress") is None, reason="kvpress is not installed")
@@ -65,7 +66,7 @@ def left(engine: Engine, press: str, budget: int = BUDGET) -> tuple[list[KV], li
 def test_a_press_keeps_just_the_bytes_that_were_asked_for(engine: Engine, press: str) -> None:
     outcome = run(engine, press)
     assert (outcome.status, outcome.error) == ("ok", None)
-    assert outcome.kv_bytes == sum(outcome.kept_slots) * 2 * 16 * 4 and not outcome.over_budget
+    assert outcome.kv_bytes == sum(outcome.kept_slots) * (2 * 16 * 4 + POSITION_BYTES) and not outcome.over_budget
     if press in COARSE:
         assert outcome.kept_slots == (COARSE[press] * HEADS,) * LAYERS
     else:
