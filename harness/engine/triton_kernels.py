@@ -42,7 +42,7 @@ NONE = 2**30  # window of a layer without one
 def _forward(
     q, k, v, out, lse, sinks, qb, qh, qm, kb, kh, kn, vb, vh, vn, ob, oh, om,
     tokens, new, heads, group, scale, cap, window, dim,
-    CAPPED: tl.constexpr, SINKS: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,  # noqa: N803
+    CAPPED: tl.constexpr, SINKS: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
 # fmt: on
     first, row = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64)
@@ -72,7 +72,7 @@ def _forward(
 @triton.jit
 def _sums(
     q, k, lse, out, qb, qh, qm, kb, kh, kn, tokens, new, heads, group, scale, cap, dim,
-    CAPPED: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,  # noqa: N803
+    CAPPED: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
 # fmt: on
     at, row = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64)
@@ -93,7 +93,7 @@ def _sums(
 @triton.jit
 def _ragged(
     q, k, v, out, lse, starts, lengths, qs, qg, kn, vn, splits, most, group, scale, cap, dim,
-    CAPPED: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,  # noqa: N803
+    CAPPED: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
 ):
 # fmt: on
     stream, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -113,7 +113,7 @@ def _ragged(
 
 
 @triton.jit
-def _join(parts, lse, sinks, out, splits, group, dim, SINKS: tl.constexpr, DIM: tl.constexpr, MOST: tl.constexpr):  # noqa: N803
+def _join(parts, lse, sinks, out, splits, group, dim, SINKS: tl.constexpr, DIM: tl.constexpr, MOST: tl.constexpr):
     """A stream's attention of its parts by their denominators."""
     stream, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, d = tl.arange(0, MOST), tl.arange(0, DIM)

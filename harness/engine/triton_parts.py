@@ -32,7 +32,7 @@ def product(a, b):
 
 
 @triton.jit
-def logits_of(queries, keys, scale, cap, CAPPED: tl.constexpr):  # noqa: N803
+def logits_of(queries, keys, scale, cap, CAPPED: tl.constexpr):
     """Logits [M, N] float32 of queries [M, D] and keys [N, D]."""
     logits = product(queries, tl.trans(keys)) * scale
     if CAPPED:
@@ -59,7 +59,7 @@ def tell(out, lse, row, wanted, d, dim, top, total, mixed):
 
 
 @triton.jit
-def _decoded(codes, at, scale, zero, place, d, wanted, dim, BITS: tl.constexpr):  # noqa: N803
+def _decoded(codes, at, scale, zero, place, d, wanted, dim, BITS: tl.constexpr):
     """Numbers [rows, dim] of codes in rows `at`, whose scales lie at `place`; 0 where they are not wanted."""
     width, there = dim * BITS // 8, wanted[:, None] & (d < dim)[None, :]
     packed = tl.load(codes + at[:, None] * width + (d % width)[None, :], there, 0).to(tl.int32)
@@ -71,8 +71,8 @@ def _decoded(codes, at, scale, zero, place, d, wanted, dim, BITS: tl.constexpr):
 @triton.jit
 def _coded(
     q, k, ks, kz, v, vs, vz, out, lse, index, count, new, qs, qg, first, splits, own, group, scale, cap, dim,
-    CAPPED: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr, SPAN: tl.constexpr, CHANNELS: tl.constexpr,  # noqa: N803
+    CAPPED: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
+    BITS: tl.constexpr, SPAN: tl.constexpr, CHANNELS: tl.constexpr,
 ):
 # fmt: on
     entry, split = tl.program_id(0) // new, tl.program_id(1)
