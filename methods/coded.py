@@ -13,10 +13,10 @@ from typing import Any, Self
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
 from methods.budget import quoted
-from methods.codes import CodedKV, Coding, encode
 from methods.device import read
 from methods.fullkv import FullKV
 from methods.registry import make_policy
+from methods.stored import CodedKV, Coding, encode
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class CodedPolicy(KVPolicy):
         """How slots become codes, where that is the same in all layers."""
         raise PolicyError(f"{type(self).__name__} says nowhere how slots become codes")
 
-    def codings(self, layer: LayerView) -> Coding:
-        """Return how a layer's slots become codes."""
+    def codings(self, layer: LayerView) -> Coding | Sequence[Coding]:
+        """Return how a layer's slots become codes, or those of each of its heads."""
         return self.coding
 
     def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:

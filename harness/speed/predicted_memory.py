@@ -54,7 +54,7 @@ from harness.records.measured import ProbeSpec
 from harness.speed.dims import FLOAT32, Dims
 from methods.base import KVPolicy, Needs, Sizes
 from methods.coded import CodedPolicy
-from methods.codes import Coding
+from methods.stored import Coding
 from methods.views import POSITION_BYTES
 
 INDEX = 8
