@@ -253,7 +253,7 @@ class AttachedModel:
                 hook.remove()
 
     def rotate(self, keys: Tensor, by: int | Tensor) -> Tensor:
-        """Keys [..., D] moved under the model's RoPE (half-rotation layout) by some positions, or each by its own [...].
+        """Keys [..., D] moved under the model's RoPE (halves rotated) by some positions, or each by its own [...].
 
         Raises HarnessError for a model type whose RoPE layout has not been checked.
         """
