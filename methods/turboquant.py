@@ -7,7 +7,7 @@ unbiased: keys have b - 1 bits, and of what is left the signs of a Gaussian proj
 packed without a gap and norms are in half precision. The rotation, the projection and the levels are made from D and a
 seed, one for all layers and heads: they are no constants of a model. With `over` a budget of N buys the bytes of N
 plain slots, as for `quant`.
-Differences: no code of the authors' is public. Their 2.5 and 3.5 bits, where channels of large numbers have a bit more
+Differences: no code of the authors' was found. Their 2.5 and 3.5 bits, where channels of large numbers have a bit more
 than others, are left out, and which of the two algorithms their cache has is not said; plain names are Algorithm 1, for
 keys and values alike; so is vLLM's form, which found the signs to hurt (turboquant/config.py at vllm 1471680), and
 `corrected`, which divides by the norm of the levels too, is its norm correction. The last slot of every head is plain,
