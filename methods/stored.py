@@ -46,6 +46,12 @@ class Coding(ABC):
         """Return how many of a head's `slots` become codes."""
         return max(0, slots - self.residual)
 
+    def due(self, plain: int, new: int) -> int:
+        """Return how many of a stream's `plain` slots become codes before `new` tokens come to it, the oldest."""
+        if plain + new < self.residual + self.step:
+            return 0
+        return max(0, min(plain, (plain + new - self.residual) // self.step * self.step))
+
     def nbytes(self, slots: int, key_dim: int, value_dim: int) -> int:
         """Return the bytes of `slots` coded slots of a head and their positions; PolicyError where none are told."""
         raise PolicyError(f"how many bytes {type(self).__name__} codes take is known only once they are made")
