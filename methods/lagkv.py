@@ -54,7 +54,8 @@ class LagKV(EvictionPolicy):
 
     def _worth(self, states: Tensor, measured: int) -> Tensor:
         """Softmax over each partition of its tokens' deviations in the next one's range: [B, H, P, lag] float32."""
-        cut = states[:, :, self.sinks : self.sinks + measured + self.lag].float().unflatten(2, (-1, self.lag))
+        cut = states[:, :, self.sinks : self.sinks + measured + self.lag].float()
+        cut = cut.reshape(*states.shape[:2], -1, self.lag, states.shape[-1])  # [B, H, P + 1, lag, D]
         low, high = cut[:, :, 1:].amin(dim=3, keepdim=True), cut[:, :, 1:].amax(dim=3, keepdim=True)
         inside = torch.where(high > low, (cut[:, :, :-1] - low) / (high - low), 0.0)
         return inside.std(dim=-1).softmax(dim=-1)
