@@ -61,7 +61,7 @@ class Leverage(EvictionPolicy):
             return keys
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
         drawn = torch.randn(heads, dim, self.sketch, generator=generator, pin_memory=keys.is_cuda)
-        return keys @ (drawn / math.sqrt(self.sketch)).to(keys.device, non_blocking=True)
+        return keys @ drawn.to(keys.device, non_blocking=True) / math.sqrt(self.sketch)
 
 
 def leverage(rows: Tensor, ridge: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Methods of ours that read no attention, beside the presses of kvpress that they are."""
+"""Methods of ours that read little attention or none, beside the presses of kvpress that they are."""
 
 import pytest
 
@@ -12,6 +12,7 @@ from harness.kvpress.policy import build
 from harness.models.load import load_model
 from methods.base import Needs
 from methods.registry import make_policy
+from methods.simlayerkv import SimLayerKV
 from tests.kvpress.test_golden import SIZES, kept_by_kvpress, kept_by_us, ratio, text
 
 
@@ -69,3 +70,23 @@ def test_leverage_keeps_kvpresss_tokens(ours: Engine, theirs: PreTrainedModel, t
     ids, made = text(tokens), build("LeverageScorePress")
     made.compression_ratio = ratio(tokens, budget)
     same_but_for_ties(kept_by_us(ours, "leverage@kvpress", ids, budget), kept_by_kvpress(theirs, made, ids), ids)
+
+
+@pytest.mark.parametrize("whole", [1, 2, 3])
+def test_simlayerkv_leaves_the_layers_whole_that_kvpress_does(
+    ours: Engine, theirs: PreTrainedModel, whole: int
+) -> None:
+    """At the bytes that a threshold comes to. The press measures one recent token more than it keeps."""
+    tokens, recent = 1000, 60
+    ids, policy = text(tokens), SimLayerKV(recent=recent)
+    view = ours.prefill(ids, policy.needs).view
+    total = whole * tokens + (ours.model.layers - whole) * (4 + recent)
+    assert total % ours.model.layers == 0 and policy.lazy_slots(total // ours.model.layers) == 4 + recent
+    own = [kv.positions[0].tolist() for kv in policy.compress(view, total // ours.model.layers)]
+    shares = []
+    for layer in view.layers:
+        attention = layer.attention(1).mean(dim=(0, 1, 2, 3))
+        shares.append(float(attention[:4].sum() + attention[-recent - 1 :].sum()))
+    middle = sum(sorted(shares)[whole - 1 : whole + 1]) / 2
+    gold = kept_by_kvpress(theirs, build(f"SimLayerKVPress(lazy_threshold={middle}, n_recent={recent + 1})"), ids)
+    assert own == gold and sorted(len(layer[0]) for layer in own) == [64] * (4 - whole) + [tokens] * whole
