@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("kvpress")
 
+import torch
+from kvpress import KVComposePress
 from transformers import PreTrainedModel
 
 from harness.engine.engine import Engine
@@ -11,6 +13,7 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.kvpress.policy import build
 from harness.models.load import load_model
 from methods.base import Needs
+from methods.kvcompose import KVCompose
 from methods.registry import make_policy
 from methods.simlayerkv import SimLayerKV
 from tests.kvpress.test_golden import SIZES, kept_by_kvpress, kept_by_us, ratio, text
@@ -90,3 +93,21 @@ def test_simlayerkv_leaves_the_layers_whole_that_kvpress_does(
     middle = sum(sorted(shares)[whole - 1 : whole + 1]) / 2
     gold = kept_by_kvpress(theirs, build(f"SimLayerKVPress(lazy_threshold={middle}, n_recent={recent + 1})"), ids)
     assert own == gold and sorted(len(layer[0]) for layer in own) == [64] * (4 - whole) + [tokens] * whole
+
+
+@pytest.mark.parametrize("structured", [True, False])
+@pytest.mark.parametrize(("tokens", "budget"), SIZES)
+def test_kvcompose_shares_slots_out_as_kvpress_does(ours: Engine, structured: bool, tokens: int, budget: int) -> None:
+    """The press runs the prompt again, so its shares of our scores are compared, before our window."""
+    policy = KVCompose(structured=structured)
+    view = ours.prefill(text(tokens), policy.needs).view
+    scores = torch.cat([policy._score(layer) for layer in view.layers])[..., :-32]
+    press = KVComposePress(structured=structured, compression_ratio=ratio(tokens - 32, budget - 32))
+    press.num_layers, press.num_kv_heads, press.context_len = scores.shape
+    press.scores, press.device = scores, "cpu"
+    press.compute_important_per_layer()
+    theirs = press.important_per_layer[:, None] if structured else press.important_per_head
+    own = [kv.live[0].tolist() for kv in policy.compress(view, budget)]
+    apart = torch.tensor(own) - torch.tensor(theirs + 32).expand(scores.shape[:2])
+    assert apart.abs().max() <= structured  # the first layer's composite tokens equal another's; top-k takes either
+    assert len({n for layer in own for n in layer}) > 1
