@@ -4,7 +4,7 @@ Source: https://arxiv.org/abs/2507.08143 (Compactor), the half of it that reads 
 (LeverageScorePress). Keys are centred over the prompt and multiplied by a Gaussian matrix of D x `sketch`: X. A token
 is worth its statistical leverage, the diagonal of X (X'X + `ridge`)^-1 X'. The first 8 and the last 4 tokens are kept
 and left out of it, as in kvpress's Compactor; `kvpress` is the bare press, which keeps neither.
-Differences: the attention half of Compactor, which reads every query, is left out. Keys carry RoPE, so each is turned
+Differences: the attention half is left out; `compactor` has both. Keys carry RoPE, so each is turned
 forward to the end of the prompt: one turn for all, which no leverage depends on. The matrix is drawn from a seed, layer
 by layer, and left out where it has as many columns as a key or more (leverage is then exact; kvpress's only lacks what
 rounding costs). The solution is in float64, with 1e-9 of the trace added, where kvpress tries larger ridges in float32
@@ -46,13 +46,21 @@ class Leverage(EvictionPolicy):
         at_least(self, 0, "ridge")
 
     def score(self, view: LayerView) -> Tensor:
-        first = min(self.sinks, view.tokens - 1)
-        end = max(first + 1, view.tokens - self.recent)
+        first, end = self.scored(view.tokens)
+        return pad(self.leverage(view), (first, view.tokens - end))
+
+    def scored(self, tokens: int) -> tuple[int, int]:
+        """Return the first token with a score and the end of those: what is kept anyway has none."""
+        first = min(self.sinks, tokens - 1)
+        return first, max(first + 1, tokens - self.recent)
+
+    def leverage(self, view: LayerView) -> Tensor:
+        """Leverage of the tokens with a score: [B, H, T'] float32."""
+        first, end = self.scored(view.tokens)
         live = (view.kv.positions >= 0)[:, :, first:end, None]
         keys = upright(view)[:, :, first:end] * live
         centred = (keys - keys.sum(dim=2, keepdim=True) / live.sum(dim=2, keepdim=True).clamp(min=1)) * live
-        found = leverage(self._sketched(view.finite(centred, "keys"), view.index), self.ridge)
-        return pad(found, (first, view.tokens - end))
+        return leverage(self._sketched(view.finite(centred, "keys"), view.index), self.ridge)
 
     def _sketched(self, keys: Tensor, layer: int) -> Tensor:
         """Keys [B, H, S, D] times a matrix of their head: [B, H, S, sketch]."""

@@ -183,7 +183,7 @@ def test_compressing_again_keeps_as_many_slots_in_as_many_bytes(model: AttachedM
         assert max(int(kv.positions.max()) for kv in left.kvs) < start == left.tokens
 
 
-NONE_DEAD = ("random", "keydiff", "lagkv", "cur")
+NONE_DEAD = ("random", "keydiff", "lagkv", "cur", "compactor")
 
 
 @pytest.mark.parametrize("label", [label for label in AGAIN if not any(own in label for own in NONE_DEAD)])

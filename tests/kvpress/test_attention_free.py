@@ -75,6 +75,14 @@ def test_leverage_keeps_kvpresss_tokens(ours: Engine, theirs: PreTrainedModel, t
     same_but_for_ties(kept_by_us(ours, "leverage@kvpress", ids, budget), kept_by_kvpress(theirs, made, ids), ids)
 
 
+@pytest.mark.parametrize(("tokens", "budget"), [(268, 100), (780, 333), (1036, 128), (1804, 1283)])
+def test_compactor_keeps_kvpresss_tokens(ours: Engine, theirs: PreTrainedModel, tokens: int, budget: int) -> None:
+    """Of whole stretches: in a shorter one the press attends to what it is filled up with."""
+    ids, made = text(tokens), build("CompactorPress")
+    made.compression_ratio = ratio(tokens, budget)
+    assert kept_by_us(ours, "compactor@kvpress", ids, budget) == kept_by_kvpress(theirs, made, ids)
+
+
 @pytest.mark.parametrize("whole", [1, 2, 3])
 def test_simlayerkv_leaves_the_layers_whole_that_kvpress_does(
     ours: Engine, theirs: PreTrainedModel, whole: int
