@@ -50,8 +50,8 @@ class Compactor(Leverage):
 
     def score(self, view: LayerView) -> Tensor:
         """Return the worth of every token where half of the prompt is dropped, or by the `blend` that is given."""
-        found, attention = self.halves(view)
-        return (0.5 if self.blend is None else self.blend) * found + attention
+        halves = self.halves(view)
+        return (0.5 if self.blend is None else self.blend) * halves[0] + halves[1]
 
     def halves(self, view: LayerView) -> Tensor:
         """Return leverage and attention: [2, B, H, T] float32."""
@@ -63,9 +63,9 @@ class Compactor(Leverage):
     def select(self, view: LayerView, budget: int) -> Tensor:
         if budget >= view.tokens:
             return super().select(view, budget)
-        found, attention = view.memo((type(self), self), self.halves)
+        halves = view.memo((type(self), self), self.halves)
         blend = 1 - budget / view.tokens if self.blend is None else self.blend
-        return self.keep(view.only_live(blend * found + attention), budget)
+        return self.keep(view.only_live(blend * halves[0] + halves[1]), budget)
 
     def _attention(self, view: LayerView, first: int, end: int) -> Tensor:
         """What tokens get within their stretches, by the lengths of their values: [B, H, T'] float32."""
