@@ -86,6 +86,24 @@ def test_expected_attention_of_the_paper_is_kvpresses_evaluated_one(ours: Engine
     assert len({len([t for t in head if t >= 0]) for layer in gold for head in layer}) > 1
 
 
+@pytest.mark.parametrize(("tokens", "budget"), [size for size in SIZES if size[1] >= 128])  # whose half is its window
+@pytest.mark.parametrize(
+    ("label", "press"),
+    [
+        ("criticalkv@kvpress", "CriticalKVPress(SnapKVPress())"),
+        ("criticaladakv@kvpress", "CriticalAdaKVPress(SnapKVPress())"),
+    ],
+)
+def test_critical_kv_keeps_the_tokens_that_kvpress_keeps(
+    ours: Engine, label: str, press: str, tokens: int, budget: int
+) -> None:
+    ids = text(tokens)
+    gold = kept_by_us(ours, f"kvpress:{press}", ids, budget)
+    assert kept_by_us(ours, label, ids, budget) == gold
+    plain = {"criticalkv": "snapkv@kvpress", "criticaladakv": "adakv@kvpress"}[label.partition("@")[0]]
+    assert kept_by_us(ours, plain, ids, budget) != gold
+
+
 @pytest.mark.parametrize("press", ["KnormPress()", "AdaKVPress(SnapKVPress())", "CriticalAdaKVPress(SnapKVPress())"])
 def test_generation_is_that_of_kvpress_masked_or_dropped(ours: Engine, theirs: PreTrainedModel, press: str) -> None:
     """AdaKV's masked keys have no weight there, and are absent here."""
