@@ -2,7 +2,8 @@
 
 Source: https://arxiv.org/abs/2502.03805; its authors' code is that of kvpress (criticalkv_press.py:108-200 at kvpress
 8bb29b9). The scores of `over` alone say how many slots each head has; `criticalkv` tells the rest. Where `over` sets
-each head's own best `safeguard` aside, these are kept by score, as kvpress does: `kvpress` is over its SnapKV. Plain `criticaladakv` shares out by the rule of Ada-KV's paper.
+each head's own best `safeguard` aside, these are kept by score, as kvpress does: `kvpress` is over its SnapKV. Plain
+`criticaladakv` shares out by the rule of Ada-KV's paper.
 Differences: those of `criticalkv` and of `adakv`; what a head gives up is freed, where kvpress masks it.
 """
 
