@@ -1,10 +1,13 @@
 """Presets of ours beside the presses of kvpress that they are, run as its users run them."""
 
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip("kvpress")
 
+from kvpress import BasePress, FinchPress
 from transformers import DynamicCache, PreTrainedModel
 
 from harness.engine.engine import Engine
@@ -102,6 +105,19 @@ def test_critical_kv_keeps_the_tokens_that_kvpress_keeps(
     assert kept_by_us(ours, label, ids, budget) == gold
     plain = {"criticalkv": "snapkv@kvpress", "criticaladakv": "adakv@kvpress"}[label.partition("@")[0]]
     assert kept_by_us(ours, plain, ids, budget) != gold
+
+
+@pytest.mark.parametrize(("tokens", "budget"), SIZES)
+def test_finch_keeps_the_tokens_that_kvpress_keeps(
+    ours: Engine, theirs: PreTrainedModel, tokens: int, budget: int
+) -> None:
+    """Its delimiter only tells the window; turned keys tell no token."""
+    made, ids = FinchPress(compression_ratio=ratio(tokens, budget), rerotate_keys=False), text(tokens)
+    made.window_size = 32
+    policy = make_policy("finch@kvpress", {"recent": 32})
+    kvs = policy.compress(ours.prefill(ids, policy.needs).view, budget)
+    own = [kv.positions[0].sort(dim=-1).values.tolist() for kv in kvs]
+    assert own == kept_by_kvpress(theirs, partial(BasePress.__call__, made), ids)
 
 
 @pytest.mark.parametrize("press", ["KnormPress()", "AdaKVPress(SnapKVPress())", "CriticalAdaKVPress(SnapKVPress())"])
