@@ -16,7 +16,7 @@ from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
 from methods.label import MethodLabel
 from methods.registry import METHODS, make_policy
-from methods.views import POSITION_BYTES, Form, LayerSource
+from methods.views import POSITION_BYTES, Form
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
 PLAIN = 2 * DIM * 4 + POSITION_BYTES  # bytes of a slot
@@ -63,19 +63,19 @@ def make_view(tokens: int, needs: Needs, *, dim: int = DIM, dtype: torch.dtype =
         queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), dim, generator=draw).to(dtype)
         sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw) if needs.column_sums else None
         kv = KV(keys, values, torch.arange(tokens, dtype=torch.int32).expand(1, HEADS, tokens))
-        source = _source(tokens, dim, draw, dtype) if needs.hidden_states else None
-        layers.append(LayerView(index, kv, queries, Form(dim**-0.5), sums, _turn, source))
+        module = _attention(dim, draw, dtype) if needs.module else None
+        layers.append(LayerView(index, kv, queries, Form(dim**-0.5), sums, _turn, module=module))
     own = -torch.rand(1, max(0, min(needs.window, tokens - 1)), generator=draw)
     return PromptView(layers, own if needs.logprobs else None)
 
 
-def _source(tokens: int, dim: int, draw: torch.Generator, dtype: torch.dtype) -> LayerSource:
-    """Random hidden states as wide as the heads together, and an attention of which there is the output projection."""
+def _attention(dim: int, draw: torch.Generator, dtype: torch.dtype) -> torch.nn.Module:
+    """An attention of which there is the output projection, at random."""
     width = HEADS * GROUP * dim
     module = torch.nn.Module()
     module.o_proj = torch.nn.Linear(width, width, bias=False, dtype=dtype)
     module.o_proj.weight = torch.nn.Parameter(torch.randn(width, width, generator=draw).to(dtype), requires_grad=False)
-    return LayerSource(module, module, torch.randn(1, tokens, width, generator=draw).to(dtype), None)
+    return module
 
 
 def clause(flaws: Callable[[str], Iterator[str]]) -> Callable[[str], Iterator[str]]:

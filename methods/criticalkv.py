@@ -55,7 +55,7 @@ class CriticalKV(KVPolicy):
 
     @property
     def needs(self) -> Needs:
-        return self.inner.needs | Needs(hidden_states=True)
+        return self.inner.needs | Needs(module=True)
 
     def for_model(self, revision: str) -> "CriticalKV":
         own = replace(self)
@@ -100,8 +100,9 @@ class CriticalKV(KVPolicy):
         if kept.positions.shape[2] >= layer.tokens and budget >= layer.tokens:
             return kept
         counts = kept.live.unsqueeze(-1)  # [1, H, 1]
-        scores = layer.only_live(layer.memo((type(self.inner), self.inner), self.inner.score))
-        layer.refuse((scores < 0).count_nonzero(), partial(_negative, self.over, layer.index))
+        raw = layer.memo((type(self.inner), self.inner), self.inner.score)
+        scores, live = layer.only_live(raw), layer.kv.positions >= 0
+        layer.refuse(((scores < 0) & live).count_nonzero(), partial(_negative, self.over, layer.index))
         place = torch.arange(layer.tokens, device=scores.device)
         recent = counts.clamp(max=self.inner.recent_slots(budget))
         fixed = (place >= layer.tokens - recent) | (place < (counts - recent).clamp(max=self.inner.sinks))
@@ -109,8 +110,8 @@ class CriticalKV(KVPolicy):
             min=self.sure(budget)
         )
         sure = _ranks(scores.masked_fill(fixed, torch.inf)) < first
-        worth = (scores + self.epsilon) * layer.memo(("output norms",), output_norms)
-        ranks = _ranks(layer.finite(worth, "scores").masked_fill(sure, torch.inf))
+        worth = layer.only_live((raw + self.epsilon) * layer.memo(("output norms",), output_norms))
+        ranks = _ranks(worth.masked_fill(sure, torch.inf))
         slots = torch.where(ranks < counts, place, layer.tokens).sort(dim=-1).values[..., : kept.positions.shape[2]]
         return layer.kv.take(slots.masked_fill(slots == layer.tokens, -1))
 
@@ -136,12 +137,12 @@ def _norm(values: Tensor, weights: Tensor) -> Tensor:
 
 def output_weights(layer: LayerView) -> Tensor:
     """W_o of a layer: [E, Hq * D]. Raises PolicyError for a model whose attention has none of that name and shape."""
-    if layer.source is None:
+    if layer.module is None:
         raise PolicyError("criticalkv needs the layer's output projection, which was not observed; use `harness run`")
-    weights = getattr(getattr(layer.source.module, "o_proj", None), "weight", None)
+    weights = getattr(getattr(layer.module, "o_proj", None), "weight", None)
     width = layer.queries.shape[1] * layer.kv.values.shape[3]
     if not (isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape[1:] == (width,)):
-        name = type(layer.source.module).__name__
+        name = type(layer.module).__name__
         raise PolicyError(f"criticalkv needs `o_proj` of {width} inputs, which {name} has not; name another method")
     return weights.detach()
 

@@ -106,15 +106,15 @@ class RKV(WindowPolicy):
 def redundancy(keys: Tensor, live: Tensor, threshold: float) -> Tensor:
     """Softmax of the mean cosine of keys [B, H, S, D], in the order of tokens, with all of a head: [B, H, S] float32.
 
-    live: [B, H, S], the first slots of each head. Of each key, its cosine with itself and with the last key that is
-    more like it than `threshold` count 0; where none is, that with the first key.
+    live: [B, H, S]. Of each key, its cosine with itself and with the last key that is more like it than `threshold`
+    count 0; where none is, that with the first key.
     """
     unit = normalize(keys.float(), dim=-1) * live.unsqueeze(-1)
-    place = torch.arange(keys.shape[2], device=keys.device)
+    place, first = torch.arange(keys.shape[2], device=keys.device), live.int().argmax(dim=-1)[..., None, None]
     total = torch.zeros_like(unit[..., 0])
     for rows in torch.split(place, ROWS_AT_ONCE):
         cosine = (unit.index_select(2, rows) @ unit.transpose(2, 3)).masked_fill_(rows[:, None] == place, 0.0)
-        last = torch.where(cosine > threshold, place, 0).amax(dim=-1, keepdim=True)
+        last = torch.where(cosine > threshold, place, first).amax(dim=-1, keepdim=True)
         total += cosine.scatter_(3, last, 0.0).sum(dim=2)
     mean = total / live.sum(dim=-1, keepdim=True).clamp(min=1)
     return mean.masked_fill(~live, -torch.inf).softmax(dim=-1)

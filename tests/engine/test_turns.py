@@ -44,8 +44,7 @@ ENDS = frozenset(range(0, 261, 9))  # a ninth of all tokens end an answer
 LIMITS = Limits(6, ENDS)
 TURN = torch.randint(5, 260, (14,), generator=torch.Generator().manual_seed(8)).tolist()
 CANNOT = {"compilerkv@paper", "compilerkv@head_only", "compilerkv@gate_only", "compilerkv@independent"}
-CANNOT |= {label for label in LABELS if make_policy(label).needs.hidden_states}
-"""They read log-probabilities or hidden states of the prompt; codes are the other ones that cannot."""
+"""They read log-probabilities of the prompt; codes are the other ones that cannot."""
 AGAIN = [
     label
     for label in LABELS

@@ -12,7 +12,6 @@ from harness.contract import make_view
 from methods.base import Needs, PolicyError
 from methods.criticalkv import output_norms
 from methods.registry import make_policy
-from methods.views import LayerSource
 from tests.methods.loops import DIM, GROUP, HEADS, LAYERS, Gold, kept_by, make_layers, naive_pooled, sizes
 
 WIDTH, EPSILON = HEADS * GROUP * DIM, 1e-4
@@ -28,15 +27,14 @@ def layers_with_output(tokens: int) -> tuple[Gold, ...]:
         module.o_proj.weight = torch.nn.Parameter(weights, requires_grad=False)
         values = gold.view.kv.values * torch.rand(1, HEADS, tokens, 1, generator=draw) ** 3  # of unlike worth
         kv = replace(gold.view.kv, values=values)
-        source = LayerSource(module, module, torch.zeros(1, tokens, WIDTH), None)
-        found.append(replace(gold, view=replace(gold.view, kv=kv, source=source, _memo={})))
+        found.append(replace(gold, view=replace(gold.view, kv=kv, module=module, _memo={})))
     return tuple(found)
 
 
 def naive_norms(gold: Gold) -> list[list[float]]:
     """Mean over the query heads of a KV head of the L1 norm of W_o v: [H][T]."""
-    assert gold.view.source is not None
-    weights: Any = gold.view.source.module.o_proj.weight.double().numpy()  # type: ignore[union-attr, operator]
+    assert gold.view.module is not None
+    weights: Any = gold.view.module.o_proj.weight.double().numpy()  # type: ignore[union-attr, operator]
     rows = []
     for head, values in enumerate(gold.view.kv.values[0].double().numpy()):
         slices = [weights[:, q * DIM : (q + 1) * DIM] for q in range(head * GROUP, (head + 1) * GROUP)]
@@ -82,7 +80,7 @@ def test_any_method_that_scores_attention_is_wrapped(over: str) -> None:
     kept, own = policy.compress(view, 40), inner.compress(view, 40)
     assert [kv.live.tolist() for kv in kept] == [kv.live.tolist() for kv in own]
     assert any(not torch.equal(a.positions, b.positions) for a, b in zip(kept, own, strict=True))
-    assert policy.needs == inner.needs | Needs(hidden_states=True)
+    assert policy.needs == inner.needs | Needs(module=True)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def test_scores_below_zero_and_models_without_an_output_projection_are_refused()
         kept_by("criticalkv", layers, 20, over="knorm")
     with pytest.raises(PolicyError, match="not observed"):
         kept_by("criticalkv", make_layers(42), 34)
-    assert layers[0].view.source is not None
-    layers[0].view.source.module.o_proj = torch.nn.Linear(8, 8)
+    assert layers[0].view.module is not None
+    layers[0].view.module.o_proj = torch.nn.Linear(8, 8)
     with pytest.raises(PolicyError, match="criticalkv needs `o_proj` of 48 inputs, which Module has not"):
         kept_by("criticalkv", layers, 34)
