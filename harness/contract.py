@@ -63,9 +63,19 @@ def make_view(tokens: int, needs: Needs, *, dim: int = DIM, dtype: torch.dtype =
         queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), dim, generator=draw).to(dtype)
         sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw) if needs.column_sums else None
         kv = KV(keys, values, torch.arange(tokens, dtype=torch.int32).expand(1, HEADS, tokens))
-        layers.append(LayerView(index, kv, queries, Form(dim**-0.5), sums, _turn))
+        module = _attention(dim, draw, dtype) if needs.module else None
+        layers.append(LayerView(index, kv, queries, Form(dim**-0.5), sums, _turn, module=module))
     own = -torch.rand(1, max(0, min(needs.window, tokens - 1)), generator=draw)
     return PromptView(layers, own if needs.logprobs else None)
+
+
+def _attention(dim: int, draw: torch.Generator, dtype: torch.dtype) -> torch.nn.Module:
+    """An attention of which there is the output projection, at random."""
+    width = HEADS * GROUP * dim
+    module = torch.nn.Module()
+    module.o_proj = torch.nn.Linear(width, width, bias=False, dtype=dtype)
+    module.o_proj.weight = torch.nn.Parameter(torch.randn(width, width, generator=draw).to(dtype), requires_grad=False)
+    return module
 
 
 def clause(flaws: Callable[[str], Iterator[str]]) -> Callable[[str], Iterator[str]]:

@@ -48,6 +48,7 @@ OBSERVED: dict[str, Callable[[int], str]] = {
     "logprobs": lambda _: "log-probabilities of those tokens",
     "decode_attention": lambda _: "the attention while decoding",
     "hidden_states": lambda _: "hidden states",
+    "module": lambda _: "the weights of attention",
 }
 """Words for each field of `Needs`, from its value."""
 

@@ -28,6 +28,7 @@ class Needs:
     logprobs: log-probabilities of the last `window` prompt tokens under the model.
     decode_attention: the attention of every decoded token, for policies that evict while decoding.
     hidden_states: what goes into each layer's attention, and the module it goes into.
+    module: that module alone, for its weights; nothing is held for it.
     """
 
     window: int = 0
@@ -35,6 +36,7 @@ class Needs:
     logprobs: bool = False
     decode_attention: bool = False
     hidden_states: bool = False
+    module: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(*map(max, astuple(self), astuple(other)))
@@ -158,7 +160,7 @@ class LayerView:
     form: of the layer's attention, whose window is None.
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
     rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
-    source: None unless `Needs` declares hidden states.
+    source: None unless `Needs` declares hidden states. module: the layer's attention, None unless it declares that.
     doubts: where `refuse` notes what it doubts, for the prompt's end; None to settle it at once.
     """
 
@@ -170,6 +172,7 @@ class LayerView:
     rotate: Callable[[Tensor, int], Tensor] | None = None
     source: LayerSource | None = None
     doubts: list[Doubt] | None = field(default=None, repr=False)
+    module: torch.nn.Module | None = field(default=None, repr=False)
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -269,7 +272,9 @@ class OthersView(LayerView):
         left = KV(kv.keys[:, :, others], kv.values[:, :, others], kv.positions[:, :, others])
         seen = None if sums is None else sums[..., others]
         queries, rotate = whole.queries, whole.rotate
-        return cls(whole.index, left, queries, whole.form, seen, rotate, whole=whole, others=others)
+        own = cls(whole.index, left, queries, whole.form, seen, rotate, whole=whole, others=others)
+        own.module = whole.module
+        return own
 
 
 @dataclass

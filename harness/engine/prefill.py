@@ -46,6 +46,7 @@ class PrefillLayer(LayerCache):
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
     rotate: Callable[[Tensor, int], Tensor] | None = None
     sources: Sequence[LayerSource] = ()
+    module: torch.nn.Module | None = None
     doubts: list[Doubt] | None = None
     left: KV | None = field(default=None, init=False)  # by `act`
     window: int | None = field(default=None, init=False)  # known once it attended
@@ -102,7 +103,7 @@ class PrefillLayer(LayerCache):
     def view(self) -> LayerView:
         """The layer as policies see it."""
         source = self.sources[self.index] if self.sources else None
-        observed = (self.form, self.sums, self.rotate, source, self.doubts)
+        observed = (self.form, self.sums, self.rotate, source, self.doubts, self.module)
         return LayerView(self.index, self.kv(), self.queries, *observed)
 
     @property
@@ -201,7 +202,15 @@ def prefill(
         doubts: list[Doubt] | None = [] if acts is not None else None
         shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources, "doubts": doubts}
         layers = [
-            PrefillLayer(needs, len(ids), index=i, chunked=chunk_of is not None, act=act_of.get(i), **shared)
+            PrefillLayer(
+                needs,
+                len(ids),
+                index=i,
+                chunked=chunk_of is not None,
+                act=act_of.get(i),
+                module=model.attention[i] if needs.module else None,
+                **shared,
+            )
             for i, chunk_of in enumerate(model.chunks)
         ]
         logits, logprobs, states = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)

@@ -140,7 +140,7 @@ def test_what_evicts_while_it_decodes_stays_at_its_budget_through_all_turns(
 ) -> None:
     engine = Engine(model, query=query, first_token=first_token)
     cells = [cell(label, BUDGET) for label in LABELS if make_policy(label).evicts_while_decoding]
-    assert len(cells) == 4
+    assert len(cells) == 6
     for one, other in zip(ok(engine.run(talk(), cells)), ok(engine.run(talk(again=True), cells)), strict=True):
         assert one.kv_bytes_end <= one.asked_bytes and one.token_ids == other.token_ids
         assert [*one.notes, "it evicts while it decodes: nothing is left to compress again"] == [*other.notes]

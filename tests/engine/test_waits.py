@@ -32,6 +32,7 @@ LABELS = [
 READINGS = 2  # what layers doubt, and what they hold
 MORE = {
     "adakv": 1,  # the shares of heads, of all layers
+    "criticaladakv": 1,
     "dynamickv": 1,  # the shares of layers
     "expected_attention@paper": 1,
     "kvcompose": 1,  # the shares of layers
@@ -42,7 +43,7 @@ MORE = {
     "snapkv@compiled": 1,
     "compilerkv@published": 6,  # four of tables, the prompt's risk, the slots of all layers
 }
-A_LAYER = {"adakv": 1, "expected_attention@paper": 1, "quant": 1}
+A_LAYER = {"adakv": 1, "criticaladakv": 1, "expected_attention@paper": 1, "quant": 1}
 """Readings a layer where it is compressed on its own: the size of what is left depends on numbers."""
 UNLIKE = ("quant@snapkv-int4", "streamingllm@reassign", *A_LAYER)
 KINDS = [label for label in LABELS if "@" not in label or label in UNLIKE]

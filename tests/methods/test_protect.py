@@ -13,7 +13,10 @@ from methods.tuned.artefact import load_tuning, packaged
 
 TOKENS, MARKED = 90, (0, 1, 30, 31, 32, 33, 34, 60)
 BUDGETS = (9, 12, 24, 40)
-REFUSED = {"fullkv": "evicts nothing", "quant": "evicts nothing", "protect": "protects already"}
+REFUSED = {
+    **{"fullkv": "evicts nothing", "quant": "evicts nothing"},
+    **{"protect": "protects already", "rkv": "evicts while decoding"},
+}
 AROUND = sorted({*load_methods()} - {*REFUSED})
 
 
