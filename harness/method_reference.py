@@ -49,6 +49,7 @@ OBSERVED: dict[str, Callable[[int], str]] = {
     "decode_attention": lambda _: "the attention while decoding",
     "hidden_states": lambda _: "hidden states",
     "module": lambda _: "the weights of attention",
+    "stretch": lambda own: f"{own} tokens at a time",
 }
 """Words for each field of `Needs`, from its value."""
 

@@ -3,9 +3,10 @@
 Source: https://arxiv.org/abs/2507.08143 and its press in kvpress (`compactor_press.py` at 8bb29b9), whose defaults are
 ours. The second half: the prompt is cut into stretches of `chunk` tokens; within one every query attends to every key,
 later ones too, by the plain product of the two; the weights that a key gets are summed, averaged over the query group,
-multiplied by the length of its value and averaged over 3 tokens. Both halves are brought to mean 0 and deviation 1 over
-a layer, and `blend` times the leverage of `leverage` is added to the attention; without a `blend` it is the part of the
-prompt that is dropped, kvpress's default. The first 8 and the last 4 tokens are kept and left out of both.
+multiplied by the length of its value and averaged over 3 tokens (`kernel`). Both halves are brought to mean 0 and
+deviation 1 over a layer, and `blend` times the leverage of `leverage` is added to the attention; without a `blend` it
+is the part of the prompt that is dropped, kvpress's default. The first 8 and the last 4 tokens are kept and left out of
+both.
 Differences: those of `leverage`. `engine` is its authors' own (compactor-vllm at 8bbac3a): stretches of 128, a blend of
 .5; that it cuts the leverage into stretches of as many is left out. In a shorter last stretch the weights are of the
 tokens that there are; kvpress counts those it is filled up with. Every query is observed, and held as long as the
@@ -21,14 +22,23 @@ from torch.nn.functional import pad
 from methods.base import LayerView, Needs, at_least
 from methods.leverage import Leverage
 from methods.registry import method
-from methods.window import pooled
+from methods.window import Pooling, pooled
 
 CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 PRESETS = {"kvpress": {}, "engine": {"chunk": 128, "blend": 0.5}}
+CHOICES = {
+    "sinks": (0, 4, 8),
+    "recent": (4, 16, 32),
+    "chunk": (128, 256),
+    "blend": (None, 0.25, 0.5, 1.0),
+    "kernel": (1, 3, 5, 7, 13),
+    "pool": ("max", "avg"),
+    "forward": (False, True),
+}
 WINDOW = 131072
 
 
-@method("compactor", paper="https://arxiv.org/abs/2507.08143", code=CODE, presets=PRESETS)
+@method("compactor", paper="https://arxiv.org/abs/2507.08143", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
 class Compactor(Leverage):
     """Tokens by leverage and by attention from both sides.
@@ -36,6 +46,8 @@ class Compactor(Leverage):
     blend: factor of the leverage; None for the part of the prompt that is dropped. chunk: tokens of a stretch.
     """
 
+    kernel: int = 3
+    pool: Pooling = "avg"
     chunk: int = 256
     blend: float | None = None
 
@@ -46,7 +58,7 @@ class Compactor(Leverage):
 
     @property
     def needs(self) -> Needs:
-        return Needs(window=WINDOW)
+        return Needs(window=WINDOW, stretch=self.chunk)
 
     def score(self, view: LayerView) -> Tensor:
         """Return the worth of every token where half of the prompt is dropped, or by the `blend` that is given."""
@@ -80,11 +92,11 @@ class Compactor(Leverage):
             own = self._cut(queries[:, head].gather(2, index).float())  # [B, G, C, chunk, D]
             logits = own @ self._cut(keys[:, head, None]).transpose(3, 4)  # [B, G, C, chunk, chunk]
             dead = self._cut((at[:, head, None, :, None] >= 0).float())[..., 0] == 0  # [B, 1, C, chunk]
-            weights = logits.masked_fill(dead.unsqueeze(3), torch.finfo(logits.dtype).min).softmax(dim=-1)
-            received = weights.masked_fill(dead.unsqueeze(4), 0.0).sum(dim=3)
+            weights = logits.masked_fill_(dead.unsqueeze(3), torch.finfo(logits.dtype).min).softmax(dim=-1)
+            received = weights.masked_fill_(dead.unsqueeze(4), 0.0).sum(dim=3)
             sums.append(received.flatten(2)[..., :count].mean(dim=1))
         worth = torch.stack(sums, dim=1) * values.norm(dim=-1)
-        return pooled(view.finite(worth, "attention sums"), 3, "avg")
+        return pooled(view.finite(worth, "attention sums"), self.kernel, self.pool, forward=self.forward)
 
     def _cut(self, x: Tensor) -> Tensor:
         """Rows [B, G, S, D], filled up with 0, as stretches: [B, G, C, chunk, D]."""

@@ -13,10 +13,15 @@ from typing import Any
 from methods.criticalkv import CODE, CriticalKV
 from methods.registry import method
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {"over": "adakv@paper"}, "kvpress": {"over": "adakv@kvpress"}}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {"over": "adakv"}, "kvpress": {"over": "adakv@kvpress"}}
+CHOICES = {
+    "over": ("adakv", "adakv@kvcf", "adakv@kvpress"),
+    "share": (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75),
+    "epsilon": (1e-5, 1e-4, 1e-3, 1e-2),
+}
 
 
-@method("criticaladakv", paper="https://arxiv.org/abs/2502.03805", code=CODE, presets=PRESETS)
+@method("criticaladakv", paper="https://arxiv.org/abs/2502.03805", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
 class CriticalAdaKV(CriticalKV):
     """As many slots as Ada-KV gives a head; those beyond its best by score times the norm of W_o v."""

@@ -33,12 +33,17 @@ from methods.base import (
 from methods.budget import quoted
 from methods.registry import make_policy, method
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {"over": "snapkv@paper"}, "kvpress": {"over": "snapkv@kvpress"}}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {"over": "snapkv"}, "kvpress": {"over": "snapkv@kvpress"}}
+CHOICES = {
+    "over": ("snapkv", "snapkv@kvcf", "snapkv@kvpress", "snapkv@w8k13", "h2o", "tova"),
+    "share": (0.0, 0.25, 0.5, 0.75),
+    "epsilon": (1e-5, 1e-4, 1e-3, 1e-2),
+}
 TOKENS_AT_ONCE = 8192  # of a head's values, each as wide as the layer
 CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 
 
-@method("criticalkv", paper="https://arxiv.org/abs/2502.03805", code=CODE, presets=PRESETS)
+@method("criticalkv", paper="https://arxiv.org/abs/2502.03805", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
 class CriticalKV(KVPolicy):
     """As many slots as the method `over` keeps; those beyond its best by score times the norm of W_o v."""

@@ -5,7 +5,8 @@ are ours. The approximate leverage of a token's key is its squared length, as a 
 `local` tokens; the same of its value; the two are multiplied (`of`). No attention is read; the first tokens are kept.
 `projected` multiplies keys and values by a Gaussian matrix of 20 columns first, the random leverage of the paper.
 Differences: the matrix is drawn from a seed, layer by layer, where kvpress draws it anew each time. Each sum is over
-the tokens of the stretch that there are. Stretches of zeros are worth 0, where kvpress divides by zero.
+the tokens of the stretch that there are. Stretches of zeros are worth 0, where kvpress divides by zero. `recent`,
+`kernel`, `pool` and `forward` are no part of it and off unless given.
 """
 
 from dataclasses import dataclass
@@ -15,22 +16,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from methods.base import EvictionPolicy, LayerView, at_least
+from methods.base import LayerView, at_least
 from methods.registry import method
+from methods.window import POOLINGS, WINDOWS, PooledPolicy
 
 PRESETS: dict[str, dict[str, Any]] = {"kvpress": {}, "projected": {"columns": 20}}
+CHOICES = {
+    "sinks": (0, 4),
+    "recent": (0, *WINDOWS),
+    "of": ("product", "mean", "key", "value"),
+    "local": (0, 16, 64),
+    **POOLINGS,
+}
 CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 Of = Literal["product", "mean", "key", "value"]
 
 
-@method("cur", paper="https://arxiv.org/abs/2509.15038", code=CODE, presets=PRESETS)
+@method("cur", paper="https://arxiv.org/abs/2509.15038", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
-class CUR(EvictionPolicy):
+class CUR(PooledPolicy):
     """Tokens by the approximate leverage of their keys and values.
 
     local: tokens of a stretch, 0 for the whole prompt as one; columns: of the random matrix, 0 for none.
     """
 
+    recent: int = 0
     sinks: int = 4
     of: Of = "product"
     local: int = 16
@@ -50,7 +60,7 @@ class CUR(EvictionPolicy):
             keys, values = keys @ drawn, values @ drawn
         dead = view.kv.positions < 0
         key, value = (self._parts(x.square().sum(dim=-1).masked_fill(dead, 0.0)) for x in (keys, values))
-        return {"product": key * value, "mean": (key + value) / 2, "key": key, "value": value}[self.of]
+        return self.pooled({"product": key * value, "mean": (key + value) / 2, "key": key, "value": value}[self.of])
 
     def _parts(self, lengths: Tensor) -> Tensor:
         """Parts of the sum over each stretch of `local` tokens: [B, H, T] of the same."""

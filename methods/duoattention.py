@@ -5,8 +5,8 @@ duo-attention fe93c31); `kvpress` has the 128 sinks that gates were trained with
 pays for, the most important first; the next one holds what is left, in recent tokens.
 Differences: the authors train a gate for each head, for six models; here the importance of heads in CompilerKV's
 tables ranks them, as in `headkv`: how much attention the tokens of an answer pay to the sentence that holds it. Theirs
-has no budget, so no streaming head is shorter; here one holds half of the budget at most, or a small one would leave no
-head whole. Streaming heads are cut once, after the prefill, as in kvpress, and grow from there; the prefill sees all
+has no budget, so no streaming head is shorter; here one holds `share` of the budget at most, or a small one would leave
+no head whole. Streaming heads are cut once, after the prefill, as in kvpress, and grow from there; the prefill sees all
 tokens in every head. Without tables heads share evenly, and all of them stream.
 """
 
@@ -15,30 +15,34 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from methods.base import KV, KVPolicy, LayerView, PromptView, Sizes, at_least
+from methods.base import KV, KVPolicy, LayerView, PromptView, Sizes, at_least, at_most
 from methods.compilerkv.form import best_slots
 from methods.compilerkv.policy import AUTO, CompilerKV
 from methods.registry import method
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {"sinks": 64, "recent": 256}, "kvpress": {"sinks": 128, "recent": 256}}
+CHOICES = {"sinks": (4, 16, 64, 128), "recent": (32, 64, 128, 256, 512), "share": (0.1, 0.25, 0.5, 0.75, 0.9)}
 CODE = "https://github.com/mit-han-lab/duo-attention at fe93c31"
 
 
-@method("duoattention", paper="https://arxiv.org/abs/2410.10819", code=CODE, presets=PRESETS)
+@method("duoattention", paper="https://arxiv.org/abs/2410.10819", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
 class DuoAttention(KVPolicy):
     """The whole prompt in the most important heads, its first and last tokens in the others.
 
-    tables: as in `compilerkv`, whose importance of heads it takes.
+    share: the part of the budget that a streaming head holds at most. tables: as in `compilerkv`, whose importance of
+    heads it takes.
     """
 
     sinks: int = 64
     recent: int = 256
+    share: float = 0.5
     tables: str = AUTO
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "sinks")
+        at_least(self, 0, "sinks", "share")
         at_least(self, 1, "recent")
+        at_most(self, 1, "share")
 
     def for_model(self, revision: str) -> "DuoAttention":
         return replace(self, tables=self._lookup().for_model(revision).tables)
@@ -80,7 +84,7 @@ class DuoAttention(KVPolicy):
 
     def _stream(self, budget: int) -> int:
         """Slots of a streaming head."""
-        return min(self.sinks + self.recent, max(1, budget // 2))
+        return min(self.sinks + self.recent, max(1, int(self.share * budget)))
 
     def _kept(self, counts: list[int], budget: int, layer: LayerView) -> KV:
         sinks = min(self.sinks, self._stream(budget) // 2)

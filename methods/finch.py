@@ -12,18 +12,21 @@ sees only differences. `kernel`, `pool` and `forward` are no part of it and off 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from methods.base import KV, LayerView, PolicyError, at_least, best, spread
 from methods.registry import method
-from methods.window import WindowPolicy
+from methods.window import POOLINGS, WINDOWS, WindowPolicy
 
+PRESETS: dict[str, dict[str, Any]] = {"kvpress": {}}
+CHOICES = {"recent": WINDOWS, **POOLINGS, "chunk": (0, 128, 256)}
 CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 
 
-@method("finch", paper="https://arxiv.org/abs/2408.00167", code=CODE, presets={"kvpress": {}})
+@method("finch", paper="https://arxiv.org/abs/2408.00167", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
 class Finch(WindowPolicy):
     """Top tokens by the normalised attention of the last `recent` queries, with keys turned to close the gaps.

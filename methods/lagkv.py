@@ -10,6 +10,7 @@ Differences: compressed once after the prefill, where the code goes on while dec
 go to the earlier partitions (kvpress leaves it to its top-k). A budget within the sinks and the last partitions, which
 neither goes below, keeps the sinks and the most recent tokens. A channel that is constant in the next partition is left
 out, where the code divides by zero. kvpress's `cross_scoring`, which its authors call experimental, is left out.
+`kernel`, `pool` and `forward` are no part of the paper and off unless given; what is pooled is the worth.
 """
 
 from dataclasses import dataclass
@@ -17,16 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.base import EvictionPolicy, LayerView, Sizes, at_least, best
+from methods.base import LayerView, Sizes, at_least, best
 from methods.registry import method
+from methods.window import POOLINGS, PooledPolicy, pooled
 
 PRESETS = {"paper": {"lag": 1024}, "kvpress": {"sinks": 4}}
+CHOICES = {"sinks": (0, 4, 16), "lag": (8, 16, 32, 64, 128, 1024), **POOLINGS}
 CODE = "https://github.com/AI-Lab-China-Merchants-Bank/LagKV at 2a9d19e"
 
 
-@method("lagkv", paper="https://arxiv.org/abs/2504.04704", code=CODE, presets=PRESETS)
+@method("lagkv", paper="https://arxiv.org/abs/2504.04704", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
-class LagKV(EvictionPolicy):
+class LagKV(PooledPolicy):
     """As many tokens of each partition of `lag`, by their deviation within the range of the next one."""
 
     sinks: int = 16
@@ -43,7 +46,8 @@ class LagKV(EvictionPolicy):
         scores = (self.lag + places).float().repeat(*view.kv.positions.shape[:2], 1)
         if measured:
             worth = self._worth(view.kv.keys, measured) + self._worth(view.kv.values, measured)  # [B, H, P, lag]
-            order = best(view.finite(worth, "scores"), self.lag)
+            spread = pooled(worth.flatten(2), self.kernel, self.pool, forward=self.forward).view(worth.shape)
+            order = best(view.finite(spread, "scores"), self.lag)
             ranks = self.lag - 1 - order.argsort(dim=-1)
             scores[..., self.sinks : self.sinks + measured] = ranks.flatten(2).float()
         return scores

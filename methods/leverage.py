@@ -8,7 +8,7 @@ Differences: the attention half is left out; `compactor` has both. Keys carry Ro
 forward to the end of the prompt: one turn for all, which no leverage depends on. The matrix is drawn from a seed, layer
 by layer, and left out where it has as many columns as a key or more (leverage is then exact; kvpress's only lacks what
 rounding costs). The solution is in float64, with 1e-9 of the trace added, where kvpress tries larger ridges in float32
-until one serves.
+until one serves. `kernel`, `pool` and `forward` are no part of it and off unless given.
 """
 
 import math
@@ -19,16 +19,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from methods.base import EvictionPolicy, LayerView, PolicyError, at_least
+from methods.base import LayerView, PolicyError, at_least
 from methods.registry import method
+from methods.window import POOLINGS, PooledPolicy
 
 PRESETS: dict[str, dict[str, Any]] = {"kvpress": {"sinks": 0, "recent": 0}}
+CHOICES = {
+    "sinks": (0, 4, 8),
+    "recent": (0, 4, 16, 32),
+    "sketch": (24, 48, 64),
+    "ridge": (0.001, 0.01, 0.1),
+    **POOLINGS,
+}
 CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 
 
-@method("leverage", paper="https://arxiv.org/abs/2507.08143", code=CODE, presets=PRESETS)
+@method("leverage", paper="https://arxiv.org/abs/2507.08143", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
-class Leverage(EvictionPolicy):
+class Leverage(PooledPolicy):
     """Tokens of the highest leverage among the keys of their head.
 
     sketch: columns of the random matrix; ridge: added to the diagonal of what is inverted.
@@ -47,7 +55,7 @@ class Leverage(EvictionPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         first, end = self.scored(view.tokens)
-        return pad(self.leverage(view), (first, view.tokens - end))
+        return self.pooled(pad(self.leverage(view), (first, view.tokens - end)))
 
     def scored(self, tokens: int) -> tuple[int, int]:
         """Return the first token with a score and the end of those: what is kept anyway has none."""

@@ -22,15 +22,16 @@ from torch.nn.functional import normalize, pad
 
 from methods.base import KV, LayerView, Needs, StepView, at_least, at_most
 from methods.registry import method
-from methods.window import WindowPolicy, pooled
+from methods.window import POOLINGS, WINDOWS, WindowPolicy, pooled
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "prefill": {"evict": False}}
+CHOICES = {"recent": WINDOWS, **POOLINGS, "mix": (0.07, 0.1, 0.3, 0.5, 0.9), "threshold": (0.5, 0.8, 0.95)}
 CODE = "https://github.com/Zefan-Cai/R-KV at d15c976"
 SIDE_BYTES = 8  # of a slot: its score, and the attention that it is getting, float32 both
 ROWS_AT_ONCE = 512  # of a head's cosines
 
 
-@method("rkv", paper="https://arxiv.org/abs/2505.24133", code=CODE, presets=PRESETS)
+@method("rkv", paper="https://arxiv.org/abs/2505.24133", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
 class RKV(WindowPolicy):
     """Top tokens by attention less redundancy of their keys, ranked again every `buffer` decoded tokens."""

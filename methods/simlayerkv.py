@@ -21,10 +21,16 @@ from methods.device import read
 from methods.registry import method
 from methods.streamingllm import StreamingLLM
 
+CHOICES = {
+    "sinks": (1, 4, 16),
+    "recent": (64, 256, 1024),
+    "window": (1, 8, 32),
+    "share": (0.0, 0.1, 0.25, 0.5, 0.75),
+}
 CODE = "https://github.com/sail-sg/SimLayerKV at 1fb6bda"
 
 
-@method("simlayerkv", paper="https://arxiv.org/abs/2410.13846", code=CODE)
+@method("simlayerkv", paper="https://arxiv.org/abs/2410.13846", code=CODE, choices=CHOICES)
 @dataclass(frozen=True)
 class SimLayerKV(KVPolicy):
     """Layers whole where they look beyond the first and latest tokens, those tokens elsewhere.

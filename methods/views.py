@@ -23,7 +23,8 @@ POSITION_BYTES = 4  # of a slot: which token it holds, an int32
 class Needs:
     """What a policy wants observed. The engine gathers the union over the policies of a run and nothing else.
 
-    window: queries of the last `window` prompt tokens, per layer.
+    window: queries of the last `window` prompt tokens, per layer. stretch: tokens that each attends to, a KV head
+    after the other, which decides the memory; 0 for the whole prompt, all heads at once.
     column_sums: attention that each token received from every later query, per layer, streamed over query blocks.
     logprobs: log-probabilities of the last `window` prompt tokens under the model.
     decode_attention: the attention of every decoded token, for policies that evict while decoding.
@@ -37,6 +38,7 @@ class Needs:
     decode_attention: bool = False
     hidden_states: bool = False
     module: bool = False
+    stretch: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(*map(max, astuple(self), astuple(other)))
