@@ -65,11 +65,7 @@ class Finch(WindowPolicy):
         if view.rotate is None:
             raise PolicyError("turning keys together needs rotary embeddings, which this model has not")
         gaps = _after(view.kv.positions).gather(2, slots) - _after(kv.positions)  # dropped tokens behind each slot
-        keys = kv.keys.float()
-        for bit in range((view.tokens - budget).bit_length()):
-            moved = (gaps >> bit & 1).bool().unsqueeze(-1)
-            keys = torch.where(moved, view.rotate(keys, 1 << bit), keys)
-        return KV(keys.to(kv.keys.dtype), kv.values, kv.positions)
+        return KV(view.rotate(kv.keys.float(), gaps).to(kv.keys.dtype), kv.values, kv.positions)
 
 
 def _after(positions: Tensor) -> Tensor:

@@ -95,7 +95,4 @@ def upright(view: LayerView) -> Tensor:
     """Keys of a layer as if all were at the end of the prompt: [B, H, S, D] float32."""
     if view.rotate is None:
         raise PolicyError("leverage needs rotary embeddings, which this model has not")
-    keys, turns = view.kv.keys.float(), (view.seen - view.kv.positions).unsqueeze(-1)
-    for bit in range(view.seen.bit_length()):
-        keys = torch.where((turns >> bit) & 1 == 1, view.rotate(keys, 1 << bit), keys)
-    return keys
+    return view.rotate(view.kv.keys.float(), view.seen - view.kv.positions)
