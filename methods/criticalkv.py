@@ -56,7 +56,12 @@ class CriticalKV(KVPolicy):
     def __post_init__(self) -> None:
         at_least(self, 0, "share", "epsilon")
         at_most(self, 1, "share")
-        object.__setattr__(self, "inner", _scorer(self.over))
+        object.__setattr__(self, "inner", _scorer(self._over, self.over))
+
+    @property
+    def _over(self) -> str:
+        """`over` as an error line names it."""
+        return f"{type(self).__name__.lower()}.over={quoted(self.over)}"
 
     @property
     def needs(self) -> Needs:
@@ -107,7 +112,7 @@ class CriticalKV(KVPolicy):
         counts = kept.live.unsqueeze(-1)  # [1, H, 1]
         raw = layer.memo((type(self.inner), self.inner), self.inner.score)
         scores, live = layer.only_live(raw), layer.kv.positions >= 0
-        layer.refuse(((scores < 0) & live).count_nonzero(), partial(_negative, self.over, layer.index))
+        layer.refuse(((scores < 0) & live).count_nonzero(), partial(_negative, self._over, layer.index))
         place = torch.arange(layer.tokens, device=scores.device)
         recent = counts.clamp(max=self.inner.recent_slots(budget))
         fixed = (place >= layer.tokens - recent) | (place < (counts - recent).clamp(max=self.inner.sinks))
@@ -157,19 +162,17 @@ def _ranks(scores: Tensor) -> Tensor:
     return best(scores, scores.shape[-1]).argsort(dim=-1)
 
 
-def _negative(over: str, index: int, count: int) -> str:
-    return (
-        f"criticalkv.over={quoted(over)}: {count} scores of layer {index} are below 0; name one that scores attention"
-    )
+def _negative(named: str, index: int, count: int) -> str:
+    return f"{named}: {count} scores of layer {index} are below 0; name one that scores attention"
 
 
-def _scorer(label: str) -> EvictionPolicy:
+def _scorer(named: str, label: str) -> EvictionPolicy:
     """The policy that scores tokens. Raises PolicyError for one that does not, or goes on while decoding."""
-    policy, name = make_policy(label), f"criticalkv.over={quoted(label)}"
+    policy = make_policy(label)
     if not isinstance(policy, EvictionPolicy):
-        raise PolicyError(f"{name} has no scores of single tokens; name a method that has, as snapkv")
+        raise PolicyError(f"{named} has no scores of single tokens; name a method that has, as snapkv")
     if policy.evicts_while_decoding:
-        raise PolicyError(f"{name} evicts while decoding, without these norms; name another preset or method")
-    if getattr(policy, "reassign", False):
-        raise PolicyError(f"{name} turns the keys that it keeps; name another preset or method")
+        raise PolicyError(f"{named} evicts while decoding, without these norms; name another preset or method")
+    if policy.turns_keys:
+        raise PolicyError(f"{named} turns the keys that it keeps; name another preset or method")
     return policy

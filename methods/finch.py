@@ -42,6 +42,10 @@ class Finch(WindowPolicy):
         super().__post_init__()
         at_least(self, 0, "chunk")
 
+    @property
+    def turns_keys(self) -> bool:
+        return self.rerotate
+
     def score(self, view: LayerView) -> Tensor:
         attention = view.finite(view.attention(self.recent), "attention weights")  # [1, H, G, W, T]
         counts = torch.arange(view.seen - attention.shape[3], view.seen, device=attention.device)

@@ -16,9 +16,9 @@ from tests.methods.loops import DIM, HEADS, Array, naive_top, positions
 TOKENS = 60
 
 
-def turned(keys: Tensor, by: int) -> Tensor:
-    """Half-rotation RoPE of [..., D] by a number of positions."""
-    angle = by * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM).repeat(2)
+def turned(keys: Tensor, by: int | Tensor) -> Tensor:
+    """Half-rotation RoPE of [..., D] by a number of positions, or each by its own [...]."""
+    angle = (by.unsqueeze(-1) if isinstance(by, Tensor) else by) * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM).repeat(2)
     first, second = keys.chunk(2, dim=-1)
     return keys * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
 
