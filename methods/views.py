@@ -5,9 +5,9 @@ Shape letters as in `methods.base`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from methods.budget import PolicyError
 from methods.device import Doubt, placed, settle
+from methods.repeat import Repeat, Repeated
 
 POSITION_BYTES = 4  # of a slot: which token it holds, an int32
 
@@ -28,6 +29,7 @@ class Needs:
     logprobs: log-probabilities of the last `window` prompt tokens under the model.
     decode_attention: the attention of every decoded token, for policies that evict while decoding.
     hidden_states: what goes into each layer's attention, and the module it goes into.
+    repeat: passes over the prompt once it is there, each about as long as the prefill.
     """
 
     window: int = 0
@@ -35,9 +37,11 @@ class Needs:
     logprobs: bool = False
     decode_attention: bool = False
     hidden_states: bool = False
+    repeat: frozenset[Repeat] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(*map(max, astuple(self), astuple(other)))
+        pairs = [(own.name, getattr(self, own.name), getattr(other, own.name)) for own in fields(self)]
+        return Needs(**{name: a | b if isinstance(a, frozenset) else max(a, b) for name, a, b in pairs})
 
 
 @dataclass
@@ -160,6 +164,7 @@ class LayerView:
     rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
     source: None unless `Needs` declares hidden states.
     doubts: where `refuse` notes what it doubts, for the prompt's end; None to settle it at once.
+    repeated: what each pass of `Needs.repeat` showed (`methods.repeat.repeated`), or what it raised.
     """
 
     index: int
@@ -170,6 +175,7 @@ class LayerView:
     rotate: Callable[[Tensor, int], Tensor] | None = None
     source: LayerSource | None = None
     doubts: list[Doubt] | None = field(default=None, repr=False)
+    repeated: Mapping[Repeat, Repeated | Exception] = field(default_factory=dict, repr=False)
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -269,7 +275,11 @@ class OthersView(LayerView):
         left = KV(kv.keys[:, :, others], kv.values[:, :, others], kv.positions[:, :, others])
         seen = None if sums is None else sums[..., others]
         queries, rotate = whole.queries, whole.rotate
-        return cls(whole.index, left, queries, whole.form, seen, rotate, whole=whole, others=others)
+        again = {
+            asked: own if isinstance(own, Exception) else replace(own, received=own.received[..., others])
+            for asked, own in whole.repeated.items()
+        }
+        return cls(whole.index, left, queries, whole.form, seen, rotate, repeated=again, whole=whole, others=others)
 
 
 @dataclass
