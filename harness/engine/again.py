@@ -26,6 +26,9 @@ from methods.base import KV, KVPolicy, PolicyError, PromptView
 from methods.device import read
 from methods.views import Form, GrownView, Rotate, wide
 
+UNKNOWN = {"hidden_states": "hidden states are", "logprobs": "logprobs are", "repeat": "its repetition is"}
+"""Of `Needs`, what no turn brings."""
+
 
 @dataclass(frozen=True)
 class Noted:
@@ -44,9 +47,9 @@ def why_not(prefilled: Prefilled, left: Compressed) -> str | None:
     needs, name = left.policy.needs, type(left.policy).__name__
     if prefilled.protected:
         return f"{name} cannot compress again: tokens are marked to be kept, which is known of the prompt alone"
-    unknown = [what for what in ("hidden_states", "logprobs") if getattr(needs, what)]
+    unknown = [told for what, told in UNKNOWN.items() if getattr(needs, what)]
     if unknown:
-        return f"{name} cannot compress again: {unknown[0].replace('_', ' ')} are observed of a whole prompt alone"
+        return f"{name} cannot compress again: {unknown[0]} observed of a whole prompt alone"
     for kv in (left.kvs[i] for i in left.compressible):
         if type(kv) is not KV or kv.extra:
             what = ", ".join(kv.extra) or type(kv).__name__
