@@ -82,7 +82,8 @@ class _Group:
             return 0
         first = self.coded
         positions = self.tokens(start, grown)[:, 0, first : first + count]
-        found = self.coding.encode(self.keys[:, 0, :count], self.values[:, 0, :count], positions)
+        encode = self.codes[-1].later if self.codes else self.coding.encode
+        found = encode(self.keys[:, 0, :count], self.values[:, 0, :count], positions)
         joined = self.codes[-1].then(found) if self.codes else None
         self.codes = (*self.codes, found) if joined is None else (*self.codes[:-1], joined)
         self.keys, self.values = (x[:, :, count:].clone() for x in (self.keys, self.values))

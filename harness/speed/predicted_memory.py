@@ -20,7 +20,7 @@ head costs c = 2 * D * e bytes, and 4 for its position once a policy has taken s
     decode      KV of all prompts with room for R, P * V * 4 (first logits), and the higher of
                   P * V * (e, + 4 where e < 4), and half a layer (its keys or values are copied to where room is)
 
-A method that leaves codes (`methods.quant`) has the bytes of its codes, scales and residual for N * c, and more in
+A method that leaves codes (`methods.coded`) has the bytes of its codes, scales and residual for N * c, and more in
 
     compress    H * N * D * (2 e + 13) (what one layer's codes are taken from, in float32)
     decode      P * H * N * D * (3 e + 1) (one layer decoded, and its codes as they are turned)
@@ -53,8 +53,8 @@ from harness.engine.layer_cache import room_step
 from harness.records.measured import ProbeSpec
 from harness.speed.dims import FLOAT32, Dims
 from methods.base import KVPolicy, Needs, Sizes
-from methods.codes import MinMax
-from methods.quant import Quant
+from methods.coded import CodedPolicy
+from methods.stored import Coding
 from methods.views import POSITION_BYTES
 
 INDEX = 8
@@ -78,7 +78,7 @@ class ProbeShape:
     batch: int
     new_tokens: int
     chunk: int | None
-    coding: MinMax | None = None
+    coding: Coding | None = None
     cuda: bool = False
     one_buffer: bool = False
 
@@ -100,8 +100,8 @@ def predict(
     slots = tokens if budget is None else min(budget, tokens)
     sizes = Sizes(tokens, dims.seen, dims.heads, dims.kv_heads)
     alone = policy.per_layer(slots, sizes) is not None
-    coding = policy.coding if isinstance(policy, Quant) else None
-    if isinstance(policy, Quant) and budget is not None:
+    coding = policy.coding if isinstance(policy, CodedPolicy) else None
+    if isinstance(policy, CodedPolicy) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
     all_, one = budget is None and not coding, cuda and coding is None and not policy.evicts_while_decoding
     times = (spec.batch, spec.new_tokens, spec.chunk)
