@@ -40,8 +40,16 @@ class CodedPolicy(KVPolicy):
         return self.coding
 
     def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:
-        """Return what `slots` does for heads of so many key and value numbers and `plain` bytes a slot."""
-        raise PolicyError(f"{type(self).__name__} says nowhere how many slots fit into a budget")
+        """Return what `slots` does for heads of so many key and value numbers and `plain` bytes a slot.
+
+        This one is for codes of which every slot of a head takes as much.
+        """
+        one, two = (self.coding.nbytes(slots, keys, values) for slots in (1, 2))
+        own, once = two - one, 2 * one - two  # of each slot, and of a head
+        if own >= plain:
+            raise PolicyError(f"{type(self).__name__.lower()}: codes of {own} bytes a slot are no smaller than {plain}")
+        spare = (budget - self.coding.residual) * plain - once
+        return max(budget, self.coding.residual + spare // own)
 
     def slots(self, budget: int, kv: KV) -> int:
         """Count slots per head, on average over heads and layers, whose codes fit the bytes of `budget` plain ones.

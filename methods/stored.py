@@ -47,7 +47,7 @@ class Coding(ABC):
         return max(0, slots - self.residual)
 
     def nbytes(self, slots: int, key_dim: int, value_dim: int) -> int:
-        """Return the bytes of `slots` coded slots of a head and their positions. Raises PolicyError where none are told."""
+        """Return the bytes of `slots` coded slots of a head and their positions; PolicyError where none are told."""
         raise PolicyError(f"how many bytes {type(self).__name__} codes take is known only once they are made")
 
     @abstractmethod

@@ -30,6 +30,7 @@ LABELS = [
     for name, entry in load_methods().items()
     if entry.policy.__module__.startswith("methods.")
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
+    if name != "q8_0"  # heads of the tiny model fill no block of it
 ]
 MODES = [("compressed", "aware"), ("prefill", "aware"), ("compressed", "agnostic")]
 every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
