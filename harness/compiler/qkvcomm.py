@@ -4,7 +4,6 @@ Source: https://arxiv.org/abs/2512.17914, Algorithm 1; `methods.qkvcomm` says wh
 100 texts of at most 512 tokens.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +34,11 @@ def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Te
     chosen = bits_of(dict(zip(layers, sensitivity.tolist(), strict=True)))
     own = found[range(len(layers)), [BITS.index(chosen[layer]) for layer in layers]]
     error = {f"all {bits} bits": float(found[:, i].mean()) for i, bits in enumerate(BITS)}
-    report = {"texts": len(texts), "bits": list(chosen.values()), "mean_square_error": {"ranked": float(own.mean())} | error}
+    report = {
+        "texts": len(texts),
+        "bits": list(chosen.values()),
+        "mean_square_error": {"ranked": float(own.mean())} | error,
+    }
     return {"layers": torch.tensor(layers), "sensitivity": sensitivity}, report
 
 

@@ -1,16 +1,18 @@
 """`harness compile recalkv`: the bases that ReCalKV's latents of keys and values are cut from, and what ranks follow.
 
-Source: https://arxiv.org/abs/2505.24357 and https://github.com/XIANGLONGYAN/ReCalKV at ea548d5. With W [M, E] what makes
-the M = g * D keys of a group of heads (or the values of all heads), X the layer's calibration inputs and S S^T = X^T X,
-its low-rank form comes from W S = U Sigma V^T: L = U Sigma^(1/2), R = Sigma^(1/2) V^T S^-1. Then L R = U U^T W, so the
-first r columns of U are all that rank r needs, and its latents are U^T of the keys themselves, each but for a factor.
+Source: https://arxiv.org/abs/2505.24357 and https://github.com/XIANGLONGYAN/ReCalKV at ea548d5. With W [M, E] what
+makes the M = g * D keys of a group of heads (or the values of all heads), X the layer's calibration inputs and S S^T =
+X^T X, its low-rank form comes from W S = U Sigma V^T: L = U Sigma^(1/2), R = Sigma^(1/2) V^T S^-1. Then L R = U U^T W,
+so the first r columns of U are all that rank r needs, and its latents are U^T of the keys themselves, each but for a
+factor.
 
-Keys: groups of `GROUP` heads at most that are most alike by linear CKA of their whitened weights (svd_linear.py:295-450
-there). Values: all heads of a layer are one group, as in its released path (decomposition.py:602-613). Its calibration
-of values alternates L = argmin |X R^T L^T - X W^T| and R = L^+ W from that same start. L has the span of U after the
-first step and R = U^T W up to a factor after the second: the start is where it ends, of all inputs it is the best of its
-rank, and it is nested in r. What is left to gain is better inputs: these are all the prompt's, where the authors' are
-sums over 8 texts (1051-1055). So one basis serves every rank, keys and values alike.
+Keys: groups of `GROUP` heads at most that are most alike by linear CKA of their whitened weights
+(svd_linear.py:295-450 there). Values: all heads of a layer are one group, as in its released path
+(decomposition.py:602-613). Its calibration of values alternates L = argmin |X R^T L^T - X W^T| and R = L^+ W from that
+same start. L has the span of U after the first step and R = U^T W up to a factor after the second: the start is where
+it ends, of all inputs it is the best of its rank, and it is nested in r. What is left to gain is better inputs: these
+are all the prompt's, where the authors' are sums over 8 texts (1051-1055). So one basis serves every rank, keys and
+values alike.
 
 Fisher information: the root of the mean square gradient of the text's loss on the weights that make keys and values
 (rank_search.py:82-87), here a mean for each KV head.
@@ -48,12 +50,13 @@ def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Te
     held_out, _ = gathered(bench, modules, bench.validation, 0)
     heads = bench.shapes.kv_heads
     size = next(own for own in range(min(GROUP, heads), 0, -1) if heads % own == 0)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("key_order", "key_bases", "value_bases", "biases")}
+    found: dict[str, list[Tensor]] = {
+        name: [] for name in ("key_order", "key_bases", "value_bases", "key_bias", "value_bias")
+    }
     errors: dict[str, list[Tensor]] = {"keys": [], "values": []}
     for module, moment, other in zip(modules, moments, held_out, strict=True):
         factor = whitener(moment)
-        maps = {name: getattr(module, f"{name}_proj") for name in ("k", "v")}
-        key, value = (own.weight.detach().double().cpu() for own in maps.values())
+        key, value = (own.weight.detach().double().cpu() for own in (module.k_proj, module.v_proj))
         similarity = cka((key @ factor).view(heads, -1, factor.shape[1]))
         order = torch.tensor(grouped(similarity, size))  # [n, g]
         grouped_keys = key.view(heads, -1, key.shape[1])[order].flatten(1, 2)  # [n, g * D, E]
@@ -61,7 +64,8 @@ def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Te
         found["key_order"].append(order.flatten())
         found["key_bases"].append(bases["key"].half())
         found["value_bases"].append(bases["value"][0].half())
-        found["biases"].append(torch.stack([bias_of(own) for own in maps.values()]))
+        for name, bias in (("key_bias", bias_of(module.k_proj)), ("value_bias", bias_of(module.v_proj))):
+            found[name].append(bias)
         for name, weight in (("key", grouped_keys), ("value", value.unsqueeze(0))):
             plain = torch.linalg.svd(weight, full_matrices=True).U
             errors[f"{name}s"].append(torch.stack([lost(own, weight, other) for own in (plain, bases[name])]))
@@ -99,7 +103,9 @@ def projections(bench: Workbench) -> list[Any]:
     return modules
 
 
-def gathered(bench: Workbench, modules: Sequence[Any], prompts: Sequence[int], count: int) -> tuple[list[Tensor], Tensor]:
+def gathered(
+    bench: Workbench, modules: Sequence[Any], prompts: Sequence[int], count: int
+) -> tuple[list[Tensor], Tensor]:
     """Return each layer's X^T X [E, E] float32 over all tokens of `prompts`, and the Fisher information [L, 2, H].
 
     count: prompts, the first ones, whose gradients are taken: the loss is that of every token of the prompt.
@@ -165,16 +171,18 @@ def _own_attention(bench: Workbench) -> Iterator[None]:
 def whitener(moment: Tensor) -> Tensor:
     """Return S [E, E] float64 with S S^T = `moment`: eigenvectors times the roots of their values, as the authors'."""
     values, vectors = torch.linalg.eigh(moment.double())
-    return (vectors * values.clamp(min=0).sqrt()).flip(1)
+    found: Tensor = vectors * values.clamp(min=0).sqrt()
+    return found.flip(1)
 
 
 def basis(whitened: Tensor) -> Tensor:
     """Return U [..., M, M] of W S [..., M, E]: what keeps most of the outputs in its first r columns, for every r."""
-    return torch.linalg.eigh(whitened @ whitened.transpose(-1, -2)).eigenvectors.flip(-1)
+    found: Tensor = torch.linalg.eigh(whitened @ whitened.transpose(-1, -2)).eigenvectors
+    return found.flip(-1)
 
 
 def cka(whitened: Tensor) -> Tensor:
-    """Return the linear CKA of every two heads' W S [H, D, E]: [H, H], 1 on the diagonal. Means over E are taken off."""
+    """Return the linear CKA of every two heads' W S [H, D, E], means over E taken off: [H, H], 1 on the diagonal."""
     centred = whitened - whitened.mean(dim=2, keepdim=True)
     products = torch.einsum("ade,bfe->abdf", centred, centred).square().sum(dim=(2, 3))  # HSIC but for (E - 1)^2
     own = products.diagonal().sqrt()

@@ -188,7 +188,8 @@ def test_a_compilation_finds_fisher_information_and_bases(bench: Workbench) -> N
         "key_order": (4, 2),
         "key_bases": (4, 1, 32, 32),
         "value_bases": (4, 32, 32),
-        "biases": (4, 2, 32),
+        "key_bias": (4, 32),
+        "value_bias": (4, 32),
         "fisher": (4, 2, 2),
     }
     for kind in ("keys", "values"):
