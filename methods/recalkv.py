@@ -187,8 +187,9 @@ class ReCalKV(CompiledPolicy):
         if type(kv) is not KV or kv.extra:
             raise PolicyError(f"recalkv.over={quoted(self.over)} leaves more than keys and values; name another")
         heads, slots = kv.positions.shape[1:]
-        other = (kv.positions != kv.positions[:, :1]).sum() + (kv.positions < 0).sum()
-        layer.refuse(other, self._apart)
+        if self.inner is not None:
+            other = (kv.positions != kv.positions[:, :1]).sum() + (kv.positions < 0).sum()
+            layer.refuse(other, self._apart)
         keys, values = bases(factors, at, ranks, kv.keys.device)
         kind = (self, at, ranks, kv.keys.device, layer.rotate)
         coding = _CODINGS.get(kind) or LowRank(keys, values, heads, layer.rotate, residual=self.residual)

@@ -1,18 +1,26 @@
 """ReCalKV's calibration against loops from its formulas, and a compilation of the tiny model."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.compiler.asked import CalibrationSpec
 from harness.compiler.recalkv import basis, cka, compile_constants, grouped, lost, whitener
 from harness.compiler.stage import Workbench
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
+from methods.base import Needs
+from methods.recalkv import ReCalKV
+from methods.shared_latents import Factors
 
 HEADS, DIM, WIDTH = 3, 4, 20
 
@@ -208,3 +216,45 @@ def test_keys_that_are_no_map_of_the_input_are_refused(bench: Workbench, monkeyp
     monkeypatch.setattr(own, "v_proj", torch.nn.Identity())
     with pytest.raises(HarnessError, match="has no such map of its own in every layer"):
         compile_constants(bench, 1)
+
+
+def of_kind(kind: str) -> Any:
+    """A bench of a random model of 8 KV heads of 8 numbers, whose projections have biases if its kind's do."""
+    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    config = AutoConfig.for_model(kind, num_attention_heads=8, num_key_value_heads=8, sliding_window=None, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.normal_(std=2.0)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [SimpleNamespace(ids=torch.randint(0, 100, (60,), generator=draw).tolist()) for _ in range(6)]
+    bar = nullcontext(SimpleNamespace(update=lambda: None))
+    places = {"training": [0, 1, 2, 3], "validation": [4, 5], "bar": lambda *given: bar}
+    shapes, engine = SimpleNamespace(kv_heads=8), Engine(AttachedModel(model))
+    return SimpleNamespace(engine=engine, loaded=SimpleNamespace(model=model), shapes=shapes, prompts=prompts, **places)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_models_of_the_common_kinds_are_compiled(kind: str) -> None:
+    bench = of_kind(kind)
+    tensors, report = compile_constants(bench, 1)
+    assert report["group"] == 4 and tensors["key_bases"].shape == (2, 2, 32, 32)
+    assert bool(tensors["key_bias"].any()) == bool(tensors["value_bias"].any()) == (kind == "qwen2")
+    view, factors = bench.engine.prefill(bench.prompts[5].ids, Needs(window=1)).view, Factors.of(tensors)
+    errors = []
+    for keys, values in ((8, 16), (16, 32), (32, 64)):
+        off = 0.0
+        for at, layer in enumerate(view.layers):
+            found = ReCalKV()._encoded(layer, layer.kv, at, (keys, values), factors).load()
+            off += sum(
+                float((a - b).square().mean()) for a, b in zip(found, (layer.kv.keys, layer.kv.values), strict=True)
+            )
+        errors.append(off)
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "olmo2"])
+def test_a_norm_of_keys_is_refused(kind: str) -> None:
+    with pytest.raises(HarnessError, match="needs keys that are k_proj of a layer's input"):
+        compile_constants(of_kind(kind), 1)

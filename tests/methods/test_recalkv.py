@@ -85,11 +85,12 @@ def test_full_rank_is_exact_however_heads_are_grouped(view: PromptView, made: di
             torch.testing.assert_close(values, layer.kv.values, atol=1e-4, rtol=1e-4)
 
 
-def test_latents_are_those_of_the_layers_input(model: AttachedModel, view: PromptView, made: dict[str, Tensor]) -> None:
+def test_latents_are_those_of_the_layers_input(view: PromptView, ids: list[int], made: dict[str, Tensor]) -> None:
     """They are U^T W x of each token's input, heads in the groups' order; keys are L z = U U^T W x, then RoPE."""
     groups, share = made["key_bases"].shape[1], 0.5
     for at, (layer, kv) in enumerate(zip(view.layers, at_ranks(view, made, share), strict=True)):
         assert layer.source is not None
+        assert layer.source.ids is not None and layer.source.ids[0].tolist() == ids
         hidden = layer.source.hidden[0, :-1]
         module = layer.source.module
         heads = (hidden @ module.k_proj.weight.T).view(-1, HEADS, DIM)  # type: ignore[union-attr, operator]
