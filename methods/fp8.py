@@ -74,12 +74,15 @@ class Floats(SlotCoding):
         return tuple(self._coded(x, scale) for x, scale in zip((keys, values), fixed or (None, None), strict=True))
 
     def read(self, held: Sequence[Tensor], fixed: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
-        for out, x in zip((keys, values), self.scaled(held, fixed), strict=True):
-            out.copy_(x)
+        for out, x, scale in zip((keys, values), held, fixed or (None, None), strict=True):
+            numbers = self._numbers(x)
+            out.copy_(numbers if scale is None else numbers.mul_(scale))
 
     def scaled(self, held: Sequence[Tensor], fixed: Sequence[Tensor]) -> Sequence[Tensor]:
-        numbers = [x.view(FORMATS[self.format]).float() for x in held]
-        return [x * scale for x, scale in zip(numbers, fixed, strict=True)] if fixed else numbers
+        return fixed or [self._numbers(x) for x in held]
+
+    def _numbers(self, held: Tensor) -> Tensor:
+        return held.view(FORMATS[self.format]).float()
 
     def _coded(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """Bytes [n, C, D] uint8 of numbers; one that is not finite becomes NaN, any other the nearest there is."""

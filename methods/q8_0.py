@@ -117,8 +117,8 @@ def coded(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
 def decoded(codes: Tensor, scale: Tensor, kind: Kind) -> Tensor:
     """Return the numbers [n, C, D] float32 that codes stand for."""
     blocks = unpacked(codes.view(*scale.shape, -1), BITS[kind])
-    numbers = blocks.view(torch.int8).float() if kind == "q8_0" else blocks.float() - 8
-    return (numbers * scale.float().unsqueeze(-1)).flatten(-2)
+    numbers = blocks.view(torch.int8).float() if kind == "q8_0" else blocks.float().sub_(8)
+    return numbers.mul_(scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def _widest(dim: int) -> int:

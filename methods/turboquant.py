@@ -7,7 +7,7 @@ unbiased: keys have b - 1 bits, and of what is left the signs of a Gaussian proj
 packed without a gap and norms are in half precision. The rotation, the projection and the levels are made from D and a
 seed, one for all layers and heads: they are no constants of a model. With `over` a budget of N buys the bytes of N
 plain slots, as for `quant`.
-Differences: no code of the authors' is public. Their 2.5 and 3.5 bits, where channels of large numbers have a bit more
+Differences: no code of the authors' was found. Their 2.5 and 3.5 bits, where channels of large numbers have a bit more
 than others, are left out, and which of the two algorithms their cache has is not said; plain names are Algorithm 1, for
 keys and values alike; so is vLLM's form, which found the signs to hurt (turboquant/config.py at vllm 1471680), and
 `corrected`, which divides by the norm of the levels too, is its norm correction. The last slot of every head is plain,
@@ -86,37 +86,43 @@ class Levels(SlotCoding):
         return (key_dim * self.key_bits + value_dim * self.value_bits) // 8 + NORM_BYTES * (2 + self.signs)
 
     def held(self, keys: Tensor, values: Tensor, fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        found, left = self._coded(keys, self.key_bits - self.signs)
+        codes, norm, left = self._coded(keys, self.key_bits - self.signs)
+        signs: tuple[Tensor, ...] = ()
         if self.signs:
-            projected = turned(left, gaussian(left.shape[-1], left.device, self.seed).T)
-            found += (packed((projected >= 0).to(torch.uint8), 1), half(left.norm(dim=-1, keepdim=True), keys))
-        return found + self._coded(values, self.value_bits)[0]
+            projected = turned(left, gaussian(keys.shape[-1], keys.device, self.seed).T)
+            signs = (packed((projected >= 0).to(torch.uint8), 1), half(left.norm(dim=-1, keepdim=True), keys))
+        return (codes, norm, *signs, *self._coded(values, self.value_bits)[:2])
 
     def read(self, held: Sequence[Tensor], fixed: Sequence[Tensor], keys: Tensor, values: Tensor) -> None:
-        found = levels_of(held[0], held[1], self.key_bits - self.signs)
+        found = _read(held[0], self.key_bits - self.signs).mul_(held[1])
         if self.signs:
-            dim, signs = keys.shape[-1], unpacked(held[2], 1).float() * 2 - 1
-            found += turned(signs, gaussian(dim, keys.device, self.seed)) * (held[3].float() * ((pi / 2) ** 0.5 / dim))
+            dim, signs = keys.shape[-1], unpacked(held[2], 1).float().mul_(2).sub_(1)
+            left = turned(signs, gaussian(dim, keys.device, self.seed))
+            found += left.mul_(held[3].float() * ((pi / 2) ** 0.5 / dim))
         keys.copy_(turned(found, haar(keys.shape[-1], keys.device, self.seed).T))
-        found = levels_of(held[-2], held[-1], self.value_bits)
+        found = _read(held[-2], self.value_bits).mul_(held[-1])
         values.copy_(turned(found, haar(values.shape[-1], values.device, self.seed).T))
 
-    def _coded(self, x: Tensor, bits: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Codes and norms of vectors [n, C, D], and what their levels leave of them, rotated."""
-        dim = x.shape[-1]
-        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-        rotated = turned(x, haar(dim, x.device, self.seed))
-        levels = on_device(dim, bits, x.device)
-        codes = torch.bucketize(rotated / norm.masked_fill(norm == 0, 1.0), (levels[1:] + levels[:-1]) / 2)
-        near = levels[codes]
+    def _coded(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes and norms of vectors [n, C, D], and what the levels leave of them, rotated."""
+        unit = turned(x, haar(x.shape[-1], x.device, self.seed))
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        unit.div_(norm.masked_fill(norm == 0, 1.0))
+        levels = on_device(x.shape[-1], bits, x.device)
+        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+        near = _at(levels, codes)
         scale = norm / torch.linalg.vector_norm(near, dim=-1, keepdim=True) if self.corrected else norm
-        return (packed(codes.to(torch.uint8), bits), half(scale, x)), rotated - near * scale
+        return packed(codes.to(torch.uint8), bits), half(scale, x), unit.mul_(norm).sub_(near.mul_(scale))
 
 
-def levels_of(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return the rotated vectors [n, C, D] float32 that packed codes stand for."""
+def _read(codes: Tensor, bits: int) -> Tensor:
+    """The levels [n, C, D] float32 of packed codes."""
     numbers = unpacked(codes, bits)
-    return on_device(numbers.shape[-1], bits, codes.device)[numbers.int()] * scale.float()
+    return _at(on_device(numbers.shape[-1], bits, codes.device), numbers.int())
+
+
+def _at(levels: Tensor, codes: Tensor) -> Tensor:
+    return levels.index_select(0, codes.flatten()).view(codes.shape)
 
 
 def half(x: Tensor, like: Tensor) -> Tensor:

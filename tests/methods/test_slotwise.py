@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.engine.decode import Decoding
 from harness.engine.engine import Engine
 from harness.engine.row_cache import GrowingRows
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
+from harness.speed import predicted_memory
+from harness.speed.dims import Dims
+from harness.speed.one_method import Isolated
+from harness.speed.predicted_memory import ProbeShape
 from methods.base import KV, Budget, PolicyError
 from methods.fp8 import Floats
 from methods.q8_0 import Blocks
@@ -21,7 +26,7 @@ from methods.stored import CodedKV, encode
 from methods.turboquant import Levels
 from methods.views import POSITION_BYTES, Form
 from tests.hostile import tried
-from tests.methods.test_quant import drawn, holes
+from tests.methods.test_quant import drawn, held, holes
 
 DIM = 64
 CODINGS: dict[SlotCoding, tuple[int, int]] = {
@@ -155,3 +160,14 @@ def test_codes_that_are_no_smaller_are_refused() -> None:
     eight = KV(*(torch.ones(1, 1, 9, 64, dtype=torch.float8_e4m3fn) for _ in range(2)), torch.arange(9).expand(1, 1, 9))
     with pytest.raises(PolicyError, match="q8_0: codes of 140 bytes a slot are no smaller than 132"):
         make_policy("q8_0").slots(4, eight)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("label", ["turboquant@bits3", "turboquant@prod4", "fp8", "fp8@unscaled"])
+def test_bytes_are_those_that_are_predicted(tiny: LoadedModel, label: str) -> None:
+    model, policy = AttachedModel(copy.deepcopy(tiny.model)), make_policy(label)
+    ids = torch.randint(5, 260, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    found = Isolated(model, policy, None).prefill(ids)
+    dims = Dims.of(model.config, 4)
+    shape = ProbeShape(policy.needs, True, False, 200, 200, 1, 4, None, policy.coding)  # type: ignore[attr-defined]
+    assert found.layer_bytes == [predicted_memory.kept_layer(dims, shape)] * model.layers
+    assert held(Decoding.of(model, [found], room=3)) == predicted_memory.rows(dims, shape)
