@@ -104,6 +104,8 @@ class QKVComm(CompiledPolicy, CodedPolicy):
     share: of the layers, of those that get 8 bits and of those that get 4.
     """
 
+    METHOD = "qkvcomm"
+
     share: float = 0.3
     residual: int = 1
 
@@ -119,13 +121,19 @@ class QKVComm(CompiledPolicy, CodedPolicy):
 
     def codings(self, layer: LayerView) -> PerTensor:
         heads = 1 if self.inner else layer.kv.keys.shape[1]
-        return PerTensor(self.bits[layer.index], heads, residual=self.residual)
+        return PerTensor(self.bits.get(layer.index, MIDDLE), heads, residual=self.residual)
+
+    def neutral(self, view: PromptView) -> dict[str, Tensor]:
+        return {"layers": torch.empty(0), "sensitivity": torch.empty(0)}
 
     @cached_property
     def bits(self) -> dict[int, int]:
-        """Of each layer that policies see, by its number in the model."""
-        found = self.constants()
-        return bits_of(dict(zip(found["layers"].tolist(), found["sensitivity"].tolist(), strict=True)), self.share)
+        """Of each layer that policies see, by its number in the model; of none without constants."""
+        loaded = self._loaded()
+        if loaded is None:
+            return {}
+        layers, sensitivity = (loaded.tensors[name].tolist() for name in ("layers", "sensitivity"))
+        return bits_of(dict(zip(layers, sensitivity, strict=True)), self.share)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         if self.inner is None:
@@ -149,7 +157,7 @@ class QKVComm(CompiledPolicy, CodedPolicy):
             raise PolicyError(
                 f"qkvcomm packs {per_unit(MIDDLE)} codes of {MIDDLE} bits; heads have {keys} and {values}"
             )
-        own = [PerTensor(bits).slot_bytes(keys, values) + POSITION_BYTES for bits in self.bits.values()]
+        own = [PerTensor(bits).slot_bytes(keys, values) + POSITION_BYTES for bits in self.bits.values() or [MIDDLE]]
         spare = ((budget - self.residual) * plain - SCALE_BYTES) * len(own)
         return max(budget, self.residual + spare // sum(own))
 
@@ -161,10 +169,18 @@ class QKVComm(CompiledPolicy, CodedPolicy):
         return plain + sum(coding.nbytes(slots, *dims) for slots in coded)
 
     def for_model(self, revision: str) -> Self:
-        return CodedPolicy.for_model(CompiledPolicy.for_model(self, revision), revision)
+        return CodedPolicy.for_model(super().for_model(revision), revision)
+
+    @property
+    def method_bytes(self) -> int:
+        return super().method_bytes + self.chooser.method_bytes
+
+    @property
+    def lacks(self) -> str:
+        return super().lacks or self.chooser.lacks
 
     def provenance(self) -> dict[str, Any]:
-        return {**CompiledPolicy.provenance(self), **CodedPolicy.provenance(self)}
+        return {**super().provenance(), **self.chooser.provenance()}
 
     def fitted_on(self) -> frozenset[str]:
-        return CompiledPolicy.fitted_on(self) | CodedPolicy.fitted_on(self)
+        return super().fitted_on() | self.chooser.fitted_on()

@@ -25,8 +25,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
 
 from methods.artefact import CompiledPolicy
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least, at_most
@@ -59,6 +62,8 @@ class ReCalKV(CompiledPolicy):
     `over` chooses slots by.
     """
 
+    METHOD = "recalkv"
+
     prefill: Literal["exact", "own"] = "exact"
     ranks: Literal["fisher", "uniform"] = "fisher"
     residual: int = 1
@@ -81,9 +86,8 @@ class ReCalKV(CompiledPolicy):
         own = Needs(hidden_states=self.prefill == "own")
         return own if self.inner is None else own | self.inner.needs
 
-    def for_model(self, revision: str) -> ReCalKV:
+    def for_model(self, revision: str) -> Self:
         own = super().for_model(revision)
-        assert isinstance(own, ReCalKV)
         if self.inner is not None:
             own = replace(own)
             object.__setattr__(own, "inner", self.inner.for_model(revision))
@@ -97,7 +101,24 @@ class ReCalKV(CompiledPolicy):
 
     @property
     def lacks(self) -> str:
-        return "" if self.inner is None else self.inner.lacks
+        return super().lacks or ("" if self.inner is None else self.inner.lacks)
+
+    @property
+    def method_bytes(self) -> int:
+        return super().method_bytes + (0 if self.inner is None else self.inner.method_bytes)
+
+    def neutral(self, view: PromptView) -> dict[str, Tensor]:
+        """Make latents of all heads that are their first numbers."""
+        kv, layers = view.layers[0].kv, len(view.layers)
+        heads = kv.keys.shape[1]
+        key, value = heads * kv.keys.shape[-1], heads * kv.values.shape[-1]
+        bases = {
+            f"{name}_bases": torch.eye(size).repeat(layers, 1, 1) for name, size in (("key", key), ("value", value))
+        }
+        biases = {f"{name}_bias": torch.zeros(layers, size) for name, size in (("key", key), ("value", value))}
+        order = torch.arange(heads).repeat(layers, 1)
+        bases["key_bases"].unsqueeze_(1)
+        return {**bases, **biases, "key_order": order, "fisher": torch.ones(layers, 2, heads)}
 
     def check(self, view: PromptView) -> None:
         self._fitting(view)
@@ -126,6 +147,8 @@ class ReCalKV(CompiledPolicy):
         if self.inner is not None or self.prefill == "own":
             return None
         factors = _factors(self)
+        if factors is None:
+            return None
 
         @cache
         def ranks(each: int) -> list[Ranks]:
@@ -138,7 +161,7 @@ class ReCalKV(CompiledPolicy):
 
     def _fitting(self, view: PromptView) -> Factors:
         """The factors of the model at hand. Raises PolicyError where they are of another shape."""
-        found, kv = _factors(self), view.layers[0].kv
+        found, kv = _factors(self) or Factors.of(self.neutral(view)), view.layers[0].kv
         heads = kv.keys.shape[1]
         seen = len(view.layers), heads, heads * kv.keys.shape[-1], heads * kv.values.shape[-1]
         if seen != found.shape:
@@ -206,9 +229,10 @@ _CODINGS: WeakValueDictionary[Any, LowRank] = WeakValueDictionary()
 
 
 @lru_cache(maxsize=8)
-def _factors(policy: ReCalKV) -> Factors:
+def _factors(policy: ReCalKV) -> Factors | None:
     """The factors of a policy whose model is known."""
-    return Factors.of(policy.constants())
+    loaded = policy._loaded()
+    return None if loaded is None else Factors.of(loaded.tensors)
 
 
 def _chooser(label: str) -> KVPolicy:

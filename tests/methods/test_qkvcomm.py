@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def model(tiny: LoadedModel) -> Iterator[AttachedModel]:
     """The tiny model, of whose four layers the second suffers most and the last least."""
     table = {"layers": torch.arange(4), "sensitivity": torch.tensor([0.3, 0.9, 0.2, 0.1])}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QKVComm, "constants", lambda self: table)
+        patch.setattr(QKVComm, "_loaded", lambda self: SimpleNamespace(tensors=table))
         yield AttachedModel(copy.deepcopy(tiny.model))
 
 

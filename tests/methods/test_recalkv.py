@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def made(model: AttachedModel, request: pytest.FixtureRequest) -> Iterator[dict[
     own = constants(model, request.param)
     recalkv._factors.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReCalKV, "constants", lambda self: own)
+        patch.setattr(ReCalKV, "_loaded", lambda self: SimpleNamespace(tensors=own))
         yield own
     recalkv._factors.cache_clear()
 
@@ -203,7 +204,7 @@ def test_the_papers_prefill_is_that_of_its_weights(
 def test_a_model_of_another_shape_is_refused(view: PromptView, made: dict[str, Tensor]) -> None:
     less = {name: own[:3] for name, own in made.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReCalKV, "constants", lambda self: less)
+        patch.setattr(ReCalKV, "_loaded", lambda self: SimpleNamespace(tensors=less))
         policy: KVPolicy = ReCalKV(share=0.4)
         with pytest.raises(PolicyError, match="3 layers of 2 KV heads.*this model has 4 layers"):
             policy.check(view)
