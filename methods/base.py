@@ -78,6 +78,11 @@ class KVPolicy:
         return self
 
     @property
+    def method_bytes(self) -> int:
+        """Bytes of the model's constants that it reads, such as bases: like weights, no part of a prompt's cache."""
+        return 0
+
+    @property
     def lacks(self) -> str:
         """What it would need for this model and has not, so that it is less than its name says; empty for nothing."""
         return ""
