@@ -21,10 +21,13 @@ head costs c = 2 * D * e bytes, and 4 for its position once a policy has taken s
     decode      KV of all prompts with room for R, P * V * 4 (first logits), and the higher of
                   P * V * (e, + 4 where e < 4), and half a layer (its keys or values are copied to where room is)
 
-A method that leaves codes (`methods.quant`) has the bytes of its codes, scales and residual for N * c, and more in
+A method that leaves codes (`methods.coded`) has the bytes of its codes, scales and residual for N * c, and more in
 
     compress    H * N * D * (2 e + 13) (what one layer's codes are taken from, in float32)
     decode      P * H * N * D * (3 e + 1) (one layer decoded, and its codes as they are turned)
+
+With codes of single slots (`methods.slotwise`) these are 2 e + 20 and 2 e + 12, in float32 too. Of the tokens that come
+later, only as many as memory is added for at once are plain.
 
 KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the prompt itself
     per layer, unchunked    L - 1 layers of N slots, and one full
@@ -54,8 +57,9 @@ from harness.engine.layer_cache import room_step
 from harness.records.measured import ProbeSpec
 from harness.speed.dims import FLOAT32, Dims
 from methods.base import KVPolicy, Needs, Sizes
-from methods.codes import MinMax
-from methods.quant import Quant
+from methods.coded import CodedPolicy
+from methods.slotwise import SlotCoding
+from methods.stored import Coding
 from methods.views import POSITION_BYTES
 
 INDEX = 8
@@ -79,7 +83,7 @@ class ProbeShape:
     batch: int
     new_tokens: int
     chunk: int | None
-    coding: MinMax | None = None
+    coding: Coding | None = None
     cuda: bool = False
     one_buffer: bool = False
 
@@ -101,8 +105,8 @@ def predict(
     slots = tokens if budget is None else min(budget, tokens)
     sizes = Sizes(tokens, dims.seen, dims.heads, dims.kv_heads)
     alone = policy.per_layer(slots, sizes) is not None
-    coding = policy.coding if isinstance(policy, Quant) else None
-    if isinstance(policy, Quant) and budget is not None:
+    coding = policy.coding if isinstance(policy, CodedPolicy) else None
+    if isinstance(policy, CodedPolicy) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
     all_, one = budget is None and not coding, cuda and coding is None and not policy.evicts_while_decoding
     times = (spec.batch, spec.new_tokens, spec.chunk)
@@ -207,7 +211,8 @@ def score_bytes(dims: Dims, shape: ProbeShape) -> int:
     """Bytes of a layer's scores (weights of the window queries, ordering keys of every token) or of its codes."""
     if shape.keeps_all:
         return 0
-    coded = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + 13)
+    each = 2 * dims.number + (20 if isinstance(shape.coding, SlotCoding) else 13)
+    coded = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * each
     half = dims.number if dims.up else 0
     window = dims.heads * min(shape.needs.window, shape.tokens) * shape.tokens * (FLOAT32 + half)
     if shape.needs.stretch:  # a KV head at a time: products, those without what is not to be seen, weights
@@ -224,8 +229,16 @@ def logits(dims: Dims, shape: ProbeShape) -> int:
 
 def rows(dims: Dims, shape: ProbeShape) -> int:
     """Bytes of all layers of all prompts while decoding, with all the room that the tokens to come take."""
-    room = len(dims.windows) * (shape.new_tokens - 1) * dims.slot
+    new = shape.new_tokens - 1
+    room = dims.seen * later(dims, shape, new) + (len(dims.windows) - dims.seen) * new * dims.slot
     return shape.batch * (kept(dims, shape) + room)
+
+
+def later(dims: Dims, shape: ProbeShape, new: int) -> int:
+    """Bytes of the tokens that come later in a compressible layer."""
+    plain = new if shape.coding is None else min(new, room_step(slot_bytes(dims, shape) // dims.slot))
+    coded = 0 if shape.coding is None else shape.coding.nbytes(new - plain, dims.head_dim, dims.head_dim)
+    return plain * dims.slot + dims.kv_heads * (coded - (new - plain) * POSITION_BYTES * (coded > 0))
 
 
 def batching(dims: Dims, shape: ProbeShape) -> int:
@@ -247,7 +260,8 @@ def decoding(dims: Dims, shape: ProbeShape) -> int:
     """Most bytes that are held in a decode step."""
     step = dims.vocab * (dims.number + dims.up) + (4 * dims.hidden + 3 * dims.intermediate) * dims.number
     weights = dims.heads * (shape.slots + shape.new_tokens) * FLOAT32 * 2 if shape.needs.decode_attention else 0
-    each = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (3 * dims.number + 1)
+    turned = 12 if isinstance(shape.coding, SlotCoding) else dims.number + 1
+    each = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + turned)
     held = rows(dims, shape)
     growing = held // len(dims.windows) // 2
     if shape.one_buffer:
