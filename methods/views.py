@@ -17,6 +17,7 @@ from methods.budget import PolicyError
 from methods.device import Doubt, placed, settle
 from methods.repeat import Repeat, Repeated
 
+Rotate = Callable[[Tensor, int | Tensor], Tensor]
 POSITION_BYTES = 4  # of a slot: which token it holds, an int32
 
 
@@ -24,11 +25,13 @@ POSITION_BYTES = 4  # of a slot: which token it holds, an int32
 class Needs:
     """What a policy wants observed. The engine gathers the union over the policies of a run and nothing else.
 
-    window: queries of the last `window` prompt tokens, per layer.
+    window: queries of the last `window` prompt tokens, per layer. stretch: tokens that each attends to, a KV head
+    after the other, which decides the memory; 0 for the whole prompt, all heads at once.
     column_sums: attention that each token received from every later query, per layer, streamed over query blocks.
     logprobs: log-probabilities of the last `window` prompt tokens under the model.
     decode_attention: the attention of every decoded token, for policies that evict while decoding.
     hidden_states: what goes into each layer's attention, and the module it goes into.
+    module: that module alone, for its weights; nothing is held for it.
     repeat: passes over the prompt once it is there, each about as long as the prefill.
     """
 
@@ -37,6 +40,8 @@ class Needs:
     logprobs: bool = False
     decode_attention: bool = False
     hidden_states: bool = False
+    module: bool = False
+    stretch: int = 0
     repeat: frozenset[Repeat] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
@@ -161,8 +166,8 @@ class LayerView:
     queries: [B, H * G, W, D], RoPE applied, of the last W tokens (W as declared in `Needs`, at most T).
     form: of the layer's attention, whose window is None.
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
-    rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
-    source: None unless `Needs` declares hidden states.
+    rotate: turns keys [..., D] by a number of positions (RoPE), or each by its own [...].
+    source: None unless `Needs` declares hidden states. module: the layer's attention, None unless it declares that.
     doubts: where `refuse` notes what it doubts, for the prompt's end; None to settle it at once.
     repeated: what each pass of `Needs.repeat` showed (`methods.repeat.repeated`), or what it raised.
     """
@@ -172,9 +177,10 @@ class LayerView:
     queries: Tensor
     form: Form
     column_sums: Tensor | None = None
-    rotate: Callable[[Tensor, int], Tensor] | None = None
+    rotate: Rotate | None = None
     source: LayerSource | None = None
     doubts: list[Doubt] | None = field(default=None, repr=False)
+    module: torch.nn.Module | None = field(default=None, repr=False)
     repeated: Mapping[Repeat, Repeated | Exception] = field(default_factory=dict, repr=False)
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
@@ -279,7 +285,9 @@ class OthersView(LayerView):
             asked: own if isinstance(own, Exception) else replace(own, received=own.received[..., others])
             for asked, own in whole.repeated.items()
         }
-        return cls(whole.index, left, queries, whole.form, seen, rotate, repeated=again, whole=whole, others=others)
+        own = cls(whole.index, left, queries, whole.form, seen, rotate, repeated=again, whole=whole, others=others)
+        own.module = whole.module
+        return own
 
 
 @dataclass

@@ -132,7 +132,7 @@ class Engine:
         Raises HarnessError with the first refusal.
         """
         try:
-            view = prefill(self.model, list(ids[:8]), Needs(window=1)).view
+            view = prefill(self.model, list(ids[:8]), Needs(window=1, module=True)).view
         except PromptFailed:
             return  # each cell will say so, of each prompt
         for policy in policies:

@@ -27,7 +27,7 @@ from harness.errors import HarnessError
 from methods.base import KV, LayerView, Needs, PromptView
 from methods.device import Doubt, settle
 from methods.repeat import WHOLE, Repeat, Repeated
-from methods.views import POSITION_BYTES, Form, LayerSource
+from methods.views import POSITION_BYTES, Form, LayerSource, Rotate
 
 Act = Callable[[LayerView], KV]
 
@@ -48,8 +48,9 @@ class PrefillLayer(LayerCache):
     chunked: bool = False
     act: Act | None = None
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
-    rotate: Callable[[Tensor, int], Tensor] | None = None
+    rotate: Rotate | None = None
     sources: Sequence[LayerSource] = ()
+    module: torch.nn.Module | None = None
     doubts: list[Doubt] | None = None
     repeated: Mapping[Repeat, Repeated | Exception] = field(default_factory=dict)
     left: KV | None = field(default=None, init=False)  # by `act`
@@ -107,7 +108,7 @@ class PrefillLayer(LayerCache):
     def view(self) -> LayerView:
         """The layer as policies see it."""
         source = self.sources[self.index] if self.sources else None
-        observed = (self.form, self.sums, self.rotate, source, self.doubts, self.repeated)
+        observed = (self.form, self.sums, self.rotate, source, self.doubts, self.module, self.repeated)
         return LayerView(self.index, self.kv(), self.queries, *observed)
 
     @property
@@ -210,7 +211,15 @@ def prefill(
         doubts: list[Doubt] | None = [] if acts is not None else None
         shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources, "doubts": doubts}
         layers = [
-            PrefillLayer(needs, len(ids), index=i, chunked=chunk_of is not None, act=act_of.get(i), **shared)
+            PrefillLayer(
+                needs,
+                len(ids),
+                index=i,
+                chunked=chunk_of is not None,
+                act=act_of.get(i),
+                module=model.attention[i] if needs.module else None,
+                **shared,
+            )
             for i, chunk_of in enumerate(model.chunks)
         ]
         logits, logprobs, states = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)

@@ -33,8 +33,11 @@ LABELS = [
 READINGS = 2  # what layers doubt, and what they hold
 MORE = {
     "adakv": 1,  # the shares of heads, of all layers
+    "criticaladakv": 1,
     "dynamickv": 1,  # the shares of layers
     "expected_attention@paper": 1,
+    "kvcompose": 1,  # the shares of layers
+    "simlayerkv": 1,  # how lazy layers are
     "quant": 1,  # live slots, which tell what becomes codes
     "compilerkv": 1,  # tables lie on the host; so do those of `snapkv@compiled` and `headkv`
     "headkv": 1,
@@ -42,7 +45,7 @@ MORE = {
     "snapkv@compiled": 1,
     "compilerkv@published": 6,  # four of tables, the prompt's risk, the slots of all layers
 }
-A_LAYER = {"adakv": 1, "expected_attention@paper": 1, "quant": 1}
+A_LAYER = {"adakv": 1, "criticaladakv": 1, "expected_attention@paper": 1, "quant": 1}
 """Readings a layer where it is compressed on its own: the size of what is left depends on numbers."""
 UNLIKE = ("quant@snapkv-int4", "streamingllm@reassign", *A_LAYER)
 KINDS = [label for label in LABELS if "@" not in label or label in UNLIKE]
