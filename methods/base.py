@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,11 @@ class KVPolicy:
     @property
     def evicts_while_decoding(self) -> bool:
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
+        return False
+
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether it is a `Ranking`: its scores say which tokens of a layer are kept."""
         return False
 
     @property
@@ -107,6 +112,16 @@ class KVPolicy:
         return ()
 
 
+class Ranking(Protocol):
+    """What tells the worth of single tokens of a layer, and which are kept whatever it is."""
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        """Return how many of the first and of the last tokens are kept at this budget, as far as a head's slots go."""
+
+
 class LayerPolicy(KVPolicy, ABC):
     """Compresses every layer by itself, at a budget of its own."""
 
@@ -144,6 +159,13 @@ class EvictionPolicy(LayerPolicy):
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
         """Return the worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+
+    @property
+    def ranks_tokens(self) -> bool:
+        return True
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        return self.sinks, self.recent_slots(budget)
 
     def recent_slots(self, budget: int) -> int:
         """Return how many of the last tokens are kept at this budget, whatever their score."""

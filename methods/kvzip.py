@@ -65,13 +65,21 @@ class KVzip(KVPolicy):
         return Needs(repeat=frozenset({self.asked}))
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        layers, known = view.layers, repeated(view.layers[0], self.asked)
+        layers = view.layers
         scores = [layer.only_live(layer.memo(self.asked, self.score)) for layer in layers]
-        sinks = known.start if self.sinks is None else self.sinks
+        sinks, recent = self.ends(layers[0], budget)
         even = self.share == "head"
         shared: dict[str, Any] = {"safeguard": float(even), "floor": not even, "across": self.share == "model"}
-        slots = ragged_slots(scores, budget, sinks=sinks, recent=layers[0].seen - known.end, **shared)
+        slots = ragged_slots(scores, budget, sinks=sinks, recent=recent, **shared)
         return [layer.kv.take(own) for layer, own in zip(layers, slots, strict=True)]
+
+    @property
+    def ranks_tokens(self) -> bool:
+        return True
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        known = repeated(view, self.asked)
+        return known.start if self.sinks is None else self.sinks, view.seen - known.end
 
     def score(self, view: LayerView) -> Tensor:
         """Return the most attention that each token got: [B, H, T]; 0 for what was not repeated."""
