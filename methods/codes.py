@@ -176,6 +176,9 @@ class CodedKV(KV):
         coded, count = sum(codes.nbytes for _, codes in self.parts), sum(self.counts)
         return coded + count * POSITION_BYTES + (live - count) * self.slot_bytes
 
+    def reads(self, live: int) -> int:
+        return self.bytes_of(live) - live * POSITION_BYTES
+
 
 def encode(kv: KV, coding: Coding, live: Sequence[int] | None = None, refuse: Refuse | None = None) -> CodedKV:
     """Code a KV (B = 1) of any number of slots in each head. `kv` is left alone, and nothing of it is shared.

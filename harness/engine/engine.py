@@ -213,7 +213,7 @@ def _compress(run: CellRun, prefilled: Prefilled) -> None:
     run.compressed = left = compress(prefilled, cell.policy, budget)
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
     outcome.kv_bytes, outcome.stored_bytes, outcome.asked_bytes = left.kv_bytes, left.stored_bytes, left.asked_bytes
-    outcome.state_bytes = left.state_bytes
+    outcome.state_bytes, outcome.read_bytes = left.state_bytes, left.read_bytes
     outcome.over_budget = outcome.stored_bytes > OVER * outcome.asked_bytes
 
 

@@ -53,7 +53,7 @@ class Part(BaseModel):
 
 
 class KeptPrompt(Part):
-    """What was measured on a prompt, under the names that a record has. Older results lack stored bytes."""
+    """What was measured on a prompt, under the names that a record has. Older results lack some."""
 
     prompt_sha256: Hash
     compressed: StrictBool
@@ -67,6 +67,7 @@ class KeptPrompt(Part):
     kv_bytes_end: Count
     stored_bytes: Count = 0
     stored_bytes_end: Count = 0
+    read_bytes: Count | None = None
     asked_bytes: Count
     full_bytes: Count
     prefill_s: Seconds

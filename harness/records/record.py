@@ -70,6 +70,7 @@ class Record(Frozen):
     stored_bytes: Bytes = 0  # right after compression: all that is allocated for it; 0: not measured (old records)
     stored_bytes_end: Bytes = 0  # the same after the last decoded token, room for further ones included
     byte_steps: Bytes | None = None  # sum of what was stored at each token picked, end-of-text too; None: not measured
+    read_bytes: Bytes | None = None  # keys, values, codes, scales that a decoded token reads; None: old records
     asked_bytes: Bytes = 0  # what the budget allows: slots with positions; sliding windows, chunks, states as they are
     full_bytes: Bytes = 0  # the uncompressed cache of the same tokens, which needs no positions
     state_bytes: Bytes = (

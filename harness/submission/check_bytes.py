@@ -6,11 +6,12 @@ where p are the bytes of a position: 4, and 0 in old records, which know no stor
 uncompressed cell gives slot = (F - A + p S b/T) / (S (1 - b/T)) from each other cell, and the model has only one. What
 a cell holds is at least W + (slot + p) x kept slots; the rest is its method's side data. Slots held as codes of b bits
 take at least b over the bits of a plain number of a slot, and all slots of the prompt need no positions. What is stored
-is no less than what is live.
+is no less than what is live. A decoded token reads no more than what is live, and W + slot x kept slots or, of codes,
+their part of it; only a method that chooses what to read for each token may read less. Old records do not tell it.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import NamedTuple
 
 from harness.records.record import OVER, CellKey, Record
@@ -31,6 +32,7 @@ class _Asked(NamedTuple):
     kept: int
     least: float
     position: int
+    read: int | None
 
 
 class _Full(NamedTuple):
@@ -42,11 +44,14 @@ class _Full(NamedTuple):
 class Budgets:
     """Takes the `ok` records of a run one by one.
 
-    cells: those of the run. least: by method, the least part of a plain slot that one of its slots takes.
+    cells: those of the run. least: by method, the least part of a plain slot that one of its slots takes. choosing:
+    methods that read a part of what they keep.
     """
 
-    def __init__(self, cells: Mapping[CellKey, Budget | None], least: Mapping[str, float]) -> None:
-        self.cells, self.least = cells, least
+    def __init__(
+        self, cells: Mapping[CellKey, Budget | None], least: Mapping[str, float], choosing: Set[str] = frozenset()
+    ) -> None:
+        self.cells, self.least, self.choosing = cells, least, choosing
         self._asked: list[_Asked] = []
         self._full: dict[tuple[str, str], _Full] = {}
         self._same: dict[tuple[int, int, int], int] = {}
@@ -64,18 +69,21 @@ class Budgets:
             return
         yield from _own_problems(record)
         slots = sum(record.kept_slots)
+        read = None if record.method in self.choosing else record.read_bytes
         if resolved is None or resolved >= tokens:
             if record.asked_bytes != record.full_bytes:
                 yield f"{record.asked_bytes} bytes asked for, the whole cache has {record.full_bytes}"
             plain = ":" not in record.method  # another library's methods may drop channels
             if plain and record.kv_bytes < record.full_bytes * self.least.get(record.method, 1.0) * (1 - ROUNDING):
                 yield f"{record.kv_bytes} bytes hold all tokens, the whole cache has {record.full_bytes}"
+            if plain and read is not None and read < record.full_bytes * self.least.get(record.method, 1.0):
+                yield f"{read} bytes read of all tokens, the whole cache has {record.full_bytes}"
             if resolved is None and slots:
                 self._full[sample] = _Full(record.full_bytes, slots, len(set(record.kept_slots)) == 1)
         else:
             part, least = resolved / tokens, self.least.get(record.method, 1.0)
             position = POSITION_BYTES if record.stored_bytes else 0
-            own = _Asked(where, sample, part, record.asked_bytes, record.kv_bytes, slots, least, position)
+            own = _Asked(where, sample, part, record.asked_bytes, record.kv_bytes, slots, least, position, read)
             self._asked.append(own)
             same = self._same.setdefault((resolved, tokens, record.full_bytes), record.asked_bytes)
             if same != record.asked_bytes:
@@ -95,9 +103,11 @@ class Budgets:
                 yield f"{asked.where}: {asked.asked} bytes asked for make {found}"
                 continue
             position = asked.position if asked.kept < full.slots else 0
-            least = windows + (usual * asked.least + position) * asked.kept
-            if full.even and asked.held < least * (1 - ROUNDING):
+            least = windows + usual * asked.least * asked.kept
+            if full.even and asked.held < (least + position * asked.kept) * (1 - ROUNDING):
                 yield f"{asked.where}: {asked.kept} kept slots of {usual:.1f} bytes do not fit into {asked.held} bytes"
+            if full.even and asked.read is not None and asked.read < least * (1 - ROUNDING):
+                yield f"{asked.where}: {asked.kept} kept slots of {usual:.1f} bytes, and {asked.read} bytes are read"
 
 
 def _slot(asked: _Asked, full: _Full) -> float:
@@ -113,6 +123,8 @@ def _own_problems(record: Record) -> Iterator[str]:
         yield f"{held} bytes of {record.asked_bytes} asked for, and over_budget is {told}set"
     if record.stored_bytes and (held < record.kv_bytes or record.stored_bytes_end < record.kv_bytes_end):
         yield f"{held} bytes stored, {record.stored_bytes_end} at the end, less than live"
+    if record.read_bytes is not None and not 0 < record.read_bytes <= record.kv_bytes:
+        yield f"{record.read_bytes} bytes read for a token, of {record.kv_bytes} that are live"
     most = record.full_bytes * (2 if record.stored_bytes else 1)  # a slot is no smaller than its position
     if record.asked_bytes > most:
         yield f"{record.asked_bytes} bytes asked for, more than the {record.full_bytes} of the whole cache"

@@ -123,6 +123,13 @@ def cells_of(manifest: RunManifest) -> dict[CellKey, Budget | None]:
     }
 
 
+def choosing_of(manifest: RunManifest) -> frozenset[str]:
+    """Labels of the methods that choose for each decoded token what it reads of their cache."""
+    known = _registry()
+    named = ((method.label, known.get(method.name)) for method in manifest.spec.methods)
+    return frozenset(label for label, entry in named if entry is not None and entry.policy.reads_a_part)
+
+
 def least_of(manifest: RunManifest) -> dict[str, float]:
     """The least part of a plain slot that one of each method that holds codes takes."""
     plain = {"float32": 32}.get(manifest.spec.model.dtype, 16)

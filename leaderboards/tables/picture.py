@@ -1,5 +1,7 @@
 """One picture of a board: score and answer loss against measured cache bytes, a line per method, with intervals.
 
+Where it was measured, a panel more: score against the bytes that a decoded token reads.
+
 A hollow marker is a mean over other samples than those beside it; it is on no front.
 
 A table with measured cells has the Pareto fronts too, and a panel of score against TPOT.
@@ -22,6 +24,7 @@ from harness.records.run_folder import write_text
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
+from leaderboards.stats.reads import READ, is_read
 from leaderboards.stats.stored import percent_column, words
 from leaderboards.tables.board import heading
 from leaderboards.tables.sections import LACKS
@@ -50,6 +53,7 @@ class Panel(NamedTuple):
 SCORE = Panel("score_points", "score (0-100), higher is better")
 PANELS = (SCORE, Panel("nll_nats", "answer NLL (nats/token), lower is better"))
 TPOT = SCORE._replace(x="tpot_s_mean", xlabel="TPOT, ms (measured)", scale=1000, front="front_tpot", full_line=False)
+READING = SCORE._replace(x=READ, xlabel="bytes read per decoded token, % of the full cache (measured)")
 MEASURED_PANELS = (SCORE._replace(front="front_bytes"), *PANELS[1:], TPOT)
 
 
@@ -62,6 +66,7 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
         raise HarnessError("there is no table to draw; run a benchmark first")
     table = tables[0]
     panels = [_of_bytes(panel, table.rows) for panel in (MEASURED_PANELS if is_measured(table.rows) else PANELS)]
+    panels[2:2] = [READING] if is_read(table.rows) else []
     text = io.StringIO()
     with plain_text({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
