@@ -56,6 +56,11 @@ class Compressed:
         """Those of layers without keys and values."""
         return self.states[self.tokens].nbytes
 
+    def reads(self, told: Sequence[int | None]) -> int:
+        """Bytes that are read for a decoded token. told: of each layer what tokens read on average, where it varies."""
+        pairs = zip(told, self.known, strict=True)
+        return self.state_bytes + sum(own.read if mean is None else min(mean, own.nbytes) for mean, own in pairs)
+
     @property
     def kvs(self) -> list[KV]:
         """What each layer holds, in the form in which methods leave it."""

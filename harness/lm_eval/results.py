@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from harness.errors import HarnessError, shown
 from harness.records.plain_files import DEPTH, of_json, read_plain
 from harness.records.spec import MethodSpec, ModelSpec
-from methods.budget import Budget
+from methods.budget import READ, Budget
 
 MOST_BYTES = 1 << 30
 MOST_CHOICES = 10_000
@@ -33,7 +33,7 @@ def _finite(value: Any) -> Any:
 
 def _budget(text: str) -> str:
     if text != FULL:
-        Budget.parse(text)
+        Budget.parse(text.removeprefix(READ))
     return text
 
 

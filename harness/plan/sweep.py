@@ -22,6 +22,7 @@ from harness.plan.methods import PlannedMethod, plan_methods
 from harness.plan.names import check_sweep, refusals
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
+from methods.budget import READ
 from tasks.base import NothingFits, Sample, Task, TaskOptions
 from tasks.graded.settings import find_grades
 
@@ -140,11 +141,12 @@ def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[PlannedMeth
 
 
 def plan_cells(methods: Sequence[PlannedMethod], budgets: Iterable[Budget]) -> list[PlannedCell]:
-    """Every method at every budget; a method without a budget once. Raises HarnessError when that is no cell."""
+    """Every method at every budget, of tokens kept or read; one without a budget once. HarnessError for no cell."""
     named, cells = {str(budget): budget for budget in budgets}, []
     for spec, policy in methods:
         if spec.budgeted:
-            cells += [PlannedCell(spec.label, text, Cell(policy, budget)) for text, budget in named.items()]
+            of = READ if policy.reads_a_part else ""
+            cells += [PlannedCell(spec.label, of + text, Cell(policy, budget)) for text, budget in named.items()]
         else:
             cells.append(PlannedCell(spec.label, "full", Cell(policy, None)))
     if not cells:

@@ -7,7 +7,8 @@ uncompressed cell gives slot = (F - A + p S b/T) / (S (1 - b/T)) from each other
 a cell holds is at least W + (slot + p) x kept slots; the rest is its method's side data. Slots held as codes of b bits
 take at least b over the bits of a plain number of a slot, and all slots of the prompt need no positions. What is stored
 is no less than what is live. A decoded token reads no more than what is live, and W + slot x kept slots or, of codes,
-their part of it; only a method that chooses what to read for each token may read less. Old records do not tell it.
+their part of it; only a method that chooses what to read for each token may read less. Such a method holds everything,
+its budget is of tokens read, and it asks for the whole cache. Old records do not tell what is read.
 """
 
 from collections import Counter
@@ -67,10 +68,11 @@ class Budgets:
         if record.budget_tokens != resolved:
             yield f"budget {record.budget} of {tokens} tokens is {resolved} slots, not {record.budget_tokens}"
             return
-        yield from _own_problems(record)
+        choosing = record.method in self.choosing
+        yield from _own_problems(record, budgeted=not choosing)
         slots = sum(record.kept_slots)
-        read = None if record.method in self.choosing else record.read_bytes
-        if resolved is None or resolved >= tokens:
+        read = None if choosing else record.read_bytes
+        if resolved is None or resolved >= tokens or choosing:
             if record.asked_bytes != record.full_bytes:
                 yield f"{record.asked_bytes} bytes asked for, the whole cache has {record.full_bytes}"
             plain = ":" not in record.method  # another library's methods may drop channels
@@ -115,9 +117,10 @@ def _slot(asked: _Asked, full: _Full) -> float:
     return (full.held - asked.asked + positions) / (full.slots * (1 - asked.share))
 
 
-def _own_problems(record: Record) -> Iterator[str]:
+def _own_problems(record: Record, *, budgeted: bool) -> Iterator[str]:
+    """budgeted: whether its budget is of bytes that it holds."""
     held = record.stored_bytes or record.kv_bytes
-    over = held > OVER * record.asked_bytes
+    over = budgeted and held > OVER * record.asked_bytes
     if over != record.over_budget:
         told = "" if record.over_budget else "not "
         yield f"{held} bytes of {record.asked_bytes} asked for, and over_budget is {told}set"

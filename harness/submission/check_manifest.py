@@ -16,7 +16,7 @@ from harness.errors import shown
 from harness.records.record import CellKey, RunManifest
 from harness.records.spec import MethodSpec
 from harness.submission.archive import CELLS_AT_MOST, RECORDS_AT_MOST
-from methods.budget import Budget, PolicyError
+from methods.budget import READ, Budget, PolicyError
 from methods.label import MethodLabel
 from methods.registry import check_method, load_methods
 from tasks import load_tasks
@@ -116,8 +116,9 @@ def _cell_problems(manifest: RunManifest) -> Iterator[str]:
 def cells_of(manifest: RunManifest) -> dict[CellKey, Budget | None]:
     """Read the budget of every cell of the spec. Raises PolicyError for one that is none."""
     budgets: dict[str, Budget | None] = {str(budget): budget for budget in map(Budget.parse, manifest.spec.budgets)}
+    choosing = choosing_of(manifest)
     return {
-        (method.label, text): budget
+        (method.label, READ + text if budget and method.label in choosing else text): budget
         for method in manifest.spec.methods
         for text, budget in (budgets if method.budgeted else {"full": None}).items()
     }

@@ -17,7 +17,7 @@ import pandas as pd
 
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import FULL, is_of_reading
 from leaderboards.stats.processors import Elsewhere
 from leaderboards.stats.stored import percent_column
 from leaderboards.text import MIB, clean, half_width, interval, number
@@ -104,7 +104,7 @@ def tightest_and_widest(table: Table) -> list[str]:
 
     Differences to the uncompressed cache are the table's own paired ones, with their intervals.
     """
-    limited = table.rows[table.rows["budget"] != FULL]
+    limited = table.rows[[budget != FULL and not is_of_reading(budget) for budget in table.rows["budget"]]]
     kept = limited.groupby("budget", sort=False)[percent_column(limited)].mean().dropna()
     if not len(kept):
         return []
