@@ -10,8 +10,6 @@ from decimal import Decimal
 MOST_TOKENS = 1_000_000_000
 LEAST_FRACTION = 1e-9
 """Of any prompt that there is it keeps one slot, as every smaller one."""
-READ = "read "
-"""What stands before the budget of a method that keeps all tokens and reads a part of them for each decoded one."""
 TEXT_CHARS = 40
 BUDGET = re.compile(r"(-?\d+)|(\d+\.\d*|\.\d+)|(\d+\.?\d*|\.\d+)%", re.ASCII)
 """Tokens, a fraction, or a percentage."""

@@ -37,7 +37,7 @@ class Pages:
         whole = pad(keys, (0, 0, 0, missing))
         if missing:
             whole[..., keys.shape[-2] :, :] = keys[..., -1:, :]  # again: it changes no bound
-        paged = whole.unflatten(-2, (-1, self.size))
+        paged = whole.view(*whole.shape[:-2], -1, self.size, whole.shape[-1])
         return paged.amin(dim=-2), paged.amax(dim=-2)
 
     def chosen(self, queries: Tensor, low: Tensor, high: Tensor) -> Tensor:

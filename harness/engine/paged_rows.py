@@ -12,7 +12,7 @@ from harness.engine.kernels import slot_attention
 from harness.engine.layer_cache import DecodingLayer, room_step
 from harness.engine.packed import Held, storage_bytes
 from methods.base import KV
-from methods.pages import PagedKV
+from methods.pages import PagedKV, Pages
 from methods.views import Form
 
 
@@ -45,11 +45,15 @@ class _Row:
         keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
         if self.pages is None:
             return slot_attention(queries, keys, values, form, mask=None)
-        grouped, pages = queries.view(keys.shape[1], -1, queries.shape[3]), self.pages.of(self.used)
-        chosen = self.pages.chosen(grouped, self.low[0, :, :pages], self.high[0, :, :pages])  # [H, G, P]
-        mask = chosen.repeat_interleave(self.pages.size, dim=2)[..., : self.used]
+        mask = self.chosen(queries, self.pages)
         self.read, self.asked = self.read + mask.any(dim=1).sum(), self.asked + 1
         return slot_attention(queries, keys, values, form, mask=mask[None, :, :, None])
+
+    def chosen(self, queries: Tensor, pages: Pages) -> Tensor:
+        """Slots that queries [1, Hq, 1, D] read: [H, G, S] bool."""
+        there, grouped = pages.of(self.used), queries.view(self.keys.shape[1], -1, queries.shape[3])
+        found = pages.chosen(grouped, self.low[0, :, :there], self.high[0, :, :there])  # [H, G, P]
+        return found.repeat_interleave(pages.size, dim=2)[..., : self.used]
 
     def rewind(self, used: int) -> None:
         self.used = used
@@ -121,12 +125,12 @@ class PagedRows(DecodingLayer):
         self.rows = [_Row(kv, own, position, room) for kv, own in zip(rows, known, strict=True)]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        for row, k, v in zip(self.rows, keys.split(1), values.split(1), strict=True):
-            row.append(k, v)
+        for i, row in enumerate(self.rows):
+            row.append(keys[i : i + 1], values[i : i + 1])
         self.position += keys.shape[2]
 
     def attend(self, queries: Tensor, form: Form) -> Tensor:
-        return torch.cat([row.attend(own, form) for row, own in zip(self.rows, queries.split(1), strict=True)])
+        return torch.cat([row.attend(queries[i : i + 1], form) for i, row in enumerate(self.rows)])
 
     def mark(self) -> int:
         return self.position

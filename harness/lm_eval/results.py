@@ -10,8 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from harness.errors import HarnessError, shown
 from harness.records.plain_files import DEPTH, of_json, read_plain
+from harness.records.record import READ
 from harness.records.spec import MethodSpec, ModelSpec
-from methods.budget import READ, Budget
+from methods.budget import Budget
 
 MOST_BYTES = 1 << 30
 MOST_CHOICES = 10_000

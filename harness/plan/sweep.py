@@ -20,9 +20,9 @@ from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, tu
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
 from harness.plan.names import check_sweep, refusals
+from harness.records.record import READ
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
-from methods.budget import READ
 from tasks.base import NothingFits, Sample, Task, TaskOptions
 from tasks.graded.settings import find_grades
 

@@ -19,10 +19,9 @@ import torch
 
 from harness.errors import HarnessError
 from harness.plan.sweep import Group, PlannedSample
-from harness.records.record import Record, by_turns
+from harness.records.record import READ, Record, by_turns
 from harness.records.spec import ModelSpec, Sweep
 from harness.speed.target import Restarting, probe_spec
-from methods.budget import READ
 
 TIMEOUT_S = 1800.0  # a probe that takes longer has hung
 ERROR_CHARS = 200  # characters of a probe's error in a note

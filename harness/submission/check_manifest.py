@@ -13,10 +13,10 @@ from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
 from harness.errors import shown
-from harness.records.record import CellKey, RunManifest
+from harness.records.record import READ, CellKey, RunManifest
 from harness.records.spec import MethodSpec
 from harness.submission.archive import CELLS_AT_MOST, RECORDS_AT_MOST
-from methods.budget import READ, Budget, PolicyError
+from methods.budget import Budget, PolicyError
 from methods.label import MethodLabel
 from methods.registry import check_method, load_methods
 from tasks import load_tasks

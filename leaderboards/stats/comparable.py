@@ -23,10 +23,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import Key, Record, RunManifest
+from harness.records.record import READ, Key, Record, RunManifest
 from harness.records.spec import TaskSpec
 from leaderboards.stats.machines import listed, processor
-from methods.budget import READ
 
 AnyRecord = TypeVar("AnyRecord", Record, BoardRecord)
 STATUSES = ("ok", "skipped", "failed", "oom")
