@@ -16,6 +16,7 @@ from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
 from methods.label import MethodLabel
 from methods.registry import METHODS, make_policy
+from methods.stored import CodedKV
 from methods.views import POSITION_BYTES, Form
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
@@ -135,13 +136,13 @@ def positions_ascend(label: str) -> Iterator[str]:
 
 @clause
 def values_are_the_prompts(label: str) -> Iterator[str]:
-    """A slot loads the value of the token that it names."""
+    """A slot that is no code loads the value of the token that it names."""
     yield from _differing(label, 1, "value")
 
 
 @clause
 def keys_are_the_prompts(label: str) -> Iterator[str]:
-    """A slot loads the key of the token that it names."""
+    """A slot that is no code loads the key of the token that it names."""
     yield from _differing(label, 0, "key")
 
 
@@ -272,9 +273,17 @@ def _differing(label: str, part: int, what: str) -> Iterator[str]:
         for layer, kv in zip(view.layers, kvs, strict=True):
             own, prompt = kv.load()[part], layer.kv.load()[part]  # [1, H, S, D] and [1, H, T, D]
             source = prompt.gather(2, kv.positions.clamp(min=0).long().unsqueeze(-1).expand(own.shape))
-            wrong = sorted(set(kv.positions[(own != source).any(dim=-1) & (kv.positions >= 0)].tolist()))
+            wrong = sorted(set(kv.positions[(own != source).any(dim=-1) & _plain(kv)].tolist()))
             if wrong:
                 yield f"positions whose {what} differs: {wrong} {where}"
+
+
+def _plain(kv: KV) -> Tensor:
+    """Slots that hold a token as it is: [1, H, S] bool. Codes, which come first in a head, stand for it as they can."""
+    there = kv.positions >= 0
+    if not isinstance(kv, CodedKV):
+        return there
+    return there & (torch.arange(there.shape[2]) >= torch.tensor(kv.counts).unsqueeze(1))
 
 
 def _tensors(kv: KV) -> list[Tensor]:

@@ -25,7 +25,6 @@ LABELS = [
 BY_DESIGN = {
     "compilerkv": ("a_whole_prompt_is_kept",),  # a gate drops tokens at any budget
     "h2o@paper": ("a_whole_prompt_is_kept",),  # its sums cost slots
-    "quant": ("values_are_the_prompts", "keys_are_the_prompts"),
     "streamingllm@paper": ("keys_are_the_prompts",),
     "streamingllm@reassign": ("keys_are_the_prompts",),
 }
