@@ -18,7 +18,7 @@ from functools import cache, partial
 from math import gcd
 from typing import Any, Literal
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
+from methods.base import KV, Kind, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
 from methods.budget import quoted
 from methods.codes import HALF_BYTES, MinMax
 from methods.device import read
@@ -63,8 +63,8 @@ class Quant(KVPolicy):
         return self.inner or FullKV()
 
     @property
-    def budgeted(self) -> bool:
-        return self.chooser.budgeted  # alone it keeps all tokens
+    def kind(self) -> Kind:
+        return self.chooser.kind  # alone it keeps all tokens
 
     @property
     def needs(self) -> Needs:
@@ -148,7 +148,7 @@ def _chooser(label: str) -> KVPolicy:
     policy = make_policy(label)
     if isinstance(policy, Quant):
         raise PolicyError(f"quant.over={quoted(label)} makes codes itself; name a method that evicts")
-    if not policy.budgeted:
+    if policy.kind == "whole":
         raise PolicyError(f"quant.over={quoted(label)} evicts nothing; leave `over` out to code the whole cache")
     if policy.evicts_while_decoding:
         raise PolicyError(

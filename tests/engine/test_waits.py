@@ -34,6 +34,7 @@ MORE = {
     "adakv": 1,  # the shares of heads, of all layers
     "dynamickv": 1,  # the shares of layers
     "expected_attention@paper": 1,
+    "gvote": 1,  # the slots of the head that keeps most, of all layers
     "quant": 1,  # live slots, which tell what becomes codes
     "compilerkv": 1,  # tables lie on the host; so do those of `snapkv@compiled` and `headkv`
     "headkv": 1,
