@@ -43,12 +43,15 @@ Written by `make docs` from the files of `methods/`; change those. A result name
 
 LABEL = re.compile(r"(?:^|(?<=\s))(Source|(?:Deliberate d|D)ifferences?):\s")
 CODE = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+) at (\w+)")
-OBSERVED: dict[str, Callable[[int], str]] = {
+OBSERVED: dict[str, Callable[[Any], str]] = {
     "window": lambda own: "the last query" if own == 1 else f"the last {own} queries",
     "column_sums": lambda _: "the attention of the whole prompt",
     "logprobs": lambda _: "log-probabilities of those tokens",
     "decode_attention": lambda _: "the attention while decoding",
     "hidden_states": lambda _: "hidden states",
+    "module": lambda _: "the weights of attention",
+    "stretch": lambda own: f"{own} tokens at a time",
+    "repeat": lambda own: "a second pass over the prompt" if len(own) == 1 else f"{len(own)} passes over the prompt",
 }
 """Words for each field of `Needs`, from its value."""
 

@@ -65,6 +65,11 @@ class KVPolicy:
     """Whether a decoded token reads only those slots of the cache that are chosen for it."""
 
     @property
+    def turns_keys(self) -> bool:
+        """Whether keys that it keeps are moved to other positions than their tokens'; others' cannot join them then."""
+        return False
+
+    @property
     def memory(self) -> Literal["physical", "simulated"]:
         """simulated: dropped tokens are only hidden from attention and their bytes stay."""
         return "physical"

@@ -133,7 +133,6 @@ class _Mark(NamedTuple):
     position: int
     coding: list[_Group | None]
     less: list[int]
-    stored: list[int]
 
 
 class GrowingRows(DecodingLayer):
@@ -199,13 +198,13 @@ class GrowingRows(DecodingLayer):
 
     def mark(self) -> _Mark:
         held = [replace(group) if group.coding else None for group in self.groups]
-        return _Mark(self.position, held, [*self._less], [*self._stored])
+        return _Mark(self.position, held, [*self._less])
 
     def rewind(self, mark: _Mark) -> None:
         self.position, self._less = mark.position, mark.less
         if any(mark.coding):
             self.groups = [own or group for own, group in zip(mark.coding, self.groups, strict=True)]
-            self._stored = mark.stored
+            self._stored = [self.stored_bytes(row) for row in range(len(self._stored))]
         for group in self.groups:
             room = self._room(group.step)
             if group.room > room:

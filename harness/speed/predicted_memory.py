@@ -15,6 +15,7 @@ head costs c = 2 * D * e bytes, and 4 for its position once a policy has taken s
                               (H * S + H * Q * (1, + 2 where e < 4)) * (D + 8) * e (the kernel, which packs them)
                   mlp       Q * E * 4 e + 3 * Q * I * e
     compress    KV(now) + one layer's N slots + window weights Hq * W * T * (4, + e where e < 4) + 4 * H * T * 8
+                (of queries by stretches of C tokens, a KV head at a time, Hq / H * T * (3 * C + D) * 4 for the second)
     logits      V * (e, + 4 where e < 4), W + 1 times with 4 more where log-probabilities are wanted
     batch       KV of all prompts, and one layer of them again with room for R
     decode      KV of all prompts with room for R, P * V * 4 (first logits), and the higher of
@@ -209,6 +210,9 @@ def score_bytes(dims: Dims, shape: ProbeShape) -> int:
     coded = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + 13)
     half = dims.number if dims.up else 0
     window = dims.heads * min(shape.needs.window, shape.tokens) * shape.tokens * (FLOAT32 + half)
+    if shape.needs.stretch:  # a KV head at a time: products, those without what is not to be seen, weights
+        group = dims.heads // dims.kv_heads
+        window = group * shape.tokens * (3 * min(shape.needs.stretch, shape.tokens) + dims.head_dim) * FLOAT32
     return max(window, 4 * dims.kv_heads * shape.tokens * INDEX, coded)
 
 

@@ -14,6 +14,7 @@ from harness.compiler.tune import parameter_space
 from harness.contract import check_method, make_view
 from methods.base import Budget, KVPolicy, Needs, PolicyError, best, spread
 from methods.registry import METHODS, load_methods, make_policy, method
+from methods.window import PooledPolicy
 from tests.methods.loops import GOLDEN
 
 LABELS = [
@@ -24,7 +25,9 @@ LABELS = [
 ]
 BY_DESIGN = {
     "compilerkv": ("a_whole_prompt_is_kept",),  # a gate drops tokens at any budget
+    "finch": ("keys_are_the_prompts",),
     "h2o@paper": ("a_whole_prompt_is_kept",),  # its sums cost slots
+    "rkv": ("a_whole_prompt_is_kept",),  # so do its scores
     "streamingllm@paper": ("keys_are_the_prompts",),
     "streamingllm@reassign": ("keys_are_the_prompts",),
 }
@@ -130,14 +133,22 @@ def test_overrides_come_on_top_of_a_preset() -> None:
     assert make_policy("snapkv@kvcf", {"kernel": 5}) == make_policy("snapkv", {"recent": 8, "kernel": 5, "pool": "max"})
 
 
-TUNED = ("snapkv", "pyramidkv", "headkv", "h2o", "chunkkv", "adakv", "expected_attention", "tova", "keydiff")
+TUNABLE = [name for name, entry in load_methods().items() if entry.tunable]
+NOT_CHOSEN = {"leverage": ["seed"], "cur": ["seed"], "finch": ["rerotate"], "rkv": ["buffer", "evict"]}
+"""Parameters that presets may differ in and no choice is among: chance, and what no prompt's cache shows."""
 
 
-@pytest.mark.parametrize("name", TUNED)
+def test_every_method_with_something_to_choose_can_be_tuned() -> None:
+    untuned = {"compilerkv", "fullkv", "knorm", "protect", "quant", "random", "snapkv_shared", "streamingllm"}
+    assert {*TUNABLE} == {label.partition("@")[0] for label in LABELS} - untuned - {"dynamickv", "kvcompose"}
+
+
+@pytest.mark.parametrize("name", TUNABLE)
 def test_a_method_can_be_tuned_from_its_own_values_on(name: str) -> None:
     entry = METHODS[name]
     choices = {parameter: tuple(values) for parameter, values in entry.choices.items()}
-    assert {"kernel", "pool", "forward"} < choices.keys() <= set(entry.parameters) and "evict" not in choices
+    pools = {"kernel", "pool", "forward"} if issubclass(entry.policy, PooledPolicy) else set()
+    assert pools < choices.keys() <= {*entry.parameters} - {*NOT_CHOSEN.get(name, ())} and "evict" not in choices
     assert len(parameter_space(entry)) >= TRIALS
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets)):
         policy = make_policy(label)

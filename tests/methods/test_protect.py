@@ -13,7 +13,10 @@ from methods.tuned.artefact import load_tuning, packaged
 
 TOKENS, MARKED = 90, (0, 1, 30, 31, 32, 33, 34, 60)
 BUDGETS = (9, 12, 24, 40)
-REFUSED = {"fullkv": "evicts nothing", "quant": "evicts nothing", "protect": "protects already"}
+REFUSED = {
+    **{"fullkv": "evicts nothing", "quant": "evicts nothing"},
+    **{"protect": "protects already", "rkv": "evicts while decoding", "finch": "moves the keys"},
+}
 AROUND = sorted({*load_methods()} - {*REFUSED})
 
 
@@ -76,7 +79,9 @@ def test_presets_go_around_every_method_that_can_be() -> None:
     assert all(name == preset["over"] for name, preset in PRESETS.items())
 
 
-@pytest.mark.parametrize(("over", "why"), [*REFUSED.items(), ("h2o@paper", "evicts while decoding")])
+@pytest.mark.parametrize(
+    ("over", "why"), [*REFUSED.items(), ("h2o@paper", "evicts while decoding"), ("streamingllm@reassign", "moves")]
+)
 def test_what_cannot_be_protected_is_refused(over: str, why: str) -> None:
     with pytest.raises(PolicyError, match=rf"protect.over='{over}' .*{why}"):
         make_policy("protect", {"over": over})
