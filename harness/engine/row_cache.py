@@ -74,11 +74,8 @@ class _Group:
 
         start, grown: as in `tokens`. Return how many slots of each stream have become codes.
         """
-        used = self.plain + grown
-        if self.coding is None or used + new < self.coding.residual + self.coding.step:
-            return 0
-        count = min(used, (used + new - self.coding.residual) // self.coding.step * self.coding.step)
-        if count <= 0:
+        count = 0 if self.coding is None else self.coding.due(self.plain + grown, new)
+        if self.coding is None or not count:
             return 0
         first = self.coded
         positions = self.tokens(start, grown)[:, 0, first : first + count]
