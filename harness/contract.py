@@ -20,7 +20,7 @@ from methods.repeat import Repeated
 from methods.stored import CodedKV
 from methods.views import POSITION_BYTES, Form
 
-LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
+LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 32  # a block of every code
 PLAIN = 2 * DIM * 4 + POSITION_BYTES  # bytes of a slot
 LENGTHS = (2, 17, 50, 90)
 BUDGETS = (1, 2, 3, 5, 9, 20, 33, 64)

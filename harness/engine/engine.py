@@ -225,7 +225,8 @@ def _compress(run: CellRun, prefilled: Prefilled, runs: Mapping[Cell, CellRun]) 
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
     outcome.kv_bytes, outcome.stored_bytes = left.kv_bytes, left.stored_bytes
     outcome.asked_bytes = _asked_bytes(cell.policy, left)
-    outcome.state_bytes, outcome.read_bytes = left.state_bytes, left.read_bytes
+    outcome.state_bytes, outcome.method_bytes = left.state_bytes, cell.policy.method_bytes
+    outcome.read_bytes = left.read_bytes
     outcome.over_budget = not cell.policy.reads_a_part and outcome.stored_bytes > OVER * outcome.asked_bytes
 
 

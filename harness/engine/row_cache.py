@@ -74,15 +74,13 @@ class _Group:
 
         start, grown: as in `tokens`. Return how many slots of each stream have become codes.
         """
-        used = self.plain + grown
-        if self.coding is None or used + new < self.coding.residual + self.coding.step:
-            return 0
-        count = min(used, (used + new - self.coding.residual) // self.coding.step * self.coding.step)
-        if count <= 0:
+        count = 0 if self.coding is None else self.coding.due(self.plain + grown, new)
+        if self.coding is None or not count:
             return 0
         first = self.coded
         positions = self.tokens(start, grown)[:, 0, first : first + count]
-        found = self.coding.encode(self.keys[:, 0, :count], self.values[:, 0, :count], positions)
+        encode = self.codes[-1].later if self.codes else self.coding.encode
+        found = encode(self.keys[:, 0, :count], self.values[:, 0, :count], positions)
         joined = self.codes[-1].then(found) if self.codes else None
         self.codes = (*self.codes, found) if joined is None else (*self.codes[:-1], joined)
         self.keys, self.values = (x[:, :, count:].clone() for x in (self.keys, self.values))

@@ -13,6 +13,7 @@ from harness.compiler.asked import TRIALS
 from harness.compiler.tune import parameter_space
 from harness.contract import check_method, make_view
 from methods.base import Budget, KVPolicy, Needs, PolicyError, best, spread
+from methods.coded import CodedPolicy
 from methods.registry import METHODS, load_methods, make_policy, method
 from methods.window import PooledPolicy
 from tests.methods.loops import GOLDEN
@@ -36,8 +37,9 @@ BY_DESIGN = {
 @pytest.mark.parametrize("label", LABELS)
 def test_the_contract(label: str) -> None:
     name = label.partition("@")[0]
-    check_method(label, without=BY_DESIGN.get(label, BY_DESIGN.get(name, ())))
     entry = METHODS[name]
+    coded = ("values_are_the_prompts", "keys_are_the_prompts") if issubclass(entry.policy, CodedPolicy) else ()
+    check_method(label, without=BY_DESIGN.get(label, BY_DESIGN.get(name, coded)))
     assert entry.paper.startswith("https://arxiv.org/abs/") or entry.paper == "control, no paper"
     assert name in {entry.policy.__module__.split(".")[i] for i in (1, -1)}
 
@@ -140,7 +142,7 @@ NOT_CHOSEN = {"leverage": ["seed"], "cur": ["seed"], "finch": ["rerotate"], "rkv
 
 def test_every_method_with_something_to_choose_can_be_tuned() -> None:
     untuned = {"compilerkv", "fullkv", "knorm", "protect", "quant", "random", "snapkv_shared", "streamingllm"}
-    assert {*TUNABLE} == {label.partition("@")[0] for label in LABELS} - untuned - {"dynamickv", "kvcompose"}
+    assert {*TUNABLE} == {label.partition("@")[0] for label in LABELS} - untuned - {"dynamickv", "kvzip"}
 
 
 @pytest.mark.parametrize("name", TUNABLE)
