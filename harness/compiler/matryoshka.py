@@ -23,13 +23,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from harness.compiler.projected import LEVELS, Bases, Projected, losses
+from harness.compiler.projected import LEVELS, SEEN, Bases, Projected, losses
+from harness.compiler.ranks import ladder, levels_at
 from harness.compiler.rollouts import Rollout
-from harness.compiler.stage import ROWS, Workbench
+from harness.compiler.stage import Workbench
 from harness.errors import HarnessError
-from methods.base import Needs
 
-SEEN = Needs(window=1)
 MOMENTS = ("key_mean", "value_mean", "key_covariance", "value_covariance")
 STEPS = 120
 RATE = 2e-3
@@ -39,9 +38,6 @@ CLIP = 1.0
 KL, CE = 0.25, 0.75
 WINDOW = 128
 """Tokens of a step, at most half of what it is cut from: those before them are the prompt."""
-FALLING = 0.75
-LADDER_TOKENS, LADDER_PROMPTS = 4, 5
-"""Answer tokens and prompts, a family each, that the order of falls is found on."""
 SHARES = (0.25, 0.5, 0.75)
 """Mean ranks that are reported, of D*."""
 
@@ -227,44 +223,6 @@ def piece(bench: Workbench, prompts: Sequence[int], step: int) -> Rollout:
     end = len(ids) if step % 2 else Random(f"{bench.spec.seed}/{step}/end").randint(min(64, len(ids)), len(ids))
     window = min(WINDOW, end // 2)
     return Rollout(bench.engine, ids[: end - window], ids[end - window : end], SEEN)
-
-
-def ladder(bench: Workbench, bases: Bases) -> Tensor:
-    """The order in which ranks fall, each by an eighth at a time down to one: [(LEVELS - 1) * items] int64.
-
-    An item is a place in levels [2, L, H], flat. Every round measures how much each fall alone would change the last
-    hidden states from what they are now, and lets those fall that change them least.
-    """
-    own = [bench.prompts[at] for at in bench.training[:LADDER_PROMPTS]]
-    seen = [Projected(Rollout(bench.engine, one.ids, one.answer[:LADDER_TOKENS], SEEN), bases) for one in own]
-    levels, order = bases.full(), list[int]()
-    with bench.bar("ranks", (LEVELS - 1) * bases.items, 0) as bar:
-        while len(order) < bar.total:
-            able = (levels.flatten() > 1).nonzero().flatten()
-            errors = sum(_changes(one, levels, able) for one in seen)
-            fall = able[torch.as_tensor(errors).argsort()[: math.ceil(FALLING * bases.items)]]
-            levels.view(-1)[fall] -= 1
-            order += fall.tolist()
-            bar.update(len(fall))
-    return torch.tensor(order)
-
-
-def _changes(seen: Projected, levels: Tensor, able: Tensor) -> Tensor:
-    """How much a fall of each of `able` changes the hidden states: squared, relative to what they are. [n] float32."""
-    now, found = seen.hidden(levels.unsqueeze(0)), list[Tensor]()
-    for start in range(0, len(able), ROWS):
-        items = able[start : start + ROWS]
-        rows = levels.repeat(len(items), 1, 1, 1)
-        rows.view(len(items), -1).scatter_add_(1, items.unsqueeze(1), torch.full_like(items, -1).unsqueeze(1))
-        found.append((seen.hidden(rows) - now).square().sum(dim=(1, 2)))
-    return torch.cat(found) / now.square().sum()
-
-
-def levels_at(bases: Bases, order: Tensor, share: float) -> Tensor:
-    """Levels [2, L, H] after the fewest falls that bring the mean rank down to a share of D*."""
-    falls = math.ceil((1 - share) * LEVELS * bases.items)
-    own = bases.full()
-    return own - torch.bincount(order[:falls], minlength=bases.items).view(own.shape).to(own.device)
 
 
 def held_out(bench: Workbench, bases: Bases, order: Tensor) -> dict[str, Any]:

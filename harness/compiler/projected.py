@@ -14,9 +14,10 @@ from torch import Tensor
 
 from harness.compiler.rollouts import BiasedLayer, Rollout
 from harness.engine.layer_cache import LayerCache
-from methods.base import KV
+from methods.base import KV, Needs
 from methods.views import Form
 
+SEEN = Needs(window=1)
 LEVELS = 8
 """Ranks that a head's keys (values) may have: so many eighths of D*, one at least. Of 128 numbers the authors' 16."""
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from harness.compiler import matryoshka
 from harness.compiler.asked import CompileSpec
-from harness.compiler.matryoshka import Training, compile_constants, levels_at, moments
-from harness.compiler.projected import LEVELS, Bases, Projected, losses
+from harness.compiler.matryoshka import Training, compile_constants, moments
+from harness.compiler.projected import LEVELS, SEEN, Bases, Projected, losses
+from harness.compiler.ranks import LADDER_TOKENS, levels_at
 from harness.compiler.rollouts import Rollout
 from harness.compiler.stage import Workbench
 
@@ -38,7 +39,7 @@ def bases(tensors: dict[str, Tensor], kind: str) -> Bases:
 
 def test_kept_energy_is_the_sum_of_the_highest_eigenvalues(bench: Workbench, compiled: Any) -> None:
     tensors, _ = compiled
-    views = [bench.engine.prefill(bench.prompts[at].ids, matryoshka.SEEN).view for at in bench.training]
+    views = [bench.engine.prefill(bench.prompts[at].ids, SEEN).view for at in bench.training]
     for layer in range(4):
         x = (
             torch.cat([view.layers[layer].kv.keys[0] for view in views], dim=1)
@@ -93,7 +94,7 @@ def test_the_first_rank_to_fall_is_the_one_whose_fall_changes_least(bench: Workb
     prompts = [bench.prompts[at] for at in bench.training[:5]]
     changes = torch.zeros(16)
     for one in prompts:
-        seen = Projected(Rollout(bench.engine, one.ids, one.answer[: matryoshka.LADDER_TOKENS], matryoshka.SEEN), own)
+        seen = Projected(Rollout(bench.engine, one.ids, one.answer[:LADDER_TOKENS], SEEN), own)
         full = seen.hidden(own.full()[None])
         for item in range(16):
             levels = own.full()
