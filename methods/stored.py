@@ -22,7 +22,7 @@ UNSOUND = "keys or values are NaN, infinite or too large for what codes are scal
 Refuse = Callable[[Tensor, Callable[[int], str]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coding(ABC):
     """How slots become codes. Streams of equal codings, so of one hash, are decoded together.
 
