@@ -30,8 +30,8 @@ from harness.compiler.stage import Workbench
 from harness.errors import HarnessError
 
 MOMENTS = ("key_mean", "value_mean", "key_covariance", "value_covariance")
-STEPS = 120
-RATE = 2e-3
+STEPS = 60
+RATE = 3e-3
 WARM_UP = 0.05
 """Share of the steps that the rate rises in; then it falls as a cosine."""
 CLIP = 1.0

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from harness.compiler.projected import LEVELS, SEEN, Bases, Projected
 from harness.compiler.rollouts import Rollout
-from harness.compiler.stage import ROWS, Workbench
+from harness.compiler.stage import Workbench
 
 FALLING = 0.75
-LADDER_TOKENS, LADDER_PROMPTS = 4, 5
+AT_ONCE = 192
+"""Falls that are tried in one forward."""
+LADDER_TOKENS, LADDER_PROMPTS = 2, 5
 """Answer tokens and prompts, a family each, that the order of falls is found on."""
 
 
@@ -41,8 +43,8 @@ def ladder(bench: Workbench, bases: Bases) -> Tensor:
 def _changes(seen: Projected, levels: Tensor, able: Tensor) -> Tensor:
     """How much a fall of each of `able` changes the hidden states: squared, relative to what they are. [n] float32."""
     now, found = seen.hidden(levels.unsqueeze(0)), list[Tensor]()
-    for start in range(0, len(able), ROWS):
-        items = able[start : start + ROWS]
+    for start in range(0, len(able), AT_ONCE):
+        items = able[start : start + AT_ONCE]
         rows = levels.repeat(len(items), 1, 1, 1)
         rows.view(len(items), -1).scatter_add_(1, items.unsqueeze(1), torch.full_like(items, -1).unsqueeze(1))
         found.append((seen.hidden(rows) - now).square().sum(dim=(1, 2)))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from harness.compiler import matryoshka
@@ -14,6 +15,8 @@ from harness.compiler.projected import LEVELS, SEEN, Bases, Projected, losses
 from harness.compiler.ranks import LADDER_TOKENS, levels_at
 from harness.compiler.rollouts import Rollout
 from harness.compiler.stage import Workbench
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
 
 STEPS = 30
 
@@ -63,6 +66,24 @@ def test_at_full_rank_any_basis_gives_the_full_caches_answer(bench: Workbench, c
     for kind in ("pca", "trained"):
         own = bases(compiled[0], kind)
         assert losses(rollout, own, [own.full()])[0].item() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Gemma2"])
+def test_full_rank_is_exact_on_other_models_too(kind: str) -> None:
+    """Sliding windows, biases of keys and a soft cap, which what the mean adds to a logit goes through."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    window = 16 if kind == "Gemma2" else None
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, sliding_window=window, pad_token_id=0)
+    engine = Engine(AttachedModel(getattr(transformers, f"{kind}ForCausalLM")(config).eval()))
+    ids = torch.randint(1, 96, (40,)).tolist()
+    rollout = Rollout(engine, ids[:30], ids[30:], SEEN)
+    shape = len(rollout.compressible), 2, 16
+    columns = [torch.linalg.qr(torch.randn(*shape, 16)).Q for _ in range(2)]
+    own = Bases(*columns, torch.randn(shape) * 2, torch.randn(shape))
+    full, half = own.full(), own.full() // 2
+    found = losses(rollout, own, [full, half])[0].tolist()
+    assert found[0] == pytest.approx(0, abs=1e-4) and found[1] > 0.01
 
 
 def test_training_lowers_the_loss_at_half_the_rank_on_other_prompts(bench: Workbench, compiled: Any) -> None:
