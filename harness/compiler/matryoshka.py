@@ -45,7 +45,8 @@ SHARES = (0.25, 0.5, 0.75)
 def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the constants and what is known of them. steps: of the training, 0 for PCA alone.
 
-    Every stage is stored in the bench's folder once it is done. Raises HarnessError for heads that have no eighths.
+    Every stage is stored in the bench's folder once it is done. Raises HarnessError for heads without eighths, and for
+    layers of several shapes.
     """
     found = stage(bench, "moments", lambda: dict(zip(MOMENTS, moments(bench, bench.training), strict=True)))
     energies, columns = zip(*(decomposed(found[name]) for name in MOMENTS[2:]), strict=True)
@@ -103,6 +104,8 @@ def moments(bench: Workbench, prompts: Sequence[int]) -> list[Tensor]:
         for at in prompts:
             view = bench.engine.prefill(bench.prompts[at].ids, SEEN).view
             own = [[kv.keys[0].double(), kv.values[0].double()] for kv in (layer.kv for layer in view.layers)]
+            if len({(keys.shape, values.shape) for keys, values in own}) > 1:
+                raise HarnessError("matryoshkakv needs layers of one shape; this model's have several")
             for kind in (0, 1):
                 x = torch.stack([layer[kind] for layer in own])  # [L, H, T, D*]
                 added = x.sum(dim=2), x.transpose(2, 3) @ x

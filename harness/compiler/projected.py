@@ -74,17 +74,24 @@ class ProjectedLayer(LayerCache):
         folded = queries.float().reshape(rows, heads, -1, dim)  # [R, H, G * A, D]
         group = folded.shape[2] // count
         latent = folded @ self.columns[0] * self.masks[0]
-        constant = folded @ self.means[0].transpose(1, 2)  # [R, H, G * A, 1]: of no account but under a soft cap
-        both = ((latent @ keys.transpose(2, 3) + constant) * form.scaling for keys in (self.past[0], self.own[0]))
-        past, own = map(form.capped, both)
+        constant = folded @ self.means[0].mT  # [R, H, G * A, 1]: of no account but under a soft cap
+        both = (_shared(latent, self.past[0].mT), latent @ self.own[0].mT)
+        past, own = (form.capped((products + constant) * form.scaling) for products in both)
         ahead = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu(1)
         own = own.masked_fill(ahead.repeat(group, 1), float("-inf"))
         logits = torch.cat([past, own], dim=-1).view(rows, heads, group, count, -1)
         weights = form.softmax(logits).view(rows, heads, group * count, -1)
         slots = past.shape[-1]
-        out = weights[..., :slots] @ self.past[1] + weights[..., slots:] @ self.own[1]
-        out = out * self.masks[1] @ self.columns[1].transpose(1, 2) + self.means[1] * weights.sum(dim=-1, keepdim=True)
+        out = _shared(weights[..., :slots], self.past[1]) + weights[..., slots:] @ self.own[1]
+        out = out * self.masks[1] @ self.columns[1].mT + self.means[1] * weights.sum(dim=-1, keepdim=True)
         return out.to(queries.dtype).reshape(rows, -1, count, out.shape[-1])
+
+
+def _shared(rows: Tensor, shared: Tensor) -> Tensor:
+    """Products of each row's [R, H, Q, x] with what all rows share [1, H, x, y], which is not copied for each."""
+    count, heads, queries, _ = rows.shape
+    joined = rows.transpose(0, 1).flatten(1, 2) @ shared[0]
+    return joined.view(heads, count, queries, -1).transpose(0, 1)
 
 
 class Projected:
