@@ -6,8 +6,8 @@ slots per layer and KV head, among the other tokens, as though the protected one
 no pooling and no place among its first or last tokens. What attention the others got is the whole prompt's. So a method
 that ranks tokens by attention keeps the best of the others by its own scores. Both together are `over` at N slots.
 A prompt that marks nothing is compressed as by `over` alone; a budget that leaves `over` no slot is skipped.
-Not for methods that evict while decoding, which could drop a protected token then; codes go around it
-(`quant.over=protect@snapkv`).
+Not for methods that evict while decoding, which could drop a protected token then, nor for those that turn the keys
+that they keep; codes go around it (`quant.over=protect@snapkv`).
 """
 
 from collections.abc import Callable
@@ -67,6 +67,10 @@ class Protect(KVPolicy):
         return self.inner.fitted_on()
 
     @property
+    def method_bytes(self) -> int:
+        return self.inner.method_bytes
+
+    @property
     def lacks(self) -> str:
         return self.inner.lacks
 
@@ -121,8 +125,12 @@ def _chooser(label: str) -> KVPolicy:
     name = f"protect.over={quoted(label)}"
     if isinstance(policy, Protect):
         raise PolicyError(f"{name} protects already; name the method that it goes around")
-    if not policy.budgeted:
+    if policy.kind == "whole":
         raise PolicyError(f"{name} evicts nothing, so everything is kept; name a method that evicts")
+    if policy.kind == "own":
+        raise PolicyError(f"{name} has no budget that protected tokens could be paid from; name a method with one")
     if policy.evicts_while_decoding:
         raise PolicyError(f"{name} evicts while decoding, protected tokens too; name another preset or method")
+    if policy.turns_keys:
+        raise PolicyError(f"{name} moves the keys that it keeps past protected ones; name another preset or method")
     return policy

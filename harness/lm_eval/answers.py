@@ -85,6 +85,7 @@ class ScoringEngine(Engine):
                 logprobs, greedy = zip(*parts, strict=True)
                 scored.append((sum(logprobs), all(greedy)))
             run.outcome.kv_bytes_end, run.outcome.stored_bytes_end = decoding.nbytes(0), decoding.stored_bytes(0)
+            run.outcome.read_bytes = run.compressed.reads(decoding.read_bytes(0))
         return scored
 
 
@@ -114,7 +115,7 @@ class Answerer:
         self.max_length = max_length or loaded.context
         (self.full,) = plan_cells([plan_method("fullkv")], ())  # of a prompt that is no longer than its budget
         self.fitted_on = planned.cell.policy.fitted_on()
-        self.engine = ScoringEngine(AttachedModel(loaded.model))
+        self.engine = ScoringEngine(AttachedModel(loaded.model, loaded.wording))
         self.engine.check([planned.cell.policy], list(range(8)))
         self.facts = KeptFacts(heads=self.engine.model.sizes(8).kv_heads, budget=planned.budget)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView
+from methods.base import KV, Kind, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView
 from methods.plain_files import place_of
 from methods.registry import make_policy
 from methods.tuned.artefact import CHOSEN, Tuning, load_tuning, packaged
@@ -75,16 +75,20 @@ class Tuned(KVPolicy):
 
     @property
     def _known(self) -> KVPolicy:
-        """What is known without a model: no tuning changes whether it has a budget, evicts or frees."""
+        """What is known without a model: no tuning changes whether it has a budget, evicts, turns or frees."""
         return self.inner or make_policy(self.method)
 
     @property
-    def budgeted(self) -> bool:
-        return self._known.budgeted
+    def kind(self) -> Kind:
+        return self._known.kind
 
     @property
     def evicts_while_decoding(self) -> bool:
         return self._known.evicts_while_decoding
+
+    @property
+    def turns_keys(self) -> bool:
+        return self._known.turns_keys
 
     @property
     def memory(self) -> Literal["physical", "simulated"]:
