@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -29,14 +29,23 @@ from methods.views import PromptView as PromptView
 from methods.views import Sizes as Sizes
 from methods.views import StepView as StepView
 
+Kind = Literal["budgeted", "whole", "own"]
+"""Of a method: it is given a budget; it keeps every token; or how much it keeps is what it finds in the prompt."""
+
 
 class KVPolicy:
     """Frozen parameters of a method. Subclasses are frozen dataclasses; they hold no tensors and no state."""
 
     @property
+    def kind(self) -> Kind:
+        """Whether it is run once a budget, or once; `compress` is then told the number of tokens as its budget."""
+        return "budgeted"
+
+    @final
+    @property
     def budgeted(self) -> bool:
-        """Whether it is run once a budget; False: it keeps every token and is run once."""
-        return True
+        """Whether it is given a budget."""
+        return self.kind == "budgeted"
 
     @property
     def needs(self) -> Needs:
@@ -50,6 +59,14 @@ class KVPolicy:
     @property
     def evicts_while_decoding(self) -> bool:
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
+        return False
+
+    reads_a_part: ClassVar[bool] = False
+    """Whether a decoded token reads only those slots of the cache that are chosen for it."""
+
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether it is a `Ranking`: its scores say which tokens of a layer are kept."""
         return False
 
     @property
@@ -78,6 +95,11 @@ class KVPolicy:
         return self
 
     @property
+    def method_bytes(self) -> int:
+        """Bytes of the model's constants that it reads, such as bases: like weights, no part of a prompt's cache."""
+        return 0
+
+    @property
     def lacks(self) -> str:
         """What it would need for this model and has not, so that it is less than its name says; empty for nothing."""
         return ""
@@ -100,6 +122,16 @@ class KVPolicy:
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         """Return what a reader of the record must know about this budget, such as a degenerate allocation."""
         return ()
+
+
+class Ranking(Protocol):
+    """What tells the worth of single tokens of a layer, and which are kept whatever it is."""
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        """Return how many of the first and of the last tokens are kept at this budget, as far as a head's slots go."""
 
 
 class LayerPolicy(KVPolicy, ABC):
@@ -139,6 +171,13 @@ class EvictionPolicy(LayerPolicy):
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
         """Return the worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+
+    @property
+    def ranks_tokens(self) -> bool:
+        return True
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        return self.sinks, self.recent_slots(budget)
 
     def recent_slots(self, budget: int) -> int:
         """Return how many of the last tokens are kept at this budget, whatever their score."""

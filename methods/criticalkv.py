@@ -4,7 +4,8 @@ Source: https://arxiv.org/abs/2502.03805, which wraps any method that scores tok
 slots each head has and which tokens are always kept. The first `share` of a head's slots, those tokens among them, are
 the best by its scores; the rest are the best of the others by (score + `epsilon`) times the L1 norm of W_o v, averaged
 over the query group. Its authors' code is that of kvpress (criticalkv_press.py:24-105 at kvpress 8bb29b9), whose
-defaults are these; `kvpress` is over its SnapKV. `criticaladakv` is over a method that shares slots out between heads.
+defaults are these; `kvpress` is over its SnapKV, `kvzip` over KVzip, which kvpress does not wrap. `criticaladakv` is
+over a method that shares slots out between heads.
 Differences: a window that is longer than a head's first part is kept all the same, where kvpress ranks the rest of it
 by norm. Scores below zero, which a factor turns round, are refused, and so are models whose W_o is no `o_proj`.
 """
@@ -12,19 +13,19 @@ by norm. Scores below zero, which a factor turns round, are refused, and so are 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from methods.base import (
     KV,
-    EvictionPolicy,
     KVPolicy,
     LayerView,
     Needs,
     PolicyError,
     PromptView,
+    Ranking,
     Sizes,
     at_least,
     at_most,
@@ -33,7 +34,11 @@ from methods.base import (
 from methods.budget import quoted
 from methods.registry import make_policy, method
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {"over": "snapkv"}, "kvpress": {"over": "snapkv@kvpress"}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"over": "snapkv"},
+    "kvpress": {"over": "snapkv@kvpress"},
+    "kvzip": {"over": "kvzip"},
+}
 CHOICES = {
     "over": ("snapkv", "snapkv@kvcf", "snapkv@kvpress", "snapkv@w8k13", "h2o", "tova"),
     "share": (0.0, 0.25, 0.5, 0.75),
@@ -51,12 +56,12 @@ class CriticalKV(KVPolicy):
     over: str = "snapkv"
     share: float = 0.5
     epsilon: float = 1e-4
-    inner: EvictionPolicy = field(init=False)
+    inner: KVPolicy = field(init=False)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "share", "epsilon")
         at_most(self, 1, "share")
-        object.__setattr__(self, "inner", _scorer(self._over, self.over))
+        object.__setattr__(self, "inner", _checked(make_policy(self.over), self._over))
 
     @property
     def _over(self) -> str:
@@ -68,8 +73,8 @@ class CriticalKV(KVPolicy):
         return self.inner.needs | Needs(module=True)
 
     def for_model(self, revision: str) -> "CriticalKV":
-        own = replace(self)
-        object.__setattr__(own, "inner", self.inner.for_model(revision))
+        own, inner = replace(self), self.inner.for_model(revision)
+        object.__setattr__(own, "inner", _checked(inner, self._over))
         return own
 
     def provenance(self) -> dict[str, Any]:
@@ -77,6 +82,10 @@ class CriticalKV(KVPolicy):
 
     def fitted_on(self) -> frozenset[str]:
         return self.inner.fitted_on()
+
+    @property
+    def method_bytes(self) -> int:
+        return self.inner.method_bytes
 
     @property
     def lacks(self) -> str:
@@ -110,12 +119,14 @@ class CriticalKV(KVPolicy):
         if kept.positions.shape[2] >= layer.tokens and budget >= layer.tokens:
             return kept
         counts = kept.live.unsqueeze(-1)  # [1, H, 1]
-        raw = layer.memo((type(self.inner), self.inner), self.inner.score)
+        ranking = cast(Ranking, self.inner)
+        raw = layer.memo((type(self.inner), self.inner), ranking.score)
         scores, live = layer.only_live(raw), layer.kv.positions >= 0
         layer.refuse(((scores < 0) & live).count_nonzero(), partial(_negative, self._over, layer.index))
         place = torch.arange(layer.tokens, device=scores.device)
-        recent = counts.clamp(max=self.inner.recent_slots(budget))
-        fixed = (place >= layer.tokens - recent) | (place < (counts - recent).clamp(max=self.inner.sinks))
+        first_kept, last_kept = ranking.ends(layer, budget)
+        recent = counts.clamp(max=last_kept)
+        fixed = (place >= layer.tokens - recent) | (place < (counts - recent).clamp(max=first_kept))
         first = torch.maximum((counts * self.share).long(), fixed.sum(dim=-1, keepdim=True)).clamp(
             min=self.sure(budget)
         )
@@ -166,10 +177,9 @@ def _negative(named: str, index: int, count: int) -> str:
     return f"{named}: {count} scores of layer {index} are below 0; name one that scores attention"
 
 
-def _scorer(named: str, label: str) -> EvictionPolicy:
-    """The policy that scores tokens. Raises PolicyError for one that does not, or goes on while decoding."""
-    policy = make_policy(label)
-    if not isinstance(policy, EvictionPolicy):
+def _checked(policy: KVPolicy, named: str) -> KVPolicy:
+    """Return a policy that scores tokens. Raises PolicyError for one that does not, goes on or turns keys."""
+    if not policy.ranks_tokens:
         raise PolicyError(f"{named} has no scores of single tokens; name a method that has, as snapkv")
     if policy.evicts_while_decoding:
         raise PolicyError(f"{named} evicts while decoding, without these norms; name another preset or method")

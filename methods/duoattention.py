@@ -36,7 +36,7 @@ class DuoAttention(KVPolicy):
 
     sinks: int = 64
     recent: int = 256
-    share: float = 0.5
+    share: float = 0.25
     tables: str = AUTO
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class DuoAttention(KVPolicy):
 
     def _stream(self, budget: int) -> int:
         """Slots of a streaming head."""
-        return min(self.sinks + self.recent, max(1, int(self.share * budget)))
+        return budget if self.lacks else min(self.sinks + self.recent, max(1, int(self.share * budget)))
 
     def _kept(self, counts: list[int], budget: int, layer: LayerView) -> KV:
         sinks = min(self.sinks, self._stream(budget) // 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,38 +15,11 @@ from torch import Tensor
 
 from methods.budget import PolicyError
 from methods.device import Doubt, placed, settle
+from methods.needs import Needs as Needs
 from methods.repeat import Repeat, Repeated
 
 Rotate = Callable[[Tensor, int | Tensor], Tensor]
 POSITION_BYTES = 4  # of a slot: which token it holds, an int32
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a policy wants observed. The engine gathers the union over the policies of a run and nothing else.
-
-    window: queries of the last `window` prompt tokens, per layer. stretch: tokens that each attends to, a KV head
-    after the other, which decides the memory; 0 for the whole prompt, all heads at once.
-    column_sums: attention that each token received from every later query, per layer, streamed over query blocks.
-    logprobs: log-probabilities of the last `window` prompt tokens under the model.
-    decode_attention: the attention of every decoded token, for policies that evict while decoding.
-    hidden_states: what goes into each layer's attention, and the module it goes into.
-    module: that module alone, for its weights; nothing is held for it.
-    repeat: passes over the prompt once it is there, each about as long as the prefill.
-    """
-
-    window: int = 0
-    column_sums: bool = False
-    logprobs: bool = False
-    decode_attention: bool = False
-    hidden_states: bool = False
-    module: bool = False
-    stretch: int = 0
-    repeat: frozenset[Repeat] = frozenset()
-
-    def __or__(self, other: Needs) -> Needs:
-        pairs = [(own.name, getattr(self, own.name), getattr(other, own.name)) for own in fields(self)]
-        return Needs(**{name: a | b if isinstance(a, frozenset) else max(a, b) for name, a, b in pairs})
 
 
 @dataclass
@@ -99,6 +72,13 @@ class KV:
         side = [x.nbytes // slots.numel() * live if x.shape[:3] == slots else x.nbytes for x in self.extra.values()]
         return live * self.slot_bytes + sum(side)
 
+    def reads(self, live: int) -> int:
+        """Return the bytes that attention reads for one decoded token, given the number of live slots of all heads.
+
+        Keys and values, or what is stored in their place; positions and side data are not read for it.
+        """
+        return live * (self.slot_bytes - POSITION_BYTES)
+
 
 def wide(x: Tensor) -> Tensor:
     """Return x in a type whose products of queries and keys do not overflow: float16 (65,504 at most) as float32."""
@@ -141,13 +121,15 @@ class LayerSource:
     """Where a layer's keys and values came from.
 
     model: the whole model. module: the layer's attention. hidden: [B, T, E], what went into it.
-    rope: cosines and sines of the prompt's positions, [B, T, D] each, or None for a model without.
+    rope: cosines and sines of the prompt's positions, [B, T, D] each, or None for a model without. ids: [B, T], its
+    tokens.
     """
 
     model: torch.nn.Module
     module: torch.nn.Module
     hidden: Tensor
     rope: tuple[Tensor, Tensor] | None
+    ids: Tensor | None = None
 
     def then(self, more: LayerSource) -> LayerSource:
         """Of these tokens and those that came to the same layer after them."""
@@ -155,7 +137,8 @@ class LayerSource:
         if self.rope is not None and more.rope is not None:
             cos, sin = (torch.cat(own, dim=1) for own in zip(self.rope, more.rope, strict=True))
             rope = (cos, sin)
-        return LayerSource(self.model, self.module, torch.cat([self.hidden, more.hidden], dim=1), rope)
+        ids = None if self.ids is None or more.ids is None else torch.cat([self.ids, more.ids], dim=1)
+        return LayerSource(self.model, self.module, torch.cat([self.hidden, more.hidden], dim=1), rope, ids)
 
 
 @dataclass

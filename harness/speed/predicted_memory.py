@@ -34,6 +34,10 @@ KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the pr
     otherwise               L full layers; after it, N slots of each of them as well
 What a policy observed stays with every full layer. A sliding-window layer is full until all are compressed.
 
+A prompt that is repeated (`harness.engine.repeat`) in chunks of C tokens is as one of T + C tokens in chunks of C whose
+layers hold, beside the full cache, C slots, L * Hq * T * 4 (what their keys got) and, one of them at a time, a copy of
+itself and 2 * Hq * BLOCK * S * 4 (the weights of a block of queries).
+
 That is of a CPU, where one kernel serves attention and column sums (`harness.engine.kernels`). With Triton on a GPU
 (`harness.engine.triton_kernels`) chunks need no more than a whole prompt, and
 
@@ -49,7 +53,7 @@ rounds every tensor up to 512 bytes; blocks that it holds beside are no part of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.engine.kernels import BLOCK, TILE
@@ -162,7 +166,7 @@ def prefill(dims: Dims, shape: ProbeShape) -> int:
         now = layers * full + dims.seen * seen
         at_once = 0 if not shape.per_layer else attention(dims, shape)
         copies = new * (1 if shape.per_layer else dims.seen)
-        held = now + max(activations(dims, shape), at_once + copies + scores)
+        held = now + max(activations(dims, shape), at_once + copies + scores, repeating(dims, shape))
     return earlier + max(held, now + logits(dims, shape))
 
 
@@ -175,6 +179,19 @@ def activations(dims: Dims, shape: ProbeShape) -> int:
     rotary = q * e * (3 * dims.hidden + (4 * dims.heads + 2 * dims.kv_heads) * dims.head_dim)
     observing = _attended(dims, shape) + (column_sums(dims, shape) if shape.needs.column_sums else 0)
     return rotary_tables + max(norm, mlp, rotary, attention(dims, shape), observing)
+
+
+def repeating(dims: Dims, shape: ProbeShape) -> int:
+    """Most bytes that are held, beside the full cache, while the prompt is repeated; 0 where it is not."""
+    sizes = [0]
+    for asked in shape.needs.repeat:
+        chunk = min(asked.chunk, shape.tokens)
+        weighed = (chunk if asked.apart else shape.tokens) + chunk
+        own = replace(shape, tokens=shape.tokens + chunk, chunk=min(chunk, shape.step), needs=Needs())
+        got = len(dims.windows) * (chunk * dims.slot + dims.heads * shape.tokens * FLOAT32)
+        weights = 2 * dims.heads * min(BLOCK, chunk) * weighed * FLOAT32
+        sizes.append(got + full_layer(dims, own) + max(activations(dims, own), weights))
+    return max(sizes)
 
 
 def attention(dims: Dims, shape: ProbeShape) -> int:

@@ -39,7 +39,7 @@ every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(copy.deepcopy(tiny.model))
+    return AttachedModel(copy.deepcopy(tiny.model), tiny.wording)
 
 
 def make_prompt(tokens: int, limits: Limits = NO_END, seed: int = 0) -> Prompt:

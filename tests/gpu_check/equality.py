@@ -116,7 +116,8 @@ def every_method(check: Check) -> None:
 
 
 def _tiny(device: str, dtype: str) -> AttachedModel:
-    return AttachedModel(load_model("tiny", dtype=dtype, device=device).model)
+    loaded = load_model("tiny", dtype=dtype, device=device)
+    return AttachedModel(loaded.model, loaded.wording)
 
 
 class _Answered(NamedTuple):

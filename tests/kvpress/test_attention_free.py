@@ -1,5 +1,7 @@
 """Methods of ours that read little attention or none, beside the presses of kvpress that they are."""
 
+import copy
+
 import pytest
 
 pytest.importorskip("kvpress")
@@ -103,11 +105,21 @@ def test_simlayerkv_leaves_the_layers_whole_that_kvpress_does(
     assert own == gold and sorted(len(layer[0]) for layer in own) == [64] * (4 - whole) + [tokens] * whole
 
 
+@pytest.mark.parametrize(("tokens", "budget"), SIZES)
+def test_kvcompose_keeps_kvpresss_tokens(ours: Engine, theirs: PreTrainedModel, tokens: int, budget: int) -> None:
+    """By its own second pass, in the attention that tells weights, by whose bits tokens are told here too."""
+    ids, plain = text(tokens), copy.deepcopy(theirs)
+    plain.set_attn_implementation("eager")
+    gold = kept_by_kvpress(plain, KVComposePress(compression_ratio=ratio(tokens, budget)), ids)
+    own = kept_by_us(ours, "kvcompose@kvpress", ids, budget)
+    assert own == gold and len(gold) == ours.model.layers and len({len(layer[0]) for layer in gold}) > 1
+
+
 @pytest.mark.parametrize("structured", [True, False])
 @pytest.mark.parametrize(("tokens", "budget"), SIZES)
 def test_kvcompose_shares_slots_out_as_kvpress_does(ours: Engine, structured: bool, tokens: int, budget: int) -> None:
-    """The press runs the prompt again, so its shares of our scores are compared, before our window."""
-    policy = KVCompose(structured=structured)
+    """Of our scores of the last queries, before our window."""
+    policy = KVCompose(recent=32, structured=structured)
     view = ours.prefill(text(tokens), policy.needs).view
     scores = torch.cat([policy._score(layer) for layer in view.layers])[..., :-32]
     press = KVComposePress(structured=structured, compression_ratio=ratio(tokens - 32, budget - 32))

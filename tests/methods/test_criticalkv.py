@@ -73,7 +73,10 @@ def test_a_whole_first_stage_is_the_method_alone(share: float, same: bool) -> No
     assert (kept_by("criticalkv", layers, 50, share=share) == kept_by("snapkv", layers, 50)) == same
 
 
-@pytest.mark.parametrize("over", ["expected_attention", "h2o", "tova", "pyramidkv", "headkv", "snapkv@compiled"])
+WRAPPED = ["expected_attention", "h2o", "tova", "pyramidkv", "headkv", "snapkv@compiled", "compilerkv", "kvzip"]
+
+
+@pytest.mark.parametrize("over", WRAPPED)
 def test_any_method_that_scores_attention_is_wrapped(over: str) -> None:
     policy, inner = make_policy("criticalkv", {"over": over}), make_policy(over)
     view = make_view(90, policy.needs)
@@ -83,9 +86,24 @@ def test_any_method_that_scores_attention_is_wrapped(over: str) -> None:
     assert policy.needs == inner.needs | Needs(module=True)
 
 
+def test_what_kvzip_keeps_of_the_chat_template_stays_and_heads_hold_as_many_as_it_gives_them() -> None:
+    policy, inner = make_policy("criticalkv@kvzip"), make_policy("kvzip")
+    view = make_view(60, policy.needs)
+    for layer, kv, own in zip(view.layers, policy.compress(view, 20), inner.compress(view, 20), strict=True):
+        scores = layer.repeated[inner.asked].received[0].amax(dim=1).double()  # type: ignore[attr-defined, union-attr]
+        norms = output_norms(layer)[0].double()
+        for head, (row, given) in enumerate(zip(kv.positions[0].tolist(), own.live[0].tolist(), strict=True)):
+            raised = [math.inf if t < 3 or t == 59 else float(scores[head, t]) for t in range(60)]
+            kept = two_stages(raised, norms[head].tolist(), given, max(given // 2, 4), 0)
+            assert [t for t in row if t >= 0] == kept
+
+
 @pytest.mark.parametrize(
     ("over", "why"),
-    [("fullkv", "no scores"), ("quant", "no scores"), ("h2o@paper", "evicts"), ("streamingllm@reassign", "turns")],
+    [
+        *[("fullkv", "no scores"), ("quant", "no scores"), ("compilerkv@paper", "no scores"), ("finch", "turns")],
+        *[("h2o@paper", "evicts"), ("compilerkv@streaming", "evicts"), ("streamingllm@reassign", "turns")],
+    ],
 )
 def test_what_has_no_scores_is_refused(over: str, why: str) -> None:
     with pytest.raises(PolicyError, match=f"criticalkv.over='{over}' .*{why}"):

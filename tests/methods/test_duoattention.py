@@ -13,9 +13,9 @@ from tests.methods.compiled import kept, prompt, saved
 SIZES = Sizes(90, LAYERS, HEADS * GROUP, HEADS)
 
 
-def naive(importance: list[float], tokens: int, budget: int, sinks: int, recent: int) -> list[list[int]]:
+def naive(importance: list[float], tokens: int, budget: int, sinks: int, recent: int, share: float) -> list[list[int]]:
     """Positions of each head [L * H]: whole ones while the slots last, then one with what is left, then streams."""
-    stream = min(sinks + recent, max(1, budget // 2))
+    stream = min(sinks + recent, max(1, int(share * budget)))
     sinks, left = min(sinks, stream // 2), budget * len(importance)
     found: list[list[int]] = [[]] * len(importance)
     order = sorted(range(len(importance)), key=lambda head: (-importance[head], head))
@@ -26,15 +26,15 @@ def naive(importance: list[float], tokens: int, budget: int, sinks: int, recent:
     return found
 
 
-@pytest.mark.parametrize(("sinks", "recent"), [(2, 6), (0, 5), (64, 256)])
+@pytest.mark.parametrize(("sinks", "recent", "share"), [(2, 6, 0.5), (0, 5, 0.5), (64, 256, 0.5), (64, 256, 0.25)])
 @pytest.mark.parametrize("budget", [1, 3, 9, 20, 45, 60, 89])
 def test_the_most_important_heads_are_whole_and_the_others_stream(
-    tmp_path: Path, budget: int, sinks: int, recent: int
+    tmp_path: Path, budget: int, sinks: int, recent: int, share: float
 ) -> None:
     importance = saved(tmp_path, prompts=("a" * 64,)).importance.flatten().tolist()
-    policy = DuoAttention(sinks=sinks, recent=recent, tables=str(tmp_path))
+    policy = DuoAttention(sinks=sinks, recent=recent, share=share, tables=str(tmp_path))
     found = [[t for t in head if t >= 0] for layer in kept(policy, prompt(90), budget) for head in layer]
-    assert found == naive(importance, 90, budget, sinks, recent)
+    assert found == naive(importance, 90, budget, sinks, recent, share)
     assert sum(map(len, found)) == budget * LAYERS * HEADS
     whole = [head for head, own in enumerate(found) if len(own) == 90]
     assert policy.notes(budget, SIZES) == (f"{len(whole)} of {LAYERS * HEADS} heads are whole",)

@@ -12,7 +12,11 @@ OUTER = {"quant": {"bits": 8, "group": 16, "residual": 8}, "protect": {}, "criti
 ATTENTION = {"snapkv", "snapkv@compiled", "adakv", "headkv", "h2o", "tova", "expected_attention"}
 EVICTING = {*ATTENTION, "compilerkv", "lagkv", "cur", "leverage", "compactor", "simlayerkv", "kvcompose", "rkv@prefill"}
 EVICTING |= {"duoattention", "criticalkv", "criticaladakv"}
-SERVED = {"quant": {*EVICTING, "finch"}, "protect": EVICTING, "criticalkv": ATTENTION, "criticaladakv": ATTENTION}
+SERVED = {
+    "quant": {*EVICTING, "finch"},
+    "protect": EVICTING,
+}
+SERVED |= dict.fromkeys(("criticalkv", "criticaladakv"), frozenset({*ATTENTION, "compilerkv", "kvzip"}))
 """What is never to be refused, of each."""
 
 
