@@ -154,7 +154,7 @@ def _by_budget(table: Table, rows: Sequence[TableRow], *, salt: str) -> Chart:
         aside = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
         said |= _series(axes, i, own, [budgets.index(row["budget"]) + aside for row in own], line=True)
     _full(axes, rows, bytes_cost(table))
-    axes.set_xlabel("budget as asked: tokens, a fraction, or what another method kept")
+    axes.set_xlabel("budget as asked: tokens, or a fraction")
     axes.set_xticks(range(len(budgets)), [clean(budget) for budget in budgets])
     title = "Score by budget"
     about = (
