@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from methods.base import KV
-from methods.codes import CodedKV, Coding
+from methods.codes import MinMax, MinMaxCodes
+from methods.stored import CodedKV
 
 INDEX_BYTES = 16  # of a stream: its number, its first slot and group of keys, how many slots
 
 
 @dataclass
 class CodedStreams:
-    """Coded slots of those streams that have any of one kind. They never change.
+    """Coded slots of those streams that have any of one kind. None is changed; more make another one.
 
-    streams: their numbers. tensors: keys, key_scale, key_zero, values, value_scale, value_zero of one stream after the
-    other, [C, ...] each, or a row for each group of keys, as in `methods.codes.Codes`. counts: coded slots of each.
+    streams: their numbers. tensors: those of `methods.codes.MinMaxCodes`, [C, ...] of one stream after the other, or a
+    row for each group of keys. counts: coded slots of each.
     index: [4, n] int32, of each its number, first slot, first group of keys, coded slots.
     """
 
-    coding: Coding
+    coding: MinMax
     streams: list[int]
     tensors: list[Tensor]
     counts: list[int]
@@ -33,9 +34,10 @@ class CodedStreams:
     @classmethod
     def of(cls, rows: Sequence[KV], heads: int) -> list[CodedStreams]:
         """Return those of rows, one for each kind of codes."""
-        found = defaultdict[Coding, list[tuple[int, int, list[Tensor]]]](list)
+        found = defaultdict[MinMax, list[tuple[int, int, list[Tensor]]]](list)
         for row, kv in enumerate(rows):
             for members, codes in kv.parts if isinstance(kv, CodedKV) else ():
+                assert isinstance(codes, MinMaxCodes)
                 for i, head in enumerate(members):
                     own = [x[i] for x in codes.tensors()]
                     found[codes.coding].append((row * heads + head, codes.slots, own))
@@ -50,6 +52,23 @@ class CodedStreams:
         self.slot_ends, self.group_ends = (list(accumulate(own, initial=0)) for own in (self.counts, groups))
         index = [self.streams, self.slot_ends[:-1], self.group_ends[:-1], self.counts]
         self.index = torch.tensor(index, dtype=torch.int32, device=self.tensors[0].device)
+
+    @classmethod
+    def made(cls, codes: MinMaxCodes, streams: Sequence[int]) -> CodedStreams:
+        """Return the codes of some streams, in their order."""
+        tensors = [x.flatten(0, 1) for x in codes.tensors()]
+        return cls(codes.coding, list(streams), tensors, [codes.slots] * len(streams))
+
+    def then(self, later: CodedStreams) -> CodedStreams:
+        """Return these slots and `later` ones behind them, of all streams of both; groups of these are full."""
+        held = defaultdict[int, list[tuple[CodedStreams, int]]](list)
+        for part in (self, later):
+            for i, stream in enumerate(part.streams):
+                held[stream].append((part, i))
+        pieces = [own for stream in sorted(held) for own in held[stream]]
+        tensors = [torch.cat([of.tensors[at][of._own(i, at)] for of, i in pieces]) for at in range(len(self.tensors))]
+        counts = [sum(of.counts[i] for of, i in held[stream]) for stream in sorted(held)]
+        return CodedStreams(self.coding, sorted(held), tensors, counts)
 
     def take(self, place: Mapping[int, int]) -> CodedStreams | None:
         """Return the streams that have a place, under its number; None when none has."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from methods.base import KV
-from methods.codes import CodedKV, Codes
 from methods.device import placed, read
+from methods.stored import CodedKV, Codes, Coding
 from methods.views import POSITION_BYTES
 
 
@@ -39,6 +39,7 @@ class Coded(NamedTuple):
 
     counts: tuple[int, ...]
     parts: tuple[tuple[tuple[int, ...], Codes], ...]
+    codings: tuple[Coding, ...]
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Packed:
 
     def same(self, other: Packed) -> bool:
         """Whether it holds to the bit what another of the same prompt does; False where codes or side data are."""
-        if self.coded or self.side or self.beside or self.sizes != other.sizes:
+        if self.coded or other.coded or self.side or self.beside or self.sizes != other.sizes:
             return False
         own, others = self.tensors(), other.tensors()
         return len(own) == len(others) and all(map(torch.equal, own, others))
@@ -166,7 +167,7 @@ def pack(kv: KV, end: int, known: Held) -> Packed | KV:
     """
     if type(kv) is not KV and (kv.extra or type(kv) is not CodedKV):
         return each_tensor(_own, kv)
-    coded = Coded(kv.counts, kv.parts) if isinstance(kv, CodedKV) else None
+    coded = Coded(kv.counts, kv.parts, kv.codings) if isinstance(kv, CodedKV) else None
     sizes, there = known.sizes, live_slots(kv, known)
     plain, own = sizes, there
     if coded is not None:

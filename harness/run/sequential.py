@@ -40,7 +40,7 @@ class SampleRunner:
     observed: Observed = field(default_factory=dict)  # the samples on which the cost of observing is measured
 
     def __post_init__(self) -> None:
-        model = AttachedModel(self.loaded.model)
+        model = AttachedModel(self.loaded.model, self.loaded.wording)
         self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
         here, on_cpu = machine(), self.spec.model.device.startswith("cpu")

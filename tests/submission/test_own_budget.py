@@ -92,7 +92,10 @@ def test_tampering_is_caught(pack: Path, name: str) -> None:
     [
         ({"budgets": ("16", "=h2o")}, "budget '=h2o' is what no method of this run keeps"),
         ({"methods": (PLAIN[0], GVOTE.model_copy(update={"own": False}), PLAIN[2])}, "kind whole, here it is own"),
-        ({"methods": (*PLAIN[:2], PLAIN[2].model_copy(update={"budgeted": False, "own": True}))}, "here it is budgeted"),
+        (
+            {"methods": (*PLAIN[:2], PLAIN[2].model_copy(update={"budgeted": False, "own": True}))},
+            "here it is budgeted",
+        ),
     ],
 )
 def test_a_manifest_that_says_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

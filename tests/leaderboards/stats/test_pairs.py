@@ -46,7 +46,12 @@ def test_it_is_compared_with_each_other_at_what_it_kept_on_the_samples_of_both(t
     adakv, snapkv = table.pairs.to_dict("records")
     assert (adakv["method"], adakv["rival"], adakv["n"]) == ("gvote", "adakv", N)
     assert [adakv[f"score_points_vs_rival_{part}"] for part in ("mean", "low", "high")] == [0, 0, 0]
-    assert (snapkv["rival"], snapkv["n"], snapkv["kept_percent"], snapkv["rival_percent"]) == ("snapkv", N - 1, 30, 30.5)
+    assert (snapkv["rival"], snapkv["n"], snapkv["kept_percent"], snapkv["rival_percent"]) == (
+        "snapkv",
+        N - 1,
+        30,
+        30.5,
+    )
     assert snapkv["score_points_own"] == pytest.approx(80)
     gain = snapkv["score_points_vs_rival_mean"]
     assert gain == pytest.approx(80 - snapkv["score_points_rival"]) == pytest.approx(19, abs=0.1)
@@ -66,7 +71,9 @@ def test_it_has_no_rank_and_others_have_theirs_at_its_budget(table: Table) -> No
 
 def test_baselines_of_its_row_are_taken_at_what_it_kept(table: Table) -> None:
     gvote = row(table, "gvote", "own")
-    assert gvote["score_points_vs_snapkv_n"] == N - 1 and gvote["score_points_vs_snapkv_mean"] == pytest.approx(19, abs=0.1)
+    assert gvote["score_points_vs_snapkv_n"] == N - 1 and gvote["score_points_vs_snapkv_mean"] == pytest.approx(
+        19, abs=0.1
+    )
     assert gvote["score_points_vs_fullkv_mean"] == pytest.approx(-10)
 
 
@@ -98,4 +105,6 @@ def test_it_is_on_the_front_of_bytes() -> None:
 
 def test_a_board_without_one_has_no_such_table() -> None:
     plain = only([*at("fullkv", "full", [0.9] * N, 400), *at("a", "64", [0.5] * N, 60)])
-    assert plain.pairs.empty and PAIRS not in sections(plain) and "own: the budget" not in to_markdown([plain], title="t")
+    assert (
+        plain.pairs.empty and PAIRS not in sections(plain) and "own: the budget" not in to_markdown([plain], title="t")
+    )
