@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
+from methods.budget import BudgetTooSmall
 from methods.label import MethodLabel
 from methods.registry import METHODS, make_policy
 from methods.repeat import Repeated
+from methods.stored import CodedKV
 from methods.views import POSITION_BYTES, Form
 
 LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 32  # a block of every code
@@ -120,11 +122,17 @@ def one_kv_a_layer(label: str) -> Iterator[str]:
 def the_budget_is_kept(label: str) -> Iterator[str]:
     """Slots and bytes stay within the budget, on average over layers and heads.
 
-    A method without one keeps all; one that finds its own, some.
+    A method without one keeps all; one that finds its own, some. A budget that it calls too small is passed over.
     """
     for policy, view, budget, kvs, where in tried(label):
         live, held = sum(int(kv.live.sum()) for kv in kvs), sum(kv.nbytes for kv in kvs)
         asked = (budget if policy.budgeted else view.tokens) * LAYERS * HEADS
+        if live == view.tokens * LAYERS * HEADS:
+            held -= live * POSITION_BYTES  # those of all tokens go without saying
+        if policy.reads_a_part:
+            if live != view.tokens * LAYERS * HEADS:
+                yield f"{live} of {view.tokens * LAYERS * HEADS} slots of a method that reads a part of all {where}"
+            continue
         side = budget == 1 and any(kv.extra for kv in kvs)  # one slot always stays, whatever its side data
         coded = any(type(kv) is not KV for kv in kvs)  # more slots may fit into the same bytes
         kept = live > 0 and (live <= asked or coded) and (held <= asked * PLAIN or side)
@@ -154,13 +162,13 @@ def positions_ascend(label: str) -> Iterator[str]:
 
 @clause
 def values_are_the_prompts(label: str) -> Iterator[str]:
-    """A slot loads the value of the token that it names."""
+    """A slot that is no code loads the value of the token that it names."""
     yield from _differing(label, 1, "value")
 
 
 @clause
 def keys_are_the_prompts(label: str) -> Iterator[str]:
-    """A slot loads the key of the token that it names."""
+    """A slot that is no code loads the key of the token that it names."""
     yield from _differing(label, 0, "key")
 
 
@@ -171,8 +179,8 @@ def compression_is_repeatable(label: str) -> Iterator[str]:
     for tokens in (17, 70):
         view = make_view(tokens, policy.needs)
         for budget in (16, 1, 16):
-            alone = policy.compress(make_view(tokens, policy.needs), budget)
-            for a, b in zip(policy.compress(view, budget), alone, strict=True):
+            alone = left(policy, make_view(tokens, policy.needs), budget)
+            for a, b in zip(left(policy, view, budget), alone, strict=True):
                 if a.extra.keys() != b.extra.keys() or not all(map(torch.equal, _tensors(a), _tensors(b))):
                     seen = f"two answers to {tokens} tokens at budget {budget}"
                     yield f"{seen}: {a.positions.tolist()}, {b.positions.tolist()}"
@@ -201,7 +209,7 @@ def the_prompt_is_left_alone(label: str) -> Iterator[str]:
         view = make_view(tokens, policy.needs)
         before = [x.clone() for x in _shown(view)]
         kept = policy.compress(view, 16)
-        if policy.budgeted:
+        if policy.budgeted and not policy.reads_a_part:
             for kv in kept:
                 kv.keys.zero_(), kv.values.zero_(), kv.positions.fill_(-1)
         if not all(map(torch.equal, before, _shown(view))):
@@ -270,7 +278,16 @@ def tried(label: str) -> list[tuple[KVPolicy, PromptView, int, list[KV], str]]:
     policy = make_policy(label)
     views = [make_view(tokens, policy.needs) for tokens in LENGTHS]
     asked = [(view, budget) for view in views for budget in (*BUDGETS, view.tokens - 1) if budget < view.tokens]
-    return [(policy, view, n, policy.compress(view, n), f"({view.tokens} tokens, budget {n})") for view, n in asked]
+    found = [(policy, view, n, left(policy, view, n), f"({view.tokens} tokens, budget {n})") for view, n in asked]
+    return [own for own in found if own[3]]
+
+
+def left(policy: KVPolicy, view: PromptView, budget: int) -> list[KV]:
+    """Return what a method leaves of a prompt; nothing where it cannot serve so small a budget."""
+    try:
+        return policy.compress(view, budget)
+    except BudgetTooSmall:
+        return []
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -293,9 +310,17 @@ def _differing(label: str, part: int, what: str) -> Iterator[str]:
         for layer, kv in zip(view.layers, kvs, strict=True):
             own, prompt = kv.load()[part], layer.kv.load()[part]  # [1, H, S, D] and [1, H, T, D]
             source = prompt.gather(2, kv.positions.clamp(min=0).long().unsqueeze(-1).expand(own.shape))
-            wrong = sorted(set(kv.positions[(own != source).any(dim=-1) & (kv.positions >= 0)].tolist()))
+            wrong = sorted(set(kv.positions[(own != source).any(dim=-1) & _plain(kv)].tolist()))
             if wrong:
                 yield f"positions whose {what} differs: {wrong} {where}"
+
+
+def _plain(kv: KV) -> Tensor:
+    """Slots that hold a token as it is: [1, H, S] bool. Codes, which come first in a head, stand for it as they can."""
+    there = kv.positions >= 0
+    if not isinstance(kv, CodedKV):
+        return there
+    return there & (torch.arange(there.shape[2]) >= torch.tensor(kv.counts).unsqueeze(1))
 
 
 def _tensors(kv: KV) -> list[Tensor]:

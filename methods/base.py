@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol, final
+from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class KVPolicy:
     def evicts_while_decoding(self) -> bool:
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
         return False
+
+    reads_a_part: ClassVar[bool] = False
+    """Whether a decoded token reads only those slots of the cache that are chosen for it."""
 
     @property
     def ranks_tokens(self) -> bool:

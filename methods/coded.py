@@ -68,6 +68,10 @@ class CodedPolicy(KVPolicy):
         return self.chooser.kind  # alone it keeps all tokens
 
     @property
+    def method_bytes(self) -> int:
+        return self.chooser.method_bytes
+
+    @property
     def needs(self) -> Needs:
         return self.chooser.needs
 

@@ -72,6 +72,13 @@ class KV:
         side = [x.nbytes // slots.numel() * live if x.shape[:3] == slots else x.nbytes for x in self.extra.values()]
         return live * self.slot_bytes + sum(side)
 
+    def reads(self, live: int) -> int:
+        """Return the bytes that attention reads for one decoded token, given the number of live slots of all heads.
+
+        Keys and values, or what is stored in their place; positions and side data are not read for it.
+        """
+        return live * (self.slot_bytes - POSITION_BYTES)
+
 
 def wide(x: Tensor) -> Tensor:
     """Return x in a type whose products of queries and keys do not overflow: float16 (65,504 at most) as float32."""
@@ -114,13 +121,15 @@ class LayerSource:
     """Where a layer's keys and values came from.
 
     model: the whole model. module: the layer's attention. hidden: [B, T, E], what went into it.
-    rope: cosines and sines of the prompt's positions, [B, T, D] each, or None for a model without.
+    rope: cosines and sines of the prompt's positions, [B, T, D] each, or None for a model without. ids: [B, T], its
+    tokens.
     """
 
     model: torch.nn.Module
     module: torch.nn.Module
     hidden: Tensor
     rope: tuple[Tensor, Tensor] | None
+    ids: Tensor | None = None
 
     def then(self, more: LayerSource) -> LayerSource:
         """Of these tokens and those that came to the same layer after them."""
@@ -128,7 +137,8 @@ class LayerSource:
         if self.rope is not None and more.rope is not None:
             cos, sin = (torch.cat(own, dim=1) for own in zip(self.rope, more.rope, strict=True))
             rope = (cos, sin)
-        return LayerSource(self.model, self.module, torch.cat([self.hidden, more.hidden], dim=1), rope)
+        ids = None if self.ids is None or more.ids is None else torch.cat([self.ids, more.ids], dim=1)
+        return LayerSource(self.model, self.module, torch.cat([self.hidden, more.hidden], dim=1), rope, ids)
 
 
 @dataclass

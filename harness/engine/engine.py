@@ -9,6 +9,7 @@ after the first decoded token; `kv_bytes` is what it left, `kv_bytes_end` counts
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -147,7 +148,7 @@ class Engine:
 
     def _answer(self, runs: Sequence[CellRun], prompt: Prompt, *, tail: list[int]) -> None:
         """Decode one prompt under every cell that was compressed. tail: its tokens after what was compressed."""
-        ready: dict[bool, list[CellRun]] = {False: [], True: []}  # by whether they evict while decoding
+        ready = defaultdict[tuple[bool, bool], list[CellRun]](list)  # by how their caches are read and grow
         for run in runs:
             if run.compressed is None:
                 continue
@@ -155,7 +156,8 @@ class Engine:
             if self.query == "agnostic" and not tail:
                 run.outcome.fail(f"no question after the {run.compressed.tokens} tokens of the context", "skipped")
             else:
-                ready[run.cell.policy.evicts_while_decoding].append(run)
+                policy = run.cell.policy
+                ready[policy.evicts_while_decoding, policy.reads_a_part].append(run)
         for batch in ready.values():
             rows = 1 if prompt.turns else self.rows
             for i in range(0, len(batch), rows):
@@ -194,7 +196,7 @@ class Engine:
             outcome, result, own = run.outcome, results[row], nll[row]
             outcome.token_ids = tuple(result.tokens)
             outcome.kv_bytes_end, outcome.stored_bytes_end = result.kv_bytes_end, result.stored_bytes_end
-            outcome.byte_steps = result.byte_steps
+            outcome.byte_steps, outcome.read_bytes = result.byte_steps, rows[row].reads(result.read)
             outcome.decode_s, outcome.decode_rows = seconds, len(runs)
             if not all(map(math.isfinite, own)):
                 outcome.fail(result.flaw or NotFinite("of the reference answer"))
@@ -222,9 +224,17 @@ def _compress(run: CellRun, prefilled: Prefilled, runs: Mapping[Cell, CellRun]) 
     run.compressed = left = compress(prefilled, cell.policy, budget)
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
     outcome.kv_bytes, outcome.stored_bytes = left.kv_bytes, left.stored_bytes
-    outcome.asked_bytes = left.stored_bytes if cell.policy.kind == "own" else left.asked_bytes
+    outcome.asked_bytes = _asked_bytes(cell.policy, left)
     outcome.state_bytes, outcome.method_bytes = left.state_bytes, cell.policy.method_bytes
-    outcome.over_budget = outcome.stored_bytes > OVER * outcome.asked_bytes
+    outcome.read_bytes = left.read_bytes
+    outcome.over_budget = not cell.policy.reads_a_part and outcome.stored_bytes > OVER * outcome.asked_bytes
+
+
+def _asked_bytes(policy: KVPolicy, left: Compressed) -> int:
+    """What a budget allows to be held: that of its slots; all where a budget is of what is read; what is, by none."""
+    if policy.reads_a_part:
+        return left.full_bytes
+    return left.stored_bytes if policy.kind == "own" else left.asked_bytes
 
 
 def _asked(cell: Cell, prefilled: Prefilled, runs: Mapping[Cell, CellRun]) -> int | None:

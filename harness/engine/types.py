@@ -144,6 +144,7 @@ class Outcome:
     stored_bytes: int = 0
     stored_bytes_end: int = 0
     byte_steps: int | None = None
+    read_bytes: int | None = None
     asked_bytes: int = 0
     full_bytes: int = 0
     state_bytes: int = 0

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from harness.errors import HarnessError, shown
 from harness.records.plain_files import DEPTH, of_json, read_plain
+from harness.records.record import READ
 from harness.records.spec import FULL, OWN, MethodSpec, ModelSpec
 from methods.budget import Budget
 
@@ -32,7 +33,7 @@ def _finite(value: Any) -> Any:
 
 def _budget(text: str) -> str:
     if text not in (FULL, OWN):
-        Budget.parse(text)
+        Budget.parse(text.removeprefix(READ))
     return text
 
 
@@ -52,7 +53,7 @@ class Part(BaseModel):
 
 
 class KeptPrompt(Part):
-    """What was measured on a prompt, under the names that a record has. Older results lack stored bytes."""
+    """What was measured on a prompt, under the names that a record has. Older results lack some."""
 
     prompt_sha256: Hash
     compressed: StrictBool
@@ -66,6 +67,7 @@ class KeptPrompt(Part):
     kv_bytes_end: Count
     stored_bytes: Count = 0
     stored_bytes_end: Count = 0
+    read_bytes: Count | None = None
     asked_bytes: Count
     full_bytes: Count
     prefill_s: Seconds

@@ -20,6 +20,7 @@ from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, tu
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
 from harness.plan.names import check_sweep, refusals
+from harness.records.record import READ
 from harness.records.spec import AS, FULL, OWN, QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget, KVPolicy
 from methods.label import MethodLabel
@@ -163,11 +164,12 @@ def plan_budgets(sweep: Sweep, methods: Sequence[PlannedMethod]) -> list[Budget 
 
 
 def plan_cells(methods: Sequence[PlannedMethod], budgets: Iterable[Budget | AsKept]) -> list[PlannedCell]:
-    """Every method at every budget; a method that is given none once. Raises HarnessError when that is no cell."""
+    """Every method at every budget, of tokens kept or read; one that is given none once. HarnessError for no cell."""
     named, cells = {str(budget): budget for budget in budgets}, []
     for spec, policy in methods:
         if spec.budgeted:
-            cells += [PlannedCell(spec.label, text, _cell(policy, budget)) for text, budget in named.items()]
+            of = READ if policy.reads_a_part else ""
+            cells += [PlannedCell(spec.label, of + text, _cell(policy, budget)) for text, budget in named.items()]
         else:
             cells.append(PlannedCell(spec.label, OWN if spec.own else FULL, Cell(policy, None)))
     if not cells:

@@ -109,7 +109,8 @@ def differences(own: Record, made: Record, *, same: bool) -> Iterator[str]:
     for name in ("token_ids", "turn_tokens", "kept_slots", "needle_kept", "memory") if same else ():
         if getattr(own, name) != getattr(made, name):
             yield f"{name} {shown(getattr(own, name), 60)}, here {shown(getattr(made, name), 60)}"
-    for name in ("kv_bytes", "asked_bytes", "full_bytes"):
+    told = () if own.read_bytes is None else ("read_bytes",)  # not in old records
+    for name in ("kv_bytes", "asked_bytes", "full_bytes", *told):
         if not isclose(getattr(own, name), getattr(made, name), rel_tol=0 if same else OTHER_BYTES):
             yield f"{name} {getattr(own, name)}, here {getattr(made, name)}"
     for name in ("nll", "nll_first") if same else ():

@@ -13,7 +13,7 @@ from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
 from harness.errors import shown
-from harness.records.record import CellKey, RunManifest
+from harness.records.record import READ, CellKey, RunManifest
 from harness.records.spec import AS, FULL, OWN, MethodSpec
 from harness.submission.archive import CELLS_AT_MOST, RECORDS_AT_MOST
 from methods.budget import Budget, PolicyError
@@ -129,11 +129,19 @@ def cells_of(manifest: RunManifest) -> dict[CellKey, CellBudget]:
         own = text.removeprefix(AS) if text.startswith(AS) else Budget.parse(text)
         budgets[text if isinstance(own, str) else str(own)] = own
     none: dict[bool, dict[str, CellBudget]] = {False: {FULL: None}, True: {OWN: None}}
+    choosing = choosing_of(manifest)
     return {
-        (method.label, text): budget
+        (method.label, READ + text if budget and method.label in choosing else text): budget
         for method in manifest.spec.methods
         for text, budget in (budgets if method.budgeted else none[method.own]).items()
     }
+
+
+def choosing_of(manifest: RunManifest) -> frozenset[str]:
+    """Labels of the methods that choose for each decoded token what it reads of their cache."""
+    known = _registry()
+    named = ((method.label, known.get(method.name)) for method in manifest.spec.methods)
+    return frozenset(label for label, entry in named if entry is not None and entry.policy.reads_a_part)
 
 
 def least_of(manifest: RunManifest) -> dict[str, float]:

@@ -23,7 +23,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import Key, Record, RunManifest
+from harness.records.record import READ, Key, Record, RunManifest
 from harness.records.spec import AS, OWN, TaskSpec
 from harness.records.spec import FULL as FULL
 from leaderboards.stats.machines import listed, processor
@@ -165,8 +165,18 @@ def _seconds(when: str) -> float:
         return -math.inf
 
 
+def is_of_reading(budget: str) -> bool:
+    """Whether it says how much of a cache is read and not how much is held: nothing such is ranked by what it holds."""
+    return budget.startswith(READ)
+
+
 def budget_order(budget: str) -> tuple[int, float, str]:
-    """Sort key: methods that are given none first, then tokens, fractions, and what another method kept."""
+    """Sort key: methods that are given none first, then tokens, fractions, and what another method kept.
+
+    Those of what is read come behind all.
+    """
+    if is_of_reading(budget):
+        return (5, budget_order(budget.removeprefix(READ))[1], budget)
     try:
         size = float(budget)
     except ValueError:
