@@ -36,7 +36,8 @@ class LoadedModel:
 
     context: positions the model was made for, prompt and generation together.
     eos_ids: every token that ends a generation. template_tokens: tokens around one user message. vocabulary: how many
-    tokens have an embedding. set_aside: notes for records on what its files ask for and is done otherwise here.
+    tokens have an embedding. set_aside: notes for records on what its files ask for and is done otherwise here. typed:
+    the name that it was loaded by, for another process to load it too.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class LoadedModel:
     template_tokens: int
     vocabulary: int
     set_aside: tuple[str, ...]
+    typed: str
 
     def words(self) -> list[int]:
         """Token ids that stand for text: prompts of random tokens are drawn from them. Random weights know any."""
@@ -144,6 +146,7 @@ def _loaded(
         template_tokens(tokenizer),
         vocabulary=vocabulary,
         set_aside=(*set_aside(model), *template_notes(tokenizer)),
+        typed=source.name,
     )
 
 

@@ -19,7 +19,7 @@ from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, turn_tokens, wrap
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
-from harness.plan.names import check_sweep, refusals
+from harness.plan.names import check_sweep, refusals, settled
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
 from tasks.base import NothingFits, Sample, Task, TaskOptions
@@ -104,7 +104,7 @@ class Plan:
 
 def plan_names(sweep: Sweep) -> NamedSweep:
     """Tasks and methods of a sweep. Raises HarnessError for what can be refused without the model."""
-    tasks = check_sweep(sweep)
+    sweep, tasks = settled(sweep), check_sweep(sweep)
     methods = plan_methods(sweep)
     plan_cells(methods, sweep.parsed_budgets)  # refuses a sweep without a cell
     return NamedSweep(sweep, tasks, methods)

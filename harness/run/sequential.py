@@ -23,6 +23,7 @@ from harness.records.log_folder import Resume, now
 from harness.records.record import PROMPT_TAIL, Record, RunManifest, Status, by_turns
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
+from harness.relay.send import Relay
 from harness.run.observing import Observed, at_prefill, observe_ms, observed
 from harness.run.timing import measured_on, measuring
 from methods.base import KVPolicy
@@ -42,6 +43,7 @@ class SampleRunner:
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model)
         self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
+        self.relay = Relay(self.engine, self.loaded, self.spec)  # starts no process before there is something to send
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
         here, on_cpu = machine(), self.spec.model.device.startswith("cpu")
         self.accelerator = ", ".join(() if on_cpu else here["accelerators"][:1]) or str(here["processor"])
@@ -52,7 +54,10 @@ class SampleRunner:
         observe: False where nothing is to be measured besides. Raises whatever ends them all.
         """
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
-        outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
+        if group[0][0].task.relayed:
+            outcomes = self._relayed(group, prompts, observe=observe)
+        else:
+            outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
         if observe:
             self._observe(group, prompts[0], outcomes)
         return [
@@ -60,6 +65,12 @@ class SampleRunner:
             for (planned, cells), own in zip(group, outcomes, strict=True)
             for cell, outcome in zip(cells, own, strict=True)
         ]
+
+    def _relayed(self, group: Group, prompts: Sequence[Prompt], *, observe: bool) -> list[list[Outcome]]:
+        """Have another process answer. The control is run where observing is measured, too."""
+        first, texts = group[0][0], [planned.sample.context for planned, _ in group]
+        control = observe and (first.task.name, first.sample.id) in self.observed
+        return self.relay.run_group(prompts, [cells for _, cells in group], texts, control=control)
 
     def _said(self, outcome: Outcome) -> list[str]:
         return [self.tokenizer.decode(ids) for ids in by_turns(outcome.token_ids, outcome.turn_tokens)]

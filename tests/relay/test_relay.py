@@ -1,0 +1,189 @@
+"""Tasks of `relay` on the tiny model: another process answers as this one would, from the cache alone."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.engine.types import Cell, Limits, Prompt
+from harness.errors import HarnessError
+from harness.models.load import LoadedModel
+from harness.models.prompt import TaskTokenizer
+from harness.plan.sweep import PlannedCell
+from harness.records.record import Record
+from harness.records.relayed import HEADER_BYTES, LAYER_BYTES
+from harness.records.run_folder import find_runs, load_run
+from harness.records.spec import MethodSpec
+from harness.relay import send
+from harness.relay.client import Receiver
+from harness.relay.send import Relay
+from harness.relay.wire import Ask
+from methods.base import KV, Budget, PromptView
+from methods.fullkv import FullKV
+from methods.registry import make_policy
+from tests.tasks.test_multiquery import longbench
+from tests.tiny_run import TINY, call
+
+LABELS = ("fullkv", "snapkv", "adakv", "h2o@paper", "quant", "streamingllm@paper")
+OTHER = {"run_id", "task", "prefill_s", "compress_s", "decode_s", "decode_rows", "observe_ms", "relayed"}
+TEXT = "The town of Ash lies by the river Ilm, and its mill has stood for a hundred years. " * 3
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
+    """The same questions by this process and by another one. Only read."""
+    root = tmp_path_factory.mktemp("runs")
+    data = longbench(root, (TEXT, "Which town?"), (TEXT, "Which river?"), (TEXT + "!", "a"), (TEXT + "!", "b"))
+    run = ["run", *TINY, "--methods", ",".join(LABELS), "--budgets", "64", "--data-dir", str(data)]
+    run += ["--max-new-tokens", "6", "--observe", "1", "--nll-tokens", "8"]
+    found = {}
+    for task in ("multiquery/longbench", "relay/qa/longbench"):
+        assert call(*run, "--tasks", task, "--out", root / task) == 0
+        (folder,) = find_runs(root / task)
+        found[task.partition("/")[0]] = load_run(folder)[1]
+    return found
+
+
+def same(record: Record) -> dict[str, Any]:
+    """What does not depend on who answered; likelihoods to three digits."""
+    told = {key: value for key, value in record.model_dump().items() if key not in OTHER}
+    return {key: round(value, 3) if key in ("nll", "nll_first") else value for key, value in told.items()}
+
+
+def test_every_method_answers_as_in_one_process(answered: dict[str, list[Record]]) -> None:
+    here, there = answered["multiquery"], answered["relay"]
+    assert len(here) == 4 * len(LABELS) and all(record.status == "ok" for record in here)
+    assert [same(record) for record in there] == [same(record) for record in here]
+    assert all(record.token_ids for record in there if record.method == "fullkv")
+    assert all(record.relayed is None for record in here)
+
+
+def test_a_record_says_what_was_sent_and_what_text_would_have_taken(answered: dict[str, list[Record]]) -> None:
+    for record in answered["relay"]:
+        sent = record.relayed
+        assert sent is not None and sent.text_s is not None
+        assert record.kv_bytes < sent.sent_bytes <= record.stored_bytes + HEADER_BYTES + 4 * LAYER_BYTES
+        assert min(sent.send_s, sent.receive_s, sent.ask_s, sent.text_s) > 0
+        assert len(TEXT) < sent.text_bytes < len(TEXT) + 400
+    assert len({(r.meta["group"], r.method, r.relayed.send_s) for r in answered["relay"] if r.relayed}) == 12
+
+
+def test_zeros_in_place_of_the_cache_give_another_answer(answered: dict[str, list[Record]]) -> None:
+    """On the samples that are measured: the questions of the first context."""
+    depends = [record.relayed.depends for record in answered["relay"] if record.relayed]
+    assert depends.count(True) == 2 * len(LABELS) and depends.count(None) == 2 * len(LABELS)
+
+
+# One receiver for the tests below; each asks the same prompt.
+
+
+def prompt_of(loaded: LoadedModel) -> Prompt:
+    ids = loaded.tokenizer(TEXT + "Which town?").input_ids
+    limits = Limits(6, loaded.eos_ids, text=TaskTokenizer(loaded.tokenizer).decode)
+    return Prompt(ids, len(ids) - 11, ids[:4], limits)
+
+
+class Spec:
+    """What `Relay` asks of a run's specification."""
+
+    methods = (MethodSpec(label="fullkv", name="fullkv", budgeted=False), MethodSpec(label="snapkv", name="snapkv"))
+
+
+@pytest.fixture(scope="module")
+def relay(tiny: LoadedModel) -> Relay:
+    return Relay(Engine(AttachedModel(tiny.model), query="agnostic"), tiny, Spec())  # type: ignore[arg-type]
+
+
+def run(relay: Relay, prompt: Prompt, *cells: PlannedCell, **options: bool) -> list[Any]:
+    return relay.run_group([prompt], [cells], [TEXT], **options)[0]
+
+
+FULL = PlannedCell("fullkv", "full", Cell(FullKV(), None))
+SNAP = PlannedCell("snapkv", "32", Cell(make_policy("snapkv"), Budget(32)))
+
+
+def test_the_receiver_has_nothing_but_the_cache(
+    relay: Relay, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another context's cache, sent in the place of this one's, gives that one's answer."""
+    prompt, pack = prompt_of(tiny), send.pack_message
+    other = replace(prompt, ids=[*reversed(prompt.ids[: prompt.context]), *prompt.ids[prompt.context :]])
+    first, second = (run(relay, own, FULL)[0] for own in (prompt, other))
+    assert first.token_ids != second.token_ids and len(first.token_ids) == 6
+    messages: list[bytes] = []
+    monkeypatch.setattr(send, "pack_message", lambda left: messages.append(pack(left)) or messages[0])
+    swapped = [run(relay, own, FULL)[0] for own in (other, prompt)]
+    assert [own.token_ids for own in swapped] == [second.token_ids] * 2
+
+
+def test_a_receiver_that_is_killed_costs_its_cell_alone(
+    relay: Relay, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, ask = prompt_of(tiny), relay.receiver.ask
+    known = run(relay, prompt, FULL, SNAP)
+
+    def dying(asked: Ask, message: bytes = b"") -> Any:
+        if asked.size and relay.receiver._process is not None and not killed:
+            killed.append(relay.receiver._process.own.pid)
+            os.kill(killed[0], signal.SIGSTOP)  # so that it is there when it is asked
+            os.kill(killed[0], signal.SIGKILL)
+        return ask(asked, message)
+
+    killed: list[int] = []
+    monkeypatch.setattr(relay.receiver, "ask", dying)
+    monkeypatch.setattr("subprocess.Popen.poll", lambda own: None)
+    failed, ok = run(relay, prompt, FULL, SNAP)
+    assert killed and failed.status == "failed" and failed.relayed is None
+    assert failed.error == "the receiver ended (-9)"
+    assert ok.status == "ok" and ok.token_ids == known[1].token_ids
+    assert relay.receiver._process is not None and relay.receiver._process.own.pid not in killed
+
+
+def test_one_that_died_idle_is_not_missed(relay: Relay, tiny: LoadedModel) -> None:
+    before = run(relay, prompt_of(tiny), FULL)[0]
+    assert relay.receiver._process is not None
+    os.kill(relay.receiver._process.own.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert run(relay, prompt_of(tiny), FULL)[0].token_ids == before.token_ids
+
+
+def test_what_a_method_or_a_question_raises_is_its_own_cells(relay: Relay, tiny: LoadedModel) -> None:
+    class Odd(KV):
+        def __post_init__(self) -> None:
+            self.parts = (1,)
+
+    class Leaves(FullKV):
+        def compress(self, view: PromptView, budget: int) -> list[KV]:
+            return [Odd(own.keys, own.values, own.positions) for own in super().compress(view, budget)]
+
+    odd, ok = run(relay, prompt_of(tiny), PlannedCell("odd", "full", Cell(Leaves(), None)), FULL)
+    assert (odd.status, ok.status) == ("failed", "ok") and "cannot be sent" in odd.error
+    nothing = replace(prompt_of(tiny), context=len(prompt_of(tiny).ids))
+    (asked,) = run(relay, nothing, FULL)
+    assert asked.status == "skipped" and "no question after" in asked.error
+
+
+def test_a_receiver_that_cannot_load_the_model_says_so(tiny: LoadedModel) -> None:
+    for loaded, why in (
+        (replace(tiny, typed="/nowhere/model"), "the receiver cannot answer: .*nowhere/model"),
+        (replace(tiny, spec=tiny.spec.model_copy(update={"revision": "other"})), "it loaded revision .* of tiny"),
+    ):
+        receiver = Receiver(loaded)
+        with pytest.raises(HarnessError, match=why) as caught:
+            receiver.ask(Ask(text=(5, 6, 7)))
+        assert "\n" not in str(caught.value) and receiver._process is None
+
+
+def test_a_receiver_ends_with_its_sender(tiny: LoadedModel) -> None:
+    receiver = Receiver(tiny)
+    reply, _ = receiver.ask(Ask(text=(5, 6, 7)))
+    assert reply.text_s > 0 and receiver._process is not None
+    pid = receiver._process.own.pid
+    del receiver
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
