@@ -286,10 +286,10 @@ def _shown(view: PromptView) -> list[Tensor]:
     return [x for x in shown if x is not None]
 
 
-def _turn(keys: Tensor, by: int) -> Tensor:
+def _turn(keys: Tensor, by: int | Tensor) -> Tensor:
     """A rotation of every pair of dimensions, as RoPE is."""
     half = keys.shape[-1] // 2
-    angle = by / 10 ** torch.arange(half)
+    angle = (by.unsqueeze(-1) if isinstance(by, Tensor) else by) / 10 ** torch.arange(half)
     first, second = keys[..., :half], keys[..., half:]
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -14,8 +14,9 @@ import torch
 
 from harness.contract import make_view
 from methods.base import KV, KVPolicy, Needs
-from methods.codes import CodedKV
+from methods.codes import MinMaxCodes
 from methods.registry import Method, load_methods, make_policy
+from methods.stored import CodedKV
 from methods.tuned.artefact import load_tuning, packaged
 from methods.views import POSITION_BYTES
 
@@ -134,8 +135,7 @@ def slot_bytes(policy: KVPolicy) -> str:
 
 def _codes(kv: KV) -> Iterator[str]:
     """What a slot of codes takes, and which slots are none."""
-    if isinstance(kv, CodedKV):
-        _, codes = kv.parts[0]
+    if isinstance(kv, CodedKV) and isinstance(codes := kv.parts[0][1], MinMaxCodes):
         numbers = codes.keys.shape[-1] + codes.values.shape[-1]
         scales = codes.nbytes / (codes.keys.shape[0] * codes.slots) - numbers
         yield (

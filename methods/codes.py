@@ -1,37 +1,34 @@
-"""Keys and values as integer codes: min/max quantisation in groups, and a KV most of whose slots are codes.
+"""Min/max codes: keys and values as integers of 8, 4 or 2 bits, quantised in groups.
 
 Source: KIVI, https://arxiv.org/abs/2402.02750: keys per channel in groups of tokens, values per token in groups of
-channels, asymmetric, x = zero + scale * code. Letters as in `methods.base`, and n streams (KV heads of some row), C
-coded slots of each, G tokens or channels a group.
+channels, asymmetric, x = zero + scale * code. Letters as in `methods.stored`, and G tokens or channels a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from methods.device import Doubt, placed, settle
+from methods.stored import Codes, Coding
 from methods.views import KV, POSITION_BYTES
 
 HALF_BYTES = 2  # of a scale, and of a zero
-UNSOUND = "keys or values are NaN, infinite or too large for scales in half precision; try bfloat16"
-Refuse = Callable[[Tensor, Callable[[int], str]], None]
 
 
 @dataclass(frozen=True)
-class Coding:
-    """How slots become codes. bits: 8, or 4 or 2 (two or four codes a byte).
-
-    group: tokens of a key's, channels of a value's scale. residual: last slots of every head that stay as they are.
-    """
+class MinMax(Coding):
+    """bits: 8, or 4 or 2 (two or four codes a byte). group: tokens of a key's, channels of a value's scale."""
 
     bits: int
     group: int
-    residual: int
+
+    @property
+    def step(self) -> int:
+        return self.group
 
     @property
     def per_byte(self) -> int:
@@ -51,6 +48,9 @@ class Coding:
         """Return the bytes of `slots` coded slots of a head; a last group that is not full has scales of its own."""
         return slots * self.coded_slot_bytes(key_dim, value_dim) + -(-slots // self.group) * 2 * HALF_BYTES * key_dim
 
+    def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> MinMaxCodes:
+        return MinMaxCodes.of(self, keys, values)
+
     def coded(self, slots: int, kv: KV) -> int:
         """Return how many of a head's `slots` become codes: all before the residual, if their codes are smaller."""
         dims, older = (kv.keys.shape[-1], kv.values.shape[-1]), max(0, slots - self.residual)
@@ -58,14 +58,14 @@ class Coding:
 
 
 @dataclass
-class Codes:
-    """Coded slots of streams that have the same number of them.
+class MinMaxCodes(Codes):
+    """Codes with their scales.
 
     keys, values: [n, C, D * bits / 8] uint8. key_scale, key_zero: [n, ceil(C / G), D]. value_scale, value_zero:
     [n, C, D / channels], both in half precision.
     """
 
-    coding: Coding
+    coding: MinMax
     keys: Tensor
     key_scale: Tensor
     key_zero: Tensor
@@ -74,7 +74,7 @@ class Codes:
     value_zero: Tensor
 
     @classmethod
-    def of(cls, coding: Coding, keys: Tensor, values: Tensor) -> Codes:
+    def of(cls, coding: MinMax, keys: Tensor, values: Tensor) -> MinMaxCodes:
         """Return the codes of keys and values [n, C, D], C > 0."""
         whole = keys.shape[1] // coding.group * coding.group
         parts = [x for x in (keys[:, :whole], keys[:, whole:]) if x.shape[1]]
@@ -88,8 +88,7 @@ class Codes:
         return cls(coding, _packed(key_codes, coding), scale, zero, _packed(value_codes, coding), *value_scales)
 
     @classmethod
-    def cat(cls, parts: Sequence[Codes]) -> Codes:
-        """Return the streams of all `parts`, which have one coding and as many slots."""
+    def cat(cls, parts: Sequence[MinMaxCodes]) -> MinMaxCodes:
         if len(parts) == 1:
             return parts[0]
         return cls(parts[0].coding, *(torch.cat([getattr(own, name) for own in parts]) for name in _TENSORS))
@@ -98,24 +97,24 @@ class Codes:
     def slots(self) -> int:
         return int(self.keys.shape[1])
 
+    def then(self, later: MinMaxCodes) -> MinMaxCodes | None:
+        """Return both, unless these end with a group that is not full, which no slot can be added to."""
+        if self.slots % self.coding.group:
+            return None
+        return MinMaxCodes(
+            self.coding, *(torch.cat(own, dim=1) for own in zip(self.tensors(), later.tensors(), strict=True))
+        )
+
     def tensors(self) -> list[Tensor]:
-        """Return everything that is held."""
         return [getattr(self, name) for name in _TENSORS]
 
-    def scales(self) -> tuple[Tensor, ...]:
-        """Return what codes are multiplied with, and what is added then."""
+    def scaled(self) -> Sequence[Tensor]:
         return self.key_scale, self.key_zero, self.value_scale, self.value_zero
 
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors())
+    def take(self, streams: Tensor) -> MinMaxCodes:
+        return MinMaxCodes(self.coding, *(getattr(self, name)[streams] for name in _TENSORS))
 
-    def take(self, streams: Tensor) -> Codes:
-        """Return the codes of some of the streams. streams: [n'] int64."""
-        return Codes(self.coding, *(getattr(self, name)[streams] for name in _TENSORS))
-
-    def decode(self, keys: Tensor, values: Tensor) -> None:
-        """Write what the codes stand for into keys and values [n, C, D]."""
+    def decode(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         size, group = self.slots, self.coding.group
         whole, codes = size // group * group, _unpacked(self.keys, self.coding)
         scale, zero = (x.to(keys.dtype).unsqueeze(2) for x in (self.key_scale, self.key_zero))  # [n, groups, 1, D]
@@ -130,88 +129,10 @@ class Codes:
         torch.addcmul(zero, codes.to(values.dtype), scale, out=_split(values, 2, width))
 
 
-_TENSORS = [own.name for own in fields(Codes) if own.name != "coding"]
+_TENSORS = [own.name for own in fields(MinMaxCodes) if own.name != "coding"]
 
 
-@dataclass
-class CodedKV(KV):
-    """Slots in the order of their tokens: of every head first coded ones, then at most R as they were, then empty ones.
-
-    keys, values: [1, H, R, D], those that are no codes; positions [1, H, S] are of all.
-    counts: coded slots of each head. parts: their codes, by number of coded slots, with the heads that have so many.
-    A slot that is given up later (`positions` -1) must be none of the coded ones: a head's last tokens are not.
-    """
-
-    counts: tuple[int, ...] = ()
-    parts: tuple[tuple[tuple[int, ...], Codes], ...] = ()
-
-    def load(self) -> tuple[Tensor, Tensor]:
-        """Return decoded copies of all slots, [1, H, S, D] each; empty slots are 0."""
-        slots = self.positions.shape[2]
-        keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in (self.keys, self.values))
-        for heads, codes in self.parts:
-            own = [x.new_empty(len(heads), codes.slots, x.shape[3]) for x in (keys, values)]
-            codes.decode(*own)
-            for x, decoded in zip((keys, values), own, strict=True):
-                x[0].narrow(1, 0, codes.slots).index_copy_(0, placed(heads, x.device), decoded)
-        for head, count in enumerate(self.counts):
-            rest = min(slots - count, self.keys.shape[2])
-            keys[0, head, count : count + rest] = self.keys[0, head, :rest]
-            values[0, head, count : count + rest] = self.values[0, head, :rest]
-        return keys, values
-
-    def codes_of(self, heads: Sequence[int]) -> list[Codes]:
-        """Return the codes of heads that have the same number of them, as one; none where that is 0."""
-        for own, codes in self.parts:
-            if heads[0] in own:
-                at = [own.index(head) for head in heads]
-                return [codes if len(at) == len(own) else codes.take(placed(at, codes.keys.device))]
-        return []
-
-    def take(self, slots: Tensor) -> KV:
-        return KV(*self.load(), self.positions).take(slots)
-
-    def bytes_of(self, live: int) -> int:
-        """Codes with their scales and positions, and the live slots that are none."""
-        coded, count = sum(codes.nbytes for _, codes in self.parts), sum(self.counts)
-        return coded + count * POSITION_BYTES + (live - count) * self.slot_bytes
-
-
-def encode(kv: KV, coding: Coding, live: Sequence[int] | None = None, refuse: Refuse | None = None) -> CodedKV:
-    """Code a KV (B = 1) of any number of slots in each head. `kv` is left alone, and nothing of it is shared.
-
-    live: slots of each head, where they are known. refuse: as `LayerView.refuse`; None to refuse at once. Raises
-    PolicyError for numbers that have no codes.
-    """
-    last = torch.iinfo(kv.positions.dtype).max
-    order = kv.positions.masked_fill(kv.positions < 0, last).argsort(dim=-1, stable=True)
-    live = kv.live[0].tolist() if live is None else live
-    counts = tuple(coding.coded(slots, kv) for slots in live)
-    rest = max(slots - count for slots, count in zip(live, counts, strict=True))
-    keys, values = (x.new_zeros(*x.shape[:2], rest, x.shape[3]) for x in (kv.keys, kv.values))
-    for head, (slots, count) in enumerate(zip(live, counts, strict=True)):
-        own = order[0, head, count:slots]
-        keys[0, head, : len(own)], values[0, head, : len(own)] = kv.keys[0, head, own], kv.values[0, head, own]
-    parts = []
-    for count in dict.fromkeys(counts):
-        heads = [head for head, own in enumerate(counts) if own == count]
-        if count:
-            own = placed(heads, order.device).unsqueeze(1)  # [n, 1]
-            at = (own, order[0].index_select(0, own[:, 0])[:, :count])  # and [n, C]
-            parts.append((tuple(heads), Codes.of(coding, kv.keys[0][at], kv.values[0][at])))
-    scales = [x for _, codes in parts for x in codes.scales()]
-    if scales:
-        flaws = torch.stack([x.isfinite().logical_not().any() for x in scales]).sum()
-        (refuse or _refuse)(flaws, UNSOUND.format)
-    positions = kv.positions.gather(2, order)
-    return CodedKV(keys, values, positions, counts=counts, parts=tuple(parts))
-
-
-def _refuse(flaws: Tensor, told: Callable[[int], str]) -> None:
-    settle([Doubt(flaws, told)])
-
-
-def _coded(x: Tensor, coding: Coding, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def _coded(x: Tensor, coding: MinMax, *, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of x as uint8, and the scale and zero of each group along `dim`, which is kept.
 
     The scale is rounded up, so that the highest number has a code; codes are of the rounded scale and zero.
@@ -232,13 +153,13 @@ def _split(x: Tensor, dim: int, size: int) -> Tensor:
     return x.view(*x.shape[:dim], x.shape[dim] // size, size, *x.shape[dim + 1 :])
 
 
-def _packed(codes: Tensor, coding: Coding) -> Tensor:
+def _packed(codes: Tensor, coding: MinMax) -> Tensor:
     """Codes [..., D], several in a byte: the first part of the channels in the lowest bits, the next ones above."""
     parts = codes.chunk(coding.per_byte, dim=-1)
     return reduce(torch.bitwise_or, (part << at * coding.bits for at, part in enumerate(parts)))
 
 
-def _unpacked(packed: Tensor, coding: Coding) -> Tensor:
+def _unpacked(packed: Tensor, coding: MinMax) -> Tensor:
     """Codes [..., D]."""
     if coding.bits == 8:
         return packed

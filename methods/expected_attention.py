@@ -14,7 +14,7 @@ where AdaKVPress masks it, and a budget within the sinks keeps the same of them 
 `forward` are no part of the paper and off unless given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from methods.adakv import ragged_slots
 from methods.base import KV, LayerView, Needs, PolicyError, PromptView, at_least, at_most
 from methods.registry import method
+from methods.views import Rotate
 from methods.window import POOLINGS, PooledPolicy
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,8 +42,6 @@ CHOICES = {
 }
 CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 NUMBERS_AT_ONCE = 2**25  # of keys as the queries of a group see them; a long prompt's are taken head by head
-
-Rotate = Callable[[Tensor, int], Tensor]
 
 
 @method("expected_attention", paper="https://arxiv.org/abs/2510.00636", code=CODE, presets=PRESETS, choices=CHOICES)

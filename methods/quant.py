@@ -6,9 +6,10 @@ Source: KIVI, https://arxiv.org/abs/2402.02750, with its groups of 32; `@kivi-2b
 Differences: the residual in full precision is the last `residual` slots of every head, for keys and values alike. So
 are KIVI's values (llama_kivi.py:210-217 at KIVI 876b4d2), but of its keys it leaves the last T mod `residual` after the
 prefill (193-199), which may be none. With one residual a head's bytes are concave in its slots, and a method that gives
-heads different numbers of them keeps to the budget too. Decoded tokens are never coded. A last group of keys that is
-not full has scales of its own. Scales are rounded up to half precision before codes are taken. A head whose codes would
-be no smaller is left as it is.
+heads different numbers of them keeps to the budget too. Decoded tokens become codes a group at a time, once they leave
+the residual; KIVI's values do so one by one, its keys `residual` at a time. A last group of keys that is not full has
+scales of its own. Scales are rounded up to half precision before codes are taken. A head whose codes would be no
+smaller is left as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ from typing import Any, Literal
 
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
 from methods.budget import quoted
-from methods.codes import HALF_BYTES, CodedKV, Coding, encode
+from methods.codes import HALF_BYTES, MinMax
 from methods.device import read
 from methods.fullkv import FullKV
 from methods.registry import make_policy, method
+from methods.stored import CodedKV, encode
 
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
@@ -69,8 +71,8 @@ class Quant(KVPolicy):
         return self.chooser.needs
 
     @property
-    def coding(self) -> Coding:
-        return Coding(self.bits, self.group, self.residual)
+    def coding(self) -> MinMax:
+        return MinMax(self.bits, self.group, residual=self.residual)
 
     def for_model(self, revision: str) -> "Quant":
         if self.inner is None:

@@ -7,7 +7,6 @@ Differences: re-assignment turns the sinks' keys forward until they touch the re
 recent keys back; RoPE sees only differences of positions, so the attention is the same.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from methods.base import KV, EvictionPolicy, LayerView, PolicyError, StepView
 from methods.registry import method
+from methods.views import Rotate
 
 PRESETS = {"paper": {"reassign": True, "evict": True}, "reassign": {"reassign": True}, "kvcf": {}, "kvpress": {}}
 
@@ -62,7 +62,7 @@ class ReassignedKV(KV):
     sinks: int = 0
     shift: int = 0
     start: int = 0
-    rotate: Callable[[Tensor, int], Tensor] | None = None
+    rotate: Rotate | None = None
 
     def load(self) -> tuple[Tensor, Tensor]:
         assert self.rotate is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 from methods.budget import PolicyError
 from methods.device import Doubt, placed, settle
 
+Rotate = Callable[[Tensor, int | Tensor], Tensor]
 POSITION_BYTES = 4  # of a slot: which token it holds, an int32
 
 
@@ -157,7 +158,7 @@ class LayerView:
     queries: [B, H * G, W, D], RoPE applied, of the last W tokens (W as declared in `Needs`, at most T).
     form: of the layer's attention, whose window is None.
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
-    rotate: turns keys [..., D] by a number of positions (RoPE), for methods that re-assign positions.
+    rotate: turns keys [..., D] by a number of positions (RoPE), or each by its own [...].
     source: None unless `Needs` declares hidden states.
     doubts: where `refuse` notes what it doubts, for the prompt's end; None to settle it at once.
     """
@@ -167,7 +168,7 @@ class LayerView:
     queries: Tensor
     form: Form
     column_sums: Tensor | None = None
-    rotate: Callable[[Tensor, int], Tensor] | None = None
+    rotate: Rotate | None = None
     source: LayerSource | None = None
     doubts: list[Doubt] | None = field(default=None, repr=False)
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)

@@ -8,7 +8,7 @@ for twice in the sums, as in `h2o@paper`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,9 +24,7 @@ from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from methods.base import KV, KVPolicy, PolicyError, PromptView
 from methods.device import read
-from methods.views import Form, GrownView, wide
-
-Rotate = Callable[[Tensor, int], Tensor]
+from methods.views import Form, GrownView, Rotate, wide
 
 
 @dataclass(frozen=True)

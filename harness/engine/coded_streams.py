@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from methods.base import KV
-from methods.codes import CodedKV, Coding
+from methods.codes import MinMax, MinMaxCodes
+from methods.stored import CodedKV
 
 INDEX_BYTES = 16  # of a stream: its number, its first slot and group of keys, how many slots
 
@@ -20,12 +21,12 @@ INDEX_BYTES = 16  # of a stream: its number, its first slot and group of keys, h
 class CodedStreams:
     """Coded slots of those streams that have any of one kind. They never change.
 
-    streams: their numbers. tensors: keys, key_scale, key_zero, values, value_scale, value_zero of one stream after the
-    other, [C, ...] each, or a row for each group of keys, as in `methods.codes.Codes`. counts: coded slots of each.
+    streams: their numbers. tensors: those of `methods.codes.MinMaxCodes`, [C, ...] of one stream after the other, or a
+    row for each group of keys. counts: coded slots of each.
     index: [4, n] int32, of each its number, first slot, first group of keys, coded slots.
     """
 
-    coding: Coding
+    coding: MinMax
     streams: list[int]
     tensors: list[Tensor]
     counts: list[int]
@@ -33,9 +34,10 @@ class CodedStreams:
     @classmethod
     def of(cls, rows: Sequence[KV], heads: int) -> list[CodedStreams]:
         """Return those of rows, one for each kind of codes."""
-        found = defaultdict[Coding, list[tuple[int, int, list[Tensor]]]](list)
+        found = defaultdict[MinMax, list[tuple[int, int, list[Tensor]]]](list)
         for row, kv in enumerate(rows):
             for members, codes in kv.parts if isinstance(kv, CodedKV) else ():
+                assert isinstance(codes, MinMaxCodes)
                 for i, head in enumerate(members):
                     own = [x[i] for x in codes.tensors()]
                     found[codes.coding].append((row * heads + head, codes.slots, own))

@@ -24,6 +24,8 @@ from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
 from methods.base import KV
+from methods.codes import MinMax
+from methods.stored import CodedKV
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
 FLAWED = -1  # picked of logits that are NaN or infinite
@@ -226,9 +228,11 @@ def _growing(
 ) -> DecodingLayer:
     """The layer cache of rows that grow; arguments as of `GrowingRows`.
 
-    On a GPU all heads of all rows are read in one call, but where keys are of another width than values.
+    On a GPU all heads of all rows are read in one call, but where keys are of another width than values, or slots are
+    stored as something else than min/max codes.
     """
-    if rows[0].keys.shape[-1] == rows[0].values.shape[-1] and gpu.fused(rows[0].keys.device):
+    plain = all(isinstance(own, MinMax) for kv in rows if isinstance(kv, CodedKV) for own in kv.codings)
+    if plain and rows[0].keys.shape[-1] == rows[0].values.shape[-1] and gpu.fused(rows[0].keys.device):
         from harness.engine.ragged_rows import RaggedRows
 
         return RaggedRows(rows, position=position, room=room, window=window, known=known)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from methods.base import KV
-from methods.codes import CodedKV, Codes
 from methods.device import placed, read
+from methods.stored import CodedKV, Codes, Coding
 from methods.views import POSITION_BYTES
 
 
@@ -39,6 +39,7 @@ class Coded(NamedTuple):
 
     counts: tuple[int, ...]
     parts: tuple[tuple[tuple[int, ...], Codes], ...]
+    codings: tuple[Coding, ...]
 
 
 @dataclass
@@ -166,7 +167,7 @@ def pack(kv: KV, end: int, known: Held) -> Packed | KV:
     """
     if type(kv) is not KV and (kv.extra or type(kv) is not CodedKV):
         return each_tensor(_own, kv)
-    coded = Coded(kv.counts, kv.parts) if isinstance(kv, CodedKV) else None
+    coded = Coded(kv.counts, kv.parts, kv.codings) if isinstance(kv, CodedKV) else None
     sizes, there = known.sizes, live_slots(kv, known)
     plain, own = sizes, there
     if coded is not None:

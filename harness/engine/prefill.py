@@ -24,7 +24,7 @@ from harness.engine.types import NotFinite
 from harness.errors import HarnessError
 from methods.base import KV, LayerView, Needs, PromptView
 from methods.device import Doubt, settle
-from methods.views import POSITION_BYTES, Form, LayerSource
+from methods.views import POSITION_BYTES, Form, LayerSource, Rotate
 
 Act = Callable[[LayerView], KV]
 
@@ -44,7 +44,7 @@ class PrefillLayer(LayerCache):
     chunked: bool = False
     act: Act | None = None
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
-    rotate: Callable[[Tensor, int], Tensor] | None = None
+    rotate: Rotate | None = None
     sources: Sequence[LayerSource] = ()
     doubts: list[Doubt] | None = None
     left: KV | None = field(default=None, init=False)  # by `act`

@@ -18,7 +18,7 @@ from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, room_step
 from harness.engine.packed import Held, flat, live_slots, storage_bytes, survey
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
-from methods.codes import CodedKV
+from methods.stored import CodedKV
 from methods.views import Form
 
 

@@ -252,16 +252,17 @@ class AttachedModel:
             for hook in hooks:
                 hook.remove()
 
-    def rotate(self, keys: Tensor, by: int) -> Tensor:
-        """Keys [..., D] moved by `by` positions under the model's RoPE (half-rotation layout).
+    def rotate(self, keys: Tensor, by: int | Tensor) -> Tensor:
+        """Keys [..., D] moved under the model's RoPE (halves rotated) by some positions, or each by its own [...].
 
         Raises HarnessError for a model type whose RoPE layout has not been checked.
         """
         if self.config.model_type not in HALF_ROTATION:
             raise HarnessError(f"re-assigning positions is not checked for model type {self.config.model_type!r}")
         frequencies: Tensor = getattr(*self._rotary)
-        angle = by * frequencies.to(keys.device, torch.float32).repeat(2)  # [rotated dimensions]
-        cos, sin, width = angle.cos(), angle.sin(), angle.shape[0]
+        distance = by.unsqueeze(-1) if isinstance(by, Tensor) else by
+        angle = distance * frequencies.to(keys.device, torch.float32).repeat(2)  # [..., rotated dimensions]
+        cos, sin, width = angle.cos(), angle.sin(), angle.shape[-1]
         turned, rest = keys[..., :width].float(), keys[..., width:]
         first, second = turned.chunk(2, dim=-1)
         out = turned * cos + torch.cat([-second, first], dim=-1) * sin

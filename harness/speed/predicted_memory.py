@@ -53,7 +53,7 @@ from harness.engine.layer_cache import room_step
 from harness.records.measured import ProbeSpec
 from harness.speed.dims import FLOAT32, Dims
 from methods.base import KVPolicy, Needs, Sizes
-from methods.codes import Coding
+from methods.codes import MinMax
 from methods.quant import Quant
 from methods.views import POSITION_BYTES
 
@@ -78,7 +78,7 @@ class ProbeShape:
     batch: int
     new_tokens: int
     chunk: int | None
-    coding: Coding | None = None
+    coding: MinMax | None = None
     cuda: bool = False
     one_buffer: bool = False
 

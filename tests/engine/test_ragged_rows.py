@@ -12,7 +12,8 @@ from harness.engine.ragged_rows import RaggedRows
 from harness.engine.row_cache import GrowingRows
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
-from methods.codes import Coding, encode
+from methods.codes import MinMax
+from methods.stored import encode
 from methods.views import Form
 from tests.engine.naive import DISCARDED
 from tests.engine.naive import ragged as plain_attention
@@ -60,7 +61,7 @@ def test_codes_are_decoded_where_they_are_read(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton_kernels, "SPLIT", 32)
     kvs = [drawn(50, seed=i).take(holes(own, 50, i)) for i, own in enumerate([(40, 50), (0, 33)])]
     kvs = [each_tensor(lambda x: x.to(DEVICE), kv) for kv in kvs]
-    codings = [Coding(bits, group, 3) for bits, group in ((8, 8), (4, 32), (2, 8))]
+    codings = [MinMax(bits, group, residual=3) for bits, group in ((8, 8), (4, 32), (2, 8))]
     rows = [encode(kvs[0], codings[0]), kvs[1], encode(kvs[1], codings[1]), encode(kvs[0], codings[2])]
     rows[0] = without(rows[0], int(rows[0].positions[0, 0].max()))
     growing, ragged = (kind(rows, position=50, room=4) for kind in (GrowingRows, RaggedRows))

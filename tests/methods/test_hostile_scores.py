@@ -12,8 +12,9 @@ from torch import Tensor
 from harness.contract import check_method
 from harness.contract import tried as tried_by_contract
 from methods.base import KV, Budget, EvictionPolicy, KVPolicy, LayerView, PromptView, best
-from methods.codes import Coding, encode
+from methods.codes import MinMax
 from methods.registry import METHODS, method
+from methods.stored import encode
 from tests.hostile import tried
 
 pytestmark = pytest.mark.hostile
@@ -99,4 +100,4 @@ def test_numbers_that_have_no_codes_are_one_line(number: float) -> None:
             keys = torch.ones(1, 2, 100, 32, dtype=dtype)
             keys[0, 1, 5, 3] = number
             kv = KV(keys, torch.ones_like(keys), torch.arange(100).expand(1, 2, 100))
-            tried("codes", lambda kv=kv, bits=bits: encode(kv, Coding(bits, 32, 8)))  # type: ignore[misc]
+            tried("codes", lambda kv=kv, bits=bits: encode(kv, MinMax(bits, 32, residual=8)))  # type: ignore[misc]

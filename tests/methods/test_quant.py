@@ -22,9 +22,10 @@ from harness.speed.dims import Dims
 from harness.speed.one_method import Isolated
 from harness.speed.predicted_memory import ProbeShape
 from methods.base import KV, LayerView, PolicyError, PromptView
-from methods.codes import CodedKV, Codes, Coding, encode
+from methods.codes import MinMax, MinMaxCodes
 from methods.quant import Quant
 from methods.registry import make_policy
+from methods.stored import CodedKV, encode
 from methods.views import Form
 
 HEADS, DIM = 2, 8
@@ -58,9 +59,9 @@ def bound(group: Tensor, bits: int, dtype: torch.dtype) -> float:
 def test_what_codes_stand_for_is_within_half_a_step(bits: int, dtype: torch.dtype, tokens: int) -> None:
     """Group by group in a loop: a key channel over 8 tokens, a token's value over 4 channels."""
     kv = drawn(tokens, dtype)
-    codes = Codes.of(Coding(bits, 4, 1), kv.keys[0], kv.values[0])
+    codes = MinMaxCodes.of(MinMax(bits, 4, residual=1), kv.keys[0], kv.values[0])
     keys, values = torch.empty_like(kv.keys[0]), torch.empty_like(kv.values[0])
-    codes.decode(keys, values)
+    codes.decode(keys, values, kv.positions[0])
     places = [(keys, kv.keys[0], (slice(at, at + 4), one)) for at, one in product(range(0, tokens, 4), range(DIM))]
     places += [(values, kv.values[0], (one, slice(at, at + 4))) for one, at in product(range(tokens), (0, 4))]
     for head, (found, coded, place) in product(range(HEADS), places):
@@ -83,7 +84,7 @@ def test_codes_are_kivis_but_for_scales_rounded_up(bits: int, dtype: torch.dtype
     Our scale is at most two roundings above KIVI's, so a number's code may be off by half a step and by these.
     """
     kv, slack, count = drawn(96, dtype, dim=64), 2 * torch.finfo(dtype).eps, 64 * bits // 8
-    codes = Codes.of(Coding(bits, 32, 1), kv.keys[0], kv.values[0])
+    codes = MinMaxCodes.of(MinMax(bits, 32, residual=1), kv.keys[0], kv.values[0])
     groups = [("key", (slice(at, at + 32), d), (at // 32, d)) for at, d in product((0, 32, 64), range(64))]
     groups += [("value", (t, slice(at, at + 32)), (t, at // 32)) for t, at in product(range(96), (0, 32))]
     unpacked = {}
@@ -106,16 +107,16 @@ def test_codes_are_those_of_a_loop(bits: int) -> None:
     grid = torch.arange(2**bits).repeat(4)[: 2**bits].float()
     keys = (grid[:, None] * 0.5 - 3).expand(-1, DIM).clone()  # [C, D], every channel runs through all codes
     values = (torch.arange(DIM) % 2 * (2**bits - 1)).expand(len(keys), -1) * 0.25 + 1
-    codes = Codes.of(Coding(bits, 2**bits, 1), keys.unsqueeze(0), values.unsqueeze(0))
+    codes = MinMaxCodes.of(MinMax(bits, 2**bits, residual=1), keys.unsqueeze(0), values.unsqueeze(0))
     assert codes.keys.dtype == torch.uint8 and codes.keys.shape == (1, 2**bits, DIM * bits // 8)
     for slot, found in enumerate(codes.keys[0].tolist()):
         assert found == [slot * {8: 1, 4: 0x11, 2: 0x55}[bits]] * (DIM * bits // 8)
     assert codes.key_zero.unique().tolist() == [-3.0] and codes.value_zero.unique().tolist() == [1.0]
     decoded = torch.empty(1, *keys.shape), torch.empty(1, *values.shape)
-    codes.decode(*decoded)
+    codes.decode(*decoded, torch.arange(len(keys)).unsqueeze(0))
     torch.testing.assert_close(decoded, (keys[None], values[None]), atol=1e-3 * 2**bits, rtol=0)
     level = KV(torch.full((1, 1, 9, 4), 2.5), torch.full((1, 1, 9, 4), -7.0), torch.arange(9).expand(1, 1, 9))
-    assert all(map(torch.equal, encode(level, Coding(bits, 4, 1)).load(), (level.keys, level.values)))
+    assert all(map(torch.equal, encode(level, MinMax(bits, 4, residual=1)).load(), (level.keys, level.values)))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -123,7 +124,7 @@ def test_bytes_by_hand(bits: int) -> None:
     """41 tokens of 16 numbers in bfloat16, groups of 16, a residual of 5: 36 coded slots, 3 key groups (16, 16, 4)."""
     kv = drawn(41, torch.bfloat16, dim=16)
     numbers, key_scales, value_scales, plain = 36 * (16 + 16) * bits // 8, 3 * 16 * 2 * 2, 36 * 2 * 2, 5 * 2 * 16 * 2
-    whole = encode(kv, Coding(bits, 16, 5))
+    whole = encode(kv, MinMax(bits, 16, residual=5))
     assert whole.counts == (36, 36) and whole.keys.shape[2] == 5
     assert whole.nbytes == HEADS * (numbers + key_scales + value_scales + plain + 41 * 4)  # a position each
     assert without(whole, 40).nbytes == whole.nbytes - HEADS * (2 * 16 * 2 + 4)
@@ -148,7 +149,7 @@ def holes(counts: Sequence[int], tokens: int, seed: int = 0) -> Tensor:
 def test_ragged_heads_keep_their_tokens_and_their_empty_slots(counts: list[int], bits: int, residual: int) -> None:
     kv = drawn(50)
     kept = kv.take(holes(counts, 50))
-    coded = encode(kept, Coding(bits, 8, residual))
+    coded = encode(kept, MinMax(bits, 8, residual=residual))
     assert coded.positions.shape == kept.positions.shape and coded.live.tolist() == [counts]
     assert coded.nbytes <= kept.nbytes
     keys, values = coded.load()
@@ -165,7 +166,7 @@ def test_ragged_heads_keep_their_tokens_and_their_empty_slots(counts: list[int],
 
 @pytest.mark.parametrize("window", [None, 30])
 def test_a_step_reads_what_the_codes_stand_for(window: int | None) -> None:
-    coding, other, least = (Coding(bits, 8, 3) for bits in (4, 8, 2))
+    coding, other, least = (MinMax(bits, 8, residual=3) for bits in (4, 8, 2))
     sizes = [(40, 40), (40, 12), (0, 33), (40, 40)]
     kept = [drawn(50, seed=i).take(holes(own, 50, i)) for i, own in enumerate(sizes)]
     rows: list[KV] = [*(encode(kv, coding) for kv in kept), encode(kept[0], other), kept[1], encode(kept[1], least)]
@@ -185,20 +186,60 @@ def test_a_step_reads_what_the_codes_stand_for(window: int | None) -> None:
         torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(40, 40), (40, 12), (0, 33)])
+def test_tokens_that_come_later_become_codes_a_group_at_a_time(sizes: Sequence[int]) -> None:
+    """Against the codes of each group by itself; what a rewound answer coded is forgotten, and bytes are counted."""
+    coding, come = MinMax(4, 8, residual=5), 40
+    kept, later = drawn(50).take(holes(sizes, 50)), drawn(come, seed=1)
+    rows = [encode(kept, coding), encode(drawn(50, seed=2), coding)]
+    layer = GrowingRows(rows, position=50, room=None)
+    started, mark = layer.nbytes(0), layer.mark()
+    for turn in range(2):
+        for at in range(come):
+            layer.append(*(x[:, :, at : at + 1].repeat(2, 1, 1, 1) for x in (later.keys, later.values)))
+            assert all(5 <= group.plain + at + 1 <= 12 for group in layer.groups if group.codes)
+            assert layer.stored == [layer.stored_bytes(row) for row in range(2)]
+        if turn == 0:
+            layer.rewind(mark)
+            assert layer.nbytes(0) == started and layer.position == 50
+    whole, numbers = layer.nbytes(0), 2 * DIM * later.keys.element_size()
+    coded = dict[int, Tensor]()
+    for group in layer.groups:
+        keys, _ = group.load(layer.start, come)
+        coded |= {stream: keys[i, 0] for i, stream in enumerate(group.streams)}
+    for head, size in enumerate(sizes):
+        first = max(0, size - 5) if rows[0].counts[head] else 0
+        slots = rows[0].counts[head] + (size - rows[0].counts[head] + come - 5) // 8 * 8
+        plain = torch.cat([rows[0].keys[0, head, : size - rows[0].counts[head]], later.keys[0, head]])
+        for at in range(first, slots, 8):
+            spot = torch.arange(at, at + 8).unsqueeze(0)
+            alone = coding.encode(
+                plain[None, at - first : at - first + 8], plain[None, at - first : at - first + 8], at
+            )
+            expected = torch.empty(1, 8, DIM)
+            alone.decode(expected, torch.empty(1, 8, DIM), spot)
+            assert torch.equal(coded[head][at : at + 8], expected[0])
+        assert torch.equal(coded[head][slots:], plain[slots - first :])
+        whole -= (size + come - slots) * numbers + size * 4
+        whole -= coding.nbytes(first, DIM, DIM) - first * 4 if first else 0
+        whole -= coding.nbytes(slots - first, DIM, DIM) - (slots - first) * 4
+    assert whole == 0
+
+
 def test_codes_stay_codes_in_the_layer() -> None:
-    kv = encode(drawn(400), Coding(4, 32, 8))
+    kv = encode(drawn(400), MinMax(4, 32, residual=8))
     layer = GrowingRows([kv, kv], position=400, room=3)
     assert sum(group.keys.shape[0] * group.keys.shape[2] for group in layer.groups) == 2 * HEADS * (8 + 3)
     assert layer.nbytes(0) == kv.nbytes - HEADS * 400 * 4
     alone = GrowingRows([kv], position=400, room=3)
-    assert alone.groups[0].codes is kv.parts[0][1]  # one row's codes are not copied
+    assert alone.groups[0].codes[0] is kv.parts[0][1]  # one row's codes are not copied
 
 
 def held(session: Decoding) -> int:
     """Bytes of every tensor that the layers of a session hold."""
     groups = [group for cache in session.caches if isinstance(cache, GrowingRows) for group in cache.groups]
     plain = sum(x.nbytes for group in groups for x in (group.keys, group.values, group.positions) if x is not None)
-    return plain + sum(group.codes.nbytes for group in groups if group.codes is not None)
+    return plain + sum(codes.nbytes for group in groups for codes in group.codes)
 
 
 @pytest.mark.parametrize(
