@@ -10,17 +10,20 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.models.source import AUTO_MAP
+from harness.relay.message import pack_tensors
 from harness.relay.wire import Ask, Reply
 from harness.speed.client import CLOSE_S, LOAD_S, last_line
 
@@ -30,12 +33,16 @@ ANSWER_S = 3600.0
 
 @dataclass
 class _Process:
-    """A receiver that runs. replies: the descriptor that it answers on. rest: read of it and not yet a line."""
+    """A receiver that runs.
+
+    replies: the descriptor that it answers on. rest: read of it and not yet a line. has: digests of its constants.
+    """
 
     own: subprocess.Popen[bytes]
     replies: int
     errors: IO[bytes]
     rest: bytes = b""
+    has: set[str] = field(default_factory=set)
 
     def end(self) -> None:
         """Kill it and whatever it started."""
@@ -61,19 +68,25 @@ class Receiver:
         self._process: _Process | None = None
         self._end: weakref.finalize[..., Receiver] | None = None
 
-    def ask(self, ask: Ask, message: bytes = b"") -> tuple[Reply, float]:
+    def ask(self, ask: Ask, message: bytes = b"", constants: Mapping[str, Tensor] | None = None) -> tuple[Reply, float]:
         """What it says to a request, and the seconds until it had taken the message.
 
-        Raises HarnessError when it cannot load the model, ended, or takes longer than `ANSWER_S`; the next request
-        starts another one.
+        constants: of the model, by digest, that the message is read with; each receiver gets them once. Raises
+        HarnessError when it cannot load the model, ended, or takes longer than `ANSWER_S`; the next request starts
+        another one.
         """
         if self._process is not None and self._process.own.poll() is not None:
             self.end()  # it died with nothing to do
         process = self._process or self._begun()
         assert process.own.stdin is not None
-        start = time.perf_counter()
+        new = {digest: x for digest, x in (constants or {}).items() if digest not in process.has}
+        packed = pack_tensors(new)
+        process.has |= new.keys()
         try:
-            process.own.stdin.write(ask.model_dump_json().encode() + b"\n")
+            asked = ask.model_copy(update={"size": len(message), "constants": len(packed)})
+            process.own.stdin.write(asked.model_dump_json().encode() + b"\n" + packed)
+            process.own.stdin.flush()
+            start = time.perf_counter()
             process.own.stdin.write(message)
             process.own.stdin.flush()
         except OSError:

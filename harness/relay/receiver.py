@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import IO
 
 import torch
+from torch import Tensor
 
 from harness.engine.compress import Compressed, weighed
 from harness.engine.decode import Decoding
@@ -28,7 +29,7 @@ from harness.errors import HarnessError, line_of
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
 from harness.plan.methods import policy_of
-from harness.relay.message import read_message
+from harness.relay.message import read_message, read_tensors
 from harness.relay.wire import Ask, Reply
 from harness.speed.memory_limit import die_with_parent
 from methods.base import KVPolicy, Needs
@@ -46,12 +47,14 @@ class Answering:
         self.loaded, self.model = loaded, AttachedModel(loaded.model)
         self.engine = Engine(self.model, query="agnostic")
         self.decode = TaskTokenizer(loaded.tokenizer).decode
+        self.constants: dict[str, Tensor] = {}
         load_methods()  # classes that messages name
         self.read_text([token % self.model.vocab for token in range(WARM)])
 
-    def reply(self, ask: Ask, data: bytes) -> Reply:
+    def reply(self, ask: Ask, constants: bytes, data: bytes) -> Reply:
         """What comes of a request; whatever it trips over is said in one line."""
         try:
+            self.constants |= read_tensors(constants, self.model.device) if constants else {}
             return Reply(text_s=self.read_text(ask.text)) if ask.text else self.answer(ask, data)
         except Exception as error:  # methods and models are foreign code
             failed = Outcome()
@@ -82,7 +85,8 @@ class Answering:
         return Reply(outcomes=found, kv_bytes=left.kv_bytes, receive_s=receive_s, ask_s=tuple(seconds))
 
     def _left(self, ask: Ask, data: bytes) -> Compressed:
-        came = read_message(data, self.model.device, self.model.rotate, zeroed=ask.zeroed)
+        where = self.model.device, self.model.rotate
+        came = read_message(data, *where, constants=self.constants, zeroed=ask.zeroed)
         if len(came.kvs) != self.model.layers:
             raise HarnessError(f"a message of {len(came.kvs)} layers, this model has {self.model.layers}")
         policy: KVPolicy = FullKV() if ask.method is None else policy_of(ask.method, self.loaded.spec.revision)
@@ -131,7 +135,7 @@ def serve(requests: IO[bytes], reply: int, options: argparse.Namespace) -> int:
     _send(reply, Reply(revision=loaded.spec.revision))
     for line in requests:
         ask = Ask.model_validate_json(line)
-        _send(reply, answering.reply(ask, requests.read(ask.size)))
+        _send(reply, answering.reply(ask, requests.read(ask.constants), requests.read(ask.size)))
     return 0
 
 

@@ -15,7 +15,7 @@ from harness.plan.sweep import PlannedCell
 from harness.records.relayed import Relayed
 from harness.records.spec import MethodSpec, RunSpec
 from harness.relay.client import Receiver
-from harness.relay.message import pack_message
+from harness.relay.message import constants_of, pack_message
 from harness.relay.wire import Ask, Question, Reply
 
 ANSWERED = (
@@ -94,16 +94,17 @@ class Relay:
     def _ask(
         self, left: Compressed, method: MethodSpec | None, questions: Sequence[Question], *, control: bool
     ) -> _Sent:
+        constants = constants_of(left)
         start = time.perf_counter()
         message = pack_message(left)
         packed_s = time.perf_counter() - start
-        ask = Ask(size=len(message), method=method, questions=tuple(questions))
-        reply, written_s = self.receiver.ask(ask, message)
+        ask = Ask(method=method, questions=tuple(questions))
+        reply, written_s = self.receiver.ask(ask, message, constants)
         if reply.error is None and reply.kv_bytes != left.kv_bytes:
             raise HarnessError(f"the receiver holds {reply.kv_bytes} bytes of a cache of {left.kv_bytes}")
         zeroed = None
         if control and reply.error is None:
-            zeroed, _ = self.receiver.ask(ask.model_copy(update={"zeroed": True}), message)
+            zeroed, _ = self.receiver.ask(ask.model_copy(update={"zeroed": True}), message, constants)
         return _Sent(len(message), packed_s + written_s, reply, zeroed)
 
     def _method(self, run: CellRun, label: str) -> MethodSpec | None:

@@ -40,10 +40,12 @@ class Question(Frozen):
 class Ask(Frozen):
     """A request: to answer `questions` from the message of `size` bytes that follows, or to prefill `text`.
 
-    method: of the run, where it evicts while it decodes; the cache of others says all. zeroed: as a control.
+    constants: bytes before the message, of tensors that belong to the model and that this receiver has not had. method:
+    of the run, where it evicts while it decodes; the cache of others says all. zeroed: as a control.
     """
 
     size: int = 0
+    constants: int = 0
     method: MethodSpec | None = None
     questions: tuple[Question, ...] = ()
     zeroed: bool = False

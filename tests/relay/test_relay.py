@@ -14,22 +14,22 @@ from harness.engine.types import Cell, Limits, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer
-from harness.plan.sweep import PlannedCell
+from harness.plan.methods import plan_method
+from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.record import Record
 from harness.records.relayed import HEADER_BYTES, LAYER_BYTES
-from harness.records.run_folder import find_runs, load_run
-from harness.records.spec import MethodSpec
+from harness.records.run_folder import load_run
+from harness.records.spec import Sweep
 from harness.relay import send
 from harness.relay.client import Receiver
 from harness.relay.send import Relay
 from harness.relay.wire import Ask
+from harness.run.sequential import run_sweep
 from methods.base import KV, Budget, PromptView
 from methods.fullkv import FullKV
 from methods.registry import make_policy
 from tests.tasks.test_multiquery import longbench
-from tests.tiny_run import TINY, call
 
-LABELS = ("fullkv", "snapkv", "adakv", "h2o@paper", "quant", "streamingllm@paper")
 OTHER = {"run_id", "task", "prefill_s", "compress_s", "decode_s", "decode_rows", "observe_ms", "relayed"}
 TEXT = "The town of Ash lies by the river Ilm, and its mill has stood for a hundred years. " * 3
 
@@ -39,12 +39,11 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]
     """The same questions by this process and by another one. Only read."""
     root = tmp_path_factory.mktemp("runs")
     data = longbench(root, (TEXT, "Which town?"), (TEXT, "Which river?"), (TEXT + "!", "a"), (TEXT + "!", "b"))
-    run = ["run", *TINY, "--methods", ",".join(LABELS), "--budgets", "64", "--data-dir", str(data)]
-    run += ["--max-new-tokens", "6", "--observe", "1", "--nll-tokens", "8"]
+    run = {"methods": ("fullkv", "snapkv"), "budgets": ("64",), "data_dir": str(data), "observe": 1, "nll_tokens": 8}
+    run |= {"model": "tiny", "dtype": "float32", "device": "cpu", "max_new_tokens": 6}
     found = {}
     for task in ("multiquery/longbench", "relay/qa/longbench"):
-        assert call(*run, "--tasks", task, "--out", root / task) == 0
-        (folder,) = find_runs(root / task)
+        folder = run_sweep(Sweep(**run, tasks=(task,)), root=root / task, command=())
         found[task.partition("/")[0]] = load_run(folder)[1]
     return found
 
@@ -55,9 +54,9 @@ def same(record: Record) -> dict[str, Any]:
     return {key: round(value, 3) if key in ("nll", "nll_first") else value for key, value in told.items()}
 
 
-def test_every_method_answers_as_in_one_process(answered: dict[str, list[Record]]) -> None:
+def test_a_run_answers_as_one_process_does(answered: dict[str, list[Record]]) -> None:
     here, there = answered["multiquery"], answered["relay"]
-    assert len(here) == 4 * len(LABELS) and all(record.status == "ok" for record in here)
+    assert len(here) == 8 and all(record.status == "ok" and record.query == "agnostic" for record in here)
     assert [same(record) for record in there] == [same(record) for record in here]
     assert all(record.token_ids for record in there if record.method == "fullkv")
     assert all(record.relayed is None for record in here)
@@ -70,13 +69,13 @@ def test_a_record_says_what_was_sent_and_what_text_would_have_taken(answered: di
         assert record.kv_bytes < sent.sent_bytes <= record.stored_bytes + HEADER_BYTES + 4 * LAYER_BYTES
         assert min(sent.send_s, sent.receive_s, sent.ask_s, sent.text_s) > 0
         assert len(TEXT) < sent.text_bytes < len(TEXT) + 400
-    assert len({(r.meta["group"], r.method, r.relayed.send_s) for r in answered["relay"] if r.relayed}) == 12
+    assert len({(r.meta["group"], r.method, r.relayed.send_s) for r in answered["relay"] if r.relayed}) == 4
 
 
 def test_zeros_in_place_of_the_cache_give_another_answer(answered: dict[str, list[Record]]) -> None:
     """On the samples that are measured: the questions of the first context."""
     depends = [record.relayed.depends for record in answered["relay"] if record.relayed]
-    assert depends.count(True) == 2 * len(LABELS) and depends.count(None) == 2 * len(LABELS)
+    assert depends == [True] * 4 + [None] * 4
 
 
 # One receiver for the tests below; each asks the same prompt.
@@ -88,12 +87,6 @@ def prompt_of(loaded: LoadedModel) -> Prompt:
     return Prompt(ids, len(ids) - 11, ids[:4], limits)
 
 
-class Spec:
-    """What `Relay` asks of a run's specification."""
-
-    methods = (MethodSpec(label="fullkv", name="fullkv", budgeted=False), MethodSpec(label="snapkv", name="snapkv"))
-
-
 @pytest.fixture(scope="module")
 def relay(tiny: LoadedModel) -> Relay:
     return Relay(Engine(AttachedModel(tiny.model), query="agnostic"), tiny, Spec())  # type: ignore[arg-type]
@@ -103,8 +96,31 @@ def run(relay: Relay, prompt: Prompt, *cells: PlannedCell, **options: bool) -> l
     return relay.run_group([prompt], [cells], [TEXT], **options)[0]
 
 
+ALL = ("fullkv", "snapkv", "adakv", "h2o@paper", "quant", "streamingllm@paper")
+METHODS = tuple(plan_method(label) for label in ALL)
+
+
+class Spec:
+    """What `Relay` asks of a run's specification."""
+
+    methods = tuple(spec for spec, _ in METHODS)
+
+
 FULL = PlannedCell("fullkv", "full", Cell(FullKV(), None))
 SNAP = PlannedCell("snapkv", "32", Cell(make_policy("snapkv"), Budget(32)))
+
+
+def test_every_method_answers_as_in_one_process(relay: Relay, tiny: LoadedModel) -> None:
+    first = prompt_of(tiny)
+    prompts = [first, replace(first, ids=[*first.ids[:-3], 70, 71], answer=())]
+    cells = plan_cells(METHODS, [Budget(64)])
+    here = relay.engine.run_group(prompts, [[cell.cell for cell in cells]] * 2)
+    there = relay.run_group(prompts, [cells, cells[1:]], [TEXT, TEXT], control=True)
+    for mine, theirs in zip([*here[0], *here[1][1:]], [*there[0], *there[1]], strict=True):
+        assert theirs.status == "ok" and len(theirs.token_ids) == 6 and theirs.relayed.depends
+        told, other = ({k: v for k, v in vars(own).items() if k not in OTHER} for own in (theirs, mine))
+        assert told.pop("nll_per_token") == pytest.approx(other.pop("nll_per_token"), abs=1e-4)
+        assert told == other
 
 
 def test_the_receiver_has_nothing_but_the_cache(
@@ -127,12 +143,12 @@ def test_a_receiver_that_is_killed_costs_its_cell_alone(
     prompt, ask = prompt_of(tiny), relay.receiver.ask
     known = run(relay, prompt, FULL, SNAP)
 
-    def dying(asked: Ask, message: bytes = b"") -> Any:
-        if asked.size and relay.receiver._process is not None and not killed:
+    def dying(asked: Ask, message: bytes = b"", constants: Any = None) -> Any:
+        if message and relay.receiver._process is not None and not killed:
             killed.append(relay.receiver._process.own.pid)
             os.kill(killed[0], signal.SIGSTOP)  # so that it is there when it is asked
             os.kill(killed[0], signal.SIGKILL)
-        return ask(asked, message)
+        return ask(asked, message, constants)
 
     killed: list[int] = []
     monkeypatch.setattr(relay.receiver, "ask", dying)
@@ -154,15 +170,14 @@ def test_one_that_died_idle_is_not_missed(relay: Relay, tiny: LoadedModel) -> No
 
 def test_what_a_method_or_a_question_raises_is_its_own_cells(relay: Relay, tiny: LoadedModel) -> None:
     class Odd(KV):
-        def __post_init__(self) -> None:
-            self.parts = (1,)
+        pass
 
     class Leaves(FullKV):
         def compress(self, view: PromptView, budget: int) -> list[KV]:
             return [Odd(own.keys, own.values, own.positions) for own in super().compress(view, budget)]
 
     odd, ok = run(relay, prompt_of(tiny), PlannedCell("odd", "full", Cell(Leaves(), None)), FULL)
-    assert (odd.status, ok.status) == ("failed", "ok") and "cannot be sent" in odd.error
+    assert (odd.status, ok.status) == ("failed", "ok") and "holds a 'Odd', which is no cache known here" in odd.error
     nothing = replace(prompt_of(tiny), context=len(prompt_of(tiny).ids))
     (asked,) = run(relay, nothing, FULL)
     assert asked.status == "skipped" and "no question after" in asked.error
