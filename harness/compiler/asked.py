@@ -89,6 +89,18 @@ class CompileSpec(CalibrationSpec):
     published: Flag = False
 
 
+class RelaySpec(CalibrationSpec):
+    """What decides what is calibrated between two models. receiver: the one that answers."""
+
+    receiver: PathText
+    prompts: Annotated[int, Strict(), AfterValidator(between(1, MOST_SAMPLES))] = 50
+
+    @model_validator(mode="after")
+    def _receiver_known(self) -> Self:
+        check_scored(self.receiver)
+        return self
+
+
 class TuneSpec(CalibrationSpec):
     """What decides a tuning. methods: names. trials: sets of parameters that are tried of each at most."""
 

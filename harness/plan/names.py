@@ -64,6 +64,10 @@ def check_sweep(sweep: Sweep) -> list[Task]:
     check_asked(sweep)
     check_scored(sweep.model)
     tasks = plan_tasks(sweep)
+    if sweep.receiver is not None:
+        check_scored(sweep.receiver)
+        if other := next((task.name for task in tasks if not task.relayed), None):
+            raise HarnessError(f"--receiver answers relay tasks alone, {other} is none; leave one of the two out")
     places = DataOptions(data_dir=None if sweep.data_dir is None else Path(sweep.data_dir), fetch=find_asset)
     for task in tasks:
         with refusals(f"task {task.name}: "):

@@ -20,6 +20,7 @@ from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, tu
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
 from harness.plan.names import check_sweep, refusals, settled
+from harness.plan.receivers import PlannedReceiver, plan_receiver
 from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget
 from tasks.base import NothingFits, Sample, Task, TaskOptions
@@ -95,11 +96,15 @@ class NamedSweep:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run is. samples: with their prompts as tokens. cells: wanted of every sample."""
+    """Everything that a run is.
+
+    samples: with their prompts as tokens. cells: wanted of every sample. receiver: another model that answers.
+    """
 
     spec: RunSpec
     samples: Sequence[PlannedSample]
     cells: Sequence[PlannedCell]
+    receiver: PlannedReceiver | None = None
 
 
 def plan_names(sweep: Sweep) -> NamedSweep:
@@ -123,8 +128,11 @@ def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | Non
     check_unseen(samples, methods)
     check_budgets(samples, cells, sweep.query)
     specs = tuple(spec for spec, _ in methods)
-    spec = run_spec(sweep, loaded, methods=specs, tasks=tasks, max_tokens=max_tokens, measured_on=measured_on)
-    return Plan(spec, samples, cells)
+    receiver = plan_receiver(sweep, loaded)
+    resolved = {"methods": specs, "tasks": tasks, "max_tokens": max_tokens, "measured_on": measured_on}
+    if receiver is not None:
+        resolved |= {"answered_by": receiver.spec, "answered_map": receiver.sha256}
+    return Plan(run_spec(sweep, loaded, **resolved), samples, cells, receiver)
 
 
 def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[PlannedMethod]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.models.source import AUTO_MAP
+from harness.plan.receivers import MOMENTS, PlannedReceiver
 from harness.relay.message import pack_tensors
 from harness.relay.wire import Ask, Reply
 from harness.speed.client import CLOSE_S, LOAD_S, last_line
@@ -56,15 +57,17 @@ class _Process:
 
 
 class Receiver:
-    """A process with the same model as `loaded`, started at the first request and ended with this object."""
+    """A process with the model of `loaded`, or another: started at the first request, ended with this object."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, other: PlannedReceiver | None = None) -> None:
         spread = any(own.startswith("device_map") for own in loaded.spec.loaded_as)
         device, own = AUTO_MAP if spread else loaded.spec.device, loaded.spec
-        self.revision, self.name = own.revision, own.name
-        self.command = [sys.executable, "-m", "harness.relay.receiver", loaded.typed, "--dtype", own.dtype]
+        typed, spec = (loaded.typed, own) if other is None else (other.typed, other.spec)
+        self.revision, self.name = spec.revision, spec.name
+        self.command = [sys.executable, "-m", "harness.relay.receiver", typed, "--dtype", own.dtype]
         self.command += ["--device", device, "--threads", str(torch.get_num_threads())]
         self.command += ["--trust-remote-code"] if own.trust_remote_code else []
+        self.command += [] if other is None else ["--map", str(other.folder / MOMENTS)]
         self._process: _Process | None = None
         self._end: weakref.finalize[..., Receiver] | None = None
 

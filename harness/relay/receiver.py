@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -29,6 +30,7 @@ from harness.errors import HarnessError, line_of
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
 from harness.plan.methods import policy_of
+from harness.relay.between import Between
 from harness.relay.message import read_message, read_tensors
 from harness.relay.wire import Ask, Reply
 from harness.speed.memory_limit import die_with_parent
@@ -43,10 +45,12 @@ WARM = 16
 class Answering:
     """A model, and what it says to requests."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, between: Path | None = None) -> None:
+        """between: file of what was calibrated from the sender's model to this one; None for the same model."""
         self.loaded, self.model = loaded, AttachedModel(loaded.model)
         self.engine = Engine(self.model, query="agnostic")
         self.decode = TaskTokenizer(loaded.tokenizer).decode
+        self.between = None if between is None else Between.load(between, self.model.device)
         self.constants: dict[str, Tensor] = {}
         load_methods()  # classes that messages name
         self.read_text([token % self.model.vocab for token in range(WARM)])
@@ -89,6 +93,7 @@ class Answering:
         came = read_message(data, *where, constants=self.constants, zeroed=ask.zeroed)
         if len(came.kvs) != self.model.layers:
             raise HarnessError(f"a message of {len(came.kvs)} layers, this model has {self.model.layers}")
+        kvs = came.kvs if self.between is None else self.between.taken(came.kvs)
         policy: KVPolicy = FullKV() if ask.method is None else policy_of(ask.method, self.loaded.spec.revision)
         states = {came.tokens: came.states}
         return Compressed(
@@ -98,7 +103,7 @@ class Answering:
             logits=torch.empty(1, 0, device=self.model.device),  # of the context, which nothing is chosen by
             tokens=came.tokens,
             states=states,
-            **weighed(came.kvs, self.model.compressible, came.tokens, came.states),
+            **weighed(kvs, self.model.compressible, came.tokens, came.states),
         )
 
     def _asked_s(self, left: Compressed, ids: Sequence[int]) -> float:
@@ -128,7 +133,7 @@ def serve(requests: IO[bytes], reply: int, options: argparse.Namespace) -> int:
         loaded = load_model(
             options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )
-        answering = Answering(loaded)
+        answering = Answering(loaded, options.map)
     except Exception as error:
         _send(reply, Reply(error=line_of(" ".join(str(error).split()))))
         return 2
@@ -146,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--map", type=Path, help="moments of the sender's model and of this one")
     parser.add_argument("--reply", type=int, required=True, help="descriptor to answer on")
     options = parser.parse_args(arguments)
     die_with_parent(os.getppid())

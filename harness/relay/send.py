@@ -11,6 +11,7 @@ from harness.engine.engine import CellRun, Engine
 from harness.engine.types import Cell, Outcome, Prompt
 from harness.errors import HarnessError
 from harness.models.load import LoadedModel
+from harness.plan.receivers import PlannedReceiver
 from harness.plan.sweep import PlannedCell
 from harness.records.relayed import Relayed
 from harness.records.spec import MethodSpec, RunSpec
@@ -39,8 +40,12 @@ class _Sent:
 class Relay:
     """Answers prompts as `Engine.run_group` does, but that another process decodes."""
 
-    def __init__(self, engine: Engine, loaded: LoadedModel, spec: RunSpec) -> None:
-        self.engine, self.receiver = engine, Receiver(loaded)
+    def __init__(
+        self, engine: Engine, loaded: LoadedModel, spec: RunSpec, receiver: PlannedReceiver | None = None
+    ) -> None:
+        """receiver: the model that answers; None for the same one."""
+        self.engine, self.same = engine, receiver is None
+        self.receiver = Receiver(loaded, receiver)
         self.methods: Mapping[str, MethodSpec] = {method.label: method for method in spec.methods}
 
     def run_group(
@@ -100,7 +105,7 @@ class Relay:
         packed_s = time.perf_counter() - start
         ask = Ask(method=method, questions=tuple(questions))
         reply, written_s = self.receiver.ask(ask, message, constants)
-        if reply.error is None and reply.kv_bytes != left.kv_bytes:
+        if self.same and reply.error is None and reply.kv_bytes != left.kv_bytes:
             raise HarnessError(f"the receiver holds {reply.kv_bytes} bytes of a cache of {left.kv_bytes}")
         zeroed = None
         if control and reply.error is None:

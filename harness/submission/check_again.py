@@ -63,6 +63,11 @@ class Again:
         if not self.kept:
             check.see(["no cell can be made again: no prompt or no method of the run is known here"])
             return
+        if self.manifest.spec.answered_by is not None:
+            self.notes.append(
+                f"no cell is run again: {self.manifest.spec.answered_by.name} answered, which is not here"
+            )
+            return
         runner = SampleRunner(self.manifest.spec, self.load())
         same, pairs = self._same(runner.accelerator), []
         for own, made in self._made(runner):
