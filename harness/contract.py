@@ -16,9 +16,10 @@ from harness.errors import HarnessError
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, Needs, PromptView, Sizes
 from methods.label import MethodLabel
 from methods.registry import METHODS, make_policy
+from methods.repeat import Repeated
 from methods.views import POSITION_BYTES, Form
 
-LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 8
+LAYERS, HEADS, GROUP, DIM = 4, 2, 3, 32  # a block of every code
 PLAIN = 2 * DIM * 4 + POSITION_BYTES  # bytes of a slot
 LENGTHS = (2, 17, 50, 90)
 BUDGETS = (1, 2, 3, 5, 9, 20, 33, 64)
@@ -63,9 +64,28 @@ def make_view(tokens: int, needs: Needs, *, dim: int = DIM, dtype: torch.dtype =
         queries = torch.randn(1, HEADS * GROUP, min(needs.window, tokens), dim, generator=draw).to(dtype)
         sums = torch.rand(1, HEADS, GROUP, tokens, generator=draw) if needs.column_sums else None
         kv = KV(keys, values, torch.arange(tokens, dtype=torch.int32).expand(1, HEADS, tokens))
-        layers.append(LayerView(index, kv, queries, Form(dim**-0.5), sums, _turn))
+        module = _attention(dim, draw, dtype) if needs.module else None
+        seen = {asked: _repeated(tokens, draw) for asked in sorted(needs.repeat, key=repr)}
+        layers.append(LayerView(index, kv, queries, Form(dim**-0.5), sums, _turn, module=module, repeated=seen))
     own = -torch.rand(1, max(0, min(needs.window, tokens - 1)), generator=draw)
     return PromptView(layers, own if needs.logprobs else None)
+
+
+def _attention(dim: int, draw: torch.Generator, dtype: torch.dtype) -> torch.nn.Module:
+    """An attention of which there is the output projection, at random."""
+    width = HEADS * GROUP * dim
+    module = torch.nn.Module()
+    module.o_proj = torch.nn.Linear(width, width, bias=False, dtype=dtype)
+    module.o_proj.weight = torch.nn.Parameter(torch.randn(width, width, generator=draw).to(dtype), requires_grad=False)
+    return module
+
+
+def _repeated(tokens: int, draw: torch.Generator) -> Repeated:
+    """Of a prompt whose first three tokens and last one are the chat template's, where there are more."""
+    start, end = min(3, tokens - 1), max(tokens - 1, 1)
+    received = torch.zeros(1, HEADS, GROUP, tokens)
+    received[..., start:end] = torch.rand(1, HEADS, GROUP, end - start, generator=draw)
+    return Repeated(received, start, end)
 
 
 def clause(flaws: Callable[[str], Iterator[str]]) -> Callable[[str], Iterator[str]]:

@@ -16,6 +16,7 @@ from harness.contract import make_view
 from methods.base import KV, KVPolicy, Needs
 from methods.codes import MinMaxCodes
 from methods.registry import Method, load_methods, make_policy
+from methods.slotwise import SlotCodes
 from methods.stored import CodedKV
 from methods.tuned.artefact import load_tuning, packaged
 from methods.views import POSITION_BYTES
@@ -43,12 +44,15 @@ Written by `make docs` from the files of `methods/`; change those. A result name
 
 LABEL = re.compile(r"(?:^|(?<=\s))(Source|(?:Deliberate d|D)ifferences?):\s")
 CODE = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+) at (\w+)")
-OBSERVED: dict[str, Callable[[int], str]] = {
+OBSERVED: dict[str, Callable[[Any], str]] = {
     "window": lambda own: "the last query" if own == 1 else f"the last {own} queries",
     "column_sums": lambda _: "the attention of the whole prompt",
     "logprobs": lambda _: "log-probabilities of those tokens",
     "decode_attention": lambda _: "the attention while decoding",
     "hidden_states": lambda _: "hidden states",
+    "module": lambda _: "the weights of attention",
+    "stretch": lambda own: f"{own} tokens at a time",
+    "repeat": lambda own: "a second pass over the prompt" if len(own) == 1 else f"{len(own)} passes over the prompt",
 }
 """Words for each field of `Needs`, from its value."""
 
@@ -135,14 +139,19 @@ def slot_bytes(policy: KVPolicy) -> str:
 
 def _codes(kv: KV) -> Iterator[str]:
     """What a slot of codes takes, and which slots are none."""
-    if isinstance(kv, CodedKV) and isinstance(codes := kv.parts[0][1], MinMaxCodes):
+    if not isinstance(kv, CodedKV):
+        return
+    codes = kv.parts[0][1]
+    if isinstance(codes, SlotCodes):
+        yield f"{codes.coding.slot_bytes(DIM, DIM)} of codes + {POSITION_BYTES}"
+    elif isinstance(codes, MinMaxCodes):
         numbers = codes.keys.shape[-1] + codes.values.shape[-1]
         scales = codes.nbytes / (codes.keys.shape[0] * codes.slots) - numbers
         yield (
             f"2 x D x {codes.coding.bits} / 8 = {numbers} of codes + {scales:.1f} of scales and zeros + "
             f"{POSITION_BYTES}"
         )
-        yield f"the last {codes.coding.residual} of a head are plain"
+    yield f"the last {codes.coding.residual} of a head are plain"
 
 
 def _compressed(policy: KVPolicy, budget: int) -> list[KV]:

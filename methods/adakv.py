@@ -64,19 +64,31 @@ class AdaKV(WindowPolicy):
 
 
 def ragged_slots(
-    scores: Sequence[Tensor], budget: int, *, safeguard: float, floor: bool, sinks: int = 0, recent: int = 0
+    scores: Sequence[Tensor],
+    budget: int,
+    *,
+    safeguard: float,
+    floor: bool,
+    sinks: int = 0,
+    recent: int = 0,
+    across: bool = False,
 ) -> list[Tensor]:
     """Return the slots of each head of some layers, budget * H in a layer, as `best_slots` does.
 
     scores: [1, H, T] of each layer. The first `sinks` and the last `recent` tokens are kept by every head, as far as
-    `budget` goes.
+    `budget` goes. across: slots are shared out between the heads of all layers, budget * H in a layer on average.
     """
     tokens = scores[0].shape[-1]
     slots = min(budget, tokens)
     recent = min(recent, slots)
     sinks = min(sinks, slots - recent)
     between = [own[0, :, sinks : tokens - recent] for own in scores]
+    heads = len(between[0])
+    if across:
+        between = [torch.cat([own.to(between[0].device) for own in between])]
     counts = head_counts(between, slots, fixed=sinks + recent, safeguard=safeguard, floor=floor)
+    if across:
+        counts = [counts[0][at : at + heads] for at in range(0, len(counts[0]), heads)]
     found = []
     for own, count in zip(scores, counts, strict=True):
         forced = own.clone()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,16 @@ class KVPolicy:
         return False
 
     @property
+    def ranks_tokens(self) -> bool:
+        """Whether it is a `Ranking`: its scores say which tokens of a layer are kept."""
+        return False
+
+    @property
+    def turns_keys(self) -> bool:
+        """Whether keys that it keeps are moved to other positions than their tokens'; others' cannot join them then."""
+        return False
+
+    @property
     def memory(self) -> Literal["physical", "simulated"]:
         """simulated: dropped tokens are only hidden from attention and their bytes stay."""
         return "physical"
@@ -71,6 +81,11 @@ class KVPolicy:
     def for_model(self, revision: str) -> KVPolicy:
         """Return this policy for a model's revision (content hash or commit); PolicyError where it is of another."""
         return self
+
+    @property
+    def method_bytes(self) -> int:
+        """Bytes of the model's constants that it reads, such as bases: like weights, no part of a prompt's cache."""
+        return 0
 
     @property
     def lacks(self) -> str:
@@ -95,6 +110,16 @@ class KVPolicy:
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         """Return what a reader of the record must know about this budget, such as a degenerate allocation."""
         return ()
+
+
+class Ranking(Protocol):
+    """What tells the worth of single tokens of a layer, and which are kept whatever it is."""
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        """Return how many of the first and of the last tokens are kept at this budget, as far as a head's slots go."""
 
 
 class LayerPolicy(KVPolicy, ABC):
@@ -134,6 +159,13 @@ class EvictionPolicy(LayerPolicy):
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
         """Return the worth of every token: [B, H, T] float, higher is kept. Must not depend on the budget."""
+
+    @property
+    def ranks_tokens(self) -> bool:
+        return True
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        return self.sinks, self.recent_slots(budget)
 
     def recent_slots(self, budget: int) -> int:
         """Return how many of the last tokens are kept at this budget, whatever their score."""

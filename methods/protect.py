@@ -6,8 +6,8 @@ slots per layer and KV head, among the other tokens, as though the protected one
 no pooling and no place among its first or last tokens. What attention the others got is the whole prompt's. So a method
 that ranks tokens by attention keeps the best of the others by its own scores. Both together are `over` at N slots.
 A prompt that marks nothing is compressed as by `over` alone; a budget that leaves `over` no slot is skipped.
-Not for methods that evict while decoding, which could drop a protected token then; codes go around it
-(`quant.over=protect@snapkv`).
+Not for methods that evict while decoding, which could drop a protected token then, nor for those that turn the keys
+that they keep; codes go around it (`quant.over=protect@snapkv`).
 """
 
 from collections.abc import Callable
@@ -125,4 +125,6 @@ def _chooser(label: str) -> KVPolicy:
         raise PolicyError(f"{name} evicts nothing, so everything is kept; name a method that evicts")
     if policy.evicts_while_decoding:
         raise PolicyError(f"{name} evicts while decoding, protected tokens too; name another preset or method")
+    if policy.turns_keys:
+        raise PolicyError(f"{name} moves the keys that it keeps past protected ones; name another preset or method")
     return policy

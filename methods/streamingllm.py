@@ -28,6 +28,10 @@ class StreamingLLM(EvictionPolicy):
     reassign: bool = False
     evict: bool = False
 
+    @property
+    def turns_keys(self) -> bool:
+        return self.reassign
+
     def score(self, view: LayerView) -> Tensor:
         return view.kv.positions.float()
 

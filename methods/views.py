@@ -5,9 +5,9 @@ Shape letters as in `methods.base`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,30 +15,11 @@ from torch import Tensor
 
 from methods.budget import PolicyError
 from methods.device import Doubt, placed, settle
+from methods.needs import Needs as Needs
+from methods.repeat import Repeat, Repeated
 
 Rotate = Callable[[Tensor, int | Tensor], Tensor]
 POSITION_BYTES = 4  # of a slot: which token it holds, an int32
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a policy wants observed. The engine gathers the union over the policies of a run and nothing else.
-
-    window: queries of the last `window` prompt tokens, per layer.
-    column_sums: attention that each token received from every later query, per layer, streamed over query blocks.
-    logprobs: log-probabilities of the last `window` prompt tokens under the model.
-    decode_attention: the attention of every decoded token, for policies that evict while decoding.
-    hidden_states: what goes into each layer's attention, and the module it goes into.
-    """
-
-    window: int = 0
-    column_sums: bool = False
-    logprobs: bool = False
-    decode_attention: bool = False
-    hidden_states: bool = False
-
-    def __or__(self, other: Needs) -> Needs:
-        return Needs(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass
@@ -159,8 +140,9 @@ class LayerView:
     form: of the layer's attention, whose window is None.
     column_sums: [B, H, G, T] float32 or None, attention received by token t from the queries t..T-1.
     rotate: turns keys [..., D] by a number of positions (RoPE), or each by its own [...].
-    source: None unless `Needs` declares hidden states.
+    source: None unless `Needs` declares hidden states. module: the layer's attention, None unless it declares that.
     doubts: where `refuse` notes what it doubts, for the prompt's end; None to settle it at once.
+    repeated: what each pass of `Needs.repeat` showed (`methods.repeat.repeated`), or what it raised.
     """
 
     index: int
@@ -171,6 +153,8 @@ class LayerView:
     rotate: Rotate | None = None
     source: LayerSource | None = None
     doubts: list[Doubt] | None = field(default=None, repr=False)
+    module: torch.nn.Module | None = field(default=None, repr=False)
+    repeated: Mapping[Repeat, Repeated | Exception] = field(default_factory=dict, repr=False)
     _memo: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -270,7 +254,13 @@ class OthersView(LayerView):
         left = KV(kv.keys[:, :, others], kv.values[:, :, others], kv.positions[:, :, others])
         seen = None if sums is None else sums[..., others]
         queries, rotate = whole.queries, whole.rotate
-        return cls(whole.index, left, queries, whole.form, seen, rotate, whole=whole, others=others)
+        again = {
+            asked: own if isinstance(own, Exception) else replace(own, received=own.received[..., others])
+            for asked, own in whole.repeated.items()
+        }
+        own = cls(whole.index, left, queries, whole.form, seen, rotate, repeated=again, whole=whole, others=others)
+        own.module = whole.module
+        return own
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Workbench:
         self.spec, self.folder, self.needs = spec, folder, NEEDS | needs
         corpora = [load_corpus(name) for name in spec.corpora]
         self.loaded = load_model(spec.model, dtype=spec.dtype, device=spec.device)
-        self.engine = Engine(AttachedModel(self.loaded.model))
+        self.engine = Engine(AttachedModel(self.loaded.model, self.loaded.wording))
         self.prompts = calibration_prompts(corpora, self.loaded, spec)
         self.corpora = {corpus.name: corpus.sha256 for corpus in corpora}
         decided = spec.model_dump(mode="json", exclude=set(apart))

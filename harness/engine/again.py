@@ -26,6 +26,9 @@ from methods.base import KV, KVPolicy, PolicyError, PromptView
 from methods.device import read
 from methods.views import Form, GrownView, Rotate, wide
 
+UNKNOWN = {"hidden_states": "hidden states are", "logprobs": "logprobs are", "repeat": "its repetition is"}
+"""Of `Needs`, what no turn brings."""
+
 
 @dataclass(frozen=True)
 class Noted:
@@ -44,9 +47,9 @@ def why_not(prefilled: Prefilled, left: Compressed) -> str | None:
     needs, name = left.policy.needs, type(left.policy).__name__
     if prefilled.protected:
         return f"{name} cannot compress again: tokens are marked to be kept, which is known of the prompt alone"
-    unknown = [what for what in ("hidden_states", "logprobs") if getattr(needs, what)]
+    unknown = [told for what, told in UNKNOWN.items() if getattr(needs, what)]
     if unknown:
-        return f"{name} cannot compress again: {unknown[0].replace('_', ' ')} are observed of a whole prompt alone"
+        return f"{name} cannot compress again: {unknown[0]} observed of a whole prompt alone"
     for kv in (left.kvs[i] for i in left.compressible):
         if type(kv) is not KV or kv.extra:
             what = ", ".join(kv.extra) or type(kv).__name__
@@ -96,7 +99,9 @@ def pass_turn(
 ) -> tuple[list[GrownLayer], States]:
     """Every layer of `held` after the tokens of a turn. Arguments as of `compress_again`."""
     of_layer = dict(zip(held.compressible, noted, strict=True))
-    layers = [GrownLayer(kv, held, of_layer.get(i), start) for i, kv in enumerate(held.kvs)]
+    modules = model.attention if held.policy.needs.module else [None] * len(held.kvs)
+    pairs = zip(held.kvs, modules, strict=True)
+    layers = [GrownLayer(kv, held, of_layer.get(i), start, own) for i, (kv, own) in enumerate(pairs)]
     given, states = torch.tensor([list(ids)], device=model.device), held.states[start].copy()
     model.forward(given, layers, position=start, states=states, keep=1)
     return layers, states
@@ -105,7 +110,10 @@ def pass_turn(
 class GrownLayer(LayerCache):
     """What was kept of a layer (R = 1), to which the tokens of a turn come in one forward. noted: None: no policy's."""
 
-    def __init__(self, kv: KV, held: Compressed, noted: Noted | None, start: int) -> None:
+    def __init__(
+        self, kv: KV, held: Compressed, noted: Noted | None, start: int, module: torch.nn.Module | None
+    ) -> None:
+        self.module = module
         kv = without(kv, start)  # the prompt's last token, which is fed again
         self.keys, self.values = kv.load()
         self.positions, self.end = kv.positions, start
@@ -156,7 +164,9 @@ class GrownLayer(LayerCache):
         if sums is not None:
             at = order.clamp(min=0).unsqueeze(2).expand(-1, -1, sums.shape[2], -1)
             sums = sums.gather(3, at).masked_fill(kv.positions.unsqueeze(2) < 0, 0.0)
-        return GrownView(index, kv, self.noted.queries, self.form, sums, rotate, end=self.end)
+        own = GrownView(index, kv, self.noted.queries, self.form, sums, rotate, end=self.end)
+        own.module = self.module
+        return own
 
     def in_window(self) -> KV:
         """The slots that later tokens can still see of a layer with a window or chunks, which is all it keeps."""

@@ -20,6 +20,7 @@ from harness.engine.again import Noted, note, why_not
 from harness.engine.compress import Compressed, compress, distinct
 from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding, Generated
 from harness.engine.prefill import Prefilled, prefill
+from harness.engine.repeat import UNWORDED
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.turns import Again, converse, joined, room_of
 from harness.engine.types import Cell, NotFinite, Outcome, Prompt, PromptFailed, SkippedCell
@@ -137,10 +138,12 @@ class Engine:
         Raises HarnessError with the first refusal.
         """
         try:
-            view = prefill(self.model, list(ids[:8]), Needs(window=1)).view
+            view = prefill(self.model, list(ids[:8]), Needs(window=1, module=True)).view
         except PromptFailed:
             return  # each cell will say so, of each prompt
         for policy in policies:
+            if self.model.wording is None and any(asked.words for asked in policy.needs.repeat):
+                raise HarnessError(f"{type(policy).__name__} has the prompt repeated in words; {UNWORDED}")
             try:
                 policy.check(view)
             except PolicyError as error:
@@ -219,7 +222,7 @@ def _compress(run: CellRun, prefilled: Prefilled) -> None:
     run.compressed = left = compress(prefilled, cell.policy, budget)
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
     outcome.kv_bytes, outcome.stored_bytes, outcome.asked_bytes = left.kv_bytes, left.stored_bytes, left.asked_bytes
-    outcome.state_bytes = left.state_bytes
+    outcome.state_bytes, outcome.method_bytes = left.state_bytes, cell.policy.method_bytes
     outcome.over_budget = outcome.stored_bytes > OVER * outcome.asked_bytes
 
 

@@ -149,6 +149,20 @@ def _told_sums(queries: Tensor, keys: Tensor, lse: Tensor, form: Form) -> Tensor
     return sums
 
 
+def column_peaks(queries: Tensor, keys: Tensor, form: Form, *, rows: Tensor | None = None) -> Tensor:
+    """Most attention that each of S tokens receives from one of the last Q of them: [B, H, G, S] float32.
+
+    rows: [B, Q] float32, what the weights of each query are multiplied by; None for 1.
+    """
+    (batch, heads, tokens, _), group = keys.shape, queries.shape[1] // keys.shape[1]
+    peaks = torch.zeros(batch, heads, group, tokens, device=keys.device)
+    for own, seen, weights in _blocks(queries, keys, form):
+        if rows is not None:
+            weights.mul_(rows[:, None, None, own, None])
+        peaks[..., seen] = torch.maximum(peaks[..., seen], weights.amax(dim=3))
+    return peaks
+
+
 def _blocks(queries: Tensor, keys: Tensor, form: Form) -> Iterator[tuple[slice, slice, Tensor]]:
     """The last Q of S tokens, block after block: which they are of Q, slots that they see, weights [B, H, G, b, s]."""
     block = GPU_BLOCK if gpu.is_gpu(keys.device) else BLOCK

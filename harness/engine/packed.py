@@ -69,7 +69,7 @@ class Packed:
 
     def same(self, other: Packed) -> bool:
         """Whether it holds to the bit what another of the same prompt does; False where codes or side data are."""
-        if self.coded or self.side or self.beside or self.sizes != other.sizes:
+        if self.coded or other.coded or self.side or self.beside or self.sizes != other.sizes:
             return False
         own, others = self.tensors(), other.tensors()
         return len(own) == len(others) and all(map(torch.equal, own, others))

@@ -1,12 +1,13 @@
 """Prefill and observe: a prompt through the model once, with the full cache, and what policies see of it.
 
 A layer keeps the whole prompt and gathers what the policies declared in `Needs`: the last queries, column sums of the
-attention. A prompt may come in chunks, which bounds the activations. A layer that is given an `act` is compressed as
+attention, what a repetition of it shows (`harness.engine.repeat`). A prompt may come in chunks, which bounds the
+activations. A layer that is given an `act` is compressed as
 soon as the prompt's last token has passed it, and its full cache is let go: so served, the full cache of all layers
 never exists at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -18,12 +19,14 @@ from torch import Tensor
 from harness.engine.clock import PhaseClock
 from harness.engine.kernels import causal_attention, column_sums
 from harness.engine.layer_cache import LayerCache
+from harness.engine.repeat import repeat
 from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import NotFinite
 from harness.errors import HarnessError
 from methods.base import KV, LayerView, Needs, PromptView
 from methods.device import Doubt, settle
+from methods.repeat import WHOLE, Repeat, Repeated
 from methods.views import POSITION_BYTES, Form, LayerSource, Rotate
 
 Act = Callable[[LayerView], KV]
@@ -35,7 +38,8 @@ class PrefillLayer(LayerCache):
 
     chunked: whether it sees its own chunk alone. act: compresses the layer once the prompt is through. clock: counts
     observation and compression apart. rotate: as in `LayerView`. sources: those of all layers, filled as the prompt
-    passes them; empty when no policy asks. doubts: of all layers that `act` compresses, as in `LayerView`.
+    passes them; empty when no policy asks. doubts: of all layers that `act` compresses, as in `LayerView`. repeated: as
+    there, once it is known.
     """
 
     needs: Needs
@@ -46,7 +50,9 @@ class PrefillLayer(LayerCache):
     clock: PhaseClock = field(default_factory=lambda: PhaseClock(torch.device("cpu")))
     rotate: Rotate | None = None
     sources: Sequence[LayerSource] = ()
+    module: torch.nn.Module | None = None
     doubts: list[Doubt] | None = None
+    repeated: Mapping[Repeat, Repeated | Exception] = field(default_factory=dict)
     left: KV | None = field(default=None, init=False)  # by `act`
     window: int | None = field(default=None, init=False)  # known once it attended
     seen: int = field(default=0, init=False)
@@ -102,7 +108,7 @@ class PrefillLayer(LayerCache):
     def view(self) -> LayerView:
         """The layer as policies see it."""
         source = self.sources[self.index] if self.sources else None
-        observed = (self.form, self.sums, self.rotate, source, self.doubts)
+        observed = (self.form, self.sums, self.rotate, source, self.doubts, self.module, self.repeated)
         return LayerView(self.index, self.kv(), self.queries, *observed)
 
     @property
@@ -191,6 +197,10 @@ def prefill(
         raise HarnessError(
             f"hidden states are wanted of a whole prompt, not of chunks of {chunk} tokens; leave --chunk out"
         )
+    if needs.repeat and acts is not None:
+        raise HarnessError(
+            "layers that are compressed on the way cannot be attended to again; compress them afterwards"
+        )
     if model.stepwise and chunk is not None and chunk < len(ids):
         raise HarnessError(
             f"this model's recurrent layers take a prompt as a whole, not {chunk} tokens by {chunk}; leave --chunk out"
@@ -201,7 +211,15 @@ def prefill(
         doubts: list[Doubt] | None = [] if acts is not None else None
         shared: Any = {"clock": clock, "rotate": model.rotate, "sources": sources, "doubts": doubts}
         layers = [
-            PrefillLayer(needs, len(ids), index=i, chunked=chunk_of is not None, act=act_of.get(i), **shared)
+            PrefillLayer(
+                needs,
+                len(ids),
+                index=i,
+                chunked=chunk_of is not None,
+                act=act_of.get(i),
+                module=model.attention[i] if needs.module else None,
+                **shared,
+            )
             for i, chunk_of in enumerate(model.chunks)
         ]
         logits, logprobs, states = _forward(model, ids, layers, chunk=chunk or len(ids), wanted=wanted)
@@ -209,6 +227,11 @@ def prefill(
     best = logits.amax(dim=-1)  # as all that is NaN or too large shows; minus infinity bars a token
     if not bool(best.isfinite().all()) or (logprobs is not None and bool(logprobs.isnan().any())):
         raise NotFinite(f"after the prompt's {len(ids)} tokens")
+    if needs.repeat:
+        with clock.part("prefill"), clock.part("observe"):
+            shown = repeat(model, ids, layers, states[len(ids)], needs.repeat, step=chunk or WHOLE)
+        for i, own in zip(model.compressible, shown, strict=True):
+            layers[i].repeated = own
     return Prefilled(layers, model.compressible, logits, logprobs, len(ids), clock, states)
 
 

@@ -22,12 +22,14 @@ from harness.engine.states import States
 from harness.engine.transformers_cache import STATES, ModelLayers, shorter
 from harness.engine.types import PromptFailed
 from harness.errors import HarnessError
+from harness.models.wording import Wording
 from methods.base import Sizes
 from methods.views import Form, LayerSource
 
 ATTENTION = "kv_policy"
 ADVICE = "use a model of full, sliding-window or linear attention layers"
 KNOWN = {"softcap", "s_aux", "position_ids"}  # arguments; the last is for packed batches alone
+SCALED = ("inv_freq", "max_seq_len_cached")  # of dynamic RoPE, changed by a longer text
 HALF_ROTATION = {
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2"),
     *("olmo3", "gemma2", "gemma3", "gemma3_text", "gpt_oss"),
@@ -108,11 +110,13 @@ class AttachedModel:
 
     layers: how many keep keys and values; every list of layers is of these. chunks: of each, how many tokens its chunks
     have, which see themselves alone; None without. mixed: whether other layers carry `States`. stepwise: whether these
-    take one token at a time, but for a prompt's beginning.
+    take one token at a time, but for a prompt's beginning. wording: how it is asked to repeat a prompt; None where the
+    tokenizer is unknown.
     Raises HarnessError when the model's attention cannot be replaced, which one token sent through it shows.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, wording: Wording | None = None) -> None:
+        self.wording = wording
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.config = model.config.get_text_config(decoder=True)
         try:
@@ -201,6 +205,17 @@ class AttachedModel:
             first: Tensor = getattr(rotary, f"{prefix}original_inv_freq")
             setattr(rotary, f"{prefix}inv_freq", first.to(getattr(rotary, f"{prefix}inv_freq").device))
             setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
+
+    @contextmanager
+    def same_lengths(self) -> Iterator[None]:
+        """RoPE that scales with the longest text is afterwards as it was for the texts before."""
+        names = [(rotary, f"{prefix}{name}") for rotary, prefix in self._dynamic for name in SCALED]
+        before = [(rotary, name, getattr(rotary, name)) for rotary, name in names]
+        try:
+            yield
+        finally:
+            for rotary, name, own in before:
+                setattr(rotary, name, own)
 
     @cached_property
     def _dynamic(self) -> list[tuple[torch.nn.Module, str]]:

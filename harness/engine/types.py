@@ -127,6 +127,7 @@ class Outcome:
     asked_bytes: int = 0
     full_bytes: int = 0
     state_bytes: int = 0
+    method_bytes: int = 0
     token_ids: tuple[int, ...] = ()
     turn_tokens: tuple[int, ...] = ()
     nll_per_token: tuple[float, ...] = ()

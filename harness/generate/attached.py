@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -27,6 +27,7 @@ from harness.engine.prefill import prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError, checked
 from harness.generate.asked import Arguments, refuse, rows_of
+from harness.models.wording import Wording, wording
 from harness.plan.methods import plan_method
 from harness.plan.names import refusals
 from harness.records.spec import FirstToken
@@ -159,6 +160,7 @@ def attached(
     first_token: FirstToken = "compressed",
     params: Mapping[str, Any] | None = None,
     revision: str = "unknown",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[CacheReport]:
     """Let `model.generate` decode on a compressed cache while the context lasts.
 
@@ -185,6 +187,7 @@ def attached(
         params: parameters of the method that are changed, such as {"kernel": 5}.
         revision: of the model (`LoadedModel.spec.revision`), by which compilerkv finds its tables. A method that wants
             tables and has none for this model warns.
+        tokenizer: of the model, for methods that have the prompt repeated in words (kvzip).
 
     Yields:
         What the last `generate` kept, row by row.
@@ -212,7 +215,8 @@ def attached(
         advice = "give revision=loaded.spec.revision of a model that has them, or compile some"
         warnings.warn(f"{label}: {policy.lacks}; {advice}", stacklevel=3)
     compressor = Compressor(label, policy, asked.budget if policy.budgeted else None, asked.first_token)
-    with _replaced_attention(model) as whole:
+    told = None if tokenizer is None else wording(tokenizer)
+    with _replaced_attention(model, told) as whole:
         Engine(whole).check([policy], [0] * 8)
     plain: Any = model.generate
 
@@ -221,7 +225,7 @@ def attached(
         refuse(model, args, kwargs, Handle)
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = Handle()
-        with _replaced_attention(model) as whole, _replaced(model, "forward", compressor.forward(whole)):
+        with _replaced_attention(model, told) as whole, _replaced(model, "forward", compressor.forward(whole)):
             return plain(*args, **kwargs)
 
     with _replaced(model, "generate", generate), _replaced(model, TAKEN, label):
@@ -242,7 +246,7 @@ def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_attention(model: PreTrainedModel) -> Iterator[AttachedModel]:
+def _replaced_attention(model: PreTrainedModel, told: Wording | None) -> Iterator[AttachedModel]:
     """The model on layer caches; its attention and its output layer's hooks are as before afterwards."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     chosen = [(config, config._attn_implementation) for config in configs.values()]
@@ -250,7 +254,7 @@ def _replaced_attention(model: PreTrainedModel) -> Iterator[AttachedModel]:
     hooks = {} if head is None else head._forward_pre_hooks
     before = set(hooks)
     try:
-        whole = AttachedModel(model)
+        whole = AttachedModel(model, told)
         try:
             yield whole
         finally:

@@ -114,7 +114,7 @@ class Answerer:
         self.max_length = max_length or loaded.context
         (self.full,) = plan_cells([plan_method("fullkv")], ())  # of a prompt that is no longer than its budget
         self.fitted_on = planned.cell.policy.fitted_on()
-        self.engine = ScoringEngine(AttachedModel(loaded.model))
+        self.engine = ScoringEngine(AttachedModel(loaded.model, loaded.wording))
         self.engine.check([planned.cell.policy], list(range(8)))
         self.facts = KeptFacts(heads=self.engine.model.sizes(8).kv_heads, budget=planned.budget)
 

@@ -12,6 +12,7 @@ org/name          a model of the Hugging Face hub
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from harness.models.generation import end_ids, set_aside
 from harness.models.prompt import template_notes, template_tokens
 from harness.models.readers import Parts, need, read_model
 from harness.models.source import AUTO_MAP, DTYPE_NAMES, ModelSource, check_dtype, check_model
+from harness.models.wording import Wording, wording
 from harness.records.spec import ModelSpec, weights_note
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -49,6 +51,11 @@ class LoadedModel:
     vocabulary: int
     set_aside: tuple[str, ...]
     typed: str
+
+    @cached_property
+    def wording(self) -> Wording:
+        """How the model is asked to repeat its prompt."""
+        return wording(self.tokenizer)
 
     def words(self) -> list[int]:
         """Token ids that stand for text: prompts of random tokens are drawn from them. Random weights know any."""

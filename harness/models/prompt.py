@@ -63,9 +63,9 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     if not tokenizer.chat_template:
         return [*tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"], 0].index(0)
     try:
-        around = _render(tokenizer, "")
+        around = render(tokenizer, "")
     except HarnessError:  # some refuse an empty message
-        around = _render(tokenizer, MARK).replace(MARK, "")
+        around = render(tokenizer, MARK).replace(MARK, "")
     return len(tokenizer(around, add_special_tokens=False)["input_ids"])
 
 
@@ -83,7 +83,7 @@ def template_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What a reader of records must know of the chat template: that it writes a date."""
     if not tokenizer.chat_template:
         return ()
-    changes = _render(tokenizer, MARK) != _render(tokenizer, MARK, day=datetime(1999, 12, 31))
+    changes = render(tokenizer, MARK) != render(tokenizer, MARK, day=datetime(1999, 12, 31))
     return (DATED,) if changes else ()
 
 
@@ -132,7 +132,7 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample, turn: Turn) 
     """
     text = f"\n\n{turn.question}"
     if sample.chat and tokenizer.chat_template:
-        parts = _render(tokenizer, "Hello.", MARK, turn.question).split(MARK)
+        parts = render(tokenizer, "Hello.", MARK, turn.question).split(MARK)
         if len(parts) != 2 or turn.question.strip() not in parts[1]:
             raise HarnessError("the chat template does not show a conversation as it is; use a model whose does")
         text = parts[1]
@@ -169,11 +169,11 @@ def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tup
     A mark rendered in the message's place gives what the template puts before and after it. So a text that occurs
     twice cannot mislead, and a template that trims the message (Llama 3 does) is seen to do so.
     """
-    marked = _render(tokenizer, MARK)
+    marked = render(tokenizer, MARK)
     if marked.count(MARK) != 1:
         raise HarnessError(f"the chat template shows a message {marked.count(MARK)} times instead of once; " + ADVICE)
     head, tail = marked.split(MARK)
-    text = _render(tokenizer, content)
+    text = render(tokenizer, content)
     body = text[len(head) : len(text) - len(tail)]
     leading = len(content) - len(content.lstrip())
     for cut in (0, leading):
@@ -185,7 +185,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, content: str, context: int) -> tup
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, *contents: str, day: datetime = DAY) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, *contents: str, day: datetime = DAY) -> str:
     """A conversation, which the user begins, up to the head of the next answer.
 
     Models that think aloud (Qwen3, SmolLM3) get no room for it: no benchmark's generation length leaves any.

@@ -76,6 +76,7 @@ class Record(Frozen):
     state_bytes: Bytes = (
         0  # part of all the bytes above: states of layers without keys and values, equal for all methods
     )
+    method_bytes: Bytes = 0  # constants of the model that the method reads, such as bases: like weights, no cache bytes
     needle_tokens: Count = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
     needle_kept: CountsByLayer = ()  # of those, by compressible layer and KV head, after compression
 

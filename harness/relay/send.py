@@ -19,11 +19,6 @@ from harness.relay.client import Receiver
 from harness.relay.message import constants_of, pack_message
 from harness.relay.wire import Ask, Question, Reply
 
-ANSWERED = (
-    *("status", "error", "needle_kept", "kv_bytes_end", "stored_bytes_end", "byte_steps", "token_ids", "nll_per_token"),
-    *("decode_s", "decode_rows"),
-)
-"""What the receiver knows of an outcome; the sender knows the rest."""
 Cells = Sequence[Sequence[PlannedCell]]  # those of each prompt
 
 
@@ -130,7 +125,9 @@ def _outcome(run: CellRun, sent: _Sent | None, turn: int, text: Told) -> Outcome
     if sent is None:
         return replace(run.outcome)
     answered = sent.reply.outcomes[turn]
-    whole = replace(run.outcome, **{name: getattr(answered, name) for name in ANSWERED})
+    nothing = vars(Outcome())
+    told = {name: value for name, value in vars(answered).items() if value != nothing[name]}  # it knew nothing before
+    whole = replace(run.outcome, **told | {"notes": (*run.outcome.notes, *answered.notes)})
     if sent.reply.error is not None:
         return whole
     whole.relayed = Relayed(

@@ -43,7 +43,7 @@ class SampleRunner:
     receiver: PlannedReceiver | None = None  # another model that answers relay tasks
 
     def __post_init__(self) -> None:
-        model = AttachedModel(self.loaded.model)
+        model = AttachedModel(self.loaded.model, self.loaded.wording)
         self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
         self.relay = Relay(
             self.engine, self.loaded, self.spec, self.receiver

@@ -54,7 +54,7 @@ class ServerReady:
     def load(cls, name: str, *, dtype: str, device: str) -> ServerReady:
         """Load and attach a model. Raises HarnessError for one that cannot be loaded."""
         loaded = load_model(name, dtype=dtype, device=device)
-        model = AttachedModel(loaded.model)
+        model = AttachedModel(loaded.model, loaded.wording)
         return cls(loaded, model, loaded.words())
 
     def held_bytes(self) -> int:

@@ -96,7 +96,7 @@ class Target:
         check_layers(loaded.model.config.get_text_config(decoder=True))
         fitted = [method.on(loaded.spec.revision) for method in planned]
         if here:
-            Engine(AttachedModel(loaded.model)).check([policy for _, policy in fitted], range(8))
+            Engine(AttachedModel(loaded.model, loaded.wording)).check([policy for _, policy in fitted], range(8))
         return cls(
             typed=asked.model,
             model=loaded.spec,

@@ -111,6 +111,16 @@ class CompilerKV(KVPolicy):
             return None
         return self._policy(budget, sizes).per_layer(budget, sizes)
 
+    @property
+    def ranks_tokens(self) -> bool:
+        return self.form == "compiled" and self._form().basis != "global"
+
+    def score(self, view: LayerView) -> Tensor:
+        return self._form().scores(PromptView([view]))[0]
+
+    def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
+        return 0, min(self._form().window, budget)
+
     def _policy(self, budget: int, sizes: Sizes) -> FormPolicy:
         return FormPolicy(self._form(), self.shares(sizes, budget))
 

@@ -75,7 +75,7 @@ class Tuned(KVPolicy):
 
     @property
     def _known(self) -> KVPolicy:
-        """What is known without a model: no tuning changes whether it has a budget, evicts or frees."""
+        """What is known without a model: no tuning changes whether it has a budget, evicts, turns or frees."""
         return self.inner or make_policy(self.method)
 
     @property
@@ -85,6 +85,10 @@ class Tuned(KVPolicy):
     @property
     def evicts_while_decoding(self) -> bool:
         return self._known.evicts_while_decoding
+
+    @property
+    def turns_keys(self) -> bool:
+        return self._known.turns_keys
 
     @property
     def memory(self) -> Literal["physical", "simulated"]:

@@ -48,7 +48,8 @@ def test_every_method_is_tried_as_often_as_compilerkvs_form_its_authors_values_a
     spaces = parameter_space(method)
     assert all(own in spaces for own in sets)  # none is refused, none does what another one does
     assert all(own[key] in method.choices[key] for own in sets for key in own)
-    authors = make_policy(f"{name}@{'block' if name == 'keydiff' else 'paper'}")
+    presets = method.presets.keys() & {"paper", "block", "engine"} or {"kvpress"} & method.presets.keys()
+    authors = make_policy("@".join([name, *presets]))
     if not authors.evicts_while_decoding:
         assert authors in [make_policy(name, own) for own in sets]
     assert parameter_sets(method, TRIALS, seed=0) == sets != parameter_sets(method, TRIALS, seed=1)

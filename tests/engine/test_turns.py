@@ -16,6 +16,7 @@ from harness.engine.types import Limits, NextTurn, Prompt
 from harness.models.load import LoadedModel
 from harness.records.record import OVER
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, PromptView
+from methods.coded import CodedPolicy
 from methods.registry import make_policy
 from methods.window import pooled
 from tests.engine.test_engine import (
@@ -51,7 +52,7 @@ AGAIN = [
     if make_policy(label).budgeted
     and not make_policy(label).evicts_while_decoding
     and label not in CANNOT
-    and not label.startswith("quant")
+    and not isinstance(make_policy(label), CodedPolicy)
 ]
 every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
 
@@ -140,7 +141,7 @@ def test_what_evicts_while_it_decodes_stays_at_its_budget_through_all_turns(
 ) -> None:
     engine = Engine(model, query=query, first_token=first_token)
     cells = [cell(label, BUDGET) for label in LABELS if make_policy(label).evicts_while_decoding]
-    assert len(cells) == 4
+    assert len(cells) == 6
     for one, other in zip(ok(engine.run(talk(), cells)), ok(engine.run(talk(again=True), cells)), strict=True):
         assert one.kv_bytes_end <= one.asked_bytes and one.token_ids == other.token_ids
         assert [*one.notes, "it evicts while it decodes: nothing is left to compress again"] == [*other.notes]
@@ -158,7 +159,9 @@ def test_every_method_is_compressed_again_or_says_why_not(model: AttachedModel) 
         assert not any("asked" in said for said in own.notes), label
         if label in AGAIN:  # its last turn came on top of the budget
             assert own.kv_bytes_end <= own.asked_bytes + (4 + own.turn_tokens[-1]) * LAYERS * HEADS * SLOT, label
-    assert skipped == CANNOT | {label for label in LABELS if label.startswith("quant") and make_policy(label).budgeted}
+    policies = {label: make_policy(label) for label in LABELS}
+    coded = {label for label, own in policies.items() if isinstance(own, CodedPolicy) and own.budgeted}
+    assert skipped == CANNOT | coded
 
 
 def compressed(model: AttachedModel, policy: KVPolicy, budget: int = BUDGET) -> tuple[Compressed, list[Noted]]:
@@ -183,12 +186,15 @@ def test_compressing_again_keeps_as_many_slots_in_as_many_bytes(model: AttachedM
         assert max(int(kv.positions.max()) for kv in left.kvs) < start == left.tokens
 
 
-@pytest.mark.parametrize("label", [label for label in AGAIN if "random" not in label and "keydiff" not in label])
+NONE_DEAD = ("random", "keydiff", "lagkv", "cur", "compactor")
+
+
+@pytest.mark.parametrize("label", [label for label in AGAIN if not any(own in label for own in NONE_DEAD)])
 def test_dead_slots_change_nothing(model: AttachedModel, label: str) -> None:
     """However many there are, a policy keeps the same tokens, none of them dead.
 
-    `random` and `keydiff` never see one, as their layers and heads are all alike: the one draws for each slot, the
-    other takes the mean of all.
+    `NONE_DEAD` never see one, as their layers and heads are all alike: the first draws for each slot, the second takes
+    the mean of all, the others cut the slots into stretches.
     """
     policy = make_policy(label)
     left, noted = compressed(model, policy)

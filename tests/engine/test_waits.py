@@ -18,7 +18,9 @@ from harness.engine.compress import Compressed, compress
 from harness.engine.decode import Decoding
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
+from harness.models.wording import Request, Wording
 from methods.base import KVPolicy, LayerView, Needs, PolicyError
+from methods.coded import CodedPolicy
 from methods.registry import load_methods, make_policy
 
 TOKENS, BUDGET, FEW, MANY = 96, 72, 1, 3  # more than any window holds
@@ -32,15 +34,18 @@ LABELS = [
 READINGS = 2  # what layers doubt, and what they hold
 MORE = {
     "adakv": 1,  # the shares of heads, of all layers
+    "criticaladakv": 1,
     "dynamickv": 1,  # the shares of layers
     "expected_attention@paper": 1,
-    "quant": 1,  # live slots, which tell what becomes codes
+    "kvcompose": 1,  # the shares of layers
+    "simlayerkv": 1,  # how lazy layers are
     "compilerkv": 1,  # tables lie on the host; so do those of `snapkv@compiled` and `headkv`
     "headkv": 1,
+    "kvzip": 1,  # the shares of heads, of all layers
     "snapkv@compiled": 1,
     "compilerkv@published": 6,  # four of tables, the prompt's risk, the slots of all layers
 }
-A_LAYER = {"adakv": 1, "expected_attention@paper": 1, "quant": 1}
+A_LAYER = {"adakv": 1, "criticaladakv": 1, "expected_attention@paper": 1}
 """Readings a layer where it is compressed on its own: the size of what is left depends on numbers."""
 UNLIKE = ("quant@snapkv-int4", "streamingllm@reassign", *A_LAYER)
 KINDS = [label for label in LABELS if "@" not in label or label in UNLIKE]
@@ -92,7 +97,9 @@ class _Ops(TorchDispatchMode):
 def model(layers: int) -> AttachedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return AttachedModel(LlamaForCausalLM(LlamaConfig(vocab_size=TOKENS, num_hidden_layers=layers, **sizes)).eval())
+    sizes["head_dim"] = 32  # a block of every code
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=TOKENS, num_hidden_layers=layers, **sizes)).eval()
+    return AttachedModel(llama, Wording(Request((1, 2), (1, 3), (4,))))
 
 
 @cache
@@ -115,7 +122,8 @@ def told(table: dict[str, int], label: str) -> int:
     name, _, preset = label.partition("@")
     published = getattr(policy_of(label), "form", "") == "published"
     names = (label, "compilerkv@published" if published else preset if name == "protect" else name)
-    return next((table[name] for name in names if name in table), 0)
+    coded = isinstance(policy_of(label), CodedPolicy)  # live slots, which tell what becomes codes
+    return next((table[name] for name in names if name in table), int(coded))
 
 
 @pytest.mark.parametrize("label", LABELS)

@@ -1,10 +1,13 @@
 """Presets of ours beside the presses of kvpress that they are, run as its users run them."""
 
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip("kvpress")
 
+from kvpress import BasePress, FinchPress
 from transformers import DynamicCache, PreTrainedModel
 
 from harness.engine.engine import Engine
@@ -84,6 +87,37 @@ def test_expected_attention_of_the_paper_is_kvpresses_evaluated_one(ours: Engine
     gold = kept_by_us(ours, "kvpress:AdaKVPress(ExpectedAttentionPress(epsilon=0.01))", ids, budget)
     assert kept_by_us(ours, "expected_attention@paper", ids, budget) == gold
     assert len({len([t for t in head if t >= 0]) for layer in gold for head in layer}) > 1
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [size for size in SIZES if size[1] >= 128])  # whose half is its window
+@pytest.mark.parametrize(
+    ("label", "press"),
+    [
+        ("criticalkv@kvpress", "CriticalKVPress(SnapKVPress())"),
+        ("criticaladakv@kvpress", "CriticalAdaKVPress(SnapKVPress())"),
+    ],
+)
+def test_critical_kv_keeps_the_tokens_that_kvpress_keeps(
+    ours: Engine, label: str, press: str, tokens: int, budget: int
+) -> None:
+    ids = text(tokens)
+    gold = kept_by_us(ours, f"kvpress:{press}", ids, budget)
+    assert kept_by_us(ours, label, ids, budget) == gold
+    plain = {"criticalkv": "snapkv@kvpress", "criticaladakv": "adakv@kvpress"}[label.partition("@")[0]]
+    assert kept_by_us(ours, plain, ids, budget) != gold
+
+
+@pytest.mark.parametrize(("tokens", "budget"), SIZES)
+def test_finch_keeps_the_tokens_that_kvpress_keeps(
+    ours: Engine, theirs: PreTrainedModel, tokens: int, budget: int
+) -> None:
+    """Its delimiter only tells the window; turned keys tell no token."""
+    made, ids = FinchPress(compression_ratio=ratio(tokens, budget), rerotate_keys=False), text(tokens)
+    made.window_size = 32
+    policy = make_policy("finch@kvpress", {"recent": 32})
+    kvs = policy.compress(ours.prefill(ids, policy.needs).view, budget)
+    own = [kv.positions[0].sort(dim=-1).values.tolist() for kv in kvs]
+    assert own == kept_by_kvpress(theirs, partial(BasePress.__call__, made), ids)
 
 
 @pytest.mark.parametrize("press", ["KnormPress()", "AdaKVPress(SnapKVPress())", "CriticalAdaKVPress(SnapKVPress())"])

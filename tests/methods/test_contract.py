@@ -13,7 +13,9 @@ from harness.compiler.asked import TRIALS
 from harness.compiler.tune import parameter_space
 from harness.contract import check_method, make_view
 from methods.base import Budget, KVPolicy, Needs, PolicyError, best, spread
+from methods.coded import CodedPolicy
 from methods.registry import METHODS, load_methods, make_policy, method
+from methods.window import PooledPolicy
 from tests.methods.loops import GOLDEN
 
 LABELS = [
@@ -24,8 +26,9 @@ LABELS = [
 ]
 BY_DESIGN = {
     "compilerkv": ("a_whole_prompt_is_kept",),  # a gate drops tokens at any budget
+    "finch": ("keys_are_the_prompts",),
     "h2o@paper": ("a_whole_prompt_is_kept",),  # its sums cost slots
-    "quant": ("values_are_the_prompts", "keys_are_the_prompts"),
+    "rkv": ("a_whole_prompt_is_kept",),  # so do its scores
     "streamingllm@paper": ("keys_are_the_prompts",),
     "streamingllm@reassign": ("keys_are_the_prompts",),
 }
@@ -34,8 +37,9 @@ BY_DESIGN = {
 @pytest.mark.parametrize("label", LABELS)
 def test_the_contract(label: str) -> None:
     name = label.partition("@")[0]
-    check_method(label, without=BY_DESIGN.get(label, BY_DESIGN.get(name, ())))
     entry = METHODS[name]
+    coded = ("values_are_the_prompts", "keys_are_the_prompts") if issubclass(entry.policy, CodedPolicy) else ()
+    check_method(label, without=BY_DESIGN.get(label, BY_DESIGN.get(name, coded)))
     assert entry.paper.startswith("https://arxiv.org/abs/") or entry.paper == "control, no paper"
     assert name in {entry.policy.__module__.split(".")[i] for i in (1, -1)}
 
@@ -131,14 +135,22 @@ def test_overrides_come_on_top_of_a_preset() -> None:
     assert make_policy("snapkv@kvcf", {"kernel": 5}) == make_policy("snapkv", {"recent": 8, "kernel": 5, "pool": "max"})
 
 
-TUNED = ("snapkv", "pyramidkv", "headkv", "h2o", "chunkkv", "adakv", "expected_attention", "tova", "keydiff")
+TUNABLE = [name for name, entry in load_methods().items() if entry.tunable]
+NOT_CHOSEN = {"leverage": ["seed"], "cur": ["seed"], "finch": ["rerotate"], "rkv": ["buffer", "evict"]}
+"""Parameters that presets may differ in and no choice is among: chance, and what no prompt's cache shows."""
 
 
-@pytest.mark.parametrize("name", TUNED)
+def test_every_method_with_something_to_choose_can_be_tuned() -> None:
+    untuned = {"compilerkv", "fullkv", "knorm", "protect", "quant", "random", "snapkv_shared", "streamingllm"}
+    assert {*TUNABLE} == {label.partition("@")[0] for label in LABELS} - untuned - {"dynamickv", "kvzip"}
+
+
+@pytest.mark.parametrize("name", TUNABLE)
 def test_a_method_can_be_tuned_from_its_own_values_on(name: str) -> None:
     entry = METHODS[name]
     choices = {parameter: tuple(values) for parameter, values in entry.choices.items()}
-    assert {"kernel", "pool", "forward"} < choices.keys() <= set(entry.parameters) and "evict" not in choices
+    pools = {"kernel", "pool", "forward"} if issubclass(entry.policy, PooledPolicy) else set()
+    assert pools < choices.keys() <= {*entry.parameters} - {*NOT_CHOSEN.get(name, ())} and "evict" not in choices
     assert len(parameter_space(entry)) >= TRIALS
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets)):
         policy = make_policy(label)

@@ -241,8 +241,9 @@ def rope(x: Array, position: int) -> Array:
     return out
 
 
-def rotate(keys: torch.Tensor, by: int) -> torch.Tensor:
-    rows = [rope(row, by) for row in keys.reshape(-1, DIM).numpy()]
+def rotate(keys: torch.Tensor, by: int | torch.Tensor) -> torch.Tensor:
+    turns = torch.as_tensor(by).expand(keys.shape[:-1]).flatten().tolist()
+    rows = [rope(*own) for own in zip(keys.reshape(-1, DIM).numpy(), turns, strict=True)]
     return torch.tensor(np.array(rows)).reshape(keys.shape)
 
 

@@ -6,6 +6,7 @@ import torch
 from harness.contract import HEADS, LAYERS, PLAIN, make_view
 from methods.base import KV, EvictionPolicy, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
+from methods.coded import CodedPolicy
 from methods.protect import PRESETS
 from methods.random import RandomEviction
 from methods.registry import load_methods, make_policy
@@ -13,7 +14,11 @@ from methods.tuned.artefact import load_tuning, packaged
 
 TOKENS, MARKED = 90, (0, 1, 30, 31, 32, 33, 34, 60)
 BUDGETS = (9, 12, 24, 40)
-REFUSED = {"fullkv": "evicts nothing", "quant": "evicts nothing", "protect": "protects already"}
+CODED = sorted(name for name, entry in load_methods().items() if issubclass(entry.policy, CodedPolicy))
+REFUSED = {
+    **dict.fromkeys(["fullkv", *CODED], "evicts nothing"),
+    **{"protect": "protects already", "rkv": "evicts while decoding", "finch": "moves the keys"},
+}
 AROUND = sorted({*load_methods()} - {*REFUSED})
 
 
@@ -76,7 +81,9 @@ def test_presets_go_around_every_method_that_can_be() -> None:
     assert all(name == preset["over"] for name, preset in PRESETS.items())
 
 
-@pytest.mark.parametrize(("over", "why"), [*REFUSED.items(), ("h2o@paper", "evicts while decoding")])
+@pytest.mark.parametrize(
+    ("over", "why"), [*REFUSED.items(), ("h2o@paper", "evicts while decoding"), ("streamingllm@reassign", "moves")]
+)
 def test_what_cannot_be_protected_is_refused(over: str, why: str) -> None:
     with pytest.raises(PolicyError, match=rf"protect.over='{over}' .*{why}"):
         make_policy("protect", {"over": over})
