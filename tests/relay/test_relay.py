@@ -39,7 +39,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]
     root = tmp_path_factory.mktemp("runs")
     data = longbench(root, (TEXT, "Which town?"), (TEXT, "Which river?"), (TEXT + "!", "a"), (TEXT + "!", "b"))
     run = {"methods": ("fullkv", "snapkv"), "budgets": ("64",), "data_dir": str(data), "observe": 1, "nll_tokens": 8}
-    run |= {"model": "tiny", "dtype": "float32", "device": "cpu", "max_new_tokens": 6}
+    run |= {"model": "tiny", "dtype": "float32", "device": "cpu", "max_new_tokens": 3}
     found = {}
     for task in ("multiquery/longbench", "relay/qa/longbench"):
         folder = run_sweep(Sweep(**run, tasks=(task,)), root=root / task, command=())
