@@ -15,6 +15,7 @@ from harness.compiler.asked import RelaySpec
 from harness.compiler.corpora import load_corpus
 from harness.compiler.stage import calibration_prompts
 from harness.engine.transformers_seam import AttachedModel
+from harness.errors import HarnessError
 from harness.models.load import load_model
 from harness.plan.receivers import MANIFEST, MOMENTS, MapManifest, check_pair
 from harness.records.atomic_files import check_place, write_bytes
@@ -31,6 +32,10 @@ def calibrate_relay(spec: RelaySpec, folder: Path, command: Sequence[str]) -> Ma
     sender = load_model(spec.model, dtype=spec.dtype, device=spec.device)
     receiver = load_model(spec.receiver, dtype=spec.dtype, device=spec.device)
     check_pair(sender, receiver)
+    if sender.spec.revision == receiver.spec.revision:
+        raise HarnessError(
+            f"{receiver.spec.name} is the sender too, so nothing is to be calibrated; give another model"
+        )
     corpora = [load_corpus(name) for name in spec.corpora]
     prompts = calibration_prompts(corpora, sender, spec)
     tensors, tokens = dict[str, Tensor](), 0
