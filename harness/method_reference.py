@@ -156,7 +156,7 @@ def _codes(kv: KV) -> Iterator[str]:
 
 def _compressed(policy: KVPolicy, budget: int) -> list[KV]:
     """What is left at a budget; of a prompt of so many tokens, where the policy has none."""
-    tokens = PROMPT if policy.budgeted else budget
+    tokens = budget if policy.kind == "whole" else PROMPT
     return policy.compress(make_view(tokens, policy.needs, dim=DIM, dtype=DTYPE), budget)
 
 

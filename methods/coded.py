@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Self
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
+from methods.base import KV, Kind, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
 from methods.budget import quoted
 from methods.device import read
 from methods.fullkv import FullKV
@@ -64,8 +64,12 @@ class CodedPolicy(KVPolicy):
         return self.inner or FullKV()
 
     @property
-    def budgeted(self) -> bool:
-        return self.chooser.budgeted  # alone it keeps all tokens
+    def kind(self) -> Kind:
+        return self.chooser.kind  # alone it keeps all tokens
+
+    @property
+    def method_bytes(self) -> int:
+        return self.chooser.method_bytes
 
     @property
     def needs(self) -> Needs:
@@ -127,7 +131,7 @@ class CodedPolicy(KVPolicy):
         policy = make_policy(label)
         if isinstance(policy, CodedPolicy):
             raise PolicyError(f"{self._asked} makes codes itself; name a method that evicts")
-        if not policy.budgeted:
+        if policy.kind == "whole":
             raise PolicyError(f"{self._asked} evicts nothing; leave `over` out to code the whole cache")
         if policy.evicts_while_decoding:
             raise PolicyError(f"{self._asked} evicts while decoding, and codes stay; name another preset or method")

@@ -151,6 +151,10 @@ class CodedKV(KV):
         coded, count = sum(codes.nbytes for _, codes in self.parts), sum(self.counts)
         return coded + count * POSITION_BYTES + (live - count) * self.slot_bytes
 
+    def reads(self, live: int) -> int:
+        """Codes are read at their own size."""
+        return self.bytes_of(live) - live * POSITION_BYTES
+
 
 def encode(
     kv: KV, coding: Coding | Sequence[Coding], live: Sequence[int] | None = None, refuse: Refuse | None = None

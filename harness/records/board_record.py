@@ -67,6 +67,7 @@ class BoardRecord(NamedTuple):
     kv_bytes_end: int
     stored_bytes: int
     stored_bytes_end: int
+    read_bytes: int | None
     asked_bytes: int
     full_bytes: int
     state_bytes: int
