@@ -134,8 +134,8 @@ def test_another_model_answers_from_the_cache(other: Path, between: Path, tmp_pa
     assert manifest.spec.answered_by is not None and manifest.spec.answered_by.name == other.name
     assert len(manifest.spec.answered_map) == 64 and [record.status for record in records] == ["ok"] * 2
     assert all(r.relayed and r.relayed.depends and r.relayed.sent_bytes > r.kv_bytes for r in records)
-    own, _ = load_run(run_sweep(sweep(**options | {"receiver": None, "receiver_map": None}), root=tmp_path, command=()))
-    assert own.run_id != manifest.run_id and own.spec.answered_by is None
+    same = manifest.spec.model_copy(update={"answered_by": None, "answered_map": ""})
+    assert same.run_id != manifest.run_id and "answered_by" in manifest.spec.model_dump()
 
 
 def test_the_command_says_how_to_go_on(other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

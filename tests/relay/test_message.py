@@ -38,6 +38,10 @@ METHODS = (
     "quant@snapkv-int4",
     "streamingllm@paper",
     "compilerkv",
+    "quest",
+    "turboquant",
+    "fp8@snapkv",
+    "gvote",
 )
 TOKENS = 200
 
