@@ -27,6 +27,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kivi-2bit": {"bits": 2, "residual": 128},
     "snapkv-int8": {"bits": 8, "over": "snapkv"},
     "snapkv-int4": {"bits": 4, "over": "snapkv"},
+    "snapkv-int2": {"bits": 2, "over": "snapkv"},
+    "compilerkv-int4": {"bits": 4, "over": "compilerkv"},
+    "compilerkv-int2": {"bits": 2, "over": "compilerkv"},
 }
 
 
