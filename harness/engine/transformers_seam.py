@@ -102,7 +102,7 @@ def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
     With the strides of a longer prompt `linear` would copy the head's whole weight (half precision on a CPU).
     """
     hidden, *rest = given
-    return hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *rest
+    return hidden.reshape(-1, hidden.shape[-1]).contiguous().view(hidden.shape), *rest
 
 
 class AttachedModel:
