@@ -22,7 +22,7 @@ PLAIN, HEADS, LAYERS = 2 * 16 * 4, 2, 4  # bytes of a key and a value
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(tiny.model)
+    return AttachedModel(tiny.model, tiny.wording)
 
 
 def outcome(model: AttachedModel, label: str, *, new: int = 8, budget: int = BUDGET) -> Outcome:
