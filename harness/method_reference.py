@@ -16,6 +16,7 @@ from harness.contract import make_view
 from methods.base import KV, KVPolicy, Needs
 from methods.codes import MinMaxCodes
 from methods.registry import Method, load_methods, make_policy
+from methods.slotwise import SlotCodes
 from methods.stored import CodedKV
 from methods.tuned.artefact import load_tuning, packaged
 from methods.views import POSITION_BYTES
@@ -138,19 +139,24 @@ def slot_bytes(policy: KVPolicy) -> str:
 
 def _codes(kv: KV) -> Iterator[str]:
     """What a slot of codes takes, and which slots are none."""
-    if isinstance(kv, CodedKV) and isinstance(codes := kv.parts[0][1], MinMaxCodes):
+    if not isinstance(kv, CodedKV):
+        return
+    codes = kv.parts[0][1]
+    if isinstance(codes, SlotCodes):
+        yield f"{codes.coding.slot_bytes(DIM, DIM)} of codes + {POSITION_BYTES}"
+    elif isinstance(codes, MinMaxCodes):
         numbers = codes.keys.shape[-1] + codes.values.shape[-1]
         scales = codes.nbytes / (codes.keys.shape[0] * codes.slots) - numbers
         yield (
             f"2 x D x {codes.coding.bits} / 8 = {numbers} of codes + {scales:.1f} of scales and zeros + "
             f"{POSITION_BYTES}"
         )
-        yield f"the last {codes.coding.residual} of a head are plain"
+    yield f"the last {codes.coding.residual} of a head are plain"
 
 
 def _compressed(policy: KVPolicy, budget: int) -> list[KV]:
     """What is left at a budget; of a prompt of so many tokens, where the policy has none."""
-    tokens = PROMPT if policy.budgeted else budget
+    tokens = budget if policy.kind == "whole" else PROMPT
     return policy.compress(make_view(tokens, policy.needs, dim=DIM, dtype=DTYPE), budget)
 
 

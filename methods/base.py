@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -29,14 +29,23 @@ from methods.views import PromptView as PromptView
 from methods.views import Sizes as Sizes
 from methods.views import StepView as StepView
 
+Kind = Literal["budgeted", "whole", "own"]
+"""Of a method: it is given a budget; it keeps every token; or how much it keeps is what it finds in the prompt."""
+
 
 class KVPolicy:
     """Frozen parameters of a method. Subclasses are frozen dataclasses; they hold no tensors and no state."""
 
     @property
+    def kind(self) -> Kind:
+        """Whether it is run once a budget, or once; `compress` is then told the number of tokens as its budget."""
+        return "budgeted"
+
+    @final
+    @property
     def budgeted(self) -> bool:
-        """Whether it is run once a budget; False: it keeps every token and is run once."""
-        return True
+        """Whether it is given a budget."""
+        return self.kind == "budgeted"
 
     @property
     def needs(self) -> Needs:
@@ -51,6 +60,9 @@ class KVPolicy:
     def evicts_while_decoding(self) -> bool:
         """Whether `after_step` is to be called; such a cache stays at its budget while it grows."""
         return False
+
+    reads_a_part: ClassVar[bool] = False
+    """Whether a decoded token reads only those slots of the cache that are chosen for it."""
 
     @property
     def ranks_tokens(self) -> bool:
@@ -81,6 +93,11 @@ class KVPolicy:
     def for_model(self, revision: str) -> KVPolicy:
         """Return this policy for a model's revision (content hash or commit); PolicyError where it is of another."""
         return self
+
+    @property
+    def method_bytes(self) -> int:
+        """Bytes of the model's constants that it reads, such as bases: like weights, no part of a prompt's cache."""
+        return 0
 
     @property
     def lacks(self) -> str:

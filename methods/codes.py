@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import reduce
 
 import torch
 from torch import Tensor
 
+from methods.bits import packed, unpacked
 from methods.stored import Codes, Coding
 from methods.views import KV, POSITION_BYTES
 
@@ -85,7 +85,7 @@ class MinMaxCodes(Codes):
         width = coding.channels(values.shape[-1])
         codes, *own = _coded(_split(values, 2, width), coding, dim=3)
         value_codes, value_scales = codes.flatten(2), (x.squeeze(3) for x in own)
-        return cls(coding, _packed(key_codes, coding), scale, zero, _packed(value_codes, coding), *value_scales)
+        return cls(coding, packed(key_codes, coding.bits), scale, zero, packed(value_codes, coding.bits), *value_scales)
 
     @classmethod
     def cat(cls, parts: Sequence[MinMaxCodes]) -> MinMaxCodes:
@@ -116,7 +116,7 @@ class MinMaxCodes(Codes):
 
     def decode(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         size, group = self.slots, self.coding.group
-        whole, codes = size // group * group, _unpacked(self.keys, self.coding)
+        whole, codes = size // group * group, unpacked(self.keys, self.coding.bits)
         scale, zero = (x.to(keys.dtype).unsqueeze(2) for x in (self.key_scale, self.key_zero))  # [n, groups, 1, D]
         if whole:
             out, own = (_split(x[:, :whole], 1, group) for x in (keys, codes))
@@ -125,7 +125,7 @@ class MinMaxCodes(Codes):
             torch.addcmul(zero[:, -1], codes[:, whole:].to(keys.dtype), scale[:, -1], out=keys[:, whole:])
         scale, zero = (x.to(values.dtype).unsqueeze(3) for x in (self.value_scale, self.value_zero))
         width = values.shape[2] // scale.shape[2]
-        codes = _split(_unpacked(self.values, self.coding), 2, width)
+        codes = _split(unpacked(self.values, self.coding.bits), 2, width)
         torch.addcmul(zero, codes.to(values.dtype), scale, out=_split(values, 2, width))
 
 
@@ -151,18 +151,3 @@ def _coded(x: Tensor, coding: MinMax, *, dim: int) -> tuple[Tensor, Tensor, Tens
 def _split(x: Tensor, dim: int, size: int) -> Tensor:
     """A view of x with `dim` in parts of `size`."""
     return x.view(*x.shape[:dim], x.shape[dim] // size, size, *x.shape[dim + 1 :])
-
-
-def _packed(codes: Tensor, coding: MinMax) -> Tensor:
-    """Codes [..., D], several in a byte: the first part of the channels in the lowest bits, the next ones above."""
-    parts = codes.chunk(coding.per_byte, dim=-1)
-    return reduce(torch.bitwise_or, (part << at * coding.bits for at, part in enumerate(parts)))
-
-
-def _unpacked(packed: Tensor, coding: MinMax) -> Tensor:
-    """Codes [..., D]."""
-    if coding.bits == 8:
-        return packed
-    highest = 2**coding.bits - 1
-    shifts = range(coding.bits, 8, coding.bits)
-    return torch.cat([packed & highest, *(packed >> shift & highest for shift in shifts)], dim=-1)

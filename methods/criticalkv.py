@@ -84,6 +84,10 @@ class CriticalKV(KVPolicy):
         return self.inner.fitted_on()
 
     @property
+    def method_bytes(self) -> int:
+        return self.inner.method_bytes
+
+    @property
     def lacks(self) -> str:
         return self.inner.lacks
 

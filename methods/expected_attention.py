@@ -111,16 +111,25 @@ class ExpectedAttention(PooledPolicy):
 
     def _ahead(self, view: LayerView, first: int) -> Tensor:
         """Window queries from token `first` on, over the next positions on average: [B, H, G, W, D] float32."""
-        if view.rotate is None:
-            raise PolicyError("expected_attention needs rotary embeddings, which this model has not")
         window = min(self.window, view.seen - first)
-        queries = view.last_queries(window).float().clone()
-        for bit in range(window.bit_length()):
-            moved = window - with_bit(bit, window, queries.device)  # the i-th is window - i positions before the end
-            queries.index_copy_(2, moved, view.rotate(queries.index_select(2, moved), 1 << bit))
+        queries, rotate = turned_to_the_end(view, window)
         batch, heads, _, dim = view.kv.keys.shape
-        turn = mean_turn(view.rotate, self.future, torch.eye(dim, device=queries.device))
+        turn = mean_turn(rotate, self.future, torch.eye(dim, device=queries.device))
         return (queries @ turn).view(batch, heads, -1, window, dim)
+
+
+def turned_to_the_end(view: LayerView, window: int) -> tuple[Tensor, Rotate]:
+    """Queries of the last `window` tokens as at the position after the prompt: [B, Hq, W, D] float32; and what turns.
+
+    Raises PolicyError for a model without rotary embeddings.
+    """
+    if view.rotate is None:
+        raise PolicyError("queries to come need rotary embeddings, which this model has not; name another method")
+    queries = view.last_queries(window).float().clone()
+    for bit in range(window.bit_length()):
+        moved = window - with_bit(bit, window, queries.device)  # the i-th is window - i positions before the end
+        queries.index_copy_(2, moved, view.rotate(queries.index_select(2, moved), 1 << bit))
+    return queries, view.rotate
 
 
 def with_bit(bit: int, most: int, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from methods.base import KV, LayerPolicy, LayerView
+from methods.base import KV, Kind, LayerPolicy, LayerView
 from methods.registry import method
 
 
@@ -12,8 +12,8 @@ class FullKV(LayerPolicy):
     """Keeps every token."""
 
     @property
-    def budgeted(self) -> bool:
-        return False
+    def kind(self) -> Kind:
+        return "whole"
 
     def compress_layer(self, view: LayerView, budget: int) -> KV:
         return view.kv

@@ -5,8 +5,8 @@ the prefill the model is asked to repeat the context, chunk by chunk (2000 token
 A key's score is the most attention that a query of this second pass pays to it, over queries and query group, where a
 chunk is weighed against itself, the system prompt and the repetition. One top-k over all layers and heads, without a
 floor; `layer` has a top-k of each layer's heads, `uniform` the same number in every head. The pass costs what the
-prefill does or more, and is counted as observation. `kvpress` is KVzipPress (kvzip_press.py at 8bb29b9): chunks of
-2048, and of the chat template's first tokens 4 are weighed and kept, the others are the first to go; `plus` is its
+prefill does or more, and is counted as observation. `kvpress` is KVzipPress (0.5.5; kvzip_press.py at 8bb29b9): chunks
+of 2048, and of the chat template's first tokens 4 are weighed and kept, the others are the first to go; `plus` is its
 `kvzip_plus_normalization`, what KVzap is trained on: weights over the norm of the hidden state that asks, times the
 norm of what the value adds to the output.
 Differences: what is not repeated, the chat template's tokens before and behind the user's text, is kept as its authors
@@ -43,8 +43,8 @@ CODE = "https://github.com/snu-mllab/KVzip at 5d84729"
 class KVzip(KVPolicy):
     """What the model looks at when it repeats its prompt, by one top-k over all layers and heads.
 
-    sinks: first tokens of the chat template that are kept; None for all of it. share: among whose heads slots are
-    shared out: of the model, or of a layer; head: none.
+    sinks: first tokens that are kept; None for those that the chat template puts before the text. share: among whose
+    heads slots are shared out: of the model, or of a layer; head: none.
     """
 
     chunk: int = 2000
@@ -79,7 +79,7 @@ class KVzip(KVPolicy):
 
     def ends(self, view: LayerView, budget: int) -> tuple[int, int]:
         known = repeated(view, self.asked)
-        return known.start if self.sinks is None else min(self.sinks, known.start), view.seen - known.end
+        return known.start if self.sinks is None else self.sinks, view.seen - known.end
 
     def score(self, view: LayerView) -> Tensor:
         """Return the most attention that each token got: [B, H, T]; 0 for what was not repeated."""

@@ -67,6 +67,10 @@ class Protect(KVPolicy):
         return self.inner.fitted_on()
 
     @property
+    def method_bytes(self) -> int:
+        return self.inner.method_bytes
+
+    @property
     def lacks(self) -> str:
         return self.inner.lacks
 
@@ -121,8 +125,10 @@ def _chooser(label: str) -> KVPolicy:
     name = f"protect.over={quoted(label)}"
     if isinstance(policy, Protect):
         raise PolicyError(f"{name} protects already; name the method that it goes around")
-    if not policy.budgeted:
+    if policy.kind == "whole":
         raise PolicyError(f"{name} evicts nothing, so everything is kept; name a method that evicts")
+    if policy.kind == "own":
+        raise PolicyError(f"{name} has no budget that protected tokens could be paid from; name a method with one")
     if policy.evicts_while_decoding:
         raise PolicyError(f"{name} evicts while decoding, protected tokens too; name another preset or method")
     if policy.turns_keys:

@@ -12,19 +12,14 @@ scales of its own. Scales are rounded up to half precision before codes are take
 smaller is left as it is.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from dataclasses import dataclass
 from math import gcd
 from typing import Any, Literal
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least
-from methods.budget import quoted
+from methods.base import PolicyError, at_least
+from methods.coded import CodedPolicy
 from methods.codes import HALF_BYTES, MinMax
-from methods.device import read
-from methods.fullkv import FullKV
-from methods.registry import make_policy, method
-from methods.stored import CodedKV, encode
+from methods.registry import method
 
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
@@ -32,6 +27,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kivi-2bit": {"bits": 2, "residual": 128},
     "snapkv-int8": {"bits": 8, "over": "snapkv"},
     "snapkv-int4": {"bits": 4, "over": "snapkv"},
+    "snapkv-int2": {"bits": 2, "over": "snapkv"},
+    "compilerkv-int4": {"bits": 4, "over": "compilerkv"},
+    "compilerkv-int2": {"bits": 2, "over": "compilerkv"},
 }
 
 
@@ -42,89 +40,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     presets=PRESETS,
 )
 @dataclass(frozen=True)
-class Quant(KVPolicy):
+class Quant(CodedPolicy):
     """Codes of 8, 4 or 2 bits instead of numbers, of all tokens or of those that the method `over` keeps."""
 
     bits: Literal[8, 4, 2] = 8
     group: int = 32
     residual: int = 32
-    over: str | None = None
-    inner: KVPolicy | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "group", "residual")
         if self.bits not in (8, 4, 2):
             raise PolicyError(f"quant.bits={self.bits} is no size of codes; give 8, 4 or 2")
-        if self.over is not None:
-            object.__setattr__(self, "inner", _chooser(self.over))
-
-    @property
-    def chooser(self) -> KVPolicy:
-        return self.inner or FullKV()
-
-    @property
-    def budgeted(self) -> bool:
-        return self.chooser.budgeted  # alone it keeps all tokens
-
-    @property
-    def needs(self) -> Needs:
-        return self.chooser.needs
+        super().__post_init__()
 
     @property
     def coding(self) -> MinMax:
         return MinMax(self.bits, self.group, residual=self.residual)
 
-    def for_model(self, revision: str) -> "Quant":
-        if self.inner is None:
-            return self
-        own = replace(self)
-        object.__setattr__(own, "inner", self.inner.for_model(revision))
-        return own
-
-    def provenance(self) -> dict[str, Any]:
-        return self.chooser.provenance()
-
-    def fitted_on(self) -> frozenset[str]:
-        return self.chooser.fitted_on()
-
-    @property
-    def lacks(self) -> str:
-        return self.chooser.lacks
-
-    def check(self, view: PromptView) -> None:
-        for layer in view.layers:
-            self.slots(1, layer.kv)
-        self.chooser.check(view)
-
-    def compress(self, view: PromptView, budget: int) -> list[KV]:
-        slots = min(self.slots(budget, view.layers[0].kv), view.tokens)
-        kept = self.chooser.compress(view, slots)
-        live = read([kv.live for kv in kept])
-        return [self._encoded(*own) for own in zip(view.layers, kept, live, strict=True)]
-
-    def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
-        if self.chooser.per_layer(budget, sizes) is None:
-            return None
-
-        @cache
-        def acts(slots: int) -> list[Callable[[LayerView], KV]]:
-            return self.chooser.per_layer(slots, sizes) or []
-
-        def act(layer: LayerView, index: int) -> KV:
-            return self._encoded(layer, acts(min(self.slots(budget, layer.kv), sizes.tokens))[index](layer))
-
-        return [partial(act, index=index) for index in range(sizes.layers)]
-
-    def slots(self, budget: int, kv: KV) -> int:
-        """Count slots per head, on average over heads and layers, whose codes fit the bytes of `budget` plain ones.
-
-        However they are spread: a head's bytes are concave in its slots, but for the scales of a group that is not
-        full, which are set aside. Raises PolicyError for numbers that codes of this kind cannot hold or make smaller.
-        """
-        return self.fitting(budget, kv.keys.shape[-1], kv.values.shape[-1], kv.slot_bytes)
-
     def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:
-        """Return what `slots` does for heads of so many key and value numbers and `plain` bytes a slot."""
+        """A head's bytes are concave in its slots, but for the scales of a last group, which are set aside."""
         count, shared = self.coding.per_byte, gcd(keys, values)
         if shared % count:
             found = f"int{self.bits} codes share bytes, {count} in one; heads of {keys} and {values} numbers"
@@ -135,23 +69,3 @@ class Quant(KVPolicy):
             raise PolicyError(f"quant.group={self.group}: codes and scales are no smaller than the cache; raise it")
         spare = (budget - self.residual) * plain * self.group - scales * (self.group - 1)
         return max(budget, self.residual + spare // (own * self.group + scales))
-
-    def _encoded(self, layer: LayerView, kv: KV, live: Sequence[int] | None = None) -> CodedKV:
-        if type(kv) is not KV or kv.extra:
-            raise PolicyError(f"quant.over={quoted(self.over)} leaves more than keys and values, which has no codes")
-        self.slots(1, kv)
-        return encode(kv, self.coding, live, layer.refuse)
-
-
-def _chooser(label: str) -> KVPolicy:
-    """The policy that chooses slots. Raises PolicyError for one whose slots cannot be codes."""
-    policy = make_policy(label)
-    if isinstance(policy, Quant):
-        raise PolicyError(f"quant.over={quoted(label)} makes codes itself; name a method that evicts")
-    if not policy.budgeted:
-        raise PolicyError(f"quant.over={quoted(label)} evicts nothing; leave `over` out to code the whole cache")
-    if policy.evicts_while_decoding:
-        raise PolicyError(
-            f"quant.over={quoted(label)} evicts while decoding, and codes stay; name another preset or method"
-        )
-    return policy

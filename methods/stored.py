@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from methods.budget import PolicyError
 from methods.device import Doubt, placed, settle
 from methods.views import KV, POSITION_BYTES
 
@@ -45,6 +46,16 @@ class Coding(ABC):
         """Return how many of a head's `slots` become codes."""
         return max(0, slots - self.residual)
 
+    def due(self, plain: int, new: int) -> int:
+        """Return how many of a stream's `plain` slots become codes before `new` tokens come to it, the oldest."""
+        if plain + new < self.residual + self.step:
+            return 0
+        return max(0, min(plain, (plain + new - self.residual) // self.step * self.step))
+
+    def nbytes(self, slots: int, key_dim: int, value_dim: int) -> int:
+        """Return the bytes of `slots` coded slots of a head and their positions; PolicyError where none are told."""
+        raise PolicyError(f"how many bytes {type(self).__name__} codes take is known only once they are made")
+
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> Codes:
         """Return the codes of keys and values [n, C, D], C > 0, whose tokens are at `positions`, [n, C] int32."""
@@ -59,6 +70,10 @@ class Codes(ABC):
     @abstractmethod
     def slots(self) -> int:
         """C."""
+
+    def later(self, keys: Tensor, values: Tensor, positions: Tensor) -> Codes:
+        """Return the codes of slots of these streams that come later; arguments as of `Coding.encode`."""
+        return self.coding.encode(keys, values, positions)
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -135,6 +150,10 @@ class CodedKV(KV):
         """Codes with all that they are scaled with and positions, and the live slots that are none."""
         coded, count = sum(codes.nbytes for _, codes in self.parts), sum(self.counts)
         return coded + count * POSITION_BYTES + (live - count) * self.slot_bytes
+
+    def reads(self, live: int) -> int:
+        """Codes are read at their own size."""
+        return self.bytes_of(live) - live * POSITION_BYTES
 
 
 def encode(

@@ -72,6 +72,13 @@ class KV:
         side = [x.nbytes // slots.numel() * live if x.shape[:3] == slots else x.nbytes for x in self.extra.values()]
         return live * self.slot_bytes + sum(side)
 
+    def reads(self, live: int) -> int:
+        """Return the bytes that attention reads for one decoded token, given the number of live slots of all heads.
+
+        Keys and values, or what is stored in their place; positions and side data are not read for it.
+        """
+        return live * (self.slot_bytes - POSITION_BYTES)
+
 
 def wide(x: Tensor) -> Tensor:
     """Return x in a type whose products of queries and keys do not overflow: float16 (65,504 at most) as float32."""

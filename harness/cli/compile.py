@@ -1,22 +1,26 @@
 """`harness compile` on the command line."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import TypeVar
 
 from harness.cli.arguments import names, numbers, place, threads, whole
-from harness.errors import checked
+from harness.errors import HarnessError, checked
 from harness.machine import set_threads
 from harness.records.spec import Frozen
 
 Spec = TypeVar("Spec", bound=Frozen)
+TABLES = "compilerkv"
+OF_TABLES = ("form", "estimator", "published")
 
 
 def compile_parser(compiling: argparse.ArgumentParser) -> None:
-    add_calibration(compiling)
     add = compiling.add_argument
+    add("method", nargs="?", default=TABLES, metavar="METHOD", help="whose constants to make (default: compilerkv)")
+    add_calibration(compiling)
     add("--form", help="tables whose score form is taken over, to compare tables of two corpora (default: choose one)")
-    add("--steps", type=whole, help="gradient steps, one prompt each (160)")
+    add("--steps", type=whole, help="gradient steps, one prompt each (160 of compilerkv)")
     add("--estimator", choices=("gradient", "ridge"), help="of the slot budgets (gradient)")
     add("--published", action="store_true", default=None, help="compile the published form's tables too, by Q-learning")
     compiling.set_defaults(action=_compile)
@@ -51,6 +55,8 @@ def calibration_spec(kind: type[Spec], args: argparse.Namespace) -> Spec:
 def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
     from harness.compiler.asked import CompileSpec
 
+    if args.method != TABLES:
+        return _compile_constants(args, command)
     spec = calibration_spec(CompileSpec, args)
 
     from harness.compiler.compile import Compiler
@@ -68,4 +74,22 @@ def _compile(args: argparse.Namespace, command: Sequence[str]) -> int:
     for name, reason in manifest.neutral.items():
         print(f"{name} left neutral: {reason}")
     print(f"wrote {args.out}; use it with --methods compilerkv --set compilerkv.tables={args.out}")
+    return 0
+
+
+def _compile_constants(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Make the constants of another method than compilerkv."""
+    from harness.compiler.asked import ConstantsSpec
+    from harness.compiler.constants import compile_method, compiler_of
+
+    given = next((name for name in OF_TABLES if getattr(args, name) is not None), None)
+    if given is not None:
+        raise HarnessError(f"--{given} is an option of `harness compile {TABLES}`, not of {args.method}; leave it out")
+    compiler_of(args.method)
+    spec = calibration_spec(ConstantsSpec, args)
+    set_threads(args.threads)
+    manifest = compile_method(spec, args.out, command).manifest
+    print(json.dumps(manifest.report, indent=2))
+    print(f"{manifest.seconds:.0f} s")
+    print(f"wrote {args.out}; use it with --methods {args.method} --set {args.method}.compiled={args.out}")
     return 0

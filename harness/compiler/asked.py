@@ -89,6 +89,13 @@ class CompileSpec(CalibrationSpec):
     published: Flag = False
 
 
+class ConstantsSpec(CalibrationSpec):
+    """What decides a method's constants. steps: of those that are trained; None for the method's own number."""
+
+    method: Word
+    steps: Count | None = None
+
+
 class TuneSpec(CalibrationSpec):
     """What decides a tuning. methods: names. trials: sets of parameters that are tried of each at most."""
 

@@ -19,7 +19,7 @@ INDEX_BYTES = 16  # of a stream: its number, its first slot and group of keys, h
 
 @dataclass
 class CodedStreams:
-    """Coded slots of those streams that have any of one kind. They never change.
+    """Coded slots of those streams that have any of one kind. None is changed; more make another one.
 
     streams: their numbers. tensors: those of `methods.codes.MinMaxCodes`, [C, ...] of one stream after the other, or a
     row for each group of keys. counts: coded slots of each.
@@ -52,6 +52,23 @@ class CodedStreams:
         self.slot_ends, self.group_ends = (list(accumulate(own, initial=0)) for own in (self.counts, groups))
         index = [self.streams, self.slot_ends[:-1], self.group_ends[:-1], self.counts]
         self.index = torch.tensor(index, dtype=torch.int32, device=self.tensors[0].device)
+
+    @classmethod
+    def made(cls, codes: MinMaxCodes, streams: Sequence[int]) -> CodedStreams:
+        """Return the codes of some streams, in their order."""
+        tensors = [x.flatten(0, 1) for x in codes.tensors()]
+        return cls(codes.coding, list(streams), tensors, [codes.slots] * len(streams))
+
+    def then(self, later: CodedStreams) -> CodedStreams:
+        """Return these slots and `later` ones behind them, of all streams of both; groups of these are full."""
+        held = defaultdict[int, list[tuple[CodedStreams, int]]](list)
+        for part in (self, later):
+            for i, stream in enumerate(part.streams):
+                held[stream].append((part, i))
+        pieces = [own for stream in sorted(held) for own in held[stream]]
+        tensors = [torch.cat([of.tensors[at][of._own(i, at)] for of, i in pieces]) for at in range(len(self.tensors))]
+        counts = [sum(of.counts[i] for of, i in held[stream]) for stream in sorted(held)]
+        return CodedStreams(self.coding, sorted(held), tensors, counts)
 
     def take(self, place: Mapping[int, int]) -> CodedStreams | None:
         """Return the streams that have a place, under its number; None when none has."""

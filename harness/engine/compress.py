@@ -23,8 +23,9 @@ class Compressed:
     known: what the host knows of each. compressible: indexes of the others. states: as of `Prefilled`. logits: [1, V]
     float32 after the last token, of the full cache. kept_slots: live slots of each compressible layer, summed over its
     KV heads. layer_bytes: live bytes of each layer. stored_bytes: that all of them and the states keep allocated
-    (`harness.engine.packed` on both). asked_bytes, full_bytes: of the budget, and of the uncompressed cache. prefill_s,
-    observe_s, compress_s: seconds apart; their sum is the time to the first token but for its choice.
+    (`harness.engine.packed` on both). read_bytes: of them, those that are read for one decoded token. asked_bytes,
+    full_bytes: of the budget, and of the uncompressed cache. prefill_s, observe_s, compress_s: seconds apart; their sum
+    is the time to the first token but for its choice.
     """
 
     policy: KVPolicy
@@ -38,6 +39,7 @@ class Compressed:
     kept_slots: tuple[int, ...] = ()
     layer_bytes: Sequence[int] = ()
     stored_bytes: int = 0
+    read_bytes: int = 0
     asked_bytes: int = 0
     full_bytes: int = 0
     prefill_s: float = 0.0
@@ -53,6 +55,11 @@ class Compressed:
     def state_bytes(self) -> int:
         """Those of layers without keys and values."""
         return self.states[self.tokens].nbytes
+
+    def reads(self, told: Sequence[int | None]) -> int:
+        """Bytes that are read for a decoded token. told: of each layer what tokens read on average, where it varies."""
+        pairs = zip(told, self.known, strict=True)
+        return self.state_bytes + sum(own.read if mean is None else min(mean, own.nbytes) for mean, own in pairs)
 
     @property
     def kvs(self) -> list[KV]:
@@ -117,6 +124,7 @@ def weighed(kvs: Sequence[KV], compressible: Sequence[int], tokens: int, states:
         "kept_slots": tuple(sum(known[i].sizes) for i in compressible),
         "layer_bytes": [own.nbytes for own in known],
         "stored_bytes": storage_bytes(x for layer in layers for x in tensors_of(layer)) + states.nbytes,
+        "read_bytes": sum(own.read for own in known) + states.nbytes,
     }
 
 

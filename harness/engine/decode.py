@@ -19,12 +19,14 @@ from harness.engine.compress import Compressed
 from harness.engine.evicting_cache import EvictingRow, EvictingRows, with_room
 from harness.engine.layer_cache import DecodingLayer
 from harness.engine.packed import Held, Packed, without, without_last
+from harness.engine.paged_rows import PagedRows
 from harness.engine.row_cache import GrowingRows
 from harness.engine.states import States
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits, NotFinite
 from methods.base import KV
 from methods.codes import MinMax
+from methods.pages import PagedKV
 from methods.stored import CodedKV
 
 LOGITS_AT_ONCE = 2**25  # numbers of one logits tensor; longer inputs are fed in chunks
@@ -36,13 +38,15 @@ CPU_ROWS_AT_ONCE = 32  # up to here bf16 products round a row the same in any ba
 class Generated:
     """What one row produced. kv_bytes_end, stored_bytes_end: live and stored after the last token that was fed.
 
-    byte_steps: the sum of what was stored when each token was picked, end-of-text too. flaw: why it ended early.
+    byte_steps: the sum of what was stored when each token was picked, end-of-text too. read: what a token read of each
+    layer, as `DecodingLayer.read_bytes`. flaw: why it ended early.
     """
 
     tokens: list[int] = field(default_factory=list)
     kv_bytes_end: int = 0
     stored_bytes_end: int = 0
     byte_steps: int = 0
+    read: Sequence[int | None] = ()
     done: bool = False
     flaw: NotFinite | None = None
 
@@ -90,6 +94,11 @@ class Decoding:
             known, sliding = [row.known[i] for row in rows], window is not None
             if model.chunks[i]:
                 caches.append(ChunkRows([without(kv, position) for kv in kvs], position))
+            elif any(isinstance(kv, PagedKV) for kv in kvs):
+                if again:
+                    pairs = [without_last(*own, position + 1) for own in zip(kvs, known, strict=True)]
+                    kvs, known = [kv for kv, _ in pairs], [own for _, own in pairs]
+                caches.append(PagedRows(kvs, position=position, room=room, known=known))
             elif rows[0].policy.evicts_while_decoding:
                 free = [_free_slots(row, window, room) for row in rows]
                 roomy = [with_room(kv, 1) for kv in kvs]
@@ -122,6 +131,10 @@ class Decoding:
     def stored_bytes(self, row: int) -> int:
         """Bytes that are allocated for a row's cache, room for tokens to come included."""
         return sum(cache.stored_bytes(row) for cache in self.caches) + self.states.nbytes
+
+    def read_bytes(self, row: int) -> list[int | None]:
+        """What a token of a row read of each layer, as `DecodingLayer.read_bytes`."""
+        return [cache.read_bytes(row) for cache in self.caches]
 
     def feed(self, tokens: Sequence[int], *, alone: bool = False) -> Tensor:
         """Append the same tokens to every row; logits after the last one, [R, V] float32; `first` after none.
@@ -206,6 +219,7 @@ class Decoding:
             result.done = limits.ends(result.tokens)
         if result.done:
             result.kv_bytes_end, result.stored_bytes_end = self.nbytes(row), self.stored_bytes(row)
+            result.read = self.read_bytes(row)
 
     def _forwards(self, tokens: Sequence[int], *, keep: int, alone: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Feed the same tokens to every row: where each piece of them starts, and its logits.

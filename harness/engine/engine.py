@@ -9,7 +9,8 @@ after the first decoded token; `kv_bytes` is what it left, `kv_bytes_end` counts
 
 import math
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import get_args
@@ -104,14 +105,16 @@ class Engine:
     ) -> tuple[dict[Cell, CellRun], Prefilled | None]:
         """Prefill `head` once and compress it for every cell.
 
-        also: what is to be observed besides what the policies need. protected: as in `Prompt`. Returns every cell,
-        compressed or marked, and what they were compressed from: None when the prompt could not be prefilled.
+        also: what is to be observed besides what the policies need. protected: as in `Prompt`. Returns every cell, and
+        that of every method whose own budget others are given, compressed or marked, and what they were compressed
+        from: None when the prompt could not be prefilled.
         """
-        runs = {cell: CellRun(cell, Outcome()) for cell in cells}
+        givers = [Cell(cell.like.policy, None) for cell in cells if cell.like]  # which say how much others may keep
+        runs = {cell: CellRun(cell, Outcome()) for cell in dict.fromkeys([*givers, *cells])}
         try:
             if not head:
                 raise SkippedCell("the context has no tokens")
-            needs = reduce(Needs.__or__, (cell.policy.needs for cell in cells), also or Needs())
+            needs = reduce(Needs.__or__, (cell.policy.needs for cell in runs), also or Needs())
             prefilled = replace(self.prefill(head, needs), protected=tuple(protected))
         except Exception as error:  # the model may be foreign code too
             if isinstance(error, HarnessError) and not isinstance(error, PromptFailed):
@@ -121,7 +124,7 @@ class Engine:
             return runs, None
         for run in runs.values():
             try:
-                _compress(run, prefilled)
+                _compress(run, prefilled, runs)
             except Exception as error:  # a policy is foreign code: whatever it raises is its own cell's
                 run.outcome.fail(error)
         return runs, prefilled
@@ -145,7 +148,7 @@ class Engine:
 
     def _answer(self, runs: Sequence[CellRun], prompt: Prompt, *, tail: list[int]) -> None:
         """Decode one prompt under every cell that was compressed. tail: its tokens after what was compressed."""
-        ready: dict[bool, list[CellRun]] = {False: [], True: []}  # by whether they evict while decoding
+        ready = defaultdict[tuple[bool, bool], list[CellRun]](list)  # by how their caches are read and grow
         for run in runs:
             if run.compressed is None:
                 continue
@@ -153,7 +156,8 @@ class Engine:
             if self.query == "agnostic" and not tail:
                 run.outcome.fail(f"no question after the {run.compressed.tokens} tokens of the context", "skipped")
             else:
-                ready[run.cell.policy.evicts_while_decoding].append(run)
+                policy = run.cell.policy
+                ready[policy.evicts_while_decoding, policy.reads_a_part].append(run)
         for batch in ready.values():
             rows = 1 if prompt.turns else self.rows
             for i in range(0, len(batch), rows):
@@ -192,7 +196,7 @@ class Engine:
             outcome, result, own = run.outcome, results[row], nll[row]
             outcome.token_ids = tuple(result.tokens)
             outcome.kv_bytes_end, outcome.stored_bytes_end = result.kv_bytes_end, result.stored_bytes_end
-            outcome.byte_steps = result.byte_steps
+            outcome.byte_steps, outcome.read_bytes = result.byte_steps, rows[row].reads(result.read)
             outcome.decode_s, outcome.decode_rows = seconds, len(runs)
             if not all(map(math.isfinite, own)):
                 outcome.fail(result.flaw or NotFinite("of the reference answer"))
@@ -202,28 +206,54 @@ class Engine:
                 outcome.nll_per_token = tuple(own)
 
 
-def _compress(run: CellRun, prefilled: Prefilled) -> None:
-    """Compress one cell and note what that left. Raises SkippedCell when there is nothing to compress."""
+def _compress(run: CellRun, prefilled: Prefilled, runs: Mapping[Cell, CellRun]) -> None:
+    """Compress one cell and note what that left. Raises SkippedCell when there is nothing to compress.
+
+    runs: of all cells; methods that find a budget have run before those that are given it.
+    """
     cell, outcome, tokens = run.cell, run.outcome, prefilled.tokens
     outcome.compressed_tokens, outcome.full_bytes = tokens, prefilled.nbytes(tokens)
     outcome.prefill_s = prefilled.clock.seconds("prefill")
-    budget = tokens if cell.budget is None else cell.budget.resolve(tokens)
-    if cell.budget is not None:
-        outcome.budget_tokens = budget
-        if budget >= tokens:
-            raise SkippedCell(f"budget {budget} is not below the prompt's {tokens} tokens; nothing to compress")
+    outcome.budget_tokens = asked = _asked(cell, prefilled, runs)
+    budget = tokens if asked is None else asked
+    if asked is not None:
+        if asked >= tokens:
+            own = f"{cell.like.label}'s budget" if cell.like else "budget"
+            raise SkippedCell(f"{own} {asked} is not below the prompt's {tokens} tokens; nothing to compress")
         outcome.notes = cell.policy.notes(budget, prefilled.view.sizes)
     run.compressed = left = compress(prefilled, cell.policy, budget)
     outcome.compress_s, outcome.kept_slots = left.compress_s, left.kept_slots
-    outcome.kv_bytes, outcome.stored_bytes, outcome.asked_bytes = left.kv_bytes, left.stored_bytes, left.asked_bytes
-    outcome.state_bytes = left.state_bytes
-    outcome.over_budget = outcome.stored_bytes > OVER * outcome.asked_bytes
+    outcome.kv_bytes, outcome.stored_bytes = left.kv_bytes, left.stored_bytes
+    outcome.asked_bytes = _asked_bytes(cell.policy, left)
+    outcome.state_bytes, outcome.method_bytes = left.state_bytes, cell.policy.method_bytes
+    outcome.read_bytes = left.read_bytes
+    outcome.over_budget = not cell.policy.reads_a_part and outcome.stored_bytes > OVER * outcome.asked_bytes
+
+
+def _asked_bytes(policy: KVPolicy, left: Compressed) -> int:
+    """What a budget allows to be held: that of its slots; all where a budget is of what is read; what is, by none."""
+    if policy.reads_a_part:
+        return left.full_bytes
+    return left.stored_bytes if policy.kind == "own" else left.asked_bytes
+
+
+def _asked(cell: Cell, prefilled: Prefilled, runs: Mapping[Cell, CellRun]) -> int | None:
+    """Slots per layer and KV head that a cell is given; None where its method is given none.
+
+    Raises HarnessError where another method was to find them and failed.
+    """
+    if cell.like is None:
+        return None if cell.budget is None else cell.budget.resolve(prefilled.tokens)
+    giver = runs[Cell(cell.like.policy, None)]
+    if giver.compressed is None:
+        raise HarnessError(f"{cell.like.label} found no budget for this prompt: {giver.outcome.error}")
+    return prefilled.least(giver.compressed.stored_bytes)
 
 
 def _prepare_again(run: CellRun, prefilled: Prefilled) -> None:
     """Note what it takes to compress a cell again, or that it cannot be."""
     cell, left = run.cell, run.compressed
-    if left is None or cell.budget is None:
+    if left is None or cell.whole:
         return
     if cell.policy.evicts_while_decoding:
         run.outcome.notes += ("it evicts while it decodes: nothing is left to compress again",)

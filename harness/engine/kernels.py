@@ -75,7 +75,8 @@ def _own() -> ModuleType:
 def slot_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form, *, mask: Tensor | None) -> Tensor:
     """Attention over cached slots; the query group is folded into the query length, so nothing is repeated.
 
-    mask: [B, H, Q, S] bool, True = attend, or None when every query sees every slot. The form's window is the mask's.
+    mask: [B, H, Q, S] bool, True = attend, or [B, H, G, Q, S] where the queries of a group differ, or None when every
+    query sees every slot. The form's window is the mask's.
     """
     (batch, heads, _, dim), count = keys.shape, queries.shape[2]
     if form.softcap is not None or form.sinks is not None:
@@ -83,7 +84,9 @@ def slot_attention(queries: Tensor, keys: Tensor, values: Tensor, form: Form, *,
         out = weights.flatten(2, 3) @ values
     else:
         folded = queries.reshape(batch, heads, -1, dim)  # [B, H, G * Q, D]
-        if mask is not None and count > 1:
+        if mask is not None and mask.dim() > 4:
+            mask = mask.flatten(2, 3)
+        elif mask is not None and count > 1:
             mask = mask.repeat(1, 1, folded.shape[2] // count, 1)
         out = sdpa(folded, keys, values, attn_mask=mask, scale=form.scaling)
     return out.reshape(batch, -1, count, values.shape[-1])
@@ -107,12 +110,12 @@ def weighed_attention(
 
 
 def _weights(queries: Tensor, keys: Tensor, form: Form, *, mask: Tensor | None) -> Tensor:
-    """Softmax weights of queries over slots: [B, H, G, Q, S] float32. mask: [B, H, Q, S] bool, or [Q, S]."""
+    """Softmax weights of queries over slots: [B, H, G, Q, S] float32. mask: bool, so, or [B, H, Q, S], or [Q, S]."""
     (batch, heads, slots, dim), count = keys.shape, queries.shape[2]
     products = wide(queries).reshape(batch, heads, -1, dim) @ wide(keys).transpose(2, 3)
     logits = form.capped(products.float().mul_(form.scaling)).view(batch, heads, -1, count, slots)
     if mask is not None:
-        logits.masked_fill_(~(mask.unsqueeze(2) if mask.dim() > 2 else mask), float("-inf"))
+        logits.masked_fill_(~(mask.unsqueeze(2) if mask.dim() == 4 else mask), float("-inf"))
     return form.softmax(logits)
 
 

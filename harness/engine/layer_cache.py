@@ -71,6 +71,10 @@ class DecodingLayer(LayerCache):
     def stored_bytes(self, row: int) -> int:
         """Bytes that are allocated for a row, in company as alone: what lives, room for tokens to come, its index."""
 
+    def read_bytes(self, row: int) -> int | None:
+        """Mean bytes that a decoded token of a row read; None where it reads all that is there."""
+        return None
+
     @property
     @abstractmethod
     def stored(self) -> list[int]:

@@ -23,13 +23,15 @@ from methods.views import POSITION_BYTES
 class Held(NamedTuple):
     """What is known on the host of a layer (B = 1) of a prompt of so many tokens.
 
-    sizes: live slots of each head. nbytes: live bytes. implied: whether positions need not be stored: heads hold all
-    tokens, or the last ones of a sliding window. last: of each head, 2 if its last slot holds the prompt's last token,
-    1 if another one does, 0 if none; empty once that is given up.
+    sizes: live slots of each head. nbytes: live bytes. read: of them, what attention reads for a decoded token.
+    implied: whether positions need not be stored: heads hold all tokens, or the last ones of a sliding window. last: of
+    each head, 2 if its last slot holds the prompt's last token, 1 if another one does, 0 if none; empty once that is
+    given up.
     """
 
     sizes: tuple[int, ...]
     nbytes: int
+    read: int
     implied: bool
     last: tuple[int, ...] = ()
 
@@ -69,7 +71,7 @@ class Packed:
 
     def same(self, other: Packed) -> bool:
         """Whether it holds to the bit what another of the same prompt does; False where codes or side data are."""
-        if self.coded or self.side or self.beside or self.sizes != other.sizes:
+        if self.coded or other.coded or self.side or self.beside or self.sizes != other.sizes:
             return False
         own, others = self.tensors(), other.tensors()
         return len(own) == len(others) and all(map(torch.equal, own, others))
@@ -100,7 +102,7 @@ def survey(kvs: Sequence[KV], end: int, windows: Sequence[bool]) -> list[Held]:
     for kv, own in zip(kvs, found, strict=True):
         heads, implied = kv.positions.shape[1], bool(own.pop())
         sizes, last = tuple(own[:heads]), tuple(own[heads:])
-        told.append(Held(sizes, _bytes(kv, sizes, implied), implied, last))
+        told.append(_held(kv, sizes, implied, last))
     return told
 
 
@@ -129,11 +131,12 @@ def _where(positions: Tensor, token: int) -> Tensor:
     return found.any(dim=1).long() + found[:, -1:].any(dim=1)
 
 
-def _bytes(kv: KV, sizes: Sequence[int], implied: bool) -> int:
-    """Live bytes, of which positions count unless they are implied."""
+def _held(kv: KV, sizes: tuple[int, ...], implied: bool, last: tuple[int, ...] = ()) -> Held:
+    """Live bytes, of which positions count unless they are implied, and those read: no more than there are."""
     live = sum(sizes)
     known = type(kv).nbytes is KV.nbytes  # a method's own KV may know better
-    return (kv.bytes_of(live) if known else kv.nbytes) - (live * POSITION_BYTES if implied else 0)
+    nbytes = (kv.bytes_of(live) if known else kv.nbytes) - (live * POSITION_BYTES if implied else 0)
+    return Held(sizes, nbytes, min(nbytes, kv.reads(live)), implied, last)
 
 
 def without(kv: KV, position: int, last: Sequence[int] | None = None) -> KV:
@@ -157,7 +160,7 @@ def without_last(kv: KV, known: Held, end: int, *, window: bool = False) -> tupl
     if not known.implied and (window or set(sizes) == {end - 1}):  # these may be all tokens in order
         return left, survey([left], end - 1, [window])[0]
     implied = known.implied and min(sizes) > 0
-    return left, Held(sizes, _bytes(left, sizes, implied), implied)
+    return left, _held(left, sizes, implied)
 
 
 def pack(kv: KV, end: int, known: Held) -> Packed | KV:

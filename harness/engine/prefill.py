@@ -7,6 +7,7 @@ soon as the prompt's last token has passed it, and its full cache is let go: so 
 never exists at once.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -164,6 +165,10 @@ class Prefilled:
             return states + sum(x.slot_bytes * x.slots for x in self.layers)
         apart = sum(x.slot_bytes * x.slots for x in self.layers if x.apart)
         return states + apart + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.apart)
+
+    def least(self, nbytes: int) -> int:
+        """The smallest budget whose bytes are no fewer than these; all tokens where no smaller one's are."""
+        return 1 + bisect_left(range(1, self.tokens), nbytes, key=self.nbytes)
 
 
 def prefill(

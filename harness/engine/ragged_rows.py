@@ -5,6 +5,7 @@ is one index_copy, so that nothing in a step waits for the device, and a step ca
 has filled its room.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -18,6 +19,8 @@ from harness.engine.layer_cache import INDEX_BYTES, DecodingLayer, room_step
 from harness.engine.packed import Held, flat, live_slots, storage_bytes, survey
 from harness.engine.triton_kernels import ragged_attention
 from methods.base import KV
+from methods.codes import MinMax, MinMaxCodes
+from methods.device import placed
 from methods.stored import CodedKV
 from methods.views import Form
 
@@ -26,10 +29,10 @@ class RaggedRows(DecodingLayer):
     """R compressed rows that grow by every token. Arguments as of `GrowingRows`; keys as wide as values.
 
     Rows of a sliding window hold their last tokens without a gap, so what a token still sees of one is its end. Codes,
-    of which such rows have none, stay codes beside the buffer, and are decoded where they are read.
+    of which such rows have none, stay codes beside the buffer, and are decoded where they are read. Later tokens become
+    codes when `GrowingRows` would make them some: a row has room until then.
     """
 
-    replays = True
     keys: Tensor  # [slots, D], of all streams
     values: Tensor
     starts: Tensor  # [R * H] int32
@@ -46,10 +49,13 @@ class RaggedRows(DecodingLayer):
     ) -> None:
         self.start = self.position = position
         self.most, self.heads = room, rows[0].positions.shape[1]
-        self.extra = [kv.extra for kv in rows]
+        self.extra, self._less = [kv.extra for kv in rows], [0] * len(rows)
+        self.codings = [own for kv in rows for own in _codings(kv)]
+        self.single_step = any(self.codings)
+        self.replays = not self.single_step  # what makes codes moves slots
         known = survey(rows, position, [window] * len(rows)) if known is None else known
         self.kept_bytes = [own.nbytes for own in known]
-        self.coded = CodedStreams.of(rows, self.heads)
+        self.coded, self.later = CodedStreams.of(rows, self.heads), dict[MinMax, CodedStreams]()
         self.positions = [  # of no use to a step; held since what a policy chose is stored with them
             None if own.implied else flat(kv.positions[0], live_slots(kv, own))
             for kv, own in zip(rows, known, strict=True)
@@ -84,12 +90,14 @@ class RaggedRows(DecodingLayer):
             form = replace(form, sinks=form.sinks[0].repeat(rows, 1).unsqueeze(1).expand(-1, new, -1).flatten(0, 1))
         if form.window is not None:
             starts, lengths = starts + (lengths - form.window).clamp_min(0), lengths.clamp_max(form.window)
-        shape: dict[str, Any] = {"longest": self.longest, "new": new, "coded": self.coded}
+        shape: dict[str, Any] = {"longest": self.longest, "new": new, "coded": [*self.coded, *self.later.values()]}
         out = ragged_attention(asked, self.keys, self.values, starts, lengths, form, **shape)
         return out.view(rows * self.heads, new, -1, dim).transpose(1, 2).reshape(rows, -1, new, dim)
 
     def reserve(self, tokens: int) -> None:
-        tokens += self.position - self.start
+        """Rows whose later tokens become codes take one at a time: they have room as far as that."""
+        self._code()
+        tokens = self.position - self.start + (1 if self.single_step else tokens)
         short = [row for row, room in enumerate(self.rooms) if room < tokens]
         if short:
             for row in short:
@@ -97,13 +105,24 @@ class RaggedRows(DecodingLayer):
             held = self._held()
             self._place([held], like=held)
 
-    def mark(self) -> int:
-        return self.position
+    def mark(self) -> Any:
+        if not self.single_step:
+            return self.position
+        held = {name: getattr(self, name) for name in (*_MADE, "_less", "_stored")}
+        held = {name: own.copy() if isinstance(own, list | dict) else own for name, own in held.items()}
+        return held | {"lengths": self.lengths.clone()}
 
-    def rewind(self, mark: int) -> None:
-        self.lengths -= self.position - mark
-        self.position = mark
-        rooms = [min(room, self._room(row)) for row, room in enumerate(self.rooms)]
+    def rewind(self, mark: Any) -> None:
+        before = self.rooms
+        if self.single_step:
+            vars(self).update(mark)
+        else:
+            self.lengths -= self.position - mark
+            self.position = mark
+        rooms = [  # where nothing becomes codes, as in other company
+            room if any(self.codings[row * self.heads : (row + 1) * self.heads]) else min(before[row], self._room(row))
+            for row, room in enumerate(self.rooms)
+        ]
         if rooms != self.rooms:
             held, self.rooms = self._held(), rooms
             self._place([held], like=held)
@@ -114,19 +133,21 @@ class RaggedRows(DecodingLayer):
         self.starts, self.lengths = self.starts[at], self.lengths[at]
         place = {stream: number for number, stream in enumerate(streams)}
         self.coded = [left for own in self.coded if (left := own.take(place))]
+        self.later = {kind: left for kind, own in self.later.items() if (left := own.take(place))}
         held, self.sizes = self._held(), [self.sizes[stream] for stream in streams]
-        for name in ("kept_bytes", "extra", "positions", "rooms", "_steps"):
+        self.codings = [self.codings[stream] for stream in streams]
+        for name in ("kept_bytes", "extra", "positions", "rooms", "_steps", "_less"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
         self._place([held], like=held)
 
     def nbytes(self, row: int) -> int:
-        """What the row's policy left, and what every head appended since."""
-        return self.kept_bytes[row] + (self.position - self.start) * self.heads * self.slot_bytes
+        """What the row's policy left, and what every head appended since, as it is stored by now."""
+        return self.kept_bytes[row] + (self.position - self.start) * self.heads * self.slot_bytes - self._less[row]
 
     def stored_bytes(self, row: int) -> int:
         own = range(row * self.heads, (row + 1) * self.heads)
         slots = sum(self.sizes[stream] for stream in own) + self.heads * self.rooms[row]
-        codes = sum(coded.nbytes(own) for coded in self.coded)
+        codes = sum(coded.nbytes(own) for coded in (*self.coded, *self.later.values()))
         index, at = INDEX_BYTES * self.heads, self.positions[row]
         beside = storage_bytes([*self.extra[row].values(), *([] if at is None else [at])])
         return int(slots * self.slot_bytes) + codes + index + beside
@@ -139,7 +160,35 @@ class RaggedRows(DecodingLayer):
         """Tokens that a row is to have memory for now, those that came included."""
         grown = self.position - self.start
         room = grown + self._steps[row] + grown // 16
+        for stream in range(row * self.heads, (row + 1) * self.heads):
+            coding = self.codings[stream]
+            if coding is not None:
+                room = min(room, max(grown, coding.residual + coding.step - 1 - self.sizes[stream]))
         return room if self.most is None else min(room, self.most)
+
+    def _code(self) -> None:
+        """Make codes of the oldest plain slots of streams that one token more would leave too many of."""
+        grown, due = self.position - self.start, defaultdict[tuple[MinMax, int], list[int]](list)
+        for stream, coding in enumerate(self.codings):
+            if coding is not None and (count := coding.due(self.sizes[stream] + grown, 1)):
+                due[coding, count].append(stream)
+        for (coding, count), streams in due.items():
+            at = placed([self._starts[stream] for stream in streams], self.keys.device).unsqueeze(1)
+            at = at + torch.arange(count, device=at.device)
+            codes = MinMaxCodes.of(coding, self.keys[at], self.values[at])
+            found = CodedStreams.made(codes, streams)
+            self.later[coding] = self.later[coding].then(found) if coding in self.later else found
+            for stream in streams:
+                self.sizes[stream] -= count
+                self._less[stream // self.heads] += count * self.slot_bytes - codes.nbytes // len(streams)
+        if due:
+            gone = {stream: count for (_, count), streams in due.items() for stream in streams}
+            less = placed([gone.get(stream, 0) for stream in range(len(self.sizes))], self.keys.device).int()
+            self.starts, self.lengths = self.starts + less, self.lengths - less
+            held = self._held()
+            for row in {stream // self.heads for stream in gone}:
+                self.rooms[row] = self._room(row)
+            self._place([held], like=held)
 
     def _place(self, parts: Iterable[tuple[Tensor, Tensor]], *, like: tuple[Tensor, Tensor]) -> None:
         """Lay out what streams hold in one buffer with room behind each. parts: keys and values [slots, D], in order.
@@ -149,7 +198,8 @@ class RaggedRows(DecodingLayer):
         grown, device = self.position - self.start, like[0].device
         capacity = [size + self.rooms[stream // self.heads] for stream, size in enumerate(self.sizes)]
         starts, lengths = list(accumulate(capacity, initial=0)), [size + grown for size in self.sizes]
-        self.starts = torch.tensor(starts[:-1], dtype=torch.int32, device=device)
+        self._starts = starts[:-1]
+        self.starts = torch.tensor(self._starts, dtype=torch.int32, device=device)
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
         self.longest, at, first = max(capacity), self._slots(), 0
         self.keys, self.values = (x.new_empty(starts[-1], x.shape[-1]) for x in like)
@@ -170,6 +220,17 @@ class RaggedRows(DecodingLayer):
         stream = torch.repeat_interleave(self.lengths)
         before = self.lengths.cumsum(0) - self.lengths
         return self.starts[stream] + torch.arange(len(stream), device=stream.device) - before[stream]
+
+
+_MADE = ("position", "keys", "values", "starts", "_starts", "longest", "rooms", "sizes", "coded", "later")
+"""What appending changes where later tokens become codes, but for lengths."""
+
+
+def _codings(kv: KV) -> Sequence[MinMax | None]:
+    """Of each head; None where nothing becomes codes."""
+    if not isinstance(kv, CodedKV):
+        return [None] * kv.positions.shape[1]
+    return [own if isinstance(own, MinMax) else None for own in kv.codings]
 
 
 def _plain_sizes(kv: KV, known: Held) -> Sequence[int]:

@@ -74,15 +74,13 @@ class _Group:
 
         start, grown: as in `tokens`. Return how many slots of each stream have become codes.
         """
-        used = self.plain + grown
-        if self.coding is None or used + new < self.coding.residual + self.coding.step:
-            return 0
-        count = min(used, (used + new - self.coding.residual) // self.coding.step * self.coding.step)
-        if count <= 0:
+        count = 0 if self.coding is None else self.coding.due(self.plain + grown, new)
+        if self.coding is None or not count:
             return 0
         first = self.coded
         positions = self.tokens(start, grown)[:, 0, first : first + count]
-        found = self.coding.encode(self.keys[:, 0, :count], self.values[:, 0, :count], positions)
+        encode = self.codes[-1].later if self.codes else self.coding.encode
+        found = encode(self.keys[:, 0, :count], self.values[:, 0, :count], positions)
         joined = self.codes[-1].then(found) if self.codes else None
         self.codes = (*self.codes, found) if joined is None else (*self.codes[:-1], joined)
         self.keys, self.values = (x[:, :, count:].clone() for x in (self.keys, self.values))
@@ -133,7 +131,6 @@ class _Mark(NamedTuple):
     position: int
     coding: list[_Group | None]
     less: list[int]
-    stored: list[int]
 
 
 class GrowingRows(DecodingLayer):
@@ -199,13 +196,13 @@ class GrowingRows(DecodingLayer):
 
     def mark(self) -> _Mark:
         held = [replace(group) if group.coding else None for group in self.groups]
-        return _Mark(self.position, held, [*self._less], [*self._stored])
+        return _Mark(self.position, held, [*self._less])
 
     def rewind(self, mark: _Mark) -> None:
         self.position, self._less = mark.position, mark.less
         if any(mark.coding):
             self.groups = [own or group for own, group in zip(mark.coding, self.groups, strict=True)]
-            self._stored = mark.stored
+            self._stored = [self.stored_bytes(row) for row in range(len(self._stored))]
         for group in self.groups:
             room = self._room(group.step)
             if group.room > room:

@@ -36,7 +36,7 @@ class Again:
             return decoding
         self.left, self.noted = compress_again(decoding.model, self.left, self.noted, ids, start)
         stored = _stored(self.left)
-        if stored > OVER * self.asked:
+        if stored > OVER * self.asked and self.left.policy.kind != "own":
             self.over.append(f"{stored} bytes after {self.left.tokens} tokens, {self.asked} asked")
         return Decoding.of(decoding.model, [self.left], room=room)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError, line_of, shown
 from harness.records.record import Status
+from harness.records.spec import AS
 from methods.budget import Budget, BudgetTooSmall, PolicyError
 
 if TYPE_CHECKING:
@@ -32,11 +33,31 @@ class SkippedCell(Exception):
 
 
 @dataclass(frozen=True)
+class AsKept:
+    """A budget that another method finds: the least whose bytes are no fewer than it stored of the same prompt.
+
+    label: of that method, whose policy is of the kind `own`.
+    """
+
+    policy: "KVPolicy"
+    label: str
+
+    def __str__(self) -> str:
+        return f"{AS}{self.label}"
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One method at one budget; budget None for a method that keeps everything."""
+    """One method at one budget. budget: None where it is given none, or `like` another method."""
 
     policy: "KVPolicy"
     budget: Budget | None
+    like: AsKept | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the method keeps everything."""
+        return self.policy.kind == "whole"
 
 
 @dataclass(frozen=True)
@@ -123,9 +144,11 @@ class Outcome:
     stored_bytes: int = 0
     stored_bytes_end: int = 0
     byte_steps: int | None = None
+    read_bytes: int | None = None
     asked_bytes: int = 0
     full_bytes: int = 0
     state_bytes: int = 0
+    method_bytes: int = 0
     token_ids: tuple[int, ...] = ()
     turn_tokens: tuple[int, ...] = ()
     nll_per_token: tuple[float, ...] = ()

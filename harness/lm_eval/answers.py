@@ -85,6 +85,7 @@ class ScoringEngine(Engine):
                 logprobs, greedy = zip(*parts, strict=True)
                 scored.append((sum(logprobs), all(greedy)))
             run.outcome.kv_bytes_end, run.outcome.stored_bytes_end = decoding.nbytes(0), decoding.stored_bytes(0)
+            run.outcome.read_bytes = run.compressed.reads(decoding.read_bytes(0))
         return scored
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger("harness")
 
 STORED = (
     *("over_budget", "notes", "compressed_tokens", "budget_tokens", "kept_slots", "kv_bytes", "kv_bytes_end"),
-    *("stored_bytes", "stored_bytes_end"),
+    *("stored_bytes", "stored_bytes_end", "read_bytes"),
     *("asked_bytes", "full_bytes", "prefill_s", "compress_s"),
 )
 """Fields of an outcome that are facts of its prompt."""

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from harness.errors import HarnessError, shown
 from harness.records.plain_files import DEPTH, of_json, read_plain
+from harness.records.record import READ
 from harness.records.spec import MethodSpec, ModelSpec
 from methods.budget import Budget
 
@@ -33,7 +34,7 @@ def _finite(value: Any) -> Any:
 
 def _budget(text: str) -> str:
     if text != FULL:
-        Budget.parse(text)
+        Budget.parse(text.removeprefix(READ))
     return text
 
 
@@ -53,7 +54,7 @@ class Part(BaseModel):
 
 
 class KeptPrompt(Part):
-    """What was measured on a prompt, under the names that a record has. Older results lack stored bytes."""
+    """What was measured on a prompt, under the names that a record has. Older results lack some."""
 
     prompt_sha256: Hash
     compressed: StrictBool
@@ -67,6 +68,7 @@ class KeptPrompt(Part):
     kv_bytes_end: Count
     stored_bytes: Count = 0
     stored_bytes_end: Count = 0
+    read_bytes: Count | None = None
     asked_bytes: Count
     full_bytes: Count
     prefill_s: Seconds

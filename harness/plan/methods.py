@@ -58,7 +58,8 @@ def _planned(label: MethodLabel, changed: Mapping[str, Any]) -> PlannedMethod:
         policy = make_policy(label, changed)
         params = _params(policy)
     full = str(label.changed(changed))
-    return PlannedMethod(MethodSpec(label=full, name=label.name, params=params, budgeted=policy.budgeted), policy)
+    kind = {"budgeted": policy.budgeted, "own": policy.kind == "own"}
+    return PlannedMethod(MethodSpec(label=full, name=label.name, params=params, **kind), policy)
 
 
 def _params(policy: KVPolicy) -> dict[str, Any]:

@@ -13,15 +13,17 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from harness.engine.types import Cell, Limits, NextTurn, Prompt
-from harness.errors import HarnessError
+from harness.engine.types import AsKept, Cell, Limits, NextTurn, Prompt
+from harness.errors import HarnessError, shown
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, turn_tokens, wrap
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
 from harness.plan.names import check_sweep, refusals
-from harness.records.spec import QueryMode, RunSpec, Sweep, TaskSpec
-from methods.base import Budget
+from harness.records.record import READ
+from harness.records.spec import AS, FULL, OWN, QueryMode, RunSpec, Sweep, TaskSpec
+from methods.base import Budget, KVPolicy
+from methods.label import MethodLabel
 from tasks.base import NothingFits, Sample, Task, TaskOptions
 from tasks.graded.settings import find_grades
 
@@ -31,7 +33,7 @@ NO_TEMPLATE = "the model has no chat template: raw prompts"
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell with the names its records carry. budget: as asked, or `full`."""
+    """A cell with the names its records carry. budget: as asked, `full` or `own`."""
 
     method: str
     budget: str
@@ -106,7 +108,7 @@ def plan_names(sweep: Sweep) -> NamedSweep:
     """Tasks and methods of a sweep. Raises HarnessError for what can be refused without the model."""
     tasks = check_sweep(sweep)
     methods = plan_methods(sweep)
-    plan_cells(methods, sweep.parsed_budgets)  # refuses a sweep without a cell
+    plan_cells(methods, plan_budgets(sweep, methods))  # refuses a sweep without a cell
     return NamedSweep(sweep, tasks, methods)
 
 
@@ -118,12 +120,14 @@ def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | Non
     """
     sweep = named.sweep
     methods = [method.on(loaded.spec.revision) for method in named.methods]
-    cells = plan_cells(methods, sweep.parsed_budgets)
+    budgets = plan_budgets(sweep, methods)
+    cells = plan_cells(methods, budgets)
     samples, tasks, max_tokens = plan_samples(sweep, named.tasks, loaded)
     check_unseen(samples, methods)
     check_budgets(samples, cells, sweep.query)
     specs = tuple(spec for spec, _ in methods)
-    spec = run_spec(sweep, loaded, methods=specs, tasks=tasks, max_tokens=max_tokens, measured_on=measured_on)
+    resolved = {"budgets": tuple(map(str, budgets)), "max_tokens": max_tokens, "measured_on": measured_on}
+    spec = run_spec(sweep, loaded, methods=specs, tasks=tasks, **resolved)
     return Plan(spec, samples, cells)
 
 
@@ -139,17 +143,42 @@ def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[PlannedMeth
             )
 
 
-def plan_cells(methods: Sequence[PlannedMethod], budgets: Iterable[Budget]) -> list[PlannedCell]:
-    """Every method at every budget; a method without a budget once. Raises HarnessError when that is no cell."""
+def plan_budgets(sweep: Sweep, methods: Sequence[PlannedMethod]) -> list[Budget | AsKept]:
+    """Every budget of a sweep: those asked for, and what each method of its own budget keeps.
+
+    Some such methods named among the budgets are these alone. Without --budgets there are no others beside them. Raises
+    HarnessError for a name of none.
+    """
+    own = {spec.label: AsKept(policy, spec.label) for spec, policy in methods if spec.own}
+    asked = {MethodLabel.parse(label).asked: label for label in own}
+    named = [asked.get(label, label) for label in sweep.as_kept]
+    for label in named:
+        if label not in own:
+            known = f"; this run has {', '.join(own)}" if own else ""
+            raise HarnessError(
+                f"budget {shown(AS + label)} is what a method of its own budget keeps, and no method of this run is "
+                f"that one{known}; add it to --methods"
+            )
+    numbers = sweep.parsed_budgets if "budgets" in sweep.model_fields_set or not own else ()
+    return [*numbers, *(own[label] for label in dict.fromkeys(named or own))]
+
+
+def plan_cells(methods: Sequence[PlannedMethod], budgets: Iterable[Budget | AsKept]) -> list[PlannedCell]:
+    """Every method at every budget, of tokens kept or read; one that is given none once. HarnessError for no cell."""
     named, cells = {str(budget): budget for budget in budgets}, []
     for spec, policy in methods:
         if spec.budgeted:
-            cells += [PlannedCell(spec.label, text, Cell(policy, budget)) for text, budget in named.items()]
+            of = READ if policy.reads_a_part else ""
+            cells += [PlannedCell(spec.label, of + text, _cell(policy, budget)) for text, budget in named.items()]
         else:
-            cells.append(PlannedCell(spec.label, "full", Cell(policy, None)))
+            cells.append(PlannedCell(spec.label, OWN if spec.own else FULL, Cell(policy, None)))
     if not cells:
         raise HarnessError("no budget asked for; name some with --budgets, such as 128,512 or 0.25")
     return cells
+
+
+def _cell(policy: KVPolicy, budget: Budget | AsKept) -> Cell:
+    return Cell(policy, None, budget) if isinstance(budget, AsKept) else Cell(policy, budget)
 
 
 def plan_samples(
@@ -242,9 +271,9 @@ def check_budgets(samples: Sequence[PlannedSample], cells: Sequence[PlannedCell]
 
 
 def run_spec(sweep: Sweep, loaded: LoadedModel, **resolved: Any) -> RunSpec:
-    """The resolved spec. resolved: methods, tasks and max_tokens as planned."""
+    """The resolved spec. resolved: methods, budgets, tasks and max_tokens as planned."""
     values = {name: getattr(sweep, name) for name in Sweep.model_fields.keys() & RunSpec.model_fields.keys()}
-    values |= {"model": loaded.spec, "budgets": tuple(map(str, sweep.parsed_budgets))}
+    values |= {"model": loaded.spec}
     if sweep.query == "agnostic":
         values["first_token"] = "compressed"
     return RunSpec(**values | resolved)

@@ -54,6 +54,7 @@ class BoardRecord(NamedTuple):
     kv_bytes_end: int
     stored_bytes: int
     stored_bytes_end: int
+    read_bytes: int | None
     asked_bytes: int
     full_bytes: int
     state_bytes: int

@@ -33,6 +33,7 @@ Status = Literal["ok", "skipped", "failed", "oom"]
 CellKey = tuple[str, str]  # method label and budget as they stand in a record
 PROMPT_TAIL = 240
 OVER = 1.01  # bytes above those asked for by which a record is over its budget
+READ = "read "  # before the budget of a method that keeps all tokens and reads a part of them for each decoded one
 Memory = Literal["physical", "simulated"]
 Key = tuple[str, str, str, str]  # task, sample, method and budget: what a run holds at most one record of
 
@@ -47,7 +48,7 @@ class Record(Frozen):
     task: Label  # task name, `family/dataset`
     sample_id: Label
     method: Label  # method label, `name` or `name@preset`
-    budget: Label  # as asked: tokens (`128`), a kept fraction (`0.25`), or `full` for a method without a budget
+    budget: Label  # as asked: tokens (`128`), a kept fraction (`0.25`), `full` without one, `read 128` of what is read
     query: QueryMode
     first_token: FirstToken
     seed: Seed
@@ -70,11 +71,13 @@ class Record(Frozen):
     stored_bytes: Bytes = 0  # right after compression: all that is allocated for it; 0: not measured (old records)
     stored_bytes_end: Bytes = 0  # the same after the last decoded token, room for further ones included
     byte_steps: Bytes | None = None  # sum of what was stored at each token picked, end-of-text too; None: not measured
+    read_bytes: Bytes | None = None  # keys, values, codes, scales that a decoded token reads; None: old records
     asked_bytes: Bytes = 0  # what the budget allows: slots with positions; sliding windows, chunks, states as they are
     full_bytes: Bytes = 0  # the uncompressed cache of the same tokens, which needs no positions
     state_bytes: Bytes = (
         0  # part of all the bytes above: states of layers without keys and values, equal for all methods
     )
+    method_bytes: Bytes = 0  # constants of the model that the method reads, such as bases: like weights, no cache bytes
     needle_tokens: Count = 0  # prompt tokens of the sample's needles (`meta.needles`); 0 where it has none
     needle_kept: CountsByLayer = ()  # of those, by compressible layer and KV head, after compression
 

@@ -7,8 +7,17 @@ import hashlib
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from harness.errors import shown
 from harness.records import ranges
 from harness.records.options import (
     Changes,
@@ -30,6 +39,11 @@ SCHEMA_VERSION = 2
 FirstToken = Literal["compressed", "prefill"]
 QueryMode = Literal["aware", "agnostic"]
 Contexts = Literal["drawn", "protocol"]
+
+FULL, OWN = "full", "own"
+"""What records call the budget of a method that keeps everything, and of one that finds how much it keeps."""
+AS = "="
+"""Before the label of a method of the latter kind: the budget of one that is run at what that kept of each prompt."""
 
 SHAPE = "shape:"
 """What the name of a model with random weights begins with. It has speed and memory, and no score."""
@@ -54,6 +68,7 @@ class Asked(Frozen):
     """
 
     OTHER_WAY: ClassVar[str] = ""  # of naming methods, for an error line
+    PAIRS: ClassVar[bool] = False  # whether a budget may be what another method keeps
 
     model: PathText = "smollm2-135m"
     methods: Words
@@ -75,13 +90,22 @@ class Asked(Frozen):
         if not budgets:
             raise ValueError("no budgets asked for; give some with --budgets 128,0.25")
         for budget in budgets:
-            Budget.parse(budget)
+            if not budget.startswith(AS):
+                Budget.parse(budget)
+            elif not cls.PAIRS:
+                raise ValueError(f"--budgets {shown(budget)}: what a method keeps is known in `harness run` alone")
         return budgets
 
     @property
     def parsed_budgets(self) -> tuple[Budget, ...]:
-        """The budgets in the order asked, each once however it is spelled."""
-        return tuple(dict.fromkeys(map(Budget.parse, self.budgets)))  # not kept: a copy may have other budgets
+        """The budgets that are numbers in the order asked, each once however it is spelled."""
+        own = (text for text in self.budgets if not text.startswith(AS))
+        return tuple(dict.fromkeys(map(Budget.parse, own)))  # not kept: a copy may have other budgets
+
+    @property
+    def as_kept(self) -> tuple[str, ...]:
+        """The labels of methods whose own budgets are asked for."""
+        return tuple(text.removeprefix(AS).strip() for text in self.budgets if text.startswith(AS))
 
 
 class Sweep(Asked):
@@ -96,6 +120,7 @@ class Sweep(Asked):
     """
 
     OTHER_WAY = " or --config quick"
+    PAIRS = True
 
     tasks: Words
     lengths: Lengths = (1024,)
@@ -132,12 +157,28 @@ class Sweep(Asked):
 
 
 class MethodSpec(Frozen):
-    """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved."""
+    """A method as run. label: `name` or `name@preset`, with overrides spelled out; params: all of them, resolved.
+
+    own: how much it keeps is what it finds in the prompt; it is not budgeted then.
+    """
 
     label: ranges.Label
     name: ranges.Label
     params: ranges.Meta = Field(default_factory=dict)
     budgeted: bool = True
+    own: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.own and self.budgeted:
+            raise ValueError(f"method {self.label} is said to be given a budget and to find its own; it is one of both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `own` where it is not so: ids of runs from before there were such methods are those of today."""
+        found: dict[str, Any] = serialize(self)
+        return found if self.own else {name: value for name, value in found.items() if name != "own"}
 
 
 class ModelSpec(Frozen):

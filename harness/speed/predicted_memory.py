@@ -21,15 +21,22 @@ head costs c = 2 * D * e bytes, and 4 for its position once a policy has taken s
     decode      KV of all prompts with room for R, P * V * 4 (first logits), and the higher of
                   P * V * (e, + 4 where e < 4), and half a layer (its keys or values are copied to where room is)
 
-A method that leaves codes (`methods.quant`) has the bytes of its codes, scales and residual for N * c, and more in
+A method that leaves codes (`methods.coded`) has the bytes of its codes, scales and residual for N * c, and more in
 
     compress    H * N * D * (2 e + 13) (what one layer's codes are taken from, in float32)
     decode      P * H * N * D * (3 e + 1) (one layer decoded, and its codes as they are turned)
+
+With codes of single slots (`methods.slotwise`) these are 2 e + 20 and 2 e + 12, in float32 too. Of the tokens that come
+later, only as many as memory is added for at once are plain.
 
 KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the prompt itself
     per layer, unchunked    L - 1 layers of N slots, and one full
     otherwise               L full layers; after it, N slots of each of them as well
 What a policy observed stays with every full layer. A sliding-window layer is full until all are compressed.
+
+A prompt that is repeated (`harness.engine.repeat`) in chunks of C tokens is as one of T + C tokens in chunks of C whose
+layers hold, beside the full cache, C slots, L * Hq * T * 4 (what their keys got) and, one of them at a time, a copy of
+itself and 2 * Hq * BLOCK * S * 4 (the weights of a block of queries).
 
 That is of a CPU, where one kernel serves attention and column sums (`harness.engine.kernels`). With Triton on a GPU
 (`harness.engine.triton_kernels`) chunks need no more than a whole prompt, and
@@ -46,7 +53,7 @@ rounds every tensor up to 512 bytes; blocks that it holds beside are no part of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.engine.kernels import BLOCK, TILE
@@ -54,8 +61,9 @@ from harness.engine.layer_cache import room_step
 from harness.records.measured import ProbeSpec
 from harness.speed.dims import FLOAT32, Dims
 from methods.base import KVPolicy, Needs, Sizes
-from methods.codes import MinMax
-from methods.quant import Quant
+from methods.coded import CodedPolicy
+from methods.slotwise import SlotCoding
+from methods.stored import Coding
 from methods.views import POSITION_BYTES
 
 INDEX = 8
@@ -79,7 +87,7 @@ class ProbeShape:
     batch: int
     new_tokens: int
     chunk: int | None
-    coding: MinMax | None = None
+    coding: Coding | None = None
     cuda: bool = False
     one_buffer: bool = False
 
@@ -101,8 +109,8 @@ def predict(
     slots = tokens if budget is None else min(budget, tokens)
     sizes = Sizes(tokens, dims.seen, dims.heads, dims.kv_heads)
     alone = policy.per_layer(slots, sizes) is not None
-    coding = policy.coding if isinstance(policy, Quant) else None
-    if isinstance(policy, Quant) and budget is not None:
+    coding = policy.coding if isinstance(policy, CodedPolicy) else None
+    if isinstance(policy, CodedPolicy) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
     all_, one = budget is None and not coding, cuda and coding is None and not policy.evicts_while_decoding
     times = (spec.batch, spec.new_tokens, spec.chunk)
@@ -158,7 +166,7 @@ def prefill(dims: Dims, shape: ProbeShape) -> int:
         now = layers * full + dims.seen * seen
         at_once = 0 if not shape.per_layer else attention(dims, shape)
         copies = new * (1 if shape.per_layer else dims.seen)
-        held = now + max(activations(dims, shape), at_once + copies + scores)
+        held = now + max(activations(dims, shape), at_once + copies + scores, repeating(dims, shape))
     return earlier + max(held, now + logits(dims, shape))
 
 
@@ -171,6 +179,19 @@ def activations(dims: Dims, shape: ProbeShape) -> int:
     rotary = q * e * (3 * dims.hidden + (4 * dims.heads + 2 * dims.kv_heads) * dims.head_dim)
     observing = _attended(dims, shape) + (column_sums(dims, shape) if shape.needs.column_sums else 0)
     return rotary_tables + max(norm, mlp, rotary, attention(dims, shape), observing)
+
+
+def repeating(dims: Dims, shape: ProbeShape) -> int:
+    """Most bytes that are held, beside the full cache, while the prompt is repeated; 0 where it is not."""
+    sizes = [0]
+    for asked in shape.needs.repeat:
+        chunk = min(asked.chunk, shape.tokens)
+        weighed = (chunk if asked.apart else shape.tokens) + chunk
+        own = replace(shape, tokens=shape.tokens + chunk, chunk=min(chunk, shape.step), needs=Needs())
+        got = len(dims.windows) * (chunk * dims.slot + dims.heads * shape.tokens * FLOAT32)
+        weights = 2 * dims.heads * min(BLOCK, chunk) * weighed * FLOAT32
+        sizes.append(got + full_layer(dims, own) + max(activations(dims, own), weights))
+    return max(sizes)
 
 
 def attention(dims: Dims, shape: ProbeShape) -> int:
@@ -207,7 +228,8 @@ def score_bytes(dims: Dims, shape: ProbeShape) -> int:
     """Bytes of a layer's scores (weights of the window queries, ordering keys of every token) or of its codes."""
     if shape.keeps_all:
         return 0
-    coded = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + 13)
+    each = 2 * dims.number + (20 if isinstance(shape.coding, SlotCoding) else 13)
+    coded = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * each
     half = dims.number if dims.up else 0
     window = dims.heads * min(shape.needs.window, shape.tokens) * shape.tokens * (FLOAT32 + half)
     if shape.needs.stretch:  # a KV head at a time: products, those without what is not to be seen, weights
@@ -224,8 +246,16 @@ def logits(dims: Dims, shape: ProbeShape) -> int:
 
 def rows(dims: Dims, shape: ProbeShape) -> int:
     """Bytes of all layers of all prompts while decoding, with all the room that the tokens to come take."""
-    room = len(dims.windows) * (shape.new_tokens - 1) * dims.slot
+    new = shape.new_tokens - 1
+    room = dims.seen * later(dims, shape, new) + (len(dims.windows) - dims.seen) * new * dims.slot
     return shape.batch * (kept(dims, shape) + room)
+
+
+def later(dims: Dims, shape: ProbeShape, new: int) -> int:
+    """Bytes of the tokens that come later in a compressible layer."""
+    plain = new if shape.coding is None else min(new, room_step(slot_bytes(dims, shape) // dims.slot))
+    coded = 0 if shape.coding is None else shape.coding.nbytes(new - plain, dims.head_dim, dims.head_dim)
+    return plain * dims.slot + dims.kv_heads * (coded - (new - plain) * POSITION_BYTES * (coded > 0))
 
 
 def batching(dims: Dims, shape: ProbeShape) -> int:
@@ -247,7 +277,8 @@ def decoding(dims: Dims, shape: ProbeShape) -> int:
     """Most bytes that are held in a decode step."""
     step = dims.vocab * (dims.number + dims.up) + (4 * dims.hidden + 3 * dims.intermediate) * dims.number
     weights = dims.heads * (shape.slots + shape.new_tokens) * FLOAT32 * 2 if shape.needs.decode_attention else 0
-    each = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (3 * dims.number + 1)
+    turned = 12 if isinstance(shape.coding, SlotCoding) else dims.number + 1
+    each = 0 if shape.coding is None else shape.slots * dims.kv_heads * dims.head_dim * (2 * dims.number + turned)
     held = rows(dims, shape)
     growing = held // len(dims.windows) // 2
     if shape.one_buffer:

@@ -6,12 +6,12 @@ bytes, and NLL to `SAME_NLL`. Elsewhere sums are rounded otherwise and answers p
 answers may be other ones, the mean NLL may move by `OTHER_NLL`, and the bytes of a cell by `OTHER_BYTES`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from math import ceil, isclose
 from random import Random
 
-from harness.engine.types import Cell
+from harness.engine.types import AsKept, Cell
 from harness.errors import shown
 from harness.machine import machine, versions
 from harness.models.load import LoadedModel
@@ -19,7 +19,7 @@ from harness.plan.sweep import PlannedCell, contexts
 from harness.records.record import Key, Record, RunManifest
 from harness.records.spec import MethodSpec
 from harness.run.sequential import SampleRunner
-from harness.submission.check_manifest import cells_of
+from harness.submission.check_manifest import CellBudget, cells_of
 from harness.submission.check_prompts import Drawn
 from harness.submission.verdict import Check
 from methods.base import KVPolicy, PolicyError
@@ -39,14 +39,19 @@ class Again:
         self.manifest, self.load, self.notes = manifest, load, [f"all but a tenth of the cells, seed {seed}"]
         policies = {spec.label: policy for spec in manifest.spec.methods if (policy := self._policy(spec)) is not None}
         cells = [
-            PlannedCell(label, text, Cell(policies[label], budget))
+            PlannedCell(label, text, self._cell(policies, label, budget))
             for (label, text), budget in cells_of(manifest).items()
-            if label in policies
+            if label in policies and (budget in policies or not isinstance(budget, str))
         ]
         pairs = [(planned, cell) for planned in drawn.samples.values() for cell in cells]
         self.chosen = Random(seed).sample(pairs, ceil(PART * len(pairs)))
         self.keys = {(p.task.name, p.sample.id, c.method, c.budget) for p, c in self.chosen}
         self.kept: dict[Key, Record] = {}
+
+    def _cell(self, policies: Mapping[str, KVPolicy], label: str, budget: CellBudget) -> Cell:
+        if isinstance(budget, str):
+            return Cell(policies[label], None, AsKept(policies[budget], budget))
+        return Cell(policies[label], budget)
 
     def _policy(self, spec: MethodSpec) -> KVPolicy | None:
         """The method as the manifest states it; None, with a note, where it cannot be made here."""
@@ -104,7 +109,8 @@ def differences(own: Record, made: Record, *, same: bool) -> Iterator[str]:
     for name in ("token_ids", "turn_tokens", "kept_slots", "needle_kept", "memory") if same else ():
         if getattr(own, name) != getattr(made, name):
             yield f"{name} {shown(getattr(own, name), 60)}, here {shown(getattr(made, name), 60)}"
-    for name in ("kv_bytes", "asked_bytes", "full_bytes"):
+    told = () if own.read_bytes is None else ("read_bytes",)  # not in old records
+    for name in ("kv_bytes", "asked_bytes", "full_bytes", *told):
         if not isclose(getattr(own, name), getattr(made, name), rel_tol=0 if same else OTHER_BYTES):
             yield f"{name} {getattr(own, name)}, here {getattr(made, name)}"
     for name in ("nll", "nll_first") if same else ():

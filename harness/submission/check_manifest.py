@@ -13,12 +13,12 @@ from typing import Any
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
 from harness.errors import shown
-from harness.records.record import CellKey, RunManifest
-from harness.records.spec import MethodSpec
+from harness.records.record import READ, CellKey, RunManifest
+from harness.records.spec import AS, FULL, OWN, MethodSpec
 from harness.submission.archive import CELLS_AT_MOST, RECORDS_AT_MOST
 from methods.budget import Budget, PolicyError
 from methods.label import MethodLabel
-from methods.registry import check_method, load_methods
+from methods.registry import check_method, load_methods, make_policy
 from tasks import load_tasks
 
 
@@ -71,13 +71,15 @@ def _method_problems(method: MethodSpec) -> Iterator[str]:
 
 
 def _param_problems(method: MethodSpec, label: MethodLabel, spelled: Mapping[str, Any]) -> Iterator[str]:
-    from methods.base import KVPolicy  # brings torch
-
     known = _registry()[label.name]
     defaults = {field.name: field.default for field in fields(known.policy) if field.init}  # type: ignore[arg-type]
     wanted = {**defaults, **known.presets.get(label.preset, {}), **spelled}
-    if known.policy.budgeted is KVPolicy.budgeted and not method.budgeted:
-        yield f"method {label} is said to need no budget, here it does"
+    kind = "budgeted" if method.budgeted else "own" if method.own else "whole"
+    try:
+        if kind != (found := make_policy(label.asked, spelled).kind):
+            yield f"method {label} is said to be of the kind {kind}, here it is {found}"
+    except PolicyError as error:
+        yield f"method {shown(method.label)} cannot be made here: {error}; verify it where it can"
     for name, value in method.params.items():
         fixed = name in spelled or name == "bits"
         if fixed and value != wanted.get(name, MISSING):
@@ -100,27 +102,46 @@ def _cell_problems(manifest: RunManifest) -> Iterator[str]:
     if len(set(labels)) < len(labels):
         yield f"a method is there twice: {shown(Counter(labels).most_common(1)[0][0])}"
     try:
-        other = [text for text in manifest.spec.budgets if str(Budget.parse(text)) != text]
-        count = len(cells_of(manifest))
+        cells = cells_of(manifest)
     except PolicyError as error:
         yield str(error)
         return
-    if other:
-        yield f"budget {shown(other[0])} is written {Budget.parse(other[0])} here"
+    count, own = len(cells), {method.label for method in manifest.spec.methods if method.own}
+    for text in manifest.spec.budgets:
+        if text.startswith(AS) and text.removeprefix(AS) not in own:
+            yield f"budget {shown(text)} is what no method of this run keeps"
+        elif not text.startswith(AS) and str(Budget.parse(text)) != text:
+            yield f"budget {shown(text)} is written {Budget.parse(text)} here"
     if manifest.cells != count:
         yield f"it says {manifest.cells} cells a sample, methods and budgets make {count}"
     if manifest.samples * count > RECORDS_AT_MOST:
         yield f"{manifest.samples} samples of {count} cells, at most {RECORDS_AT_MOST:,} records are read"
 
 
-def cells_of(manifest: RunManifest) -> dict[CellKey, Budget | None]:
+CellBudget = Budget | str | None
+"""Of a cell: a number; the label of the method whose own it is given; None for a method that is given none."""
+
+
+def cells_of(manifest: RunManifest) -> dict[CellKey, CellBudget]:
     """Read the budget of every cell of the spec. Raises PolicyError for one that is none."""
-    budgets: dict[str, Budget | None] = {str(budget): budget for budget in map(Budget.parse, manifest.spec.budgets)}
+    budgets: dict[str, CellBudget] = {}
+    for text in manifest.spec.budgets:
+        own = text.removeprefix(AS) if text.startswith(AS) else Budget.parse(text)
+        budgets[text if isinstance(own, str) else str(own)] = own
+    none: dict[bool, dict[str, CellBudget]] = {False: {FULL: None}, True: {OWN: None}}
+    choosing = choosing_of(manifest)
     return {
-        (method.label, text): budget
+        (method.label, READ + text if budget and method.label in choosing else text): budget
         for method in manifest.spec.methods
-        for text, budget in (budgets if method.budgeted else {"full": None}).items()
+        for text, budget in (budgets if method.budgeted else none[method.own]).items()
     }
+
+
+def choosing_of(manifest: RunManifest) -> frozenset[str]:
+    """Labels of the methods that choose for each decoded token what it reads of their cache."""
+    known = _registry()
+    named = ((method.label, known.get(method.name)) for method in manifest.spec.methods)
+    return frozenset(label for label, entry in named if entry is not None and entry.policy.reads_a_part)
 
 
 def least_of(manifest: RunManifest) -> dict[str, float]:

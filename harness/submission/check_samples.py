@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from harness.records.record import CellKey, Record, RunManifest
+from harness.submission.check_manifest import CellBudget
 from methods.budget import Budget
 from tasks import load_tasks
 
@@ -27,7 +28,7 @@ class _Seen:
 class Samples:
     """Takes the records of a run one by one; `cells` is what every sample has to have."""
 
-    def __init__(self, manifest: RunManifest, cells: Mapping[CellKey, Budget | None]) -> None:
+    def __init__(self, manifest: RunManifest, cells: Mapping[CellKey, CellBudget]) -> None:
         self.manifest, self.cells = manifest, cells
         self.wanted = manifest.samples * len(cells)
         self._tasks = {task.name: task.provenance for task in manifest.spec.tasks}
@@ -86,9 +87,10 @@ class Samples:
         """Say which cells are out of memory although the same method kept more of the same prompt, and ran."""
         for (task, sample), seen in self._seen.items():
             most: dict[str, int] = {}
-            for method, text in seen.ok if seen.oom else ():
+            ok, oom = ([c for c in some if not isinstance(self.cells[c], str)] for some in (seen.ok, seen.oom))
+            for method, text in ok if oom else ():
                 most[method] = max(most.get(method, 0), _slots(self.cells[method, text], seen))
-            for method, text in seen.oom:
+            for method, text in oom:
                 if most.get(method, 0) > _slots(self.cells[method, text], seen):
                     yield f"{task} sample {sample[:60]}: {method} is out of memory at {text}, and ran at more"
 
@@ -129,9 +131,9 @@ class Samples:
             yield f"{count} samples of {name}, the limit is {spec.limit}"
 
 
-def _slots(budget: Budget | None, seen: _Seen) -> int:
+def _slots(budget: CellBudget, seen: _Seen) -> int:
     tokens = seen.cache[0] if seen.cache else 0
-    return tokens if budget is None else budget.resolve(tokens)
+    return budget.resolve(tokens) if isinstance(budget, Budget) else tokens
 
 
 def _prompt(record: Record) -> str:

@@ -32,7 +32,7 @@ from harness.records.record import Record, RunManifest
 from harness.records.spec import SCHEMA_VERSION
 from harness.submission.archive import MANIFEST, RECORDS, RECORDS_AT_MOST, Pack, open_pack
 from harness.submission.check_bytes import Budgets
-from harness.submission.check_manifest import cells_of, least_of, manifest_problems
+from harness.submission.check_manifest import cells_of, choosing_of, least_of, manifest_problems
 from harness.submission.check_samples import Samples
 from harness.submission.check_scores import Decode, likelihood_problems, no_score, score_problems, token_problems
 from harness.submission.verdict import Check, Verification
@@ -115,7 +115,7 @@ class _Records:
         self.again: Again | None = None
         cells = cells_of(manifest)
         self.tasks, self.samples = load_tasks(), Samples(manifest, cells)
-        self.budgets = Budgets(cells, least_of(manifest))
+        self.budgets = Budgets(cells, least_of(manifest), choosing_of(manifest))
         names = ("records", "complete", "budgets", "scores", "likelihood")
         self.own, self.whole, self.bytes, self.scores, self.likelihood = map(found.check, names)
         self.tokens = found.check("tokens") if decode is not None else None

@@ -1,4 +1,6 @@
-"""The charts of a page: score against bytes and TPOT, and by budget, with intervals and their values as tables.
+"""The charts of a page: score against bytes stored, bytes read and TPOT, and by budget, with intervals.
+
+Their values stand beside them as tables.
 
 Drawn by matplotlib, without a script: they are there without one, print well, and their text cannot become markup.
 """
@@ -19,6 +21,7 @@ from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
+from leaderboards.stats.reads import READ, is_read
 from leaderboards.stats.stored import STORED, percent_column
 from leaderboards.stats.stored import words as words_of
 from leaderboards.tables.picture import LINES, MARKERS, plain_text
@@ -72,6 +75,9 @@ class Cost(NamedTuple):
 
 BYTES = Cost("Score against cache bytes", "kv_percent_of_full", "KV bytes, % of the full cache (measured)", "KV %")
 TPOT = Cost("Score against time per token", "tpot_s_mean", "TPOT, ms (measured)", "TPOT ms", 1000, "front_tpot")
+READING = Cost(
+    "Score against bytes read per decoded token", READ, "bytes read per decoded token, % of the full cache", "read %"
+)
 SCORE_COLUMNS = ("score", "low", "high")
 
 
@@ -90,7 +96,7 @@ def methods_of(table: Table) -> list[str]:
 
 
 def charts(table: Table, *, salt: str) -> ChartList | None:
-    """Score against bytes, score by budget, and score against TPOT where something was measured; None without scores.
+    """Score against bytes, against bytes read and TPOT where those were measured, and by budget; None without scores.
 
     salt: begins the ids of these charts on the page.
     """
@@ -98,10 +104,10 @@ def charts(table: Table, *, salt: str) -> ChartList | None:
     if not any(row["budget"] != FULL for row in scored):
         return None
     with plain_text(RC):
-        found = [
-            _against(table, scored, bytes_cost(table), salt=f"{salt}-bytes"),
-            _by_budget(table, scored, salt=f"{salt}-budget"),
-        ]
+        found = [_against(table, scored, bytes_cost(table), salt=f"{salt}-bytes")]
+        if is_read(table.rows):
+            found.append(_against(table, scored, READING, salt=f"{salt}-read"))
+        found.append(_by_budget(table, scored, salt=f"{salt}-budget"))
         if is_measured(table.rows) and any(row["n_measured"] for row in scored):
             timed = [row for row in scored if row["n_measured"]]
             found.append(_against(table, timed, TPOT, salt=f"{salt}-tpot"))
@@ -192,12 +198,14 @@ def _series(axes: Axes, i: int, rows: Sequence[TableRow], x: Sequence[float], *,
 
 
 def words(row: TableRow) -> str:
-    """A cell in words: method, budget, score with its interval, share of the bytes, and TPOT where measured."""
+    """A cell in words: method, budget, score with its interval, share of the bytes, bytes read and TPOT if measured."""
     mean, low, high = _score(row)
     spread = "" if low == "-" else f" ({low} to {high})"
     timed = row.get("tpot_s_mean", math.nan)
     what, column = ("stored", STORED) if STORED in row else ("KV", BYTES.column)
     kept = f"{what} {number(row[column])} %"
+    read = row.get(READ, math.nan)
+    kept += "" if math.isnan(read) else f", reads {number(read)} %"
     tpot = "" if math.isnan(timed) else f", TPOT {1000 * timed:.2f} ms"
     method, budget = _key(row)
     return f"{method} at {budget}: score {mean}{spread}, {kept}{tpot}"

@@ -4,7 +4,7 @@ And the memory boundary: the folders of `harness boundary` beside the runs, as p
 """
 
 from collections.abc import Iterable, Sequence
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from leaderboards.pages.heats import heat_groups
 from leaderboards.pages.svg import adopted
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.comparable import FULL
+from leaderboards.stats.stored import held_or_read
 from leaderboards.tables import boundary
 from leaderboards.tables.board import heading
 from leaderboards.tables.closed import closed_parts
@@ -89,10 +90,10 @@ def _best(means: Sequence[tuple[float, str]], *, named: bool) -> str:
 
 
 def _share(rows: Sequence[TableRow], budget: str) -> str:
-    """The most bytes that a cell of this budget took."""
-    shares = [row.get("stored_percent_of_full", row["kv_percent_of_full"]) for row in rows if row["budget"] == budget]
-    known = [share for share in shares if not isnan(share)]
-    return f", {number(max(known))} % of bytes" if known else ""
+    """The most bytes that a cell of this budget took, or read."""
+    shares = [held_or_read(row) for row in rows if row["budget"] == budget]
+    most, what = max((own for own in shares if not isnan(own[0])), default=(nan, ""))
+    return f", {number(most)} % {what}" if what else ""
 
 
 def find_searches(roots: Iterable[Path]) -> list[Search]:

@@ -9,6 +9,7 @@ from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.observing import is_observed
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import is_ranked
+from leaderboards.stats.reads import READ, is_read
 from leaderboards.stats.worst import is_known
 from leaderboards.tables.verdicts import most_nll, nll_text, score_text
 from leaderboards.text import MIB, clean, number, rank_text
@@ -109,6 +110,7 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
     there = {
         "Rank": ranked,
         **dict.fromkeys(("Stored %", "Stored MiB"), any("stored_bytes_mean" in frame for frame in frames)),
+        **dict.fromkeys(("Read %", "Read MiB"), any(map(is_read, frames))),
         "Observe ms": any(map(is_observed, frames)),
         **dict.fromkeys(("TPOT ms", "Peak MiB"), measured),
         **dict.fromkeys(("Broken %", "NLL worst 10%"), tailed),
@@ -124,6 +126,8 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
         Column("KV MiB", "num", more=True),
         Column("Stored %", "num"),
         Column("Stored MiB", "num", more=True),
+        Column("Read %", "num"),
+        Column("Read MiB", "num", more=True),
         Column("Observe ms", "num agg"),
         Column("TPOT ms", "num agg"),
         Column("Peak MiB", "num agg", more=True),
@@ -144,7 +148,8 @@ def _columns(tables: Sequence[Table]) -> list[Column]:
 
 def _cells(table: Table, row: TableRow, *, most: int) -> dict[str, Shown]:
     """What a row shows below every column that there may be. most: samples that have an NLL at its budget."""
-    mib, stored = row["kv_bytes_mean"] / MIB, row.get("stored_bytes_mean", math.nan) / MIB
+    mib = row["kv_bytes_mean"] / MIB
+    stored, read = (row.get(f"{what}_bytes_mean", math.nan) / MIB for what in ("stored", "read"))
     low, high = row.get("rank_low", math.nan), row.get("rank_high", math.nan)
     plain = {
         "Budget": row["budget"],
@@ -161,6 +166,8 @@ def _cells(table: Table, row: TableRow, *, most: int) -> dict[str, Shown]:
         "KV MiB": _number(mib, digits=1 if mib >= 100 else 3),
         "Stored %": _number(row.get("stored_percent_of_full", math.nan)),
         "Stored MiB": _number(stored, digits=1 if stored >= 100 else 3),
+        "Read %": _number(row.get(READ, math.nan)),
+        "Read MiB": _number(read, digits=1 if read >= 100 else 3),
         "Observe ms": _number(row.get("observe_ms_median", math.nan)),
         "TPOT ms": _number(1000 * row.get("tpot_s_mean", math.nan), digits=2),
         "Peak MiB": _number(row.get("peak_bytes_mean", math.nan) / MIB),

@@ -48,6 +48,7 @@ from leaderboards.stats.observing import observe_columns
 from leaderboards.stats.pareto import FRONTS, fronts
 from leaderboards.stats.processors import Elsewhere, elsewhere
 from leaderboards.stats.ranks import Ranking, rank_columns
+from leaderboards.stats.reads import read_columns
 from leaderboards.stats.stored import stored_columns
 from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import summarise
@@ -159,9 +160,9 @@ def _table(
     order = sorted(grid.cells, key=lambda c: (budget_order(c[1]), -np.nan_to_num(means[c], nan=-1), c[0]))
     ranked, ranking = rank_columns(grid)
     tailed, timed = tail_columns(grid), _measured(grid, told=not ranking.eligible["score"].why)
-    observing, stored = observe_columns(grid), stored_columns(grid)
+    observing, stored, read = observe_columns(grid), stored_columns(grid), read_columns(grid)
     marks = _marks(grid, ranked)
-    costs = {c: stored[c] | observing[c] for c in order}
+    costs = {c: stored[c] | read[c] | observing[c] for c in order}
     more = {c: {**costs[c], "mark": marks.get(c, ""), **timed[c], **ranked[c], **tailed[c]} for c in order}
     rows = pd.DataFrame([_flagged({**asdict(axes), **_row(grid, c, used), **more[c]}, grid, c) for c in order])
     rows.attrs = {"seed": seed, "resamples": resamples, "level": LEVEL}

@@ -27,7 +27,7 @@ import pandas as pd
 
 from harness.records.record import OVER, CellKey
 from leaderboards.stats.bootstrap import LEVEL, Mask, percentiles
-from leaderboards.stats.comparable import budget_order
+from leaderboards.stats.comparable import budget_order, is_of_reading
 from leaderboards.stats.eligible import CONTEXTS, REFERENCE
 from leaderboards.stats.floors import ALL, FLOORS, Kept, families, kept_shares
 from leaderboards.stats.grid import Grid
@@ -78,7 +78,8 @@ def state_of(low: float, high: float, floor: float) -> str:
 
 
 def _rows(grid: Grid, family: str, where: Mask) -> Iterator[dict[str, Any]]:
-    cells = sorted(set(grid.cells) - {REFERENCE}, key=lambda cell: (cell[0], budget_order(cell[1])))
+    held = {cell for cell in grid.cells if not is_of_reading(cell[1])}
+    cells = sorted(held - {REFERENCE}, key=lambda cell: (cell[0], budget_order(cell[1])))
     whole = [cell for cell in cells if not np.isnan(grid.values(cell, "score")[where]).any()]
     kept = kept_shares(grid, whole, where)
     if kept is None:

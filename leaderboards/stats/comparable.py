@@ -23,7 +23,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import Key, Record, RunManifest
+from harness.records.record import READ, Key, Record, RunManifest
 from harness.records.spec import TaskSpec
 from leaderboards.stats.machines import listed, processor
 
@@ -164,8 +164,15 @@ def _seconds(when: str) -> float:
         return -math.inf
 
 
+def is_of_reading(budget: str) -> bool:
+    """Whether it says how much of a cache is read and not how much is held: nothing such is ranked by what it holds."""
+    return budget.startswith(READ)
+
+
 def budget_order(budget: str) -> tuple[int, float, str]:
-    """Sort key: without a budget first, then tokens, then fractions."""
+    """Sort key: without a budget first, then tokens, then fractions; those of what is read behind all."""
+    if is_of_reading(budget):
+        return (4, budget_order(budget.removeprefix(READ))[1], budget)
     try:
         size = float(budget)
     except ValueError:

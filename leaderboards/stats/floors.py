@@ -18,7 +18,7 @@ import pandas as pd
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import MIN_PAIRS, Array, Mask, Request, percentiles
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import FULL, is_of_reading
 from leaderboards.stats.eligible import LOWEST, REFERENCE
 from leaderboards.stats.grid import Grid
 from leaderboards.stats.stored import is_stored, share
@@ -127,10 +127,10 @@ def _shares(means: Array) -> Array:
 
 
 def _curves(grid: Grid) -> dict[str, list[CellKey]]:
-    """The cells of each method that have a budget."""
+    """The cells of each method that have a budget of what they hold."""
     found = defaultdict[str, list[CellKey]](list)
     for cell in grid.cells:
-        if cell[1] != FULL:
+        if cell[1] != FULL and not is_of_reading(cell[1]):
             found[cell[0]].append(cell)
     return found
 

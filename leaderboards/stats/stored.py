@@ -4,6 +4,7 @@ Old records know live bytes alone. A table with one of them goes by live bytes t
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import Array
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import FULL, is_of_reading
 from leaderboards.stats.grid import Grid
 
 STORED = "stored_percent_of_full"
@@ -50,6 +51,13 @@ def share(part: Array, whole: Array) -> float:
 def percent_column(rows: pd.DataFrame) -> str:
     """Name the column of a table's bytes in percent of the full cache: stored ones where it has them."""
     return STORED if STORED in rows else "kv_percent_of_full"
+
+
+def held_or_read(row: Mapping[Any, Any]) -> tuple[float, str]:
+    """Say what a row costs in percent of the full cache, and in words what that is: what its budget is of."""
+    if is_of_reading(row["budget"]):
+        return row.get("read_percent_of_full", math.nan), "read for a token"
+    return row.get(STORED, row["kv_percent_of_full"]), "of bytes"
 
 
 def words(rows: pd.DataFrame) -> str:

@@ -16,6 +16,7 @@ from harness.records.record import Key, RunManifest
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.pareto import is_measured
 from leaderboards.stats.ranks import SUFFIXES, Ranking, is_ranked
+from leaderboards.stats.reads import READ
 from leaderboards.tables.closed import closed_parts
 from leaderboards.tables.files import write_files
 from leaderboards.tables.legend import how_to_read
@@ -165,6 +166,7 @@ def _main_row(row: TableRow, baselines: Mapping[str, str | None], *, ranked: boo
         "KV MiB": number(mib, digits=1 if mib >= 100 else 3),
         "KV %": number(row["kv_percent_of_full"]),
         **(_stored_cells(row) if "stored_bytes_mean" in row else {}),
+        **({"read %": number(row[READ])} if READ in row else {}),
         **({"observe ms": number(row["observe_ms_median"])} if "observe_n" in row else {}),
         "score": f"{score_text(row)} {row['mark']}".strip(),
     }

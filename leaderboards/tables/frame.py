@@ -141,4 +141,6 @@ def _counts(rows: pd.DataFrame) -> dict[str, Any]:
     held = {"kv_bytes": float(rows.loc[ok, "kv_bytes"].mean()), "kept_share": float(share.mean())} if ok.any() else {}
     if ok.any() and (rows.loc[ok, "stored_bytes"] > 0).all():
         held["stored_bytes"] = float(rows.loc[ok, "stored_bytes"].mean())
+    if ok.any() and rows.loc[ok, "read_bytes"].notna().all():
+        held["read_bytes"] = float(rows.loc[ok, "read_bytes"].mean())
     return {"samples": int(ok.sum()), "samples_without_score": int((~ok).sum()), **held}

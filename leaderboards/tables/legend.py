@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from leaderboards.stats import observing, pareto, ranks, summaries, worst
+from leaderboards.stats import observing, pareto, ranks, reads, summaries, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
 from leaderboards.stats.eligible import CONTEXTS, LOWEST
@@ -42,6 +42,11 @@ STORED = (
     "KV are live bytes: slots that hold a token, with their positions. stored: all that is allocated for them, right "
     "after compression; pictures and the front go by it, and so does the budget: b, more than 1 % over the bytes asked "
     "for, and l, more than 1 % under them, so that equal budgets are equal stored bytes or a row is marked.",
+)
+READING = (
+    "read: bytes of keys and values, or of the codes stored in their place, that attention reads for one decoded token "
+    "right after compression, in % of the uncompressed cache; positions are not read. Mean over the decoded tokens "
+    "where a method chooses slots for each of them. -: from before it was measured.",
 )
 OBSERVING = (
     "observe ms: prefill with what the method observes less a plain prefill of the same prompt in the same process, "
@@ -135,6 +140,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         "KV: bytes measured right after compression, mean over samples in MiB, and in % of the uncompressed cache."
         + (f" {states / MIB:.2f} MiB of it are states of layers without keys and values." if states else ""),
         *(STORED if any("stored_bytes_mean" in frame for frame in rows) else ()),
+        *(READING if any(map(reads.is_read, rows)) else ()),
         *(OBSERVING if any(map(observing.is_observed, rows)) else ()),
         "n: samples scored. first token: whether the first answer token was predicted from the compressed cache, or by "
         "the uncompressed prefill.",

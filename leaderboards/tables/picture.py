@@ -1,5 +1,7 @@
 """One picture of a board: score and answer loss against measured cache bytes, a line per method, with intervals.
 
+Where it was measured, a second row: the same against the bytes that a decoded token reads.
+
 A hollow marker is a mean over other samples than those beside it; it is on no front.
 
 A table with measured cells has the Pareto fronts too, and a panel of score against TPOT.
@@ -9,6 +11,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +25,7 @@ from harness.records.run_folder import write_text
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.comparable import FULL
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
+from leaderboards.stats.reads import READ, is_read
 from leaderboards.stats.stored import percent_column, words
 from leaderboards.tables.board import heading
 from leaderboards.tables.sections import LACKS
@@ -50,6 +54,8 @@ class Panel(NamedTuple):
 SCORE = Panel("score_points", "score (0-100), higher is better")
 PANELS = (SCORE, Panel("nll_nats", "answer NLL (nats/token), lower is better"))
 TPOT = SCORE._replace(x="tpot_s_mean", xlabel="TPOT, ms (measured)", scale=1000, front="front_tpot", full_line=False)
+READING = "bytes read per decoded token, % of the full cache (measured)"
+READ_PANELS = tuple(panel._replace(x=READ, xlabel=READING) for panel in PANELS)
 MEASURED_PANELS = (SCORE._replace(front="front_bytes"), *PANELS[1:], TPOT)
 
 
@@ -62,14 +68,14 @@ def write_picture(tables: list[Table], out_dir: Path, name: str) -> Path:
         raise HarnessError("there is no table to draw; run a benchmark first")
     table = tables[0]
     panels = [_of_bytes(panel, table.rows) for panel in (MEASURED_PANELS if is_measured(table.rows) else PANELS)]
+    grid = [panels, READ_PANELS] if is_read(table.rows) else [panels]
     text = io.StringIO()
     with plain_text({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
+        figure = Figure(figsize=(5.5 * len(panels), 4.6 * len(grid)), layout="constrained")
         figure.suptitle(heading(table), fontsize=10)
-        for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            _draw(axes, table.rows, panel)
-            axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-            axes.grid(alpha=0.3)
+        for row, of in zip(figure.subplots(len(grid), len(panels), squeeze=False), grid, strict=True):
+            for axes, panel in zip_longest(row, of):
+                _panel(axes, table.rows, panel)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False)
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -98,6 +104,16 @@ def _of_bytes(panel: Panel, rows: pd.DataFrame) -> Panel:
     if panel.x != SCORE.x:
         return panel
     return panel._replace(x=percent_column(rows), xlabel=f"{words(rows)}, % of the full cache (measured)")
+
+
+def _panel(axes: Axes, rows: pd.DataFrame, panel: Panel | None) -> None:
+    """Draw one panel, or none where there is nothing to draw."""
+    if panel is None:
+        axes.set_axis_off()
+        return
+    _draw(axes, rows, panel)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    axes.grid(alpha=0.3)
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, panel: Panel) -> None:

@@ -17,9 +17,9 @@ import pandas as pd
 
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import FULL, is_of_reading
 from leaderboards.stats.processors import Elsewhere
-from leaderboards.stats.stored import percent_column
+from leaderboards.stats.stored import held_or_read, percent_column
 from leaderboards.text import MIB, clean, half_width, interval, number
 
 NAMED = 4
@@ -104,7 +104,7 @@ def tightest_and_widest(table: Table) -> list[str]:
 
     Differences to the uncompressed cache are the table's own paired ones, with their intervals.
     """
-    limited = table.rows[table.rows["budget"] != FULL]
+    limited = table.rows[[budget != FULL and not is_of_reading(budget) for budget in table.rows["budget"]]]
     kept = limited.groupby("budget", sort=False)[percent_column(limited)].mean().dropna()
     if not len(kept):
         return []
@@ -212,10 +212,12 @@ def _tied(marked: Sequence[TableRow], others: int) -> Words:
 
 def _cost(rows: Sequence[TableRow]) -> str:
     """What these cells take, from the least to the most: measured bytes, and the time per token where there is one."""
-    kept = _range([row.get("stored_percent_of_full", row["kv_percent_of_full"]) for row in rows], digits=1)
+    kept = _range([held_or_read(row)[0] for row in rows], digits=1)
+    reading = any(is_of_reading(row["budget"]) for row in rows)
     mib = _range([row.get("stored_bytes_mean", row["kv_bytes_mean"]) / MIB for row in rows], digits=2)
     tpot = _range([1000 * row.get("tpot_s_mean", math.nan) for row in rows], digits=1)
-    parts = [f"{kept} % of the full cache, {mib} MiB" if kept else "", f"{tpot} ms per token" if tpot else ""]
+    what = "of the full cache read for a token, all of it held," if reading else "of the full cache,"
+    parts = [f"{kept} % {what} {mib} MiB" if kept else "", f"{tpot} ms per token" if tpot else ""]
     return ", ".join(filter(None, parts))
 
 

@@ -21,9 +21,9 @@ from typing import Literal
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
+from methods.artefact import read_tensors
 from methods.base import PolicyError
 from methods.budget import quoted
 from methods.compilerkv.manifest import (
@@ -195,7 +195,7 @@ def load_tables(folder: str | Path) -> Tables:
 
 @lru_cache(maxsize=8)
 def _load(folder: Path, stamps: tuple[int, ...]) -> Tables:
-    text, data = (read_plain(folder / name, remedy="compile the tables again") for name in (MANIFEST, TENSORS))
+    text = read_plain(folder / MANIFEST, remedy="compile the tables again")
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -204,15 +204,7 @@ def _load(folder: Path, stamps: tuple[int, ...]) -> Tables:
     if manifest.kind == "simulated":
         where = f"{quoted(str(folder))} ({quoted(manifest.source)})"
         raise PolicyError(f"simulated tables are refused: {where}; compile them from a model's roll-outs")
-    digest, stated = hashlib.sha256(data).hexdigest(), manifest.tensors_sha256
-    where = quoted(str(folder / TENSORS))
-    if digest != stated:
-        what = f"its sha256 is {digest[:12]}..., the manifest says {stated[:12] or 'none'}..."
-        raise PolicyError(f"{where} is damaged or not this manifest's: {what}; compile the tables again")
-    try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise PolicyError(f"{where} is damaged: {quoted(str(error))}; compile the tables again") from None
+    tensors = read_tensors(folder / TENSORS, manifest.tensors_sha256, remedy="compile the tables again")
     _check(manifest, tensors, str(folder))
     return Tables(manifest, **tensors)
 

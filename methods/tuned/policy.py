@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView
+from methods.base import KV, Kind, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, StepView
 from methods.plain_files import place_of
 from methods.registry import make_policy
 from methods.tuned.artefact import CHOSEN, Tuning, load_tuning, packaged
@@ -79,8 +79,8 @@ class Tuned(KVPolicy):
         return self.inner or make_policy(self.method)
 
     @property
-    def budgeted(self) -> bool:
-        return self._known.budgeted
+    def kind(self) -> Kind:
+        return self._known.kind
 
     @property
     def evicts_while_decoding(self) -> bool:

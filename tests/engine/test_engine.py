@@ -18,6 +18,7 @@ from harness.errors import HarnessError
 from harness.models.load import LoadedModel
 from harness.records.record import Record
 from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs, PromptView
+from methods.coded import CodedPolicy
 from methods.registry import load_methods, make_policy
 from methods.snapkv import SnapKV
 
@@ -30,6 +31,7 @@ LABELS = [
     for name, entry in load_methods().items()
     if entry.policy.__module__.startswith("methods.")
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
+    if name != "q8_0"  # heads of the tiny model fill no block of it
 ]
 MODES = [("compressed", "aware"), ("prefill", "aware"), ("compressed", "agnostic")]
 every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
@@ -37,7 +39,7 @@ every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(copy.deepcopy(tiny.model))
+    return AttachedModel(copy.deepcopy(tiny.model), tiny.wording)
 
 
 def make_prompt(tokens: int, limits: Limits = NO_END, seed: int = 0) -> Prompt:
@@ -254,7 +256,8 @@ def test_a_cell_alone_computes_what_it_computes_in_company(
             more = together.kv_bytes_end - together.kv_bytes - fed * LAYERS * HEADS * SLOT
             slots = -(-more // SLOT)  # a last token that was kept gives its position up
             again = (first_token, query) == ("compressed", "aware")  # a last token that was not kept comes back
-            assert 0 <= slots <= again * LAYERS * HEADS
+            coded = isinstance(asked.policy, CodedPolicy)  # what comes later, too
+            assert (coded or slots >= 0) and slots <= again * LAYERS * HEADS
             assert slots == 0 or not getattr(asked.policy, "recent", 0)
 
 

@@ -17,6 +17,7 @@ from harness.engine.layer_cache import INDEX_BYTES
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits
 from harness.models.load import LoadedModel
+from methods.coded import CodedPolicy
 from methods.registry import load_methods
 from methods.views import Form
 from tests.engine.naive import naive, ragged
@@ -26,7 +27,9 @@ HEADS, GROUP, DIM, TOKENS = 1, 2, 16, 45
 KERNEL = ragged_rows.ragged_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a card is no fake
 NAMES = [
-    name for name, entry in load_methods().items() if entry.policy.__module__.startswith("methods.") and name != "quant"
+    name
+    for name, entry in load_methods().items()
+    if entry.policy.__module__.startswith("methods.") and not issubclass(entry.policy, CodedPolicy)
 ]
 
 
@@ -114,7 +117,7 @@ def test_the_name_of_a_gpu_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cells_of_every_method_are_those_of_the_cpu(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, names: list[Any], kernel: Callable[..., Tensor], new: int
 ) -> None:
-    cpu, card = (Engine(AttachedModel(copy.deepcopy(tiny.model).to(place))) for place in ("cpu", DEVICE))
+    cpu, card = (Engine(AttachedModel(copy.deepcopy(tiny.model).to(place), tiny.wording)) for place in ("cpu", DEVICE))
     asked = make_prompt(30, Limits(new, frozenset()))
     cells = [cell(own, 8) for own in (*names, Ragged())]
     wanted, calls = ok(cpu.run(asked, cells)), list[int]()

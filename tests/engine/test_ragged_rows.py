@@ -132,3 +132,48 @@ def test_side_data_counts() -> None:
     bare = RaggedRows([KV(kv.keys, kv.values, kv.positions)], position=TOKENS, room=1)
     kv.extra["scales"] = torch.zeros(5, dtype=torch.float16)
     assert RaggedRows([kv], position=TOKENS, room=1).stored_bytes(0) == bare.stored_bytes(0) + 10
+
+
+@DISCARDED
+@pytest.mark.parametrize("room", [None, 30])
+def test_tokens_become_codes_when_those_of_growing_rows_do(monkeypatch: pytest.MonkeyPatch, room: int | None) -> None:
+    """Rows of three kinds of codes and a plain one, heads of other sizes; rewound once, and fewer from a step on."""
+    monkeypatch.setattr(ragged_rows, "ragged_attention", ragged_attention)
+    kvs = [drawn(50, seed=i).take(holes(own, 50, i)) for i, own in enumerate([(40, 50), (0, 33), (9, 50)])]
+    kvs = [each_tensor(lambda x: x.to(DEVICE), kv) for kv in kvs]
+    kinds = [MinMax(bits, group, residual=residual) for bits, group, residual in ((8, 8, 3), (4, 4, 9), (2, 16, 1))]
+    rows = [*(encode(kv, kind) for kv, kind in zip(kvs, kinds, strict=True)), kvs[1], encode(kvs[1], kinds[0])]
+    growing, ragged = (kind(rows, position=50, room=room) for kind in (GrowingRows, RaggedRows))
+    alone = {row: RaggedRows([rows[row]], position=50, room=room) for row in range(len(rows))}
+    assert ragged.single_step and not ragged.replays
+    at = list(range(len(rows)))
+    draw = torch.Generator().manual_seed(0)
+    for step in range(28):
+        if step == 9:
+            marks = growing.mark(), ragged.mark(), {row: cache.mark() for row, cache in alone.items()}
+            bytes_then = [ragged.nbytes(row) for row in range(5)]
+        if step == 14:
+            growing.rewind(marks[0])
+            ragged.rewind(marks[1])
+            for row, cache in alone.items():
+                cache.rewind(marks[2][row])
+            assert [ragged.nbytes(row) for row in range(5)] == bytes_then
+        if step == 20:
+            at = [0, 2, 3]
+            growing.keep(at)
+            ragged.keep(at)
+        feed = [torch.randn(len(at), heads, 1, 8, generator=draw).to(DEVICE) for heads in (4, 2, 2)]
+        outs = []
+        for cache in (growing, ragged):
+            cache.append(*feed[1:])
+            outs += [cache.attend(feed[0], Form(0.3))] if step % 3 == 2 else []  # the interpreter is slow
+        if outs:
+            torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+        for number, row in enumerate(at):
+            alone[row].append(*(x[number : number + 1] for x in feed[1:]))
+            assert growing.nbytes(number) == ragged.nbytes(number) == alone[row].nbytes(0)
+            assert ragged.stored[number] == alone[row].stored[0] == alone[row].stored_bytes(0)
+    held = [ragged.keys, ragged.values, ragged.starts, ragged.lengths]
+    held += [x for own in (*ragged.coded, *ragged.later.values()) for x in (*own.tensors, own.index)]
+    assert sum(ragged.stored) == storage_bytes([*held, *(x for x in ragged.positions if x is not None)])
+    assert len(ragged.later) == 3

@@ -150,8 +150,9 @@ def test_heads_of_any_counts_compute_what_padded_and_masked_rows_compute(
 ) -> None:
     kvs = ragged(counts)
     cache = GrowingRows(kvs, position=256, room=sum(chunks) + 5)
+    mark = cache.mark()
     ask(cache, *fresh(len(kvs), 5), window=window)
-    cache.rewind(cache.position - 5)
+    cache.rewind(mark)
     rows = [row for row in range(len(kvs)) if row != dropped] or [0]
     fed: list[tuple[Tensor, Tensor, Tensor]] = []
     for i, size in enumerate(chunks):
@@ -169,14 +170,17 @@ def test_ragged_heads_come_back_to_where_they_were_and_lose_only_dropped_rows() 
     cache = GrowingRows(ragged([[3, 90], [90, 3], [17, 17], [3, 60]]), position=256, room=4)
     feeds = [fresh(4, 1) for _ in range(3)]
     ask(cache, *feeds[0])
+    mark = cache.mark()
     before = [ask(cache, *feed) for feed in feeds[1:]]
     sizes = [cache.nbytes(row) for row in range(4)]
-    cache.rewind(cache.position - 2)
+    cache.rewind(mark)
     assert cache.position == 257
+    mark = cache.mark()
     assert all(torch.equal(ask(cache, *feed), out) for feed, out in zip(feeds[1:], before, strict=True))
     for kept, left in (([1, 2, 3], [1, 2, 3]), ([0, 2], [1, 3]), ([1], [3])):
-        cache.rewind(cache.position - 2)
+        cache.rewind(mark)
         cache.keep(kept)
+        mark = cache.mark()
         after = [ask(cache, *(x[left] for x in feed)) for feed in feeds[1:]]
         assert all(torch.equal(out, whole[left]) for out, whole in zip(after, before, strict=True))
         assert [cache.nbytes(i) for i in range(len(left))] == [sizes[row] for row in left]

@@ -18,7 +18,7 @@ from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.models.load import LoadedModel
 from methods.base import Budget
 from methods.registry import make_policy
-from tests.methods.test_contract import LABELS
+from tests.engine.test_engine import LABELS
 
 TOKENS, BUDGET, NEW = 300, 64, 64
 IDS: list[int] = torch.randint(5, 260, (TOKENS,), generator=torch.Generator().manual_seed(7)).tolist()

@@ -16,6 +16,7 @@ from harness.engine.types import Limits, NextTurn, Prompt
 from harness.models.load import LoadedModel
 from harness.records.record import OVER
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, PromptView
+from methods.coded import CodedPolicy
 from methods.registry import make_policy
 from methods.window import pooled
 from tests.engine.test_engine import (
@@ -51,7 +52,7 @@ AGAIN = [
     if make_policy(label).budgeted
     and not make_policy(label).evicts_while_decoding
     and label not in CANNOT
-    and not label.startswith("quant")
+    and not isinstance(make_policy(label), CodedPolicy)
 ]
 every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
 
@@ -158,7 +159,9 @@ def test_every_method_is_compressed_again_or_says_why_not(model: AttachedModel) 
         assert not any("asked" in said for said in own.notes), label
         if label in AGAIN:  # its last turn came on top of the budget
             assert own.kv_bytes_end <= own.asked_bytes + (4 + own.turn_tokens[-1]) * LAYERS * HEADS * SLOT, label
-    assert skipped == CANNOT | {label for label in LABELS if label.startswith("quant") and make_policy(label).budgeted}
+    policies = {label: make_policy(label) for label in LABELS}
+    coded = {label for label, own in policies.items() if isinstance(own, CodedPolicy) and own.budgeted}
+    assert skipped == CANNOT | coded
 
 
 def compressed(model: AttachedModel, policy: KVPolicy, budget: int = BUDGET) -> tuple[Compressed, list[Noted]]:

@@ -13,6 +13,7 @@ from harness.compiler.asked import TRIALS
 from harness.compiler.tune import parameter_space
 from harness.contract import check_method, make_view
 from methods.base import Budget, KVPolicy, Needs, PolicyError, best, spread
+from methods.coded import CodedPolicy
 from methods.registry import METHODS, load_methods, make_policy, method
 from methods.window import PooledPolicy
 from tests.methods.loops import GOLDEN
@@ -27,7 +28,6 @@ BY_DESIGN = {
     "compilerkv": ("a_whole_prompt_is_kept",),  # a gate drops tokens at any budget
     "finch": ("keys_are_the_prompts",),
     "h2o@paper": ("a_whole_prompt_is_kept",),  # its sums cost slots
-    "quant": ("values_are_the_prompts", "keys_are_the_prompts"),
     "rkv": ("a_whole_prompt_is_kept",),  # so do its scores
     "streamingllm@paper": ("keys_are_the_prompts",),
     "streamingllm@reassign": ("keys_are_the_prompts",),
@@ -37,8 +37,9 @@ BY_DESIGN = {
 @pytest.mark.parametrize("label", LABELS)
 def test_the_contract(label: str) -> None:
     name = label.partition("@")[0]
-    check_method(label, without=BY_DESIGN.get(label, BY_DESIGN.get(name, ())))
     entry = METHODS[name]
+    coded = ("values_are_the_prompts", "keys_are_the_prompts") if issubclass(entry.policy, CodedPolicy) else ()
+    check_method(label, without=BY_DESIGN.get(label, BY_DESIGN.get(name, coded)))
     assert entry.paper.startswith("https://arxiv.org/abs/") or entry.paper == "control, no paper"
     assert name in {entry.policy.__module__.split(".")[i] for i in (1, -1)}
 

@@ -6,6 +6,7 @@ import torch
 from harness.contract import HEADS, LAYERS, PLAIN, make_view
 from methods.base import KV, EvictionPolicy, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
+from methods.coded import CodedPolicy
 from methods.protect import PRESETS
 from methods.random import RandomEviction
 from methods.registry import load_methods, make_policy
@@ -13,8 +14,9 @@ from methods.tuned.artefact import load_tuning, packaged
 
 TOKENS, MARKED = 90, (0, 1, 30, 31, 32, 33, 34, 60)
 BUDGETS = (9, 12, 24, 40)
+CODED = sorted(name for name, entry in load_methods().items() if issubclass(entry.policy, CodedPolicy))
 REFUSED = {
-    **{"fullkv": "evicts nothing", "quant": "evicts nothing"},
+    **dict.fromkeys(["fullkv", *CODED], "evicts nothing"),
     **{"protect": "protects already", "rkv": "evicts while decoding", "finch": "moves the keys"},
 }
 AROUND = sorted({*load_methods()} - {*REFUSED})

@@ -1,6 +1,7 @@
 """What `harness new-method` writes passes at once; bad names write nothing; a broken clause is named."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 
 from harness.contract import CLAUSES, BrokenContract, check_method
 from harness.errors import HarnessError
+from harness.new_method.kinds import KINDS
 from harness.new_method.write import new_method
 from methods.base import KV, LayerPolicy, LayerView
+from methods.catalogue import catalogue
 from methods.registry import METHODS, Method
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,19 +43,46 @@ def test_a_checkout_gets_a_method_its_test_and_a_line(checkout: Path) -> None:
     assert [path.read_text() for path in written] == texts
 
 
-def test_a_package_passes_its_tests_and_the_linters(tmp_path: Path) -> None:
-    root = tmp_path / "kv-two-words"
-    names = ("pyproject.toml", "README.md", "kv_two_words.py", "tests/test_two_words.py")
-    assert new_method("two_words", where=tmp_path) == [root / name for name in names]
-    info = root / "kv_two_words-0.1.0.dist-info"  # as installed
+DECORATORS = "@(method|dataclass|property|classmethod|pytest)"
+
+
+def installed(where: Path, kind: str) -> Path:
+    """The package of a method of that kind, as if it were installed."""
+    name, root = f"two_{kind}", where / f"kv-two-{kind}"
+    names = ("pyproject.toml", "README.md", f"kv_{name}.py", f"tests/test_{name}.py")
+    assert new_method(name, where=where, kind=kind) == [root / file for file in names]
+    assert not [file for file in names[2:] if "@" in re.sub(DECORATORS, "", (root / file).read_text())]
+    info = root / f"kv_{name}-0.1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-two-words\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[kv_policy_harness.methods]\ntwo_words = kv_two_words\n")
-    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    for command in ("pytest -q tests", "ruff check .", "ruff format --check ."):  # finds the method by its entry point
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kv-two-{kind}\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(f"[kv_policy_harness.methods]\n{name} = kv_{name}\n")
+    return root
+
+
+def test_packages_of_all_kinds_pass_their_tests_and_the_linters(tmp_path: Path) -> None:
+    roots = [installed(tmp_path, kind) for kind in KINDS]
+    paths = os.pathsep.join(map(str, [*roots, ROOT]))
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # methods are found by their entry points
+    tests = " ".join(str(root / "tests") for root in roots)
+    for command in (f"pytest -q {tests}", "ruff check .", "ruff format --check ."):
         called = [sys.executable, "-m", *command.split()]
-        done = subprocess.run(called, cwd=root, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(called, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkout_can_tell_of_a_method_without_importing_it(checkout: Path, kind: str) -> None:
+    new_method("made_up", where=checkout, kind=kind)
+    found = catalogue(checkout / "methods")
+    assert found.whole and found.entries["made_up"].summary.endswith(".")
+    assert KINDS[kind].what in (checkout / "CHANGELOG.md").read_text()
+
+
+def test_an_unknown_kind_writes_nothing(checkout: Path) -> None:
+    before = sorted(checkout.rglob("*"))
+    with pytest.raises(HarnessError, match=r"'magic' is no kind of a method; give one of score, layers, pooled"):
+        new_method("made_up", where=checkout, kind="magic")
+    assert sorted(checkout.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def ready() -> ServerReady:
 
 @pytest.fixture(scope="session")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(copy.deepcopy(tiny.model))
+    return AttachedModel(copy.deepcopy(tiny.model), tiny.wording)
 
 
 def ids(tokens: int = 90, seed: int = 3) -> list[int]:

@@ -26,6 +26,7 @@ POLICIES: dict[str, KVPolicy] = {
     for name, entry in load_methods().items()
     if entry.policy.__module__.startswith("methods.")
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
+    if name != "q8_0"  # heads of the tiny model fill no block of it
 } | {"form": FormPolicy(Form(window=8, kernel=5), SHARES), "global": FormPolicy(Form(window=8, basis="global"))}
 every_policy = pytest.mark.parametrize("label", POLICIES)
 CHUNKED = [(label, chunk) for label in POLICIES for chunk in ((7,) if "@" in label else (None, 7, 64, 89))]

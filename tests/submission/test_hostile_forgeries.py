@@ -109,6 +109,23 @@ def bytes_are_an_eighth(run: Forged) -> None:
 
 
 @forgery("none")
+def less_is_read_than_is_kept(run: Forged) -> None:
+    for line in run.of("snapkv"):
+        line["read_bytes"] //= 2
+
+
+@forgery("none")
+def more_is_read_than_is_there(run: Forged) -> None:
+    run.of("snapkv")[0]["read_bytes"] *= 2
+
+
+@forgery("none")
+def the_full_cache_is_read_by_half(run: Forged) -> None:
+    for line in run.of("fullkv"):
+        line["read_bytes"] //= 2
+
+
+@forgery("none")
 def the_full_cache_takes_half(run: Forged) -> None:
     for line in run.of("fullkv"):
         line.update({name: line[name] // 2 for name in ("kv_bytes", "stored_bytes")})
@@ -323,7 +340,7 @@ def slots_and_bytes_of_an_eighth(run: Forged) -> None:
     for line in run.lines:
         if line["budget"] != "full":
             line["kept_slots"] = [count // 8 for count in line["kept_slots"]]
-            line.update({name: line[name] // 8 for name in ("kv_bytes", "stored_bytes")})
+            line.update({name: line[name] // 8 for name in ("kv_bytes", "stored_bytes", "read_bytes")})
 
 
 @forgery("rescore")
