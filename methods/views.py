@@ -121,13 +121,15 @@ class LayerSource:
     """Where a layer's keys and values came from.
 
     model: the whole model. module: the layer's attention. hidden: [B, T, E], what went into it.
-    rope: cosines and sines of the prompt's positions, [B, T, D] each, or None for a model without.
+    rope: cosines and sines of the prompt's positions, [B, T, D] each, or None for a model without. ids: [B, T], its
+    tokens.
     """
 
     model: torch.nn.Module
     module: torch.nn.Module
     hidden: Tensor
     rope: tuple[Tensor, Tensor] | None
+    ids: Tensor | None = None
 
     def then(self, more: LayerSource) -> LayerSource:
         """Of these tokens and those that came to the same layer after them."""
@@ -135,7 +137,8 @@ class LayerSource:
         if self.rope is not None and more.rope is not None:
             cos, sin = (torch.cat(own, dim=1) for own in zip(self.rope, more.rope, strict=True))
             rope = (cos, sin)
-        return LayerSource(self.model, self.module, torch.cat([self.hidden, more.hidden], dim=1), rope)
+        ids = None if self.ids is None or more.ids is None else torch.cat([self.ids, more.ids], dim=1)
+        return LayerSource(self.model, self.module, torch.cat([self.hidden, more.hidden], dim=1), rope, ids)
 
 
 @dataclass

@@ -7,15 +7,25 @@ import json
 import os
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from harness.compiler.gradient import Descent
 from harness.errors import HarnessError
 from harness.records.atomic_files import append, cut, whole_lines, write_text
 
 ROLLOUTS, IDENTITY = "rollouts.jsonl", "compile.json"
+
+
+class Estimate(Protocol):
+    """What is found step by step. state: what `at` goes on from, tensors, numbers and lists."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def at(self, state: dict[str, Any]) -> Self: ...
+
+
+Kind = TypeVar("Kind", bound=Estimate)
 
 
 class SavedState:
@@ -45,14 +55,14 @@ class SavedState:
         append(self.folder / ROLLOUTS, f"{line}\n".encode())
         self.found[stage, prompt] = values
 
-    def keep(self, name: str, descent: Descent) -> None:
+    def keep(self, name: str, descent: Estimate) -> None:
         """Store the state of an estimate in one step."""
         path = self.folder / f"{name}.state"
         part = path.with_suffix(".part")
         torch.save(descent.state(), part)
         os.replace(part, path)
 
-    def restore(self, name: str, fresh: Descent) -> Descent:
+    def restore(self, name: str, fresh: Kind) -> Kind:
         """Return the estimate as it was kept last, or `fresh`. Raises HarnessError when it cannot be read."""
         path = self.folder / f"{name}.state"
         if not path.is_file():

@@ -102,7 +102,7 @@ def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
     With the strides of a longer prompt `linear` would copy the head's whole weight (half precision on a CPU).
     """
     hidden, *rest = given
-    return hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *rest
+    return hidden.reshape(-1, hidden.shape[-1]).contiguous().view(hidden.shape), *rest
 
 
 class AttachedModel:
@@ -250,17 +250,21 @@ class AttachedModel:
         and sines.
         """
         found: list[LayerSource] = []
+        tokens: list[Tensor] = []  # of the forward that is under way
 
         def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rope = kwargs.get("position_embeddings")
             if "hidden_states" not in kwargs or isinstance(rope, Tensor):  # Llama-4's is one of complex numbers
                 raise HarnessError(f"{type(module).__name__} hides its hidden states; run methods that need none")
-            own = LayerSource(self.model, module, kwargs["hidden_states"], rope)
+            own = LayerSource(self.model, module, kwargs["hidden_states"], rope, tokens[-1] if tokens else None)
             at = next(calls) % self.layers
             found[at:] = [own] if at == len(found) else [found[at].then(own), *found[at + 1 :]]
 
         calls, modules = count(), dict.fromkeys(self.attention) if wanted else []  # a module may serve many layers
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+        if wanted:
+            table = self.model.get_input_embeddings()
+            hooks.append(table.register_forward_pre_hook(lambda _, given: tokens.append(given[0])))
         try:
             yield found
         finally:

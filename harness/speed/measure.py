@@ -19,6 +19,7 @@ from harness.engine.compress import Compressed
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
 from harness.records.measured import Measured, ProbeSpec, Spread
+from harness.records.record import READ
 from harness.speed import memory_limit
 from harness.speed.copies import copied
 from harness.speed.dims import check_layers
@@ -89,13 +90,13 @@ def measure(
 
 
 def _budget(policy: KVPolicy, spec: ProbeSpec) -> int | None:
-    """Slots per layer and KV head, None for a policy that keeps everything."""
+    """Slots per layer and KV head, None for a policy that is given none."""
     if not policy.budgeted:
         return None
     if spec.budget is None:
         raise HarnessError(f"method {spec.method} needs a budget; give tokens (128) or a fraction (0.25)")
     try:
-        return Budget.parse(spec.budget).resolve(spec.tokens)
+        return Budget.parse(spec.budget.removeprefix(READ)).resolve(spec.tokens)
     except PolicyError as error:
         raise HarnessError(str(error)) from None
 

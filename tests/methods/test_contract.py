@@ -23,6 +23,7 @@ LABELS = [
     for name, entry in load_methods().items()
     if entry.policy.__module__.startswith("methods.")
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
+    if label != "recalkv@paper"  # which runs the prompt through a model again
 ]
 BY_DESIGN = {
     "compilerkv": ("a_whole_prompt_is_kept",),  # a gate drops tokens at any budget
