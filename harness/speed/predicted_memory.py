@@ -103,7 +103,8 @@ def predict(
     """Predict the peak bytes above the model of a probe under `policy`, as the head of this module says.
 
     config: the model's text config. dtype_bytes: of a weight and of a number of the cache. budget: slots per layer and
-    KV head; None for a policy that keeps everything. cuda: whether it runs on a GPU.
+    KV head; None for a policy that is given none: one that finds its own may keep everything. cuda: whether it runs on
+    a GPU.
     """
     dims, tokens = Dims.of(config, dtype_bytes), spec.tokens
     slots = tokens if budget is None else min(budget, tokens)
@@ -112,7 +113,7 @@ def predict(
     coding = policy.coding if isinstance(policy, CodedPolicy) else None
     if isinstance(policy, CodedPolicy) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
-    all_, one = budget is None and not coding, cuda and coding is None and not policy.evicts_while_decoding
+    all_, one = policy.kind == "whole" and not coding, cuda and coding is None and not policy.evicts_while_decoding
     times = (spec.batch, spec.new_tokens, spec.chunk)
     shape = ProbeShape(policy.needs, alone, all_, tokens, slots, *times, coding, cuda=cuda, one_buffer=one)
     return max(prefill(dims, shape), batching(dims, shape), decoding(dims, shape))
