@@ -51,6 +51,7 @@ from leaderboards.stats.pareto import FRONTS, fronts
 from leaderboards.stats.processors import Elsewhere, elsewhere
 from leaderboards.stats.ranks import Ranking, rank_columns
 from leaderboards.stats.reads import read_columns
+from leaderboards.stats.relay import relayed
 from leaderboards.stats.stored import stored_columns
 from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import summarise
@@ -80,7 +81,7 @@ class Table:
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
     runs; one of each is used, see `comparable.one_per_key`, which says `differing` too. elsewhere: the same sweep on
     other processors. changes: of the environment, since a run began, and how many records have each. floors, closed,
-    visible, lengths, pairs: as the modules of these names make them.
+    visible, lengths, pairs, relay: as the modules of these names make them.
     """
 
     axes: Axes
@@ -102,6 +103,7 @@ class Table:
     visible: pd.DataFrame = field(default_factory=pd.DataFrame)
     lengths: pd.DataFrame = field(default_factory=pd.DataFrame)
     pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    relay: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 TableRow = Mapping[Any, Any]
@@ -177,7 +179,8 @@ def _table(
     made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others, differing)
     seen, decoded = visible(grid, ranking), lengths(grid, order)
     changes = tuple(sorted(Counter(change for r in chosen for change in r.environment_changes).items()))
-    return Table(*made, changes, floors(grid), closed(grid), seen, decoded, pairs(grid))
+    last = (floors(grid), closed(grid), seen, decoded, pairs(grid), relayed(grid, order))
+    return Table(*made, changes, *last)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

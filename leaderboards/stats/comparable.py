@@ -206,6 +206,7 @@ def settings_of(manifests: Sequence[RunManifest], *, timed: bool = True) -> dict
     for m in manifests:
         fixed = {name: str(getattr(m.spec, name)) for name in ("max_tokens", "max_new_tokens", "nll_tokens")}
         places = {"measured on": m.spec.measured_on} if timed and m.spec.measured_on is not None else {}
+        places |= {"answered by": f"{m.spec.answered_by.name} {m.spec.answered_map[:12]}"} if m.spec.answered_by else {}
         protocols = {f"{task.name} protocol": task.protocol for task in m.spec.tasks}
         runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols, **places}
     seen = {pair for values in runs.values() for pair in values.items()}

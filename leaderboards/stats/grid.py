@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import HarnessError
-from harness.records.board_record import BoardRecord, Decoded, board_records
+from harness.records.board_record import BoardRecord, Decoded, Sent, board_records
 from harness.records.board_record import needle_percent as needle_percent
 from harness.records.record import CellKey, Memory, Record
 from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate, Mask
@@ -18,6 +18,9 @@ MEASURED = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
 """What `Record.measured` adds; of seconds the median."""
 DECODED = Decoded._fields
 """What is known of long answers."""
+SENT = Sent._fields
+"""What is known of caches that were sent."""
+PARTS = {"timed": MEASURED, "decoded": DECODED, "relayed": SENT}
 Wanted = tuple[CellKey, str, CellKey | None]
 """An estimate: of a cell, of what, and which cell is subtracted."""
 
@@ -64,14 +67,14 @@ class Grid:
         self._estimates: dict[Wanted, Estimate] = {}
 
     def values(self, cell: CellKey, what: str) -> Array:
-        """[S]: `score` or `metrics.NAME` (0-100), `needle` (% still cached), a number, of `MEASURED` or `DECODED`.
+        """[S]: `score` or `metrics.NAME` (0-100), `needle` (% still cached), a number, or one of `PARTS`.
 
         NaN where the cell is not ok. Raises HarnessError when an ok record has no score.
         """
         if (cell, what) not in self._values:
             read: Callable[[Any], float | None] = _reader(what)
             own = [r if r is not None and r.status == "ok" else None for r in self.cells[cell]]
-            part = "timed" if what in MEASURED else "decoded" if what in DECODED else None
+            part = next((part for part, names in PARTS.items() if what in names), None)
             rows = own if part is None else [None if r is None else getattr(r, part) for r in own]
             self._values[cell, what] = np.array([None if r is None else read(r) for r in rows], dtype=np.float64)
         return self._values[cell, what]

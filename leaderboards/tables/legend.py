@@ -97,6 +97,14 @@ LONG = (
     "%, right %: steps right before the first error, and in all. end MiB: stored after the last token. cost / fullkv: "
     "bytes x steps, what is stored at each token summed over all, as a ratio like the length.",
 )
+RELAY = (
+    "relay: another process answers from the cache that it is sent, and from nothing else of the context. sent MiB: "
+    "the message, its description included; text MiB: the context as UTF-8. first s: from the sender's cache to the "
+    "first token: sent over a pipe of one machine, read, and asked the question (each in the CSV); text first s: of "
+    "the same process reading context and question as text. Medians. The sender's own prefill is in neither.",
+    "link MiB/s: on a faster link the cache brings the first token before the text does; - where on none. control: "
+    "messages of zeros, of those tried, that gave another answer.",
+)
 SUMMARIES = (
     "averages by protocol: 0-100, mean ± half of its interval. (13 of 16): the mean of the 13 tasks there are, of 16 "
     "that belong to it; (n 180/200): of 180 samples, of 200 that are expected of every method at that budget. Such "
@@ -163,6 +171,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         *(VISIBLE if any(len(table.visible) for table in tables) else ()),
         *(CLOSED if any(len(table.closed) for table in tables) else ()),
         *(LONG if any(len(table.lengths) for table in tables) else ()),
+        *(RELAY if any(len(table.relay) for table in tables) else ()),
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
         *(RIVALS if any(len(table.rivals) for table in tables) else ()),

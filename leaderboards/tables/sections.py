@@ -46,6 +46,9 @@ def sections(table: Table) -> dict[str, pd.DataFrame]:
         fewer = {(row["budget"], row["method"]) for row in table.lengths.to_dict("records") if row["n"] < most}
         own = table.lengths.to_dict("records")
         found["Long outputs"] = pd.DataFrame([keyed(row, fewer) | _length_texts(row) for row in own])
+    if len(table.relay):
+        own = table.relay.to_dict("records")
+        found["Relay"] = pd.DataFrame([keyed(row, lacking) | _relay_texts(row) for row in own])
     if worst.is_known(table.rows):
         every = table.rows.to_dict("records")
         found["Tail failures"] = pd.DataFrame([keyed(row, lacking) | _tail_texts(row) for row in every])
@@ -138,6 +141,19 @@ def _length_texts(row: TableRow) -> dict[str, str]:
         "right %": number(row["right"]),
         "end MiB": number(row["stored_bytes_end"] / MIB, digits=2),
         "cost / fullkv": estimate(row, "cost", digits=2),
+        "n": str(row["n"]),
+    }
+
+
+def _relay_texts(row: TableRow) -> dict[str, str]:
+    return {
+        "score": number(row["score_points_mean"]),
+        "sent MiB": number(row["sent_bytes_mean"] / MIB, digits=3),
+        "text MiB": number(row["text_bytes_mean"] / MIB, digits=3),
+        "first s": number(row["cache_s_median"], digits=3),
+        "text first s": number(row["text_s_median"], digits=3),
+        "link MiB/s": number(row["link_bytes_per_s"] / MIB),
+        "control": f"{row['depends_n']} of {row['control_n']}" if row["control_n"] else "-",
         "n": str(row["n"]),
     }
 

@@ -21,6 +21,7 @@ from harness.plan.sweep import (
     contexts,
     plan_budgets,
     plan_cells,
+    plan_names,
     plan_samples,
     run_spec,
 )
@@ -210,7 +211,17 @@ def test_a_task_for_hidden_questions_is_not_run_with_shown_ones() -> None:
     hidden = ("multiquery/niah",)
     assert [task.name for task in plan_tasks(sweep(tasks=hidden, query="agnostic"))] == [*hidden]
     with pytest.raises(HarnessError, match="niah is made for --query agnostic, this run is aware; change one"):
-        plan_tasks(sweep(tasks=hidden))
+        plan_tasks(sweep(tasks=hidden, query="aware"))
+
+
+def test_the_query_mode_is_the_tasks_own_where_none_is_asked_for_and_all_agree() -> None:
+    hidden, shown = ("multiquery/niah", "relay/needle"), ("stdlib/next_line",)
+    assert plan_names(sweep(tasks=hidden)).sweep == sweep(tasks=hidden, query="agnostic")
+    assert plan_names(sweep(tasks=shown)).sweep.query == "aware"
+    with pytest.raises(HarnessError, match="multiquery/niah is made for --query agnostic, this run is aware"):
+        plan_names(sweep(tasks=(*shown, *hidden)))
+    with pytest.raises(HarnessError, match="--measure with --query agnostic"):
+        plan_names(sweep(tasks=hidden, measure=True))
 
 
 def test_neighbours_with_one_context_are_prefilled_together(tiny: LoadedModel) -> None:
