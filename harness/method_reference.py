@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from harness.contract import make_view
-from methods.base import KV, KVPolicy, Needs
+from methods.base import KV, KVPolicy, Needs, PolicyError
+from methods.budget import BudgetTooSmall
 from methods.codes import MinMaxCodes
 from methods.registry import Method, load_methods, make_policy
 from methods.slotwise import SlotCodes
@@ -128,7 +129,10 @@ def by_form(texts: Mapping[str, str]) -> str:
 
 def slot_bytes(policy: KVPolicy) -> str:
     """Return the bytes of a live slot, measured on random prompts: a formula, or where none holds, the mean."""
-    kvs = _compressed(policy, BUDGETS[-1])
+    try:
+        kvs = _compressed(policy, BUDGETS[-1])
+    except PolicyError:  # it runs a model, and here is none
+        return "as many as without the preset"
     side = _side(kvs[0])
     sizes = {unit: sum(size for size, own in side.values() if own == unit) for unit in ("a slot", "a head")}
     counted = (_live(kvs) * (kvs[0].slot_bytes + sizes["a slot"])) + _heads(kvs) * sizes["a head"]
@@ -170,7 +174,10 @@ def _side(kv: KV) -> dict[str, tuple[float, str]]:
 def _means(policy: KVPolicy) -> Iterator[str]:
     """The mean bytes of a live slot at each budget."""
     for budget in BUDGETS:
-        kvs = _compressed(policy, budget)
+        try:
+            kvs = _compressed(policy, budget)
+        except BudgetTooSmall:
+            continue
         slots = f"budget {budget} ({_live(kvs) / _heads(kvs):.0f} slots)" if policy.budgeted else f"{budget} tokens"
         yield f"{sum(kv.nbytes for kv in kvs) / _live(kvs):.1f} at {slots}"
 

@@ -12,7 +12,7 @@ from harness.records.board_record import BoardRecord, Decoded, Sent, board_recor
 from harness.records.board_record import needle_percent as needle_percent
 from harness.records.record import CellKey, Memory, Record
 from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate, Mask
-from leaderboards.stats.comparable import FULL, STATUSES
+from leaderboards.stats.comparable import NOT_GIVEN, STATUSES
 
 MEASURED = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
 """What `Record.measured` adds; of seconds the median."""
@@ -99,9 +99,9 @@ class Grid:
         return Counter({status: np.count_nonzero(states == code) for code, status in enumerate(STATUSES)})
 
     def expected(self, budget: str) -> Mask:
-        """[S]: samples that some cell of this budget did not skip; of any budget for cells without one."""
+        """[S]: samples that some cell of this budget did not skip; of any budget for cells that are given none."""
         if budget not in self._expected:
-            states = [own for cell, own in self._states.items() if budget in (cell[1], FULL)]
+            states = [own for cell, own in self._states.items() if budget == cell[1] or budget in NOT_GIVEN]
             skipped = STATUSES.index("skipped")
             self._expected[budget] = np.any([(own >= 0) & (own != skipped) for own in states], axis=0)
         return self._expected[budget]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from harness.records.spec import OWN
 from leaderboards.stats import observing, pareto, ranks, reads, summaries, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
@@ -75,6 +76,12 @@ VISIBLE = (
     f"by the spread of this table's own pairs, pooled. alone: one comparison at {1 - LEVEL:.0%}, two-sided, not "
     "corrected; in the joint test: at the limit by which all pairs of a table that ranks are told apart. A family is "
     "the mean over its tasks that may rank.",
+)
+PAIRED = (
+    "own: the budget of a method that finds in each prompt how much it keeps. Its row has no rank; its place in the "
+    "pictures is the mean of its bytes. =METHOD: the budget of others run at what that one kept: of each prompt the "
+    "least one whose bytes are no fewer. Baselines of its row are taken there. Δ: that method less the other one, on "
+    f"the samples both have, with its {LEVEL:.0%} interval; not corrected for the number of comparisons.",
 )
 CLOSED = (
     "closed division: rows whose share of fullkv's score is told to be no less than the floor, by the lower end of its "
@@ -160,6 +167,7 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         *(RANKS if ranked else ()),
         *(OTHERS if any((frame["best_other"] != "").any() for frame in rows) else ()),
         *(SMALLEST if any(len(table.floors) for table in tables) else ()),
+        *(PAIRED if any((frame["budget"] == OWN).any() for frame in rows) else ()),
         *(VISIBLE if any(len(table.visible) for table in tables) else ()),
         *(CLOSED if any(len(table.closed) for table in tables) else ()),
         *(LONG if any(len(table.lengths) for table in tables) else ()),

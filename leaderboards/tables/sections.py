@@ -7,7 +7,7 @@ import pandas as pd
 
 from leaderboards.stats import ranks, worst
 from leaderboards.stats.aggregate import Table, TableRow
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import NOT_GIVEN
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
 from leaderboards.tables.verdicts import has_other_samples
 from leaderboards.tables.visible import TITLE, visible_frame
@@ -18,6 +18,7 @@ FLAGS |= {"few": "w", "unknown": "u", "other_samples": "x", "timed_on_fewer": "t
 """Flag of a row to its letter."""
 LACKS = " (lacks samples)"
 """What marks a method beside others that have samples which it lacks."""
+PAIRS = "Methods of their own budget against others at what they kept"
 RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 """Measure to its words in a title and its decimals."""
 
@@ -31,7 +32,9 @@ def sections(table: Table) -> dict[str, pd.DataFrame]:
     found = {**rival_frames(table.rivals), "Score by task": task_frame(table)}
     if len(table.visible):
         found[TITLE] = visible_frame(table.visible)
-    limited = table.rows[table.rows["budget"] != FULL]
+    if len(table.pairs):
+        found[PAIRS] = pd.DataFrame([_pair_texts(row) for row in table.pairs.to_dict("records")])
+    limited = table.rows[~table.rows["budget"].isin(NOT_GIVEN)]
     if (ranked := ranks.is_ranked(table.rows)) or (limited["best_other"] != "").any():
         found["Ranks and best others" if ranked else "Best others"] = pd.DataFrame(
             [keyed(row, lacking) | _rank_texts(row, ranked=ranked) for row in limited.to_dict("records")]
@@ -114,6 +117,20 @@ def _floor_text(row: TableRow) -> str:
 
     ends = "" if math.isnan(row["low"]) else f" [{told(row['low'])}, {told(row['high'])}]"
     return told(row["percent"]) + ends
+
+
+def _pair_texts(row: TableRow) -> dict[str, str]:
+    return {
+        "method": clean(row["method"]),
+        "against": clean(row["rival"]),
+        "kept %": number(row["kept_percent"]),
+        "its %": number(row["rival_percent"]),
+        "score": number(row["score_points_own"]),
+        "its score": number(row["score_points_rival"]),
+        "Δ score": estimate(row, "score_points_vs_rival", sign="+"),
+        "ΔNLL": estimate(row, "nll_nats_vs_rival", digits=3, sign="+"),
+        "n": str(row["n"]),
+    }
 
 
 def _length_texts(row: TableRow) -> dict[str, str]:
