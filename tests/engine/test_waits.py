@@ -19,6 +19,7 @@ from harness.engine.decode import Decoding
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.wording import Request, Wording
+from methods.artefact import CompiledPolicy
 from methods.base import KVPolicy, LayerView, Needs, PolicyError
 from methods.coded import CodedPolicy
 from methods.registry import load_methods, make_policy
@@ -30,6 +31,7 @@ LABELS = [
     for name, entry in load_methods().items()
     if entry.policy.__module__.startswith("methods.")
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
+    if label != "recalkv@paper"  # which runs the prompt through a model again
 ]
 READINGS = 2  # what layers doubt, and what they hold
 MORE = {
@@ -43,6 +45,7 @@ MORE = {
     "compilerkv": 1,  # tables lie on the host; so do those of `snapkv@compiled` and `headkv`
     "headkv": 1,
     "kvzip": 1,  # the shares of heads, of all layers
+    "kvzap": 1,
     "snapkv@compiled": 1,
     "compilerkv@published": 6,  # four of tables, the prompt's risk, the slots of all layers
 }
@@ -111,7 +114,8 @@ def prompt(layers: int) -> Prefilled:
 
 @cache
 def policy_of(label: str) -> KVPolicy:
-    return make_policy(label).for_model("of no tables")
+    policy = make_policy(label)
+    return policy if isinstance(policy, CompiledPolicy) else policy.for_model("of no tables")  # which has no constants
 
 
 def left(label: str, layers: int) -> Compressed:
