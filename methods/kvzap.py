@@ -100,6 +100,6 @@ class KVzap(CompiledPolicy):
 
 @lru_cache(maxsize=8)
 def _placed(policy: KVzap, made: str, device: torch.device) -> dict[str, Tensor]:
-    """A probe's constants on a device, float32: they go there once, or every prompt would wait. made: which they are."""
+    """A probe's constants on a device, float32: they go there once, so that no prompt waits. made: which they are."""
     constants = policy.constants()
     return {name: constants[name].to(device, torch.float32) for name in names(policy.probe)}

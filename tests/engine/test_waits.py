@@ -47,6 +47,7 @@ MORE = {
     "kvzip": 1,  # the shares of heads, of all layers
     "kvzap": 1,
     "snapkv@compiled": 1,
+    "recalkv@paper": 1,  # the mask of its pass
     "compilerkv@published": 6,  # four of tables, the prompt's risk, the slots of all layers
 }
 A_LAYER = {"adakv": 1, "criticaladakv": 1, "expected_attention@paper": 1}
@@ -115,7 +116,7 @@ def prompt(layers: int) -> Prefilled:
 @cache
 def policy_of(label: str) -> KVPolicy:
     policy = make_policy(label)
-    return policy if isinstance(policy, CompiledPolicy) else policy.for_model("of no tables")  # which has no constants
+    return policy if isinstance(policy, CompiledPolicy) else policy.for_model("of no tables")
 
 
 def left(label: str, layers: int) -> Compressed:
