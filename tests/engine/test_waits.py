@@ -31,7 +31,6 @@ LABELS = [
     for name, entry in load_methods().items()
     if entry.policy.__module__.startswith("methods.")
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
-    if label != "recalkv@paper"  # which runs the prompt through a model again
 ]
 READINGS = 2  # what layers doubt, and what they hold
 MORE = {
