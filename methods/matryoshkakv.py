@@ -141,7 +141,7 @@ class MatryoshkaKV(CompiledPolicy):
 
     @property
     def method_bytes(self) -> int:
-        own = sum(x.nbytes for name, x in self.constants().items() if name.startswith(self.bases))
+        own = sum(x.nbytes for name, x in self.constants().items() if name.startswith((self.bases, "order")))
         return own + (0 if self.inner is None else self.inner.method_bytes)
 
     def check(self, view: PromptView) -> None:
@@ -151,6 +151,8 @@ class MatryoshkaKV(CompiledPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         bases, first = self._fitting(view), view.layers[0].kv
+        if budget >= view.tokens:
+            return [_whole(layer) for layer in view.layers]
         kept, heads = [layer.kv for layer in view.layers], first.keys.shape[1]
         live = [[view.tokens] * heads] * len(kept)
         if self.inner is not None:
@@ -167,6 +169,8 @@ class MatryoshkaKV(CompiledPolicy):
         bases = _bases(self)
         if self.inner is not None or bases is None:
             return None  # ranks are those of the slots of all layers
+        if budget >= sizes.tokens:
+            return [_whole] * sizes.layers
         live = [sizes.tokens] * sizes.kv_heads
 
         @cache
@@ -222,8 +226,6 @@ class MatryoshkaKV(CompiledPolicy):
         levels: Sequence[Sequence[Sequence[int]]],
     ) -> KV:
         """The slots of a layer, the `at`-th of those that policies see, each head at its levels."""
-        if min(own for kind in levels for layers in kind for own in layers) == LEVELS:
-            return KV(kv.keys.clone(), kv.values.clone(), kv.positions.clone())
         own = [
             self._coding(bases, at, head, ranks, kv.keys.device)
             for head, ranks in enumerate(zip(levels[0][at], levels[1][at], strict=True))
@@ -242,6 +244,10 @@ class MatryoshkaKV(CompiledPolicy):
         return found
 
 
+def _whole(layer: LayerView) -> KV:
+    return KV(layer.kv.keys.clone(), layer.kv.values.clone(), layer.kv.positions.clone())
+
+
 _CODINGS: WeakValueDictionary[Any, LowRank] = WeakValueDictionary()
 """Those in use: latents of one coding are rebuilt together, and none outlives its rows."""
 
@@ -256,7 +262,7 @@ def _bases(policy: MatryoshkaKV) -> Bases | None:
         raise PolicyError(f"{quoted(policy.compiled)} has no {kind} bases; compile it with steps, or take @pca")
     keys, values = (orthonormal(found[f"{kind}_{name}"]) for name in ("keys", "values"))
     means = found[f"{kind}_key_mean"].float(), found[f"{kind}_value_mean"].float()
-    return Bases((keys, values), means, found[f"{kind}_order"].tolist())
+    return Bases((keys, values), means, found["order"].tolist())
 
 
 @lru_cache(maxsize=8)

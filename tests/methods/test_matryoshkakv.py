@@ -37,8 +37,7 @@ def constants(*, kinds: tuple[str, ...] = ("trained", "pca")) -> dict[str, Tenso
             square = torch.randn(LAYERS, HEADS, DIM, DIM, generator=draw)
             found[f"{kind}_{name}s"] = torch.linalg.qr(square).Q.half()
             found[f"{kind}_{name}_mean"] = torch.randn(LAYERS, HEADS, DIM, generator=draw)
-        found[f"{kind}_order"] = order.to(torch.int16)
-    return found
+    return {**found, "order": order.to(torch.int16)}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +60,7 @@ def rebuilt(x: Tensor, kind: str, name: str, layer: int, head: int, rank: int) -
 
 def fewest(asked: int, live: list[list[int]], residual: int, positions: bool) -> list[int]:
     """Levels of all items after the fewest falls that fit, by counting every head's bytes anew each time."""
-    levels, order = [LEVELS] * ITEMS, constants()["pca_order"].tolist()
+    levels, order = [LEVELS] * ITEMS, constants()["order"].tolist()
     for fallen in [None, *order]:
         if fallen is not None:
             levels[fallen] -= 1
@@ -193,7 +192,7 @@ def test_decoded_tokens_are_cut_too(tiny: LoadedModel, monkeypatch: pytest.Monke
         f"trained_{name}s": torch.linalg.qr(torch.randn(4, 2, 16, 16, generator=draw)).Q for name in ("key", "value")
     }
     own |= {f"trained_{name}_mean": torch.zeros(4, 2, 16) for name in ("key", "value")}
-    monkeypatch.setattr(MatryoshkaKV, "constants", lambda self: {**own, "trained_order": torch.arange(16).repeat(7)})
+    monkeypatch.setattr(MatryoshkaKV, "constants", lambda self: {**own, "order": torch.arange(16).repeat(7)})
     matryoshkakv._bases.cache_clear()
     ids = torch.randint(5, 260, (60,), generator=draw).tolist()
     cell = Cell(make_policy("matryoshkakv"), Budget(fraction=0.5))
