@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harness.contract import make_view
-from methods.base import KV, KVPolicy, Needs
+from methods.base import KV, KVPolicy, Needs, PolicyError
 from methods.codes import MinMaxCodes
 from methods.registry import Method, load_methods, make_policy
 from methods.slotwise import SlotCodes
@@ -128,7 +128,10 @@ def by_form(texts: Mapping[str, str]) -> str:
 
 def slot_bytes(policy: KVPolicy) -> str:
     """Return the bytes of a live slot, measured on random prompts: a formula, or where none holds, the mean."""
-    kvs = _compressed(policy, BUDGETS[-1])
+    try:
+        kvs = _compressed(policy, BUDGETS[-1])
+    except PolicyError:  # it runs a model, and here is none
+        return "as many as without the preset"
     side = _side(kvs[0])
     sizes = {unit: sum(size for size, own in side.values() if own == unit) for unit in ("a slot", "a head")}
     counted = (_live(kvs) * (kvs[0].slot_bytes + sizes["a slot"])) + _heads(kvs) * sizes["a head"]

@@ -19,6 +19,7 @@ from harness.engine.decode import Decoding
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.models.wording import Request, Wording
+from methods.artefact import CompiledPolicy
 from methods.base import KVPolicy, LayerView, Needs, PolicyError
 from methods.coded import CodedPolicy
 from methods.registry import load_methods, make_policy
@@ -44,6 +45,7 @@ MORE = {
     "headkv": 1,
     "kvzip": 1,  # the shares of heads, of all layers
     "snapkv@compiled": 1,
+    "recalkv@paper": 1,  # the mask of its pass
     "compilerkv@published": 6,  # four of tables, the prompt's risk, the slots of all layers
 }
 A_LAYER = {"adakv": 1, "criticaladakv": 1, "expected_attention@paper": 1}
@@ -111,7 +113,8 @@ def prompt(layers: int) -> Prefilled:
 
 @cache
 def policy_of(label: str) -> KVPolicy:
-    return make_policy(label).for_model("of no tables")
+    policy = make_policy(label)
+    return policy if isinstance(policy, CompiledPolicy) else policy.for_model("of no tables")
 
 
 def left(label: str, layers: int) -> Compressed:
