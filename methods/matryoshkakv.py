@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from methods.artefact import CompiledPolicy
+from methods.artefact import CompiledPolicy, Constants
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least, at_most
 from methods.budget import BudgetTooSmall, quoted
 from methods.device import read
@@ -53,7 +53,8 @@ def rank_of(level: int, dim: int) -> int:
     return max(1, level * dim // LEVELS)
 
 
-class Bases(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Bases:
     """Columns [L, H, D*, D*] and means [L, H, D*] of keys and of values; items in the order in which ranks fall.
 
     An item is a place in [2, L, H], flat: keys or values, layer, head. It falls `LEVELS` - 1 times.
@@ -233,7 +234,7 @@ class MatryoshkaKV(CompiledPolicy):
         return encode(kv, own, live, layer.refuse)
 
     def _coding(self, bases: Bases, at: int, head: int, levels: tuple[int, int], device: torch.device) -> LowRank:
-        kind = (self, bases.shape, at, head, levels, device)
+        kind = (bases, self.residual, at, head, levels, device)
         found = _CODINGS.get(kind)
         if found is None:
             cuts = list[Basis]()
@@ -252,14 +253,18 @@ _CODINGS: WeakValueDictionary[Any, LowRank] = WeakValueDictionary()
 """Those in use: latents of one coding are rebuilt together, and none outlives its rows."""
 
 
-@lru_cache(maxsize=8)
 def _bases(policy: MatryoshkaKV) -> Bases | None:
     """The bases of a policy whose model is known. Raises PolicyError where there are none of the kind."""
-    found, kind = policy.constants(), policy.bases
-    if not found:
-        return None
-    if f"{kind}_keys" not in found:
-        raise PolicyError(f"{quoted(policy.compiled)} has no {kind} bases; compile it with steps, or take @pca")
+    loaded = policy._loaded()
+    if loaded is not None and f"{policy.bases}_keys" not in loaded.tensors:
+        name = quoted(policy.compiled)
+        raise PolicyError(f"{name} has no {policy.bases} bases; compile it with steps, or take matryoshkakv@pca")
+    return None if loaded is None else _made(loaded, policy.bases)
+
+
+@lru_cache(maxsize=8)
+def _made(loaded: Constants, kind: str) -> Bases:
+    found = loaded.tensors
     keys, values = (orthonormal(found[f"{kind}_{name}"]) for name in ("keys", "values"))
     means = found[f"{kind}_key_mean"].float(), found[f"{kind}_value_mean"].float()
     return Bases((keys, values), means, found["order"].tolist())
