@@ -1,13 +1,15 @@
 """Methods of ours that read little attention or none, beside the presses of kvpress that they are."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("kvpress")
 
 import torch
-from kvpress import KVComposePress
+from kvpress import DuoAttentionPress, KVComposePress
 from transformers import PreTrainedModel
 
 from harness.engine.engine import Engine
@@ -15,6 +17,8 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.kvpress.policy import build
 from harness.models.load import load_model
 from methods.base import Needs
+from methods.compilerkv.manifest import Shapes
+from methods.compilerkv.tables import neutral, save_tables
 from methods.kvcompose import KVCompose
 from methods.registry import make_policy
 from methods.simlayerkv import SimLayerKV
@@ -103,6 +107,32 @@ def test_simlayerkv_leaves_the_layers_whole_that_kvpress_does(
     middle = sum(sorted(shares)[whole - 1 : whole + 1]) / 2
     gold = kept_by_kvpress(theirs, build(f"SimLayerKVPress(lazy_threshold={middle}, n_recent={recent + 1})"), ids)
     assert own == gold and sorted(len(layer[0]) for layer in own) == [64] * (4 - whole) + [tokens] * whole
+
+
+@pytest.mark.parametrize("whole", [1, 4, 7])
+def test_duoattention_keeps_kvpresss_tokens(
+    ours: Engine, theirs: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
+) -> None:
+    """Of the same heads: the press masks what streaming ones are not to see, with 128 sinks and 256 recent tokens."""
+    tokens, layers, heads = 1608, ours.model.layers, 2
+    draw = torch.rand(1, layers, heads, generator=torch.Generator().manual_seed(whole))
+    tables = neutral(Shapes(layers=layers, query_heads=2 * heads, kv_heads=heads), (64,))
+    save_tables(replace(tables, importance=draw / draw.mean()), tmp_path)
+    policy = make_policy("duoattention@kvpress", {"tables": str(tmp_path), "share": 0.9})
+    ids, budget = text(tokens), (whole * tokens + (layers * heads - whole) * 384) // (layers * heads)
+    kvs = policy.compress(ours.prefill(ids, policy.needs).view, budget)
+    monkeypatch.setattr(DuoAttentionPress, "post_init_from_model", lambda self, model: None)  # fetches its gates
+    press = DuoAttentionPress()
+    order = draw.flatten().argsort(descending=True)[:whole]
+    mask = torch.ones(layers * heads, dtype=torch.bool).index_fill_(0, order, value=False).view(layers, heads)
+    press.sink_size, press.recent_size, press.streaming_mask, press.head_compression_ratio = 128, 256, mask, 0.5
+    with torch.inference_mode(), press(theirs):
+        theirs(input_ids=torch.tensor([ids]))
+    for layer, kv in zip(theirs.model.layers, kvs, strict=True):
+        masked = {(int(h), int(t)) for _, h, t in zip(*layer.self_attn.masked_key_indices, strict=True)}
+        for head in range(heads):
+            kept = [t for t in range(tokens) if (head, t) not in masked]
+            assert [t for t in kv.positions[0, head].tolist() if t >= 0] == kept
 
 
 @pytest.mark.parametrize(("tokens", "budget"), SIZES)

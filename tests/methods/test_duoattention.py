@@ -16,7 +16,7 @@ SIZES = Sizes(90, LAYERS, HEADS * GROUP, HEADS)
 def naive(importance: list[float], tokens: int, budget: int, sinks: int, recent: int, share: float) -> list[list[int]]:
     """Positions of each head [L * H]: whole ones while the slots last, then one with what is left, then streams."""
     stream = min(sinks + recent, max(1, int(share * budget)))
-    sinks, left = min(sinks, stream // 2), budget * len(importance)
+    sinks, left = min(sinks, int(stream * sinks / (sinks + recent))), budget * len(importance)
     found: list[list[int]] = [[]] * len(importance)
     order = sorted(range(len(importance)), key=lambda head: (-importance[head], head))
     for done, head in enumerate(order):
@@ -46,5 +46,5 @@ def test_the_most_important_heads_are_whole_and_the_others_stream(
 
 def test_without_tables_every_head_streams_and_it_says_so() -> None:
     policy = make_policy("duoattention").for_model("unknown")
-    assert kept(policy, prompt(90), 20) == [[[*range(5), *range(75, 90)]] * HEADS] * LAYERS
+    assert kept(policy, prompt(90), 20) == [[[*range(4), *range(74, 90)]] * HEADS] * LAYERS
     assert policy.notes(20, SIZES) == ("no tables for this model: every head streams",)
