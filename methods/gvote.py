@@ -53,7 +53,7 @@ class GVote(KVPolicy):
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         named = [self.named(layer) for layer in view.layers]
         most = read([own.sum(dim=-1).amax().view(1) for own in named])
-        return [layer.kv.take(_slots(own, n)) for layer, own, (n,) in zip(view.layers, named, most, strict=True)]
+        return [layer.kv.take(places(own, n)) for layer, own, (n,) in zip(view.layers, named, most, strict=True)]
 
     def named(self, view: LayerView) -> Tensor:
         """Whether some query needs each slot: [B, H, S] bool."""
@@ -95,8 +95,8 @@ def nucleus(weights: Tensor, part: float) -> Tensor:
     return (sums - ranked < part * sums[..., -1:]).sum(dim=-1)
 
 
-def _slots(named: Tensor, most: int) -> Tensor:
-    """Places of what is named [B, H, S], ascending, -1 behind those of a head that has fewer: [B, H, most] int64."""
-    places = torch.arange(named.shape[2], device=named.device)
-    found = torch.where(named, places, named.shape[2]).sort(dim=-1).values[..., :most]
+def places(named: Tensor, most: int) -> Tensor:
+    """Return the places of what is named [B, H, S], ascending, -1 behind them where fewer: [B, H, most] int64."""
+    all_ = torch.arange(named.shape[2], device=named.device)
+    found = torch.where(named, all_, named.shape[2]).sort(dim=-1).values[..., :most]
     return found.masked_fill(found == named.shape[2], -1)

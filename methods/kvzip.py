@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "uniform": {"share": "head"},
 }
 CODE = "https://github.com/snu-mllab/KVzip at 5d84729"
+Share = Literal["model", "layer", "head"]
+"""Whose heads share slots out among them by one top-k: the model's or a layer's; head: none do."""
 
 
 @method("kvzip", paper="https://arxiv.org/abs/2505.23416", code=CODE, presets=PRESETS)
@@ -50,7 +52,7 @@ class KVzip(KVPolicy):
     chunk: int = 2000
     sinks: int | None = None
     normed: bool = False
-    share: Literal["model", "layer", "head"] = "model"
+    share: Share = "model"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "chunk")
@@ -68,9 +70,7 @@ class KVzip(KVPolicy):
         layers = view.layers
         scores = [layer.only_live(layer.memo(self.asked, self.score)) for layer in layers]
         sinks, recent = self.ends(layers[0], budget)
-        even = self.share == "head"
-        shared: dict[str, Any] = {"safeguard": float(even), "floor": not even, "across": self.share == "model"}
-        slots = ragged_slots(scores, budget, sinks=sinks, recent=recent, **shared)
+        slots = ragged_slots(scores, budget, sinks=sinks, recent=recent, **shared_out(self.share))
         return [layer.kv.take(own) for layer, own in zip(layers, slots, strict=True)]
 
     @property
@@ -84,3 +84,9 @@ class KVzip(KVPolicy):
     def score(self, view: LayerView) -> Tensor:
         """Return the most attention that each token got: [B, H, T]; 0 for what was not repeated."""
         return repeated(view, self.asked).received.amax(dim=2)
+
+
+def shared_out(share: Share) -> dict[str, Any]:
+    """Return how `ragged_slots` shares slots out so."""
+    even = share == "head"
+    return {"safeguard": float(even), "floor": not even, "across": share == "model"}

@@ -17,6 +17,7 @@ FAMILIES = (
     "graded",
     "turns",
     "long",
+    "relay",
 )
 
 

@@ -170,7 +170,8 @@ class Task(ABC):
 
     name: `family/dataset`, or `family/protocol/dataset` for a variant. protocol: `official`, or the variant's name.
     query: `agnostic` when the task means nothing to a method that saw the question. again: whether the cache is
-    compressed again after each answer of a conversation but the last.
+    compressed again after each answer of a conversation but the last. relayed: whether the context's cache is sent to
+    another process, which answers.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Task(ABC):
     protocol: str = "official"
     query: str | None = None
     again: bool = False
+    relayed: bool = False
 
     def check_length(self, length: int, options: TaskOptions) -> None:
         """Raise TaskError when a context length, in tokens, exceeds what the run allows."""

@@ -29,6 +29,7 @@ COMMANDS = {
     "compile": "compile CompilerKV's tables from roll-outs of a model",
     "tune": "choose a method's parameters on calibration prompts, for NAME@tuned",
     "calibrate-tasks": "find the difficulty of graded tasks that suits a model",
+    "calibrate-relay": "measure what one model needs to answer from another's cache",
     "tables": "look at compiled tables, compare and move them",
     "bench": "speed and memory of methods, each by itself",
     "serve-bench": "speed and memory of a batch of prompts decoded together",

@@ -34,6 +34,8 @@ def run_parser(run: argparse.ArgumentParser) -> None:
     add("--whole", action="store_true", default=None, help="only LongBench rows that fit without being cut")
     add("--contexts", choices=("drawn", "protocol"), help="a text for each prompt (default), or fixed haystacks")
     add("--graded", metavar="FILE", help="settings of graded tasks, from `harness calibrate-tasks` (default: packaged)")
+    add("--receiver", metavar="MODEL", help="another model that answers relay tasks, of the same cache shape")
+    add("--receiver-map", metavar="DIR", help="what `harness calibrate-relay` found between the two")
     add("--set", action="append", metavar="METHOD.PARAM=VALUE", help="change a parameter of a method; repeatable")
     add("--measure", action="store_true", default=None, help="time every cell by itself too, and its peak memory")
     add("--out", type=place, default=RESULTS, help="folder of run folders (default: results)")

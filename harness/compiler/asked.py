@@ -89,6 +89,18 @@ class CompileSpec(CalibrationSpec):
     published: Flag = False
 
 
+class RelaySpec(CalibrationSpec):
+    """What decides what is calibrated between two models. receiver: the one that answers."""
+
+    receiver: PathText
+    prompts: Annotated[int, Strict(), AfterValidator(between(1, MOST_SAMPLES))] = 50
+
+    @model_validator(mode="after")
+    def _receiver_known(self) -> Self:
+        check_scored(self.receiver)
+        return self
+
+
 class ConstantsSpec(CalibrationSpec):
     """What decides a method's constants. steps: of those that are trained; None for the method's own number."""
 

@@ -77,6 +77,18 @@ class Engine:
 
         cells: those of each prompt. Raises HarnessError when the prompts differ in what is compressed.
         """
+        border, done = self.compress_group(prompts, cells)
+        results = []
+        for prompt, own in zip(prompts, cells, strict=True):
+            runs = [replace(done[cell], outcome=replace(done[cell].outcome)) for cell in own]
+            self.answer(runs, prompt, tail=list(prompt.ids[border:]))
+            results.append([run.outcome for run in runs])
+        return results
+
+    def compress_group(
+        self, prompts: Sequence[Prompt], cells: Sequence[Sequence[Cell]]
+    ) -> tuple[int, dict[Cell, CellRun]]:
+        """What `run_group` compresses of its prompts: how many tokens, and every cell, compressed or marked."""
         border = prompts[0].context if self.query == "agnostic" else len(prompts[0].ids)
         head = list(prompts[0].ids[:border])
         marked = [tuple(at for at in prompt.protected if at < border) for prompt in prompts]
@@ -87,13 +99,7 @@ class Engine:
         if prefilled is not None and prompts[0].again:
             for run in done.values():
                 _prepare_again(run, prefilled)
-        del prefilled  # and the full cache with it
-        results = []
-        for prompt, own in zip(prompts, cells, strict=True):
-            runs = [replace(done[cell], outcome=replace(done[cell].outcome)) for cell in own]
-            self._answer(runs, prompt, tail=list(prompt.ids[border:]))
-            results.append([run.outcome for run in runs])
-        return results
+        return border, done  # and the full cache is let go
 
     def prefill(self, ids: Sequence[int], needs: Needs) -> Prefilled:
         """Run a prompt through the model once with the full cache, gathering what `needs` asks for."""
@@ -146,7 +152,7 @@ class Engine:
             except PolicyError as error:
                 raise HarnessError(str(error)) from None
 
-    def _answer(self, runs: Sequence[CellRun], prompt: Prompt, *, tail: list[int]) -> None:
+    def answer(self, runs: Sequence[CellRun], prompt: Prompt, *, tail: list[int]) -> None:
         """Decode one prompt under every cell that was compressed. tail: its tokens after what was compressed."""
         ready = defaultdict[tuple[bool, bool], list[CellRun]](list)  # by how their caches are read and grow
         for run in runs:

@@ -167,8 +167,9 @@ class Prefilled:
         return states + apart + sum((x.slot_bytes + x.position_bytes) * budget for x in self.layers if not x.apart)
 
     def least(self, nbytes: int) -> int:
-        """The smallest budget whose bytes are no fewer than these; all tokens where no smaller one's are."""
-        return 1 + bisect_left(range(1, self.tokens), nbytes, key=self.nbytes)
+        """The smallest budget whose bytes are no fewer than these; all tokens for those of the full cache or more."""
+        full = nbytes >= self.nbytes(self.tokens)  # without positions: a budget just below may take as many
+        return self.tokens if full else 1 + bisect_left(range(1, self.tokens), nbytes, key=self.nbytes)
 
 
 def prefill(

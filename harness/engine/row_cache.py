@@ -30,6 +30,10 @@ class _Shape(NamedTuple):
     coding: Coding | None = None
     implied: bool = False  # whether positions are those of the last tokens, in order
 
+    @property
+    def plain(self) -> int:
+        return self.size - self.coded
+
 
 @dataclass
 class _Group:
@@ -175,7 +179,7 @@ class GrowingRows(DecodingLayer):
         for group in self.groups:
             coded = self._code(group, grown, new)
             if coded or grown + new > group.room:
-                self._resize(group, grown, max(grown + new, self._room(group.step)))
+                self._resize(group, grown, max(grown + new, self._room(group)))
         for group, k, v in zip(self.groups, self._split(keys), self._split(values), strict=True):
             group.keys.narrow(2, group.plain + grown, new).copy_(k)
             group.values.narrow(2, group.plain + grown, new).copy_(v)
@@ -204,7 +208,7 @@ class GrowingRows(DecodingLayer):
             self.groups = [own or group for own, group in zip(mark.coding, self.groups, strict=True)]
             self._stored = [self.stored_bytes(row) for row in range(len(self._stored))]
         for group in self.groups:
-            room = self._room(group.step)
+            room = self._room(group)
             if group.room > room:
                 self._resize(group, mark.position - self.start, room)
 
@@ -260,10 +264,12 @@ class GrowingRows(DecodingLayer):
         for row, now in self._of_rows(group).items():
             self._stored[row] += now - before[row]
 
-    def _room(self, step: int) -> int:
-        """Tokens to have memory for now, those that came included. step: of a group."""
+    def _room(self, group: "_Group | _Shape") -> int:
+        """Tokens to have memory for now, those that came included: none that come when these have become codes."""
         grown = self.position - self.start
-        room = grown + step + grown // 16
+        room = grown + group.step + grown // 16
+        if group.coding is not None:
+            room = min(room, max(grown, group.coding.residual + group.coding.step - 1 - group.plain))
         return room if self.room is None else min(room, self.room)
 
     def _hold(self, groups: list[_Group]) -> None:
@@ -283,8 +289,8 @@ class GrowingRows(DecodingLayer):
         return self._parts.split(x.reshape(-1, x.shape[1] // self.heads, *x.shape[2:]))
 
 
-def _groups(rows: Sequence[KV], shapes: Sequence[list[_Shape]], room: Callable[[int], int]) -> list[_Group]:
-    """The streams of `rows` by their shapes. room: tokens that a group of some step has memory for beside them."""
+def _groups(rows: Sequence[KV], shapes: Sequence[list[_Shape]], room: Callable[[_Shape], int]) -> list[_Group]:
+    """The streams of `rows` by their shapes. room: tokens that a group of some shape has memory for beside them."""
     streams = defaultdict[_Shape, list[int]](list)
     for stream, shape in enumerate(chain.from_iterable(shapes)):
         streams[shape].append(stream)
@@ -294,7 +300,7 @@ def _groups(rows: Sequence[KV], shapes: Sequence[list[_Shape]], room: Callable[[
         keys, values, positions = _packed(kv, min(shape.size for shape in own))
         for shape in dict.fromkeys(own):
             if shape not in groups:
-                groups[shape] = _empty(streams[shape], shape, keys, values, room=room(shape.step))
+                groups[shape] = _empty(streams[shape], shape, keys, values, room=room(shape))
             group, heads, first = groups[shape], [head for head, of in enumerate(own) if of == shape], filled[shape]
             filled[shape] += len(heads)
             to = slice(first, filled[shape])
@@ -330,7 +336,7 @@ def _packed(kv: KV, least: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty(streams: list[int], shape: _Shape, *like: Tensor, room: int) -> _Group:
     """A group of that shape, to be filled. like: keys and values of some row that is in it."""
-    plain, count = shape.size - shape.coded, len(streams)
+    plain, count = shape.plain, len(streams)
     keys, values = (x.new_empty(count, 1, plain + room, x.shape[-1]) for x in like)
     positions = None
     if not shape.implied:

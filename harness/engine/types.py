@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError, line_of, shown
 from harness.records.record import Status
+from harness.records.relayed import Relayed
 from harness.records.spec import AS
 from methods.budget import Budget, BudgetTooSmall, PolicyError
 
@@ -157,6 +158,7 @@ class Outcome:
     compress_s: float = 0.0
     decode_s: float = 0.0
     decode_rows: int = 0
+    relayed: Relayed | None = None
 
     def fail(self, error: BaseException | str, status: Status | None = None) -> None:
         """Mark the cell: `skipped`, `oom` as Python, the CPU allocator and CUDA say it, or `failed`."""

@@ -11,13 +11,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from harness.errors import HarnessError, shown
 from harness.records.plain_files import DEPTH, of_json, read_plain
 from harness.records.record import READ
-from harness.records.spec import MethodSpec, ModelSpec
+from harness.records.spec import FULL, OWN, MethodSpec, ModelSpec
 from methods.budget import Budget
 
 MOST_BYTES = 1 << 30
 MOST_CHOICES = 10_000
 REMEDY = "run lm-eval again with --log_samples"
-FULL = "full"
 
 
 def _finite(value: Any) -> Any:
@@ -33,7 +32,7 @@ def _finite(value: Any) -> Any:
 
 
 def _budget(text: str) -> str:
-    if text != FULL:
+    if text not in (FULL, OWN):
         Budget.parse(text.removeprefix(READ))
     return text
 

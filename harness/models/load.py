@@ -38,7 +38,8 @@ class LoadedModel:
 
     context: positions the model was made for, prompt and generation together.
     eos_ids: every token that ends a generation. template_tokens: tokens around one user message. vocabulary: how many
-    tokens have an embedding. set_aside: notes for records on what its files ask for and is done otherwise here.
+    tokens have an embedding. set_aside: notes for records on what its files ask for and is done otherwise here. typed:
+    the name that it was loaded by, for another process to load it too.
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class LoadedModel:
     template_tokens: int
     vocabulary: int
     set_aside: tuple[str, ...]
+    typed: str
 
     @cached_property
     def wording(self) -> Wording:
@@ -151,6 +153,7 @@ def _loaded(
         template_tokens(tokenizer),
         vocabulary=vocabulary,
         set_aside=(*set_aside(model), *template_notes(tokenizer)),
+        typed=source.name,
     )
 
 

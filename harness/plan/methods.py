@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 import harness.kvpress  # noqa: F401 - `kvpress:` labels
@@ -11,8 +11,8 @@ from harness.plan.names import asked_methods, refusals
 from harness.records.spec import Asked, MethodSpec
 from methods.base import Budget, KVPolicy
 from methods.budget import decimal_text
-from methods.label import MethodLabel
-from methods.registry import make_policy, read_label
+from methods.label import TUNED, MethodLabel
+from methods.registry import load_methods, make_policy, read_label
 
 
 class PlannedMethod(NamedTuple):
@@ -43,6 +43,17 @@ def plan_method(label: str, changed: Mapping[str, Any] | None = None, *, revisio
     with refusals():
         planned = _planned(read_label(label), changed or {})
     return planned if revision is None else planned.on(revision)
+
+
+def policy_of(spec: MethodSpec, revision: str) -> KVPolicy:
+    """A method as a run's manifest states it, on a model. Raises PolicyError for one that cannot be made here."""
+    label = MethodLabel.parse(spec.label)
+    if label.prefix is not None or label.preset == TUNED:
+        return make_policy(label.asked).for_model(revision)
+    known = load_methods()[label.name].policy
+    given = {field.name for field in fields(known) if field.init}  # type: ignore[arg-type]
+    params = {name: value for name, value in spec.params.items() if name in given}
+    return make_policy(label.asked, params).for_model(revision)
 
 
 def plan_budget(budget: object) -> Budget:

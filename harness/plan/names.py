@@ -64,6 +64,10 @@ def check_sweep(sweep: Sweep) -> list[Task]:
     check_asked(sweep)
     check_scored(sweep.model)
     tasks = plan_tasks(sweep)
+    if sweep.receiver is not None:
+        check_scored(sweep.receiver)
+        if other := next((task.name for task in tasks if not task.relayed), None):
+            raise HarnessError(f"--receiver answers relay tasks alone, {other} is none; leave one of the two out")
     places = DataOptions(data_dir=None if sweep.data_dir is None else Path(sweep.data_dir), fetch=find_asset)
     for task in tasks:
         with refusals(f"task {task.name}: "):
@@ -99,14 +103,25 @@ def asked_methods(asked: Asked) -> list[tuple[MethodLabel, dict[str, Any]]]:
     return list(found.items())
 
 
-def plan_tasks(sweep: Sweep) -> list[Task]:
-    """Tasks by name or family. Raises HarnessError, with the nearest known name, or for another way of asking."""
+def settled(sweep: Sweep) -> Sweep:
+    """The sweep with the query mode that all of its tasks are made for, where none was asked for.
+
+    Raises HarnessError for an unknown task, or an option that this mode excludes.
+    """
     load_tasks()
     with refusals():
+        modes = {task.query for task in find_tasks(sweep.tasks)}
+    if "query" in sweep.model_fields_set or len(modes) > 1 or modes <= {None, sweep.query}:
+        return sweep
+    return checked(Sweep, {**sweep.model_dump(exclude_unset=True), "query": modes.pop()})
+
+
+def plan_tasks(sweep: Sweep) -> list[Task]:
+    """Tasks by name or family. Raises HarnessError, with the nearest known name, or for another way of asking."""
+    query = settled(sweep).query
+    with refusals():
         tasks = find_tasks(sweep.tasks)
-    other = next((task for task in tasks if task.query not in (None, sweep.query)), None)
+    other = next((task for task in tasks if task.query not in (None, query)), None)
     if other is not None:
-        raise HarnessError(
-            f"task {other.name} is made for --query {other.query}, this run is {sweep.query}; change one"
-        )
+        raise HarnessError(f"task {other.name} is made for --query {other.query}, this run is {query}; change one")
     return tasks

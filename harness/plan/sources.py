@@ -21,7 +21,7 @@ from methods.base import KVPolicy
 
 HARNESS = "the harness"
 """Stands for what every method runs on, beside the labels of methods."""
-ROOMS = ("harness.engine.", "harness.models.", "harness.plan.", "harness.run.", "methods.", "tasks.")
+ROOMS = ("harness.engine.", "harness.models.", "harness.plan.", "harness.relay.", "harness.run.", "methods.", "tasks.")
 START = ("harness.run.sequential", "harness.engine.engine")
 INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 NOT_OWN = sys.stdlib_module_names.union({"harness", "tasks"}, (package.replace("-", "_") for package in PACKAGES))

@@ -19,7 +19,8 @@ from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, turn_tokens, wrap
 from harness.plan.datasets import find_asset
 from harness.plan.methods import PlannedMethod, plan_methods
-from harness.plan.names import check_sweep, refusals
+from harness.plan.names import check_sweep, refusals, settled
+from harness.plan.receivers import PlannedReceiver, plan_receiver
 from harness.records.record import READ
 from harness.records.spec import AS, FULL, OWN, QueryMode, RunSpec, Sweep, TaskSpec
 from methods.base import Budget, KVPolicy
@@ -97,16 +98,20 @@ class NamedSweep:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run is. samples: with their prompts as tokens. cells: wanted of every sample."""
+    """Everything that a run is.
+
+    samples: with their prompts as tokens. cells: wanted of every sample. receiver: another model that answers.
+    """
 
     spec: RunSpec
     samples: Sequence[PlannedSample]
     cells: Sequence[PlannedCell]
+    receiver: PlannedReceiver | None = None
 
 
 def plan_names(sweep: Sweep) -> NamedSweep:
     """Tasks and methods of a sweep. Raises HarnessError for what can be refused without the model."""
-    tasks = check_sweep(sweep)
+    sweep, tasks = settled(sweep), check_sweep(sweep)
     methods = plan_methods(sweep)
     plan_cells(methods, plan_budgets(sweep, methods))  # refuses a sweep without a cell
     return NamedSweep(sweep, tasks, methods)
@@ -126,9 +131,11 @@ def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | Non
     check_unseen(samples, methods)
     check_budgets(samples, cells, sweep.query)
     specs = tuple(spec for spec, _ in methods)
+    receiver = plan_receiver(sweep, loaded)
     resolved = {"budgets": tuple(map(str, budgets)), "max_tokens": max_tokens, "measured_on": measured_on}
-    spec = run_spec(sweep, loaded, methods=specs, tasks=tasks, **resolved)
-    return Plan(spec, samples, cells)
+    if receiver is not None:
+        resolved |= {"answered_by": receiver.spec, "answered_map": receiver.sha256}
+    return Plan(run_spec(sweep, loaded, methods=specs, tasks=tasks, **resolved), samples, cells, receiver)
 
 
 def check_unseen(samples: Sequence[PlannedSample], methods: Sequence[PlannedMethod]) -> None:

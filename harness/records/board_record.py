@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from harness.records.record import Key, Memory, Record, Status
+from harness.records.relayed import Relayed
 from harness.records.spec import FirstToken, QueryMode
 
 META = ("group", "depth", "length", "length_bin")  # fields of a sample that boards group and split by
@@ -28,6 +29,18 @@ class Decoded(NamedTuple):
 
     tokens: int
     byte_steps: int | None
+
+
+class Sent(NamedTuple):
+    """What boards need of `Record.relayed`; its fields by name."""
+
+    sent_bytes: int
+    text_bytes: int
+    send_s: float
+    receive_s: float
+    ask_s: float
+    text_s: float | None
+    depends: bool | None
 
 
 class BoardRecord(NamedTuple):
@@ -68,6 +81,7 @@ class BoardRecord(NamedTuple):
     timed: Timed | None
     beside: dict[str, float]  # the other `metrics`, in [0, 1]; shared, never changed
     decoded: Decoded | None  # of answers whose metrics tell whether they `ended`
+    relayed: Sent | None
 
     @property
     def key(self) -> Key:
@@ -76,6 +90,10 @@ class BoardRecord(NamedTuple):
 
 SAME = BoardRecord._fields[: BoardRecord._fields.index("score")]  # fields that are taken over from `Record` as they are
 _same = attrgetter(*SAME)
+
+
+def _sent(relayed: Relayed) -> Sent:
+    return Sent(*(getattr(relayed, name) for name in Sent._fields))
 
 
 class Shortener:
@@ -101,6 +119,7 @@ class Shortener:
             None if m is None else Timed(m.ttft_s.median, m.tpot_s.median, m.tokens_per_s, m.peak_bytes),
             self._besides.setdefault(repr(beside), beside),
             Decoded(len(record.token_ids), record.byte_steps) if "ended" in beside else None,
+            None if record.relayed is None else _sent(record.relayed),
         )
         return BoardRecord._make((*same, *own))
 

@@ -27,6 +27,7 @@ from harness.records.ranges import (
     TokenIds,
     Versions,
 )
+from harness.records.relayed import Relayed
 from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, RunSpec
 
 Status = Literal["ok", "skipped", "failed", "oom"]
@@ -97,6 +98,7 @@ class Record(Frozen):
     compress_s: Seconds = 0.0  # of this cell alone
     decode_s: Seconds = 0.0  # of the decode batch this cell was a row of; shared, so not a latency of the method
     decode_rows: Count = 0  # cells of that batch; those with equal caches are one row
+    relayed: Relayed | None = None  # how the cache went to the process that answered; None: it was this one
     measured: Measured | None = None  # this cell by itself on the same prompt; None where nothing was measured
 
     @property

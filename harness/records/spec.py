@@ -117,6 +117,7 @@ class Sweep(Asked):
     the cost of observing is measured; no part of what is run. measure: time every cell by itself too, and its memory.
     whole: only rows of data sets that need no cut. contexts: a text for each generated prompt, or the haystacks that
     the protocols fix. graded: a calibration of graded tasks, a file or a packaged name; None for the model's own.
+    receiver: another model that answers relay tasks. receiver_map: a folder with what was calibrated between the two.
     """
 
     OTHER_WAY = " or --config quick"
@@ -138,6 +139,8 @@ class Sweep(Asked):
     whole: Flag = False
     contexts: Contexts = "drawn"
     graded: PathText | None = None
+    receiver: PathText | None = None
+    receiver_map: PathText | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -148,6 +151,8 @@ class Sweep(Asked):
 
     @model_validator(mode="after")
     def _measurable(self) -> Self:
+        if self.receiver_map is not None and self.receiver is None:
+            raise ValueError("--receiver-map without --receiver; name the model that answers")
         if self.measure and self.query == "agnostic":
             shared = "questions share a compressed context there, which no cell has by itself"
             raise ValueError(f"--measure with --query agnostic: {shared}; leave one of the two out")
@@ -203,6 +208,10 @@ class TaskSpec(Frozen):
     provenance: ranges.Meta = Field(default_factory=dict)
 
 
+LATER = ("measured_on", "whole", "answered_by", "answered_map")
+"""Fields of a run that came after the first ones."""
+
+
 class RunSpec(Frozen):
     """Everything that decides the numbers of a run, resolved. Two equal specs share one run folder."""
 
@@ -222,6 +231,8 @@ class RunSpec(Frozen):
     measured_on: ranges.Label | None = None  # the machine that cells are also timed on, which decides those numbers
     whole: bool = False  # whether rows of data sets that would have been cut were left out
     contexts: Contexts = "protocol"  # what all runs had before contexts were drawn
+    answered_by: ModelSpec | None = None  # another model, that answered from this one's caches
+    answered_map: ranges.Sha256OrNone = ""  # of what was calibrated between the two
 
     @model_validator(mode="after")
     def _has_scores(self) -> Self:
@@ -235,7 +246,7 @@ class RunSpec(Frozen):
 
         Fields that came after the first runs are left out while at their defaults, so that those keep their ids.
         """
-        left_out: dict[str, Any] = {name: True for name in ("measured_on", "whole") if not getattr(self, name)}
+        left_out: dict[str, Any] = {name: True for name in LATER if not getattr(self, name)}
         if self.contexts == "protocol":
             left_out["contexts"] = True
         if not self.model.loaded_as:

@@ -19,6 +19,7 @@ from harness.engine.decode import CPU_ROWS_AT_ONCE
 from harness.errors import HarnessError
 from harness.machine import machine, versions
 from harness.models.load import describe_model, load_model
+from harness.plan.receivers import plan_receiver
 from harness.plan.sweep import Group, plan_names
 from harness.records.atomic_files import check_place, open_plain, write_error
 from harness.records.log_folder import Resume, now
@@ -62,7 +63,7 @@ class MakeRunner:
             trust_remote_code=wanted.trust_remote_code,
             device_map="auto" if self.shape.gpus > 1 and wanted.device == "cuda" else None,
         )
-        runner = SampleRunner(self.spec, loaded, self.observed)
+        runner = SampleRunner(self.spec, loaded, self.observed, plan_receiver(self.sweep, loaded))
         runner.engine.check(self.policies, self.ids)
 
         def handle(groups: Sequence[Group], carefully: bool) -> list[list[Record]]:

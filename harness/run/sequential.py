@@ -16,6 +16,7 @@ from harness.engine.types import Outcome, Prompt
 from harness.machine import git_commit, machine, versions
 from harness.models.load import LoadedModel, load_model
 from harness.models.prompt import TaskTokenizer
+from harness.plan.receivers import PlannedReceiver
 from harness.plan.sources import sources
 from harness.plan.sweep import Group, NamedSweep, PlannedCell, PlannedSample, contexts, plan_names, plan_sweep
 from harness.records.atomic_files import check_place
@@ -23,6 +24,7 @@ from harness.records.log_folder import Resume, now
 from harness.records.record import PROMPT_TAIL, Record, RunManifest, Status, by_turns
 from harness.records.run_folder import RunStore
 from harness.records.spec import RunSpec, Sweep
+from harness.relay.send import Relay
 from harness.run.observing import Observed, at_prefill, observe_ms, observed
 from harness.run.timing import measured_on, measuring
 from methods.base import KVPolicy
@@ -38,10 +40,14 @@ class SampleRunner:
     spec: RunSpec  # the resolved run
     loaded: LoadedModel  # its model
     observed: Observed = field(default_factory=dict)  # the samples on which the cost of observing is measured
+    receiver: PlannedReceiver | None = None  # another model that answers relay tasks
 
     def __post_init__(self) -> None:
         model = AttachedModel(self.loaded.model, self.loaded.wording)
         self.engine = Engine(model, query=self.spec.query, first_token=self.spec.first_token)
+        self.relay = Relay(
+            self.engine, self.loaded, self.spec, self.receiver
+        )  # starts no process before there is something to send
         self.tokenizer = TaskTokenizer(self.loaded.tokenizer)
         here, on_cpu = machine(), self.spec.model.device.startswith("cpu")
         self.accelerator = ", ".join(() if on_cpu else here["accelerators"][:1]) or str(here["processor"])
@@ -52,7 +58,10 @@ class SampleRunner:
         observe: False where nothing is to be measured besides. Raises whatever ends them all.
         """
         prompts = [planned.prompt(self.tokenizer, self.loaded, self.spec.max_new_tokens) for planned, _ in group]
-        outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
+        if group[0][0].task.relayed:
+            outcomes = self._relayed(group, prompts, observe=observe)
+        else:
+            outcomes = self.engine.run_group(prompts, [[cell.cell for cell in cells] for _, cells in group])
         if observe:
             self._observe(group, prompts[0], outcomes)
         return [
@@ -60,6 +69,12 @@ class SampleRunner:
             for (planned, cells), own in zip(group, outcomes, strict=True)
             for cell, outcome in zip(cells, own, strict=True)
         ]
+
+    def _relayed(self, group: Group, prompts: Sequence[Prompt], *, observe: bool) -> list[list[Outcome]]:
+        """Have another process answer. The control is run where observing is measured, too."""
+        first, texts = group[0][0], [planned.sample.context for planned, _ in group]
+        control = observe and (first.task.name, first.sample.id) in self.observed
+        return self.relay.run_group(prompts, [cells for _, cells in group], texts, control=control)
 
     def _said(self, outcome: Outcome) -> list[str]:
         return [self.tokenizer.decode(ids) for ids in by_turns(outcome.token_ids, outcome.turn_tokens)]
@@ -160,6 +175,7 @@ class Prepared:
     samples: Sequence[PlannedSample]
     cells: Sequence[PlannedCell]
     observed: Observed
+    receiver: PlannedReceiver | None = None
 
     @property
     def policies(self) -> list[KVPolicy]:
@@ -199,7 +215,7 @@ def prepare(named: NamedSweep, loaded: LoadedModel, *, command: Sequence[str]) -
     )
     groups = contexts(plan.samples, plan.spec.query)
     timed = observed(groups, lengths=plan.spec.lengths, count=named.sweep.observe)
-    return Prepared(manifest, plan.samples, plan.cells, timed)
+    return Prepared(manifest, plan.samples, plan.cells, timed, plan.receiver)
 
 
 def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str], resume_anyway: bool = False) -> Path:
@@ -216,7 +232,7 @@ def run_sweep(sweep: Sweep, *, root: Path, command: Sequence[str], resume_anyway
     loaded = load_model(sweep.model, dtype=sweep.dtype, device=sweep.device, trust_remote_code=remote)
     prepared = prepare(named, loaded, command=command)
     # before the folder is made: it refuses models that it cannot run
-    runner = SampleRunner(prepared.manifest.spec, loaded, prepared.observed)
+    runner = SampleRunner(prepared.manifest.spec, loaded, prepared.observed, prepared.receiver)
     runner.engine.check(prepared.policies, prepared.samples[0].ids)
     resume = Resume[RunStore](resume_anyway, left=lambda store: bool(prepared.missing(store.done)))
     with (

@@ -20,7 +20,7 @@ import torch
 from harness.errors import HarnessError
 from harness.plan.sweep import Group, PlannedSample
 from harness.records.record import Record, by_turns
-from harness.records.spec import ModelSpec, Sweep
+from harness.records.spec import AS, ModelSpec, Sweep
 from harness.speed.target import Restarting, probe_spec
 
 TIMEOUT_S = 1800.0  # a probe that takes longer has hung
@@ -74,7 +74,9 @@ def _with_measured(record: Record, planned: PlannedSample, sweep: Sweep, *, prob
     torch.cuda.empty_cache()  # what this process caches is memory the probe would lack
     new = len(by_turns(record.token_ids, record.turn_tokens)[0])  # of a conversation the first turn alone
     shape = {"tokens": len(planned.ids), "new_tokens": max(2, new), "seed": record.seed}
-    spec = probe_spec(record.method, record.budget, sweep.set, **shape, ids=tuple(planned.ids))
+    found = record.budget.startswith(AS)  # by another method, for this prompt
+    budget = str(record.budget_tokens) if found else record.budget
+    spec = probe_spec(record.method, budget, sweep.set, **shape, ids=tuple(planned.ids))
     result = prober.ask(spec, timeout_s=TIMEOUT_S)
     if result.status == "ok" and result.measured is not None:
         return record.model_copy(update={"measured": result.measured})

@@ -90,7 +90,7 @@ def measure(
 
 
 def _budget(policy: KVPolicy, spec: ProbeSpec) -> int | None:
-    """Slots per layer and KV head, None for a policy that keeps everything."""
+    """Slots per layer and KV head, None for a policy that is given none."""
     if not policy.budgeted:
         return None
     if spec.budget is None:

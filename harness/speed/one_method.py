@@ -20,7 +20,7 @@ from methods.base import KVPolicy
 class Isolated:
     """Runs prompts under one policy, as made for the model, and budget.
 
-    budget: slots per layer and KV head; None for a policy that keeps everything. chunk: tokens of a prefill forward;
+    budget: slots per layer and KV head; None for a policy that is given none. chunk: tokens of a prefill forward;
     None for all at once.
     """
 

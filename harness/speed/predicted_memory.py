@@ -26,8 +26,8 @@ A method that leaves codes (`methods.coded`) has the bytes of its codes, scales 
     compress    H * N * D * (2 e + 13) (what one layer's codes are taken from, in float32)
     decode      P * H * N * D * (3 e + 1) (one layer decoded, and its codes as they are turned)
 
-With codes of single slots (`methods.slotwise`) these are 2 e + 20 and 2 e + 12, in float32 too. Of the tokens that come
-later, only as many as memory is added for at once are plain.
+With codes of single slots (`methods.slotwise`) these are 2 e + 20 and 2 e + 12, in float32 too. Tokens that come
+later are plain until a step of them becomes codes.
 
 KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the prompt itself
     per layer, unchunked    L - 1 layers of N slots, and one full
@@ -103,7 +103,8 @@ def predict(
     """Predict the peak bytes above the model of a probe under `policy`, as the head of this module says.
 
     config: the model's text config. dtype_bytes: of a weight and of a number of the cache. budget: slots per layer and
-    KV head; None for a policy that keeps everything. cuda: whether it runs on a GPU.
+    KV head; None for a policy that is given none: one that finds its own may keep everything. cuda: whether it runs on
+    a GPU.
     """
     dims, tokens = Dims.of(config, dtype_bytes), spec.tokens
     slots = tokens if budget is None else min(budget, tokens)
@@ -112,7 +113,7 @@ def predict(
     coding = policy.coding if isinstance(policy, CodedPolicy) else None
     if isinstance(policy, CodedPolicy) and budget is not None:
         slots = min(policy.fitting(budget, dims.head_dim, dims.head_dim, 2 * dims.head_dim * dims.number), tokens)
-    all_, one = budget is None and not coding, cuda and coding is None and not policy.evicts_while_decoding
+    all_, one = policy.kind == "whole" and not coding, cuda and coding is None and not policy.evicts_while_decoding
     times = (spec.batch, spec.new_tokens, spec.chunk)
     shape = ProbeShape(policy.needs, alone, all_, tokens, slots, *times, coding, cuda=cuda, one_buffer=one)
     return max(prefill(dims, shape), batching(dims, shape), decoding(dims, shape))
@@ -253,9 +254,14 @@ def rows(dims: Dims, shape: ProbeShape) -> int:
 
 def later(dims: Dims, shape: ProbeShape, new: int) -> int:
     """Bytes of the tokens that come later in a compressible layer."""
-    plain = new if shape.coding is None else min(new, room_step(slot_bytes(dims, shape) // dims.slot))
-    coded = 0 if shape.coding is None else shape.coding.nbytes(new - plain, dims.head_dim, dims.head_dim)
-    return plain * dims.slot + dims.kv_heads * (coded - (new - plain) * POSITION_BYTES * (coded > 0))
+    plain, coding = new, shape.coding
+    if coding is not None:
+        plain = min(new, room_step(slot_bytes(dims, shape) // dims.slot), coding.step - 1)
+    if coding is None or plain == new:
+        return plain * dims.slot
+    older = max(1, shape.slots - coding.residual)
+    before, after = (coding.nbytes(n, dims.head_dim, dims.head_dim) for n in (older, older + new - plain))
+    return plain * dims.slot + dims.kv_heads * (after - before - (new - plain) * POSITION_BYTES)
 
 
 def batching(dims: Dims, shape: ProbeShape) -> int:

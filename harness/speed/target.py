@@ -19,7 +19,7 @@ from harness.plan.methods import plan_methods
 from harness.plan.names import check_asked
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.measured import ProbeResult, ProbeSpec
-from harness.records.spec import Asked, MethodSpec, ModelSpec, weights_note
+from harness.records.spec import FULL, OWN, Asked, MethodSpec, ModelSpec, weights_note
 from harness.speed.dims import check_layers
 from harness.speed.memory_limit import MEMINFO, Limit, swap
 from harness.speed.predicted_memory import predict
@@ -144,10 +144,11 @@ class Target:
 def probe_spec(method: str, budget: str, changed: Mapping[str, Any], **shape: Any) -> ProbeSpec:
     """Make the probe of a cell from the label and budget of its records.
 
-    changed: parameters of methods, `method.parameter` to value. shape: the other fields.
+    budget: a number, or a name of none. changed: parameters of methods, `method.parameter` to value. shape: the other
+    fields.
     """
     label = MethodLabel.parse(method)
-    kept = None if budget == "full" else budget
+    kept = None if budget in (FULL, OWN) else budget
     return ProbeSpec(method=label.asked, set=label.own(changed), budget=kept, **shape)
 
 

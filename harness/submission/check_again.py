@@ -7,7 +7,6 @@ answers may be other ones, the mean NLL may move by `OTHER_NLL`, and the bytes o
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
 from math import ceil, isclose
 from random import Random
 
@@ -15,6 +14,7 @@ from harness.engine.types import AsKept, Cell
 from harness.errors import shown
 from harness.machine import machine, versions
 from harness.models.load import LoadedModel
+from harness.plan.methods import policy_of
 from harness.plan.sweep import PlannedCell, contexts
 from harness.records.record import Key, Record, RunManifest
 from harness.records.spec import MethodSpec
@@ -23,8 +23,6 @@ from harness.submission.check_manifest import CellBudget, cells_of
 from harness.submission.check_prompts import Drawn
 from harness.submission.verdict import Check
 from methods.base import KVPolicy, PolicyError
-from methods.label import TUNED, MethodLabel
-from methods.registry import load_methods, make_policy
 
 PART = 0.1
 SAME_NLL = 1e-3
@@ -56,13 +54,7 @@ class Again:
     def _policy(self, spec: MethodSpec) -> KVPolicy | None:
         """The method as the manifest states it; None, with a note, where it cannot be made here."""
         try:
-            label = MethodLabel.parse(spec.label)
-            if label.prefix is not None or label.preset == TUNED:
-                return make_policy(label.asked).for_model(self.manifest.spec.model.revision)
-            known = load_methods()[label.name].policy
-            given = {field.name for field in fields(known) if field.init}  # type: ignore[arg-type]
-            params = {name: value for name, value in spec.params.items() if name in given}
-            return make_policy(label.asked, params).for_model(self.manifest.spec.model.revision)
+            return policy_of(spec, self.manifest.spec.model.revision)
         except (PolicyError, TypeError, ValueError) as error:
             self.notes.append(f"cells of {spec.label}: {error}")
             return None
@@ -75,6 +67,11 @@ class Again:
         """Run the cells again. Raises HarnessError for a model that cannot run them."""
         if not self.kept:
             check.see(["no cell can be made again: no prompt or no method of the run is known here"])
+            return
+        if self.manifest.spec.answered_by is not None:
+            self.notes.append(
+                f"no cell is run again: {self.manifest.spec.answered_by.name} answered, which is not here"
+            )
             return
         runner = SampleRunner(self.manifest.spec, self.load())
         same, pairs = self._same(runner.accelerator), []

@@ -12,18 +12,24 @@ its budget is of tokens read, and it asks for the whole cache. Old records do no
 
 A method of its own budget asks for what it stores. What another one is given for it is the least number of slots whose
 bytes are no fewer: A is no less than that, and less than that and a slot of every layer and KV head.
+
+What is sent to another process is all that is held and a short description.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
+from functools import cache
 from typing import NamedTuple
 
 from harness.records.record import OVER, CellKey, Record
+from harness.records.relayed import HEADER_BYTES, LAYER_BYTES
 from harness.records.spec import OWN
 from harness.submission.check_manifest import CellBudget
 from methods.budget import Budget
+from tasks import load_tasks
 
 ROUNDING = 1e-6
+_tasks = cache(load_tasks)
 POSITION_BYTES = 4  # of a slot, as in methods.views: imported from there, it would bring torch
 
 
@@ -197,6 +203,7 @@ def _own_problems(record: Record, *, budgeted: bool) -> Iterator[str]:
     most = record.full_bytes * (2 if record.stored_bytes else 1)  # a slot is no smaller than its position
     if record.asked_bytes > most:
         yield f"{record.asked_bytes} bytes asked for, more than the {record.full_bytes} of the whole cache"
+    yield from _sent_problems(record)
     kept = max((count for layer in record.needle_kept for count in layer), default=0)
     if kept > record.needle_tokens:
         yield f"{kept} of {record.needle_tokens} needle tokens are said to be kept"
@@ -204,3 +211,15 @@ def _own_problems(record: Record, *, budgeted: bool) -> Iterator[str]:
         yield f"{record.compressed_tokens} tokens compressed of a prompt of {record.prompt_tokens}"
     elif record.query == "aware" and record.compressed_tokens != record.prompt_tokens:
         yield f"{record.compressed_tokens} tokens compressed, the prompt has {record.prompt_tokens}"
+
+
+def _sent_problems(record: Record) -> Iterator[str]:
+    """A message holds the cache, and beside it no more than its description."""
+    relayed = _tasks()[record.task].relayed
+    if relayed != (record.relayed is not None):
+        yield f"{record.task} is {'' if relayed else 'not '}answered by another process, the record says otherwise"
+    elif record.relayed is not None:
+        sent, most = record.relayed.sent_bytes, max(record.kv_bytes, record.stored_bytes) + HEADER_BYTES
+        most += LAYER_BYTES * len(record.kept_slots)
+        if not record.kv_bytes < sent <= most:
+            yield f"{sent} bytes sent of a cache of {record.kv_bytes}, a message of it has at most {most}"

@@ -41,6 +41,8 @@ class Drawn:
         wanted: dict[str, object] = {"prompt_sha256": planned.sha256, "prompt_tokens": len(planned.ids)}
         wanted |= {"answers": planned.sample.answers, "needle_tokens": len(planned.needle)}
         other = [name for name, value in wanted.items() if getattr(record, name) != value]
+        if record.relayed is not None and record.relayed.text_bytes != len(planned.sample.context.encode()):
+            other.append("text_bytes")
         meta = _json(planned.sample.meta)
         if {**meta, **record.meta} != meta:  # older runs have less
             other.append("meta")

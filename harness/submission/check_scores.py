@@ -23,7 +23,7 @@ Decode = Callable[[Sequence[int]], str]
 
 def no_score(record: Record) -> Iterator[str]:
     """Say what a record without a score should not have."""
-    if record.metrics or record.prediction or record.nll is not None or record.measured is not None:
+    if record.metrics or record.prediction or any(x is not None for x in (record.nll, record.measured, record.relayed)):
         yield f"status {record.status} goes with no score and no measurement"
 
 

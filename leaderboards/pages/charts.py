@@ -19,7 +19,7 @@ from matplotlib.markers import MarkerStyle
 from leaderboards.pages.svg import FRONT, GRID, INK, INKS, SERIES, inline
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import FULL, NOT_GIVEN
 from leaderboards.stats.pareto import WHOLE, is_measured, running_best
 from leaderboards.stats.reads import READ, is_read
 from leaderboards.stats.stored import STORED, percent_column
@@ -91,7 +91,7 @@ def bytes_cost(table: Table) -> Cost:
 
 
 def methods_of(table: Table) -> list[str]:
-    """Methods with a budget, in the order of their colours."""
+    """Methods that do not keep everything, in the order of their colours."""
     return sorted(set(table.rows["method"][table.rows["budget"] != FULL]))
 
 
@@ -151,12 +151,12 @@ def _against(table: Table, rows: Sequence[TableRow], cost: Cost, *, salt: str) -
 
 
 def _by_budget(table: Table, rows: Sequence[TableRow], *, salt: str) -> Chart:
-    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] != FULL))
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] not in NOT_GIVEN))
     methods = methods_of(table)
     figure, axes = _figure()
     said: dict[str, list[str]] = {}
     for i, method in enumerate(methods):
-        own = [row for row in rows if row["method"] == method and row["budget"] != FULL]
+        own = [row for row in rows if row["method"] == method and row["budget"] not in NOT_GIVEN]
         aside = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
         said |= _series(axes, i, own, [budgets.index(row["budget"]) + aside for row in own], line=True)
     _full(axes, rows, bytes_cost(table))

@@ -16,7 +16,7 @@ from leaderboards.pages.charts import charts
 from leaderboards.pages.heats import heat_groups
 from leaderboards.pages.svg import adopted
 from leaderboards.stats.aggregate import Table, TableRow
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import NOT_GIVEN
 from leaderboards.stats.stored import held_or_read
 from leaderboards.tables import boundary
 from leaderboards.tables.board import heading
@@ -71,7 +71,7 @@ def best_by_task(table: Table) -> dict[str, pd.DataFrame]:
         for task, means in found.items()
     ]
     told = distinct(budgets)
-    heads = ["task", *(told[b] if b == FULL else f"budget {told[b]}{_share(rows, b)}" for b in budgets)]
+    heads = ["task", *(told[b] if b in NOT_GIVEN else f"budget {told[b]}{_share(rows, b)}" for b in budgets)]
     caption = "Highest mean of each task and how many methods share it; not tested against the next one"
     return {caption: pd.DataFrame(cells, columns=heads)} if cells else {}
 

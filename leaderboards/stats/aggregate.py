@@ -38,17 +38,20 @@ import pandas as pd
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import CellKey, Key, Record, RunManifest
+from harness.records.spec import AS, OWN
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.closed import closed
-from leaderboards.stats.comparable import FULL, STATUSES, Axes, budget_order, one_per_key, split_by_axes
+from leaderboards.stats.comparable import FULL, NOT_GIVEN, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.floors import floors
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
 from leaderboards.stats.lengths import lengths
 from leaderboards.stats.observing import observe_columns
+from leaderboards.stats.pairs import pairs
 from leaderboards.stats.pareto import FRONTS, fronts
 from leaderboards.stats.processors import Elsewhere, elsewhere
 from leaderboards.stats.ranks import Ranking, rank_columns
 from leaderboards.stats.reads import read_columns
+from leaderboards.stats.relay import relayed
 from leaderboards.stats.stored import stored_columns
 from leaderboards.stats.subject import compare
 from leaderboards.stats.summaries import summarise
@@ -78,7 +81,7 @@ class Table:
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
     runs; one of each is used, see `comparable.one_per_key`, which says `differing` too. elsewhere: the same sweep on
     other processors. changes: of the environment, since a run began, and how many records have each. floors, closed,
-    visible, lengths: as the modules of these names make them.
+    visible, lengths, pairs, relay: as the modules of these names make them.
     """
 
     axes: Axes
@@ -99,6 +102,8 @@ class Table:
     closed: pd.DataFrame = field(default_factory=pd.DataFrame)
     visible: pd.DataFrame = field(default_factory=pd.DataFrame)
     lengths: pd.DataFrame = field(default_factory=pd.DataFrame)
+    pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    relay: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 TableRow = Mapping[Any, Any]
@@ -124,7 +129,7 @@ def aggregate(
     groups = split_by_axes(board_records(records), manifests=manifests)
     if not groups:
         raise HarnessError("no records to make a board of; run a benchmark first")
-    labels = {r.method for group in groups.values() for r in group if r.budget != FULL}
+    labels = {r.method for group in groups.values() for r in group if r.budget not in NOT_GIVEN}
     if subject is not None and subject not in labels:
         known = ", ".join(sorted(labels)) or "none"
         raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
@@ -174,7 +179,8 @@ def _table(
     made = (axes, rows, tasks, summaries, rivals, ranking, runs, samples, used, notes, duplicates, others, differing)
     seen, decoded = visible(grid, ranking), lengths(grid, order)
     changes = tuple(sorted(Counter(change for r in chosen for change in r.environment_changes).items()))
-    return Table(*made, changes, floors=floors(grid), closed=closed(grid), visible=seen, lengths=decoded)
+    last = (floors(grid), closed(grid), seen, decoded, pairs(grid), relayed(grid, order))
+    return Table(*made, changes, *last)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:
@@ -186,8 +192,9 @@ def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:
 
 
 def _base(grid: Grid, cell: CellKey, label: str | None) -> CellKey | None:
-    """The cell of a baseline at the same budget, else without one."""
-    candidates = [(label, budget) for budget in (cell[1], FULL) if label is not None and label != cell[0]]
+    """The cell of a baseline at the same budget, else without one: of a method of its own, at what that kept."""
+    same = AS + cell[0] if cell[1] == OWN else cell[1]
+    candidates = [(label, budget) for budget in (same, FULL) if label is not None and label != cell[0]]
     return next((c for c in candidates if c in grid.cells), None)
 
 
@@ -247,7 +254,7 @@ def _columns(name: str, estimate: Estimate) -> dict[str, float]:
 def _marks(grid: Grid, ranked: Mapping[CellKey, Mapping[str, Any]]) -> dict[CellKey, str]:
     """`*` or `=` for the cells that have one; the rule is in the module's header."""
     marks: dict[CellKey, str] = {}
-    for budget in {budget for _, budget in grid.cells} - {FULL}:
+    for budget in {budget for _, budget in grid.cells} - NOT_GIVEN:
         rivals = [c for c in grid.cells if c[1] == budget and grid.counts(c)["ok"] and not grid.over_budget(c)]
         if len(rivals) < 2 or not any(map(grid.complete, rivals)):
             continue

@@ -24,13 +24,14 @@ from typing import Generic, NamedTuple, TypeVar
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
 from harness.records.record import READ, Key, Record, RunManifest
-from harness.records.spec import TaskSpec
+from harness.records.spec import AS, OWN, TaskSpec
+from harness.records.spec import FULL as FULL
 from leaderboards.stats.machines import listed, processor
 
 AnyRecord = TypeVar("AnyRecord", Record, BoardRecord)
 STATUSES = ("ok", "skipped", "failed", "oom")
-FULL = "full"
-"""The budget of a method without one."""
+NOT_GIVEN = frozenset({FULL, OWN})
+"""Budgets of methods that are given none, among which nothing is ranked."""
 UNKNOWN = "unknown processor"
 SEEN = 5e-4
 """Nats per token by which two records of a cell differ on a board."""
@@ -170,15 +171,18 @@ def is_of_reading(budget: str) -> bool:
 
 
 def budget_order(budget: str) -> tuple[int, float, str]:
-    """Sort key: without a budget first, then tokens, then fractions; those of what is read behind all."""
+    """Sort key: methods that are given none first, then tokens, fractions, and what another method kept.
+
+    Those of what is read come behind all.
+    """
     if is_of_reading(budget):
-        return (4, budget_order(budget.removeprefix(READ))[1], budget)
+        return (5, budget_order(budget.removeprefix(READ))[1], budget)
     try:
         size = float(budget)
     except ValueError:
         size = math.nan
     if not math.isfinite(size):
-        return (0 if budget == FULL else 3, 0.0, budget)
+        return (0 if budget in NOT_GIVEN else 4 if budget.startswith(AS) else 3, 0.0, budget)
     return (2 if "." in budget else 1, size, budget)
 
 
@@ -202,6 +206,7 @@ def settings_of(manifests: Sequence[RunManifest], *, timed: bool = True) -> dict
     for m in manifests:
         fixed = {name: str(getattr(m.spec, name)) for name in ("max_tokens", "max_new_tokens", "nll_tokens")}
         places = {"measured on": m.spec.measured_on} if timed and m.spec.measured_on is not None else {}
+        places |= {"answered by": f"{m.spec.answered_by.name} {m.spec.answered_map[:12]}"} if m.spec.answered_by else {}
         protocols = {f"{task.name} protocol": task.protocol for task in m.spec.tasks}
         runs[m.run_id] = {f"{m.spec.model.name} revision": m.spec.model.revision, **fixed, **protocols, **places}
     seen = {pair for values in runs.values() for pair in values.items()}

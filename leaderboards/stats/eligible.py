@@ -19,7 +19,7 @@ import numpy as np
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import Indexes
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import FULL, NOT_GIVEN
 from leaderboards.stats.grid import Grid
 
 CONTEXTS = 20
@@ -44,7 +44,7 @@ class Eligible:
 
 def eligible(grid: Grid, measure: str) -> Eligible:
     """The tasks that rank by a measure, `score` or `nll`."""
-    limited = [cell for cell in grid.cells if cell[1] != FULL]
+    limited = [cell for cell in grid.cells if cell[1] not in NOT_GIVEN]
     scored = np.zeros(len(grid.samples), dtype=bool)
     for cell in limited:
         scored |= ~np.isnan(grid.values(cell, measure))

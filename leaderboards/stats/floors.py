@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 from harness.records.record import CellKey
+from harness.records.spec import AS
 from leaderboards.stats.bootstrap import MIN_PAIRS, Array, Mask, Request, percentiles
-from leaderboards.stats.comparable import FULL, is_of_reading
+from leaderboards.stats.comparable import NOT_GIVEN, is_of_reading
 from leaderboards.stats.eligible import LOWEST, REFERENCE
 from leaderboards.stats.grid import Grid
 from leaderboards.stats.stored import is_stored, share
@@ -127,10 +128,10 @@ def _shares(means: Array) -> Array:
 
 
 def _curves(grid: Grid) -> dict[str, list[CellKey]]:
-    """The cells of each method that have a budget of what they hold."""
+    """The cells of each method at budgets of what it holds: what another one kept differs from prompt to prompt."""
     found = defaultdict[str, list[CellKey]](list)
     for cell in grid.cells:
-        if cell[1] != FULL and not is_of_reading(cell[1]):
+        if cell[1] not in NOT_GIVEN and not cell[1].startswith(AS) and not is_of_reading(cell[1]):
             found[cell[0]].append(cell)
     return found
 

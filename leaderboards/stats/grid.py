@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 
 from harness.errors import HarnessError
-from harness.records.board_record import BoardRecord, Decoded, board_records
+from harness.records.board_record import BoardRecord, Decoded, Sent, board_records
 from harness.records.board_record import needle_percent as needle_percent
 from harness.records.record import CellKey, Memory, Record
 from leaderboards.stats.bootstrap import Array, Bootstrap, Estimate, Mask
-from leaderboards.stats.comparable import FULL, STATUSES
+from leaderboards.stats.comparable import NOT_GIVEN, STATUSES
 
 MEASURED = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
 """What `Record.measured` adds; of seconds the median."""
 DECODED = Decoded._fields
 """What is known of long answers."""
+SENT = Sent._fields
+"""What is known of caches that were sent."""
+PARTS = {"timed": MEASURED, "decoded": DECODED, "relayed": SENT}
 Wanted = tuple[CellKey, str, CellKey | None]
 """An estimate: of a cell, of what, and which cell is subtracted."""
 
@@ -64,14 +67,14 @@ class Grid:
         self._estimates: dict[Wanted, Estimate] = {}
 
     def values(self, cell: CellKey, what: str) -> Array:
-        """[S]: `score` or `metrics.NAME` (0-100), `needle` (% still cached), a number, of `MEASURED` or `DECODED`.
+        """[S]: `score` or `metrics.NAME` (0-100), `needle` (% still cached), a number, or one of `PARTS`.
 
         NaN where the cell is not ok. Raises HarnessError when an ok record has no score.
         """
         if (cell, what) not in self._values:
             read: Callable[[Any], float | None] = _reader(what)
             own = [r if r is not None and r.status == "ok" else None for r in self.cells[cell]]
-            part = "timed" if what in MEASURED else "decoded" if what in DECODED else None
+            part = next((part for part, names in PARTS.items() if what in names), None)
             rows = own if part is None else [None if r is None else getattr(r, part) for r in own]
             self._values[cell, what] = np.array([None if r is None else read(r) for r in rows], dtype=np.float64)
         return self._values[cell, what]
@@ -96,9 +99,9 @@ class Grid:
         return Counter({status: np.count_nonzero(states == code) for code, status in enumerate(STATUSES)})
 
     def expected(self, budget: str) -> Mask:
-        """[S]: samples that some cell of this budget did not skip; of any budget for cells without one."""
+        """[S]: samples that some cell of this budget did not skip; of any budget for cells that are given none."""
         if budget not in self._expected:
-            states = [own for cell, own in self._states.items() if budget in (cell[1], FULL)]
+            states = [own for cell, own in self._states.items() if budget == cell[1] or budget in NOT_GIVEN]
             skipped = STATUSES.index("skipped")
             self._expected[budget] = np.any([(own >= 0) & (own != skipped) for own in states], axis=0)
         return self._expected[budget]

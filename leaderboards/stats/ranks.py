@@ -37,7 +37,7 @@ from scipy import special
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import LEVEL, MIN_PAIRS, NOTHING, Array, Drawn, Indexes, Mask, Request, percentiles
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import NOT_GIVEN
 from leaderboards.stats.eligible import CONTEXTS, Eligible, eligible
 from leaderboards.stats.grid import Grid
 from leaderboards.stats.subject import SIGNS, bare_name
@@ -226,7 +226,7 @@ def rank_columns(grid: Grid) -> tuple[dict[CellKey, dict[str, Any]], Ranking]:
         field = _Field(grid, sorted(c for c in grid.cells if c[1] == budget), measure)
         for cell, row in _other_columns(grid, field).items():
             found[cell] |= row
-        if budget != FULL and not of[measure].why:
+        if budget not in NOT_GIVEN and not of[measure].why:
             tested.append((field, field.contrasts(of[measure].tasks)))
         field.forget()
     limit, least = _tell_apart(tested)
@@ -261,7 +261,7 @@ def _tell_apart(tested: Sequence[tuple[_Field, Sequence[Contrasts]]]) -> tuple[f
 
 def _other_columns(grid: Grid, field: _Field) -> dict[CellKey, dict[str, Any]]:
     """Of every cell of a field what its measure adds to the row; ranks are still unknown."""
-    suffix, paired, limited = SUFFIXES[field.measure], PAIRED[field.measure], field.cells[0][1] != FULL
+    suffix, paired, limited = SUFFIXES[field.measure], PAIRED[field.measure], field.cells[0][1] not in NOT_GIVEN
     others = [field.best_other(i) if limited else None for i in range(len(field.cells))]
     grid.prepare((cell, field.measure, best) for cell, best in zip(field.cells, others, strict=True) if best)
     found = {}

@@ -12,7 +12,7 @@ import pandas as pd
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import Array
-from leaderboards.stats.comparable import FULL, is_of_reading
+from leaderboards.stats.comparable import NOT_GIVEN, is_of_reading
 from leaderboards.stats.grid import Grid
 
 STORED = "stored_percent_of_full"
@@ -71,5 +71,5 @@ def _columns(grid: Grid, cell: CellKey) -> dict[str, Any]:
     return {
         "stored_bytes_mean": float(stored[there].mean()) if there.any() else math.nan,
         STORED: 100 * share(stored[there], full[there]),
-        "n_under_budget": 0 if cell[1] == FULL else int((stored[there] < UNDER * asked[there]).sum()),
+        "n_under_budget": 0 if cell[1] in NOT_GIVEN else int((stored[there] < UNDER * asked[there]).sum()),
     }

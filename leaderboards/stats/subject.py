@@ -30,7 +30,7 @@ import pandas as pd
 
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import MIN_PAIRS, Array, Counts, Indexes, draw_counts, drawn_sums, percentiles, seeded
-from leaderboards.stats.comparable import FULL, budget_order
+from leaderboards.stats.comparable import FULL, NOT_GIVEN, budget_order
 from leaderboards.stats.eligible import CONTEXTS, contexts
 from leaderboards.stats.grid import Grid
 
@@ -94,7 +94,8 @@ def compare(grid: Grid, subject: str | None) -> pd.DataFrame:
     A family for which there is no rival has a row that says so.
     """
     rows = []
-    for cell in sorted((c for c in grid.cells if c[0] == subject and c[1] != FULL), key=lambda c: budget_order(c[1])):
+    own = [cell for cell in grid.cells if cell[0] == subject and cell[1] not in NOT_GIVEN]
+    for cell in sorted(own, key=lambda c: budget_order(c[1])):
         unfair = "over budget" if grid.over_budget(cell) else "" if grid.complete(cell) else "incomplete"
         for measure in SIGNS:
             found = dict(_families(grid, cell, measure))

@@ -25,7 +25,7 @@ from scipy import special
 
 from leaderboards.stats.bootstrap import LEVEL, Array, Bootstrap, Indexes
 from leaderboards.stats.closed import UNNAMED
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import NOT_GIVEN
 from leaderboards.stats.eligible import REFERENCE, Eligible, contexts
 from leaderboards.stats.floors import ALL, family_of
 from leaderboards.stats.grid import Grid
@@ -118,7 +118,7 @@ def _part(grid: Grid, rows: Indexes) -> Part:
 
 def _fields(grid: Grid, rows: Indexes) -> Iterator[Array]:
     """Of each budget the scores [S, K] of its methods that are within their bytes and have all these samples."""
-    for budget in sorted({budget for _, budget in grid.cells} - {FULL}):
+    for budget in sorted({budget for _, budget in grid.cells} - NOT_GIVEN):
         cells = [cell for cell in grid.cells if cell[1] == budget and not grid.over_budget(cell)]
         values = [own for cell in cells if not np.isnan((own := grid.values(cell, "score"))[rows]).any()]
         if len(values) > 1:

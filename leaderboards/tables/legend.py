@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from harness.records.spec import OWN
 from leaderboards.stats import observing, pareto, ranks, reads, summaries, worst
 from leaderboards.stats.aggregate import Table
 from leaderboards.stats.bootstrap import FEW, LEVEL, MIN_PAIRS
@@ -76,6 +77,12 @@ VISIBLE = (
     "corrected; in the joint test: at the limit by which all pairs of a table that ranks are told apart. A family is "
     "the mean over its tasks that may rank.",
 )
+PAIRED = (
+    "own: the budget of a method that finds in each prompt how much it keeps. Its row has no rank; its place in the "
+    "pictures is the mean of its bytes. =METHOD: the budget of others run at what that one kept: of each prompt the "
+    "least one whose bytes are no fewer. Baselines of its row are taken there. Δ: that method less the other one, on "
+    f"the samples both have, with its {LEVEL:.0%} interval; not corrected for the number of comparisons.",
+)
 CLOSED = (
     "closed division: rows whose share of fullkv's score is told to be no less than the floor, by the lower end of its "
     f"{LEVEL:.0%} interval over contexts, which is never nearer to the share than what so many contexts may leave "
@@ -89,6 +96,14 @@ LONG = (
     "mean over tasks; above 1 is longer. ended %: answers that came to their end before the token limit. until error "
     "%, right %: steps right before the first error, and in all. end MiB: stored after the last token. cost / fullkv: "
     "bytes x steps, what is stored at each token summed over all, as a ratio like the length.",
+)
+RELAY = (
+    "relay: another process answers from the cache that it is sent, and from nothing else of the context. sent MiB: "
+    "the message, its description included; text MiB: the context as UTF-8. first s: from the sender's cache to the "
+    "first token: sent over a pipe of one machine, read, and asked the question (each in the CSV); text first s: of "
+    "the same process reading context and question as text. Medians. The sender's own prefill is in neither.",
+    "link MiB/s: on a faster link the cache brings the first token before the text does; - where on none. control: "
+    "messages of zeros, of those tried, that gave another answer.",
 )
 SUMMARIES = (
     "averages by protocol: 0-100, mean ± half of its interval. (13 of 16): the mean of the 13 tasks there are, of 16 "
@@ -152,9 +167,11 @@ def how_to_read(tables: Sequence[Table]) -> list[str]:
         *(RANKS if ranked else ()),
         *(OTHERS if any((frame["best_other"] != "").any() for frame in rows) else ()),
         *(SMALLEST if any(len(table.floors) for table in tables) else ()),
+        *(PAIRED if any((frame["budget"] == OWN).any() for frame in rows) else ()),
         *(VISIBLE if any(len(table.visible) for table in tables) else ()),
         *(CLOSED if any(len(table.closed) for table in tables) else ()),
         *(LONG if any(len(table.lengths) for table in tables) else ()),
+        *(RELAY if any(len(table.relay) for table in tables) else ()),
         *(TAILS if any(map(worst.is_known, rows)) else ()),
         *(MEASURED if any(map(pareto.is_measured, rows)) else ()),
         *(RIVALS if any(len(table.rivals) for table in tables) else ()),

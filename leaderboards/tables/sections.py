@@ -7,7 +7,7 @@ import pandas as pd
 
 from leaderboards.stats import ranks, worst
 from leaderboards.stats.aggregate import Table, TableRow
-from leaderboards.stats.comparable import FULL
+from leaderboards.stats.comparable import NOT_GIVEN
 from leaderboards.stats.ranks import PAIRED, SUFFIXES
 from leaderboards.tables.verdicts import has_other_samples
 from leaderboards.tables.visible import TITLE, visible_frame
@@ -18,6 +18,7 @@ FLAGS |= {"few": "w", "unknown": "u", "other_samples": "x", "timed_on_fewer": "t
 """Flag of a row to its letter."""
 LACKS = " (lacks samples)"
 """What marks a method beside others that have samples which it lacks."""
+PAIRS = "Methods of their own budget against others at what they kept"
 RIVAL_TITLES = {"nll": ("NLL, nats per token", 3), "score": ("score, 0-100", 1)}
 """Measure to its words in a title and its decimals."""
 
@@ -31,7 +32,9 @@ def sections(table: Table) -> dict[str, pd.DataFrame]:
     found = {**rival_frames(table.rivals), "Score by task": task_frame(table)}
     if len(table.visible):
         found[TITLE] = visible_frame(table.visible)
-    limited = table.rows[table.rows["budget"] != FULL]
+    if len(table.pairs):
+        found[PAIRS] = pd.DataFrame([_pair_texts(row) for row in table.pairs.to_dict("records")])
+    limited = table.rows[~table.rows["budget"].isin(NOT_GIVEN)]
     if (ranked := ranks.is_ranked(table.rows)) or (limited["best_other"] != "").any():
         found["Ranks and best others" if ranked else "Best others"] = pd.DataFrame(
             [keyed(row, lacking) | _rank_texts(row, ranked=ranked) for row in limited.to_dict("records")]
@@ -43,6 +46,9 @@ def sections(table: Table) -> dict[str, pd.DataFrame]:
         fewer = {(row["budget"], row["method"]) for row in table.lengths.to_dict("records") if row["n"] < most}
         own = table.lengths.to_dict("records")
         found["Long outputs"] = pd.DataFrame([keyed(row, fewer) | _length_texts(row) for row in own])
+    if len(table.relay):
+        own = table.relay.to_dict("records")
+        found["Relay"] = pd.DataFrame([keyed(row, lacking) | _relay_texts(row) for row in own])
     if worst.is_known(table.rows):
         every = table.rows.to_dict("records")
         found["Tail failures"] = pd.DataFrame([keyed(row, lacking) | _tail_texts(row) for row in every])
@@ -113,6 +119,20 @@ def _floor_text(row: TableRow) -> str:
     return told(row["percent"]) + ends
 
 
+def _pair_texts(row: TableRow) -> dict[str, str]:
+    return {
+        "method": clean(row["method"]),
+        "against": clean(row["rival"]),
+        "kept %": number(row["kept_percent"]),
+        "its %": number(row["rival_percent"]),
+        "score": number(row["score_points_own"]),
+        "its score": number(row["score_points_rival"]),
+        "Δ score": estimate(row, "score_points_vs_rival", sign="+"),
+        "ΔNLL": estimate(row, "nll_nats_vs_rival", digits=3, sign="+"),
+        "n": str(row["n"]),
+    }
+
+
 def _length_texts(row: TableRow) -> dict[str, str]:
     return {
         "length / fullkv": estimate(row, "inflation", digits=2),
@@ -121,6 +141,19 @@ def _length_texts(row: TableRow) -> dict[str, str]:
         "right %": number(row["right"]),
         "end MiB": number(row["stored_bytes_end"] / MIB, digits=2),
         "cost / fullkv": estimate(row, "cost", digits=2),
+        "n": str(row["n"]),
+    }
+
+
+def _relay_texts(row: TableRow) -> dict[str, str]:
+    return {
+        "score": number(row["score_points_mean"]),
+        "sent MiB": number(row["sent_bytes_mean"] / MIB, digits=3),
+        "text MiB": number(row["text_bytes_mean"] / MIB, digits=3),
+        "first s": number(row["cache_s_median"], digits=3),
+        "text first s": number(row["text_s_median"], digits=3),
+        "link MiB/s": number(row["link_bytes_per_s"] / MIB),
+        "control": f"{row['depends_n']} of {row['control_n']}" if row["control_n"] else "-",
         "n": str(row["n"]),
     }
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 from leaderboards.stats.aggregate import Table, TableRow
 from leaderboards.stats.bootstrap import LEVEL
-from leaderboards.stats.comparable import FULL, is_of_reading
+from leaderboards.stats.comparable import FULL, NOT_GIVEN, is_of_reading
 from leaderboards.stats.processors import Elsewhere
 from leaderboards.stats.stored import held_or_read, percent_column
 from leaderboards.text import MIB, clean, half_width, interval, number
@@ -94,9 +94,13 @@ def verdicts(table: Table) -> list[BudgetVerdict]:
 
 
 def uncompressed(table: Table) -> list[Words]:
-    """A sentence for each scored method without a budget."""
-    rows = [row for row in table.rows.to_dict("records") if row["budget"] == FULL and row["n_ok"]]
-    return [(MethodName(row["method"]), f" without compression: {score_text(row)}{_on(row)}.") for row in rows]
+    """A sentence for each scored method that is given no budget."""
+    rows = [row for row in table.rows.to_dict("records") if row["budget"] in NOT_GIVEN and row["n_ok"]]
+    return [(MethodName(row["method"]), f" {_not_given(row)}: {score_text(row)}{_on(row)}.") for row in rows]
+
+
+def _not_given(row: TableRow) -> str:
+    return "without compression" if row["budget"] == FULL else f"at its own budget ({_cost([row])})"
 
 
 def tightest_and_widest(table: Table) -> list[str]:
@@ -104,7 +108,8 @@ def tightest_and_widest(table: Table) -> list[str]:
 
     Differences to the uncompressed cache are the table's own paired ones, with their intervals.
     """
-    limited = table.rows[[budget != FULL and not is_of_reading(budget) for budget in table.rows["budget"]]]
+    held = [budget not in NOT_GIVEN and not is_of_reading(budget) for budget in table.rows["budget"]]
+    limited = table.rows[held]
     kept = limited.groupby("budget", sort=False)[percent_column(limited)].mean().dropna()
     if not len(kept):
         return []
@@ -130,7 +135,7 @@ def most_nll(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def _by_budget(table: Table) -> dict[str, Sequence[TableRow]]:
-    groups = table.rows[table.rows["budget"] != FULL].groupby("budget", sort=False)
+    groups = table.rows[~table.rows["budget"].isin(NOT_GIVEN)].groupby("budget", sort=False)
     return {str(budget): rows.to_dict("records") for budget, rows in groups}
 
 

@@ -14,15 +14,15 @@ from methods.base import KV, Budget
 from methods.registry import make_policy
 from methods.stored import CodedKV
 from methods.views import POSITION_BYTES
+from tests.engine.test_engine import LABELS
 from tests.engine.test_stored_bytes import BUDGET, IDS, TOKENS, compressed
-from tests.methods.test_contract import LABELS
 
 PLAIN, HEADS, LAYERS = 2 * 16 * 4, 2, 4  # bytes of a key and a value
 
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(tiny.model)
+    return AttachedModel(tiny.model, tiny.wording)
 
 
 def outcome(model: AttachedModel, label: str, *, new: int = 8, budget: int = BUDGET) -> Outcome:

@@ -26,7 +26,7 @@ IDS: list[int] = torch.randint(5, 260, (TOKENS,), generator=torch.Generator().ma
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(copy.deepcopy(tiny.model))
+    return AttachedModel(copy.deepcopy(tiny.model), tiny.wording)
 
 
 def tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:

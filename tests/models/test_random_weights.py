@@ -151,7 +151,8 @@ def test_random_weights_have_no_score(tmp_path: Path, capsys: pytest.CaptureFixt
             "compile": ("--out", out),
             "tune": ("adakv", "--out", out),
         },
-        **{"calibrate-tasks": ("--out", out), "verify": ("pack.zip",)},
+        **{"calibrate-relay": ("--receiver", "tiny", "--out", out), "calibrate-tasks": ("--out", out)},
+        **{"verify": ("pack.zip",)},
         "lm-eval": ("--tasks", "lambada", "--model", "kvpolicy", "--model_args", f"pretrained={name},method=fullkv"),
     }
     for command, words in commands.items():

@@ -19,11 +19,14 @@ from harness.plan.sweep import (
     PlannedCell,
     check_budgets,
     contexts,
+    plan_budgets,
     plan_cells,
+    plan_names,
     plan_samples,
     run_spec,
 )
 from harness.records.spec import Sweep
+from harness.speed.asked import BenchAsk
 from methods.base import Budget
 from methods.snapkv import SnapKV
 from tasks.base import About, Sample, Task, TaskError, TaskOptions
@@ -131,6 +134,48 @@ def test_cells_are_every_method_at_every_budget_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "typed", "budgets"),
+    [
+        (("gvote",), None, ("=gvote",)),  # what it keeps is all that is asked
+        (("gvote",), ("64", "25%"), ("64", "0.25", "=gvote")),
+        (("gvote",), ("=gvote",), ("=gvote",)),
+        (("gvote@p90", "gvote"), None, ("=gvote@p90", "=gvote")),
+        (("gvote@p90", "gvote"), ("64", "=gvote@p90"), ("64", "=gvote@p90")),
+        ((), None, ("128", "256", "512")),
+    ],
+)
+def test_others_are_run_at_what_a_method_of_its_own_budget_keeps(
+    own: tuple[str, ...], typed: tuple[str, ...] | None, budgets: tuple[str, ...]
+) -> None:
+    asked = sweep(methods=("fullkv", *own, "snapkv"), **({} if typed is None else {"budgets": typed}))
+    methods = plan_methods(asked)
+    cells = plan_cells(methods, plan_budgets(asked, methods))
+    names = [("fullkv", "full"), *((label, "own") for label in own), *(("snapkv", text) for text in budgets)]
+    assert [(cell.method, cell.budget) for cell in cells] == names
+    policies = {f"={spec.label}": policy for spec, policy in methods}
+    for cell in cells:
+        given = cell.cell.like
+        assert (given is not None) == cell.budget.startswith("=") and (cell.cell.budget is None or given is None)
+        assert given is None or (str(given), given.policy) == (cell.budget, policies[cell.budget])
+
+
+def test_changed_parameters_of_a_method_are_in_the_name_of_what_it_keeps() -> None:
+    asked = sweep(methods=("gvote@p99", "snapkv"), set={"gvote.seed": 3}, budgets=("=gvote@p99",))
+    methods = plan_methods(asked)
+    assert list(map(str, plan_budgets(asked, methods))) == ["=gvote@p99[seed=3]"]
+    assert (methods[0].spec.own, methods[0].spec.budgeted, methods[1].spec.own) == (True, False, False)
+
+
+@pytest.mark.parametrize("budget", ["=gvote", "=", "=snapkv", "=fullkv"])
+def test_what_no_method_of_the_run_keeps_is_no_budget(budget: str) -> None:
+    asked = sweep(methods=("gvote@p90", "snapkv", "fullkv"), budgets=(budget,))
+    with pytest.raises(HarnessError, match=r"no method of this run is that one; this run has gvote@p90; add it to"):
+        plan_budgets(asked, plan_methods(asked))
+    with pytest.raises(ValidationError, match="what a method keeps is known in `harness run` alone"):
+        BenchAsk(methods=("gvote", "snapkv"), budgets=("=gvote",))
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
         *(({"budgets": ("64", budget)}, "budget ") for budget in ("0", "-1", "1.5", "0.0", "many", "150%")),
@@ -166,7 +211,17 @@ def test_a_task_for_hidden_questions_is_not_run_with_shown_ones() -> None:
     hidden = ("multiquery/niah",)
     assert [task.name for task in plan_tasks(sweep(tasks=hidden, query="agnostic"))] == [*hidden]
     with pytest.raises(HarnessError, match="niah is made for --query agnostic, this run is aware; change one"):
-        plan_tasks(sweep(tasks=hidden))
+        plan_tasks(sweep(tasks=hidden, query="aware"))
+
+
+def test_the_query_mode_is_the_tasks_own_where_none_is_asked_for_and_all_agree() -> None:
+    hidden, shown = ("multiquery/niah", "relay/needle"), ("stdlib/next_line",)
+    assert plan_names(sweep(tasks=hidden)).sweep == sweep(tasks=hidden, query="agnostic")
+    assert plan_names(sweep(tasks=shown)).sweep.query == "aware"
+    with pytest.raises(HarnessError, match="multiquery/niah is made for --query agnostic, this run is aware"):
+        plan_names(sweep(tasks=(*shown, *hidden)))
+    with pytest.raises(HarnessError, match="--measure with --query agnostic"):
+        plan_names(sweep(tasks=hidden, measure=True))
 
 
 def test_neighbours_with_one_context_are_prefilled_together(tiny: LoadedModel) -> None:

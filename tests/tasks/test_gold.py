@@ -44,7 +44,7 @@ def options(name: str, folder: Path | None) -> TaskOptions:
     return TaskOptions(
         tokenizer=Words(),
         max_tokens=10**6,
-        lengths=(8192 if name.startswith("multiquery") else 2048,),
+        lengths=(8192 if name.startswith(("multiquery", "relay")) else 2048,),
         limit=20 if name.startswith("longbench") else 3,
         data_dir=folder,
         fetch=asset,
@@ -57,7 +57,7 @@ def out_of_reach(name: str, sample: Sample) -> bool:
 
 
 def needs_data(name: str) -> bool:
-    return name.startswith(("longbench", "multiquery/longbench", "multiquery/qa", "ruler/qa"))
+    return name.startswith(("longbench", "multiquery/longbench", "multiquery/qa", "relay/qa", "ruler/qa"))
 
 
 @pytest.mark.parametrize("name", TASKS)

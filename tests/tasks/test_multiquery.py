@@ -101,8 +101,8 @@ def test_a_run_prefills_each_context_once(tmp_path: Path) -> None:
     data = longbench(tmp_path, (text, "Which town?"), (text, "Which river?"), (text + "!", "a"), (text + "!", "b"))
     run = ["run", "--model", "tiny", "--dtype", "float32", "--device", "cpu", "--methods", "fullkv,snapkv", "--budgets"]
     run += ["64", "--tasks", "multiquery/longbench", "--data-dir", str(data), "--max-new-tokens", "4"]
-    assert main([*run, "--out", str(tmp_path / "aware")]) == 2
-    assert main([*run, "--query", "agnostic", "--out", str(tmp_path / "runs")]) == 0
+    assert main([*run, "--query", "aware", "--out", str(tmp_path / "aware")]) == 2
+    assert main([*run, "--out", str(tmp_path / "runs")]) == 0
     (folder,) = find_runs(tmp_path / "runs")
     _, records = load_run(folder)
     assert [record.status for record in records] == ["ok"] * 8
