@@ -59,7 +59,7 @@ every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(copy.deepcopy(tiny.model))
+    return AttachedModel(copy.deepcopy(tiny.model), tiny.wording)
 
 
 def talk(*, again: bool = False, limits: Limits = LIMITS) -> Prompt:
