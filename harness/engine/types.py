@@ -168,6 +168,7 @@ class Outcome:
         oom = memory or "can't allocate memory" in text
         own: Status = "skipped" if isinstance(error, SkippedCell | BudgetTooSmall) else "oom" if oom else "failed"
         self.status, self.error = status or own, line_of(" ".join(text.split()))[:500]
+        self.relayed = None
 
     def stored(self) -> dict[str, Any]:
         """The fields of a record that the engine fills in, under their names."""

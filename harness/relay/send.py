@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from harness.engine.compress import Compressed
@@ -53,23 +54,22 @@ class Relay:
         on. Raises as `Engine.run_group` does.
         """
         border, done = self.engine.compress_group(prompts, [[cell.cell for cell in own] for own in cells])
-        asked: dict[Cell, list[int]] = {}  # numbers of the prompts of each
+        asked: dict[Cell, dict[int, None]] = {}  # numbers of the prompts of each; two labels may name one cell
         labels: dict[Cell, str] = {}
         for number, own in enumerate(cells):
             for planned in own:
-                asked.setdefault(planned.cell, []).append(number)
+                asked.setdefault(planned.cell, {})[number] = None
                 labels[planned.cell] = planned.method
-        results = [[Outcome() for _ in own] for own in cells]
+        answers: dict[tuple[int, Cell], Outcome] = {}
         text_s, why = self._read_text(prompts[0]) if any(run.compressed for run in done.values()) else (None, "")
         for cell, numbers in asked.items():
             run = done.pop(cell)
             questions = [Question.of(prompts[number], border) for number in numbers]
             sent = self._sent(run, labels[cell], questions, control=control)
             for turn, number in enumerate(numbers):
-                at = next(i for i, planned in enumerate(cells[number]) if planned.cell == cell)
                 told = Told(len(texts[number].encode()), text_s, why)
-                results[number][at] = _outcome(run, sent, turn, told)
-        return results
+                answers[number, cell] = _outcome(run, sent, turn, told)
+        return [[replace(answers[number, planned.cell]) for planned in own] for number, own in enumerate(cells)]
 
     def _read_text(self, prompt: Prompt) -> tuple[float | None, str]:
         """Seconds of the receiver to the first token from the text, or why they are not known."""
@@ -104,7 +104,8 @@ class Relay:
             raise HarnessError(f"the receiver holds {reply.kv_bytes} bytes of a cache of {left.kv_bytes}")
         zeroed = None
         if control and reply.error is None:
-            zeroed, _ = self.receiver.ask(ask.model_copy(update={"zeroed": True}), message, constants)
+            with suppress(HarnessError):  # it costs the record a fact, never its score
+                zeroed, _ = self.receiver.ask(ask.model_copy(update={"zeroed": True}), message, constants)
         return _Sent(len(message), packed_s + written_s, reply, zeroed)
 
     def _method(self, run: CellRun, label: str) -> MethodSpec | None:
@@ -128,7 +129,7 @@ def _outcome(run: CellRun, sent: _Sent | None, turn: int, text: Told) -> Outcome
     nothing = vars(Outcome())
     told = {name: value for name, value in vars(answered).items() if value != nothing[name]}  # it knew nothing before
     whole = replace(run.outcome, **told | {"notes": (*run.outcome.notes, *answered.notes)})
-    if sent.reply.error is not None:
+    if sent.reply.error is not None or whole.status != "ok":
         return whole
     whole.relayed = Relayed(
         sent_bytes=sent.sent_bytes,
@@ -144,11 +145,9 @@ def _outcome(run: CellRun, sent: _Sent | None, turn: int, text: Told) -> Outcome
 
 
 def _depends(control: Reply | None, answered: Outcome, turn: int) -> bool | None:
-    """Whether another answer came of zeros; None where nothing did, or both could not be scored."""
+    """Whether another answer came of zeros, or none that is finite; None where it was not tried, or lost."""
     if control is None or control.error is not None:
         return None
     zeroed = control.outcomes[turn]
-    if "ok" not in (answered.status, zeroed.status):
-        return None
     mine, zeros = ((own.status, own.token_ids, own.nll_per_token) for own in (answered, zeroed))
     return mine != zeros

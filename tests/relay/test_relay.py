@@ -127,6 +127,24 @@ def test_every_method_answers_as_in_one_process(relay: Relay, tiny: LoadedModel)
             assert told[0] == told[1]  # to the bit
 
 
+def test_two_labels_of_one_cell_are_answered_at_once_and_a_lost_control_costs_no_score(
+    relay: Relay, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, sent = relay.receiver.ask, list[bool]()
+
+    def counted(asked: Ask, message: bytes = b"", constants: Any = None) -> Any:
+        sent.append(asked.zeroed)
+        if asked.zeroed:
+            raise HarnessError("lost")
+        return ask(asked, message, constants)
+
+    monkeypatch.setattr(relay.receiver, "ask", counted)
+    one, other, snap = run(relay, prompt_of(tiny), FULL, replace(FULL, method="another"), SNAP, control=True)
+    assert sent == [False, False, True, False, True]  # the text, and two caches
+    assert one == other and one.relayed is not None and one.relayed.depends is None and one is not other
+    assert (one.status, snap.status) == ("ok", "ok")
+
+
 def test_the_receiver_has_nothing_but_the_cache(
     relay: Relay, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
