@@ -14,6 +14,7 @@ import torch
 
 from harness.contract import make_view
 from methods.base import KV, KVPolicy, Needs, PolicyError
+from methods.budget import BudgetTooSmall
 from methods.codes import MinMaxCodes
 from methods.registry import Method, load_methods, make_policy
 from methods.slotwise import SlotCodes
@@ -171,9 +172,12 @@ def _side(kv: KV) -> dict[str, tuple[float, str]]:
 
 
 def _means(policy: KVPolicy) -> Iterator[str]:
-    """The mean bytes of a live slot at each budget."""
+    """The mean bytes of a live slot at each budget that it serves."""
     for budget in BUDGETS:
-        kvs = _compressed(policy, budget)
+        try:
+            kvs = _compressed(policy, budget)
+        except BudgetTooSmall:
+            continue
         slots = f"budget {budget} ({_live(kvs) / _heads(kvs):.0f} slots)" if policy.budgeted else f"{budget} tokens"
         yield f"{sum(kv.nbytes for kv in kvs) / _live(kvs):.1f} at {slots}"
 
