@@ -35,8 +35,8 @@ KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the pr
 What a policy observed stays with every full layer. A sliding-window layer is full until all are compressed.
 
 A prompt that is repeated (`harness.engine.repeat`) in chunks of C tokens is as one of T + C tokens in chunks of C whose
-layers hold, beside the full cache, C slots, L * Hq * (T + C) * 4 (what their keys got, in all and in the chunk) and, one
-of them at a time, C slots more, a copy of itself and 2 * Hq * BLOCK * S * 4 (the weights of a block of queries).
+layers hold, beside the full cache, C slots, L * Hq * (T + C) * 4 (what their keys got, in all and in the chunk) and,
+one of them at a time, C slots more, a copy of itself and 2 * Hq * BLOCK * S * 4 (the weights of a block of queries).
 
 That is of a CPU, where one kernel serves attention and column sums (`harness.engine.kernels`). With Triton on a GPU
 (`harness.engine.triton_kernels`) chunks need no more than a whole prompt, and
