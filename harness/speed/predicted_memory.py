@@ -35,8 +35,8 @@ KV(now) in the last prompt is what the earlier P - 1 prompts left, and of the pr
 What a policy observed stays with every full layer. A sliding-window layer is full until all are compressed.
 
 A prompt that is repeated (`harness.engine.repeat`) in chunks of C tokens is as one of T + C tokens in chunks of C whose
-layers hold, beside the full cache, C slots, L * Hq * T * 4 (what their keys got) and, one of them at a time, a copy of
-itself and 2 * Hq * BLOCK * S * 4 (the weights of a block of queries).
+layers hold, beside the full cache, C slots, L * Hq * (T + C) * 4 (what their keys got, in all and in the chunk) and,
+one of them at a time, C slots more, a copy of itself and 2 * Hq * BLOCK * S * 4 (the weights of a block of queries).
 
 That is of a CPU, where one kernel serves attention and column sums (`harness.engine.kernels`). With Triton on a GPU
 (`harness.engine.triton_kernels`) chunks need no more than a whole prompt, and
@@ -189,7 +189,8 @@ def repeating(dims: Dims, shape: ProbeShape) -> int:
         chunk = min(asked.chunk, shape.tokens)
         weighed = (chunk if asked.apart else shape.tokens) + chunk
         own = replace(shape, tokens=shape.tokens + chunk, chunk=min(chunk, shape.step), needs=Needs())
-        got = len(dims.windows) * (chunk * dims.slot + dims.heads * shape.tokens * FLOAT32)
+        seen = dims.heads * (shape.tokens + (chunk if asked.apart else shape.tokens)) * FLOAT32
+        got = (len(dims.windows) + 1) * chunk * dims.slot + len(dims.windows) * seen
         weights = 2 * dims.heads * min(BLOCK, chunk) * weighed * FLOAT32
         sizes.append(got + full_layer(dims, own) + max(activations(dims, own), weights))
     return max(sizes)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from harness.contract import HEADS, LAYERS, make_view
-from methods.artefact import Constants, ConstantsManifest, save_constants
+from harness.engine.engine import Engine
+from harness.engine.transformers_seam import AttachedModel
+from harness.models.load import LoadedModel
+from methods.artefact import COMPILED, Constants, ConstantsManifest, load_constants, save_constants
 from methods.base import Needs, PolicyError, PromptView
 from methods.kvzap import KVzap
 from methods.kvzap_probe import logits, names
@@ -120,3 +123,16 @@ def test_constants_of_another_model_are_refused(folder: Path) -> None:
         make_policy("kvzap", {"compiled": str(folder)}).for_model("other")
     with pytest.raises(PolicyError, match=r"kvzap has no constants of this model.*harness compile kvzap"):
         make_policy("kvzap").for_model("other")
+
+
+def test_the_packaged_probes_are_those_of_the_packaged_model(smollm2: LoadedModel) -> None:
+    policy = make_policy("kvzap").for_model(smollm2.spec.revision)
+    assert isinstance(policy, KVzap) and (policy.compiled, policy.lacks) == ("smollm2-135m", "")
+    assert len(policy.fitted_on()) == 40 and policy.method_bytes < 3_000_000
+    told = load_constants(COMPILED / "kvzap" / "smollm2-135m").manifest.report["correlation"]
+    assert told["mlp"] > told["linear"] > 0.7
+    engine = Engine(AttachedModel(smollm2.model, smollm2.wording))
+    ids = smollm2.tokenizer("One two three, and the quick brown fox. " * 6).input_ids
+    kept = policy.compress(engine.prefill(ids, policy.needs).view, 20)
+    assert sum(int(kv.live.sum()) for kv in kept) == 20 * 30 * 3
+    assert len({int(n) for kv in kept for n in kv.live[0]}) > 5
