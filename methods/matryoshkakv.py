@@ -8,7 +8,8 @@ ranks whose fall changes the last hidden states least fall first, an eighth of t
 that one keeps as many slots as fit at `share` of the width, and ranks fall until the bytes of what it kept fit.
 Differences: bases of KV heads, where the authors repeat them to query heads, G times the bytes under grouped queries.
 The prompt is prefilled by the full cache. The last `residual` tokens stay as they are, one at least. Ranks fall by the
-calibration text, not by samples of the task; those of `@pca` all alike, which its bases bear better. How bases are found: `harness/compiler/matryoshka.py`.
+calibration text, not by samples of the task; those of `@pca` all alike, which its bases bear better. How bases are
+found: `harness/compiler/matryoshka.py`.
 """
 
 from __future__ import annotations
