@@ -8,7 +8,8 @@ ranks whose fall changes the last hidden states least fall first, an eighth of t
 that one keeps as many slots as fit at `share` of the width, and ranks fall until the bytes of what it kept fit.
 Differences: bases of KV heads, where the authors repeat them to query heads, G times the bytes under grouped queries.
 The prompt is prefilled by the full cache. The last `residual` tokens stay as they are, one at least. Ranks fall by the
-calibration text, not by samples of the task. How bases are found: `harness/compiler/matryoshka.py`.
+calibration text, not by samples of the task; those of `@pca` all alike, which its bases bear better. How bases are
+found: `harness/compiler/matryoshka.py`.
 """
 
 from __future__ import annotations
@@ -267,7 +268,13 @@ def _made(loaded: Constants, kind: str) -> Bases:
     found = loaded.tensors
     keys, values = (orthonormal(found[f"{kind}_{name}"]) for name in ("keys", "values"))
     means = found[f"{kind}_key_mean"].float(), found[f"{kind}_value_mean"].float()
-    return Bases((keys, values), means, found["order"].tolist())
+    layers, heads = means[0].shape[:2]
+    return Bases((keys, values), means, found["order"].tolist() if kind == "trained" else _in_turn(layers, heads))
+
+
+def _in_turn(layers: int, heads: int) -> list[int]:
+    """An order in which all ranks stay alike."""
+    return [*range(2 * layers * heads)] * (LEVELS - 1)
 
 
 @lru_cache(maxsize=8)
@@ -275,7 +282,7 @@ def _neutral(layers: int, heads: int, *dims: int) -> Bases:
     """A head's own numbers, of which the last go first, in all heads alike."""
     keys, values = (torch.eye(dim).expand(layers, heads, dim, dim) for dim in dims)
     means = (keys.new_zeros(keys.shape[:3]), values.new_zeros(values.shape[:3]))
-    return Bases((keys, values), means, [*range(2 * layers * heads)] * (LEVELS - 1))
+    return Bases((keys, values), means, _in_turn(layers, heads))
 
 
 def _chooser(label: str) -> KVPolicy:

@@ -10,7 +10,7 @@ Differences: per KV head, not repeated to query heads. The prompt is prefilled b
 follows it reads its latents. Trained is a turn of the PCA's basis, U = U0 (I - A/2)^-1 (I + A/2) from A = 0, which
 needs no inverse map of U0; key means stay, as a change of one alters no softmax. Every step has two draws of ranks,
 the second the first one's mirror. The order of falls is found on calibration prompts, not on the task's, with the
-trained bases, and serves those of PCA too; ranks fall by eighths down to one.
+trained bases; ranks fall by eighths down to one.
 """
 
 import math
@@ -69,7 +69,7 @@ def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Te
         half = {"keys": bases.keys.half(), "values": bases.values.half()}
         half |= {"key_mean": bases.key_mean, "value_mean": bases.value_mean}
         tensors |= {f"{kind}_{name}": own for name, own in half.items()}
-    return {name: own.cpu().contiguous() for name, own in tensors.items()}, report
+    return {name: own.cpu().clone() for name, own in tensors.items()}, report
 
 
 def stage(bench: Workbench, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """MatryoshkaKV against loops written from its formulas, on random bases of the contract's random prompts."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
-from methods.artefact import Constants, ConstantsManifest
+from methods.artefact import COMPILED, Constants, ConstantsManifest, load_constants
 from methods.base import KV, Budget, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
 from methods.matryoshkakv import LEVELS, MatryoshkaKV, orthonormal
@@ -60,9 +61,11 @@ def rebuilt(x: Tensor, kind: str, name: str, layer: int, head: int, rank: int) -
     return out + mean
 
 
-def fewest(asked: int, live: list[list[int]], residual: int, positions: bool) -> list[int]:
+def fewest(asked: int, live: list[list[int]], residual: int, positions: bool, turns: bool = False) -> list[int]:
     """Levels of all items after the fewest falls that fit, by counting every head's bytes anew each time."""
     levels, order = [LEVELS] * ITEMS, constants()["order"].tolist()
+    if turns:
+        order = [item for _ in range(LEVELS - 1) for item in range(ITEMS)]
     for fallen in [None, *order]:
         if fallen is not None:
             levels[fallen] -= 1
@@ -91,7 +94,7 @@ def test_slots_are_rebuilt_from_their_first_latents_at_the_fewest_falls_that_fit
     view = make_view(TOKENS, Needs())
     kept = make_policy(label, {"residual": residual}).compress(view, budget)
     asked = budget * LAYERS * HEADS * (2 * DIM * FLOAT + 4)
-    levels = fewest(asked, [[TOKENS] * HEADS] * LAYERS, residual, positions=False)
+    levels = fewest(asked, [[TOKENS] * HEADS] * LAYERS, residual, positions=False, turns=label.endswith("pca"))
     assert sum(bytes_of(kv, positions=False) for kv in kept) <= asked
     kind = "pca" if label.endswith("pca") else "trained"
     for layer, (own, kv) in enumerate(zip(view.layers, kept, strict=True)):
@@ -202,3 +205,16 @@ def test_decoded_tokens_are_cut_too(tiny: LoadedModel, monkeypatch: pytest.Monke
     assert (found.status, found.over_budget) == ("ok", False) and found.kv_bytes <= found.asked_bytes
     grown, whole = (own.kv_bytes_end - own.kv_bytes for own in (found, plain))
     assert 0.4 * whole < grown < 0.65 * whole  # all but the last token
+
+
+def test_the_packaged_bases_are_orthogonal_and_lose_less_than_pca_on_held_out_text() -> None:
+    found = load_constants(COMPILED / "matryoshkakv" / "smollm2-135m")
+    assert found.manifest.method == "matryoshkakv" and sum(x.nbytes for x in found.tensors.values()) < 4_000_000
+    assert torch.equal(found.tensors["order"].long().bincount(), torch.full((2 * 30 * 3,), LEVELS - 1))
+    for kind, name in product(("trained", "pca"), ("keys", "values")):
+        own = orthonormal(found.tensors[f"{kind}_{name}"])
+        torch.testing.assert_close(own.mT @ own, torch.eye(64).expand_as(own), rtol=0, atol=1e-5)
+    report = found.manifest.report
+    for share in ("0.25", "0.5", "0.75"):
+        assert report["trained"][share][0] < min(report["pca"][share][0], report["pca"][f"{share} alike"][0])
+    assert max(report[kind]["full"][0] for kind in ("trained", "pca")) < 0.01
