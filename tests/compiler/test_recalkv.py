@@ -18,9 +18,11 @@ from harness.compiler.stage import Workbench
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.errors import HarnessError
-from methods.base import Needs
+from methods.artefact import COMPILED, load_constants
+from methods.base import Needs, PolicyError
 from methods.recalkv import ReCalKV
-from methods.shared_latents import Factors
+from methods.registry import make_policy
+from methods.shared_latents import Factors, orthonormal
 
 HEADS, DIM, WIDTH = 3, 4, 20
 
@@ -258,3 +260,21 @@ def test_models_of_the_common_kinds_are_compiled(kind: str) -> None:
 def test_a_norm_of_keys_is_refused(kind: str) -> None:
     with pytest.raises(HarnessError, match="needs keys that are k_proj of a layer's input"):
         compile_constants(of_kind(kind), 1)
+
+
+def test_the_packaged_bases_are_orthogonal_and_small() -> None:
+    folder = COMPILED / "recalkv" / "smollm2-135m"
+    found = load_constants(folder)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6_000_000
+    for name in ("key_bases", "value_bases"):
+        bases = found.tensors[name].double()
+        off = bases.mT @ bases - torch.eye(192, dtype=torch.float64)
+        assert float(off.abs().max()) < 2e-3  # in half precision
+        torch.testing.assert_close(orthonormal(bases).double(), bases, atol=5e-3, rtol=0)
+    assert Factors.of(found.tensors).shape == (30, 3, 192, 192)
+    policy = make_policy("recalkv").for_model(found.manifest.model_revision)
+    assert isinstance(policy, ReCalKV) and policy.compiled == "smollm2-135m" and len(policy.fitted_on()) == 64
+    with pytest.raises(PolicyError, match="recalkv has no constants of this model, abc; make some with"):
+        make_policy("recalkv").for_model("abc")
+    errors = found.manifest.report["held_out_error"]
+    assert all(own["whitened"] < own["svd"] for kind in errors.values() for own in kind.values())

@@ -13,6 +13,7 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
+from methods.artefact import COMPILED, load_constants
 from methods.base import KV, Budget, Needs, PolicyError
 from methods.qkvcomm import PerTensor, QKVComm, bits_of
 from methods.registry import make_policy
@@ -177,3 +178,14 @@ def test_heads_that_pack_no_four_codes_are_refused(model: AttachedModel) -> None
         make_policy("qkvcomm").fitting(20, 6, 8, 60)  # type: ignore[attr-defined]
     with pytest.raises(PolicyError, match="makes codes itself"):
         make_policy("qkvcomm", {"over": "quant"})
+
+
+def test_the_packaged_sensitivities_are_those_of_one_model() -> None:
+    manifest = load_constants(COMPILED / "qkvcomm" / "smollm2-135m").manifest
+    policy = make_policy("qkvcomm@snapkv").for_model(manifest.model_revision)
+    assert isinstance(policy, QKVComm) and policy.compiled == "smollm2-135m" and not policy.lacks
+    assert [[*policy.bits.values()].count(bits) for bits in (4, 6, 8)] == [9, 12, 9]
+    assert [*policy.bits.values()] == manifest.report["bits"] and policy.method_bytes == 30 * (8 + 4)
+    assert len(policy.fitted_on()) == 64 and policy.provenance()["constants_sha256"] == manifest.tensors_sha256
+    with pytest.raises(PolicyError, match="qkvcomm has no constants of this model, abc; make some with"):
+        make_policy("qkvcomm").for_model("abc")

@@ -15,12 +15,11 @@ from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
 from methods import recalkv
-from methods.artefact import COMPILED, load_constants
 from methods.base import Budget, KVPolicy, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
 from methods.recalkv import ReCalKV
 from methods.registry import make_policy
-from methods.shared_latents import Factors, orthonormal
+from methods.shared_latents import Factors
 from methods.stored import CodedKV
 
 LAYERS, HEADS, DIM = 4, 2, 16
@@ -209,17 +208,3 @@ def test_a_model_of_another_shape_is_refused(view: PromptView, made: dict[str, T
         policy: KVPolicy = ReCalKV(share=0.4)
         with pytest.raises(PolicyError, match="3 layers of 2 KV heads.*this model has 4 layers"):
             policy.check(view)
-
-
-def test_the_packaged_bases_are_orthogonal_and_small() -> None:
-    folder = COMPILED / "recalkv" / "smollm2-135m"
-    found = load_constants(folder)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 6_000_000
-    for name in ("key_bases", "value_bases"):
-        bases = found.tensors[name].double()
-        off = bases.mT @ bases - torch.eye(192, dtype=torch.float64)
-        assert float(off.abs().max()) < 2e-3  # in half precision
-        torch.testing.assert_close(orthonormal(bases).double(), bases, atol=5e-3, rtol=0)
-    assert Factors.of(found.tensors).shape == (30, 3, 192, 192)
-    errors = found.manifest.report["held_out_error"]
-    assert all(own["whitened"] < own["svd"] for kind in errors.values() for own in kind.values())
