@@ -172,7 +172,7 @@ def _side(kv: KV) -> dict[str, tuple[float, str]]:
 
 
 def _means(policy: KVPolicy) -> Iterator[str]:
-    """The mean bytes of a live slot at each budget."""
+    """The mean bytes of a live slot at each budget that it serves."""
     for budget in BUDGETS:
         try:
             kvs = _compressed(policy, budget)

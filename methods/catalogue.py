@@ -93,9 +93,9 @@ def _stated(name: str, module: ast.Module, folder: Path) -> tuple[ast.stmt, ast.
 
 
 def _parameters(policy: ast.ClassDef, module: ast.Module, folder: Path) -> dict[str, None]:
-    """Names of the dataclass's fields that can be given, those of the methods it goes on from first."""
+    """Names of the dataclass's fields that can be given, after those of its bases, the last of them first."""
     found: dict[str, None] = {}
-    for base in policy.bases:
+    for base in reversed(policy.bases):
         if not isinstance(base, ast.Name):
             raise _Unclear
         if base.id not in BASES:

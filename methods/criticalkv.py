@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kvzip": {"over": "kvzip"},
 }
 CHOICES = {
-    "over": ("snapkv", "snapkv@kvcf", "snapkv@kvpress", "snapkv@w8k13", "h2o", "tova"),
+    "over": ("snapkv", "snapkv@kvcf", "snapkv@kvpress", "snapkv@w8k13", "h2o", "tova", "kvzip"),
     "share": (0.0, 0.25, 0.5, 0.75),
     "epsilon": (1e-5, 1e-4, 1e-3, 1e-2),
 }

@@ -14,6 +14,7 @@ and keeps the first and last tokens alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +92,14 @@ class KVzap(CompiledPolicy):
     def _predicted(self, view: LayerView, at: int) -> Tensor:
         if view.source is None:
             raise PolicyError("kvzap needs hidden states, which were not observed; declare them in needs")
-        hidden, constants = view.source.hidden, self.constants()
-        own = {name: constants[name][at : at + 1].to(hidden.device, torch.float32) for name in names(self.probe)}
+        hidden = view.source.hidden
+        made = _placed(self, str(self.provenance()), hidden.device)
+        own = {name: x[at : at + 1] for name, x in made.items()}
         return logits(hidden.float(), own, self.probe).transpose(1, 2)
+
+
+@lru_cache(maxsize=8)
+def _placed(policy: KVzap, made: str, device: torch.device) -> dict[str, Tensor]:
+    """A probe's constants on a device, float32: they go there once, so that no prompt waits. made: which they are."""
+    constants = policy.constants()
+    return {name: constants[name].to(device, torch.float32) for name in names(policy.probe)}

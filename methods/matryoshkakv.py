@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from methods.artefact import CompiledPolicy
+from methods.artefact import CompiledPolicy, Constants
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least, at_most
 from methods.budget import BudgetTooSmall, quoted
 from methods.device import read
@@ -53,7 +53,8 @@ def rank_of(level: int, dim: int) -> int:
     return max(1, level * dim // LEVELS)
 
 
-class Bases(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Bases:
     """Columns [L, H, D*, D*] and means [L, H, D*] of keys and of values; items in the order in which ranks fall.
 
     An item is a place in [2, L, H], flat: keys or values, layer, head. It falls `LEVELS` - 1 times.
@@ -141,7 +142,7 @@ class MatryoshkaKV(CompiledPolicy):
 
     @property
     def method_bytes(self) -> int:
-        own = sum(x.nbytes for name, x in self.constants().items() if name.startswith(self.bases))
+        own = sum(x.nbytes for name, x in self.constants().items() if name.startswith((self.bases, "order")))
         return own + (0 if self.inner is None else self.inner.method_bytes)
 
     def check(self, view: PromptView) -> None:
@@ -151,6 +152,8 @@ class MatryoshkaKV(CompiledPolicy):
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         bases, first = self._fitting(view), view.layers[0].kv
+        if budget >= view.tokens:
+            return [_whole(layer) for layer in view.layers]
         kept, heads = [layer.kv for layer in view.layers], first.keys.shape[1]
         live = [[view.tokens] * heads] * len(kept)
         if self.inner is not None:
@@ -167,6 +170,8 @@ class MatryoshkaKV(CompiledPolicy):
         bases = _bases(self)
         if self.inner is not None or bases is None:
             return None  # ranks are those of the slots of all layers
+        if budget >= sizes.tokens:
+            return [_whole] * sizes.layers
         live = [sizes.tokens] * sizes.kv_heads
 
         @cache
@@ -222,8 +227,6 @@ class MatryoshkaKV(CompiledPolicy):
         levels: Sequence[Sequence[Sequence[int]]],
     ) -> KV:
         """The slots of a layer, the `at`-th of those that policies see, each head at its levels."""
-        if min(own for kind in levels for layers in kind for own in layers) == LEVELS:
-            return KV(kv.keys.clone(), kv.values.clone(), kv.positions.clone())
         own = [
             self._coding(bases, at, head, ranks, kv.keys.device)
             for head, ranks in enumerate(zip(levels[0][at], levels[1][at], strict=True))
@@ -231,7 +234,7 @@ class MatryoshkaKV(CompiledPolicy):
         return encode(kv, own, live, layer.refuse)
 
     def _coding(self, bases: Bases, at: int, head: int, levels: tuple[int, int], device: torch.device) -> LowRank:
-        kind = (self, bases.shape, at, head, levels, device)
+        kind = (bases, self.residual, at, head, levels, device)
         found = _CODINGS.get(kind)
         if found is None:
             cuts = list[Basis]()
@@ -242,21 +245,29 @@ class MatryoshkaKV(CompiledPolicy):
         return found
 
 
+def _whole(layer: LayerView) -> KV:
+    return KV(layer.kv.keys.clone(), layer.kv.values.clone(), layer.kv.positions.clone())
+
+
 _CODINGS: WeakValueDictionary[Any, LowRank] = WeakValueDictionary()
 """Those in use: latents of one coding are rebuilt together, and none outlives its rows."""
 
 
-@lru_cache(maxsize=8)
 def _bases(policy: MatryoshkaKV) -> Bases | None:
     """The bases of a policy whose model is known. Raises PolicyError where there are none of the kind."""
-    found, kind = policy.constants(), policy.bases
-    if not found:
-        return None
-    if f"{kind}_keys" not in found:
-        raise PolicyError(f"{quoted(policy.compiled)} has no {kind} bases; compile it with steps, or take @pca")
+    loaded = policy._loaded()
+    if loaded is not None and f"{policy.bases}_keys" not in loaded.tensors:
+        name = quoted(policy.compiled)
+        raise PolicyError(f"{name} has no {policy.bases} bases; compile it with steps, or take matryoshkakv@pca")
+    return None if loaded is None else _made(loaded, policy.bases)
+
+
+@lru_cache(maxsize=8)
+def _made(loaded: Constants, kind: str) -> Bases:
+    found = loaded.tensors
     keys, values = (orthonormal(found[f"{kind}_{name}"]) for name in ("keys", "values"))
     means = found[f"{kind}_key_mean"].float(), found[f"{kind}_value_mean"].float()
-    return Bases((keys, values), means, found[f"{kind}_order"].tolist())
+    return Bases((keys, values), means, found["order"].tolist())
 
 
 @lru_cache(maxsize=8)

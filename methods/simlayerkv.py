@@ -6,7 +6,8 @@ keep. The authors call a layer lazy above a threshold, found for each model (.9 
 that the prompt decides the bytes.
 Differences: here the budget does. The least lazy layers stay whole, as many as it pays for while every other holds
 `share` of the mean budget, or the first and `recent` tokens where that is less; what is left over gives the lazy ones
-more recent tokens. So no threshold is taken, and laziness is measured over what a lazy layer would keep. A lazy layer's
+more recent tokens; of the shares up to this one it lost least on calibration prompts, as a whole layer takes much from
+the others. So no threshold is taken, and laziness is measured over what a lazy layer would keep. A lazy layer's
 window does not slide on while decoding. kvpress's press asks for a threshold and no budget, measures one recent token
 more than it keeps, and with its default threshold of 1 drops nothing; given one, it keeps the same layers whole.
 """
@@ -25,7 +26,7 @@ CHOICES = {
     "sinks": (1, 4, 16),
     "recent": (64, 256, 1024),
     "window": (1, 8, 32),
-    "share": (0.0, 0.1, 0.25, 0.5, 0.75),
+    "share": (0.1, 0.25, 0.5, 0.75, 0.9),
 }
 CODE = "https://github.com/sail-sg/SimLayerKV at 1fb6bda"
 
@@ -41,7 +42,7 @@ class SimLayerKV(KVPolicy):
     sinks: int = 4
     recent: int = 1024
     window: int = 1
-    share: float = 0.5
+    share: float = 0.9
 
     def __post_init__(self) -> None:
         at_least(self, 1, "recent", "window")

@@ -43,7 +43,7 @@ def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Te
         raise HarnessError("probes of kvzap are NaN or infinite; try --dtype float32")
     told = {probe: _correlations(constants, probe, held) for probe in PROBES}
     return constants, {
-        "correlation": {probe: sum(own) / len(own) for probe, own in told.items()},
+        "correlation": {probe: round(sum(own) / len(own), 4) for probe, own in told.items()},
         "correlation_of_layers": told,
         "epochs": steps or EPOCHS,
         "training_tokens": train[0].shape[1],

@@ -9,8 +9,8 @@ fall changes the last hidden states least fall, three quarters of all a round (c
 Differences: per KV head, not repeated to query heads. The prompt is prefilled by the full cache, as in a run, and what
 follows it reads its latents. Trained is a turn of the PCA's basis, U = U0 (I - A/2)^-1 (I + A/2) from A = 0, which
 needs no inverse map of U0; key means stay, as a change of one alters no softmax. Every step has two draws of ranks,
-the second the first one's mirror. The order of falls is found on calibration prompts, not on the task's; by
-eighths down to one.
+the second the first one's mirror. The order of falls is found on calibration prompts, not on the task's, with the
+trained bases, and serves those of PCA too; ranks fall by eighths down to one.
 """
 
 import math
@@ -40,6 +40,8 @@ WINDOW = 128
 """Tokens of a step, at most half of what it is cut from: those before them are the prompt."""
 SHARES = (0.25, 0.5, 0.75)
 """Mean ranks that are reported, of D*."""
+HELD_OUT = 6
+"""Windows that losses are reported on."""
 
 
 def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -58,18 +60,16 @@ def compile_constants(bench: Workbench, steps: int | None) -> tuple[dict[str, Te
         kinds["trained"] = training.bases().detached()
         report["seconds"]["training"] = round(training.seconds)
         report["training"] = {"steps": training.steps, "losses": training.curve()}
+    last = [*kinds.values()][-1]
+    falls = stage(bench, "ranks", lambda: {"order": ladder(bench, last)})
+    report["seconds"]["ranks"] = falls["seconds"]
+    tensors["order"] = falls["order"].to(torch.int16)
     for kind, bases in kinds.items():
-        falls = stage(bench, f"{kind}_ranks", partial(_ranks, bench, bases))
-        report["seconds"][f"{kind}_ranks"] = falls["seconds"]
         report[kind] = stage(bench, f"{kind}_held_out", partial(held_out, bench, bases, falls["order"]))
-        half = {"keys": bases.keys.half(), "values": bases.values.half(), "order": falls["order"].to(torch.int16)}
+        half = {"keys": bases.keys.half(), "values": bases.values.half()}
         half |= {"key_mean": bases.key_mean, "value_mean": bases.value_mean}
         tensors |= {f"{kind}_{name}": own for name, own in half.items()}
     return {name: own.cpu().contiguous() for name, own in tensors.items()}, report
-
-
-def _ranks(bench: Workbench, bases: Bases) -> dict[str, Tensor]:
-    return {"order": ladder(bench, bases)}
 
 
 def stage(bench: Workbench, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -229,12 +229,12 @@ def piece(bench: Workbench, prompts: Sequence[int], step: int) -> Rollout:
 
 
 def held_out(bench: Workbench, bases: Bases, order: Tensor) -> dict[str, Any]:
-    """(KL, NLL) at mean ranks of `SHARES` on windows of validation prompts: ranks as they fall, and all alike."""
+    """(KL, NLL) at mean ranks of `SHARES` on windows of validation prompts: as ranks fall, and all alike."""
     levels = [levels_at(bases, order, share) for share in SHARES]
     alike = [torch.full_like(bases.full(), round(share * LEVELS)) for share in SHARES]
     found = []
-    with bench.bar("held out", len(bench.validation), 0) as bar:
-        for at in range(len(bench.validation)):
+    with bench.bar("held out", HELD_OUT, 0) as bar:
+        for at in range(HELD_OUT):
             found.append(losses(piece(bench, bench.validation, at), bases, [bases.full(), *levels, *alike]))
             bar.update()
     numbers = torch.stack(found).mean(dim=0).T.tolist()  # [1 + 2 * shares, 2]

@@ -102,7 +102,7 @@ def test_hidden_states_are_those_the_head_turns_into_logits(bench: Workbench, co
 
 def test_ranks_fall_to_an_eighth_and_a_share_takes_the_fewest_falls(compiled: Any) -> None:
     tensors, _ = compiled
-    own, order = bases(tensors, "pca"), tensors["pca_order"].long()
+    own, order = bases(tensors, "pca"), tensors["order"].long()
     assert torch.equal(order.bincount(), torch.full((16,), LEVELS - 1))
     assert torch.equal(levels_at(own, order, 1.0), own.full()) and bool((levels_at(own, order, 1 / LEVELS) == 1).all())
     assert (
@@ -111,7 +111,7 @@ def test_ranks_fall_to_an_eighth_and_a_share_takes_the_fewest_falls(compiled: An
 
 
 def test_the_first_rank_to_fall_is_the_one_whose_fall_changes_least(bench: Workbench, compiled: Any) -> None:
-    own = bases(compiled[0], "pca")
+    own = bases(compiled[0], "trained")
     prompts = [bench.prompts[at] for at in bench.training[:5]]
     changes = torch.zeros(16)
     for one in prompts:
@@ -121,7 +121,7 @@ def test_the_first_rank_to_fall_is_the_one_whose_fall_changes_least(bench: Workb
             levels = own.full()
             levels.view(-1)[item] -= 1
             changes[item] += (seen.hidden(levels[None]) - full).norm() ** 2 / full.norm() ** 2
-    assert compiled[0]["pca_order"][0] == changes.argmin()
+    assert compiled[0]["order"][0] == changes.argmin()
 
 
 def test_a_training_goes_on_where_it_stopped(bench: Workbench) -> None:

@@ -44,8 +44,10 @@ MORE = {
     "compilerkv": 1,  # tables lie on the host; so do those of `snapkv@compiled` and `headkv`
     "headkv": 1,
     "kvzip": 1,  # the shares of heads, of all layers
+    "kvzap": 1,
+    "matryoshkakv@compilerkv": 2,  # its tables, and the slots that ranks follow
     "snapkv@compiled": 1,
-    "recalkv@paper": 1,  # the mask of its pass
+    "recalkv@paper": 2,  # the mask of its pass
     "compilerkv@published": 6,  # four of tables, the prompt's risk, the slots of all layers
 }
 A_LAYER = {"adakv": 1, "criticaladakv": 1, "expected_attention@paper": 1}

@@ -1,7 +1,6 @@
 """MatryoshkaKV against loops written from its formulas, on random bases of the contract's random prompts."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.models.load import LoadedModel
-from methods import matryoshkakv
+from methods.artefact import Constants, ConstantsManifest
 from methods.base import KV, Budget, Needs, PolicyError, PromptView
 from methods.budget import BudgetTooSmall
 from methods.matryoshkakv import LEVELS, MatryoshkaKV, orthonormal
@@ -37,16 +36,18 @@ def constants(*, kinds: tuple[str, ...] = ("trained", "pca")) -> dict[str, Tenso
             square = torch.randn(LAYERS, HEADS, DIM, DIM, generator=draw)
             found[f"{kind}_{name}s"] = torch.linalg.qr(square).Q.half()
             found[f"{kind}_{name}_mean"] = torch.randn(LAYERS, HEADS, DIM, generator=draw)
-        found[f"{kind}_order"] = order.to(torch.int16)
-    return found
+    return {**found, "order": order.to(torch.int16)}
+
+
+def give(monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Tensor]) -> None:
+    empty = {"method": "", "model": "", "model_revision": "", "corpus": "", "prompts": (), "seed": 0}
+    made = Constants(ConstantsManifest.model_validate(empty), tensors)
+    monkeypatch.setattr(MatryoshkaKV, "_loaded", lambda self: made)
 
 
 @pytest.fixture(autouse=True)
-def _made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(MatryoshkaKV, "constants", lambda self: constants())
-    yield
-    matryoshkakv._bases.cache_clear()
-    matryoshkakv._CODINGS.clear()
+def _made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, constants())
 
 
 def rebuilt(x: Tensor, kind: str, name: str, layer: int, head: int, rank: int) -> Tensor:
@@ -61,7 +62,7 @@ def rebuilt(x: Tensor, kind: str, name: str, layer: int, head: int, rank: int) -
 
 def fewest(asked: int, live: list[list[int]], residual: int, positions: bool) -> list[int]:
     """Levels of all items after the fewest falls that fit, by counting every head's bytes anew each time."""
-    levels, order = [LEVELS] * ITEMS, constants()["pca_order"].tolist()
+    levels, order = [LEVELS] * ITEMS, constants()["order"].tolist()
     for fallen in [None, *order]:
         if fallen is not None:
             levels[fallen] -= 1
@@ -169,8 +170,7 @@ def test_other_models_and_odd_parameters_are_refused(monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(PolicyError, match=said):
             make_policy("matryoshkakv", changes)
-    monkeypatch.setattr(MatryoshkaKV, "constants", lambda self: constants(kinds=("pca",)))
-    matryoshkakv._bases.cache_clear()
+    give(monkeypatch, constants(kinds=("pca",)))
     with pytest.raises(PolicyError, match="no trained bases"):
         policy.check(make_view(8, Needs()))
 
@@ -193,8 +193,7 @@ def test_decoded_tokens_are_cut_too(tiny: LoadedModel, monkeypatch: pytest.Monke
         f"trained_{name}s": torch.linalg.qr(torch.randn(4, 2, 16, 16, generator=draw)).Q for name in ("key", "value")
     }
     own |= {f"trained_{name}_mean": torch.zeros(4, 2, 16) for name in ("key", "value")}
-    monkeypatch.setattr(MatryoshkaKV, "constants", lambda self: {**own, "trained_order": torch.arange(16).repeat(7)})
-    matryoshkakv._bases.cache_clear()
+    give(monkeypatch, {**own, "order": torch.arange(16).repeat(7)})
     ids = torch.randint(5, 260, (60,), generator=draw).tolist()
     cell = Cell(make_policy("matryoshkakv"), Budget(fraction=0.5))
     found, plain = Engine(AttachedModel(copy.deepcopy(tiny.model))).run(

@@ -19,7 +19,8 @@ REFUSED = {
     **dict.fromkeys(["fullkv", *CODED], "evicts nothing"),
     **{"protect": "protects already", "rkv": "evicts while decoding", "finch": "moves the keys"},
 }
-AROUND = sorted({*load_methods()} - {*REFUSED})
+STORED = ("recalkv",)  # with a budget, but as something else than slots
+AROUND = sorted({*load_methods()} - {*REFUSED, *STORED})
 
 
 class Reader(RandomEviction):
@@ -87,6 +88,13 @@ def test_presets_go_around_every_method_that_can_be() -> None:
 def test_what_cannot_be_protected_is_refused(over: str, why: str) -> None:
     with pytest.raises(PolicyError, match=rf"protect.over='{over}' .*{why}"):
         make_policy("protect", {"over": over})
+
+
+@pytest.mark.parametrize("over", STORED)
+def test_what_is_no_slots_is_refused_once_it_is_there(over: str) -> None:
+    policy = make_policy("protect", {"over": over})
+    with pytest.raises(PolicyError, match=f"protect.over='{over}' leaves more than keys and values"):
+        policy.compress(view_of(policy.needs), 40)
 
 
 def test_a_method_that_reads_hidden_states_is_refused_once_the_model_is_known() -> None:

@@ -46,15 +46,15 @@ def test_what_is_kept_is_what_the_loop_keeps(budget: int, sinks: int, recent: in
 
 
 def test_a_budget_that_pays_for_no_whole_layer_is_noted() -> None:
-    policy = make_policy("simlayerkv")
+    policy = make_policy("simlayerkv", {"share": 0.5})
     assert policy.notes(44, sizes(77, 3)) == () == policy.notes(77, sizes(77, 3))  # 77 + 2 * 22 <= 3 * 44
     assert policy.notes(38, sizes(77, 3)) == ("every layer is lazy: this budget pays for no whole one",)
-    assert [len(own[0]) for own in kept_by("simlayerkv", make_layers(77), 38)] == [38] * 3
-    assert sorted(len(own[0]) for own in kept_by("simlayerkv", make_layers(77), 44)) == [27, 28, 77]
+    assert [len(own[0]) for own in kept_by("simlayerkv", make_layers(77), 38, share=0.5)] == [38] * 3
+    assert sorted(len(own[0]) for own in kept_by("simlayerkv", make_layers(77), 44, share=0.5)) == [27, 28, 77]
 
 
 def test_a_lazy_layer_holds_the_authors_window_where_the_budget_is_large() -> None:
-    assert [SimLayerKV().lazy_slots(own) for own in (1, 64, 2055, 2056, 9000)] == [1, 32, 1027, 1028, 1028]
+    assert [SimLayerKV().lazy_slots(own) for own in (1, 64, 1142, 1143, 9000)] == [1, 57, 1027, 1028, 1028]
 
 
 def test_layers_that_hold_less_leave_their_slots_to_others() -> None:

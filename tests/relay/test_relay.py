@@ -3,11 +3,13 @@
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.engine.engine import Engine
+from harness.engine.prefill import prefill
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Cell, Limits, Prompt
 from harness.errors import HarnessError
@@ -19,13 +21,15 @@ from harness.records.record import Record
 from harness.records.relayed import HEADER_BYTES, LAYER_BYTES
 from harness.records.run_folder import load_run
 from harness.records.spec import Sweep
-from harness.relay import send
+from harness.relay import client, send
 from harness.relay.client import Receiver
 from harness.relay.send import Relay
 from harness.relay.wire import Ask, Reply
 from harness.run.sequential import run_sweep
-from methods.base import KV, Budget, PromptView
+from methods.artefact import Constants, ConstantsManifest, save_constants
+from methods.base import KV, Budget, Needs, PromptView
 from methods.fullkv import FullKV
+from methods.recalkv import ReCalKV
 from methods.registry import make_policy
 from tests.tasks.test_multiquery import longbench
 
@@ -200,3 +204,20 @@ def test_one_that_died_idle_is_not_missed_and_another_ends_with_its_sender(tiny:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_constants_of_a_model_go_to_a_receiver_once(
+    relay: Relay, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = prefill(relay.engine.model, range(5, 60), Needs(window=1)).view
+    about = {"method": "recalkv", "model": "tiny", "model_revision": tiny.spec.revision, "corpus": "x", "prompts": ()}
+    save_constants(Constants(ConstantsManifest(**about, seed=0), ReCalKV().neutral(view)), tmp_path)
+    policy = plan_method("recalkv", {"compiled": str(tmp_path)}, revision=tiny.spec.revision).policy
+    cell, packed, sent = Cell(policy, Budget(64)), client.pack_tensors, list[int]()
+    monkeypatch.setattr(client, "pack_tensors", lambda named: sent.append(len(named)) or packed(named))
+    (alone,) = relay.engine.run(prompt_of(tiny), [cell])
+    for _ in range(2):
+        (other,) = run(relay, prompt_of(tiny), PlannedCell("recalkv", "64", cell))
+        assert (other.status, other.token_ids, other.nll_per_token) == ("ok", alone.token_ids, alone.nll_per_token)
+        assert other.relayed.sent_bytes < other.stored_bytes + HEADER_BYTES < other.method_bytes + other.stored_bytes
+    assert sent[1] > 0 == sum(sent) - sent[1]  # the text first, and the second message needs none
