@@ -19,7 +19,8 @@ SCALE = DIM**-0.5
 
 
 def kept(tokens: int, **params: object) -> list[KV]:
-    return make_policy("quest", {"page": PAGE, "least": 1, **params}).compress(make_view(tokens, Needs(), dim=DIM), 2 * PAGE)
+    view = make_view(tokens, Needs(), dim=DIM)
+    return make_policy("quest", {"page": PAGE, "least": 1, **params}).compress(view, 2 * PAGE)
 
 
 def chosen(query: list[float], keys: list[list[float]], count: int) -> set[int]:
