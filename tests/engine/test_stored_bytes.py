@@ -18,6 +18,7 @@ from harness.engine.types import Cell, Limits, Outcome, Prompt
 from harness.models.load import LoadedModel
 from methods.base import Budget
 from methods.registry import make_policy
+from methods.stored import Coding
 from tests.engine.test_engine import LABELS
 
 TOKENS, BUDGET, NEW = 300, 64, 64
@@ -30,8 +31,11 @@ def model(tiny: LoadedModel) -> AttachedModel:
 
 
 def tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor that can be reached from a thing through fields, attributes and containers; no methods' own."""
-    if id(thing) in seen:
+    """Every tensor that can be reached from a thing through fields, attributes and containers; no methods' own.
+
+    Nor what a coding holds: constants of the model, which no prompt adds to.
+    """
+    if id(thing) in seen or isinstance(thing, Coding):
         return
     seen.add(id(thing))
     if isinstance(thing, Tensor):

@@ -19,7 +19,8 @@ SCALE = DIM**-0.5
 
 
 def kept(tokens: int, **params: object) -> list[KV]:
-    return make_policy("quest", {"page": PAGE, "least": 1, **params}).compress(make_view(tokens, Needs()), 2 * PAGE)
+    view = make_view(tokens, Needs(), dim=DIM)
+    return make_policy("quest", {"page": PAGE, "least": 1, **params}).compress(view, 2 * PAGE)
 
 
 def chosen(query: list[float], keys: list[list[float]], count: int) -> set[int]:
@@ -143,7 +144,7 @@ def test_pages_hide_the_others_where_a_form_has_no_kernel(form: Form) -> None:
 
 def test_bytes_read_are_the_budgets_tokens_and_the_bounds() -> None:
     tokens, budget = 96, 48
-    kvs = make_policy("quest").compress(make_view(tokens, Needs()), budget)
+    kvs = make_policy("quest").compress(make_view(tokens, Needs(), dim=DIM), budget)
     assert [isinstance(kv, PagedKV) for kv in kvs] == [False, False, True, True]
     slot, bounds = 2 * DIM * 4, 2 * HEADS * (tokens // 16) * DIM * 4
     assert kvs[0].reads(HEADS * tokens) == HEADS * tokens * slot
@@ -153,7 +154,7 @@ def test_bytes_read_are_the_budgets_tokens_and_the_bounds() -> None:
 
 def test_few_tokens_are_three_pages_and_the_record_says_so() -> None:
     policy = make_policy("quest")
-    [*_, kv] = policy.compress(make_view(96, Needs()), 16)
+    [*_, kv] = policy.compress(make_view(96, Needs(), dim=DIM), 16)
     assert kv.reads(HEADS * 96) == HEADS * 48 * 2 * DIM * 4 + 2 * HEADS * 6 * DIM * 4
     assert policy.notes(48, Sizes(96, 4, 6, 2)) == ()
     assert "3 pages of 16 tokens, more than its budget of 16" in policy.notes(16, Sizes(96, 4, 6, 2))[0]

@@ -127,7 +127,7 @@ def test_a_broken_clause_is_named_with_what_was_seen(monkeypatch: pytest.MonkeyP
         *("the_budget_is_kept", "positions_ascend", "values_are_the_prompts", "keys_are_the_prompts"),
         *("compression_is_repeatable", "policies_are_frozen_values", "a_method_says_what_it_is"),
     }
-    start = "method broken breaks the contract, clause the_budget_is_kept: 16 slots, 1088 bytes where 8 slots of 68"
+    start = "method broken breaks the contract, clause the_budget_is_kept: 16 slots, 4096 bytes where 8 slots of 260"
     assert found["the_budget_is_kept"].startswith(start)
     with pytest.raises(HarnessError, match="unknown clause 'nothing'"):
         check_method("snapkv", without=["nothing"])
