@@ -17,9 +17,14 @@ BUDGETS = (9, 12, 24, 40)
 CODED = sorted(name for name, entry in load_methods().items() if issubclass(entry.policy, CodedPolicy))
 REFUSED = {
     **dict.fromkeys(["fullkv", *CODED], "evicts nothing"),
-    **{"protect": "protects already", "rkv": "evicts while decoding", "finch": "moves the keys"},
+    **{
+        "protect": "protects already",
+        "rkv": "evicts while decoding",
+        "finch": "moves the keys",
+        "gvote": "has no budget",
+    },
 }
-STORED = ("recalkv",)  # with a budget, but as something else than slots
+STORED = ("matryoshkakv", "quest", "recalkv")  # with a budget, but as something else than slots
 AROUND = sorted({*load_methods()} - {*REFUSED, *STORED})
 
 
