@@ -19,6 +19,8 @@ from harness.models.load import LoadedModel
 from harness.records.record import Record
 from methods.base import KV, Budget, KVPolicy, LayerPolicy, LayerView, Needs, PromptView
 from methods.coded import CodedPolicy
+from methods.matryoshkakv import MatryoshkaKV
+from methods.recalkv import ReCalKV
 from methods.registry import load_methods, make_policy
 from methods.snapkv import SnapKV
 
@@ -33,6 +35,8 @@ LABELS = [
     for label in (name, *(f"{name}@{preset}" for preset in entry.presets))
     if name != "q8_0"  # heads of the tiny model fill no block of it
 ]
+CODED = (CodedPolicy, MatryoshkaKV, ReCalKV)
+"""What a prompt leaves of them are codes or latents, not numbers."""
 MODES = [("compressed", "aware"), ("prefill", "aware"), ("compressed", "agnostic")]
 every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
 
@@ -256,7 +260,7 @@ def test_a_cell_alone_computes_what_it_computes_in_company(
             more = together.kv_bytes_end - together.kv_bytes - fed * LAYERS * HEADS * SLOT
             slots = -(-more // SLOT)  # a last token that was kept gives its position up
             again = (first_token, query) == ("compressed", "aware")  # a last token that was not kept comes back
-            coded = isinstance(asked.policy, CodedPolicy)  # what comes later, too
+            coded = isinstance(asked.policy, CODED)  # what comes later, too
             assert (coded or slots >= 0) and slots <= again * LAYERS * HEADS
             assert slots == 0 or not getattr(asked.policy, "recent", 0)
 

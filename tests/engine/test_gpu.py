@@ -17,11 +17,10 @@ from harness.engine.layer_cache import INDEX_BYTES
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import Limits
 from harness.models.load import LoadedModel
-from methods.coded import CodedPolicy
 from methods.registry import load_methods
 from methods.views import Form
 from tests.engine.naive import naive, ragged
-from tests.engine.test_engine import Ragged, cell, make_prompt, ok
+from tests.engine.test_engine import CODED, Ragged, cell, make_prompt, ok
 
 HEADS, GROUP, DIM, TOKENS = 1, 2, 16, 45
 KERNEL = ragged_rows.ragged_attention
@@ -29,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a card is no fake
 NAMES = [
     name
     for name, entry in load_methods().items()
-    if entry.policy.__module__.startswith("methods.") and not issubclass(entry.policy, CodedPolicy)
+    if entry.policy.__module__.startswith("methods.") and not issubclass(entry.policy, CODED)
 ]
 
 
