@@ -6,9 +6,10 @@ A key's score is the most attention that a query of this second pass pays to it,
 chunk is weighed against itself, the system prompt and the repetition. One top-k over all layers and heads, without a
 floor; `layer` has a top-k of each layer's heads, `uniform` the same number in every head. The pass costs what the
 prefill does or more, and is counted as observation. `kvpress` is KVzipPress (0.5.5; kvzip_press.py at 8bb29b9): chunks
-of 2048, and of the chat template's first tokens 4 are weighed and kept, the others are the first to go; `plus` is its
-`kvzip_plus_normalization`, what KVzap is trained on: weights over the norm of the hidden state that asks, times the
-norm of what the value adds to the output.
+of 2048, and of the chat template's first tokens 4 are weighed and kept, the others are the first to go, as by default,
+for here they are paid out of the budget; `paper` keeps and weighs all of them, as the released code does; `plus` is
+its `kvzip_plus_normalization`, what KVzap is trained on: weights over the norm of the hidden state that asks, times
+the norm of what the value adds to the output.
 Differences: what is not repeated, the chat template's tokens before and behind the user's text, is kept as its authors
 keep it, but paid out of the budget, and given up from the first token on where the budget does not hold it. Where a
 policy sees the question it is repeated with the context, and the request follows in a message of its own. Weights are
@@ -29,9 +30,9 @@ from methods.registry import method
 from methods.repeat import Repeat, repeated
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "kvpress": {"chunk": 2048, "sinks": 4},
-    "plus": {"chunk": 2048, "sinks": 4, "normed": True},
+    "paper": {"sinks": None},
+    "kvpress": {"chunk": 2048},
+    "plus": {"chunk": 2048, "normed": True},
     "layer": {"share": "layer"},
     "uniform": {"share": "head"},
 }
@@ -50,7 +51,7 @@ class KVzip(KVPolicy):
     """
 
     chunk: int = 2000
-    sinks: int | None = None
+    sinks: int | None = 4
     normed: bool = False
     share: Share = "model"
 
