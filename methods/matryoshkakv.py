@@ -7,9 +7,11 @@ ranks whose fall changes the last hidden states least fall first, an eighth of t
 (cal_adaptive_rate.py at MatryoshkaKV-cache 25b5f13), as far as the stored bytes ask. On top of another method (`over`)
 that one keeps as many slots as fit at `share` of the width, and ranks fall until the bytes of what it kept fit.
 Differences: bases of KV heads, where the authors repeat them to query heads, G times the bytes under grouped queries.
-The prompt is prefilled by the full cache. The last `residual` tokens stay as they are, one at least. Ranks fall by the
-calibration text, not by samples of the task; those of `@pca` all alike, which its bases bear better. How bases are
-found: `harness/compiler/matryoshka.py`.
+The prompt is prefilled by the full cache. The last `residual` tokens stay as they are, where the authors project all:
+beside one token with its whole logit those of projected ones are too small, which calibration prompts show at one plain
+token. It is an eighth of the budget at most, and less where ranks can fall no lower. Ranks fall by the calibration
+text, not by samples of the task; those of `@pca` all alike, which its bases bear better. How bases are found:
+`harness/compiler/matryoshka.py`.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ class MatryoshkaKV(CompiledPolicy):
     METHOD = "matryoshkakv"
 
     bases: Literal["trained", "pca"] = "trained"
-    residual: int = 1
+    residual: int = 16
     share: float = 0.5
     over: str | None = None
     inner: KVPolicy | None = field(init=False, default=None)
@@ -151,7 +153,17 @@ class MatryoshkaKV(CompiledPolicy):
         if self.inner is not None:
             self.inner.check(view)
 
+    def _at(self, budget: int, tokens: int) -> Self:
+        """This policy with as many plain slots as a budget bears beside the lowest ranks of all tokens."""
+        spare = budget if self.inner is not None else (LEVELS * budget - tokens) // (LEVELS - 1)
+        own = replace(self, residual=max(1, min(self.residual, budget // LEVELS, spare)))
+        object.__setattr__(own, "inner", self.inner)
+        return own
+
     def compress(self, view: PromptView, budget: int) -> list[KV]:
+        return self._at(budget, view.tokens)._compressed(view, budget)
+
+    def _compressed(self, view: PromptView, budget: int) -> list[KV]:
         bases, first = self._fitting(view), view.layers[0].kv
         if budget >= view.tokens:
             return [_whole(layer) for layer in view.layers]
@@ -173,14 +185,14 @@ class MatryoshkaKV(CompiledPolicy):
             return None  # ranks are those of the slots of all layers
         if budget >= sizes.tokens:
             return [_whole] * sizes.layers
-        live = [sizes.tokens] * sizes.kv_heads
+        live, policy = [sizes.tokens] * sizes.kv_heads, self._at(budget, sizes.tokens)
 
         @cache
         def levels(each: int) -> list[list[list[int]]]:
-            return self._levels(bases, [live] * sizes.layers, budget, sizes.tokens, each)
+            return policy._levels(bases, [live] * sizes.layers, budget, sizes.tokens, each)
 
         def act(layer: LayerView, at: int) -> KV:
-            return self._encoded(bases, at, layer, layer.kv, live, levels(layer.kv.keys.element_size()))
+            return policy._encoded(bases, at, layer, layer.kv, live, levels(layer.kv.keys.element_size()))
 
         return [partial(act, at=at) for at in range(sizes.layers)]
 

@@ -15,9 +15,9 @@ both.
 With `over` that method keeps as many slots as fit at `share` of the numbers; its heads must keep the same tokens, as a
 group's latents are one token's of all its heads.
 Differences: ranks are not rounded to multiples of 32, which serves their kernels. Calibration is our text. The last
-`residual` tokens stay as they are, one at least. A bias stays with its head, where svd_linear.py:799-820 leaves biases
-in the heads' old order. Left out: 3-bit latents with a Hadamard rotation. A model of at most four KV heads has one
-group, so their reordering is idle.
+`residual` tokens stay as they are, an eighth of the budget at most. A bias stays with its head, where
+svd_linear.py:799-820 leaves biases in the heads' old order. Left out: 3-bit latents with a Hadamard rotation. A model
+of at most four KV heads has one group, so their reordering is idle.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ReCalKV(CompiledPolicy):
 
     prefill: Literal["exact", "own"] = "exact"
     ranks: Literal["fisher", "uniform"] = "fisher"
-    residual: int = 1
+    residual: int = 16
     share: float = 0.5
     over: str | None = None
     inner: KVPolicy | None = field(init=False, default=None)
@@ -129,7 +129,16 @@ class ReCalKV(CompiledPolicy):
         if self.inner is not None:
             self.inner.check(view)
 
+    def _at(self, budget: int) -> Self:
+        """This policy with at most an eighth of a budget in plain slots."""
+        own = replace(self, residual=max(1, min(self.residual, budget // 8)))
+        object.__setattr__(own, "inner", self.inner)
+        return own
+
     def compress(self, view: PromptView, budget: int) -> list[KV]:
+        return self._at(budget)._compressed(view, budget)
+
+    def _compressed(self, view: PromptView, budget: int) -> list[KV]:
         factors, first = self._fitting(view), view.layers[0].kv
         each = first.keys.element_size()
         if self.inner is None:
@@ -149,13 +158,14 @@ class ReCalKV(CompiledPolicy):
         factors = _factors(self)
         if factors is None:
             return None
+        policy = self._at(budget)
 
         @cache
         def ranks(each: int) -> list[Ranks]:
-            return self._ranks(factors, budget, sizes.tokens, each)
+            return policy._ranks(factors, budget, sizes.tokens, each)
 
         def act(layer: LayerView, at: int) -> KV:
-            return self._encoded(layer, layer.kv, at, ranks(layer.kv.keys.element_size())[at], factors)
+            return policy._encoded(layer, layer.kv, at, ranks(layer.kv.keys.element_size())[at], factors)
 
         return [partial(act, at=at) for at in range(sizes.layers)]
 
