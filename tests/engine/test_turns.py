@@ -16,10 +16,11 @@ from harness.engine.types import Limits, NextTurn, Prompt
 from harness.models.load import LoadedModel
 from harness.records.record import OVER
 from methods.base import KV, KVPolicy, LayerPolicy, LayerView, PromptView
-from methods.coded import CodedPolicy
+from methods.quest import Quest
 from methods.registry import make_policy
 from methods.window import pooled
 from tests.engine.test_engine import (
+    CODED,
     GROUP,
     HEADS,
     LABELS,
@@ -45,14 +46,16 @@ ENDS = frozenset(range(0, 261, 9))  # a ninth of all tokens end an answer
 LIMITS = Limits(6, ENDS)
 TURN = torch.randint(5, 260, (14,), generator=torch.Generator().manual_seed(8)).tolist()
 CANNOT = {"compilerkv@paper", "compilerkv@head_only", "compilerkv@gate_only", "compilerkv@independent"}
-"""They read log-probabilities of the prompt; codes are the other ones that cannot."""
+"""They read log-probabilities of the prompt."""
+CANNOT |= {  # a second pass over the prompt; more than keys and values
+    label
+    for label, policy in zip(LABELS, map(make_policy, LABELS), strict=True)
+    if policy.budgeted and (policy.needs.repeat or isinstance(policy, (*CODED, Quest)))
+}
 AGAIN = [
     label
     for label in LABELS
-    if make_policy(label).budgeted
-    and not make_policy(label).evicts_while_decoding
-    and label not in CANNOT
-    and not isinstance(make_policy(label), CodedPolicy)
+    if make_policy(label).budgeted and not make_policy(label).evicts_while_decoding and label not in CANNOT
 ]
 every_mode = pytest.mark.parametrize(("first_token", "query"), MODES)
 
@@ -159,9 +162,7 @@ def test_every_method_is_compressed_again_or_says_why_not(model: AttachedModel) 
         assert not any("asked" in said for said in own.notes), label
         if label in AGAIN:  # its last turn came on top of the budget
             assert own.kv_bytes_end <= own.asked_bytes + (4 + own.turn_tokens[-1]) * LAYERS * HEADS * SLOT, label
-    policies = {label: make_policy(label) for label in LABELS}
-    coded = {label for label, own in policies.items() if isinstance(own, CodedPolicy) and own.budgeted}
-    assert skipped == CANNOT | coded
+    assert skipped == CANNOT
 
 
 def compressed(model: AttachedModel, policy: KVPolicy, budget: int = BUDGET) -> tuple[Compressed, list[Noted]]:
