@@ -16,6 +16,7 @@ from torch import Tensor
 
 from methods.base import KV
 from methods.device import placed, read
+from methods.pages import PagedKV, Pages
 from methods.stored import CodedKV, Codes, Coding
 from methods.views import POSITION_BYTES
 
@@ -50,7 +51,7 @@ class Packed:
 
     keys, values: [P, D], of slots that are no codes. positions: [S] int32, of all, or None where they are implied.
     sizes: slots of each head. plain: those that are no codes. first: the token of the first slot, where implied.
-    side: [S, ...], side data of slots. beside: side data of no slot, as it was.
+    side: [S, ...], side data of slots. beside: side data of no slot, as it was. pages: of a `PagedKV`.
     """
 
     keys: Tensor
@@ -62,6 +63,7 @@ class Packed:
     coded: Coded | None = None
     side: dict[str, Tensor] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)
+    pages: Pages | None = None
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
@@ -88,7 +90,10 @@ class Packed:
         if self.coded is not None:
             return CodedKV(keys, values, positions, {}, *self.coded)
         side = {name: _padded(x, self.sizes, more) for name, x in self.side.items()}
-        return KV(keys, values, positions, side | {name: x.clone() for name, x in self.beside.items()})
+        extra = side | {name: x.clone() for name, x in self.beside.items()}
+        if self.pages is not None:
+            return PagedKV(keys, values, positions, extra, self.pages)
+        return KV(keys, values, positions, extra)
 
 
 def survey(kvs: Sequence[KV], end: int, windows: Sequence[bool]) -> list[Held]:
@@ -108,7 +113,8 @@ def survey(kvs: Sequence[KV], end: int, windows: Sequence[bool]) -> list[Held]:
 
 def _may_imply(kv: KV, end: int, window: bool) -> bool:
     """Whether its positions may go without saying, by all that the host knows."""
-    return not kv.extra and type(kv) in (KV, CodedKV) and (window or kv.positions.shape[2] >= end)
+    plain = type(kv) is PagedKV or (not kv.extra and type(kv) in (KV, CodedKV))
+    return plain and (window or kv.positions.shape[2] >= end)
 
 
 def _seen(kv: KV, may_imply: bool, window: bool, end: int) -> Tensor:
@@ -168,7 +174,7 @@ def pack(kv: KV, end: int, known: Held) -> Packed | KV:
 
     Codes with side data and a KV of an unknown class stay as they are, but for views that keep more than they show.
     """
-    if type(kv) is not KV and (kv.extra or type(kv) is not CodedKV):
+    if type(kv) not in (KV, PagedKV) and (kv.extra or type(kv) is not CodedKV):
         return each_tensor(_own, kv)
     coded = Coded(kv.counts, kv.parts, kv.codings) if isinstance(kv, CodedKV) else None
     sizes, there = known.sizes, live_slots(kv, known)
@@ -181,7 +187,8 @@ def pack(kv: KV, end: int, known: Held) -> Packed | KV:
     slotted = {name for name, x in kv.extra.items() if x.shape[:3] == kv.positions.shape}
     side = {name: flat(kv.extra[name][0], there) for name in slotted}
     beside = {name: _own(x) for name, x in kv.extra.items() if name not in slotted}
-    return Packed(keys, values, positions, sizes, plain, end - sizes[0], coded, side, beside)
+    pages = kv.pages if isinstance(kv, PagedKV) else None
+    return Packed(keys, values, positions, sizes, plain, end - sizes[0], coded, side, beside, pages)
 
 
 def live_bytes(kv: KV, end: int, *, window: bool = False) -> int:
