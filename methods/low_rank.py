@@ -60,13 +60,14 @@ class LowRank(Coding):
         return self.keys.rank + self.values.rank
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> Latents:
-        plain = keys if self.turn is None else self.turn(keys, -positions)
-        return Latents(self, self._latent(plain, self.keys), self._latent(values, self.values))
+        plain = keys if self.turn is None else self.turn(keys.float(), -positions)
+        latents = self._latent(plain, self.keys).to(keys.dtype)
+        return Latents(self, latents, self._latent(values, self.values).to(values.dtype))
 
     def _latent(self, x: Tensor, basis: Basis) -> Tensor:
         joined = x.reshape(-1, self.heads, *x.shape[1:]).transpose(1, 2).flatten(2)  # [n / heads, C, E]
         latents: Tensor = (joined.float() - basis.mean) @ basis.encoder
-        return latents.to(x.dtype)
+        return latents
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Latents(Codes):
         return _joined([self, later], dim=1)
 
     def decode(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        turn, found = self.coding.turn, self._read(self.keys, self.coding.keys).to(keys.dtype)
+        turn, found = self.coding.turn, self._read(self.keys, self.coding.keys)
         keys.copy_(found if turn is None else turn(found, positions))
         values.copy_(self._read(self.values, self.coding.values))
 

@@ -93,7 +93,7 @@ def test_slots_are_rebuilt_from_their_first_latents_at_the_fewest_falls_that_fit
 ) -> None:
     view = make_view(TOKENS, Needs())
     kept = make_policy(label, {"residual": residual}).compress(view, budget)
-    asked = budget * LAYERS * HEADS * (2 * DIM * FLOAT + 4)
+    asked, residual = budget * LAYERS * HEADS * (2 * DIM * FLOAT + 4), min(residual, budget // 8)
     levels = fewest(asked, [[TOKENS] * HEADS] * LAYERS, residual, positions=False, turns=label.endswith("pca"))
     assert sum(bytes_of(kv, positions=False) for kv in kept) <= asked
     kind = "pca" if label.endswith("pca") else "trained"
@@ -133,7 +133,7 @@ def test_what_the_key_mean_adds_to_logits_is_the_same_for_all_slots() -> None:
 
 @pytest.mark.parametrize("over", ["snapkv", "adakv"])
 def test_over_a_method_its_slots_are_cut_until_their_bytes_fit(over: str) -> None:
-    policy = make_policy("matryoshkakv", {"over": over})
+    policy = make_policy("matryoshkakv", {"over": over, "residual": 1})
     view = make_view(TOKENS, policy.needs)
     budget = 40
     kept = [kv for kv in policy.compress(view, budget) if isinstance(kv, CodedKV)]
@@ -158,6 +158,13 @@ def test_less_than_an_eighth_of_every_head_is_skipped() -> None:
     make_policy("matryoshkakv").compress(view, 12)
     with pytest.raises(BudgetTooSmall):
         make_policy("matryoshkakv").compress(view, 11)
+
+
+@pytest.mark.parametrize(("budget", "plain"), [(80, 10), (45, 5), (16, 2), (12, 1)])
+def test_a_small_budget_has_fewer_plain_tokens(budget: int, plain: int) -> None:
+    """An eighth of it at most."""
+    kept = make_policy("matryoshkakv").compress(make_view(TOKENS, Needs()), budget)
+    assert all(isinstance(kv, CodedKV) and set(kv.counts) == {TOKENS - plain} for kv in kept)
 
 
 def test_other_models_and_odd_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def made(model: AttachedModel, request: pytest.FixtureRequest) -> Iterator[dict[
 
 def at_ranks(view: PromptView, made: dict[str, Tensor], share: float) -> list[CodedKV]:
     """Every layer at a share of its ranks."""
-    factors, policy = Factors.of(made), ReCalKV()
+    factors, policy = Factors.of(made), ReCalKV(residual=1)
     ranks = (int(share * HEADS * DIM) // factors.groups, int(share * HEADS * DIM))
     found = [policy._encoded(layer, layer.kv, at, ranks, factors) for at, layer in enumerate(view.layers)]
     assert all(isinstance(kv, CodedKV) for kv in found)
@@ -178,7 +178,7 @@ def test_the_papers_prefill_is_that_of_its_weights(
     tiny: LoadedModel, model: AttachedModel, view: PromptView, ids: list[int], made: dict[str, Tensor]
 ) -> None:
     """The same model with W replaced by U U^T W, run by transformers with a cache of its own."""
-    policy = ReCalKV(prefill="own")
+    policy = ReCalKV(prefill="own", residual=1)
     ranks = policy._ranks(Factors.of(made), 60, len(ids), 4)
     own, groups = copy.deepcopy(tiny.model), made["key_bases"].shape[1]
     for at, (layer, (key, value)) in enumerate(zip(own.model.layers, ranks, strict=True)):
@@ -192,7 +192,7 @@ def test_the_papers_prefill_is_that_of_its_weights(
         cache = own(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
         left = policy.compress(view, 60)
         again = Engine(model).prefill(ids, Needs(window=1)).view
-    exact = ReCalKV().compress(view, 60)
+    exact = ReCalKV(residual=1).compress(view, 60)
     for at, kv in enumerate(left):
         keys, values = kv.load()
         torch.testing.assert_close(keys, cache.layers[at].keys, atol=2e-3, rtol=2e-3)
