@@ -71,15 +71,15 @@ class _Row:
 
     @property
     def nbytes(self) -> int:
-        """Live bytes."""
+        """Live bytes; what counts the reads is the harness's."""
         pages = 0 if self.pages is None else self.pages.of(self.used)
         live = (self.keys[:, :, : self.used], self.values[:, :, : self.used], self.low[:, :, :pages])
-        return sum(x.nbytes for x in (*live, self.high[:, :, :pages], *self._beside()))
+        return sum(x.nbytes for x in (*live, self.high[:, :, :pages], *self._places()))
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that are allocated for it."""
-        return storage_bytes((self.keys, self.values, self.low, self.high, *self._beside()))
+        return storage_bytes((self.keys, self.values, self.low, self.high, self.read, *self._places()))
 
     @property
     def read_bytes(self) -> int | None:
@@ -98,8 +98,8 @@ class _Row:
             for held, own in zip((self.low, self.high), bounds, strict=True):
                 held[:, :, page : self.pages.of(self.used)] = own
 
-    def _beside(self) -> tuple[Tensor, ...]:
-        return (self.read,) if self.positions is None else (self.read, self.positions)
+    def _places(self) -> tuple[Tensor, ...]:
+        return () if self.positions is None else (self.positions,)
 
     def _room(self, used: int) -> int:
         """Slots to have memory for, of which so many are used."""
