@@ -125,11 +125,11 @@ def left(label: str, layers: int) -> Compressed:
 
 
 def told(table: dict[str, int], label: str) -> int:
-    name, _, preset = label.partition("@")
-    published = getattr(policy_of(label), "form", "") == "published"
-    names = (label, "compilerkv@published" if published else preset if name == "protect" else name)
-    coded = isinstance(policy_of(label), CodedPolicy)  # live slots, which tell what becomes codes
-    return next((table[name] for name in names if name in table), int(coded))
+    policy, name = policy_of(label), label.partition("@")[0]
+    own = "compilerkv@published" if getattr(policy, "form", "") == "published" else name
+    coded = isinstance(policy, CodedPolicy)  # live slots, which tell what becomes codes
+    known = (table[name] for name in (label, own, getattr(policy, "over", None)) if name in table)
+    return next(known, 0) + int(coded)
 
 
 @pytest.mark.parametrize("label", LABELS)
