@@ -86,7 +86,8 @@ def test_a_row_stores_at_most_a_tenth_more_than_it_fills(model: AttachedModel, l
     assert outcome.status == "ok" and len(outcome.token_ids) == NEW
     assert outcome.kv_bytes <= outcome.stored_bytes <= 1.10 * outcome.kv_bytes
     assert outcome.kv_bytes_end <= outcome.stored_bytes_end <= 1.10 * outcome.kv_bytes_end
-    assert outcome.stored_bytes <= 1.01 * outcome.asked_bytes and not outcome.over_budget
+    full = policy.reads_a_part  # all is held, beside bounds; the budget is of what is read
+    assert (full or outcome.stored_bytes <= 1.01 * outcome.asked_bytes) and not outcome.over_budget
     left = compressed(model, label)
     decoding = Decoding.of(model, [left], again=True, room=NEW)
     for token in range(20, 20 + NEW):
