@@ -134,7 +134,7 @@ def serve(requests: IO[bytes], reply: int, options: argparse.Namespace) -> int:
             options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )
         answering = Answering(loaded, options.map)
-    except Exception as error:
+    except Exception as error:  # whatever a model's files bring is told to the sender, in a line
         _send(reply, Reply(error=line_of(" ".join(str(error).split()))))
         return 2
     _send(reply, Reply(revision=loaded.spec.revision))
