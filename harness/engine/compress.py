@@ -12,6 +12,7 @@ from harness.engine.packed import Held, Packed, pack, storage_bytes, survey, ten
 from harness.engine.prefill import Prefilled
 from harness.engine.states import States
 from methods.base import KV, KVPolicy, PolicyError
+from methods.codes import MinMax
 from methods.device import placed, read
 
 
@@ -65,6 +66,12 @@ class Compressed:
     def kvs(self) -> list[KV]:
         """What each layer holds, in the form in which methods leave it."""
         return [layer.kv() if isinstance(layer, Packed) else layer for layer in self.layers]
+
+    @property
+    def one_buffer(self) -> bool:
+        """Whether a GPU can read all of its heads in one call: they are numbers, or min/max codes."""
+        coded = (layer.coded for layer in self.layers if isinstance(layer, Packed))
+        return all(isinstance(own, MinMax) for codes in coded if codes is not None for own in codes.codings)
 
     def same(self, other: "Compressed") -> bool:
         """Whether another one of the same prompt decodes the same: both only grow, from the same slots."""

@@ -17,6 +17,7 @@ from typing import get_args
 
 import torch
 
+from harness.engine import gpu
 from harness.engine.again import Noted, note, why_not
 from harness.engine.compress import Compressed, compress, distinct
 from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding, Generated
@@ -154,7 +155,7 @@ class Engine:
 
     def answer(self, runs: Sequence[CellRun], prompt: Prompt, *, tail: list[int]) -> None:
         """Decode one prompt under every cell that was compressed. tail: its tokens after what was compressed."""
-        ready = defaultdict[tuple[bool, bool], list[CellRun]](list)  # by how their caches are read and grow
+        ready, on_gpu = defaultdict[tuple[bool, ...], list[CellRun]](list), gpu.is_gpu(self.model.device)
         for run in runs:
             if run.compressed is None:
                 continue
@@ -162,8 +163,8 @@ class Engine:
             if self.query == "agnostic" and not tail:
                 run.outcome.fail(f"no question after the {run.compressed.tokens} tokens of the context", "skipped")
             else:
-                policy = run.cell.policy
-                ready[policy.evicts_while_decoding, policy.reads_a_part].append(run)
+                policy, apart = run.cell.policy, on_gpu and not run.compressed.one_buffer
+                ready[policy.evicts_while_decoding, policy.reads_a_part, apart].append(run)  # how caches are read
         for batch in ready.values():
             rows = 1 if prompt.turns else self.rows
             for i in range(0, len(batch), rows):

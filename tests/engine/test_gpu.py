@@ -116,7 +116,8 @@ def test_the_name_of_a_gpu_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cells_of_every_method_are_those_of_the_cpu(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, names: list[Any], kernel: Callable[..., Tensor], new: int
 ) -> None:
-    cpu, card = (Engine(AttachedModel(copy.deepcopy(tiny.model).to(place), tiny.wording)) for place in ("cpu", DEVICE))
+    models = (AttachedModel(copy.deepcopy(tiny.model).to(place), tiny.wording) for place in ("cpu", DEVICE))
+    cpu, card = (Engine(model, rows=len(names) + 1) for model in models)
     asked = make_prompt(30, Limits(new, frozenset()))
     cells = [cell(own, 8) for own in (*names, Ragged())]
     wanted, calls = ok(cpu.run(asked, cells)), list[int]()

@@ -1,5 +1,7 @@
 """Bytes that attention reads for a decoded token, and side buffers of methods, which are held and not read."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ PLAIN, HEADS, LAYERS = 2 * 16 * 4, 2, 4  # bytes of a key and a value
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(tiny.model, tiny.wording)
+    return AttachedModel(copy.deepcopy(tiny.model), tiny.wording)
 
 
 def outcome(model: AttachedModel, label: str, *, new: int = 8, budget: int = BUDGET) -> Outcome:

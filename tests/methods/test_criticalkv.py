@@ -93,7 +93,7 @@ def test_what_kvzip_keeps_of_the_chat_template_stays_and_heads_hold_as_many_as_i
         scores = layer.repeated[inner.asked].received[0].amax(dim=1).double()  # type: ignore[attr-defined, union-attr]
         norms = output_norms(layer)[0].double()
         for head, (row, given) in enumerate(zip(kv.positions[0].tolist(), own.live[0].tolist(), strict=True)):
-            raised = [math.inf if t < 3 or t == 59 else float(scores[head, t]) for t in range(60)]
+            raised = [math.inf if t < 4 or t == 59 else float(scores[head, t]) for t in range(60)]
             kept = two_stages(raised, norms[head].tolist(), given, max(given // 2, 4), 0)
             assert [t for t in row if t >= 0] == kept
 

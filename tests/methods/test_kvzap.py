@@ -1,5 +1,6 @@
 """KVzap: its probes and what is kept by them, against plain loops, and the constants that come with the package."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def test_the_packaged_probes_are_those_of_the_packaged_model(smollm2: LoadedMode
     assert len(policy.fitted_on()) == 40 and policy.method_bytes < 3_000_000
     told = load_constants(COMPILED / "kvzap" / "smollm2-135m").manifest.report["correlation"]
     assert told["mlp"] > told["linear"] > 0.7
-    engine = Engine(AttachedModel(smollm2.model, smollm2.wording))
+    engine = Engine(AttachedModel(copy.deepcopy(smollm2.model), smollm2.wording))
     ids = smollm2.tokenizer("One two three, and the quick brown fox. " * 6).input_ids
     kept = policy.compress(engine.prefill(ids, policy.needs).view, 20)
     assert sum(int(kv.live.sum()) for kv in kept) == 20 * 30 * 3

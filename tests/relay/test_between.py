@@ -1,5 +1,6 @@
 """Two models of one cache shape: moments against plain loops, what is refused, and a run that another model answers."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def caches(model: AttachedModel) -> list[list[KV]]:
 
 
 def test_a_senders_cache_has_the_receivers_moments_afterwards(tiny: LoadedModel, other: Path) -> None:
-    models = [AttachedModel(tiny.model), AttachedModel(load_model(str(other), dtype="float32", device="cpu").model)]
+    models = [
+        AttachedModel(copy.deepcopy(tiny.model)),
+        AttachedModel(load_model(str(other), dtype="float32", device="cpu").model),
+    ]
     tensors = {}
     for side, model in zip(("sender", "receiver"), models, strict=True):
         moments = Moments()
@@ -87,7 +91,7 @@ def test_a_senders_cache_has_the_receivers_moments_afterwards(tiny: LoadedModel,
 
 
 def test_between_a_model_and_itself_nothing_moves(tiny: LoadedModel) -> None:
-    model, moments = AttachedModel(tiny.model), Moments()
+    model, moments = AttachedModel(copy.deepcopy(tiny.model)), Moments()
     for ids in TEXTS:
         moments.see(model, ids)
     own = Between(moments.tensors("sender") | moments.tensors("receiver"), CPU)

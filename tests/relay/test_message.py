@@ -1,5 +1,6 @@
 """A compressed prompt as bytes and back: equal to the bit, of hardly more bytes than it holds, and refused else."""
 
+import copy
 import json
 from dataclasses import dataclass, replace
 
@@ -55,7 +56,7 @@ class OddKV(KV):
 
 @pytest.fixture(scope="module")
 def model(tiny: LoadedModel) -> AttachedModel:
-    return AttachedModel(tiny.model)
+    return AttachedModel(copy.deepcopy(tiny.model))
 
 
 def left_by(label: str, model: AttachedModel) -> Compressed:

@@ -1,5 +1,6 @@
 """Tasks of `relay` on the tiny model: another process answers as this one would, from the cache alone."""
 
+import copy
 import os
 import signal
 from dataclasses import replace
@@ -92,7 +93,7 @@ def prompt_of(loaded: LoadedModel) -> Prompt:
 
 @pytest.fixture(scope="module")
 def relay(tiny: LoadedModel) -> Relay:
-    return Relay(Engine(AttachedModel(tiny.model), query="agnostic"), tiny, Spec())  # type: ignore[arg-type]
+    return Relay(Engine(AttachedModel(copy.deepcopy(tiny.model)), query="agnostic"), tiny, Spec())  # type: ignore[arg-type]
 
 
 def run(relay: Relay, prompt: Prompt, *cells: PlannedCell, **options: bool) -> list[Any]:
