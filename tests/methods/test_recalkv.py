@@ -181,6 +181,7 @@ def test_the_papers_prefill_is_that_of_its_weights(
     policy = ReCalKV(prefill="own", residual=1)
     ranks = policy._ranks(Factors.of(made), 60, len(ids), 4)
     own, groups = copy.deepcopy(tiny.model), made["key_bases"].shape[1]
+    own.set_attn_implementation("sdpa")  # whatever another test has made of the shared model
     for at, (layer, (key, value)) in enumerate(zip(own.model.layers, ranks, strict=True)):
         weight = layer.self_attn.k_proj.weight.data.view(HEADS, DIM, -1)
         for group, members in enumerate(made["key_order"][at].view(groups, -1).tolist()):
