@@ -1,7 +1,6 @@
 """What a GPU is given, on a CPU that is taken for one: every choice of a kernel, and cells run through the engine."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -135,8 +134,11 @@ def test_cells_of_every_method_are_those_of_the_cpu(
         assert (one.kv_bytes, one.kv_bytes_end) == (two.kv_bytes, two.kv_bytes_end)
         index = 4 * 2 * 3 * INDEX_BYTES  # of layers and KV heads; codes have two
         assert 0 <= one.stored_bytes_end - two.stored_bytes_end <= index
-    rows = Counter(calls).most_common(1)[0][0] // 2
-    assert 1 < rows <= len(cells)  # one call a layer: KV heads of all rows that grow; of equal caches one is a row
+    apart = any(own.policy.reads_a_part for own in cells)  # in a batch by itself, some layers of which are whole
+    shared = set(calls) - ({2, 2 * 3} if apart else set())
+    rows = min(shared) // 2
+    assert 1 < rows <= len(cells)  # those that grow; cells of equal caches are one row
+    assert shared <= {2 * rows, 2 * rows * 3}  # one call a layer: KV heads of all rows, the answer's 3 tokens
 
 
 @pytest.mark.gpu
