@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor
 
 from methods.base import KVPolicy, PolicyError, Sizes
 from methods.budget import quoted
-from methods.plain_files import first_refusal, place_of, read_plain
+from methods.plain_files import parsed, place_of, read_plain, stamps_of
 
 COMPILED = Path(__file__).parent / "compiled"
 MANIFEST, TENSORS = "manifest.json", "constants.safetensors"
@@ -77,21 +77,14 @@ def save_constants(constants: Constants, folder: Path) -> Constants:
 
 def load_constants(folder: Path) -> Constants:
     """Read and check the constants of a folder; cached until a file changes. Raises PolicyError, one line."""
-    try:
-        stamps = tuple((folder / name).stat().st_mtime_ns for name in (MANIFEST, TENSORS))
-    except OSError as error:
-        where = f"{quoted(str(error.filename or folder))}: {error.strerror}"
-        raise PolicyError(f"no constants at {where}; make them with `harness compile`") from None
-    return _load(folder.resolve(), stamps)
+    advice = "make them with `harness compile`"
+    return _load(folder.resolve(), stamps_of(folder, (MANIFEST, TENSORS), what="constants", advice=advice))
 
 
 @lru_cache(maxsize=16)
 def _load(folder: Path, stamps: tuple[int, ...]) -> Constants:
-    text = read_plain(folder / MANIFEST, remedy=REMEDY)
-    try:
-        manifest = ConstantsManifest.model_validate_json(text)
-    except ValidationError as error:
-        raise PolicyError(f"{quoted(str(folder / MANIFEST))} is damaged: {first_refusal(error)}; {REMEDY}") from None
+    path = folder / MANIFEST
+    manifest = parsed(ConstantsManifest, read_plain(path, remedy=REMEDY), path, remedy=REMEDY)
     return Constants(manifest, read_tensors(folder / TENSORS, manifest.tensors_sha256, remedy=REMEDY))
 
 

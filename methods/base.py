@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, final
+from typing import Any, ClassVar, Literal, Protocol, Self, final
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class KVPolicy:
         """Return what `compress` does to each layer, to act on one once it is prefilled; None where it needs all."""
         return None
 
-    def for_model(self, revision: str) -> KVPolicy:
+    def for_model(self, revision: str) -> Self:
         """Return this policy for a model's revision (content hash or commit); PolicyError where it is of another."""
         return self
 

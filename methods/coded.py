@@ -7,28 +7,26 @@ With `over` a budget of N buys the bytes of N plain slots: the method `over` kee
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Self
 
-from methods.base import KV, Kind, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
-from methods.budget import quoted
+from methods.around import Around
+from methods.base import KV, Kind, KVPolicy, LayerView, PolicyError, PromptView, Sizes
 from methods.device import read
-from methods.fullkv import FullKV
-from methods.registry import make_policy
 from methods.stored import CodedKV, Coding, encode
 
 
 @dataclass(frozen=True)
-class CodedPolicy(KVPolicy):
+class CodedPolicy(Around):
     """Codes instead of numbers, of all tokens or of those that the method `over` keeps."""
 
-    over: str | None = None
-    inner: KVPolicy | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.over is not None:
-            object.__setattr__(self, "inner", self._chooser(self.over))
+    def suits(self, policy: KVPolicy) -> None:
+        if isinstance(policy, CodedPolicy):
+            raise PolicyError(f"{self.asked} makes codes itself; name a method that evicts")
+        if policy.kind == "whole":
+            raise PolicyError(f"{self.asked} evicts nothing; leave `over` out to code the whole cache")
+        if policy.evicts_while_decoding:
+            raise PolicyError(f"{self.asked} evicts while decoding, and codes stay; name another preset or method")
 
     @property
     def coding(self) -> Coding:
@@ -60,42 +58,13 @@ class CodedPolicy(KVPolicy):
         return self.fitting(budget, kv.keys.shape[-1], kv.values.shape[-1], kv.slot_bytes)
 
     @property
-    def chooser(self) -> KVPolicy:
-        return self.inner or FullKV()
-
-    @property
     def kind(self) -> Kind:
         return self.chooser.kind  # alone it keeps all tokens
-
-    @property
-    def method_bytes(self) -> int:
-        return self.chooser.method_bytes
-
-    @property
-    def needs(self) -> Needs:
-        return self.chooser.needs
-
-    def for_model(self, revision: str) -> Self:
-        if self.inner is None:
-            return self
-        own = replace(self)
-        object.__setattr__(own, "inner", self.inner.for_model(revision))
-        return own
-
-    def provenance(self) -> dict[str, Any]:
-        return self.chooser.provenance()
-
-    def fitted_on(self) -> frozenset[str]:
-        return self.chooser.fitted_on()
-
-    @property
-    def lacks(self) -> str:
-        return self.chooser.lacks
 
     def check(self, view: PromptView) -> None:
         for layer in view.layers:
             self.slots(1, layer.kv)
-        self.chooser.check(view)
+        super().check(view)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         slots = min(self.slots(budget, view.layers[0].kv), view.tokens)
@@ -117,22 +86,6 @@ class CodedPolicy(KVPolicy):
         return [partial(act, index=index) for index in range(sizes.layers)]
 
     def _encoded(self, layer: LayerView, kv: KV, live: Sequence[int] | None = None) -> CodedKV:
-        if type(kv) is not KV or kv.extra:
-            raise PolicyError(f"{self._asked} leaves more than keys and values, which has no codes")
+        self.plain(kv)
         self.slots(1, kv)
         return encode(kv, self.codings(layer), live, layer.refuse)
-
-    @property
-    def _asked(self) -> str:
-        return f"{type(self).__name__.lower()}.over={quoted(str(self.over))}"
-
-    def _chooser(self, label: str) -> KVPolicy:
-        """Make the policy that chooses slots. Raises PolicyError for one whose slots cannot be codes."""
-        policy = make_policy(label)
-        if isinstance(policy, CodedPolicy):
-            raise PolicyError(f"{self._asked} makes codes itself; name a method that evicts")
-        if policy.kind == "whole":
-            raise PolicyError(f"{self._asked} evicts nothing; leave `over` out to code the whole cache")
-        if policy.evicts_while_decoding:
-            raise PolicyError(f"{self._asked} evicts while decoding, and codes stay; name another preset or method")
-        return policy

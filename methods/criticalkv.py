@@ -11,13 +11,14 @@ by norm. Scores below zero, which a factor turns round, are refused, and so are 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from methods.around import Around
 from methods.base import (
     KV,
     KVPolicy,
@@ -31,8 +32,7 @@ from methods.base import (
     at_most,
     best,
 )
-from methods.budget import quoted
-from methods.registry import make_policy, method
+from methods.registry import method
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"over": "snapkv"},
@@ -50,61 +50,44 @@ CODE = "https://github.com/NVIDIA/kvpress at 8bb29b9"
 
 @method("criticalkv", paper="https://arxiv.org/abs/2502.03805", code=CODE, presets=PRESETS, choices=CHOICES)
 @dataclass(frozen=True)
-class CriticalKV(KVPolicy):
+class CriticalKV(Around):
     """As many slots as the method `over` keeps; those beyond its best by score times the norm of W_o v."""
 
     over: str = "snapkv"
     share: float = 0.5
     epsilon: float = 1e-4
-    inner: KVPolicy = field(init=False)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "share", "epsilon")
         at_most(self, 1, "share")
-        object.__setattr__(self, "inner", _checked(make_policy(self.over), self._over))
+        super().__post_init__()
 
-    @property
-    def _over(self) -> str:
-        """`over` as an error line names it."""
-        return f"{type(self).__name__.lower()}.over={quoted(self.over)}"
+    def suits(self, policy: KVPolicy) -> None:
+        if not policy.ranks_tokens:
+            raise PolicyError(f"{self.asked} has no scores of single tokens; name a method that has, as snapkv")
+        if policy.evicts_while_decoding:
+            raise PolicyError(f"{self.asked} evicts while decoding, without these norms; name another preset or method")
+        if policy.turns_keys:
+            raise PolicyError(f"{self.asked} turns the keys that it keeps; name another preset or method")
 
     @property
     def needs(self) -> Needs:
-        return self.inner.needs | Needs(module=True)
-
-    def for_model(self, revision: str) -> "CriticalKV":
-        own, inner = replace(self), self.inner.for_model(revision)
-        object.__setattr__(own, "inner", _checked(inner, self._over))
-        return own
-
-    def provenance(self) -> dict[str, Any]:
-        return self.inner.provenance()
-
-    def fitted_on(self) -> frozenset[str]:
-        return self.inner.fitted_on()
-
-    @property
-    def method_bytes(self) -> int:
-        return self.inner.method_bytes
-
-    @property
-    def lacks(self) -> str:
-        return self.inner.lacks
+        return super().needs | Needs(module=True)
 
     def check(self, view: PromptView) -> None:
         for layer in view.layers:
             output_weights(layer)
-        self.inner.check(view)
+        super().check(view)
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
-        return self.inner.notes(budget, sizes)
+        return self.chooser.notes(budget, sizes)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
-        kept = self.inner.compress(view, budget)
+        kept = self.chooser.compress(view, budget)
         return [self._chosen(*own, budget) for own in zip(view.layers, kept, strict=True)]
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
-        acts = self.inner.per_layer(budget, sizes)
+        acts = self.chooser.per_layer(budget, sizes)
         return None if acts is None else [partial(self._after, act, budget) for act in acts]
 
     def _after(self, act: Callable[[LayerView], KV], budget: int, layer: LayerView) -> KV:
@@ -120,9 +103,9 @@ class CriticalKV(KVPolicy):
             return kept
         counts = kept.live.unsqueeze(-1)  # [1, H, 1]
         ranking = cast(Ranking, self.inner)
-        raw = layer.memo((type(self.inner), self.inner), ranking.score)
+        raw = layer.memo((type(ranking), ranking), ranking.score)
         scores, live = layer.only_live(raw), layer.kv.positions >= 0
-        layer.refuse(((scores < 0) & live).count_nonzero(), partial(_negative, self._over, layer.index))
+        layer.refuse(((scores < 0) & live).count_nonzero(), partial(_negative, self.asked, layer.index))
         place = torch.arange(layer.tokens, device=scores.device)
         first_kept, last_kept = ranking.ends(layer, budget)
         recent = counts.clamp(max=last_kept)
@@ -175,14 +158,3 @@ def _ranks(scores: Tensor) -> Tensor:
 
 def _negative(named: str, index: int, count: int) -> str:
     return f"{named}: {count} scores of layer {index} are below 0; name one that scores attention"
-
-
-def _checked(policy: KVPolicy, named: str) -> KVPolicy:
-    """Return a policy that scores tokens. Raises PolicyError for one that does not, goes on or turns keys."""
-    if not policy.ranks_tokens:
-        raise PolicyError(f"{named} has no scores of single tokens; name a method that has, as snapkv")
-    if policy.evicts_while_decoding:
-        raise PolicyError(f"{named} evicts while decoding, without these norms; name another preset or method")
-    if policy.turns_keys:
-        raise PolicyError(f"{named} turns the keys that it keeps; name another preset or method")
-    return policy

@@ -14,7 +14,7 @@ tokens in every head. Without tables heads share evenly, and all of them stream.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from methods.base import KV, KVPolicy, LayerView, PromptView, Sizes, at_least, at_most
 from methods.compilerkv.form import best_slots
@@ -45,7 +45,7 @@ class DuoAttention(KVPolicy):
         at_least(self, 1, "recent")
         at_most(self, 1, "share")
 
-    def for_model(self, revision: str) -> "DuoAttention":
+    def for_model(self, revision: str) -> Self:
         return replace(self, tables=self._lookup().for_model(revision).tables)
 
     def provenance(self) -> dict[str, Any]:

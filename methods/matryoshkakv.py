@@ -17,7 +17,7 @@ text, not by samples of the task; those of `@pca` all alike, which its bases bea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, Literal, Self
 from weakref import WeakValueDictionary
@@ -25,12 +25,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from methods.around import Around
 from methods.artefact import CompiledPolicy, Constants
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least, at_most
+from methods.base import KV, KVPolicy, LayerView, PolicyError, PromptView, Sizes, at_least, at_most
 from methods.budget import BudgetTooSmall, quoted
 from methods.device import read
 from methods.low_rank import Basis, LowRank
-from methods.registry import make_policy, method
+from methods.registry import method
 from methods.stored import encode
 from methods.views import POSITION_BYTES
 
@@ -97,7 +98,7 @@ class Bases:
     presets=PRESETS,
 )
 @dataclass(frozen=True)
-class MatryoshkaKV(CompiledPolicy):
+class MatryoshkaKV(Around, CompiledPolicy):
     """All tokens, or those that the method `over` keeps, in the first numbers of a compiled basis of their head.
 
     share: of the numbers of a token, that `over` chooses slots by. Without constants of the model a basis is the head's
@@ -109,8 +110,6 @@ class MatryoshkaKV(CompiledPolicy):
     bases: Literal["trained", "pca"] = "trained"
     residual: int = 16
     share: float = 0.5
-    over: str | None = None
-    inner: KVPolicy | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "residual")
@@ -118,47 +117,30 @@ class MatryoshkaKV(CompiledPolicy):
         at_most(self, 1, "share")
         if self.bases not in ("trained", "pca"):
             raise PolicyError(f"matryoshkakv.bases={quoted(self.bases)} are none; give trained or pca")
-        if self.over is not None:
-            object.__setattr__(self, "inner", _chooser(self.over))
+        super().__post_init__()
+
+    def suits(self, policy: KVPolicy) -> None:
+        if not policy.budgeted or policy.evicts_while_decoding or isinstance(policy, MatryoshkaKV):
+            raise PolicyError(f"{self.asked} does not evict once, after the prompt; name a method that does")
 
     def for_model(self, revision: str) -> Self:
         own = super().for_model(revision)
         _bases(own)  # or it is refused
-        if self.inner is not None:
-            own = replace(own)
-            object.__setattr__(own, "inner", self.inner.for_model(revision))
         return own
-
-    @property
-    def needs(self) -> Needs:
-        return Needs() if self.inner is None else self.inner.needs
-
-    def provenance(self) -> dict[str, Any]:
-        return {**super().provenance(), **({} if self.inner is None else self.inner.provenance())}
-
-    def fitted_on(self) -> frozenset[str]:
-        return super().fitted_on() | (frozenset() if self.inner is None else self.inner.fitted_on())
-
-    @property
-    def lacks(self) -> str:
-        return super().lacks or ("" if self.inner is None else self.inner.lacks)
 
     @property
     def method_bytes(self) -> int:
         own = sum(x.nbytes for name, x in self.constants().items() if name.startswith((self.bases, "order")))
-        return own + (0 if self.inner is None else self.inner.method_bytes)
+        return own + self.chooser.method_bytes
 
     def check(self, view: PromptView) -> None:
         self._fitting(view)
-        if self.inner is not None:
-            self.inner.check(view)
+        super().check(view)
 
     def _at(self, budget: int, tokens: int) -> Self:
         """This policy with as many plain slots as a budget bears beside the lowest ranks of all tokens."""
         spare = budget if self.inner is not None else (LEVELS * budget - tokens) // (LEVELS - 1)
-        own = replace(self, residual=max(1, min(self.residual, budget // LEVELS, spare)))
-        object.__setattr__(own, "inner", self.inner)
-        return own
+        return self.changed(residual=max(1, min(self.residual, budget // LEVELS, spare)))
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         return self._at(budget, view.tokens)._compressed(view, budget)
@@ -171,9 +153,8 @@ class MatryoshkaKV(CompiledPolicy):
         live = [[view.tokens] * heads] * len(kept)
         if self.inner is not None:
             kept = self.inner.compress(view, min(self._slots(budget, first), view.tokens))
-            if any(type(kv) is not KV or kv.extra for kv in kept):
-                name = f"matryoshkakv.over={quoted(self.over)}"
-                raise PolicyError(f"{name} leaves more than keys and values; name another method")
+            for kv in kept:
+                self.plain(kv)
             live = read([kv.live for kv in kept])
         levels = self._levels(bases, live, budget, view.tokens, first.keys.element_size())
         each = zip(view.layers, kept, live, strict=True)
@@ -295,12 +276,3 @@ def _neutral(layers: int, heads: int, *dims: int) -> Bases:
     keys, values = (torch.eye(dim).expand(layers, heads, dim, dim) for dim in dims)
     means = (keys.new_zeros(keys.shape[:3]), values.new_zeros(values.shape[:3]))
     return Bases((keys, values), means, _in_turn(layers, heads))
-
-
-def _chooser(label: str) -> KVPolicy:
-    """The policy that chooses slots. Raises PolicyError for one that leaves none to be cut."""
-    policy = make_policy(label)
-    if not policy.budgeted or policy.evicts_while_decoding or isinstance(policy, MatryoshkaKV):
-        name = f"matryoshkakv.over={quoted(label)}"
-        raise PolicyError(f"{name} does not evict once, after the prompt; name a method that does")
-    return policy

@@ -2,13 +2,16 @@
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from methods.budget import PolicyError, quoted
 
 MOST_BYTES = 1 << 30
+M = TypeVar("M", bound=BaseModel)
 PATH_BYTES, NAME_BYTES = 4095, 255
 
 
@@ -34,8 +37,21 @@ def read_plain(path: Path, *, remedy: str, most: int = MOST_BYTES) -> bytes:
         raise PolicyError(f"{quoted(str(path))} cannot be read: {error.strerror}; {remedy}") from None
 
 
-def first_refusal(error: ValidationError) -> str:
-    """The first thing that a model refuses of a file: the field, why, and the value."""
-    first = error.errors(include_url=False)[0]
+def stamps_of(folder: Path, names: Iterable[str], *, what: str, advice: str) -> tuple[int, ...]:
+    """When each of these files of a folder last changed. Raises PolicyError: there is no `what` there, and `advice`."""
+    try:
+        return tuple((folder / name).stat().st_mtime_ns for name in names)
+    except OSError as error:
+        where = f"{quoted(str(error.filename or folder))}: {error.strerror}"
+        raise PolicyError(f"no {what} at {where}; {advice}") from None
+
+
+def parsed(kind: type[M], text: bytes, path: Path, *, remedy: str) -> M:
+    """What the JSON text of a file says. Raises PolicyError: the first field refused, why, and its value."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
     field = quoted(".".join(map(str, first["loc"])) or "file")[1:-1]
-    return f"{field}: {first['msg']}, got {quoted(first['input'])}"
+    what = f"{field}: {first['msg']}, got {quoted(first['input'])}"
+    raise PolicyError(f"{quoted(str(path))} is damaged: {what}; {remedy}")

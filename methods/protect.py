@@ -11,16 +11,17 @@ that they keep; codes go around it (`quant.over=protect@snapkv`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes
-from methods.budget import BudgetTooSmall, quoted
+from methods.around import Around
+from methods.base import KV, KVPolicy, LayerView, PolicyError, PromptView, Sizes
+from methods.budget import BudgetTooSmall
 from methods.device import placed
-from methods.registry import make_policy, method
+from methods.registry import method
 
 PRESETS: dict[str, dict[str, Any]] = {
     "adakv": {"over": "adakv"},
@@ -42,65 +43,53 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @method("protect", paper="control, no paper", presets=PRESETS)
 @dataclass(frozen=True)
-class Protect(KVPolicy):
+class Protect(Around):
     """What the prompt marks, always; the rest of the budget as the method `over` chooses."""
 
     over: str = "snapkv"
-    inner: KVPolicy = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inner", _chooser(self.over))
-
-    @property
-    def needs(self) -> Needs:
-        return self.inner.needs
-
-    def for_model(self, revision: str) -> "Protect":
-        own = replace(self)
-        object.__setattr__(own, "inner", self.inner.for_model(revision))
-        return own
-
-    def provenance(self) -> dict[str, Any]:
-        return self.inner.provenance()
-
-    def fitted_on(self) -> frozenset[str]:
-        return self.inner.fitted_on()
-
-    @property
-    def method_bytes(self) -> int:
-        return self.inner.method_bytes
-
-    @property
-    def lacks(self) -> str:
-        return self.inner.lacks
+    def suits(self, policy: KVPolicy) -> None:
+        if isinstance(policy, Protect):
+            raise PolicyError(f"{self.asked} protects already; name the method that it goes around")
+        if policy.kind == "whole":
+            raise PolicyError(f"{self.asked} evicts nothing, so everything is kept; name a method that evicts")
+        if policy.kind == "own":
+            raise PolicyError(
+                f"{self.asked} has no budget that protected tokens could be paid from; name a method with one"
+            )
+        if policy.evicts_while_decoding:
+            raise PolicyError(
+                f"{self.asked} evicts while decoding, protected tokens too; name another preset or method"
+            )
+        if policy.turns_keys:
+            raise PolicyError(
+                f"{self.asked} moves the keys that it keeps past protected ones; name another preset or method"
+            )
 
     def check(self, view: PromptView) -> None:
         if self.needs.hidden_states:
-            raise PolicyError(
-                f"protect.over={quoted(self.over)} reads hidden states, of protected tokens too; name another"
-            )
-        self.inner.check(view)
+            raise PolicyError(f"{self.asked} reads hidden states, of protected tokens too; name another")
+        super().check(view)
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         if not view.protected or budget >= view.tokens:
-            return self.inner.compress(view, budget)
-        kept = self.inner.compress(view.others, _left(budget, len(view.protected)))
+            return self.chooser.compress(view, budget)
+        kept = self.chooser.compress(view.others, _left(budget, len(view.protected)))
         at = placed(view.protected, kept[0].keys.device)
         return [self._joined(layer, own, at) for layer, own in zip(view.layers, kept, strict=True)]
 
     def per_layer(self, budget: int, sizes: Sizes) -> list[Callable[[LayerView], KV]] | None:
-        return None if sizes.protected else self.inner.per_layer(budget, sizes)
+        return None if sizes.protected else self.chooser.per_layer(budget, sizes)
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         if not sizes.protected:
-            return (f"this prompt marks nothing to protect: {self.over} alone", *self.inner.notes(budget, sizes))
+            return (f"this prompt marks nothing to protect: {self.over} alone", *self.chooser.notes(budget, sizes))
         others = replace(sizes, tokens=sizes.tokens - sizes.protected, protected=0)
-        return self.inner.notes(_left(budget, sizes.protected), others)
+        return self.chooser.notes(_left(budget, sizes.protected), others)
 
     def _joined(self, layer: LayerView, kept: KV, at: Tensor) -> KV:
         """The protected slots of a layer, `at` these places, and those kept of the others, in the order of tokens."""
-        if type(kept) is not KV or kept.extra:
-            raise PolicyError(f"protect.over={quoted(self.over)} leaves more than keys and values; name another method")
+        self.plain(kept)
         whole = layer.kv
         both = KV(
             torch.cat([whole.keys[:, :, at], kept.keys], dim=2),
@@ -117,20 +106,3 @@ def _left(budget: int, protected: int) -> int:
             f"budget {budget} leaves no slot beside the {protected} protected tokens; ask for {protected + 1} or more"
         )
     return budget - protected
-
-
-def _chooser(label: str) -> KVPolicy:
-    """The policy that chooses among the other tokens. Raises PolicyError for one that cannot."""
-    policy = make_policy(label)
-    name = f"protect.over={quoted(label)}"
-    if isinstance(policy, Protect):
-        raise PolicyError(f"{name} protects already; name the method that it goes around")
-    if policy.kind == "whole":
-        raise PolicyError(f"{name} evicts nothing, so everything is kept; name a method that evicts")
-    if policy.kind == "own":
-        raise PolicyError(f"{name} has no budget that protected tokens could be paid from; name a method with one")
-    if policy.evicts_while_decoding:
-        raise PolicyError(f"{name} evicts while decoding, protected tokens too; name another preset or method")
-    if policy.turns_keys:
-        raise PolicyError(f"{name} moves the keys that it keeps past protected ones; name another preset or method")
-    return policy

@@ -18,7 +18,6 @@ receiver's prompt holds the whole context as text, so its answers never read the
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -98,7 +97,7 @@ def bits_of(sensitivity: Mapping[int, float], share: float = 0.3) -> dict[int, i
     presets={"snapkv": {"over": "snapkv"}},
 )
 @dataclass(frozen=True)
-class QKVComm(CompiledPolicy, CodedPolicy):
+class QKVComm(CodedPolicy, CompiledPolicy):
     """Codes of 8, 6 or 4 bits by how sensitive a layer is, of all tokens or of those that the method `over` keeps.
 
     share: of the layers, of those that get 8 bits and of those that get 4.
@@ -167,20 +166,3 @@ class QKVComm(CompiledPolicy, CodedPolicy):
         coded = [coding.coded(slots, kv) for slots in live]
         plain = (sum(live) - sum(coded)) * kv.slot_bytes
         return plain + sum(coding.nbytes(slots, *dims) for slots in coded)
-
-    def for_model(self, revision: str) -> Self:
-        return CodedPolicy.for_model(super().for_model(revision), revision)
-
-    @property
-    def method_bytes(self) -> int:
-        return super().method_bytes + self.chooser.method_bytes
-
-    @property
-    def lacks(self) -> str:
-        return super().lacks or self.chooser.lacks
-
-    def provenance(self) -> dict[str, Any]:
-        return {**super().provenance(), **self.chooser.provenance()}
-
-    def fitted_on(self) -> frozenset[str]:
-        return super().fitted_on() | self.chooser.fitted_on()

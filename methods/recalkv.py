@@ -23,7 +23,7 @@ of at most four KV heads has one group, so their reordering is idle.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, Literal, Self
 from weakref import WeakValueDictionary
@@ -31,11 +31,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from methods.around import Around
 from methods.artefact import CompiledPolicy
 from methods.base import KV, KVPolicy, LayerView, Needs, PolicyError, PromptView, Sizes, at_least, at_most
 from methods.budget import BudgetTooSmall, quoted
 from methods.low_rank import LowRank
-from methods.registry import make_policy, method
+from methods.registry import method
 from methods.shared_latents import Factors, Ranks, bases, own_pass
 from methods.stored import encode
 from methods.views import POSITION_BYTES
@@ -55,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     presets=PRESETS,
 )
 @dataclass(frozen=True)
-class ReCalKV(CompiledPolicy):
+class ReCalKV(Around, CompiledPolicy):
     """All tokens, or those that the method `over` keeps, as latents that heads share; keys before RoPE.
 
     prefill: exact, or the own one of a model with keys and values of these ranks. share: of a token's numbers, that
@@ -68,8 +69,6 @@ class ReCalKV(CompiledPolicy):
     ranks: Literal["fisher", "uniform"] = "fisher"
     residual: int = 16
     share: float = 0.5
-    over: str | None = None
-    inner: KVPolicy | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "residual")
@@ -78,34 +77,15 @@ class ReCalKV(CompiledPolicy):
         for name, known in (("prefill", ("exact", "own")), ("ranks", ("fisher", "uniform"))):
             if getattr(self, name) not in known:
                 raise PolicyError(f"recalkv.{name}={quoted(getattr(self, name))} is none; give {' or '.join(known)}")
-        if self.over is not None:
-            object.__setattr__(self, "inner", _chooser(self.over))
+        super().__post_init__()
+
+    def suits(self, policy: KVPolicy) -> None:
+        if not policy.budgeted or policy.evicts_while_decoding or isinstance(policy, ReCalKV):
+            raise PolicyError(f"{self.asked} does not evict once, after the prompt; name a method that does")
 
     @property
     def needs(self) -> Needs:
-        own = Needs(hidden_states=self.prefill == "own")
-        return own if self.inner is None else own | self.inner.needs
-
-    def for_model(self, revision: str) -> Self:
-        own = super().for_model(revision)
-        if self.inner is not None:
-            own = replace(own)
-            object.__setattr__(own, "inner", self.inner.for_model(revision))
-        return own
-
-    def provenance(self) -> dict[str, Any]:
-        return {**super().provenance(), **({} if self.inner is None else self.inner.provenance())}
-
-    def fitted_on(self) -> frozenset[str]:
-        return super().fitted_on() | (frozenset() if self.inner is None else self.inner.fitted_on())
-
-    @property
-    def lacks(self) -> str:
-        return super().lacks or ("" if self.inner is None else self.inner.lacks)
-
-    @property
-    def method_bytes(self) -> int:
-        return super().method_bytes + (0 if self.inner is None else self.inner.method_bytes)
+        return super().needs | Needs(hidden_states=self.prefill == "own")
 
     def neutral(self, view: PromptView) -> dict[str, Tensor]:
         """Make latents of all heads that are their first numbers."""
@@ -126,14 +106,11 @@ class ReCalKV(CompiledPolicy):
         if first.rotate is None:
             raise PolicyError("recalkv takes RoPE off keys, and this model's is not known")
         first.rotate(first.kv.keys[..., :1, :], -1)  # refuses RoPE of a layout that was not checked
-        if self.inner is not None:
-            self.inner.check(view)
+        super().check(view)
 
     def _at(self, budget: int) -> Self:
         """This policy with at most an eighth of a budget in plain slots."""
-        own = replace(self, residual=max(1, min(self.residual, budget // 8)))
-        object.__setattr__(own, "inner", self.inner)
-        return own
+        return self.changed(residual=max(1, min(self.residual, budget // 8)))
 
     def compress(self, view: PromptView, budget: int) -> list[KV]:
         return self._at(budget)._compressed(view, budget)
@@ -197,7 +174,6 @@ class ReCalKV(CompiledPolicy):
 
     def _chosen(self, view: PromptView, budget: int, coded: Sequence[int]) -> list[KV]:
         """What `over` keeps in the bytes of `budget` plain slots. coded: bytes of a token's latents, of each layer."""
-        assert self.inner is not None
         first, residual = view.layers[0].kv, self.residual
         heads, number = first.keys.shape[1], (first.slot_bytes - POSITION_BYTES) * first.keys.shape[1]
         asked = budget * heads * first.slot_bytes * len(coded)
@@ -209,7 +185,7 @@ class ReCalKV(CompiledPolicy):
         each, none = (spent([own] * len(coded)) for own in (residual + 1, residual))
         slots = min(view.tokens, max(budget, residual + (asked - none) // (each - none)))
         while True:  # a method that gives some layers more slots may give them to those of larger ranks
-            kept = self.inner.compress(view, slots)
+            kept = self.chooser.compress(view, slots)
             total = spent([kv.positions.shape[2] for kv in kept])
             if total <= asked or slots == 1:
                 return kept
@@ -217,8 +193,7 @@ class ReCalKV(CompiledPolicy):
 
     def _encoded(self, layer: LayerView, kv: KV, at: int, ranks: Ranks, factors: Factors) -> KV:
         """The slots of a layer, the `at`-th of those that policies see. Raises PolicyError where heads keep others."""
-        if type(kv) is not KV or kv.extra:
-            raise PolicyError(f"recalkv.over={quoted(self.over)} leaves more than keys and values; name another")
+        self.plain(kv)
         heads, slots = kv.positions.shape[1:]
         if self.inner is not None:
             other = (kv.positions != kv.positions[:, :1]).sum() + (kv.positions < 0).sum()
@@ -230,7 +205,7 @@ class ReCalKV(CompiledPolicy):
         return encode(kv, coding, [slots] * heads, layer.refuse)
 
     def _apart(self, count: int) -> str:
-        told = f"recalkv.over={quoted(self.over)} keeps other tokens in each head, whose latents are of all heads"
+        told = f"{self.asked} keeps other tokens in each head, whose latents are of all heads"
         return f"{told}; name a method that keeps the same, as snapkv_shared"
 
 
@@ -243,13 +218,3 @@ def _factors(policy: ReCalKV) -> Factors | None:
     """The factors of a policy whose model is known."""
     loaded = policy._loaded()
     return None if loaded is None else Factors.of(loaded.tensors)
-
-
-def _chooser(label: str) -> KVPolicy:
-    """The policy that chooses slots. Raises PolicyError for one that leaves no slots to be latents."""
-    policy = make_policy(label)
-    if not policy.budgeted or policy.evicts_while_decoding or isinstance(policy, ReCalKV):
-        raise PolicyError(
-            f"recalkv.over={quoted(label)} does not evict once, after the prompt; name a method that does"
-        )
-    return policy

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class CompilerKV(KVPolicy):
     def evicts_while_decoding(self) -> bool:
         return self.every > 0
 
-    def for_model(self, revision: str) -> CompilerKV:
+    def for_model(self, revision: str) -> Self:
         """Return this policy with the tables of a model's revision: packaged ones for `auto`, neutral without any.
 
         Raises PolicyError when the tables that were named are those of another model.

@@ -20,7 +20,6 @@ from typing import Literal
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from methods.artefact import read_tensors
@@ -34,9 +33,10 @@ from methods.compilerkv.manifest import (
     Manifest,
     Shapes,
 )
-from methods.plain_files import first_refusal, place_of, read_plain
+from methods.plain_files import parsed, place_of, read_plain, stamps_of
 
 MANIFEST, TENSORS = "manifest.json", "tables.safetensors"
+REMEDY = "compile the tables again"
 Learned = Literal["both", "head", "gate", "independent"]
 SHARES = ("budget", "importance")
 UNSUPPORTED = dict.fromkeys(("head", "head_alone"), UNSUPPORTED_HEAD)
@@ -185,26 +185,18 @@ def load_tables(folder: str | Path) -> Tables:
     finite or out of range, or when the tables were simulated.
     """
     folder = place_of(str(folder))
-    try:
-        stamps = tuple((folder / name).stat().st_mtime_ns for name in (MANIFEST, TENSORS))
-    except OSError as error:
-        what = f"{quoted(str(error.filename or folder))}: {error.strerror}"
-        raise PolicyError(f"no tables at {what}; compile them, or use tables='neutral'") from None
-    return _load(folder.resolve(), stamps)
+    advice = "compile them, or use tables='neutral'"
+    return _load(folder.resolve(), stamps_of(folder, (MANIFEST, TENSORS), what="tables", advice=advice))
 
 
 @lru_cache(maxsize=8)
 def _load(folder: Path, stamps: tuple[int, ...]) -> Tables:
-    text = read_plain(folder / MANIFEST, remedy="compile the tables again")
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        what = f"{quoted(str(folder / MANIFEST))} is damaged: {first_refusal(error)}"
-        raise PolicyError(f"{what}; compile the tables again") from None
+    path = folder / MANIFEST
+    manifest = parsed(Manifest, read_plain(path, remedy=REMEDY), path, remedy=REMEDY)
     if manifest.kind == "simulated":
         where = f"{quoted(str(folder))} ({quoted(manifest.source)})"
         raise PolicyError(f"simulated tables are refused: {where}; compile them from a model's roll-outs")
-    tensors = read_tensors(folder / TENSORS, manifest.tensors_sha256, remedy="compile the tables again")
+    tensors = read_tensors(folder / TENSORS, manifest.tensors_sha256, remedy=REMEDY)
     _check(manifest, tensors, str(folder))
     return Tables(manifest, **tensors)
 

@@ -5,11 +5,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from methods.base import PolicyError
 from methods.budget import MOST_TOKENS, quoted
-from methods.plain_files import first_refusal, read_plain
+from methods.plain_files import parsed, read_plain
 
 REMEDY, MOST_BYTES = "tune the method again", 64 << 20
 CHOSEN = Path(__file__).parent / "chosen"
@@ -78,7 +78,4 @@ def load_tuning(path: Path) -> tuple[Tuning, str]:
 @lru_cache(maxsize=64)
 def _load(path: Path, stamp: int) -> tuple[Tuning, str]:
     data = read_plain(path, remedy=REMEDY, most=MOST_BYTES)
-    try:
-        return Tuning.model_validate_json(data), hashlib.sha256(data).hexdigest()
-    except ValidationError as error:
-        raise PolicyError(f"{quoted(str(path))} is damaged: {first_refusal(error)}; {REMEDY}") from None
+    return parsed(Tuning, data, path, remedy=REMEDY), hashlib.sha256(data).hexdigest()

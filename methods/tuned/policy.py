@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Tuned(KVPolicy):
             raise PolicyError(f"{self.method}@tuned depends on the model; name one with `for_model` first")
         return self.inner
 
-    def for_model(self, revision: str) -> Tuned:
+    def for_model(self, revision: str) -> Self:
         """Return it with the parameters of a model's revision. Raises PolicyError where none were chosen for it."""
         path = self._path(revision)
         tuning, _ = load_tuning(path)
