@@ -9,12 +9,13 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.boards.sources import BoardOptions
 from harness.machine import git_commit, machine, versions
 from harness.records.atomic_files import check_place
 from harness.records.run_folder import RUNS, load_run, write_text
@@ -37,7 +38,7 @@ REPORT = ".report.md"
 class Nightly:
     """What a night is. board: its name, which its files and stored nights bear. fan: None for this process alone.
 
-    accept: publish it whatever came out. subject: as in `harness board --subject`. resume_anyway: as in `run_sweep`.
+    accept: publish it whatever came out. asked: what its board adds. resume_anyway: as in `run_sweep`.
     """
 
     board: str
@@ -46,7 +47,7 @@ class Nightly:
     baseline: Path
     out: Path
     fan: FanOut | None = None
-    subject: str | None = None
+    asked: BoardOptions = field(default_factory=BoardOptions)
     accept: bool = False
     resume_anyway: bool = False
 
@@ -71,7 +72,9 @@ def run_nightly(ask: Nightly, *, command: Sequence[str]) -> tuple[NightVerdict, 
         here = ""
     night = night_of(records, manifest, board=ask.board, version=ask.options.version, machine_id=here)
     verdict = judge(night, stored, ask.options, accept=ask.accept)
-    written, tables = [], aggregate(records, manifests=[manifest], subject=ask.subject)
+    asked = ask.asked
+    tables = aggregate(records, manifests=[manifest], subject=asked.subject, frontiers=asked.frontiers)
+    written = list[Path]()
     for place in [ask.baseline, folder] if verdict.publishable else [folder]:
         written += write_board(tables, place, night.about.name, manifests=[manifest])
         written += write_night(night, place)

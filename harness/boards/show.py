@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from harness.boards.sources import Sources
+from harness.boards.sources import BoardOptions, Sources
 from harness.errors import HarnessError
 from harness.records.record import Record
 
 
-def show(sources: Sources, *, out: Path, name: str, subject: str | None, html: bool, quiet: bool = False) -> int:
+def show(sources: Sources, *, out: Path, name: str, asked: BoardOptions, quiet: bool = False) -> int:
     """Write the board of some records, and print it unless `quiet`; returns 1 when a cell failed.
 
     Raises HarnessError when there is no record, and as the writers do.
@@ -20,7 +20,7 @@ def show(sources: Sources, *, out: Path, name: str, subject: str | None, html: b
         raise HarnessError(f"no records for {name}; run a benchmark first")
     out = checked_place(out, name)  # before the tables are made
     if sources.manifests:
-        pages = _scores(sources, out=out, name=name, subject=subject, html=html, quiet=quiet)
+        pages = _scores(sources, out=out, name=name, asked=asked, quiet=quiet)
     else:
         pages = _speed(sources, out=out, name=name, quiet=quiet)
     for path in pages:
@@ -31,16 +31,16 @@ def show(sources: Sources, *, out: Path, name: str, subject: str | None, html: b
     return 1 if failed else 0
 
 
-def _scores(sources: Sources, *, out: Path, name: str, subject: str | None, html: bool, quiet: bool) -> list[Path]:
+def _scores(sources: Sources, *, out: Path, name: str, asked: BoardOptions, quiet: bool) -> list[Path]:
     from leaderboards.stats.aggregate import aggregate
     from leaderboards.tables.board import to_terminal, write_board
     from leaderboards.tables.picture import write_picture
 
     manifests = sources.manifests
-    tables = aggregate(sources.records, manifests=manifests, subject=subject)
+    tables = aggregate(sources.records, manifests=manifests, subject=asked.subject, frontiers=asked.frontiers)
     pages = write_board(tables, out, name, manifests=manifests)
     pages.append(write_picture(tables, out, name))
-    if html:
+    if asked.html:
         from harness.boards.compiled_tables import table_maps_of
         from leaderboards.pages.page import Extras, write_page
         from leaderboards.pages.parts import find_searches

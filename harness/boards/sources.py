@@ -5,12 +5,12 @@ A published board is made from the archives in `leaderboards/published/records/<
 has a memory boundary (`boundary.json`) shows it beside the scores.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 import leaderboards
 from harness.errors import HarnessError, one_line, shown
@@ -39,10 +39,12 @@ Bench = tuple[BenchManifest, list[BenchRecord]]
 class BoardOptions(Frozen):
     """The `[board]` table of a TOML file: what the run's board adds. No part of what the run is, nor of its id.
 
-    subject: one of the methods, as in `harness board --subject`. html: its page is published too.
+    subject: one of the methods, as in `harness board --subject`. frontiers: kinds of methods that the board sets
+    against each other, the first against all, and the labels of each. html: its page is published too.
     """
 
     subject: Word | None = None
+    frontiers: Mapping[Word, tuple[Word, ...]] = Field(default_factory=dict)
     html: Flag = False
 
 
@@ -140,17 +142,27 @@ def _with(place: Path, layout: LogLayout[Any, Any]) -> list[Path]:
     return sorted(path.parent for here in ("", "*/") for path in place.glob(here + layout.manifest_file))
 
 
-def subject_of(board: Any, sweep: Sweep, *, typed: bool) -> str | None:
-    """Return the subject's label in the run, with its changed parameters; None without one.
+def asked_of(board: Any, sweep: Sweep, *, typed: bool) -> BoardOptions:
+    """Return what the board of a run adds, labels as the run has them, with changed parameters.
 
-    board: the `[board]` table. typed: whether the methods come from the command line, which may leave the subject out.
+    board: the `[board]` table. typed: whether the methods come from the command line, which may leave some out.
     """
     from harness.plan.methods import plan_methods
 
-    wanted = board_options(board).subject
-    if wanted is None:
-        return None
-    labels = {MethodLabel.parse(spec.label).asked: spec.label for spec, _ in plan_methods(sweep) if spec.budgeted}
-    if wanted not in labels and not typed:
-        raise HarnessError(f"board.subject {shown(wanted)} is no method with a budget of this run: {', '.join(labels)}")
-    return labels.get(wanted)
+    asked = board_options(board)
+    if asked == BoardOptions(html=asked.html):
+        return asked
+    specs = [spec for spec, _ in plan_methods(sweep)]
+    labels = {MethodLabel.parse(spec.label).asked: spec.label for spec in specs}
+    budgeted = {MethodLabel.parse(spec.label).asked for spec in specs if spec.budgeted}
+    wanted = asked.subject
+    if wanted is not None and wanted not in budgeted and not typed:
+        told = f"is no method with a budget of this run: {', '.join(budgeted)}"
+        raise HarnessError(f"board.subject {shown(wanted)} {told}")
+    for kind, own in asked.frontiers.items():
+        if (missing := [label for label in own if label not in labels]) and not typed:
+            told = f"{shown(missing[0])} is no method of this run: {', '.join(labels)}"
+            raise HarnessError(f"board.frontiers {shown(kind)}: {told}")
+    here = {kind: tuple(labels[x] for x in own if x in labels) for kind, own in asked.frontiers.items()}
+    subject = None if wanted is None or wanted not in budgeted else labels[wanted]
+    return asked.model_copy(update={"subject": subject, "frontiers": here})

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from harness.boards.show import show
-from harness.boards.sources import KEPT, PUBLISHED, collect, options_of, published_boards
+from harness.boards.sources import KEPT, PUBLISHED, BoardOptions, collect, options_of, published_boards
 from harness.cli.arguments import RESULTS, place
 from harness.errors import HarnessError
 
@@ -23,17 +23,18 @@ def board_parser(parser: argparse.ArgumentParser) -> None:
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     if args.published:
         return _publish(args)
-    asked = args.runs or [RESULTS]
-    named = [path.name for path in asked if not path.exists() and str(path) in published_boards()]
-    if missing := [path for path in asked if not path.exists() and path.name not in named]:
+    given = args.runs or [RESULTS]
+    named = [path.name for path in given if not path.exists() and str(path) in published_boards()]
+    if missing := [path for path in given if not path.exists() and path.name not in named]:
         known = ", ".join(published_boards()) or "none here"
         raise HarnessError(f"no run in {missing[0]}: there is no such folder or archive; published boards: {known}")
-    sources = collect((KEPT / path if path.name in named else path for path in asked), whole=args.html)
-    only = named[0] if named == [str(path) for path in asked] and len(named) == 1 else None
-    subject = args.subject or (options_of(only).subject if only else None)
-    home = asked[0] if len(asked) == 1 and asked[0].is_dir() else RESULTS
+    sources = collect((KEPT / path if path.name in named else path for path in given), whole=args.html)
+    only = named[0] if named == [str(path) for path in given] and len(named) == 1 else None
+    options = options_of(only) if only else BoardOptions()
+    asked = options.model_copy(update={"html": args.html, "subject": args.subject or options.subject})
+    home = given[0] if len(given) == 1 and given[0].is_dir() else RESULTS
     out = args.out or (RESULTS if only else home)
-    return show(sources, out=out, name=args.name or only or "board", subject=subject, html=args.html)
+    return show(sources, out=out, name=args.name or only or "board", asked=asked)
 
 
 def _publish(args: argparse.Namespace) -> int:
@@ -44,5 +45,5 @@ def _publish(args: argparse.Namespace) -> int:
     out, failed = args.out or PUBLISHED, 0
     for name in published_boards():
         options, sources = options_of(name), collect([KEPT / name])
-        failed |= show(sources, out=out, name=name, subject=options.subject, html=options.html, quiet=True)
+        failed |= show(sources, out=out, name=name, asked=options, quiet=True)
     return failed

@@ -45,7 +45,7 @@ def nightly_options(table: Any, config: str) -> NightlyOptions:
 
 
 def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
-    from harness.boards.sources import read_config, subject_of
+    from harness.boards.sources import asked_of, read_config
     from harness.plan.names import check_sweep, sweep_of
 
     table = read_config(args.config)
@@ -53,7 +53,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     board = table.pop("board", {})
     sweep = sweep_of(args, table)
     check_sweep(sweep)
-    subject = subject_of(board, sweep, typed=False)
+    asked = asked_of(board, sweep, typed=False)
     fan = fan_out(args)
 
     from harness.boards.nightly import Nightly, run_nightly
@@ -69,7 +69,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
         baseline=args.baseline or Path(options.baseline),
         out=args.out,
         fan=fan,
-        subject=subject,
+        asked=asked,
         accept=args.accept,
         resume_anyway=args.resume_anyway,
     )

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from harness.boards.sources import collect, read_config, subject_of
+from harness.boards.sources import asked_of, collect, read_config
 from harness.cli.arguments import RESULTS, names, numbers, place, threads, whole
 from harness.cli.ray import fan_out, ray_options
 from harness.plan.names import check_sweep, sweep_of
@@ -53,7 +53,7 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
     sweep = sweep_of(args, options)
     check_place(args.out)
     check_sweep(sweep)
-    subject = subject_of(board, sweep, typed=args.methods is not None)
+    asked = asked_of(board, sweep, typed=args.methods is not None).model_copy(update={"html": args.html})
     fan = fan_out(args)
     if fan is not None:
         from harness.run.driver import run_fanout
@@ -67,4 +67,4 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
         folder = run_sweep(sweep, root=args.out, command=command, resume_anyway=args.resume_anyway)
     from harness.boards.show import show
 
-    return show(collect([folder], whole=args.html), out=folder, name="board", subject=subject, html=args.html)
+    return show(collect([folder], whole=args.html), out=folder, name="board", asked=asked)

@@ -30,6 +30,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array,
 from leaderboards.stats.closed import closed
 from leaderboards.stats.comparable import FULL, NOT_GIVEN, STATUSES, Axes, budget_order, one_per_key, split_by_axes
 from leaderboards.stats.floors import floors
+from leaderboards.stats.frontiers import Frontiers, compare_kinds
 from leaderboards.stats.grid import MEASURED, Grid, Wanted
 from leaderboards.stats.lengths import lengths
 from leaderboards.stats.observing import observe_columns
@@ -81,7 +83,7 @@ class Table:
     rank, or why none does. baselines: wanted label to the label used, or None. duplicates: cells measured in several
     runs; one of each is used, see `comparable.one_per_key`, which says `differing` too. elsewhere: the same sweep on
     other processors. changes: of the environment, since a run began, and how many records have each. floors, closed,
-    visible, lengths, pairs, relay: as the modules of these names make them.
+    visible, lengths, pairs, relay, frontiers: as the modules of these names make them.
     """
 
     axes: Axes
@@ -104,6 +106,7 @@ class Table:
     lengths: pd.DataFrame = field(default_factory=pd.DataFrame)
     pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
     relay: pd.DataFrame = field(default_factory=pd.DataFrame)
+    frontiers: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 TableRow = Mapping[Any, Any]
@@ -115,13 +118,15 @@ def aggregate(
     *,
     manifests: Sequence[RunManifest] = (),
     subject: str | None = None,
+    frontiers: Frontiers = MappingProxyType({}),
     seed: int = SEED,
     resamples: int = RESAMPLES,
 ) -> list[Table]:
     """Tables in the order of their axes. The order of `records` does not matter, nor whether they are in brief.
 
     manifests: of the runs the records come from; without them only the axes that are in the records are told apart.
-    subject: label of the method to judge against the strongest other one of each task family.
+    subject: label of the method to judge against the strongest other one of each task family. frontiers: kinds of
+    methods to set against each other.
 
     Raises HarnessError when there is no record, an ok record has no score, one sample id stands for two prompts, or no
     table has the subject.
@@ -135,7 +140,7 @@ def aggregate(
         raise HarnessError(f"no method {subject!r} with a budget in these records; methods with one: {known}")
     others = elsewhere(groups, manifests)
     tables = [
-        _table(axes, group, manifests, subject, others[axes], seed=seed, resamples=resamples)
+        _table(axes, group, manifests, subject, frontiers, others[axes], seed=seed, resamples=resamples)
         for axes, group in groups.items()
     ]
     if all((table.rows["memory"] == "physical").all() for table in tables):
@@ -152,6 +157,7 @@ def _table(
     records: list[BoardRecord],
     manifests: Sequence[RunManifest],
     subject: str | None,
+    frontiers: Frontiers,
     others: tuple[Elsewhere, ...],
     *,
     seed: int,
@@ -180,7 +186,8 @@ def _table(
     seen, decoded = visible(grid, ranking), lengths(grid, order)
     changes = tuple(sorted(Counter(change for r in chosen for change in r.environment_changes).items()))
     last = (floors(grid), closed(grid), seen, decoded, pairs(grid), relayed(grid, order))
-    return Table(*made, changes, *last)
+    kinds = compare_kinds(grid, frontiers)
+    return Table(*made, changes, *last, kinds)
 
 
 def _baseline(wanted: str, cells: Iterable[CellKey]) -> str | None:

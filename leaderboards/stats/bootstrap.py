@@ -199,9 +199,13 @@ class Bootstrap:
         whole, wider = sizes.sum(), math.sqrt(len(sizes) / max(1, len(sizes) - 1))
         return np.asarray(wider * (sums - sizes * sums.sum(axis=0) / whole) / whole)
 
+    def clusters(self, rows: Indexes) -> Indexes:
+        """[len(rows)]: which cluster of the rows' own each of them is in, counted from 0."""
+        return np.asarray(np.unique(self._cluster[rows], return_inverse=True)[1])
+
     def cluster_sums(self, values: Array, rows: Indexes) -> Array:
         """[G, 1 + K]: number and sums of the values [S, K] or [S] in each cluster of rows, in the order of rows."""
-        cluster = np.unique(self._cluster[rows], return_inverse=True)[1]
+        cluster = self.clusters(rows)
         own = values[rows].reshape(len(rows), -1).T
         return np.stack([np.bincount(cluster), *(np.bincount(cluster, weights=column) for column in own)], axis=1)
 

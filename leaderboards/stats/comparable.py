@@ -170,6 +170,11 @@ def is_of_reading(budget: str) -> bool:
     return budget.startswith(READ)
 
 
+def is_of_given(budget: str) -> bool:
+    """Whether it is a number of tokens or a share of the full cache."""
+    return budget_order(budget)[0] in (1, 2)
+
+
 def budget_order(budget: str) -> tuple[int, float, str]:
     """Sort key: methods that are given none first, then tokens, fractions, and what another method kept.
 

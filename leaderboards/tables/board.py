@@ -45,8 +45,8 @@ def write_board(
     They are `<name>.md`; `.csv`, see `to_csv`; `.tasks.csv`, the means of each task; `.summary.csv`, the protocols'
     averages in long form, 0-100; `.visible.csv`, the smallest visible difference of each task and family;
     `.closed.csv`, who keeps a share of the full cache's score; `.lengths.csv`, how long answers are; `.pairs.csv`,
-    methods of their own budget against others; `.relay.csv`, what was sent to other processes; and of tables with a
-    subject `.rivals.csv`, a row per budget, measure and family.
+    methods of their own budget against others; `.relay.csv`, what was sent to other processes; `.frontiers.csv`, kinds
+    of methods against each other; and of tables with a subject `.rivals.csv`, a row per budget, measure and family.
     manifests: of the runs that the tables are of.
 
     Raises HarnessError when `name` is no file name or a file cannot be written.
@@ -57,7 +57,7 @@ def write_board(
         "tasks.csv": _csv([_with_axes(table, table.tasks) for table in tables]),
         "summary.csv": _csv([_with_axes(table, table.summaries.drop(columns="title")) for table in tables]),
     }
-    for what in ("visible", "closed", "lengths", "pairs", "relay"):
+    for what in ("visible", "closed", "lengths", "pairs", "relay", "frontiers"):
         frames = [_with_axes(table, getattr(table, what)) for table in tables]
         texts |= {f"{what}.csv": _csv(frames)} if any(map(len, frames)) else {}
     if any(len(table.rivals) for table in tables):

@@ -29,7 +29,7 @@ def sections(table: Table) -> dict[str, pd.DataFrame]:
     A method whose row is over other samples than those beside it is marked in words.
     """
     lacking = lacks(table)
-    found = {**rival_frames(table.rivals), "Score by task": task_frame(table)}
+    found = {**frontier_frames(table.frontiers), **rival_frames(table.rivals), "Score by task": task_frame(table)}
     if len(table.visible):
         found[TITLE] = visible_frame(table.visible)
     if len(table.pairs):
@@ -78,6 +78,17 @@ def rival_frames(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
         if rows:
             title = f"{clean(rows[0]['subject'])} against the strongest other method of each family: {words}"
             frames[title] = pd.DataFrame([_rival_texts(row, digits, losses=measure == "nll") for row in rows])
+    return frames
+
+
+def frontier_frames(frontiers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Title to frame of kinds of methods at the same bytes, one per measure that has rows."""
+    frames = {}
+    for measure, (words, digits) in RIVAL_TITLES.items():
+        if rows := frontiers[frontiers["measure"] == measure].to_dict("records") if len(frontiers) else []:
+            frames[f"Kinds of methods at the same bytes: {words}"] = pd.DataFrame(
+                [_frontier_texts(row, digits) for row in rows]
+            )
     return frames
 
 
@@ -195,6 +206,20 @@ def _tail_texts(row: TableRow) -> dict[str, str]:
         "NLL worst 10%": number(row["nll_worst_nats_mean"], digits=3),
         "Δ fullkv": number(row["nll_worst_nats_vs_fullkv_mean"], digits=3, sign="+"),
         "n worst": str(row["nll_worst_nats_n"]),
+    }
+
+
+def _frontier_texts(row: TableRow, digits: int) -> dict[str, str]:
+    return {
+        "budget": clean(row["budget"]),
+        "kind": clean(row["kind"]),
+        "best": clean(row["chosen"]),
+        "held %": number(row["percent"]),
+        "mean": number(row["mean"], digits=digits),
+        "gain": interval(row["gain"], row["low"], row["high"], digits=digits, sign="+"),
+        "against": clean(row["against"]) or "-",
+        "verdict": row["verdict"] or "-",
+        "n": str(row["n"]),
     }
 
 

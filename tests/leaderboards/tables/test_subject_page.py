@@ -107,6 +107,8 @@ def test_a_config_names_the_subject_without_changing_the_run(
         ('[board]\nsubjct = "snapkv"', "option board.subjct"),
         ("[board]\nsubject = 5", "option board.subject"),
         ("board = 5", "option board:"),
+        ('[board.frontiers]\nmine = ["snapvk"]', "board.frontiers 'mine': 'snapvk' is no method of this run: fullkv"),
+        ("[board.frontiers]\nmine = 5", "option board.frontiers.mine"),
         ('subject = "snapkv@kvcf"', "option subject"),
     ],
 )
