@@ -120,10 +120,15 @@ def register_prefix(prefix: str, known: Prefix) -> None:
 
 def load_methods() -> Mapping[str, Method]:
     """Import every module of this folder and every plugin of the entry-point group, and return METHODS."""
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"methods.{module.name}")
+    _load_folder()
     load_plugins()
     return METHODS
+
+
+@cache
+def _load_folder() -> None:
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"methods.{module.name}")
 
 
 def load_plugins() -> None:
