@@ -11,7 +11,8 @@ from harness.engine.types import AsKept, Cell, Limits, NextTurn
 from harness.models.load import LoadedModel
 from methods.base import KV, Kind, KVPolicy, PromptView
 from methods.registry import make_policy
-from tests.engine.test_engine import HEADS, LAYERS, SLOT, Ragged, make_prompt, ok
+from tests.engine.llama_loops import HEADS, LAYERS
+from tests.engine.test_engine import SLOT, Ragged, make_prompt, ok
 
 TOKENS = 60
 POSITION = 4

@@ -19,25 +19,8 @@ from methods.base import KV, KVPolicy, LayerPolicy, LayerView, PromptView
 from methods.quest import Quest
 from methods.registry import make_policy
 from methods.window import pooled
-from tests.engine.test_engine import (
-    CODED,
-    GROUP,
-    HEADS,
-    LABELS,
-    LAYERS,
-    MODES,
-    SLOT,
-    STATIC,
-    Loops,
-    Ragged,
-    Visible,
-    cell,
-    grown,
-    make_prompt,
-    ok,
-    prefilled,
-    same,
-)
+from tests.engine.llama_loops import GROUP, HEADS, LAYERS, Loops, Visible, grown, prefilled
+from tests.engine.test_engine import CODED, LABELS, MODES, SLOT, STATIC, Ragged, cell, make_prompt, ok, same
 from tests.engine.test_transformers_seam import pair
 from tests.engine.test_transformers_seam import prompt as seam_prompt
 

@@ -1,4 +1,4 @@
-"""Kinds of methods at the same bytes: who is of a kind at a budget, by which half it is chosen, and what that is for."""
+"""Kinds of methods at the same bytes: who is of a kind at a budget, which half it is chosen by, and what for."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
