@@ -105,6 +105,20 @@ def _tidy(head: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
     return hidden.reshape(-1, hidden.shape[-1]).contiguous().view(hidden.shape), *rest
 
 
+def _paired(product: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One row [1, ..., 1, E] twice, since a processor may round a product of one row as none of several."""
+    hidden, *rest = given
+    if hidden.numel() == hidden.shape[-1] and hidden.dim() > 1:
+        hidden = torch.cat([hidden, hidden])
+        hidden.is_pair = True  # type: ignore[attr-defined]
+    return hidden, *rest
+
+
+def _single(product: torch.nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """The first of two rows that are one."""
+    return out[:1] if getattr(given[0], "is_pair", False) else out
+
+
 class AttachedModel:
     """A causal language model whose attention runs through `LayerCache` objects.
 
@@ -136,6 +150,10 @@ class AttachedModel:
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_tidy)
+        if self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16):
+            for product in (own for own in model.modules() if isinstance(own, torch.nn.Linear)):
+                product.register_forward_pre_hook(_paired)
+                product.register_forward_hook(_single)
         self.reach, self.stepwise = math.inf, False
         self._probe()
 

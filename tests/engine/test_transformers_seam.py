@@ -87,6 +87,16 @@ def run(model: AttachedModel, asked: Prompt, policy: KVPolicy, budget: int | Non
     return outcome
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_one_row_in_half_precision_is_that_of_several(dtype: torch.dtype) -> None:
+    """Some processors add up one row of so many numbers in another order, and a cell alone would answer otherwise."""
+    model = AttachedModel(build("llama", {"intermediate_size": 1536}).to(dtype))
+    product = model.model.model.layers[0].mlp.down_proj
+    rows = torch.randn(512, 1, 1536, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(torch.cat([product(row) for row in rows.split(1)]), product(rows))
+
+
 @pytest.mark.parametrize("tokens", [5, 30])
 @every_model
 def test_the_uncompressed_engine_is_the_plain_model(name: str, tokens: int) -> None:
