@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import ClassVar
 
 from methods.around import Around
 from methods.base import KV, Kind, KVPolicy, LayerView, PolicyError, PromptView, Sizes
@@ -19,6 +20,9 @@ from methods.stored import CodedKV, Coding, encode
 @dataclass(frozen=True)
 class CodedPolicy(Around):
     """Codes instead of numbers, of all tokens or of those that the method `over` keeps."""
+
+    unit: ClassVar[int] = 1
+    """Numbers of a key or value that are coded or packed together."""
 
     def suits(self, policy: KVPolicy) -> None:
         if isinstance(policy, CodedPolicy):
@@ -55,7 +59,11 @@ class CodedPolicy(Around):
         However they are spread over heads. Raises PolicyError for numbers that codes of this kind cannot hold or make
         smaller.
         """
-        return self.fitting(budget, kv.keys.shape[-1], kv.values.shape[-1], kv.slot_bytes)
+        keys, values = kv.keys.shape[-1], kv.values.shape[-1]
+        if keys % self.unit or values % self.unit:
+            found = f"keys of {keys} and values of {values} numbers are no multiples of {self.unit}"
+            raise PolicyError(f"{found}, which {type(self).__name__.lower()} needs; take quant instead")
+        return self.fitting(budget, keys, values, kv.slot_bytes)
 
     @property
     def kind(self) -> Kind:

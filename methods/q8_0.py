@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from methods.base import KV, PolicyError
+from methods.base import PolicyError
 from methods.bits import packed, unpacked
 from methods.coded import CodedPolicy
 from methods.registry import method
@@ -49,6 +49,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Q8_0(CodedPolicy):  # noqa: N801
     """Blocks of 32 codes with a scale, as llama.cpp's, of all tokens or of those that the method `over` keeps."""
 
+    unit = BLOCK
+
     keys: Kind = "q8_0"
     values: Kind = "q8_0"
     rotated: bool = True
@@ -62,13 +64,6 @@ class Q8_0(CodedPolicy):  # noqa: N801
     @property
     def coding(self) -> "Blocks":
         return Blocks(self.keys, self.values, self.rotated)
-
-    def slots(self, budget: int, kv: KV) -> int:
-        dims = kv.keys.shape[-1], kv.values.shape[-1]
-        if any(dim % BLOCK for dim in dims):
-            found = f"keys of {dims[0]} and values of {dims[1]} numbers are no blocks of {BLOCK}"
-            raise PolicyError(f"{found}, which q8_0 needs; take quant instead")
-        return super().slots(budget, kv)
 
 
 @dataclass(frozen=True)

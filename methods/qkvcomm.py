@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from methods.artefact import CompiledPolicy
-from methods.base import KV, LayerView, PolicyError, PromptView, Sizes, at_least, at_most
+from methods.base import KV, LayerView, PromptView, Sizes, at_least, at_most
 from methods.bits import packed, per_unit, unpacked
 from methods.coded import CodedPolicy
 from methods.device import read
@@ -104,6 +104,7 @@ class QKVComm(CodedPolicy, CompiledPolicy):
     """
 
     METHOD = "qkvcomm"
+    unit = per_unit(MIDDLE)
 
     share: float = 0.3
     residual: int = 1
@@ -152,10 +153,6 @@ class QKVComm(CodedPolicy, CompiledPolicy):
 
     def fitting(self, budget: int, keys: int, values: int, plain: int) -> int:
         """Of the same slots in every layer; `compress` sees to others."""
-        if keys % per_unit(MIDDLE) or values % per_unit(MIDDLE):
-            raise PolicyError(
-                f"qkvcomm packs {per_unit(MIDDLE)} codes of {MIDDLE} bits; heads have {keys} and {values}"
-            )
         own = [PerTensor(bits).slot_bytes(keys, values) + POSITION_BYTES for bits in self.bits.values() or [MIDDLE]]
         spare = ((budget - self.residual) * plain - SCALE_BYTES) * len(own)
         return max(budget, self.residual + spare // sum(own))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import KV, PolicyError, at_least, at_most
+from methods.base import at_least, at_most
 from methods.bits import packed, unpacked
 from methods.coded import CodedPolicy
 from methods.device import placed
@@ -47,6 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class TurboQuant(CodedPolicy):
     """Codes of 1 to 8 bits of rotated keys and values, of all tokens or of those that the method `over` keeps."""
 
+    unit = 8
+
     key_bits: int = 4
     value_bits: int = 4
     signs: bool = False
@@ -63,13 +65,6 @@ class TurboQuant(CodedPolicy):
     @property
     def coding(self) -> "Levels":
         return Levels(self.key_bits, self.value_bits, self.signs, self.corrected, self.seed)
-
-    def slots(self, budget: int, kv: KV) -> int:
-        dims = kv.keys.shape[-1], kv.values.shape[-1]
-        if any(dim % 8 for dim in dims):
-            found = f"keys of {dims[0]} and values of {dims[1]} numbers are no multiples of 8"
-            raise PolicyError(f"{found}, which turboquant packs; take quant instead")
-        return super().slots(budget, kv)
 
 
 @dataclass(frozen=True)

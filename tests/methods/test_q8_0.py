@@ -78,7 +78,7 @@ def test_an_outlier_channel_costs_less_when_it_is_turned() -> None:
 def test_heads_of_no_whole_blocks_and_unknown_types_are_refused() -> None:
     kv = KV(torch.ones(1, 1, 9, 48), torch.ones(1, 1, 9, 64), torch.arange(9).expand(1, 1, 9))
     view = PromptView([LayerView(0, kv, torch.zeros(1, 2, 1, 48), Form(1.0))])
-    with pytest.raises(PolicyError, match="keys of 48 and values of 64 numbers are no blocks of 32, which q8_0 needs"):
+    with pytest.raises(PolicyError, match="keys of 48 and values of 64 numbers are no multiples of 32, which q8_0"):
         Q8_0().check(view)
     with pytest.raises(PolicyError, match="keys='q5_0'"):
         make_policy("q8_0", {"keys": "q5_0"})

@@ -174,7 +174,7 @@ def test_over_another_method_the_bytes_are_those_of_the_budget(model: AttachedMo
 
 
 def test_heads_that_pack_no_four_codes_are_refused(model: AttachedModel) -> None:
-    with pytest.raises(PolicyError, match="packs 4 codes of 6 bits; heads have 6 and 8"):
+    with pytest.raises(PolicyError, match="keys of 6 and values of 8 numbers are no multiples of 4"):
         make_policy("qkvcomm").fitting(20, 6, 8, 60)  # type: ignore[attr-defined]
     with pytest.raises(PolicyError, match="makes codes itself"):
         make_policy("qkvcomm", {"over": "quant"})
