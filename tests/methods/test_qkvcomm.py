@@ -175,7 +175,7 @@ def test_over_another_method_the_bytes_are_those_of_the_budget(model: AttachedMo
 
 def test_heads_that_pack_no_four_codes_are_refused(model: AttachedModel) -> None:
     with pytest.raises(PolicyError, match="keys of 6 and values of 8 numbers are no multiples of 4"):
-        make_policy("qkvcomm").fitting(20, 6, 8, 60)  # type: ignore[attr-defined]
+        QKVComm().slots(20, KV(torch.ones(1, 1, 9, 6), torch.ones(1, 1, 9, 8), torch.arange(9).expand(1, 1, 9)))
     with pytest.raises(PolicyError, match="makes codes itself"):
         make_policy("qkvcomm", {"over": "quant"})
 
