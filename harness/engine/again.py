@@ -41,6 +41,10 @@ class Noted:
     queries: Tensor
     sums: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        return self.queries.nbytes + (0 if self.sums is None else self.sums.nbytes)
+
 
 def why_not(prefilled: Prefilled, left: Compressed) -> str | None:
     """Why what a policy left of a prompt cannot be compressed again; None where it can."""

@@ -55,7 +55,8 @@ class Generated:
 class Decoding:
     """R rows at the same position of prompts of one length. caches: one per layer of keys and values.
 
-    first: [R, V] float32, logits after the prompts' last tokens, from the full cache.
+    first: [R, V] float32, logits after the prompts' last tokens, from the full cache. beside: bytes that are kept for a
+    row beside its caches, so that they can be compressed again.
     """
 
     model: AttachedModel
@@ -63,6 +64,7 @@ class Decoding:
     rows: int
     first: Tensor | None = None
     states: States = field(default_factory=States)
+    beside: int = 0
 
     @classmethod
     def of(
@@ -126,11 +128,11 @@ class Decoding:
 
     def nbytes(self, row: int) -> int:
         """Live bytes of a row's cache."""
-        return sum(cache.nbytes(row) for cache in self.caches) + self.states.nbytes
+        return sum(cache.nbytes(row) for cache in self.caches) + self.states.nbytes + self.beside
 
     def stored_bytes(self, row: int) -> int:
         """Bytes that are allocated for a row's cache, room for tokens to come included."""
-        return sum(cache.stored_bytes(row) for cache in self.caches) + self.states.nbytes
+        return sum(cache.stored_bytes(row) for cache in self.caches) + self.states.nbytes + self.beside
 
     def read_bytes(self, row: int) -> list[int | None]:
         """What a token of a row read of each layer, as `DecodingLayer.read_bytes`."""
@@ -188,9 +190,9 @@ class Decoding:
             best = logits.max(dim=-1)  # on a CPU faster than argmax
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             picked: list[int] = [token if math.isfinite(logit) else FLAWED for token, logit in pairs]
-            stored, states = zip(*(cache.stored for cache in self.caches), strict=True), self.states.nbytes
+            stored, more = zip(*(cache.stored for cache in self.caches), strict=True), self.states.nbytes + self.beside
             for result, held in zip(active, stored, strict=True):
-                result.byte_steps += 0 if result.done else sum(held) + states
+                result.byte_steps += 0 if result.done else sum(held) + more
             for row, token in enumerate(picked):
                 self._take(row, active[row], token, limits)
             left = [row for row, result in enumerate(active) if not result.done]

@@ -24,7 +24,7 @@ from harness.engine.decode import CPU_ROWS_AT_ONCE, Decoding, Generated
 from harness.engine.prefill import Prefilled, prefill
 from harness.engine.repeat import UNWORDED
 from harness.engine.transformers_seam import AttachedModel
-from harness.engine.turns import Again, converse, joined, room_of
+from harness.engine.turns import Again, beside, converse, joined, room_of
 from harness.engine.types import Cell, NotFinite, Outcome, Prompt, PromptFailed, SkippedCell
 from harness.errors import HarnessError, shown
 from harness.records.record import OVER
@@ -192,6 +192,7 @@ class Engine:
         rows, numbers = distinct([run.compressed for run in runs if run.compressed is not None])
         with torch.inference_mode():
             decoding = Decoding.of(self.model, rows, again=self.again, room=room)
+            decoding.beside = beside(runs[0].noted or ())
             logits = decoding.feed(feed)
             nll = decoding.answer_nll(logits, prompt.answer).tolist() if prompt.answer else [[]] * len(rows)
             at = decoding.position

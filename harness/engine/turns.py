@@ -38,7 +38,12 @@ class Again:
         stored = _stored(self.left)
         if stored > OVER * self.asked and self.left.policy.kind != "own":
             self.over.append(f"{stored} bytes after {self.left.tokens} tokens, {self.asked} asked")
-        return Decoding.of(decoding.model, [self.left], room=room)
+        return replace(Decoding.of(decoding.model, [self.left], room=room), beside=beside(self.noted))
+
+
+def beside(noted: Sequence[Noted]) -> int:
+    """Bytes of what is kept beside a cache."""
+    return sum(own.nbytes for own in noted)
 
 
 def room_of(turns: Sequence[NextTurn]) -> int:

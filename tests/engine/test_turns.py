@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+import harness.engine.engine
+import harness.engine.turns
 from harness.engine.again import Noted, compress_again, note, pass_turn, why_not
 from harness.engine.compress import Compressed, compress
 from harness.engine.engine import Engine
@@ -19,7 +21,7 @@ from methods.base import KV, KVPolicy, LayerPolicy, LayerView, PromptView
 from methods.quest import Quest
 from methods.registry import make_policy
 from methods.window import pooled
-from tests.engine.llama_loops import GROUP, HEADS, LAYERS, Loops, Visible, grown, prefilled
+from tests.engine.llama_loops import DIM, GROUP, HEADS, LAYERS, Loops, Visible, grown, prefilled
 from tests.engine.test_engine import CODED, LABELS, MODES, SLOT, STATIC, Ragged, cell, make_prompt, ok, same
 from tests.engine.test_transformers_seam import pair
 from tests.engine.test_transformers_seam import prompt as seam_prompt
@@ -143,9 +145,32 @@ def test_every_method_is_compressed_again_or_says_why_not(model: AttachedModel) 
             continue
         ok([own])
         assert not any("asked" in said for said in own.notes), label
-        if label in AGAIN:  # its last turn came on top of the budget
-            assert own.kv_bytes_end <= own.asked_bytes + (4 + own.turn_tokens[-1]) * LAYERS * HEADS * SLOT, label
+        if label in AGAIN:  # its last turn came on top of the budget, and what it observes is beside
+            most = own.asked_bytes + (4 + own.turn_tokens[-1]) * LAYERS * HEADS * SLOT
+            sums = most if make_policy(label).needs.column_sums else 0
+            assert own.kv_bytes_end - queries_kept(label) <= most + sums, label
     assert skipped == CANNOT
+
+
+def queries_kept(label: str) -> int:
+    """Bytes of the queries that are kept for the next compression."""
+    return min(make_policy(label).needs.window, 2 * TOKENS) * LAYERS * HEADS * GROUP * DIM * 4
+
+
+@pytest.mark.parametrize(("label", "sums"), [("snapkv", 0), ("h2o", LAYERS * HEADS * GROUP * 4), ("streamingllm", 0)])
+def test_what_is_kept_to_compress_again_is_counted_while_it_is_held(
+    model: AttachedModel, monkeypatch: pytest.MonkeyPatch, label: str, sums: int
+) -> None:
+    """Queries of the window, and of h2o the sums of every slot that was left, for each token that is picked."""
+    counted = ok(Engine(model).run(talk(again=True), [cell(label, BUDGET)]))[0]
+    for module in (harness.engine.engine, harness.engine.turns):
+        monkeypatch.setattr(module, "beside", lambda noted: 0)
+    apart = ok(Engine(model).run(talk(again=True), [cell(label, BUDGET)]))[0]
+    beside = queries_kept(label) + sums * BUDGET
+    assert counted.kv_bytes_end - apart.kv_bytes_end == counted.stored_bytes_end - apart.stored_bytes_end == beside
+    steps = len(counted.token_ids)
+    assert counted.byte_steps - apart.byte_steps in [beside * own for own in range(steps, steps + 5)]  # four may end
+    assert counted.kv_bytes == apart.kv_bytes
 
 
 def compressed(model: AttachedModel, policy: KVPolicy, budget: int = BUDGET) -> tuple[Compressed, list[Noted]]:
