@@ -25,6 +25,7 @@ where two sequences of base 2 would tie the depth to the length and to the place
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, cycle, islice, pairwise
 from math import ceil
 from random import Random
@@ -240,33 +241,31 @@ def _repeated(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tok
 
 
 def _records(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
-    """As many lines as fit, of which there is nothing in the corpus."""
+    """As many lines as fit behind an opening that leaves little room; there is nothing of the corpus in them."""
     draws = plan.draws()
-    ledger, digits, intro = draws.choice(LEDGERS), draws.randint(3, 6), draws.choice(INTROS)
-    least = 10 ** (digits - 1)
-    lines, keys, values = list[str](), dict[str, None](), list[str]()
+    ledger, lines = draws.choice(LEDGERS), list[tuple[str, str, str]]()
+    least = 10 ** draws.randint(2, 5)
     while len(lines) < plan.length // 6:  # no line has fewer tokens
-        if (key := invented(draws).capitalize()) not in keys:
-            keys[key] = None
-            values.append(str(draws.randrange(least, 10 * least)))
-            drawn = {"colour": draws.choice(COLOURS), "place": draws.choice(PLACES)}
-            clock = f"{draws.randrange(24):02}:{draws.randrange(60):02}"
-            lines.append(ledger.says.format(key=key, value=values[-1], clock=clock, **drawn))
+        key, value = invented(draws).capitalize(), str(draws.randrange(least, 10 * least))
+        drawn = {"colour": draws.choice(COLOURS), "place": draws.choice(PLACES)}
+        clock = f"{draws.randrange(24):02}:{draws.randrange(60):02}"
+        if all(key != other for other, *_ in lines):
+            lines.append((key, value, ledger.says.format(key=key, value=value, clock=clock, **drawn)))
 
-    def made(count: int) -> Sample:
-        at = min(count - 1, int(plan.depth * count))
-        return _finish(
-            plan,
-            tokenizer,
-            context=intro + "\n".join(lines[:count]),
-            question="\n\n" + ledger.question.format(key=[*keys][at]),
-            answer_prefix=ledger.prefix.format(key=[*keys][at]),
-            answer=values[at],
-            needles=[lines[at]],
-        )
+    def made(intro: str, count: int) -> Sample:
+        key, value, line = lines[min(count - 1, int(plan.depth * count))]
+        context, prefix = intro + "\n".join(line for *_, line in lines[:count]), ledger.prefix.format(key=key)
+        said = {"question": "\n\n" + ledger.question.format(key=key), "answer_prefix": prefix}
+        return _finish(plan, tokenizer, context=context, answer=value, needles=[line], **said)
 
-    most = bisect_right(range(1, len(lines) + 1), plan.length, key=lambda count: _tokens(made(count), tokenizer))
-    return made(most) if most else None
+    def tokens(count: int, intro: str) -> int:
+        return _tokens(made(intro, count), tokenizer)
+
+    for intro in draws.sample(INTROS, len(INTROS)):
+        most = bisect_right(range(1, len(lines) + 1), plan.length, key=partial(tokens, intro=intro))
+        if most and tokens(most, intro) >= LEAST_FILL * plan.length:
+            return made(intro, most)
+    return None
 
 
 def _values(words: bool, count: int, *, draws: Random, prose: Sequence[str]) -> list[str]:
