@@ -204,6 +204,7 @@ def kinds(root: Path, head: Sequence[str], row: Sequence[str]) -> list[str]:
 CELLS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], list[str]]] = {
     "boards": boards,
     "claims": claims,
+    "kinds": kinds,
     "least_seen": least_seen,
     "nights_fail": nights_fail,
     "nights_need": nights_need,
