@@ -154,7 +154,7 @@ def asked_of(board: Any, sweep: Sweep, *, typed: bool) -> BoardOptions:
         return asked
     specs = [spec for spec, _ in plan_methods(sweep)]
     labels = {MethodLabel.parse(spec.label).asked: spec.label for spec in specs}
-    budgeted = {MethodLabel.parse(spec.label).asked for spec in specs if spec.budgeted}
+    budgeted = [MethodLabel.parse(spec.label).asked for spec in specs if spec.budgeted]
     wanted = asked.subject
     if wanted is not None and wanted not in budgeted and not typed:
         told = f"is no method with a budget of this run: {', '.join(budgeted)}"

@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from harness.errors import HarnessError, shown
 from harness.models.load import LoadedModel
 from harness.models.source import check_dtype, check_scored
-from harness.plan.methods import plan_budget, plan_method
+from harness.plan.methods import plan_budget, plan_method, told_uncompiled
 from harness.plan.sweep import PlannedCell, plan_cells
 from harness.records.spec import MethodSpec
 
 log = logging.getLogger("harness")
 
+LOG = logging.getLogger(__name__)
 HARMLESS = frozenset({"do_sample", "temperature", "top_p", "top_k", "typical_p", "min_p", "use_cache", "seed"})
 """Generation arguments that change nothing in a greedy generation."""
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
@@ -123,6 +124,8 @@ def method_cells(
     if "," in method:
         raise HarnessError(f"method {method!r} is more than one; run lm-eval once for each")
     planned = plan_method(method, params, revision=loaded.spec.revision)
+    for line in told_uncompiled([planned], loaded.spec.name):
+        LOG.warning(line)
     spec = planned.spec
     if spec.budgeted and budget is None:
         raise HarnessError(f"method {spec.label} needs a budget; add budget=512 (tokens) or budget=0.25 (a fraction)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
@@ -32,6 +32,22 @@ class PlannedMethod(NamedTuple):
 def plan_methods(asked: Asked) -> list[PlannedMethod]:
     """Every method asked for, once each. Raises HarnessError for unknown names and unusable parameters."""
     return [_planned(label, changed) for label, changed in asked_methods(asked)]
+
+
+def told_uncompiled(methods: Sequence[PlannedMethod], model: str) -> list[str]:
+    """Say which methods run without what is compiled for a model, what they do instead and the command that makes it.
+
+    A line for each thing that is lacking.
+    """
+    lacking = dict[str, list[str]]()
+    for spec, policy in methods:
+        if policy.lacks:
+            lacking.setdefault(policy.lacks, []).append(spec.label)
+    make = f"make some with `harness compile --model {model} --out DIR`"
+    return [
+        f"UNCOMPILED: {', '.join(labels)}: {lacks}; {make}, --set {labels[0].partition('@')[0]}.tables=DIR takes them"
+        for lacks, labels in lacking.items()
+    ]
 
 
 def plan_method(label: str, changed: Mapping[str, Any] | None = None, *, revision: str | None = None) -> PlannedMethod:

@@ -18,7 +18,7 @@ from harness.errors import HarnessError, shown
 from harness.models.load import LoadedModel
 from harness.models.prompt import TaskTokenizer, answer_tokens, token_sha256, turn_tokens, wrap
 from harness.plan.datasets import find_asset
-from harness.plan.methods import PlannedMethod, plan_methods
+from harness.plan.methods import PlannedMethod, plan_methods, told_uncompiled
 from harness.plan.names import check_sweep, refusals, settled
 from harness.plan.receivers import PlannedReceiver, plan_receiver
 from harness.records.record import READ
@@ -125,6 +125,8 @@ def plan_sweep(named: NamedSweep, loaded: LoadedModel, *, measured_on: str | Non
     """
     sweep = named.sweep
     methods = [method.on(loaded.spec.revision) for method in named.methods]
+    for line in told_uncompiled(methods, sweep.model):
+        LOG.warning(line)
     budgets = plan_budgets(sweep, methods)
     cells = plan_cells(methods, budgets)
     samples, tasks, max_tokens = plan_samples(sweep, named.tasks, loaded)

@@ -33,6 +33,8 @@ from harness.records.spec import SCHEMA_VERSION, FirstToken, Frozen, QueryMode, 
 Status = Literal["ok", "skipped", "failed", "oom"]
 CellKey = tuple[str, str]  # method label and budget as they stand in a record
 PROMPT_TAIL = 240
+LACKS = ("no tables for this model", "no constants of this model")
+"""How a note begins of a method that is less than its name says, for nothing was compiled for the model."""
 OVER = 1.01  # bytes above those asked for by which a record is over its budget
 READ = "read "  # before the budget of a method that keeps all tokens and reads a part of them for each decoded one
 Memory = Literal["physical", "simulated"]

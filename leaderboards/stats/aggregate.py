@@ -19,7 +19,8 @@ complete, or where the table ranks nothing (`leaderboards.stats.eligible`).
 
 Flags. `incomplete`: other cells of that budget have samples that this one lacks. `other_samples`: no other one of its
 budget has more, but those of another budget do. `timed_on_fewer`: others were timed on prompts that it was not.
-`resumed`: some record was made in another environment than its run began in.
+`resumed`: some record was made in another environment than its run began in. `uncompiled`: nothing was compiled for
+the model that the method would look up.
 
 Memory. A cell of which some record has simulated memory is `simulated`: scored and ranked as any other, but with no
 place on the fronts. The column `memory` is there when some table has such a cell.
@@ -38,7 +39,7 @@ import pandas as pd
 
 from harness.errors import HarnessError
 from harness.records.board_record import BoardRecord, board_records
-from harness.records.record import CellKey, Key, Record, RunManifest
+from harness.records.record import LACKS, CellKey, Key, Record, RunManifest
 from harness.records.spec import AS, OWN
 from leaderboards.stats.bootstrap import LEVEL, NOTHING, RESAMPLES, SEED, Array, Estimate
 from leaderboards.stats.closed import closed
@@ -250,6 +251,7 @@ def _flagged(row: dict[str, Any], grid: Grid, cell: CellKey) -> dict[str, Any]:
         "other_samples": grid.complete(cell) and (grid.expected(FULL) & ~grid.expected(cell[1])).any(),
         "timed_on_fewer": grid.timed_on_fewer(cell),
         "resumed": any(r is not None and r.environment_changes for r in grid.cells[cell]),
+        "uncompiled": any(note.startswith(LACKS) for r in grid.cells[cell] if r is not None for note in r.notes),
     }
     return {**row, "flags": " ".join([*row["flags"].split(), *(name for name, here in more.items() if here)])}
 

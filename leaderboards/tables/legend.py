@@ -124,6 +124,7 @@ RARE = {
     "other_samples": "x fewer samples than another budget (its means are over others)",
     "timed_on_fewer": "t timed on fewer prompts than another row",
     "resumed": "r resumed in another environment (see Notes)",
+    "uncompiled": "c without what is compiled for this model: less than its name says (see Notes)",
 }
 """Flags that are told of where a row has them."""
 

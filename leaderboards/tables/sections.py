@@ -14,7 +14,7 @@ from leaderboards.tables.visible import TITLE, visible_frame
 from leaderboards.text import KEYS, MIB, clean, distinct, estimate, half_width, interval, keys, number, rank_text
 
 FLAGS = {"incomplete": "i", "skipped": "s", "failed": "f", "oom": "o", "over_budget": "b", "under_budget": "l"}
-FLAGS |= {"few": "w", "unknown": "u", "other_samples": "x", "timed_on_fewer": "t", "resumed": "r"}
+FLAGS |= {"few": "w", "unknown": "u", "other_samples": "x", "timed_on_fewer": "t", "resumed": "r", "uncompiled": "c"}
 """Flag of a row to its letter."""
 LACKS = " (lacks samples)"
 """What marks a method beside others that have samples which it lacks."""

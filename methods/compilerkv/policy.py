@@ -161,8 +161,10 @@ class CompilerKV(KVPolicy):
 
     def notes(self, budget: int, sizes: Sizes) -> tuple[str, ...]:
         tables = self._loaded()
-        if self.form == "compiled":
-            return (self.lacks,) if self.lacks else ()
+        if self.form == "compiled" and not self.lacks:
+            return ()
+        if self.lacks:
+            return (self.lacks,)
         if tables is None or tables.published_neutral(budget):
             return ("neutral tables: every head weighs 1 and every threshold is 0.8, nothing was compiled",)
         origin, nearest = f"tables {tables.manifest.tensors_sha256[:12]}", tables.nearest_budget(budget)

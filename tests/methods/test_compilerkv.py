@@ -159,9 +159,12 @@ def test_records_say_which_tables_were_used(tmp_path: Path) -> None:
     assert policy.notes(64, sizes(100, LAYERS)) == (f"tables {digest}",)
     assert policy.notes(50, sizes(100, LAYERS)) == (f"tables {digest}, compiled for budget 64, used at 50",)
     save_tables(neutral(SHAPES, (8,)), tmp_path / "neutral")
-    for tables in ("neutral", str(tmp_path / "neutral")):
+    for tables, said in (
+        ("neutral", "no tables for this model: neutral"),
+        (str(tmp_path / "neutral"), "neutral tables:"),
+    ):
         (note,) = published(tables=tables).notes(50, sizes(100, LAYERS))
-        assert note.startswith("neutral tables:")
+        assert note.startswith(said)
     view = prompt(40)
     assert kept(published(tables=str(tmp_path / "neutral")), view, 9) == kept(published(), view, 9)
 
