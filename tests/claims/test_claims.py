@@ -107,6 +107,19 @@ def test_arithmetic_by_hand() -> None:
     assert mean_layer_ratio(shares=(0.5, 0.5), bits=(8, 4), against=32) == (4 + 8) / 2
 
 
+def test_properties_tell_methods_apart_that_do_not_have_them() -> None:
+    golden = next(claim.check for claim in CLAIMS if claim.id == "compilerkv-golden")
+    given = golden.given  # type: ignore[union-attr]
+    assert PROPERTIES["compilerkv_golden"](**{**given, "kept": (0, 1)}) == math.inf
+    assert PROPERTIES["compilerkv_golden"](**{**given, "scores": (0.75, 2.25, 1.5)}) == pytest.approx(0.1875)
+    assert PROPERTIES["layer_ratio"](label="snapkv", tokens=2000, budget=200) == 1.0
+    assert PROPERTIES["oldest_recent"](label="random", tokens=500, budget=64) < 60
+    assert PROPERTIES["least_head_percent"](label="snapkv", tokens=1000, budget=128) == 100.0
+    assert PROPERTIES["stored_bits"](label="fullkv", tokens=64) == 16.0
+    bound = PROPERTIES["distortion_percent_of_bound"]
+    assert bound(label="turboquant@bits2", bits=3, tokens=256) > 100  # type: ignore[operator]
+
+
 @pytest.mark.skipif(not KEPT.is_dir(), reason="an installed package has no records")
 def test_a_comparison_is_the_paired_one_of_the_board() -> None:
     """The second part of `graded` in leaderboards/published/graded.md: +32.3 [+28.1, +36.7] points over SnapKV."""
