@@ -190,9 +190,21 @@ def overlaps(root: Path, head: Sequence[str], row: Sequence[str]) -> list[str]:
     return [row[0], shown[0], shown[1] + "".join(row[2].partition(" ")[1:])]
 
 
+def kinds(root: Path, head: Sequence[str], row: Sequence[str]) -> list[str]:
+    """A row of kinds of methods at the same bytes: budget, kind, its best, NLL and gain, of the needle or of prose."""
+    of = _csv(root / "leaderboards/published/neighbours.frontiers.csv")
+    division = "own tasks" if "prose" in head[-1] else "official tasks"
+    found = of[(of.division == division) & (of.measure == "nll") & (of.budget == float(row[0])) & (of.kind == row[1])]
+    ((_, cell),) = found.iterrows()
+    best = ", ".join(f"`{label}`" for label in cell.chosen.split(", "))
+    gain = "-" if pd.isna(cell.gain) else f"{cell.gain:+.2f} [{cell.low:+.2f}, {cell.high:+.2f}]"
+    return [*row[:2], best, f"{cell.percent:.0f} %", f"{cell['mean']:.2f}", gain]
+
+
 CELLS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], list[str]]] = {
     "boards": boards,
     "claims": claims,
+    "kinds": kinds,
     "least_seen": least_seen,
     "nights_fail": nights_fail,
     "nights_need": nights_need,

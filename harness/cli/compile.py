@@ -39,6 +39,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=place, required=True, metavar="DIR", help="folder for roll-outs and results; repeat to resume")
     add("--prompts", type=whole, help="calibration prompts, over all corpora (128)")
+    add("--families", type=names, metavar="F", help="kinds of prompts (all but repeated, records), by commas")
     add("--lengths", type=numbers, metavar="A,B", help="tokens of a prompt, least and most (600,1000)")
     add("--budgets", type=numbers, help="budgets that decide (64,128,256,512)")
     add("--seed", type=whole)

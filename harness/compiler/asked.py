@@ -5,6 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, Strict, model_validator
 
 from harness.compiler.corpora import check_corpus
+from harness.compiler.prompts import ALIKE, FAMILIES
+from harness.errors import did_you_mean, shown
 from harness.models.source import check_device, check_dtype, check_scored
 from harness.records.options import (
     MOST_ITEMS,
@@ -49,12 +51,13 @@ class ModelAsk(Frozen):
 class CalibrationSpec(ModelAsk):
     """What decides the calibration prompts and how candidates are judged on them.
 
-    prompts: of all corpora together. lengths: tokens of a prompt, least and most. answer: its first tokens, which are
-    judged.
+    prompts: of all corpora together. families: of what kinds they are (`harness.compiler.prompts`). lengths: tokens of
+    a prompt, least and most. answer: its first tokens, which are judged.
     """
 
     corpora: Annotated[Words, Field(min_length=1)] = ("kjv", "pydoc")
     prompts: Annotated[int, Strict(), AfterValidator(between(16, MOST_SAMPLES))] = 128
+    families: Annotated[Words, Field(min_length=1)] = FAMILIES
     lengths: tuple[Tokens, Tokens] = (600, 1000)
     answer: Count = 16
     budgets: Annotated[tuple[Slots, ...], Field(min_length=1, max_length=MOST_ITEMS)] = (64, 128, 256, 512)
@@ -68,6 +71,11 @@ class CalibrationSpec(ModelAsk):
             raise ValueError(f"--budgets {','.join(map(str, self.budgets[:9]))} are not ascending; sort them")
         for corpus in self.corpora:
             check_corpus(corpus)
+        known = (*FAMILIES, *ALIKE)
+        for family in self.families:
+            if family not in known:
+                told = f"is none{did_you_mean(family, known)}"
+                raise ValueError(f"--families {shown(family)} {told}; give some of {', '.join(known)}")
         return self
 
     @property

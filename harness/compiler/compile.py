@@ -162,7 +162,7 @@ class Compiler:
             shapes=bench.shapes,
             budgets=spec.budgets,
             source=ESTIMATORS[spec.estimator][1] + ("; head and gate by Q-learning" if spec.published else ""),
-            corpus=f"{len(bench.prompts)} prompts of {named}",
+            corpus=f"{len(bench.prompts)} prompts ({', '.join(spec.families)}) of {named}",
             seed=spec.seed,
             model=bench.loaded.spec.name,
             model_revision=bench.loaded.spec.revision,

@@ -1,34 +1,44 @@
-"""Calibration prompts: five families of questions over a corpus, worded unlike any evaluation task of this program.
+"""Calibration prompts: families of questions over a corpus, worded unlike any evaluation task of this program.
 
     continuation  raw prose and what follows it
     copy          the rest of one sentence, of which the first words are given
     needle        one invented fact hidden in the prose
     multikey      three to five facts of one form, one of them asked for
     tracking      a value handed on from one owner to the next, and one that has nothing to do with it
+    repeated      as tracking and multikey in turn, in a passage of the corpus that is said over and over
+    records       lines of one form, as of a log, a table or a list; the number of one of them is asked for
+
+The last two are of text that says much the same again and again, which fools attention over the whole prompt; they are
+made when they are asked for (`harness compile --families`).
 
 The content of a sample depends on the seed, the corpus' checksum, its family, its index, the lengths and the tokenizer
 alone. Sample n (5 x index + the family's place in `FAMILIES`) begins at `tasks.base.point(n)` of the text, or some
-sentences later where none fits there. So the first n spans do not overlap while the corpus is longer than n, rounded up
-to a power of two, times the longest span (prompt, continuation, a few sentences). Beyond that they do: text returns
-under other questions, depths and lengths. A span that reaches the end of the corpus goes on at its beginning.
+sentences later where none fits there; the last two families have points of their own. So the first n spans do not
+overlap while the corpus is longer than n, rounded up to a power of two, times the longest span (prompt, continuation, a
+few sentences). Beyond that they do: text returns under other questions, depths and lengths. A span that reaches the end
+of the corpus goes on at its beginning.
 
 Lengths and depths are points of Roberts' R2 sequence, not of `point`: in two dimensions any first n are spread evenly,
 where two sequences of base 2 would tie the depth to the length and to the place in the corpus.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise
+from functools import partial
+from itertools import accumulate, chain, cycle, islice, pairwise
 from math import ceil
 from random import Random
 from typing import Any
 
 from harness.compiler.corpora import Corpus
-from harness.compiler.wordings import ASIDES, COPIES, FACTS, INTROS, TRAILS, invented
+from harness.compiler.wordings import ASIDES, COLOURS, COPIES, FACTS, INTROS, LEDGERS, PLACES, TRAILS, invented
 from harness.errors import HarnessError, shown
 from tasks.base import Sample, Tokenizer, point, rng
 
 FAMILIES = ("continuation", "copy", "needle", "multikey", "tracking")
+ALIKE = ("repeated", "records")
+"""Of text that says much the same again and again."""
 CONTINUATION = 64
 """Tokens of a continuation at most."""
 COPY_WORDS = range(8, 31)
@@ -86,8 +96,9 @@ def _plan(corpus: Corpus, family: str, index: int, *, seed: int, lengths: tuple[
 
 def _sample(plan: PromptPlan, tokenizer: Tokenizer) -> Sample:
     """The sample with as many sentences as fit, from the first place that serves."""
-    number = plan.index * len(FAMILIES) + FAMILIES.index(plan.family)
-    place = point(number, plan.seed, plan.corpus.sha256, "place")
+    own = FAMILIES if plan.family in FAMILIES else ALIKE
+    number = plan.index * len(own) + own.index(plan.family)
+    place = point(number, plan.seed, plan.corpus.sha256, "place" if own is FAMILIES else "place alike")
     for attempt in range(ATTEMPTS):
         pieces, most = _window(plan, tokenizer, place=place, skip=attempt)
         if found := _longest(plan, pieces, most, tokenizer):
@@ -104,12 +115,17 @@ def _longest(plan: PromptPlan, pieces: Sequence[str], most: int, tokenizer: Toke
         found = BUILDERS[plan.family](plan, pieces, size, tokenizer)
         if found is None:
             return None
-        text = found.context + found.question + found.answer_prefix
-        around = max(1, tokenizer.template_tokens if found.chat else 0)  # raw text may get a beginning-of-text token
-        tokens = around + len(tokenizer.encode(text))
+        tokens = _tokens(found, tokenizer)
         if tokens <= plan.length:
             return found if tokens >= LEAST_FILL * plan.length else None
     return None
+
+
+def _tokens(sample: Sample, tokenizer: Tokenizer) -> int:
+    """Tokens of a sample's prompt at most."""
+    text = sample.context + sample.question + sample.answer_prefix
+    around = max(1, tokenizer.template_tokens if sample.chat else 0)  # raw text may get a beginning-of-text token
+    return around + len(tokenizer.encode(text))
 
 
 def _window(plan: PromptPlan, tokenizer: Tokenizer, *, place: float, skip: int) -> tuple[list[str], int]:
@@ -217,6 +233,41 @@ def _tracking(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tok
     )
 
 
+def _repeated(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample:
+    """As many sentences as are asked for, the first two to four again and again, and a trail or facts among them."""
+    passage = [f" {piece.strip()}" for piece in pieces[: 2 + plan.index // 2 % 3]]
+    told = _tracking if plan.index % 2 else _facts
+    return told(plan, [*islice(cycle(passage), size)], size, tokenizer)
+
+
+def _records(plan: PromptPlan, pieces: Sequence[str], size: int, tokenizer: Tokenizer) -> Sample | None:
+    """As many lines as fit behind an opening that leaves little room; there is nothing of the corpus in them."""
+    draws = plan.draws()
+    ledger, lines = draws.choice(LEDGERS), list[tuple[str, str, str]]()
+    least = 10 ** draws.randint(2, 5)
+    while len(lines) < plan.length // 6:  # no line has fewer tokens
+        key, value = invented(draws).capitalize(), str(draws.randrange(least, 10 * least))
+        drawn = {"colour": draws.choice(COLOURS), "place": draws.choice(PLACES)}
+        clock = f"{draws.randrange(24):02}:{draws.randrange(60):02}"
+        if all(key != other for other, *_ in lines):
+            lines.append((key, value, ledger.says.format(key=key, value=value, clock=clock, **drawn)))
+
+    def made(intro: str, count: int) -> Sample:
+        key, value, line = lines[min(count - 1, int(plan.depth * count))]
+        context, prefix = intro + "\n".join(line for *_, line in lines[:count]), ledger.prefix.format(key=key)
+        said = {"question": "\n\n" + ledger.question.format(key=key), "answer_prefix": prefix}
+        return _finish(plan, tokenizer, context=context, answer=value, needles=[line], **said)
+
+    def tokens(count: int, intro: str) -> int:
+        return _tokens(made(intro, count), tokenizer)
+
+    for intro in draws.sample(INTROS, len(INTROS)):
+        most = bisect_right(range(1, len(lines) + 1), plan.length, key=partial(tokens, intro=intro))
+        if most and tokens(most, intro) >= LEAST_FILL * plan.length:
+            return made(intro, most)
+    return None
+
+
 def _values(words: bool, count: int, *, draws: Random, prose: Sequence[str]) -> list[str]:
     """Different invented words, or numbers of as many digits, that the prose does not have."""
     text, digits, found = "".join(prose).casefold(), draws.randint(3, 6), dict[str, None]()
@@ -244,4 +295,6 @@ BUILDERS: dict[str, Callable[[PromptPlan, Sequence[str], int, Tokenizer], Sample
     "needle": _facts,
     "multikey": _facts,
     "tracking": _tracking,
+    "repeated": _repeated,
+    "records": _records,
 }

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from harness.compiler.asked import CalibrationSpec
 from harness.compiler.corpora import Corpus, load_corpus
-from harness.compiler.prompts import FAMILIES, calibration_samples
+from harness.compiler.prompts import calibration_samples
 from harness.compiler.rollouts import Rollout
 from harness.compiler.saved_state import SavedState
 from harness.engine.engine import Engine
@@ -64,7 +64,7 @@ class Workbench:
         probe = self.engine.prefill(self.prompts[0].ids[:8], Needs(window=1)).view
         queries, keys = probe.layers[0].queries, probe.layers[0].kv.keys
         self.shapes = Shapes(layers=len(probe.layers), query_heads=queries.shape[1], kv_heads=keys.shape[1])
-        families = [[i for i, prompt in enumerate(self.prompts) if prompt.family == family] for family in FAMILIES]
+        families = [[i for i, prompt in enumerate(self.prompts) if prompt.family == family] for family in spec.families]
         self.validation = sorted(i for own in families for i in own[3::4])
         self.training = [i for i in range(len(self.prompts)) if i not in self.validation]
 
@@ -133,7 +133,8 @@ def calibration_prompts(corpora: Sequence[Corpus], loaded: LoadedModel, spec: Ca
         before = f"no token before the observation window of {NEEDS.window}"
         raise HarnessError(f"--lengths {spec.lengths[0]} has {before}; {advice}")
     tokenizer = TaskTokenizer(loaded.tokenizer)
-    sized = partial(calibration_samples, count=-(-spec.prompts // len(corpora)), lengths=spec.lengths)
+    count = -(-spec.prompts // len(corpora))
+    sized = partial(calibration_samples, count=count, lengths=spec.lengths, families=spec.families)
     every = [sized(corpus, tokenizer, seed=spec.seed) for corpus in corpora]
     found = []
     for sample in chain.from_iterable(zip(*every, strict=True)):

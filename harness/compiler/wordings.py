@@ -122,3 +122,36 @@ TRAILS = (
         passes="{key} liked the name that {source} had given, and took it for another boat.",
     ),
 )
+
+LEDGERS = (  # of lines; `{clock}`, `{colour}` and `{place}` are drawn for each and decide nothing
+    Fact(
+        "{clock} {place} gauge {key} reads {value}, all quiet",
+        "What does the gauge {key} read?",
+        "It reads",
+        (),
+    ),
+    Fact(
+        "| {key} | {colour} | {value} | {place} |",
+        "Which number is in the row of {key}?",
+        "The row of {key} has",
+        (),
+    ),
+    Fact(
+        "- {key} ({colour}, as before): {value}",
+        "Which figure comes after {key}?",
+        "After {key} comes",
+        (),
+    ),
+    Fact(
+        'stock.add(name="{key}", shelf="{place}", count={value})',
+        "With which count was {key} added to the stock?",
+        "The count is",
+        (),
+    ),
+    Fact(
+        '"Any news of {key}?" "None, it still stands at {value}, and good {clock} to you."',
+        "At what does {key} still stand?",
+        "{key} still stands at",
+        (),
+    ),
+)

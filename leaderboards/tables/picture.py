@@ -54,7 +54,7 @@ class Panel(NamedTuple):
 SCORE = Panel("score_points", "score (0-100), higher is better")
 PANELS = (SCORE, Panel("nll_nats", "answer NLL (nats/token), lower is better"))
 TPOT = SCORE._replace(x="tpot_s_mean", xlabel="TPOT, ms (measured)", scale=1000, front="front_tpot", full_line=False)
-READING = "bytes read per decoded token, % of the full cache (measured)"
+READING = "bytes read per decoded token, % of full (measured)"
 READ_PANELS = tuple(panel._replace(x=READ, xlabel=READING) for panel in PANELS)
 MEASURED_PANELS = (SCORE._replace(front="front_bytes"), *PANELS[1:], TPOT)
 

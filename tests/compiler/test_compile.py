@@ -265,6 +265,19 @@ def test_tables_share_their_folder_with_the_published_ones_and_take_over_a_form(
     assert '"form"' not in (learned / "rollouts.jsonl").read_text()
 
 
+def test_tables_may_be_made_without_a_family_and_say_so(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families = ("copy", "repeated", "records")
+    tables = Compiler(spec(corpus, families=families, prompts=16, steps=2), tmp_path).compile(("harness", "compile"))
+    bench = Compiler(spec(corpus, families=families, prompts=16, steps=2), tmp_path).bench
+    assert {prompt.family for prompt in bench.prompts} == {*families}
+    assert [bench.prompts[at].family for at in bench.validation].count("repeated") == 1
+    assert tables.manifest.corpus.startswith("16 prompts (copy, repeated, records) of ")
+    assert main(["compile", "--families", "coppy", "--out", str(tmp_path)]) == 2
+    assert "--families 'coppy' is none; did you mean 'copy'?; give some of continuation" in capsys.readouterr().err
+
+
 def test_importance_is_attention_on_what_is_asked_for_and_the_pool_loses_least(compiled: Path, corpus: Path) -> None:
     tables, bench = load_tables(compiled), Compiler(spec(corpus), compiled).bench
     asked = [at for at in bench.training if bench.prompts[at].needle]

@@ -10,7 +10,7 @@ import pytest
 
 from harness.compiler import wordings
 from harness.compiler.corpora import Corpus, corpus_of
-from harness.compiler.prompts import CONTINUATION, FAMILIES, calibration_samples
+from harness.compiler.prompts import ALIKE, CONTINUATION, FAMILIES, calibration_samples
 from harness.errors import HarnessError
 from harness.models.prompt import TaskTokenizer, wrap
 from harness.models.tiny import tiny_tokenizer
@@ -193,6 +193,47 @@ def test_numbers_of_hidden_sentences() -> None:
         assert places == sorted(places)
 
 
+ALIKE_SAMPLES = samples_of(40, *ALIKE)
+
+
+def test_text_that_says_the_same_again_changes_no_other_family() -> None:
+    assert [sample for sample in samples_of(70, *FAMILIES, *ALIKE) if sample.meta["family"] in FAMILIES] == SAMPLES
+    assert [sample.id for sample in ALIKE_SAMPLES] == [f"made/{name}/{i}" for i in range(20) for name in ALIKE]
+
+
+def test_text_that_says_the_same_again_fills_its_length_with_one_answer() -> None:
+    for sample in ALIKE_SAMPLES:
+        text = sample.context + sample.question + sample.answer_prefix
+        tokens = len(TOKENIZER.encode(text)) + TOKENIZER.template_tokens
+        assert 0.95 * sample.meta["length"] <= tokens <= sample.meta["length"]
+        assert all(sample.context.count(needle) == 1 for needle in sample.meta["needles"])
+        assert sample.answers[0] in sample.meta["needles"][0]
+        assert not re.search(rf"\b{sample.answers[0]}\b", sample.question + sample.answer_prefix)
+
+
+def test_a_passage_is_said_over_and_over_around_what_is_hidden() -> None:
+    sizes = Counter[int]()
+    for sample in ALIKE_SAMPLES[::2]:
+        numbers = re.findall(r"\bq(\d+)x\b", sample.context)
+        assert numbers == [numbers[i % len({*numbers})] for i in range(len(numbers))] and len(numbers) > 15
+        sizes[len({*numbers})] += 1
+        trail = len(sample.meta["needles"])
+        assert len(hidden(sample)) in ((3, 4, 5) if trail == 1 else (trail + 1,))
+    assert {*sizes} == {2, 3, 4}
+
+
+def test_records_are_lines_of_one_form_that_each_say_another_number() -> None:
+    for sample in ALIKE_SAMPLES[1::2]:
+        lines = without_intro(sample.context).split("\n")
+        forms = {
+            re.sub(r"[A-Z][a-z]+", "K", re.sub("|".join((*wordings.COLOURS, *wordings.PLACES)), "w", line))
+            for line in lines
+        }
+        assert len({re.sub(r"\d+", "N", form) for form in forms}) == 1
+        assert len({*lines}) == len(lines) > 25 and sample.meta["needles"][0] in lines
+        assert abs(lines.index(sample.meta["needles"][0]) / len(lines) - sample.meta["depth"] / 100) < 0.06
+
+
 @pytest.mark.parametrize("family", FAMILIES[1:])
 def test_several_wordings_are_drawn(family: str) -> None:
     found = samples_of(30, family)
@@ -202,7 +243,7 @@ def test_several_wordings_are_drawn(family: str) -> None:
 
 def test_wording_is_unlike_evaluation_tasks() -> None:
     parts = [*wordings.INTROS, *wordings.ASIDES]
-    for item in (*wordings.COPIES, *wordings.FACTS, *wordings.TRAILS):
+    for item in (*wordings.COPIES, *wordings.FACTS, *wordings.TRAILS, *wordings.LEDGERS):
         parts += [value for value in item if isinstance(value, str)]
     said = "\n".join(parts).casefold()
     assert [phrase for phrase in EVALUATION if phrase in said] == []
