@@ -12,7 +12,7 @@ from harness.boards.sources import KEPT, collect
 from harness.claims.claim import Found, Records
 from harness.errors import HarnessError
 from harness.records.board_record import board_records
-from leaderboards.stats.bootstrap import RESAMPLES, SEED
+from leaderboards.stats.bootstrap import RESAMPLES, SEED, Array, Indexes
 from leaderboards.stats.comparable import one_per_key, split_by_axes
 from leaderboards.stats.eligible import CONTEXTS, contexts, eligible
 from leaderboards.stats.grid import Grid
@@ -26,17 +26,22 @@ def contrast(check: Records) -> Found:
     if not having:
         cells = " and ".join(f"{method} at {budget}" for method, budget in (check.first, check.second))
         raise HarnessError(f"board {check.board} has no table with {cells}; mend the claim's check")
-    grid = max(having, key=lambda one: len(one.samples))
-    first, second = (grid.values(cell, check.measure) for cell in (check.first, check.second))
-    difference = np.round(first - check.share * second, 9)
-    chosen = [task for task in eligible(grid, check.measure).tasks if task.startswith(check.tasks)]
-    tasks = grid.bootstrap.present(difference, chosen)
+    parts = [_difference(grid, check) for grid in having]
+    grid, difference, tasks = max(parts, key=lambda part: sum(rows.size for rows in part[2].values()))
     if not tasks:
         return Found(why="no task that could rank has both")
     told = grid.bootstrap.estimate(difference, weights=dict.fromkeys(tasks, 1.0))
     fewest, task = min((contexts(grid, rows), task) for task, rows in tasks.items())
     why = f"{task} names {fewest} contexts, {CONTEXTS} are needed" if fewest < CONTEXTS else ""
     return Found(told.mean, told.low, told.high, told.n, why)
+
+
+def _difference(grid: Grid, check: Records) -> tuple[Grid, Array, dict[str, Indexes]]:
+    """The grid, the difference of each of its samples, and the tasks that count with their samples."""
+    first, second = (grid.values(cell, check.measure) for cell in (check.first, check.second))
+    difference = np.round(first - check.share * second, 9)
+    chosen = [task for task in eligible(grid, check.measure).tasks if task.startswith(check.tasks)]
+    return grid, difference, grid.bootstrap.present(difference, chosen)
 
 
 @cache

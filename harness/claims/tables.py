@@ -21,11 +21,11 @@ Written by `make docs` from the data of `harness/claims/data`; change that. `har
 anew, `harness claims ID` says more of one claim, `--paper snapkv` shows those of a method or paper.
 
 - **holds**, **does not hold**: the number, or its whole 95 % interval, lies within the bounds that the check asks for,
-  or outside. **Cannot be told**: the interval lies on both sides, or a task has fewer than 20 contexts
+  or outside. **Cannot be told**: the interval reaches a bound, or a task has fewer than 20 contexts
   ([why](statistics.md#ranks)). **Cannot be checked here**: there is nothing to compute it from; the command is what
   would check it.
 - *arithmetic* follows from shapes and bits. *property* is what our code does on a prompt that is made up for it.
-  *records* is a paired difference of published records, means of task means over tasks that could rank, in points.
+  *records* is a paired difference of published records, a mean of task means over tasks that could rank.
   Intervals are of one comparison each, not corrected for their number.
 - A verdict from records says what is found with SmolLM2-135M-Instruct on these prompts, which are not the paper's. It
   says nothing of models of 8B.

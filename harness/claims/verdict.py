@@ -1,8 +1,8 @@
 """The verdict of a claim, computed from what its check finds.
 
 `holds`: everything that the check cannot rule out, the 95 % interval or the one number, lies within the bounds.
-`does not hold`: all of it lies outside, on one side. `cannot be told`: it lies on both sides, or the records have too
-few contexts for an interval to mean anything. `cannot be checked here`: there is nothing to compute it from.
+`does not hold`: all of it lies outside, on one side. `cannot be told`: it reaches a bound, or the records have too few
+contexts for an interval to mean anything. `cannot be checked here`: there is nothing to compute it from.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.claims.claim import Arithmetic, Bounded, Check, Claim, Elsewhere, Found, Property
+from harness.claims.claim import Arithmetic, Bounded, Check, Claim, Elsewhere, Found, Property, Records
 
 Word = Literal["holds", "does not hold", "cannot be told", "cannot be checked here"]
 
@@ -55,6 +55,10 @@ def word(check: Check, found: Found) -> Word:
         return "cannot be checked here"
     if found.why or math.isnan(found.low):
         return "cannot be told"
-    if check.at_least <= found.low and found.high <= check.at_most:
+    if isinstance(check, Records):  # as on boards: an interval that ends at the bound tells nothing, nor do equal cells
+        within = check.at_least < found.low and found.high < check.at_most
+    else:
+        within = check.at_least <= found.low and found.high <= check.at_most
+    if within:
         return "holds"
     return "does not hold" if found.high < check.at_least or found.low > check.at_most else "cannot be told"

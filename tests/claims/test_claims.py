@@ -92,6 +92,20 @@ def test_the_verdict_is_how_the_interval_lies_to_the_bounds(check: Check, found:
     assert word(check, found) == said
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Found(2.0, 0.1, 3.5, 40), "holds"),
+        (Found(2.0, 0.0, 3.5, 40), "cannot be told"),
+        (Found(0.0, 0.0, 0.0, 40), "cannot be told"),
+        (Found(-2.0, -3.5, 0.0, 40), "cannot be told"),
+        (Found(-2.0, -3.5, -0.1, 40), "does not hold"),
+    ],
+)
+def test_a_difference_must_be_on_one_side_of_the_bound_and_equal_cells_tell_nothing(found: Found, said: str) -> None:
+    assert word(records("graded", ("a", "1"), ("b", "1")), found) == said
+
+
 @pytest.mark.parametrize("bounds", [{}, {"at_least": 2.0, "at_most": 1.0}, {"at_least": math.nan}])
 def test_a_check_without_bounds_that_can_fail_is_refused(bounds: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="hold nothing or everything"):
