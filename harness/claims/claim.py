@@ -22,7 +22,7 @@ Given = dict[str, bool | int | float | str | tuple[float, ...]]
 
 
 class Bounded(Frozen):
-    """Bounds, both included, of what a check finds: at least one of them. unit: of the number."""
+    """Bounds of what a check finds, both included but in `Records`: at least one of them. unit: of the number."""
 
     at_least: float = -math.inf
     at_most: float = math.inf
@@ -55,6 +55,8 @@ class Property(Bounded):
 
 class Records(Bounded):
     """A paired difference of published records: `first` less `share` times `second`, each a method and a budget.
+
+    As on boards, an interval that ends at a bound tells nothing, nor do cells that are equal on every sample.
 
     board: its folder in leaderboards/published/records. tasks: beginnings of the names of those that count, all by
     default. measure: score in points or answer NLL in nats a token.

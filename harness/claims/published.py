@@ -10,7 +10,6 @@ import numpy as np
 
 from harness.boards.sources import KEPT, collect
 from harness.claims.claim import Found, Records
-from harness.errors import HarnessError
 from harness.records.board_record import board_records
 from leaderboards.stats.bootstrap import RESAMPLES, SEED, Array, Indexes
 from leaderboards.stats.comparable import one_per_key, split_by_axes
@@ -19,13 +18,13 @@ from leaderboards.stats.grid import Grid
 
 
 def contrast(check: Records) -> Found:
-    """The mean over tasks of `first` less `share` of `second`. Raises HarnessError for a cell that the board lacks."""
+    """The mean over tasks of `first` less `share` of `second`; why there is none, where the board lacks one of them."""
     if not (KEPT / check.board).is_dir():
         return Found(why=f"no records of board {check.board} are published here")
     having = [grid for grid in grids(check.board) if {check.first, check.second} <= grid.cells.keys()]
     if not having:
         cells = " and ".join(f"{method} at {budget}" for method, budget in (check.first, check.second))
-        raise HarnessError(f"board {check.board} has no table with {cells}; mend the claim's check")
+        return Found(why=f"board {check.board} has no table with {cells}")
     parts = [_difference(grid, check) for grid in having]
     grid, difference, tasks = max(parts, key=lambda part: sum(rows.size for rows in part[2].values()))
     if not tasks:

@@ -32,7 +32,7 @@ def judge(claims: Iterable[Claim]) -> Iterator[Verdict]:
 
 
 def find(check: Check) -> Found:
-    """Compute what a check looks at. Raises HarnessError where its data names what is not there."""
+    """Compute what a check looks at."""
     if isinstance(check, Elsewhere):
         return Found(why=check.why)
     if isinstance(check, Arithmetic):
@@ -55,7 +55,7 @@ def word(check: Check, found: Found) -> Word:
         return "cannot be checked here"
     if found.why or math.isnan(found.low):
         return "cannot be told"
-    if isinstance(check, Records):  # as on boards: an interval that ends at the bound tells nothing, nor do equal cells
+    if isinstance(check, Records):
         within = check.at_least < found.low and found.high < check.at_most
     else:
         within = check.at_least <= found.low and found.high <= check.at_most
