@@ -74,6 +74,10 @@ class KVPolicy:
         """Whether keys that it keeps are moved to other positions than their tokens'; others' cannot join them then."""
         return False
 
+    def least_share(self, bits: int) -> float:
+        """Return the least part of a plain slot, of numbers of so many bits, that a slot which it keeps can take."""
+        return 1.0
+
     @property
     def memory(self) -> Literal["physical", "simulated"]:
         """simulated: dropped tokens are only hidden from attention and their bytes stay."""

@@ -33,6 +33,14 @@ class CodedPolicy(Around):
             raise PolicyError(f"{self.asked} evicts while decoding, and codes stay; name another preset or method")
 
     @property
+    def least_bits(self) -> float:
+        """Bits of a number that becomes a code, on average over keys and values, at least."""
+        return 0.0
+
+    def least_share(self, bits: int) -> float:
+        return min(1.0, self.least_bits / bits)
+
+    @property
     def coding(self) -> Coding:
         """How slots become codes, where that is the same in all layers."""
         raise PolicyError(f"{type(self).__name__} says nowhere how slots become codes")

@@ -46,6 +46,10 @@ class Fp8(CodedPolicy):
     scaled: bool = True
 
     @property
+    def least_bits(self) -> float:
+        return 8
+
+    @property
     def coding(self) -> "Floats":
         return Floats(self.format, self.scaled)
 

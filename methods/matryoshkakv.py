@@ -123,6 +123,9 @@ class MatryoshkaKV(Around, CompiledPolicy):
         if not policy.budgeted or policy.evicts_while_decoding or isinstance(policy, MatryoshkaKV):
             raise PolicyError(f"{self.asked} does not evict once, after the prompt; name a method that does")
 
+    def least_share(self, bits: int) -> float:
+        return 1 / LEVELS
+
     def for_model(self, revision: str) -> Self:
         own = super().for_model(revision)
         _bases(own)  # or it is refused

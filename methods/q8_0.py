@@ -62,6 +62,10 @@ class Q8_0(CodedPolicy):  # noqa: N801
         super().__post_init__()
 
     @property
+    def least_bits(self) -> float:
+        return (BITS[self.keys] + BITS[self.values]) / 2
+
+    @property
     def coding(self) -> "Blocks":
         return Blocks(self.keys, self.values, self.rotated)
 

@@ -116,6 +116,10 @@ class QKVComm(CodedPolicy, CompiledPolicy):
         super().__post_init__()
 
     @property
+    def least_bits(self) -> float:
+        return LOW
+
+    @property
     def coding(self) -> PerTensor:
         return PerTensor(MIDDLE, residual=self.residual)
 

@@ -54,6 +54,10 @@ class Quant(CodedPolicy):
         super().__post_init__()
 
     @property
+    def least_bits(self) -> float:
+        return self.bits
+
+    @property
     def coding(self) -> MinMax:
         return MinMax(self.bits, self.group, residual=self.residual)
 

@@ -83,6 +83,9 @@ class ReCalKV(Around, CompiledPolicy):
         if not policy.budgeted or policy.evicts_while_decoding or isinstance(policy, ReCalKV):
             raise PolicyError(f"{self.asked} does not evict once, after the prompt; name a method that does")
 
+    def least_share(self, bits: int) -> float:
+        return 0.0
+
     @property
     def needs(self) -> Needs:
         return super().needs | Needs(hidden_states=self.prefill == "own")

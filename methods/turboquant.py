@@ -63,6 +63,10 @@ class TurboQuant(CodedPolicy):
         super().__post_init__()
 
     @property
+    def least_bits(self) -> float:
+        return (self.key_bits + self.value_bits) / 2
+
+    @property
     def coding(self) -> "Levels":
         return Levels(self.key_bits, self.value_bits, self.signs, self.corrected, self.seed)
 

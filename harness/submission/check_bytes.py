@@ -4,11 +4,12 @@ A cache of T tokens takes F = W + slot x S bytes: S slots over the compressible 
 what no budget touches: sliding windows, chunks, states. Asking for b of T tokens allows A = W + (slot + p) x S x b/T,
 where p are the bytes of a position: 4, and 0 in old records, which know no stored bytes. So a sample with an
 uncompressed cell gives slot = (F - A + p S b/T) / (S (1 - b/T)) from each other cell, and the model has only one. What
-a cell holds is at least W + (slot + p) x kept slots; the rest is its method's side data. Slots held as codes of b bits
-take at least b over the bits of a plain number of a slot, and all slots of the prompt need no positions. What is stored
-is no less than what is live. A decoded token reads no more than what is live, and W + slot x kept slots or, of codes,
-their part of it; only a method that chooses what to read for each token may read less. Such a method holds everything,
-its budget is of tokens read, and it asks for the whole cache. Old records do not tell what is read.
+a cell holds is at least W + (slot + p) x kept slots; the rest is its method's side data. A layer that is kept whole
+needs no positions. A slot held as codes or latents takes at least what its method says of itself
+(`KVPolicy.least_share`). What is stored is no less than what is live. A decoded token reads no more than what is live,
+and W + slot x kept slots or, of codes, their part of it; only a method that chooses what to read for each token may
+read less. Such a method holds everything, its budget is of tokens read, and it asks for the whole cache. Old records do
+not tell what is read.
 
 A method of its own budget asks for what it stores. What another one is given for it is the least number of slots whose
 bytes are no fewer: A is no less than that, and less than that and a slot of every layer and KV head.
@@ -17,7 +18,7 @@ What is sent to another process is all that is held and a short description.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cache
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class _Asked(NamedTuple):
     share: float
     asked: int
     held: int
-    kept: int
+    kept: Sequence[int]
     least: float
     read: int | None
     position: int
@@ -55,7 +56,7 @@ class _Own(NamedTuple):
     where: str
     stored: int
     held: int
-    kept: int
+    kept: Sequence[int]
     least: float
     read: int | None
 
@@ -110,7 +111,7 @@ class Budgets:
     def _finds(self, record: Record, where: str) -> Iterator[str]:
         if record.asked_bytes != record.stored_bytes:
             yield f"{record.asked_bytes} bytes asked for, a method of its own budget stores {record.stored_bytes}"
-        sizes = (record.stored_bytes, record.kv_bytes, sum(record.kept_slots))
+        sizes = (record.stored_bytes, record.kv_bytes, record.kept_slots)
         own = _Own(where, *sizes, self.least.get(record.method, 1.0), record.read_bytes)
         self._own[record.task, record.sample_id, record.method] = own
 
@@ -131,7 +132,7 @@ class Budgets:
     def _is_given(self, record: Record, where: str, budget: int, like: str) -> Iterator[str]:
         tokens, least = record.compressed_tokens, self.least.get(record.method, 1.0)
         position, sample = POSITION_BYTES if record.stored_bytes else 0, (record.task, record.sample_id)
-        sizes = (record.asked_bytes, record.kv_bytes, sum(record.kept_slots))
+        sizes = (record.asked_bytes, record.kv_bytes, record.kept_slots)
         own = _Asked(where, sample, budget / tokens, *sizes, least, record.read_bytes, position, budget, like)
         self._asked.append(own)
         same = self._same.setdefault((budget, tokens, record.full_bytes), record.asked_bytes)
@@ -173,11 +174,12 @@ class Budgets:
 def _too_few(own: _Asked | _Own, full: _Full, slot: float, position: int) -> Iterator[str]:
     """Say where kept slots take more bytes than are held, or than are read, which needs no positions.
 
-    All slots need none to be held. Nothing is said of layers that keep unlike numbers of slots.
+    Those of a layer that is kept whole need none to be held. Nothing is said of layers that keep unlike numbers.
     """
-    windows = full.held - slot * full.slots
-    least, positions = windows + slot * own.least * own.kept, position * own.kept * (own.kept < full.slots)
-    slots = f"{own.where}: {own.kept} kept slots of {slot:.1f} bytes"
+    kept, windows = sum(own.kept), full.held - slot * full.slots
+    whole = full.slots / max(1, len(own.kept))  # slots of a layer
+    least, positions = windows + slot * own.least * kept, position * sum(n for n in own.kept if n < whole)
+    slots = f"{own.where}: {kept} kept slots of {slot:.1f} bytes"
     if full.even and own.held < (least + positions) * (1 - ROUNDING):
         yield f"{slots} do not fit into {own.held} bytes"
     if full.even and own.read is not None and own.read < least * (1 - ROUNDING):

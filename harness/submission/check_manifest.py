@@ -145,7 +145,13 @@ def choosing_of(manifest: RunManifest) -> frozenset[str]:
 
 
 def least_of(manifest: RunManifest) -> dict[str, float]:
-    """The least part of a plain slot that one of each method that holds codes takes."""
-    plain = {"float32": 32}.get(manifest.spec.model.dtype, 16)
-    bits = {spec.label: spec.params["bits"] for spec in manifest.spec.methods if "bits" in spec.params}
-    return {label: count / plain for label, count in bits.items() if isinstance(count, int) and 0 < count < plain}
+    """The least part of a plain slot that one of each method takes; nothing of those that cannot be made here."""
+    plain, found = {"float32": 32}.get(manifest.spec.model.dtype, 16), dict[str, float]()
+    for spec in manifest.spec.methods:
+        try:
+            label = MethodLabel.parse(spec.label)
+            policy = make_policy(label.asked, {key: _value(text) for key, text in label.params})
+        except PolicyError:
+            continue  # `manifest_problems` tells
+        found[spec.label] = policy.least_share(plain)
+    return found
