@@ -19,9 +19,7 @@ LABELS = [
 
 
 def test_records_of_every_method_are_verified(tmp_path: Path) -> None:
-    words = (
-        f"run --model tiny --methods {','.join(LABELS)} --tasks niah/passkey --lengths 600 --limit 1 --budgets 0.3"
-    )
+    words = f"run --model tiny --methods {','.join(LABELS)} --tasks niah/passkey --lengths 600 --limit 1 --budgets 0.3"
     assert main([*words.split(), "--max-new-tokens", "3", "--observe", "0", "--out", str(tmp_path)]) == 0
     pack_run(only(tmp_path), tmp_path / "pack.zip")
     verdict = verify_pack(tmp_path / "pack.zip")
