@@ -88,10 +88,11 @@ night-power: $(READY) ## pretend nights: how often one fails when nothing is wro
 demo: model ## a small sweep on the packaged model and its board
 	HF_HUB_OFFLINE=1 $(BIN)/harness run --config quick
 
-docs: $(INSTALLED) ## write the page of every method again, from methods/
+docs: $(INSTALLED) ## write the pages of every method and of claims again, from methods/ and harness/claims
 	mkdir -p build
 	$(BIN)/harness list methods --markdown > build/method-reference.md
 	mv build/method-reference.md docs/method-reference.md
+	$(BIN)/harness claims --out docs
 
 tables: model ## compile the packaged tables again, into build/tables
 	$(BIN)/harness fetch kjv

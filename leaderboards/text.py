@@ -14,7 +14,7 @@ import pandas as pd
 KEYS = ["budget", "method"]
 """Columns that name a row; they come first, and again where a table is folded."""
 LEFT = (*KEYS, "task", "memory", "flags", "family", "rival", "verdict", "over tasks", "best other", "best other NLL")
-LEFT = (*LEFT, "ranks", "why none")
+LEFT = (*LEFT, "ranks", "why none", "claim", "asked", "found")
 """Columns of words."""
 NOTE_CHARS = 200
 """Characters of a name, a note or an error on a page."""

@@ -23,8 +23,8 @@ from tests.figure_sources import CELLS, FigureError, values
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = "docs/figures.toml"
-PAGES = r"README\.md|docs/(?!method-reference|architectures)[^/]*\.md"
-"""Whose numbers all need an entry; the pages of every method and architecture are made and held by their own tests."""
+PAGES = r"README\.md|docs/(?!method-reference|architectures|claims)[^/]*\.md"
+"""Whose numbers all need an entry; those pages are made and held by their own tests."""
 NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 STANDING = re.compile(r"(?<![\w.,])(?<!\w-)(?:\d(?:[\d,]*\d)?(?:\.\d+)*|\.\d+)")
 """A number that is no part of a name, such as int8, Qwen2.5 or SmolLM2-135M."""

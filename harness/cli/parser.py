@@ -24,6 +24,7 @@ COMMANDS = {
     "run": "run methods x budgets on tasks, then print the board",
     "board": "board of stored runs, from their records alone",
     "compare": "what differs between two runs, row by row, with intervals",
+    "claims": "published claims, a verdict each, and the command that checks it",
     "list": "what can be named on the command line",
     "fetch": "download a packaged asset into the cache, to work offline later",
     "compile": "compile CompilerKV's tables from roll-outs of a model",

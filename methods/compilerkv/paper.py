@@ -7,7 +7,8 @@ Source: https://arxiv.org/abs/2602.08686, v1 and v2. Acts once, at the end of pr
     gate     threshold tau from the layer's table, by entropy (nats) of alpha and perplexity of the window's own tokens
     kept     tokens with s >= tau; the best N of them when there are more, all when there are fewer
 Differences: without tables nothing is learnt (see `tables.neutral`) and every record says so; a budget that was not
-compiled takes the table of the nearest one, and every record says so; when no token reaches tau the best one is kept.
+compiled, which the authors' second repository (59047a9) refuses, takes the table of the nearest one, and every record
+says so; when no token reaches tau the best one is kept.
 """
 
 from collections.abc import Sequence

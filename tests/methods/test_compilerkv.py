@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from harness.claims.properties import golden_prompt, golden_tables
 from harness.contract import GROUP, HEADS, LAYERS
 from methods.base import LayerView, Needs, PolicyError, PromptView
-from methods.compilerkv.paper import prompt_risk, prompt_utility
+from methods.compilerkv.paper import compress, prompt_risk, prompt_utility, worth
 from methods.compilerkv.policy import CompilerKV
 from methods.compilerkv.tables import Tables, neutral, save_tables
 from methods.registry import make_policy
@@ -78,6 +79,31 @@ def test_kept_positions_are_the_formulas(tokens: int, budget: int, compiled: boo
     assert kept(policy, view, budget) == [[layer] * HEADS for layer in expected]
     full = [len(layer) == budget for layer in expected]
     assert all(full) if budget < 10 else not any(full) if budget == 76 else True
+
+
+def test_the_golden_numbers_of_the_authors_second_repository() -> None:
+    """By hand, as in its tests at 59047a9.
+
+    Values of lengths 1, 1, 1 and 1, 2, 3; queries that see (.5, .5, 0) and (0, .5, .5) in both heads.
+    alpha = 3 / 2 (.5, 1, .5); rho = (1, 1, 1) and (.5, 1, 1.5); s = max(u_1, 1.5 u_2).
+    """
+    view, tables = golden_prompt((0.0, 1.0, 1.0)), golden_tables((1.0, 1.5), 0.9, 3)
+    seen = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    torch.testing.assert_close(view.layers[0].attention(2)[0], seen.expand(2, 1, 2, 3))
+    alpha = prompt_utility(view, 2)
+    assert alpha.tolist() == [0.75, 1.5, 0.75]
+    assert worth(view.layers[0], alpha, [1.0, 1.5]).tolist() == [0.75, 2.25, 1.6875]
+    (kv,) = compress(view, 3, tables, window=2, learned="both")
+    assert kv.positions[0].tolist() == [[1, 2], [1, 2]]
+
+
+def test_a_budget_that_was_not_compiled_takes_the_nearest_and_says_so(tmp_path: Path) -> None:
+    """The authors' second repository refuses it."""
+    saved(tmp_path)  # of 16 and 64
+    policy, shapes = published(tables=str(tmp_path)), prompt(77).sizes
+    assert [note.partition(", ")[2] for note in policy.notes(60, shapes)] == ["compiled for budget 64, used at 60"]
+    assert not policy.notes(64, shapes)[0].partition(", ")[2]
+    assert kept(policy, prompt(77), 60)
 
 
 def test_the_threshold_is_that_of_the_risk_over_the_whole_window(tmp_path: Path) -> None:
