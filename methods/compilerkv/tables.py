@@ -111,8 +111,21 @@ class Tables:
         return torch.lerp(table[below], table[above], min(1.0, part))
 
     def multiples(self, budget: int, found: Literal["compiled", "onepass"]) -> Tensor:
-        """Return slot multiples [L, H], mean 1, at any budget: compiled ones, or those that importance gives."""
-        return self.at(budget) if found == "compiled" else one_pass(self.importance[0], self.at(budget, "pool"))
+        """Return slot multiples [L, H], mean 1, at any budget: compiled ones, or those that importance gives.
+
+        Between two compiled budgets the slots beyond the window are linear in the budget, so that no head gets fewer at
+        a larger one where none does between these two; outside them multiples are the nearest ones'.
+        """
+        compiled = self.manifest.budgets
+        found_at = self.budget if found == "compiled" else [one_pass(self.importance[0], pool) for pool in self.pool]
+        above = min(bisect_right(compiled, budget), len(compiled) - 1)
+        below = max(0, above - 1)
+        if budget in compiled or not compiled[below] < budget < compiled[above]:
+            return found_at[min(range(len(compiled)), key=lambda row: abs(compiled[row] - budget))]
+        window = self.manifest.form.window if self.manifest.form else 0
+        low, high = (max(0, compiled[row] - window) * found_at[row] for row in (below, above))
+        slots = torch.lerp(low, high, (budget - compiled[below]) / (compiled[above] - compiled[below]))
+        return slots / slots.mean()
 
     def published_neutral(self, budget: int) -> bool:
         """Return whether head weights and thresholds say nothing at the nearest compiled budget."""

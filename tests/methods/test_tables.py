@@ -13,9 +13,10 @@ import torch
 from harness.contract import GROUP, HEADS, LAYERS
 from harness.models.assets import ASSETS
 from methods.base import PolicyError
+from methods.compilerkv.form import Form
 from methods.compilerkv.manifest import Shapes
 from methods.compilerkv.policy import COMPILED, CompilerKV
-from methods.compilerkv.tables import load_tables, save_tables, transfer
+from methods.compilerkv.tables import load_tables, one_pass, save_tables, transfer
 from tests.methods.compiled import make_tables, saved
 from tests.methods.loops import sizes
 
@@ -35,6 +36,36 @@ def test_lookup_takes_the_nearest_budget_and_the_right_cell() -> None:
             }.items():
                 found = tables.lookup(130, entropy=entropy, perplexity=perplexity, learned=learned)  # type: ignore[arg-type]
                 assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("found", ["compiled", "onepass"])
+def test_no_head_of_the_shipped_tables_gets_fewer_slots_at_a_larger_budget(found: Any) -> None:
+    tables = load_tables(COMPILED / "smollm2-135m")
+    assert tables.manifest.form is not None
+    window, budgets = tables.manifest.form.window, [*range(32, 1100), 2048, 4096]
+    every = [tables.multiples(budget, found) for budget in budgets]
+    assert all(float(own.mean()) == pytest.approx(1.0, abs=1e-3) and float(own.min()) > 0 for own in every)
+    slots = torch.stack([max(0, budget - window) * own for budget, own in zip(budgets, every, strict=True)])
+    least = -1e-3 if found == "compiled" else -2.0  # one pass: the heads that matter least lose a slot or two after 64
+    assert bool((slots.diff(dim=0) >= least).all())
+    for row, budget in enumerate(tables.manifest.budgets):
+        own = tables.budget[row] if found == "compiled" else one_pass(tables.importance[0], tables.pool[row])
+        assert torch.equal(tables.multiples(budget, found), own)
+    assert torch.equal(tables.multiples(2048, found), tables.multiples(512, found))
+
+
+def test_slots_beyond_the_window_are_linear_between_compiled_budgets() -> None:
+    """At 96, 192 and 384, by hand: (96 - 32) m = (32 x 1.5 + 96 x 0.5) / 2 for a head of 1.5 at 64 and 0.5 at 128."""
+    tables = make_tables(64, 128, 256, 512)
+    form = Form(window=32)
+    tables = replace(tables, manifest=tables.manifest.model_copy(update={"form": form}))
+    rows = torch.ones_like(tables.budget)
+    rows[0, 0, :2], rows[1, 0, :2] = torch.tensor([1.5, 0.5]), torch.tensor([0.5, 1.5])
+    tables = replace(tables, budget=rows)
+    found = tables.multiples(96, "compiled")
+    assert found[0, :2].tolist() == pytest.approx([(32 * 1.5 + 96 * 0.5) / 2 / 64, (32 * 0.5 + 96 * 1.5) / 2 / 64])
+    assert tables.multiples(192, "compiled")[0, 0].item() == pytest.approx((96 * 0.5 + 224 * 1.0) / 2 / 160)
+    assert tables.multiples(384, "compiled")[0, 0].item() == pytest.approx(1.0)
 
 
 def test_shares_of_any_budget_lie_between_the_compiled_ones() -> None:
