@@ -212,7 +212,7 @@ def attached(
     if policy.budgeted and asked.budget is None:
         raise HarnessError(f"method {label} needs a budget, got None; give tokens (512) or a fraction (0.25)")
     if policy.lacks:
-        advice = "give revision=loaded.spec.revision of a model that has them, or compile some"
+        advice = "give revision=loaded.spec.revision of a model that has them, or make some with `harness compile`"
         warnings.warn(f"{label}: {policy.lacks}; {advice}", stacklevel=3)
     compressor = Compressor(label, policy, asked.budget if policy.budgeted else None, asked.first_token)
     told = None if tokenizer is None else wording(tokenizer)

@@ -120,9 +120,9 @@ class Tables:
         found_at = self.budget if found == "compiled" else [one_pass(self.importance[0], pool) for pool in self.pool]
         above = min(bisect_right(compiled, budget), len(compiled) - 1)
         below = max(0, above - 1)
-        if budget in compiled or not compiled[below] < budget < compiled[above]:
-            return found_at[min(range(len(compiled)), key=lambda row: abs(compiled[row] - budget))]
         window = self.manifest.form.window if self.manifest.form else 0
+        if budget in compiled or not compiled[below] < budget < compiled[above] or compiled[above] <= window:
+            return found_at[min(range(len(compiled)), key=lambda row: abs(compiled[row] - budget))]
         low, high = (max(0, compiled[row] - window) * found_at[row] for row in (below, above))
         slots = torch.lerp(low, high, (budget - compiled[below]) / (compiled[above] - compiled[below]))
         return slots / slots.mean()

@@ -27,7 +27,8 @@ from tests.engine.llama_loops import DIM, HEADS, LAYERS, Evict, Loops, Visible, 
 NEW = 7
 SLOT = 2 * DIM * 4  # bytes of one slot of one head
 SAME_BYTES = ("kv_bytes", "kv_bytes_end", "stored_bytes", "stored_bytes_end", "byte_steps", "asked_bytes", "full_bytes")
-NO_END = Limits(NEW, frozenset())
+NONE, THIRD = frozenset[int](), frozenset(range(0, 261, 3))
+NO_END = Limits(NEW, NONE)
 ALIKE = re.compile("fp8@(e4m3|e5m2)|turboquant@(bits[24]|prod4)|gvote@p9[059]|recalkv@(cache|uniform)|kvzip@kvpress")
 """Presets whose numbers alone differ from another one's of their method, not what the engine does."""
 LABELS = [
@@ -156,8 +157,9 @@ def bounds_of_new_pages(policy: KVPolicy, tokens: int, more: int) -> int:
     return pages * (LAYERS - policy.skip) * HEADS * SLOT
 
 
-@pytest.mark.parametrize("eos", [frozenset[int](), frozenset(range(0, 261, 3))])
-@every_mode
+@pytest.mark.parametrize(
+    ("first_token", "query", "eos"), [(*mode, eos) for mode, eos in zip(MODES, (THIRD, NONE, THIRD), strict=True)]
+)
 def test_a_cell_alone_computes_what_it_computes_in_company(
     model: AttachedModel, first_token: Any, query: Any, eos: frozenset[int]
 ) -> None:
@@ -270,8 +272,10 @@ def test_marked_tokens_are_kept_and_a_span_over_the_budget_is_skipped(
     assert small.status == "skipped" and f"budget 4 leaves no slot beside the {held} protected" in str(small.error)
 
 
-@pytest.mark.parametrize("tokens", [2, 5, 9])
-@every_mode
+@pytest.mark.parametrize(
+    ("tokens", "first_token", "query"),
+    [(tokens, *mode) for tokens, mode in zip((2, 5, 9, 2), (*MODES, MODES[2]), strict=True)],
+)
 def test_prompts_shorter_than_every_window(model: AttachedModel, tokens: int, first_token: Any, query: Any) -> None:
     engine, prompt = Engine(model, query=query, first_token=first_token), make_prompt(tokens)
     for label in LABELS:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+import harness.engine.engine
+import harness.engine.turns
 from harness.engine.engine import Engine
 from harness.engine.transformers_seam import AttachedModel
 from harness.engine.types import AsKept, Cell, Limits, NextTurn
@@ -93,7 +95,11 @@ def test_gvote_runs_and_its_pairs_with_it_in_every_mode(model: AttachedModel) ->
         assert found[0].stored_bytes < found[0].full_bytes and not any(o.over_budget for o in found)
 
 
-def test_it_finds_its_budget_anew_after_each_turn_of_a_conversation(model: AttachedModel) -> None:
+def test_it_finds_its_budget_anew_after_each_turn_of_a_conversation(
+    model: AttachedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (harness.engine.engine, harness.engine.turns):  # the queries that it keeps are no part of this
+        monkeypatch.setattr(module, "beside", lambda noted: 0)
     own, limits = make_policy("gvote", {"p_nuc": 0.5}), Limits(6, frozenset())
     turns = tuple(NextTurn(tuple(range(20, 40)), limits) for _ in range(2))
     grows = replace(make_prompt(TOKENS, limits), turns=turns)

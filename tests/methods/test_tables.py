@@ -66,6 +66,9 @@ def test_slots_beyond_the_window_are_linear_between_compiled_budgets() -> None:
     assert found[0, :2].tolist() == pytest.approx([(32 * 1.5 + 96 * 0.5) / 2 / 64, (32 * 0.5 + 96 * 1.5) / 2 / 64])
     assert tables.multiples(192, "compiled")[0, 0].item() == pytest.approx((96 * 0.5 + 224 * 1.0) / 2 / 160)
     assert tables.multiples(384, "compiled")[0, 0].item() == pytest.approx(1.0)
+    inside = make_tables(8, 14)  # budgets that the window fills have no slots beyond it
+    inside = replace(inside, manifest=inside.manifest.model_copy(update={"form": form}))
+    assert torch.equal(inside.multiples(12, "compiled"), inside.budget[1])
 
 
 def test_shares_of_any_budget_lie_between_the_compiled_ones() -> None:
