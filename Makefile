@@ -92,7 +92,8 @@ docs: $(INSTALLED) ## write the pages of every method and of claims again, from 
 	mkdir -p build
 	$(BIN)/harness list methods --markdown > build/method-reference.md
 	mv build/method-reference.md docs/method-reference.md
-	$(BIN)/harness claims --out docs
+	$(BIN)/harness claims --markdown > build/claims.md
+	mv build/claims.md docs/claims.md
 
 tables: model ## compile the packaged tables again, into build/tables
 	$(BIN)/harness fetch kjv

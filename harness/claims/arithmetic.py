@@ -100,6 +100,15 @@ def bytes_ratio(*, shares: tuple[float, ...], bits: tuple[float, ...], against: 
     return against / sum(share * own for share, own in zip(shares, bits, strict=True))
 
 
+def removed_gap(*, kept: tuple[float, ...], group: int, step: int) -> float:
+    """Largest difference, in points, of the numbers that are removed from those asked for; 0 where ranks are exact.
+
+    kept: shares of a group's numbers that are asked for. step: what ranks are rounded to multiples of.
+    """
+    ranks = (max(1, round(share * group / step)) * step for share in kept)
+    return max(100 * abs(rank / group - share) for rank, share in zip(ranks, kept, strict=True))
+
+
 FORMULAS: dict[str, Callable[..., float]] = {
     own.__name__: own
     for own in (
@@ -114,5 +123,6 @@ FORMULAS: dict[str, Callable[..., float]] = {
         batch_ratio,
         mean_layer_ratio,
         bytes_ratio,
+        removed_gap,
     )
 }

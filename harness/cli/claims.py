@@ -3,15 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from harness.cli.arguments import place
-
 
 def claims_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("ids", nargs="*", metavar="ID", help="claims to show in whole (default: all, one line each)")
     add("--paper", help="only those of a method (snapkv) or paper (2404.14469)")
-    add("--json", action="store_true", help="print the data, the verdicts and what was found as JSON")
-    add("--out", type=place, metavar="DIR", help="write the page claims.md into a folder that is there instead")
+    form = parser.add_mutually_exclusive_group().add_argument
+    form("--json", action="store_true", help="print the data, the verdicts and what was found as JSON")
+    form("--markdown", action="store_true", help="print docs/claims.md")
     parser.set_defaults(action=_action)
 
 
@@ -22,11 +21,10 @@ def _action(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     from harness.claims.tables import to_json, to_markdown, to_terminal
     from harness.claims.verdict import judge
-    from harness.records.atomic_files import write_text
 
     verdicts = list(judge(chosen))
-    if args.out is not None:
-        write_text(args.out / "claims.md", to_markdown(verdicts) + "\n")
+    if args.markdown:
+        print(to_markdown(verdicts))
     else:
         print(to_json(verdicts) if args.json else to_terminal(verdicts, whole=bool(args.ids)))
     return 0

@@ -10,7 +10,15 @@ import pandas as pd
 import pytest
 
 from harness.boards.sources import BOARDS, KEPT
-from harness.claims.arithmetic import FORMULAS, gib, least_batch, mean_layer_ratio, step_saved_percent
+from harness.claims.arithmetic import (
+    FORMULAS,
+    bytes_ratio,
+    gib,
+    least_batch,
+    mean_layer_ratio,
+    removed_gap,
+    step_saved_percent,
+)
 from harness.claims.claim import Arithmetic, Check, Claim, Elsewhere, Found, Property, Records, choose, load_claims
 from harness.claims.properties import PROPERTIES
 from harness.claims.published import contrast
@@ -121,6 +129,8 @@ def test_arithmetic_by_hand() -> None:
     assert least_batch(shape="llama-3-8b", tokens=32768, slots=512, percent=60) == 6
     assert least_batch(shape="llama-3-8b", tokens=1024, slots=512, percent=60) == 0
     assert mean_layer_ratio(shares=(0.5, 0.5), bits=(8, 4), against=32) == (4 + 8) / 2
+    assert bytes_ratio(shares=(0.5, 0.5), bits=(8, 0), against=16) == 16 / 4
+    assert removed_gap(kept=(0.5, 0.4, 0.3), group=512, step=32) == pytest.approx(100 * (0.4 - 192 / 512))
 
 
 def test_properties_tell_methods_apart_that_do_not_have_them() -> None:
