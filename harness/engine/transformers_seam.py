@@ -110,7 +110,7 @@ def _paired(product: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor
     hidden, *rest = given
     if hidden.numel() == hidden.shape[-1] and hidden.dim() > 1:
         hidden = torch.cat([hidden, hidden])
-        hidden.is_pair = True  # type: ignore[attr-defined]
+        hidden.is_pair = True  # type: ignore[attr-defined]  # tells `_single`: two rows may be two
     return hidden, *rest
 
 

@@ -23,10 +23,10 @@ import pandas as pd
 from harness.records.record import CellKey
 from leaderboards.stats.bootstrap import Array, Mask
 from leaderboards.stats.comparable import NOT_GIVEN, budget_order, is_of_given
-from leaderboards.stats.eligible import CONTEXTS, contexts
+from leaderboards.stats.eligible import contexts
 from leaderboards.stats.grid import Grid
 from leaderboards.stats.stored import is_stored, share
-from leaderboards.stats.subject import SIGNS
+from leaderboards.stats.subject import SIGNS, verdict_of
 
 Frontiers = Mapping[str, Sequence[str]]
 """Kind to the labels of its methods; the others are set against the first."""
@@ -110,6 +110,5 @@ def _row(
     gains = SIGNS[measure] * (own - other)
     gain = grid.bootstrap.estimate(gains)
     fewest = min((contexts(grid, rows) for rows in grid.bootstrap.present(gains).values()), default=0)
-    told = "better" if gain.low > 0 else "worse" if gain.high < 0 else "not told apart"
-    told = told if fewest >= CONTEXTS else "too few contexts"
-    return {**row, "gain": gain.mean, "low": gain.low, "high": gain.high, "verdict": told}
+    verdict = verdict_of(gain.low, gain.high, fewest)
+    return {**row, "gain": gain.mean, "low": gain.low, "high": gain.high, "verdict": verdict}

@@ -77,6 +77,13 @@ class _Comparison(NamedTuple):
     contexts: int = 0
 
 
+def verdict_of(low: float, high: float, contexts: int) -> str:
+    """What an interval of a gain says, of which the task with the fewest has so many contexts."""
+    if contexts < CONTEXTS:
+        return "too few contexts"
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
 def family_of(task: str) -> str:
     """The family that a task is counted in."""
     named = next((family for pattern, family in FAMILIES.items() if fnmatchcase(task, pattern)), "")
@@ -164,9 +171,8 @@ def _all(parts: Sequence[_Comparison]) -> _Comparison:
 
 def _row(c: _Comparison, unfair: str) -> dict[str, Any]:
     low, high = (math.nan, math.nan) if c.draws is None else percentiles(c.draws)
-    told = "better" if low > 0 else "worse" if high < 0 else "not told apart"
     ratio = c.subject_loss / c.rival_loss if c.rival_loss > 0 else math.nan
-    verdict = unfair or ("too few contexts" if c.contexts < CONTEXTS else told) if c.rival else "no rival"
+    verdict = unfair or verdict_of(low, high, c.contexts) if c.rival else "no rival"
     return {**c._asdict(), "low": low, "high": high, "loss_ratio": ratio, "verdict": verdict}
 
 
